@@ -1,0 +1,1 @@
+"""Every knob, how YAML becomes it, and the rules between knobs."""

@@ -1,0 +1,203 @@
+"""Every knob of megatrain: typed, defaulted, explained. Nothing else; imports only the standard library.
+
+A config is a tree of frozen dataclasses. Each field is made by `knob(default, doc)`; the docstring travels in the field's
+metadata and becomes `docs/config.md`. Values that follow from other values are properties, never fields. How YAML becomes
+these objects is in `load.py`; the rules between knobs (and what a later release will allow) are in `validate.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def knob(default: T, doc: str) -> T:
+    """A config field with its default and its documentation (shown in docs/config.md)."""
+    if isinstance(default, (list, dict)):
+        value = default
+        return field(default_factory=lambda: type(value)(value), metadata={"doc": doc})  # type: ignore[return-value]
+    return field(default=default, metadata={"doc": doc})  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The logical model: shapes and switches, independent of any layout."""
+
+    family: Literal["gpt", "glm"] = knob("gpt", "Model family.")
+    preset: str | None = knob(None, "Name of a published shape; explicit keys win over it.")
+    init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.")
+    num_layers: int = knob(8, "Number of transformer blocks.")
+    hidden_size: int = knob(512, "Width h of the residual stream.")
+    num_attention_heads: int = knob(8, "Query heads a; the head dimension is hidden_size / num_attention_heads.")
+    num_query_groups: int | None = knob(
+        None, "Key/value heads (grouped-query attention, arXiv:2305.13245); null means num_attention_heads, 1 is multi-query."
+    )
+    ffn_hidden_size: int | None = knob(
+        None, "Inner width of the MLP; null means 4 h, and for gated activations 8/3 h rounded up to a multiple of 64."
+    )
+    seq_length: int = knob(512, "Tokens per training sample, and the range of learned positions.")
+    vocab_size: int | None = knob(None, "Vocabulary size v; null means the tokenizer's.")
+    norm: Literal["layernorm", "rmsnorm"] = knob("layernorm", "Normalisation (arXiv:1607.06450; RMSNorm arXiv:1910.07467).")
+    norm_eps: float = knob(1e-5, "Added to the variance inside every norm.")
+    norm_placement: Literal["pre", "post", "deepnorm", "sandwich"] = knob("pre", "Where the norms sit in a block.")
+    activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu"] = knob(
+        "gelu_tanh", "MLP activation; swiglu and geglu are gated (arXiv:2002.05202)."
+    )
+    position: Literal["learned", "rope", "alibi", "none", "learned_2d", "rope_2d"] = knob(
+        "learned", "Position encoding; rope is arXiv:2104.09864, rotating halves."
+    )
+    rope_theta: float = knob(10000.0, "Base of the rotary frequencies.")
+    bias: bool = knob(True, "Biases in the linear layers and, with layernorm, in the norms.")
+    tied_embeddings: bool = knob(True, "The output head shares the token embedding (arXiv:1608.05859).")
+    dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches.")
+    init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights.")
+    scale_residual_init: bool = knob(True, "Divide init_std by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2).")
+
+    @property
+    def head_dim(self) -> int:
+        """Width d of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_attention_heads if self.num_query_groups is None else self.num_query_groups
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate matrix beside the up matrix."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if not self.gated:
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // 3 // 64) * 64
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the logical model is laid out over ranks. data_parallel_size is what remains of the world."""
+
+    tensor_parallel_size: int = knob(1, "Ranks that share each layer's matrices (Megatron, arXiv:1909.08053).")
+    sequence_parallel: bool = knob(False, "Split activations along the sequence between the matrices (arXiv:2205.05198).")
+    pipeline_parallel_size: int = knob(1, "Pipeline stages.")
+    virtual_pipeline_size: int = knob(1, "Model chunks per stage.")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = knob("1f1b", "Pipeline schedule.")
+    context_parallel_size: int = knob(1, "Ranks that share one sequence through all layers.")
+    expert_parallel_size: int = knob(1, "Ranks that share the experts.")
+    zero_stage: Literal[0, 1, 2, 3] = knob(0, "ZeRO stage: what is sharded over the data-parallel ranks.")
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where tensors live; auto takes CUDA where there is one.")
+    backend: Literal["auto", "gloo", "nccl"] = knob("auto", "Collectives library; auto is nccl on CUDA and gloo on CPU.")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """One token store of a blend."""
+
+    path: str = knob("", "Prefix of the .bin/.idx pair.")
+    weight: float = knob(1.0, "Share of the samples, relative to the other corpora of the list.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from."""
+
+    train: tuple[CorpusConfig, ...] = knob((), "Training corpora: a list of {path, weight}; a plain string is a list of one.")
+    valid: tuple[CorpusConfig, ...] = knob((), "Held-out corpora, as `train`; may be left out.")
+    tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.")
+    cache_dir: str | None = knob(None, "Where sample indices are cached; null means `index_cache` beside each store.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "adam", "sgd", "muon"] = knob(
+        "adamw", "adamw: decoupled decay (arXiv:1711.05101); adam: L2 in the gradient (arXiv:1412.6980); sgd: with momentum."
+    )
+    lr: float = knob(3e-4, "Peak learning rate.")
+    min_lr: float = knob(3e-5, "Learning rate at the end of the decay.")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob(
+        "cosine", "Shape after the warm-up; wsd (arXiv:2404.06395) stays at lr and decays over the last decay_fraction."
+    )
+    warmup_steps: int = knob(100, "Steps of linear warm-up.")
+    decay_fraction: float = knob(0.1, "wsd: share of all steps, at the end, that decays linearly to min_lr.")
+    weight_decay: float = knob(0.1, "Decay of matrices; biases and norm weights have none.")
+    betas: tuple[float, float] = knob((0.9, 0.95), "Adam's moment decay rates.")
+    eps: float = knob(1e-8, "Adam's epsilon.")
+    momentum: float = knob(0.9, "sgd's momentum.")
+    clip_grad: float = knob(1.0, "Largest global gradient norm; 0 switches clipping off.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: how long, how much at a time, in what precision."""
+
+    steps: int = knob(1000, "Optimizer updates.")
+    tokens: float | None = knob(None, "Token budget instead of steps.")
+    global_batch_size: int = knob(32, "Sequences per optimizer update, over all ranks.")
+    micro_batch_size: int = knob(4, "Sequences per forward pass of one rank.")
+    seed: int = knob(1234, "Seed of weights, data order and dropout.")
+    precision: Literal["bf16", "fp16", "fp32", "fp64"] = knob(
+        "bf16", "bf16: BF16 weights with FP32 masters and FP32 gradient accumulation; fp64 is for checks on CPU."
+    )
+    recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
+    eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
+    eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
+    hang_timeout_seconds: float = knob(600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.")
+    deterministic: bool = knob(False, "The same bits on every run of the same layout (torch.use_deterministic_algorithms).")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When and where the state is saved."""
+
+    dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.")
+    save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.")
+    keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.")
+    resume: str = knob("auto", "auto (the newest whole checkpoint, if any), never, or the path of a checkpoint.")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written where people look."""
+
+    dir: str = knob("runs/demo", "Run directory.")
+    every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.")
+    to: tuple[str, ...] = knob(("tensorboard",), "Extra writers: tensorboard.")
+    peak_tflops: float | None = knob(
+        None, "Peak TFLOP/s of one device, for MFU; null means the published peak of a known GPU, and a measured matmul on CPU."
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Directory of the checkpoints."""
+        return self.checkpoint.dir or f"{self.log.dir}/checkpoints"
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Replicas of the model in a world of `world_size` ranks (checked by validate)."""
+        p = self.parallel
+        return world_size // (p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
+
+
+Document = dict[str, Any]
+"""A plain tree of mappings, lists and scalars, as YAML gives it."""

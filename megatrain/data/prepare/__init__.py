@@ -1,0 +1,1 @@
+"""Stages from text files to a token store."""

@@ -1,0 +1,1 @@
+"""What one training sample is, per objective."""

@@ -1,0 +1,1 @@
+"""The transformer block, what it is made of, and the model families."""

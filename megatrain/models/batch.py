@@ -1,0 +1,33 @@
+"""`MicroBatch`: what every layer may read about the tokens at hand, so that no layer's signature ever changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which keys a query may see, as one value. Causal: key position <= query position."""
+
+    causal: bool = True
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`b` sequences of `s` tokens on one rank; every tensor is [s, b], whole sequences (not split over any axis)."""
+
+    tokens: torch.Tensor
+    """[s, b] int64 token ids."""
+    labels: torch.Tensor
+    """[s, b] int64, the id each position should predict; arbitrary where the weight is 0."""
+    loss_weights: torch.Tensor
+    """[s, b] float32, 0 where a position does not count."""
+    positions: torch.Tensor
+    """[s, b] int64 position of each token in its sequence."""
+    samples: torch.Tensor
+    """[b] int64 place of each sequence in the global batch of this step: what dropout is keyed by."""
+    step: int = 0
+    """Optimizer step, from 0: what dropout is keyed by."""
+    mask: AttentionMask = AttentionMask()

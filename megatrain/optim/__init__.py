@@ -1,0 +1,1 @@
+"""Optimizers, mixed precision, gradient clipping and learning-rate schedules."""

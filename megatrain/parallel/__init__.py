@@ -1,0 +1,1 @@
+"""Transport, mesh, and one file per dimension of parallelism."""

@@ -1,0 +1,131 @@
+"""Ranks <-> axes: where this rank sits on the mesh, and the groups it belongs to.
+
+The world is a box with one side per dimension of parallelism, tensor parallel fastest and pipeline slowest:
+
+    rank = tp + tp_size * (cp + cp_size * (dp + dp_size * pp))
+
+so the ranks of one tensor-parallel group are neighbours (one node), and pipeline stages are far apart (few bytes). Expert
+parallelism divides dp x cp instead of multiplying the world: expert ranks are the fastest part of the data ranks.
+
+Four ranks with tp=2, dp=2:                tp ->
+                                      dp   0  1
+                                       v   2  3      tp groups (0,1) (2,3); dp groups (0,2) (1,3)
+
+Everything above `ParallelContext.build` is integer arithmetic, checked without processes for 16,384 ranks. A rank makes only
+the groups it belongs to: seven axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp) or that combine
+others (dp_cp where gradients are averaged, mp where norms are summed, world); those of size 1 cost nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatrain.parallel.transport import Group, World
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the mesh, seen from this rank. An axis of size 1 has no group and its collectives return their input."""
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    """This rank's place along the axis, 0 <= rank < size."""
+    ranks: tuple[int, ...] = (0,)
+    """World ranks along the axis, in order of place."""
+    group: Group | None = None
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sides of the box. All sizes at least 1; `ep` must divide dp * cp."""
+
+    tp: int = 1
+    cp: int = 1
+    dp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Place of world rank `rank` along tp, cp, dp and pp. Raises ValueError outside the world."""
+        if not 0 <= rank < self.world:
+            raise ValueError(f"rank {rank} is not in a world of {self.world} ranks (0..{self.world - 1})")
+        place = {}
+        for name, size in (("tp", self.tp), ("cp", self.cp), ("dp", self.dp), ("pp", self.pp)):
+            rank, place[name] = divmod(rank, size)
+        return place
+
+    def rank_at(self, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
+        """World rank at a place; the inverse of `coordinates`."""
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
+
+    def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
+        """World ranks that differ from `rank` only along `axis`, in order of place.
+
+        Axes: tp, cp, dp, pp; dp_cp (gradient average); ep and edp (its two factors: experts, and copies of an expert);
+        mp (tp x pp: the ranks that hold one whole model between them); world.
+        """
+        at = self.coordinates(rank)
+        if axis in ("tp", "cp", "dp", "pp"):
+            return tuple(self.rank_at(**{**at, axis: i}) for i in range(getattr(self, axis)))
+        if axis == "mp":
+            return tuple(self.rank_at(i, at["cp"], at["dp"], j) for j in range(self.pp) for i in range(self.tp))
+        if axis == "world":
+            return tuple(range(self.world))
+        replicas = [self.rank_at(at["tp"], c, d, at["pp"]) for d in range(self.dp) for c in range(self.cp)]
+        mine = at["cp"] + self.cp * at["dp"]
+        if axis == "dp_cp":
+            return tuple(replicas)
+        if axis == "ep":
+            start = mine - mine % self.ep
+            return tuple(replicas[start : start + self.ep])
+        if axis == "edp":
+            return tuple(replicas[mine % self.ep :: self.ep])
+        raise ValueError(f"unknown axis {axis!r}; axes are {', '.join(AXES)}")
+
+
+AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "mp", "world")
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Everything a layer or a loop may ask about the layout, passed in. `ParallelContext.single()` needs no process group."""
+
+    tp: Axis
+    cp: Axis
+    dp: Axis
+    pp: Axis
+    ep: Axis
+    edp: Axis
+    dp_cp: Axis
+    mp: Axis
+    world: Axis
+    device: torch.device
+
+    @classmethod
+    def build(cls, world: World, shape: MeshShape, device: torch.device | str = "cpu") -> ParallelContext:
+        """Make this rank's axes and their groups (collective: every rank of the world calls it). Raises ValueError on a size mismatch."""
+        if shape.world != world.size:
+            raise ValueError(f"a mesh of {shape.world} ranks ({shape}) cannot be laid over a world of {world.size} ranks")
+        if (shape.dp * shape.cp) % shape.ep:
+            raise ValueError(f"expert_parallel_size={shape.ep} must divide data x context parallel size {shape.dp * shape.cp}")
+        axes = {}
+        made: dict[tuple[int, ...], Group] = {}  # axes over the same ranks (dp and dp_cp when cp is 1) share one group
+        for name in AXES:
+            ranks = shape.ranks_along(name, world.rank)
+            if len(ranks) > 1 and ranks not in made:
+                made[ranks] = world.group(name, ranks)
+            axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, made.get(ranks))
+        return cls(**axes, device=torch.device(device))
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
+        """The context of a plain `python` run: every axis has size 1."""
+        return cls(**{name: Axis(name) for name in AXES}, device=torch.device(device))

@@ -1,0 +1,126 @@
+"""`ParamSpec`: what one parameter is, whatever the layout. Initialisation, slicing, gradient norm, checkpoints and counts read it.
+
+The logical model is a set of named tensors. A spec says how such a tensor is cut when an axis has `size` ranks, and therefore,
+without asking any other rank, which slice lies where:
+
+    vocab 10, tp 4, padded:   rows 0-2 | 3-5 | 6-8 | 9 (+2 rows of padding that never leave the rank)
+    2 key heads, tp 4:        head 0 | head 0 | head 1 | head 1       (each head lies on 2 ranks: replicas)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import nn
+
+from megatrain.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Init:
+    """How the logical tensor is filled: normal(0, std) from the counter-based generator, or a constant."""
+
+    kind: Literal["normal", "constant"] = "normal"
+    value: float = 0.02
+    """Standard deviation, or the constant."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Dim `dim` is cut into `units` equal indivisible pieces (heads, columns, rows) that are dealt out over an axis.
+
+    With at least as many units as ranks, each rank has units/size neighbouring ones (if `pad`, the last ranks may have fewer and
+    fill up with padding); with fewer, each unit lies on size/units neighbouring ranks.
+    """
+
+    dim: int
+    units: int
+    axis: str = "tp"
+    pad: bool = False
+
+    def copies(self, size: int) -> int:
+        """Ranks of the axis that hold the same slice."""
+        return 1 if self.pad or size <= self.units else size // self.units
+
+    def slice(self, length: int, size: int, rank: int) -> tuple[int, int]:
+        """Half-open range of the dim, `length` long, that place `rank` of an axis of `size` holds. Raises ValueError if it cannot be cut."""
+        if self.pad:
+            local = self.local(length, size)
+            return min(rank * local, length), min((rank + 1) * local, length)
+        parts = size // self.copies(size)
+        if self.units % parts or size % parts or length % self.units:
+            raise ValueError(f"{self.units} units of a dim of {length} cannot be dealt out over {size} ranks of axis {self.axis}")
+        local = length // parts
+        part = rank // self.copies(size)
+        return part * local, (part + 1) * local
+
+    def local(self, length: int, size: int) -> int:
+        """Length of the dim on every rank, padding included."""
+        return -(-length // size) if self.pad else length * self.copies(size) // size
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One logical parameter."""
+
+    name: str
+    """Logical name; never depends on fusion or layout."""
+    shape: tuple[int, ...]
+    """Logical (global, unpadded) shape."""
+    split: Split | None = None
+    """How it is cut; None: every rank of every axis holds all of it."""
+    partial_over: str | None = None
+    """Axis over whose ranks (of the same slice) gradients are partial sums, because each saw other tokens or heads."""
+    average_over: str = "dp_cp"
+    """Axis of the replicas whose gradients are summed (the loss is already divided by the global weight)."""
+    tied: str | None = None
+    """Logical name of the parameter this one is a copy of, where both cannot be one tensor (first and last stage)."""
+    trainable: bool = True
+    decay: bool = True
+    """Whether weight decay applies."""
+    init: Init = Init()
+
+    @property
+    def numel(self) -> int:
+        """Logical number of elements."""
+        return prod(self.shape)
+
+    def local_shape(self, axis_size: int) -> tuple[int, ...]:
+        """Shape of the tensor that a rank stores, padding included."""
+        if self.split is None:
+            return self.shape
+        dim = self.split.dim
+        return (*self.shape[:dim], self.split.local(self.shape[dim], axis_size), *self.shape[dim + 1 :])
+
+    def slices(self, axis_size: int, axis_rank: int) -> tuple[slice, ...]:
+        """Which part of the logical tensor that rank holds (without padding), one slice per dim."""
+        whole = [slice(0, n) for n in self.shape]
+        if self.split is not None:
+            dim = self.split.dim
+            whole[dim] = slice(*self.split.slice(self.shape[dim], axis_size, axis_rank))
+        return tuple(whole)
+
+    def copies(self, axis_size: int) -> int:
+        """How many ranks of the split axis hold the same elements."""
+        return axis_size if self.split is None else self.split.copies(axis_size)
+
+    def owned(self, axis: Axis) -> bool:
+        """Whether this rank is the first of those that hold the same elements: the one that counts them in a norm and saves them."""
+        return axis.rank % self.copies(axis.size) == 0
+
+
+class Parameter(nn.Parameter):
+    """A trainable tensor that knows its spec, its rank's slice and where its gradient is accumulated."""
+
+    spec: ParamSpec
+    main_grad: torch.Tensor | None
+    """View of the flat gradient buffer, same shape; None outside training."""
+
+    def __new__(cls, data: torch.Tensor, spec: ParamSpec) -> Parameter:
+        self = super().__new__(cls, data, requires_grad=spec.trainable)
+        self.spec = spec
+        self.main_grad = None
+        return self

@@ -1,0 +1,1 @@
+"""The running job: launch environment, metrics, guards."""

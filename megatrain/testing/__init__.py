@@ -1,0 +1,1 @@
+"""Public helpers for tests: simulated ranks, real processes, and agreement between runs."""
