@@ -1,0 +1,262 @@
+"""Counter-based randomness: each number is a function of (seed, what it is for, its index); there is no state to save or share.
+
+The problem: two layouts of one model must start from the same weights and drop the same activations, although no rank sees
+all of them. With a stateful generator a rank would have to draw, and throw away, the numbers of all others. Here it asks for
+its own. A logical weight [8, 6] whose rows lie on 4 ranks:
+
+    rank 0: normal(key, (8, 6), (slice(0, 2), slice(0, 6)))     rows 0-1 of what one process would draw
+    rank 1: normal(key, (8, 6), (slice(2, 4), slice(0, 6)))     rows 2-3
+    ...                                                         nothing is communicated
+
+The generator is lowbias32 (Chris Wellons' search for 32-bit finalisers of low bias, nullprogram.com/blog/2018/07/31), a
+bijection `mix` of 32-bit words. Two rounds of it, with one word of the key before each, make a number of a counter:
+
+    number(word; a, b) = mix(mix(word ^ a) ^ b)
+
+and two such numbers make a new key of a key and a word (`_descend`): the way from a key to one per sequence, per position, per
+high half of a 64-bit index. Everything is wrapping int32 arithmetic: the same bits on every device, 2-4 ns a number on one CPU
+thread in blocks that stay in the cache (int64 generators such as Philox: 13-26 ns). Not for cryptography.
+
+Normals use only operations that IEEE 754 rounds exactly (+ - * / sqrt, in float64), so they too are the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Numbers made at a time: on a CPU the buffers (256 KiB each) should stay in the second-level cache, yet a torch call's
+work be well above the cost of making it (1 microsecond); on a GPU only memory is bounded."""
+
+_SPLIT = (0x1E3779B9, 0x05EBCA6B)
+"""Any two words: they make the second half of a descended key differ from the first."""
+
+Word = int | torch.Tensor
+"""A 32-bit word as a signed int, or an int32 tensor of them that broadcasts."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a stream of numbers is for: two 32-bit words (signed, as int32 holds them)."""
+
+    first: int
+    second: int
+
+
+def key(seed: int, *what: str | int) -> Key:
+    """The key of `seed` and a purpose, as in key(1234, "dropout", step, layer). Other arguments, an unrelated stream."""
+    digest = hashlib.blake2b(json.dumps([seed, *what]).encode("ascii"), digest_size=8).digest()
+    return Key(*(int.from_bytes(half, "little", signed=True) for half in (digest[:4], digest[4:])))
+
+
+def bits(key: Key, start: int, count: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Numbers start .. start + count - 1 of the key's stream: int32 [count], each of the 2^32 values equally likely.
+
+    Number i depends on (key, i) alone; indices are 64-bit and wrap around at 2^64.
+    """
+    output = torch.empty(count, dtype=torch.int32, device=device)
+    counters = torch.arange(min(count, _block(output.device)), dtype=torch.int32, device=device)
+    scratch = torch.empty_like(counters)
+    done = 0
+    while done < count:
+        high, low = divmod((start + done) % (1 << 64), 1 << 32)
+        size = min(count - done, len(counters), (1 << 32) - low)
+        block = torch.add(counters[:size], _signed(low), out=output[done : done + size])
+        above = torch.full((1,), _signed(high), dtype=torch.int32, device=device)
+        _number(block, scratch[:size], *_descend(above, key.first, key.second))
+        done += size
+    return output
+
+
+def normal(
+    key: Key, shape: Sequence[int], slices: Sequence[slice] | None = None, *, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """The part `slices` (one per dim, step 1; None: all) of the logical tensor `shape` of standard normals, float32.
+
+    An element depends on the key and on its row-major index in the logical tensor, so the parts of any layout fit together to
+    the bit. Time and memory are those of the part. Box-Muller (1958) from two 32-bit uniforms; the largest value is 6.76.
+    Raises ValueError where `slices` do not fit `shape`.
+    """
+    rows, columns = _indices(tuple(shape), slices, torch.device(device))
+    output = torch.empty(len(rows), len(columns), dtype=torch.float32, device=device)
+    block = _block(output.device)
+    width = max(1, min(len(columns), block))
+    height = max(1, block // width)
+    for row in range(0, len(rows), height):
+        for column in range(0, len(columns), width):
+            index = rows[row : row + height, None] + columns[None, column : column + width]
+            words = _descend(index.to(torch.int32), *_descend((index >> 32).to(torch.int32), key.first, key.second))
+            output[row : row + height, column : column + width] = _box_muller(*words)
+    return output.reshape([_range(n, part)[1] for n, part in zip(shape, _parts(shape, slices), strict=True)])
+
+
+def dropout(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Zero each element of `x` [s, b, h] with probability `p` and scale the others by 1 / (1 - p).
+
+    Row r of x is position `first` + r of its sequence (sequence-parallel ranks pass where their part begins), and `samples`
+    [b] int64 is the place of each sequence in the global batch: an element's fate depends on (key, sample, position, column)
+    and not on how sequences are grouped into micro-batches or spread over ranks. The backward makes the mask again; it is
+    never stored.
+    Raises ValueError on a probability outside [0, 1) or where `samples` do not fit `x`.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout={p} is not a probability below 1. Use a value from 0.0 (off) to less than 1, such as 0.1.")
+    if x.dim() != 3 or samples.shape != x.shape[1:2]:
+        raise ValueError(f"dropout wants x [s, b, h] and samples [b]; got x {list(x.shape)} and samples {list(samples.shape)}")
+    if p == 0:
+        return x
+    return _Dropout.apply(x, p, key, samples, first)
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout is linear and its own transpose: backward is forward on the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
+        ctx.save_for_backward(samples)
+        ctx.arguments = p, key, first
+        return _drop(x, p, key, samples, first)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (samples,) = ctx.saved_tensors
+        p, key, first = ctx.arguments
+        return _Dropout.apply(gradients[0], p, key, samples, first), None, None, None, None
+
+
+def _drop(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
+    """Dropout of `x` [s, b, h], a block of rows at a time. Each row (position, sample) has a key; its counter is the column."""
+    s, b, h = x.shape
+    a, c = _row_keys(key, samples.to(x.device), first, s)
+    rows = x.reshape(s * b, h)
+    output = torch.empty_like(rows)
+    height = max(1, min(_block(x.device) // max(h, 1), s * b))
+    columns = torch.arange(h, dtype=torch.int32, device=x.device)
+    words, scratch = (torch.empty(height, h, dtype=torch.int32, device=x.device) for _ in range(2))
+    threshold = round(p * (1 << 32)) - (1 << 31)  # of 2^32 signed words, p 2^32 lie below it
+    for row in range(0, s * b, height):
+        part = slice(row, min(row + height, s * b))
+        counters = columns.expand(part.stop - row, h)
+        block = _number(words[: len(counters)].copy_(counters), scratch[: len(counters)], a[part], c[part])
+        keep = torch.ge(block, threshold, out=output[part])  # 1 or 0 in the dtype of x: no mask beside the output
+        keep.mul_(rows[part]).mul_(1 / (1 - p))
+    return output.view(s, b, h)
+
+
+def _row_keys(key: Key, samples: torch.Tensor, first: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of (sample, position) for `s` positions from `first`: two int32 tensors [s * b, 1]."""
+    of_sample = _descend(samples.to(torch.int32), *_descend((samples >> 32).to(torch.int32), key.first, key.second))
+    positions = torch.arange(first, first + s, dtype=torch.int32, device=samples.device)
+    a, c = _descend(positions[:, None], *of_sample)
+    return a.view(-1, 1), c.view(-1, 1)
+
+
+def _mix(words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """lowbias32 of every word of the int32 tensor `words`, in place; `scratch` is a buffer of the same shape.
+
+    torch shifts int32 arithmetically: the mask clears the copies of the sign bit.
+    """
+    torch.bitwise_right_shift(words, 16, out=scratch)
+    words.bitwise_xor_(scratch.bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    torch.bitwise_right_shift(words, 15, out=scratch)
+    words.bitwise_xor_(scratch.bitwise_and_(0x1FFFF)).mul_(0x846CA68B - (1 << 32))
+    torch.bitwise_right_shift(words, 16, out=scratch)
+    return words.bitwise_xor_(scratch.bitwise_and_(0xFFFF))
+
+
+def _number(words: torch.Tensor, scratch: torch.Tensor, a: Word, b: Word) -> torch.Tensor:
+    """mix(mix(words ^ a) ^ b), in place; a and b broadcast to `words`, `scratch` has its shape."""
+    return _mix(_mix(words.bitwise_xor_(a), scratch).bitwise_xor_(b), scratch)
+
+
+def _descend(words: torch.Tensor, a: Word, b: Word) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys below key (a, b), one per word: two int32 tensors of the broadcast shape, or 64 random bits a word."""
+    wide = words ^ a  # a fresh tensor of the broadcast shape
+    scratch = torch.empty_like(wide)
+    return _number(wide.clone(), scratch, 0, b), _number(wide, scratch, _SPLIT[0], b ^ _SPLIT[1])
+
+
+def _box_muller(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Standard normals, float64, of two int32 tensors of random words."""
+    uniform, turn = (_fraction(word) for word in (u, v))
+    return (-2 * _log(uniform)).sqrt_().mul_(_cos_turn(turn))
+
+
+def _fraction(words: torch.Tensor) -> torch.Tensor:
+    """The middle of each word's 2^-32 wide share of (0, 1): float64, exact."""
+    return words.to(torch.float64).add_((1 << 31) + 0.5).mul_(2.0**-32)
+
+
+def _log(x: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of float64 x > 0 by exactly rounded operations: x = 2^e m, log m = 2 atanh((m - 1) / (m + 1))."""
+    m, e = torch.frexp(x)  # m in [1/2, 1)
+    low = m < math.sqrt(0.5)
+    m = torch.where(low, m * 2, m)
+    s = (m - 1) / (m + 1)  # |s| < 0.172
+    series = _horner(s * s, lambda k: 1 / (2 * k + 1), 8)
+    return (e - low.to(e.dtype)).to(torch.float64).mul_(math.log(2)).add_(series.mul_(s).mul_(2))
+
+
+def _cos_turn(x: torch.Tensor) -> torch.Tensor:
+    """cos(2 pi x) of float64 x in [0, 1] to 1e-11 by exactly rounded operations: 2 sin^2(pi (x - 1/2)) - 1."""
+    y = (x - 0.5).mul_(math.pi)
+    sine = _horner(y * y, lambda k: (-1) ** k / math.factorial(2 * k + 1), 9).mul_(y)
+    return sine.mul_(sine).mul_(2).sub_(1)
+
+
+def _horner(x: torch.Tensor, coefficient: Callable[[int], float], terms: int) -> torch.Tensor:
+    """The polynomial sum of coefficient(k) x^k for k < terms, one rounding per operation (no fused multiply-add)."""
+    total = torch.full_like(x, coefficient(terms - 1))
+    for k in reversed(range(terms - 1)):
+        total.mul_(x).add_(coefficient(k))
+    return total
+
+
+def _indices(shape: tuple[int, ...], slices: Sequence[slice] | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row-major indices of a part of a tensor, as rows [m] + columns [n] (int64), columns being the last dim."""
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    columns = rows
+    stride = math.prod(shape)
+    for dim, part in enumerate(_parts(shape, slices)):
+        start, length = _range(shape[dim], part)
+        stride //= max(shape[dim], 1)
+        steps = torch.arange(start, start + length, dtype=torch.int64, device=device) * stride
+        if dim == len(shape) - 1:
+            columns = steps
+        else:
+            rows = (rows[:, None] + steps).reshape(-1)
+    return rows, columns
+
+
+def _parts(shape: Sequence[int], slices: Sequence[slice] | None) -> Sequence[slice]:
+    """`slices`, or a full slice per dim. Raises ValueError where there is not one per dim."""
+    if slices is None:
+        return [slice(None)] * len(shape)
+    if len(slices) != len(shape):
+        raise ValueError(f"{len(slices)} slices for the {len(shape)} dims of shape {tuple(shape)}; give one slice per dim")
+    return slices
+
+
+def _range(length: int, part: slice) -> tuple[int, int]:
+    """Start and length of `part` of a dim. Raises ValueError unless its step is 1."""
+    start, stop, step = part.indices(length)
+    if step != 1:
+        raise ValueError(f"{part} has step {step}; a part of a tensor is a slice with step 1")
+    return start, max(0, stop - start)
+
+
+def _block(device: torch.device) -> int:
+    """Numbers to make at a time on a device."""
+    return _BLOCK["cpu" if device.type == "cpu" else "cuda"]
+
+
+def _signed(word: int) -> int:
+    """A 32-bit word as int32 holds it."""
+    return word - (1 << 32) if word >> 31 else word
