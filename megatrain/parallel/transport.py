@@ -1,7 +1,8 @@
 """`Group`: the eight calls megatrain needs from a transport, and nothing else.
 
-Implementations: `TorchGroup` (torch.distributed: NCCL, gloo; the only code that names it), `MemoryGroup` (ranks that are threads
-of one process: simulated process groups). Wrappers: `RecordedGroup` (who waits for what), `DelayedGroup` (tests of overlap).
+Implementations: `TorchGroup` (torch.distributed: NCCL, gloo; the only code that names it) here, and `MemoryGroup` (ranks that are
+threads of one process: simulated process groups) in `transport_memory.py`. Wrappers, in `transport_wrappers.py`: `RecordedGroup`
+(who waits for what), `DelayedGroup` (tests of overlap).
 
 Every call is given its output, so nothing is copied that need not be, and returns a `Handle`; a blocking call has already waited.
 Tensors must be contiguous. Ranks of one group call the same operations in the same order.
@@ -10,7 +11,7 @@ Tensors must be contiguous. Ranks of one group call the same operations in the s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -54,7 +55,9 @@ class Group(ABC):
         """Concatenate every rank's `tensor` [n, ...] along dim 0 into `output` [size * n, ...]."""
 
     @abstractmethod
-    def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
+    def reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
+    ) -> Handle:
         """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...]."""
 
     @abstractmethod
@@ -101,3 +104,65 @@ class World(ABC):
 
     def close(self) -> None:
         """Release every group made here."""
+
+
+REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+"""The function of two tensors (and `out`) behind each `ReduceOp`."""
+
+
+def _refuse(group: Group, operation: str, problem: str) -> TransportError:
+    return TransportError(f"{operation} on axis {group.name} (ranks {list(group.ranks)}): {problem}")
+
+
+def check_reduction(group: Group, op: str) -> None:
+    """Raise TransportError unless `op` is a `ReduceOp`."""
+    if op not in REDUCTIONS:
+        raise _refuse(group, "a reduction", f"op={op!r} is not one of {', '.join(REDUCTIONS)}")
+
+
+def check_dense(group: Group, operation: str, *tensors: torch.Tensor) -> None:
+    """Raise TransportError unless all tensors are contiguous."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise _refuse(
+                group, operation, f"a tensor of shape {list(tensor.shape)}, strides {list(tensor.stride())} is not contiguous"
+            )
+
+
+def check_place(group: Group, operation: str, place: int, *, other: bool = False) -> None:
+    """Raise TransportError unless `place` is one of the group's (with `other`: not this rank's own)."""
+    if not 0 <= place < group.size or (other and place == group.rank):
+        raise _refuse(group, operation, f"place {place} is not one of 0..{group.size - 1}" + " other than this rank's" * other)
+
+
+def check_parts(group: Group, operation: str, whole: torch.Tensor, part: torch.Tensor) -> None:
+    """Raise TransportError unless `whole` [size * n, ...] is `size` times `part` [n, ...], same dtype, both contiguous."""
+    check_dense(group, operation, whole, part)
+    if part.dim() == 0 or whole.shape != (group.size * part.shape[0], *part.shape[1:]) or whole.dtype != part.dtype:
+        problem = f"{list(whole.shape)} {whole.dtype} is not {group.size} times {list(part.shape)} {part.dtype} along dim 0"
+        raise _refuse(group, operation, problem)
+
+
+def check_all_to_all(
+    group: Group,
+    output: torch.Tensor,
+    tensor: torch.Tensor,
+    output_rows: Sequence[int] | None,
+    input_rows: Sequence[int] | None,
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Rows to each place and rows from each place. Raises TransportError where they do not add up to the tensors' rows."""
+    check_dense(group, "all_to_all", output, tensor)
+    if output.dtype != tensor.dtype or output.dim() == 0 or output.shape[1:] != tensor.shape[1:]:
+        problem = f"rows of {list(output.shape)} {output.dtype} are not like rows of {list(tensor.shape)} {tensor.dtype}"
+        raise _refuse(group, "all_to_all", problem)
+    both = []
+    for given, rows in ((tensor, input_rows), (output, output_rows)):
+        if rows is None:
+            rows = [given.shape[0] // group.size] * group.size
+        if len(rows) != group.size or sum(rows) != given.shape[0] or min(rows) < 0:
+            problem = (
+                f"{given.shape[0]} rows cannot be cut into blocks of {list(rows)} rows, one for each of {group.size} places"
+            )
+            raise _refuse(group, "all_to_all", problem)
+        both.append(rows)
+    return both[0], both[1]

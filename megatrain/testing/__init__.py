@@ -1,1 +1,5 @@
-"""Public helpers for tests: simulated ranks, real processes, and agreement between runs."""
+"""Public helpers to test own layers under any layout: `simulate` (threads), `spawn` (gloo processes), `agree` (comparison)."""
+
+from megatrain.testing.simulate import simulate
+
+__all__ = ["simulate"]
