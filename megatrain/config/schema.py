@@ -17,8 +17,8 @@ def knob(default: T, doc: str) -> T:
     """A config field with its default and its documentation (shown in docs/config.md)."""
     if isinstance(default, (list, dict)):
         value = default
-        return field(default_factory=lambda: type(value)(value), metadata={"doc": doc})  # type: ignore[return-value]
-    return field(default=default, metadata={"doc": doc})  # type: ignore[no-any-return]
+        return field(default_factory=lambda: type(value)(value), metadata={"doc": doc})
+    return field(default=default, metadata={"doc": doc})
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class ModelConfig:
     tied_embeddings: bool = knob(True, "The output head shares the token embedding (arXiv:1608.05859).")
     dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches.")
     init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights.")
-    scale_residual_init: bool = knob(True, "Divide init_std by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2).")
+    scale_residual_init: bool = knob(
+        True, "Divide init_std by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2)."
+    )
 
     @property
     def head_dim(self) -> int:

@@ -1,0 +1,356 @@
+"""How YAML and the command line become a `Config`: every key known, every value of its type, every origin remembered.
+
+    loaded = load("gpt.yaml", ["optim.lr=1e-3"])     # loaded.config, loaded.origins["optim.lr"] == "command line"
+
+The file has one mapping per section of `schema.Config`; an override `section.key=value` replaces one value, read as YAML.
+Nothing is coerced, except an integer to a float and text like `1e-4` (which YAML 1.1 does not take for a number) to a float. A
+corpus list may be a plain string (a list of one), and its elements strings or {path, weight}. Relative paths stay relative to
+the working directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import yaml
+
+from megatrain.config.schema import Config, CorpusConfig, Document
+from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
+
+__all__ = ["ConfigError", "Loaded", "dump", "from_dict", "knobs", "load", "type_name"]
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A config and the origin of each of its values."""
+
+    config: Config
+    origins: dict[str, str]
+    """For every `section.key`: `file:line`, `command line` or `default`."""
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One field of one section of the schema."""
+
+    section: str
+    name: str
+    kind: Any
+    """The field's type."""
+    default: Any
+    doc: str
+
+    @property
+    def key(self) -> str:
+        """`section.name`."""
+        return f"{self.section}.{self.name}"
+
+
+def knobs() -> Iterator[Knob]:
+    """Every knob of the schema, in its order."""
+    for section, cls in _fields(Config).items():
+        defaults = cls()
+        for item in dataclasses.fields(cls):
+            kind = _fields(cls)[item.name]
+            yield Knob(section, item.name, kind, getattr(defaults, item.name), item.metadata["doc"])
+
+
+def load(path: str | FilePath, overrides: Iterable[str] = ()) -> Loaded:
+    """The config of a YAML file, changed by `section.key=value` overrides. Raises ConfigError."""
+    tree = read_file(path)
+    _normalize_sections(tree)
+    _apply_overrides(tree, overrides)
+    config = _build(tree)
+    origins = {knob.key: tree.places.get((knob.section, knob.name), DEFAULT) for knob in knobs()}
+    return Loaded(config, origins)
+
+
+def from_dict(tree: Config | Document) -> Config:
+    """The config of a tree {section: {key: value}}, or of a Config made by hand, checked like a file. Raises ConfigError."""
+    if isinstance(tree, Config):
+        tree = dataclasses.asdict(tree)
+    source = Tree(tree)
+    _normalize_sections(source)
+    return _build(source)
+
+
+def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
+    """YAML of every value of `config`, each with its origin as a comment; `load` makes an equal config of it.
+
+    Without an origin a value is `default` where it equals the default, and else `python`.
+    """
+    lines = ["# The whole configuration; each comment says where the value comes from."]
+    section = None
+    for knob in knobs():
+        if knob.section != section:
+            section = knob.section
+            lines.append(f"{section}:")
+        value = getattr(getattr(config, knob.section), knob.name)
+        origin = (origins or {}).get(knob.key, DEFAULT if value == knob.default else "python")
+        # A file name may hold a line break, which would end the comment.
+        lines.append(f"  {knob.name}: {_render(value)}  # {origin if origin.isprintable() else ascii(origin)}")
+    return "\n".join(lines) + "\n"
+
+
+def type_name(kind: Any) -> str:
+    """A field's type in words: `integer or null`, `one of pre, post`, `list of text`."""
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", CorpusConfig: "{path, weight}"}
+    if kind in names:
+        return names[kind]
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if _is_optional(kind):
+        return f"{type_name(parts[0])} or null"
+    if parts[-1] is Ellipsis:
+        return f"list of {type_name(parts[0])}"
+    return "list [" + ", ".join(type_name(part) for part in parts) + "]"
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    """Field name -> resolved type of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
+
+
+def _is_optional(kind: Any) -> bool:
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+# --- sections and overrides ---------------------------------------------------------------------------------------------------
+
+
+def _normalize_sections(tree: Tree) -> None:
+    """Make the root a mapping of known sections to mappings; null (a section whose keys are commented out) becomes empty."""
+    sections = _fields(Config)
+    if not isinstance(tree.root, Mapping):
+        place = tree.place(()) or "config"
+        found = _describe(tree.root)
+        raise ConfigError(
+            f"{place}: the config is {found}, not a mapping. Its top level has the sections {', '.join(sections)}."
+        )
+    root = {}
+    for section, values in tree.root.items():
+        if section not in sections:
+            _fail(tree, (section,), f"is an unknown section. {_suggest_section(str(section))}")
+        if values is not None and not isinstance(values, Mapping):
+            _fail(tree, (section,), f"is {_describe(values)}, not a mapping. Write its keys indented below `{section}:`.")
+        root[section] = dict(values or {})
+    tree.root = root
+
+
+def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
+    """Put each `section.key=value` into the tree. Raises ConfigError for one that is malformed or given twice."""
+    seen: dict[Path, str] = {}
+    for text in overrides:
+        path, value = _read_override(text)
+        if path in seen:
+            raise ConfigError(
+                f"{COMMAND_LINE}: {dotted(path)} is given twice, as {seen[path]!r} and {text!r}. Keep one of them."
+            )
+        seen[path] = text
+        _replace(tree, path, value)
+
+
+def _read_override(text: str) -> tuple[tuple[str, str], Tree]:
+    """`section.key=value` as (section, key) and the tree of the value."""
+    key, equals, value = text.partition("=")
+    section, _, name = key.strip().partition(".")
+    here = f"{COMMAND_LINE}: {text!r}"
+    if not equals:
+        raise ConfigError(f"{here} has no `=`. Write section.key=value, for example optim.lr=1e-3.")
+    if section not in _fields(Config):
+        raise ConfigError(f"{here}: {section!r} is an unknown section. {_suggest_section(section)}")
+    if not name or "." in name:
+        what = "goes deeper than a key" if name else "is a whole section"
+        example = f"{section}.{name.partition('.')[0] or 'key'}=value"
+        raise ConfigError(f"{here}: {key} {what}. Set one key at a time, as {example}.")
+    path = (section, name)
+    return path, read_text(value, here, lambda mark: here, root=path)
+
+
+def _replace(tree: Tree, path: tuple[str, str], new: Tree) -> None:
+    """Put the value of `new`, whose paths begin with `path`, in the place of what `tree` has at `path` (section, key)."""
+    tree.places = {at: place for at, place in tree.places.items() if at[: len(path)] != path} | new.places
+    tree.places[path] = COMMAND_LINE
+    section, name = path
+    tree.root.setdefault(section, {})[name] = new.root
+
+
+# --- values -------------------------------------------------------------------------------------------------------------------
+
+
+def _build(tree: Tree) -> Config:
+    """The config of a tree that passed `_normalize_sections`."""
+    sections = {
+        section: _dataclass(tree, (section,), cls, tree.root.get(section, {})) for section, cls in _fields(Config).items()
+    }
+    return Config(**sections)
+
+
+def _dataclass(tree: Tree, path: Path, cls: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of `cls` from a mapping of its fields. Raises ConfigError for an unknown key."""
+    kinds = _fields(cls)
+    for name in values:
+        if name not in kinds:
+            _fail(tree, (*path, name), f"is an unknown key. {_suggest_key(path, str(name), list(kinds))}")
+    return cls(**{name: _convert(tree, (*path, name), kinds[name], value) for name, value in values.items()})
+
+
+def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
+    """`value` as the type of its field. Raises ConfigError where it has another."""
+    expected = type_name(kind)
+    if _is_optional(kind):
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    if kind is CorpusConfig:
+        return _corpus(tree, path, value)
+    if typing.get_origin(kind) is Literal:
+        return _literal(tree, path, typing.get_args(kind), value)
+    if typing.get_origin(kind) is tuple:
+        return _tuple(tree, path, kind, value)
+    if kind is float:
+        return _float(tree, path, value)
+    if type(value) is not kind:  # exactly: a bool is an int to isinstance
+        _fail(tree, path, f"is {_describe(value)}; expected {expected}.{_hint(kind, value)}")
+    return value
+
+
+def _float(tree: Tree, path: Path, value: Any) -> float:
+    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+", value)
+    if type(value) not in (int, float) and not exponent:
+        _fail(tree, path, f"is {_describe(value)}; expected number.{_hint(float, value)}")
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the range of floats
+        number = math.inf
+    if not math.isfinite(number):
+        _fail(tree, path, f"is {value}; expected a finite number, at most 1.7e308.")
+    return number
+
+
+def _literal(tree: Tree, path: Path, allowed: tuple[Any, ...], value: Any) -> Any:
+    if any(type(value) is type(choice) and value == choice for choice in allowed):
+        return value
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in allowed], n=1)
+    did_you_mean = f" Did you mean {near[0]}?" if near and isinstance(value, str) and near[0] != value else ""
+    _fail(tree, path, f"is {_describe(value)}; expected one of {', '.join(map(str, allowed))}.{did_you_mean}")
+
+
+def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
+    items = typing.get_args(kind)
+    if items[0] is CorpusConfig and isinstance(value, str):
+        value = [value]
+    if items[0] is CorpusConfig and isinstance(value, Mapping):
+        names = "" if "path" in value else " Several named validation sets are not in this release."
+        _fail(tree, path, f"is a mapping; expected a list of {{path, weight}}, as [{{path: PREFIX, weight: 1.0}}].{names}")
+    if not isinstance(value, (list, tuple)):
+        scalar = isinstance(value, str) and items[-1] is Ellipsis
+        _fail(tree, path, f"is {_describe(value)}; expected {type_name(kind)}.{f' Write [{value}].' if scalar else ''}")
+    if items[-1] is Ellipsis:
+        items = (items[0],) * len(value)
+    if len(items) != len(value):
+        _fail(tree, path, f"has {len(value)} values, expected {len(items)}: {type_name(kind)}.")
+    return tuple(_convert(tree, (*path, i), item, part) for i, (item, part) in enumerate(zip(items, value, strict=True)))
+
+
+def _corpus(tree: Tree, path: Path, value: Any) -> CorpusConfig:
+    if isinstance(value, str):
+        return CorpusConfig(path=value)
+    if not isinstance(value, Mapping):
+        _fail(tree, path, f"is {_describe(value)}; expected a path or {{path, weight}}.")
+    if "path" not in value:
+        _fail(tree, path, "has no path. Write {path: PREFIX, weight: 1.0}.")
+    corpus: CorpusConfig = _dataclass(tree, path, CorpusConfig, value)
+    return corpus
+
+
+# --- messages -----------------------------------------------------------------------------------------------------------------
+
+
+def _fail(tree: Tree, path: Path, message: str) -> typing.NoReturn:
+    """Raise ConfigError: place, full path, message."""
+    place = tree.place(path)
+    raise ConfigError(f"{place + ': ' if place else ''}{dotted(path)} {message}")
+
+
+def _describe(value: Any) -> str:
+    """A value in words, short: `the text '8'`."""
+    if value is None:
+        return "null"
+    words = {bool: "the truth value", int: "the integer", float: "the number", str: "the text"}
+    if type(value) not in words:
+        return (
+            "a mapping"
+            if isinstance(value, Mapping)
+            else "a list"
+            if isinstance(value, (list, tuple))
+            else f"a Python {type(value).__name__}"
+        )
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{words[type(value)]} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def _hint(kind: Any, value: Any) -> str:
+    """How to write `value` so that it is of type `kind`, where that can be guessed."""
+    if kind is str and isinstance(value, (bool, int, float)):
+        return " Put text in quotes."
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return f" Write {int(value)}."
+    if kind in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", value):
+        return f" Write {value} without quotes."
+    return ""
+
+
+def _suggest_section(name: str) -> str:
+    """What may have been meant by an unknown section: a section of a similar name, or a key that lost its section."""
+    sections = list(_fields(Config))
+    if near := difflib.get_close_matches(name, sections, n=1):
+        return f"Did you mean {near[0]}? Sections: {', '.join(sections)}."
+    if owner := [knob.section for knob in knobs() if knob.name == name]:
+        return f"The key {name} belongs under `{owner[0]}:`, as {owner[0]}.{name}."
+    return f"Sections: {', '.join(sections)}."
+
+
+def _suggest_key(path: Path, name: str, known: list[str]) -> str:
+    """What may have been meant by an unknown key: one of the same section, or one of this name in another."""
+    if len(path) == 1:
+        for knob in knobs():
+            if knob.name == name:
+                return f"Did you mean {knob.key}?"
+    if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
+        return f"Did you mean {dotted((*path, near[0]))}?"
+    return f"Known keys of {dotted(path)}: {', '.join(known)}."
+
+
+# --- rendering ----------------------------------------------------------------------------------------------------------------
+
+
+def _render(value: Any) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, CorpusConfig):
+        return f"{{path: {_render(value.path)}, weight: {_render(value.weight)}}}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_render, value))}]"
+    plain = not isinstance(value, str) or _reads_as_itself(value)
+    text = yaml.safe_dump(value, default_style=None if plain else '"', width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _reads_as_itself(text: str) -> bool:
+    """Whether plain (unquoted) `text` is that text to YAML everywhere, within brackets too."""
+    looks_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) is not None
+    return looks_plain and yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == "tag:yaml.org,2002:str"

@@ -1,0 +1,157 @@
+"""YAML text -> a plain tree that remembers where each part was written, so that every error can name file and line.
+
+Only what a config needs is read: mappings with plain keys, lists and scalars, one document. Tags, anchors and aliases are
+refused before anything is built (no object construction, no alias bombs), duplicate keys are errors, and the surprises of
+YAML 1.1 are too: `010` is not 8, `1:30` is not 90, a date stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+
+LARGEST_FILE = 1 << 18
+"""Bytes; a config has a few thousand. Keeps a checkpoint or a corpus given by mistake from being read whole."""
+
+DEEPEST = 16
+"""Levels of nesting; the schema needs four."""
+
+Path = tuple[str | int, ...]
+"""Keys and list places from the root: ("data", "train", 0, "path")."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used: says what is wrong, where, and what would work."""
+
+
+@dataclass
+class Tree:
+    """A plain tree of mappings, lists and scalars, and where its parts were written."""
+
+    root: Any = None
+    places: dict[Path, str] = field(default_factory=dict)
+    """`file:line`, `command line` ... of every key and list element; empty for a tree made in Python."""
+
+    def place(self, path: Path) -> str | None:
+        """Where `path` was written, or else the nearest part of the tree around it."""
+        return next((self.places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.places), None)
+
+
+def dotted(path: Path) -> str:
+    """The path as messages show it: data.train[0].path."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+
+
+def read_file(path: str | FilePath) -> Tree:
+    """The tree of a YAML file. Raises ConfigError for anything that is not one whole, readable, non-empty text file of YAML."""
+    name = str(path)
+    try:
+        with FilePath(path).open("rb") as file:
+            data = file.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{name}: no such file (relative paths start at {FilePath.cwd()}).") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{name} is a directory. Give a YAML file in it.") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        raise ConfigError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+    if len(data) > LARGEST_FILE:
+        raise ConfigError(f"{name} has more than {LARGEST_FILE} bytes: this is not a config. Give a YAML file.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not text: byte {error.start} is not UTF-8. Give a YAML file in UTF-8.") from None
+    if "\0" in text:
+        raise ConfigError(f"{name} is a binary file (it has NUL bytes). Give a YAML file.")
+    tree = read_text(text, name, lambda mark: f"{name}:{mark.line + 1}")
+    if tree.root is None:
+        raise ConfigError(f"{name} is empty. Write at least one section, for example `data: {{train: PREFIX}}`.")
+    return tree
+
+
+def read_text(text: str, name: str, locate: Callable[[yaml.Mark], str], root: Path = ()) -> Tree:
+    """The tree of YAML text, every path headed by `root`. Raises ConfigError.
+
+    `locate` words the place of a mark; `name` stands in messages where no mark is known.
+    """
+    try:
+        _refuse_yaml_machinery(text, locate)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        raise ConfigError(f"{locate(mark) if mark else name}: this is not YAML: {what}.") from None
+    tree = Tree()
+    if node is not None:
+        tree.root = _plain(node, root, tree, locate)
+    return tree
+
+
+def _refuse_yaml_machinery(text: str, locate: Callable[[yaml.Mark], str]) -> None:
+    """Refuse tags, anchors, aliases and deep nesting by the tokens alone, in time linear in the text."""
+    kinds = {yaml.TagToken: "a YAML tag (!)", yaml.AnchorToken: "a YAML anchor (&)", yaml.AliasToken: "a YAML alias (*)"}
+    opens = (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+    closes = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if type(token) in kinds:
+            place = locate(token.start_mark)
+            raise ConfigError(
+                f"{place}: {kinds[type(token)]} is not accepted in a config. Write the value out; put text in quotes."
+            )
+        depth += isinstance(token, opens) - isinstance(token, closes)
+        if depth > DEEPEST:
+            raise ConfigError(
+                f"{locate(token.start_mark)}: nested more than {DEEPEST} levels deep. A config is sections of keys."
+            )
+
+
+def _plain(node: yaml.Node, path: Path, tree: Tree, locate: Callable[[yaml.Mark], str]) -> Any:
+    """The plain value of a node; notes the places of all that is in it."""
+    if path not in tree.places:
+        tree.places[path] = locate(node.start_mark)
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, path, tree, locate)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*path, i), tree, locate) for i, item in enumerate(node.value)]
+    return _scalar(node.tag.rpartition(":")[2], node.value, locate(node.start_mark))
+
+
+def _mapping(node: yaml.MappingNode, path: Path, tree: Tree, locate: Callable[[yaml.Mark], str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        here = locate(key_node.start_mark)
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{here}: a list or mapping cannot be a key. Write `key: value`.")
+        key = key_node.value
+        at = (*path, key)
+        if key in values:
+            raise ConfigError(f"{here}: {dotted(at)} is given twice, first at {tree.places[at]}. Keep one of them.")
+        tree.places[at] = here
+        values[key] = _plain(value_node, at, tree, locate)
+    return values
+
+
+def _scalar(kind: str, text: str, place: str) -> Any:
+    """The value of a scalar that YAML 1.1 resolved to `kind`: numbers in decimal, null, true and false; all else is text."""
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return yaml.SafeLoader.bool_values[text.lower()]
+    if kind == "int":
+        if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]{0,30})", text):
+            raise ConfigError(
+                f"{place}: {text[:40]} is not a plain decimal number. Write it in decimal, or in quotes if it is text."
+            )
+        return int(text.replace("_", ""))
+    if kind == "float":
+        if ":" in text:
+            raise ConfigError(
+                f"{place}: {text[:40]} is not a plain decimal number. Write it in decimal, or in quotes if it is text."
+            )
+        return float(text.replace("_", "").lower().replace(".inf", "inf").replace(".nan", "nan"))
+    return text
