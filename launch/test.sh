@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# The whole check of a checkout: virtual environment, installation with the test tools, lint, types, import contracts, tests.
+#
+#   bash launch/test.sh                    under 15 minutes on 2 cores
+#   bash launch/test.sh --all              the slow tests too
+#   bash launch/test.sh tests/data -k bpe  everything after --all goes to pytest
+#
+# Tests that need a GPU run where there is one. Exit code 0 only if every check passed. Runs on bash 3.2 (macOS).
+set -euo pipefail
+
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+case "${1:-}" in
+    -h | --help)
+        sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+esac
+
+slow="not slow"
+if [ "${1:-}" = --all ]; then
+    slow=""
+    shift
+fi
+
+bash "$root/launch/install.sh" test
+python="${MEGATRAIN_VENV:-$root/.venv}/bin/python"
+cd "$root"
+
+failed=0
+PYTHON="$python" bash "$root/launch/lint.sh" || failed=1
+
+gpu=""
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    gpu="not gpu"
+fi
+compiler=""
+if ! command -v c++ >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1 && ! command -v clang++ >/dev/null 2>&1; then
+    compiler="not compiler"
+    echo "NOTE: no C++ compiler here: the tests marked 'compiler' are left out (Debian, Ubuntu: sudo apt install g++)"
+fi
+marks=""
+for mark in "$slow" "$gpu" "$compiler"; do
+    if [ -n "$mark" ]; then marks="${marks:+$marks and }$mark"; fi
+done
+
+# One thread per process: simulated ranks and gloo processes share the cores already.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -m "$marks" "$@" || failed=1
+if [ "$failed" -ne 0 ]; then
+    echo "launch/test.sh: FAILED" >&2
+fi
+exit "$failed"
