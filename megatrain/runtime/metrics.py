@@ -1,0 +1,333 @@
+"""What a run tells the world: metrics.jsonl, events.jsonl, TensorBoard, console lines. Rank 0 writes them.
+
+Every line of the two .jsonl files is one JSON object, written whole in one call to a file opened for appending, so that several
+processes may write events to one file and a killed run leaves whole lines. JSON has no NaN: a value that is not finite is null
+and the row then has `nonfinite`, which says what it was: {"step": 7, "loss": null, ..., "nonfinite": {"loss": "nan"}}.
+
+Records are worth less than the run. A directory that cannot be written is an error at the start; later a full disk gives one
+warning, training goes on, and lines are written again once there is space.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from megatrain.runtime.progress import StepBar, person_watching
+
+if TYPE_CHECKING:
+    from megatrain.runtime.tensorboard import TensorBoard
+
+EventKind = Literal["start", "resume", "save", "spike", "rollback", "skip_data", "hang", "death", "signal", "end"]
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One optimizer update, as in metrics.jsonl."""
+
+    step: int
+    """Updates so far, this one included: the first is 1."""
+    loss: float
+    """Mean over the valid tokens of the global batch, before the update, in nats."""
+    token_accuracy: float | None
+    """Share of these tokens whose most probable prediction was right."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    tokens: int
+    """Tokens consumed since the first step, this one included."""
+    tokens_per_second: float
+    """Of the whole job, in this step."""
+    step_seconds: float
+    tflops_per_device: float
+    mfu: float | None
+    hfu: float | None
+    memory_peak_bytes: int
+    """Largest so far on this rank."""
+    skipped: bool = False
+    """The gradient was not finite and the weights were left alone."""
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One evaluation on held-out tokens, as in metrics.jsonl."""
+
+    step: int
+    """Updates done before it."""
+    valid_loss: float
+    """Mean over the held-out tokens, in nats."""
+    valid_tokens: int
+    valid_token_accuracy: float | None
+    tokens: int
+    """Training tokens consumed before it."""
+    eval_seconds: float
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, to which several processes may append."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create `path`; a half-written last line (a crash of the machine) is closed, not glued to. Raises OSError."""
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(self._file).st_size
+        self._broken = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one line in one call, so that lines of other processes cannot come between. Raises OSError."""
+        line = (json.dumps(finite(record), default=str) + "\n").encode()
+        if self._broken:
+            line = b"\n" + line
+        written = os.write(self._file, line)
+        self._broken = written < len(line)
+        if self._broken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def close(self) -> None:
+        """Close the file; it must not be used afterwards."""
+        os.close(self._file)
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for every value that JSON cannot hold, and then `nonfinite`, which says what these were."""
+    lost = {key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    kept = {key: None if key in lost else value for key, value in record.items()}
+    return {**kept, "nonfinite": lost} if lost else kept
+
+
+def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of a metrics.jsonl that count: (steps, evaluations), each in order of step.
+
+    A run that goes back to an earlier step (a resume) takes back what was written from there on: the last row of a step counts.
+    Lines that are no whole JSON object (the end of a file after a crash) are skipped. A file that is not there is an OSError.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
+    latest = -1
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                step = int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if "valid_loss" in row:
+                evaluations[step] = row
+                continue
+            if step <= latest:
+                steps = {s: r for s, r in steps.items() if s < step}
+                evaluations = {s: r for s, r in evaluations.items() if s < step}
+            steps[step] = row
+            latest = step
+    return list(steps.values()), [evaluations[step] for step in sorted(evaluations)]
+
+
+class RunLog:
+    """Everything that a run writes where people look. Every rank has one; only rank 0's writes more than events."""
+
+    def __init__(
+        self,
+        log_dir: Path | str,
+        *,
+        total_steps: int,
+        sequence_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        every: int = 1,
+        writers: Sequence[str] = ("tensorboard",),
+        watched: bool | None = None,
+    ) -> None:
+        """Open the files of a run that has done `start_step` of `total_steps` updates.
+
+        `every` is the steps between console lines (log.every) and `writers` is log.to. `watched` draws a progress bar, by
+        default where stderr is a terminal. Raises OSError, on rank 0, where `log_dir` cannot be written.
+        """
+        if every < 1:
+            raise ValueError(f"log.every={every} is no number of steps. Use 1 for a console line at each step, or 100.")
+        self.directory = Path(log_dir)
+        self._rank, self._every, self._first, self._total = rank, every, start_step + 1, total_steps
+        self._warned: set[str] = set()
+        self._metrics: JsonLines | None = None
+        self._events: JsonLines | None = None
+        self._tensorboard: TensorBoard | None = None
+        self._bar: StepBar | None = None
+        if rank != 0:
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._metrics = JsonLines(self.directory / "metrics.jsonl")
+            self._events = JsonLines(self.directory / "events.jsonl")
+            if "tensorboard" in writers:
+                from megatrain.runtime.tensorboard import TensorBoard  # noqa: PLC0415  (0.3 s that only rank 0 need spend)
+
+                self._tensorboard = TensorBoard(self.directory / "tensorboard", sequence_length, world_size, start_step)
+                self._restore_sample_curves(start_step)
+        except OSError as error:
+            reason = f"log.dir={log_dir} cannot be written ({error.strerror or error})."
+            raise OSError(error.errno, f"{reason} Set log.dir to a directory of your own, such as /tmp/run.") from error
+        if person_watching() if watched is None else watched:
+            self._bar = StepBar(total_steps, start_step)
+
+    def step(self, row: StepRow) -> None:
+        """Record one update. The console shows the first, every `every`th, the last, and any that went wrong."""
+        if self._rank != 0:
+            return
+        self._append(self._metrics, asdict(row))
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.step, asdict(row))
+        if self._bar is not None:
+            self._bar.update(row.step, row.loss, row.tokens_per_second)
+        wrong = row.skipped or not math.isfinite(row.loss)
+        if row.step % self._every == 0 or row.step in (self._first, self._total) or wrong:
+            self.say(step_line(row, self._total))
+
+    def evaluation(self, row: EvaluationRow) -> None:
+        """Record one evaluation."""
+        if self._rank != 0:
+            return
+        self._append(self._metrics, asdict(row))
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.evaluation, asdict(row))
+        self.say(evaluation_lines(row))
+
+    def event(self, kind: EventKind, step: int | None = None, rank: int | None = None, **fields: Any) -> None:
+        """Append an event; any rank may, and `rank` names the one that is the cause. Threads may call it."""
+        record: dict[str, Any] = {
+            "event": kind,
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "step": step,
+        }
+        if rank is not None:
+            record["rank"] = rank
+        if self._events is None:
+            self._try("events.jsonl", self._open_events)
+        self._append(self._events, {**record, **fields})
+
+    def say(self, text: str) -> None:
+        """Print lines on stdout, above the progress bar if there is one; rank 0 only."""
+        if self._rank != 0:
+            return
+        if self._bar is not None and sys.stdout.isatty():
+            self._bar.print(text)
+        else:
+            self._try("stdout", _print, text)
+
+    def draw(self, references: Mapping[str, float] | None = None) -> None:
+        """Redraw loss.png from metrics.jsonl, with horizontal lines at `references` (nats); rank 0 only."""
+        if self._rank == 0:
+            self._try("loss.png", self._draw, references or {})
+
+    def close(self) -> None:
+        """Take down the bar, flush and close the files. May be called twice."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.close)
+            self._tensorboard = None
+        for file in (self._metrics, self._events):
+            if file is not None:
+                file.close()
+        self._metrics = self._events = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open_events(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._events = JsonLines(self.directory / "events.jsonl")
+
+    def _restore_sample_curves(self, start_step: int) -> None:
+        """Write again the curves over samples that TensorBoard drops on a resume (see TensorBoard)."""
+        if self._tensorboard is not None and start_step > 0:
+            steps, evaluations = read_metrics(self.directory / "metrics.jsonl")
+            self._tensorboard.restore(
+                [row for row in steps if row["step"] <= start_step], [row for row in evaluations if row["step"] <= start_step]
+            )
+
+    def _draw(self, references: Mapping[str, float]) -> None:
+        from megatrain.runtime.plot import draw_loss  # noqa: PLC0415  (0.5 s that only rank 0 need spend)
+
+        draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
+
+    def _append(self, file: JsonLines | None, record: Mapping[str, Any]) -> None:
+        if file is not None:
+            self._try(file.path.name, file.append, record)
+
+    def _try(self, what: str, write: Callable[..., None], *args: Any) -> None:
+        """Write, or say once on stderr that it cannot be done."""
+        try:
+            write(*args)
+        except OSError as error:
+            if what not in self._warned:
+                self._warned.add(what)
+                sys.stderr.write(
+                    f"warning: {what} of {self.directory} cannot be written ({error.strerror or error}); training goes on\n"
+                )
+
+
+def step_line(row: StepRow, total_steps: int) -> str:
+    """One update in Megatron's shape: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`."""
+    parts = [
+        f"step {row.step}/{total_steps}",
+        f"loss: {row.loss:.4E}",
+        f"grad norm: {row.grad_norm:.3f}",
+        f"learning rate: {row.learning_rate:.3E}",
+        f"tokens/s: {row.tokens_per_second:.0f}",
+        f"step time (ms): {1000 * row.step_seconds:.1f}",
+        f"TFLOP/s per device: {row.tflops_per_device:.3f}",
+    ]
+    if row.mfu is not None:
+        parts.append(f"mfu: {100 * row.mfu:.1f}%")
+    if row.skipped:
+        parts.append("skipped")
+    return " | ".join(parts) + " |"
+
+
+def evaluation_lines(row: EvaluationRow) -> str:
+    """One evaluation in Megatron's shape, between dashed rules."""
+    parts = [
+        f"validation loss at step {row.step}",
+        f"lm loss value: {row.valid_loss:.6E}",
+        f"lm loss PPL: {perplexity(row.valid_loss):.6E}",
+    ]
+    if row.valid_token_accuracy is not None:
+        parts.append(f"token accuracy: {100 * row.valid_token_accuracy:.2f}%")
+    line = " | ".join(parts) + " |"
+    return "\n".join(("-" * len(line), line, "-" * len(line)))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), of at most 20 nats as in Megatron, so that a diverged run still has a number."""
+    return math.exp(min(20.0, loss))
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Largest memory so far: of tensors on a GPU, of the whole process (resident set) on CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _print(text: str) -> None:
+    """One write a call, so that lines of several processes do not mix."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

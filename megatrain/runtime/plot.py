@@ -1,0 +1,151 @@
+"""Draws RUN/loss.png: what a run has learnt so far, on one picture.
+
+Figures are made without pyplot: it keeps every figure in a global list and picks a windowing backend, neither of which a
+training process wants.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from megatrain.runtime.metrics import read_metrics
+
+_INK, _FAINT, _GRID = "#22272e", "#7a828c", "#e6e8eb"
+_TRAIN, _VALID, _RATE = "#2f6fb5", "#d9622b", "#4b9b6e"
+_REFERENCES = ("#8a63b8", "#a08a3c", "#5d7a86", "#b05a7a")
+
+_Numbers = NDArray[np.float64]
+
+
+def draw_loss(metrics: Path | str, png: Path | str, references: Mapping[str, float] | None = None) -> None:
+    """Draw metrics.jsonl at `metrics` as a picture at `png`, which is replaced at once and never seen half-written.
+
+    Training loss, each step and smoothed; validation loss; the learning rate below; and a dashed line at each of `references`
+    (label: nats), such as a unigram's entropy. Losses that are not finite leave gaps. Raises OSError where a file cannot be
+    read or written.
+    """
+    steps, evaluations = read_metrics(metrics)
+    figure = Figure(figsize=(9.0, 6.0), dpi=120, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4.5, 1.0))
+    _draw_losses(upper, steps, evaluations, references or {})
+    _draw_rate(lower, steps)
+    figure.suptitle(_title(steps, evaluations), x=0.01, ha="left", fontsize=11, color=_INK)
+    png = Path(png)
+    part = png.with_name(f".{png.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png")
+        part.replace(png)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def smooth(values: _Numbers, window: float) -> _Numbers:
+    """Mean of each value and those before it, weighted exp(-distance / window); NaN stays NaN and counts for no other."""
+    out = np.full(len(values), np.nan)
+    total = weight = 0.0
+    decay = math.exp(-1.0 / window)
+    for i, value in enumerate(values):
+        total, weight = total * decay, weight * decay
+        if np.isfinite(value):
+            total, weight = total + value, weight + 1.0
+            out[i] = total / weight
+    return out
+
+
+def _draw_losses(
+    axes: Axes, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], references: Mapping[str, float]
+) -> None:
+    at, loss = _column(steps, "step"), _column(steps, "loss")
+    smoothed = smooth(loss, max(1.0, len(loss) / 60))
+    few = len(loss) <= 40
+    axes.plot(
+        at, loss, color=_TRAIN, alpha=0.3, linewidth=0.8, marker="o" if few else "", markersize=3, label="train, each step"
+    )
+    axes.plot(at, smoothed, color=_TRAIN, linewidth=1.8, label="train, smoothed")
+    valid_at, valid = _column(evaluations, "step"), _column(evaluations, "valid_loss")
+    if len(valid):
+        axes.plot(
+            valid_at,
+            valid,
+            color=_VALID,
+            linewidth=1.4,
+            marker="o",
+            markersize=4.5,
+            markeredgecolor="white",
+            label="validation",
+        )
+    for (label, value), color in zip(references.items(), _REFERENCES * len(references), strict=False):
+        axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), label=f"{label} ({value:.2f})")
+    _limit_losses(axes, np.concatenate((smoothed, loss[:1], valid, np.array([*references.values()], dtype=np.float64))), loss)
+    axes.set_ylabel("loss (nats per token)", color=_INK)
+    axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
+    _style(axes)
+
+
+def _limit_losses(axes: Axes, shown: _Numbers, loss: _Numbers) -> None:
+    """Frame what must be seen: one spike of a raw loss may leave the picture, but not flatten everything else."""
+    shown, loss = shown[np.isfinite(shown)], loss[np.isfinite(loss)]
+    if not len(shown):
+        return
+    bottom = min(shown.min(), np.percentile(loss, 0.5)) if len(loss) else shown.min()
+    top = max(shown.max(), np.percentile(loss, 99.5)) if len(loss) else shown.max()
+    margin = 0.05 * (top - bottom) or 0.5
+    axes.set_ylim(bottom - margin, top + margin)
+
+
+def _draw_rate(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
+    at, rate = _column(steps, "step"), _column(steps, "learning_rate")
+    axes.plot(at, rate, color=_RATE, linewidth=1.4, marker="o" if len(rate) == 1 else "", markersize=3)
+    axes.fill_between(at, rate, color=_RATE, alpha=0.12, linewidth=0)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.yaxis.set_major_locator(MaxNLocator(2))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("learning rate", color=_INK)
+    axes.set_xlabel("step", color=_INK)
+    _style(axes)
+
+
+def _style(axes: Axes) -> None:
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.margins(x=0.01)
+    axes.tick_params(colors=_FAINT, labelsize=9, length=0)
+    axes.yaxis.get_offset_text().set_color(_FAINT)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_GRID)
+
+
+def _title(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not steps and not evaluations:
+        return "no step yet"
+    parts = [f"step {max(row['step'] for row in (*steps[-1:], *evaluations[-1:]))}"]
+    if steps:
+        parts.append(f"train loss {_number(steps[-1].get('loss'))}")
+    if evaluations:
+        parts.append(f"validation loss {_number(evaluations[-1].get('valid_loss'))}")
+    if steps and steps[-1].get("tokens"):
+        parts.append(f"{steps[-1]['tokens']:,} tokens")
+    return "   ·   ".join(parts)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
+
+
+def _column(rows: Sequence[Mapping[str, Any]], key: str) -> _Numbers:
+    """One field of all rows; NaN where it is null or missing."""
+    return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)

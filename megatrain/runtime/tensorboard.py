@@ -1,0 +1,104 @@
+"""TensorBoard under Megatron's tag names, so that charts made for a Megatron run read a run of megatrain.
+
+Megatron draws most values twice, over steps and over samples (`lm loss`, `lm loss vs samples`). A resume must take back the
+points that will come again, and TensorBoard does so by one number for all tags: everything at or beyond that step. Samples are
+larger numbers than steps, so the curves over samples would go with it; they are written again from metrics.jsonl.
+
+The records and the event format are tensorboard's; the file is written here, one record a row in one call without a thread, so
+that a killed run loses nothing and a full disk is an error where it happens.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from megatrain.runtime.metrics import perplexity
+
+RESTORED_ROWS = 4000
+"""Rows written again on a resume, evenly spaced; TensorBoard itself shows 1000 points of a scalar unless told otherwise."""
+
+Row = Mapping[str, Any]
+
+
+class TensorBoard:
+    """Writes rows of metrics.jsonl as scalars."""
+
+    def __init__(self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0) -> None:
+        """Start an event file in `directory`; points after `start_step` from before are taken back. Raises OSError."""
+        self._sequence_length, self._world_size = sequence_length, world_size
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if start_step > 0:
+            restart = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
+
+    def step(self, row: Row) -> None:
+        """One update. Raises OSError where the disk is full."""
+        self._scalars(
+            row["step"],
+            {
+                **_training(row),
+                "batch-size": round(row["tokens_per_second"] * row["step_seconds"] / self._sequence_length),
+                "world-size": self._world_size,
+                "iteration-time": row["step_seconds"],
+                "throughput": row["tflops_per_device"],
+                "mem-max-allocated-bytes": row["memory_peak_bytes"],
+            },
+        )
+        self._over_samples(row, _training(row))
+
+    def evaluation(self, row: Row) -> None:
+        """One evaluation. Raises OSError where the disk is full."""
+        self._scalars(row["step"], _validation(row))
+        self._over_samples(row, _validation(row))
+
+    def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
+        """Write again the curves over samples of a run that resumes. Raises OSError where the disk is full."""
+        for rows, values in ((steps, _training), (evaluations, _validation)):
+            stride = max(1, -(-len(rows) // RESTORED_ROWS))
+            for row in rows[::stride]:
+                self._over_samples(row, values(row))
+
+    def close(self) -> None:
+        """Close the file; it must not be used afterwards."""
+        os.close(self._file)
+
+    def _over_samples(self, row: Row, values: Mapping[str, float | None]) -> None:
+        self._scalars(row["tokens"] // self._sequence_length, {f"{tag} vs samples": value for tag, value in values.items()})
+
+    def _scalars(self, at: int, values: Mapping[str, float | None]) -> None:
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
+        self._write(Event(wall_time=time.time(), step=at, summary=Summary(value=points)))
+
+    def _write(self, event: Event) -> None:
+        """Append one record whole, or nothing: readers stop for good at half a record."""
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        data = record.getvalue()
+        before = os.fstat(self._file).st_size
+        if os.write(self._file, data) < len(data):
+            os.ftruncate(self._file, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _training(row: Row) -> dict[str, float | None]:
+    """What Megatron draws over steps and over samples; null where metrics.jsonl has null."""
+    return {"lm loss": row["loss"], "grad-norm": row["grad_norm"], "learning-rate": row["learning_rate"]}
+
+
+def _validation(row: Row) -> dict[str, float | None]:
+    loss = row["valid_loss"]
+    return {"lm loss validation": loss, "lm loss validation ppl": None if loss is None else perplexity(loss)}
