@@ -1,0 +1,69 @@
+"""docs/config.md, made from the schema: `python -m megatrain.config.reference > docs/config.md`.
+
+A test compares the committed page with `reference()`, so that the page cannot fall behind the code.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from megatrain.config.load import Knob, knobs, type_name
+from megatrain.config.schema import Config
+from megatrain.config.validate import DEFERRED, LATER_WRITERS, choices, show
+
+HEAD = """# Configuration
+
+<!-- Made by `python -m megatrain.config.reference > docs/config.md`. Change megatrain/config/schema.py, not this page. -->
+
+A run is one YAML file and any number of overrides:
+
+```
+megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX data.tokenizer=bytes optim.lr=1e-3
+```
+
+- The file has one mapping per section below; what it leaves out has its default. An override is `section.key=value`, its value
+  read as YAML, and replaces what the file says; the same key twice is an error, in the file and on the command line.
+- An unknown key is an error that names the file, the line and the nearest known key. Nothing is coerced, but an integer serves
+  as a number, and so does `1e-4`. Put text that looks like something else in quotes (`"010"`, `"no"`).
+- Tags, anchors and aliases of YAML are refused. Relative paths start at the working directory, wherever the file lies.
+- A corpus list may be written as one path, as a list of paths, or in full:
+  `[{path: PREFIX, weight: 0.7}, {path: OTHER, weight: 0.3}]`.
+- `log.dir/config.yaml` holds every value of a run, each with its origin as a comment; `megatrain train` takes it again.
+- Values marked *later* are known, but refused in this release with a message that says why.
+"""
+
+
+def reference() -> str:
+    """The whole page: one table per section of the schema."""
+    parts = [HEAD]
+    section = None
+    for knob in knobs():
+        if knob.section != section:
+            section = knob.section
+            parts.append(
+                f"\n## {section}\n\n{_purpose(section)}\n\n| key | type | default | what it does |\n| --- | --- | --- | --- |\n"
+            )
+        parts.append(f"| `{knob.name}` | {type_name(knob.kind)} | `{show(knob.default)}` | {knob.doc}{_later(knob)} |\n")
+    return "".join(parts)
+
+
+def _purpose(section: str) -> str:
+    """The first line of the section's docstring."""
+    cls: Any = type(getattr(Config(), section))
+    return str(cls.__doc__).partition("\n")[0]
+
+
+def _later(knob: Knob) -> str:
+    """What of the knob is refused today, and why."""
+    if knob.key == "log.to":
+        return f" *Later: {choices(LATER_WRITERS)}.*"
+    for rule in DEFERRED:
+        if rule.key == knob.key:
+            now = choices(f"`{show(value)}`" for value in rule.allowed)
+            return f" *Later: all but {now} ({rule.why}).*"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

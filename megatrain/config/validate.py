@@ -1,0 +1,277 @@
+"""The rules between knobs: what cannot be split, what contradicts, what a later release delivers.
+
+`load.py` has checked that every value is of its type; here the values are held against each other and against the number of
+processes, before anything is built. Each refusal says what is wrong, the numbers, the key to change and a value that works.
+Nothing is ignored: what this release does not do yet is refused, by the table DEFERRED (docs/config.md shows it too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatrain.config.load import ConfigError, knobs
+from megatrain.config.schema import Config, ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A knob of which this release accepts some values only."""
+
+    key: str
+    allowed: tuple[Any, ...]
+    why: str
+
+
+DEFERRED = (
+    Deferred("model.family", ("gpt",), "GLM comes in a later release"),
+    Deferred("model.preset", (None,), "published shapes come in a later release; give the shape key by key"),
+    Deferred("model.init_from", (None,), "starting from given weights comes in a later release"),
+    Deferred("model.norm_placement", ("pre",), "other placements of the norms come in a later release"),
+    Deferred("model.position", ("learned", "rope"), "other position encodings come in a later release"),
+    Deferred("parallel.pipeline_parallel_size", (1,), "pipeline parallelism comes in a later release"),
+    Deferred("parallel.virtual_pipeline_size", (1,), "pipeline parallelism comes in a later release"),
+    Deferred("parallel.schedule", ("1f1b",), "with one pipeline stage the schedule is 1f1b; others come in a later release"),
+    Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
+    Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
+    Deferred("parallel.zero_stage", (0,), "optimizer state is not sharded over the data-parallel ranks yet"),
+    Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
+    Deferred("train.tokens", (None,), "a token budget comes in a later release; give train.steps"),
+    Deferred("train.precision", ("bf16", "fp32", "fp64"), "loss scaling for FP16 comes in a later release"),
+    Deferred("train.recompute", ("none",), "activation recomputation comes in a later release"),
+)
+
+WRITERS = ("tensorboard",)
+LATER_WRITERS = ("wandb", "mlflow")
+"""What `log.to` takes, now and later."""
+
+POSITIVE = (
+    *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")),
+    *(f"model.{name}" for name in ("seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
+    "parallel.tensor_parallel_size",
+    *(f"optim.{name}" for name in ("lr", "eps", "decay_fraction")),
+    *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),
+    *(f"log.{name}" for name in ("every", "peak_tflops")),
+)
+NOT_NEGATIVE = (
+    *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad")),
+    *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches")),
+    *(f"checkpoint.{name}" for name in ("save_every", "keep")),
+)
+BELOW_ONE = ("model.dropout", "optim.betas", "optim.momentum")
+"""In [0, 1)."""
+NOT_EMPTY = ("data.tokenizer", "data.cache_dir", "checkpoint.dir", "checkpoint.resume", "log.dir")
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Hold every rule against `config` in a world of `world_size` processes. Raises ConfigError at the first one broken."""
+    _require_released(config)
+    _require_ranges(config)
+    _require_data(config)
+    _require_heads(config.model)
+    _require_tensor_split(config.model, config.parallel, world_size)
+    _require_world(config, world_size)
+    _require_batches(config, world_size)
+    _require_learning_rates(config)
+    _require_device(config)
+
+
+def choices(values: Iterable[Any]) -> str:
+    """`1, 2 or 4`."""
+    words = [str(value) for value in values]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def show(value: Any) -> str:
+    """A value as it is written in a config."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(show, value))}]"
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _values(config: Config) -> dict[str, Any]:
+    """`section.key` -> value."""
+    return {knob.key: getattr(getattr(config, knob.section), knob.name) for knob in knobs()}
+
+
+def _require_released(config: Config) -> None:
+    values = _values(config)
+    for rule in DEFERRED:
+        value = values[rule.key]
+        if value not in rule.allowed:
+            use = choices(map(show, rule.allowed))
+            raise ConfigError(f"{rule.key}={show(value)} is not in this release: {rule.why}. Use {rule.key}={use}.")
+    for writer in config.log.to:
+        if writer in LATER_WRITERS:
+            raise ConfigError(f"log.to={show(config.log.to)}: {writer} is not in this release. Use log.to=[tensorboard] or [].")
+        if writer not in WRITERS:
+            raise ConfigError(f"log.to={show(config.log.to)}: {writer!r} is no known writer. Use log.to=[tensorboard] or [].")
+
+
+def _require_ranges(config: Config) -> None:
+    """Each number must lie within its own bounds; null stands for a derived value, or for none."""
+    values = _values(config)
+    defaults = {knob.key: knob.default for knob in knobs()}
+    bounds = (
+        (POSITIVE, "must be greater than 0", lambda number: number > 0),
+        (NOT_NEGATIVE, "must be 0 or more", lambda number: number >= 0),
+        (BELOW_ONE, "must lie in [0, 1)", lambda number: 0 <= number < 1),
+        (("optim.decay_fraction",), "must be at most 1", lambda number: number <= 1),
+        (("train.seed",), "must be less than 2^63", lambda number: number < 1 << 63),
+        (NOT_EMPTY, "must not be empty text", bool),
+    )
+    for keys, rule, holds in bounds:
+        for key in keys:
+            value = values[key]
+            parts = value if isinstance(value, tuple) else (value,)
+            if not all(part is None or holds(part) for part in parts):
+                shown = repr(value) if isinstance(value, str) else show(value)
+                raise ConfigError(f"{key}={shown} {rule}. Use for example {show(defaults[key])}.")
+
+
+def _require_data(config: Config) -> None:
+    if not config.data.train:
+        raise ConfigError("data.train is empty. Use the prefix of a .bin/.idx pair, as `megatrain data tokenize` writes it.")
+    for name, corpora in (("train", config.data.train), ("valid", config.data.valid)):
+        for i, corpus in enumerate(corpora):
+            if not corpus.path:
+                raise ConfigError(f"data.{name}[{i}].path is empty. Use the prefix of a .bin/.idx pair.")
+            if not corpus.weight > 0:
+                what = f"data.{name}[{i}].weight={corpus.weight}"
+                raise ConfigError(f"{what} must be greater than 0. Use for example 1.0, or leave the corpus out.")
+    if config.model.vocab_size is None and config.data.tokenizer is None:
+        raise ConfigError(
+            "model.vocab_size and data.tokenizer are both null, so the vocabulary is unknown. "
+            "Use data.tokenizer=bytes, data.tokenizer=TOKENIZER.json or a number for model.vocab_size."
+        )
+
+
+def _require_heads(model: ModelConfig) -> None:
+    hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.query_groups
+    if hidden % heads:
+        raise ConfigError(
+            f"model.hidden_size={hidden} is not a multiple of model.num_attention_heads={heads}. Use model.hidden_size="
+            f"{choices(_multiples(hidden, heads))}, or model.num_attention_heads={choices(_nearest(_divisors(hidden), heads))}."
+        )
+    if heads % groups:
+        raise ConfigError(
+            f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}. "
+            f"Use model.num_query_groups={choices(_divisors(heads))}."
+        )
+    if model.position == "rope" and model.head_dim % 2:
+        even = [count for count in _divisors(hidden) if hidden // count % 2 == 0]
+        fits = f"model.num_attention_heads={choices(_nearest(even, heads))}" if even else "an even model.hidden_size"
+        raise ConfigError(
+            f"model.position=rope turns pairs of numbers, but the head dimension is {model.head_dim} "
+            f"(model.hidden_size={hidden} / model.num_attention_heads={heads}). Use {fits}."
+        )
+
+
+def _require_tensor_split(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
+    """Every matrix, and with sequence parallelism every sequence, must fall into equal parts."""
+    size = parallel.tensor_parallel_size
+    problem = _split_problem(model, size, parallel.sequence_parallel)
+    if problem is None:
+        return
+    fits = _fitting_tensor_sizes(model, parallel)
+    here = [fit for fit in fits if world_size % fit == 0]
+    in_world = f" (with {world_size} processes: {choices(here)})" if here != fits else ""
+    raise ConfigError(f"{problem} cannot be split over parallel.tensor_parallel_size={size}. Use {choices(fits)}{in_world}.")
+
+
+def _split_problem(model: ModelConfig, size: int, sequence_parallel: bool) -> str | None:
+    """The key, with its value, that `size` tensor-parallel ranks cannot share; None where all is well.
+
+    Key/value heads are either shared out (size <= groups) or replicated, each over size / groups ranks.
+    """
+    groups = model.query_groups
+    if model.num_attention_heads % size:
+        return f"model.num_attention_heads={model.num_attention_heads}"
+    if groups % size and size % groups:
+        return f"model.num_query_groups={groups}"
+    if model.ffn_size % size:
+        return f"model.ffn_hidden_size={model.ffn_size}"
+    if sequence_parallel and model.seq_length % size:
+        return f"with parallel.sequence_parallel=true, model.seq_length={model.seq_length}"
+    return None
+
+
+def _fitting_tensor_sizes(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """Every tensor-parallel size that this model can be split over; 1 is among them."""
+    sizes = _divisors(model.num_attention_heads)
+    return [size for size in sizes if _split_problem(model, size, parallel.sequence_parallel) is None]
+
+
+def _require_world(config: Config, world_size: int) -> None:
+    p = config.parallel
+    if world_size < 1:
+        raise ConfigError(f"a world of {world_size} processes cannot train anything. Start 1 or more.")
+    ranks = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
+    if world_size % ranks:
+        others = p.pipeline_parallel_size * p.context_parallel_size
+        fits = [size for size in _fitting_tensor_sizes(config.model, p) if world_size % (size * others) == 0]
+        smaller = f", or parallel.tensor_parallel_size={choices(fits)}" if fits else ""
+        raise ConfigError(
+            f"a world of {world_size} processes cannot be split over parallel.tensor_parallel_size={p.tensor_parallel_size} x "
+            f"parallel.pipeline_parallel_size={p.pipeline_parallel_size} x "
+            f"parallel.context_parallel_size={p.context_parallel_size} = {ranks} ranks a replica. "
+            f"Start {choices(_multiples(world_size, ranks))} processes{smaller}."
+        )
+
+
+def _require_batches(config: Config, world_size: int) -> None:
+    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+    replicas = config.data_parallel_size(world_size)
+    if batch % (micro * replicas):
+        fits = _nearest(_divisors(batch // replicas), micro) if batch % replicas == 0 else []
+        smaller = f", or train.micro_batch_size={choices(fits)}" if fits else ""
+        raise ConfigError(
+            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {replicas} "
+            f"data-parallel replicas = {micro * replicas}. "
+            f"Use train.global_batch_size={choices(_multiples(batch, micro * replicas))}{smaller}."
+        )
+
+
+def _require_learning_rates(config: Config) -> None:
+    optim, steps = config.optim, config.train.steps
+    if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
+        raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
+    if optim.warmup_steps >= steps:
+        raise ConfigError(
+            f"optim.warmup_steps={optim.warmup_steps} is not less than train.steps={steps}. "
+            f"Use optim.warmup_steps={steps // 10}, or more steps."
+        )
+    if optim.lr_schedule == "wsd" and optim.warmup_steps + optim.decay_fraction * steps > steps:
+        raise ConfigError(
+            f"the last optim.decay_fraction={optim.decay_fraction} of train.steps={steps} begins before "
+            f"optim.warmup_steps={optim.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
+            f"optim.warmup_steps={int(steps - optim.decay_fraction * steps)}."
+        )
+
+
+def _require_device(config: Config) -> None:
+    device, backend = config.parallel.device, config.parallel.backend
+    if config.train.precision == "fp64" and device == "cuda":
+        raise ConfigError(
+            "train.precision=fp64 is for checks on CPU, but parallel.device=cuda. Use parallel.device=cpu, or fp32."
+        )
+    if backend == "nccl" and device == "cpu":
+        raise ConfigError("parallel.backend=nccl needs GPUs, but parallel.device=cpu. Use parallel.backend=gloo or auto.")
+
+
+def _divisors(number: int) -> list[int]:
+    """Every divisor, rising."""
+    small = [i for i in range(1, int(number**0.5) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})
+
+
+def _multiples(number: int, unit: int) -> list[int]:
+    """The multiples of `unit` just below and just above `number`; 0 is none."""
+    below = number // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple]
+
+
+def _nearest(values: list[int], to: int, count: int = 8) -> list[int]:
+    """At most `count` of the values, those nearest to `to`, rising."""
+    return sorted(sorted(values, key=lambda value: abs(value - to))[:count])
