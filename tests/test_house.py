@@ -1,0 +1,132 @@
+"""Habits that no linter knows: file sizes, names, packaging lists, pinned versions, documentation that points somewhere."""
+
+import ast
+import configparser
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 420
+"""Lines of a source file: one idea a file, so that it can be read alone."""
+
+CODE = [
+    path for folder in ("megatrain", "kernels", "launch", "tests", "docs") for path in sorted((ROOT / folder).rglob("*.py"))
+]
+PACKAGE = [path for path in CODE if path.relative_to(ROOT).parts[0] in ("megatrain", "kernels")]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(setup: configparser.ConfigParser) -> set[str]:
+    """Names of all direct dependencies, extras included."""
+    lines = setup["options"]["install_requires"].split("\n")
+    for extra in setup["options.extras_require"].values():
+        lines += extra.split("\n")
+    names = {re.split(r"[\s<>=!~;\[]", line.strip())[0].lower() for line in lines if line.strip() and not line.startswith("#")}
+    return names - {"megatrain"}
+
+
+def test_files_are_short() -> None:
+    lengths = {name(path): len(path.read_text().splitlines()) for path in CODE}
+    assert {file: lines for file, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_package_list_is_the_folders(setup: configparser.ConfigParser) -> None:
+    folders = {name(path.parent) for root in ("megatrain", "kernels") for path in (ROOT / root).rglob("__init__.py")}
+    folders = {(folder if folder.startswith("megatrain") else f"megatrain/{folder}").replace("/", ".") for folder in folders}
+    assert set(setup["options"]["packages"].split()) == folders
+    with_code = {path.parent for path in PACKAGE}
+    assert {name(folder) for folder in with_code if not (folder / "__init__.py").exists()} == set()
+
+
+def test_no_grab_bags_and_no_packages_in_tests() -> None:
+    assert [name(path) for path in CODE if path.stem in ("utils", "util", "common", "helpers", "misc")] == []
+    assert [name(path) for path in ROOT.glob("tests/**/__init__.py")] == []
+
+
+def test_nothing_is_left_to_do() -> None:
+    marker = re.compile(r"#.*\b(TODO|FIXME|XXX|HACK)\b")
+    assert [name(path) for path in PACKAGE if marker.search(path.read_text())] == []
+
+
+def imported_names(tree: ast.AST) -> set[str]:
+    """Dotted names of what a file imports, and `torch.x` for each attribute of torch it uses; prose does not count."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names.add(f"{node.value.id}.{node.attr}")
+    return names
+
+
+def test_only_the_transport_names_torch_distributed() -> None:
+    imports = {name(path): imported_names(ast.parse(path.read_text())) for path in PACKAGE}
+    users = {file for file, names in imports.items() if any(used.startswith("torch.distributed") for used in names)}
+    assert {user for user in users if not user.startswith("megatrain/parallel/transport")} == set()
+
+
+def test_only_runtime_distributed_reads_the_launcher_variables() -> None:
+    variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
+    readers = set()
+    for path in PACKAGE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in variables:
+                readers.add(name(path))
+    assert readers <= {"megatrain/runtime/distributed.py"}
+
+
+def test_every_dependency_is_pinned_and_explained(setup: configparser.ConfigParser) -> None:
+    pinned = {
+        re.split(r"==", line)[0]
+        for line in (ROOT / "launch/constraints.txt").read_text().splitlines()
+        if not line.startswith("#")
+    }
+    page = (ROOT / "docs/dependencies.md").read_text().lower()
+    wanted = requirements(setup)
+    assert wanted - pinned - {"triton"} == set()  # torch's CUDA builds pin triton themselves
+    assert {package for package in wanted if f"`{package}`" not in page} == set()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name)
+def test_scripts_are_bash_3(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0, done.stderr
+    newer = re.compile(r"\b(mapfile|readarray|coproc)\b|declare -[An]|local -n|\$\{\w+(,,|\^\^)|&>>|\|&|;;&")
+    assert newer.findall(script.read_text()) == []
+    assert "set -euo pipefail" in script.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    local = [target for target in targets if "://" not in target and not target.startswith("mailto:")]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs/index.md").read_text()
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")} - {"index.md"}
+    assert {page for page in pages if f"({page})" not in index} == set()
+
+
+def test_readme_shows_the_two_commands() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "bash launch/quickstart.sh" in readme
+    assert "bash launch/test.sh" in readme

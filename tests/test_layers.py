@@ -1,0 +1,65 @@
+"""Who may import whom: the contracts of setup.cfg hold, cover every room and dimension, and break when they should."""
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SUPPORT = {"__init__", "transport", "mesh", "param", "collectives", "rng", "schedules"}
+"""Files of parallel/ that are no dimension of parallelism (and `transport_*`): dimensions may import them."""
+
+
+def lint(root: Path) -> subprocess.CompletedProcess[str]:
+    """Run the contracts over the checkout at `root`."""
+    command = ["bash", str(root / "launch/lint.sh"), "layers"]
+    env = {**os.environ, "PYTHON": sys.executable}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the contracts read, to break."""
+    for name in ("megatrain", "kernels", "launch"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", tmp_path)
+    return tmp_path
+
+
+def test_contracts_hold() -> None:
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        ("megatrain/parallel/collectives.py", "import megatrain.config.schema", "parallel imports kernels alone"),
+        ("megatrain/models/gpt.py", "import megatrain.optim", "rooms import downwards"),
+        ("megatrain/config/schema.py", "import yaml", "config.schema imports only the standard library"),
+        ("megatrain/data/indexed.py", "import torch", "data needs numpy alone"),
+        ("megatrain/optim/clip.py", "import megatrain.config.load", "rooms below train read config.schema, never files"),
+        ("kernels/__init__.py", "import megatrain.parallel.mesh", "kernels import nothing of megatrain"),
+        ("megatrain/attic.py", "import math", "rooms import downwards"),
+    ],
+)
+def test_contracts_can_break(checkout: Path, file: str, line: str, broken: str) -> None:
+    with (checkout / file).open("a") as source:
+        source.write(f"\n{line}\n")
+    done = lint(checkout)
+    assert done.returncode == 1
+    report = " ".join(done.stdout.split())
+    assert f"{broken} BROKEN" in report, done.stdout
+
+
+def test_every_dimension_is_under_the_independence_contract() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = set(setup["importlinter:contract:dimensions"]["modules"].split())
+    files = {path.stem for path in (ROOT / "megatrain/parallel").glob("*.py")}
+    dimensions = {name for name in files - SUPPORT if not name.startswith("transport_")}
+    assert listed == {f"megatrain.parallel.{name}" for name in dimensions}
