@@ -1,0 +1,370 @@
+"""Token stores: Megatron's `PREFIX.bin` + `PREFIX.idx`, written and memory-mapped byte for byte.
+
+`PREFIX.bin` is every token of every sequence back to back, little-endian, no header. `PREFIX.idx` says where they lie:
+
+    offset            bytes   content
+    0                 9       magic b"MMIDIDX\\0\\0"
+    9                 8       <Q version, always 1
+    17                1       <B dtype code (1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16)
+    18                8       <Q S, number of sequences
+    26                8       <Q D, number of documents + 1
+    34                4 S     int32 length of each sequence, in tokens
+    34 +  4 S         8 S     int64 byte offset of each sequence in .bin
+    34 + 12 S         8 D     int64 first sequence of each document, closed by S
+
+(Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.) The arrays start at byte 34 and are therefore not aligned: they are
+read through `frombuffer`, never through a cast pointer. Here a document is one sequence when written; read, it may be several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+MAGIC = b"MMIDIDX\x00\x00"
+LEGACY_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+FLOAT_CODES = (6, 7)
+VERIFY_AT_OPEN = 1 << 24
+"""Stores up to this many tokens have every id checked when they are opened (tens of milliseconds)."""
+CHECK_CHUNK = 1 << 22
+
+Tokens = Sequence[int] | npt.NDArray[np.integer]
+
+
+class TokenStoreError(ValueError):
+    """A token store that cannot be used; the message names the file, the numbers and what to do."""
+
+
+def best_dtype(vocab_size: int) -> np.dtype:
+    """Megatron's choice: uint16 for fewer than 65,500 ids, int32 otherwise. Raises ValueError below 1."""
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size} has no token ids; it must be at least 1.")
+    return DTYPES[8] if vocab_size < 65500 else DTYPES[4]
+
+
+def store_paths(prefix: str | Path) -> tuple[Path, Path]:
+    """The two files of a store: (PREFIX.bin, PREFIX.idx). Dots inside the prefix are kept."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+def _fsync_directory(path: Path) -> None:
+    """Makes renames inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class TokenStoreWriter:
+    """Writes a store document by document, and publishes it whole or not at all.
+
+    Tokens go to temporary files beside the target; `publish` syncs them to disk and renames .bin, then .idx, so a store exists
+    exactly when its .idx does. As a context manager it publishes on a clean exit and removes its files on an exception.
+    """
+
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
+        self.prefix = str(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        if not codes:
+            known = ", ".join(d.name for d in DTYPES.values())
+            raise TokenStoreError(
+                f"{prefix}: a token store cannot hold {self.dtype.name}. Use one of {known} (see best_dtype)."
+            )
+        self._code = codes[0]
+        self._bin, self._idx = store_paths(prefix)
+        self._bin.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx)]
+        self._file = self._temporary[0].open("wb")
+        self._lengths: list[npt.NDArray[np.int32]] = []
+        self.documents = 0
+        self.tokens = 0
+
+    def add_document(self, tokens: Tokens) -> None:
+        """Appends one document [length] of ids. Raises TokenStoreError when an id does not fit the dtype."""
+        array = np.asarray(tokens)
+        self.add_documents(array.astype(self.dtype) if array.size == 0 else array, [array.size])
+
+    def add_documents(self, tokens: npt.NDArray[np.integer], lengths: Tokens) -> None:
+        """Appends documents of `lengths` [n] (tokens each) whose ids lie back to back in `tokens` [sum of lengths]."""
+        sizes = np.asarray(lengths, dtype=np.int64)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise TokenStoreError(
+                f"{self.prefix}: tokens must be a flat array of integers, not {tokens.dtype}{list(tokens.shape)}."
+            )
+        if int(sizes.sum()) != tokens.size or (sizes < 0).any():
+            raise TokenStoreError(f"{self.prefix}: lengths add up to {int(sizes.sum())} but {tokens.size} tokens were given.")
+        if sizes.size and int(sizes.max()) > np.iinfo(np.int32).max:
+            document = self.documents + int(sizes.argmax())
+            raise TokenStoreError(
+                f"{self.prefix}: document {document} has {int(sizes.max())} tokens; the format counts "
+                f"at most {np.iinfo(np.int32).max} a document. Split it."
+            )
+        self._file.write(self._narrow(tokens).data)
+        self._lengths.append(sizes.astype("<i4"))
+        self.documents += sizes.size
+        self.tokens += tokens.size
+
+    def _narrow(self, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        """`tokens` in the store's dtype, contiguous; refuses ids that would wrap."""
+        if tokens.dtype != self.dtype and tokens.size:
+            limits = np.iinfo(self.dtype)
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < limits.min or high > limits.max:
+                bad = high if high > limits.max else low
+                raise TokenStoreError(
+                    f"{self.prefix}: token id {bad} does not fit {self.dtype.name} ({limits.min}..{limits.max}). "
+                    f"Open the writer with best_dtype(vocab_size)."
+                )
+        return np.ascontiguousarray(tokens, dtype=self.dtype)
+
+    def publish(self) -> None:
+        """Makes the store visible under its name, replacing an older one. Raises OSError (disk full ...), nothing published."""
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, "<i4")
+        offsets = np.zeros(lengths.size, "<i8")
+        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+        offsets *= self.dtype.itemsize
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with self._temporary[1].open("wb") as index:
+            index.write(HEADER.pack(MAGIC, VERSION, self._code, lengths.size, lengths.size + 1))
+            for part in (lengths, offsets, np.arange(lengths.size + 1, dtype="<i8")):
+                index.write(part.data)
+            index.flush()
+            os.fsync(index.fileno())
+        # An older index must not stand beside the new tokens, not even for a moment.
+        self._idx.unlink(missing_ok=True)
+        self._temporary[0].replace(self._bin)
+        self._temporary[1].replace(self._idx)
+        _fsync_directory(self._bin.parent)
+
+    def abort(self) -> None:
+        """Removes what was written; a published store of the same name stays as it is."""
+        with contextlib.suppress(OSError):  # a full disk fails the last flush too, and the file goes anyway
+            self._file.close()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> TokenStoreWriter:
+        """The writer itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Publishes, or removes everything when the block (or publishing) failed."""
+        if kind is not None:
+            self.abort()
+            return
+        try:
+            self.publish()
+        except BaseException:
+            self.abort()
+            raise
+
+
+class TokenStore:
+    """A store, memory-mapped and kept open: opening reads the index once, tokens are read when they are touched.
+
+    `len(store)` is the number of sequences. Raises TokenStoreError when the files are missing, damaged or of another format.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = str(prefix)
+        self.bin_path, self.idx_path = store_paths(prefix)
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise TokenStoreError(_missing(self.prefix, path))
+        index = _map(self.idx_path)
+        self.dtype, sequences, document_rows = _read_header(self.idx_path, index)
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        """[S] tokens of each sequence."""
+        self.byte_offsets: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
+        """[S] byte offset of each sequence in .bin."""
+        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", document_rows, HEADER.size + 12 * sequences)
+        """[documents + 1] first sequence of each document; the last entry is S."""
+        self._index = index
+        self.documents = document_rows - 1
+        self._check_index()
+        self.data: npt.NDArray[np.integer] = np.frombuffer(_map(self.bin_path), self.dtype)
+        """[tokens] every token of the store, in the order of the file."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the store."""
+        return int(self.data.size)
+
+    def __len__(self) -> int:
+        return int(self.lengths.size)
+
+    def sequence(self, i: int) -> npt.NDArray[np.integer]:
+        """View [lengths[i]] of sequence i, in the store's dtype, read-only. Raises IndexError."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.prefix}: sequence {i} is not in 0..{len(self) - 1}")
+        begin = int(self.byte_offsets[i]) // self.dtype.itemsize
+        return self.data[begin : begin + int(self.lengths[i])]
+
+    def document_bounds(self, i: int) -> tuple[int, int]:
+        """First token and end of document i, as places in `data`. Raises IndexError."""
+        if not 0 <= i < self.documents:
+            raise IndexError(f"{self.prefix}: document {i} is not in 0..{self.documents - 1}")
+        return self._token_offset(int(self.document_indices[i])), self._token_offset(int(self.document_indices[i + 1]))
+
+    def document(self, i: int) -> npt.NDArray[np.integer]:
+        """View of document i: its sequences one after the other. Raises IndexError."""
+        begin, end = self.document_bounds(i)
+        return self.data[begin:end]
+
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """[documents] tokens of each document."""
+        ends = np.append(self.byte_offsets, self.data.nbytes)[self.document_indices]
+        return np.diff(ends) // self.dtype.itemsize
+
+    def identity(self) -> str:
+        """Hex digest of the index and the sizes of both files: what an index of samples depends on."""
+        digest = hashlib.sha256(self._index)
+        digest.update(struct.pack("<QQ", len(self._index), self.data.nbytes))
+        return digest.hexdigest()
+
+    def check_ids(self, begin: int, end: int, vocab_size: int) -> None:
+        """Raises TokenStoreError, naming file and offset, if a token of data[begin:end] is not in 0..vocab_size-1."""
+        for start in range(begin, end, CHECK_CHUNK):
+            # Seen as unsigned, a negative id is a huge one, and one maximum checks both ends.
+            piece = self.data[start : min(start + CHECK_CHUNK, end)].view(f"<u{self.dtype.itemsize}")
+            if int(piece.max()) >= vocab_size:
+                place = start + int(np.argmax(piece >= vocab_size))
+                raise TokenStoreError(
+                    f"{self.bin_path}: token id {int(self.data[place])} at token {place} (byte {place * self.dtype.itemsize}) "
+                    f"is outside the vocabulary, model.vocab_size={vocab_size} (ids 0..{vocab_size - 1}). Use the tokenizer "
+                    f"that made this store, or a larger model.vocab_size."
+                )
+
+    def verify_ids(self, vocab_size: int) -> bool:
+        """Checks every id where that is cheap; True when no id can be out of range, False when batches must be checked.
+
+        Raises TokenStoreError as `check_ids` does.
+        """
+        if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
+            return True
+        if self.tokens > VERIFY_AT_OPEN:
+            return False
+        self.check_ids(0, self.tokens, vocab_size)
+        return True
+
+    def _token_offset(self, sequence: int) -> int:
+        """Place in `data` where `sequence` starts; the end of `data` for the sequence after the last."""
+        return int(self.byte_offsets[sequence]) // self.dtype.itemsize if sequence < len(self) else self.tokens
+
+    def _check_index(self) -> None:
+        """The arrays of the index agree with each other and with the size of .bin."""
+        if self.lengths.size and int(self.lengths.min()) < 0:
+            bad = int(self.lengths.argmin())
+            raise _damaged(self.idx_path, f"sequence {bad} has length {int(self.lengths[bad])}")
+        ends = np.cumsum(self.lengths, dtype=np.int64) * self.dtype.itemsize
+        wrong = np.flatnonzero(self.byte_offsets != np.concatenate([[0], ends[:-1]])[: len(self)])
+        if wrong.size:
+            bad = int(wrong[0])
+            said, right = int(self.byte_offsets[bad]), int(ends[bad - 1]) if bad else 0
+            what = f"sequence {bad} is said to start at byte {said} of .bin, but the lengths before it put it at byte {right}"
+            raise _damaged(self.idx_path, what)
+        edges = self.document_indices
+        if int(edges[0]) != 0 or int(edges[-1]) != len(self) or (np.diff(edges) < 0).any():
+            found = f"{edges[:3].tolist()} ... {edges[-3:].tolist()}"
+            raise _damaged(self.idx_path, f"document boundaries must rise from 0 to {len(self)} sequences; they are {found}")
+        needed, size = int(ends[-1]) if ends.size else 0, self.bin_path.stat().st_size
+        if size != needed:
+            raise TokenStoreError(
+                f"{self.bin_path} is {'shorter' if size < needed else 'longer'} than its index says: {size} bytes, but "
+                f"{self.idx_path} describes {needed // self.dtype.itemsize} tokens of {self.dtype.name} = {needed} bytes. "
+                f"One of the two was truncated or belongs to another store; copy both again or tokenise again."
+            )
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    """The file as read-only memory; an empty file, which cannot be mapped, as empty bytes."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def _missing(prefix: str, path: Path) -> str:
+    """What to say when `path` is not there."""
+    hint = f"`megatrain data tokenize --output {prefix}` writes it."
+    if prefix.endswith((".bin", ".idx")):
+        hint = f"A store is named by its prefix: use {prefix[:-4]}."
+    return f"token store {prefix}: there is no file {path}. {hint}"
+
+
+def _damaged(path: Path, what: str) -> TokenStoreError:
+    """The error of an index that contradicts itself."""
+    return TokenStoreError(f"{path} is damaged: {what}. Copy the store again or tokenise again.")
+
+
+def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int]:
+    """(dtype, sequences S, document rows D) of an index whose size agrees with them. Raises TokenStoreError."""
+    if index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
+        raise TokenStoreError(
+            f"{path} is in Megatron's legacy format (magic TNTIDX), which megatrain does not read. "
+            f"Tokenise the text again with `megatrain data tokenize`."
+        )
+    if len(index) < HEADER.size:
+        raise TokenStoreError(
+            f"{path} is truncated: {len(index)} bytes, but the header alone has {HEADER.size}. "
+            f"Copy the store again or tokenise again."
+        )
+    magic, version, code, sequences, document_rows = HEADER.unpack(index[: HEADER.size])
+    if magic != MAGIC:
+        raise TokenStoreError(
+            f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}. Is this the right prefix?"
+        )
+    if version != VERSION:
+        raise TokenStoreError(f"{path} has index version {version}; only version {VERSION} is known. Tokenise the text again.")
+    if code not in DTYPES:
+        why = "floating point, which token ids are not" if code in FLOAT_CODES else "unknown"
+        known = ", ".join(f"{c} {d.name}" for c, d in DTYPES.items())
+        raise TokenStoreError(f"{path} has dtype code {code}: {why}. Token stores use {known}. Tokenise the text again.")
+    expected = HEADER.size + 12 * sequences + 8 * document_rows
+    if len(index) == expected + sequences and sequences:
+        raise TokenStoreError(f"{path} holds a mode per sequence (multimodal data); megatrain reads text stores only.")
+    if len(index) != expected or document_rows < 1:
+        state = "truncated" if len(index) < expected else "damaged"
+        raise TokenStoreError(
+            f"{path} is {state}: {len(index)} bytes, but {sequences} sequences and {document_rows} document rows make "
+            f"{expected}. Copy the store again or tokenise again."
+        )
+    return DTYPES[code], sequences, document_rows
+
+
+def describe(prefix: str | Path) -> str:
+    """What is in a store, as text for people (`megatrain data inspect`). Raises TokenStoreError as opening does."""
+    store = TokenStore(prefix)
+    rows = [
+        f"token store {store.prefix}",
+        f"  {store.bin_path}: {store.data.nbytes:,} bytes; {store.idx_path}: {store.idx_path.stat().st_size:,} bytes",
+        f"  dtype      {store.dtype.name}",
+        f"  documents  {store.documents:,}   sequences  {len(store):,}",
+        f"  tokens     {store.tokens:,}",
+    ]
+    if store.tokens:
+        lengths = store.document_lengths()
+        rows.append(f"  per document: {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}")
+        rows.append(f"  ids {int(store.data.min())} to {int(store.data.max())}; the first: {store.data[:12].tolist()}")
+    return "\n".join(rows)

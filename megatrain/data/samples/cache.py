@@ -1,0 +1,85 @@
+"""Arrays that many ranks need and any of them can build: kept as .npy files named by the hash of what they depend on.
+
+Every rank that misses the cache builds the same arrays and renames the same bytes into place, so ranks need neither a lock nor
+each other, and node-local directories work as well as shared ones. A manifest with checksums is written last; an entry that is
+not whole is built again. A directory that cannot be written costs time, not the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def cached_arrays(directory: Path, key: Mapping[str, str | int], names: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
+    """The arrays `names` of `build()`, from `directory` when an entry for `key` is whole (then memory-mapped, read-only).
+
+    Files: `HASH-NAME.npy` for each name and `HASH.json`, HASH the SHA-256 of `key`.
+    """
+    stem = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
+    found = _load(directory, stem, names)
+    if found is not None:
+        return found
+    arrays = build()
+    try:
+        _save(directory, stem, key, arrays)
+    except OSError as error:
+        logging.getLogger(__name__).warning(
+            "The sample index cannot be cached in %s (%s); it was computed in memory and will be at every start. "
+            "Set data.cache_dir to a directory that can be written.",
+            directory,
+            error,
+        )
+    return arrays
+
+
+def _load(directory: Path, stem: str, names: tuple[str, ...]) -> Arrays | None:
+    """The entry, or None when it is absent or not whole."""
+    try:
+        rows = json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))["crc32"]
+        arrays = {name: np.load(directory / f"{stem}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+        whole = all(_checksum(arrays[name]) == rows[name] for name in names)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent, cut short, overwritten, not ours
+        return None
+    return arrays if whole else None
+
+
+def _save(directory: Path, stem: str, key: Mapping[str, str | int], arrays: Arrays) -> None:
+    """Writes the entry, manifest last. Raises OSError."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        _publish(directory / f"{stem}-{name}.npy", partial(np.save, arr=array, allow_pickle=False))
+    manifest = json.dumps({"key": dict(key), "crc32": {name: _checksum(array) for name, array in arrays.items()}})
+    _publish(directory / f"{stem}.json", lambda file: file.write(manifest.encode()))
+
+
+def _publish(path: Path, write: Callable[[Any], object]) -> None:
+    """Writes a file under a name of its own and renames it into place. Raises OSError, and then leaves nothing behind."""
+    temporary = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _checksum(array: npt.NDArray[Any]) -> int:
+    """CRC-32 of dtype, shape and content."""
+    head = f"{array.dtype.str}{array.shape}".encode()
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, zlib.crc32(head))

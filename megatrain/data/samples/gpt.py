@@ -1,0 +1,162 @@
+"""GPT samples: seq_length + 1 tokens across documents, in an order that is a pure function of (seed, epoch).
+
+One epoch lays all documents end to end in a shuffled order and cuts the line every seq_length tokens; the cuts are then visited
+in another shuffled order (Megatron's document, sample and shuffle index):
+
+    documents, shuffled   [ doc 7 ............ ][ doc 2 ][ doc 0 ..... ][ doc 5 ...
+    samples               |--- 0 ---|--- 1 ---|--- 2 ---|--- 3 ---|   sample i: tokens i s .. i s + s, one shared with i + 1
+    visited               2, 0, 3, 1
+
+So every token of an epoch is an input exactly once, except a tail shorter than a sample, which differs from epoch to epoch. A
+document longer than a sample goes on in the next one. Epochs never end: sample n belongs to epoch n // samples_per_epoch.
+
+The permutations sort 64-bit hashes of a counter (splitmix64, Steele et al., OOPSLA 2014). The hash is a bijection, so no two
+keys are equal and every sorting algorithm gives the same order. numpy's generators are not used because numpy does not promise
+the same stream in its next release (NEP 19).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.data.indexed import TokenStore, TokenStoreError
+from megatrain.data.samples.cache import Arrays, cached_arrays
+
+MASK = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+DOCUMENTS, SAMPLES = 1, 2
+"""What a permutation is for: part of its key."""
+SMALL_INDEX = 1 << 12
+"""An index of fewer rows takes less time to compute than its files take to open, and is not cached."""
+KEPT_EPOCHS = 2
+"""Two, because the prefetched batch may lie in the next epoch."""
+
+
+def hash64(value: int) -> int:
+    """splitmix64's finaliser: a bijection of 64-bit integers."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+    return value ^ (value >> 31)
+
+
+def permutation(count: int, *key: int) -> npt.NDArray[np.int64]:
+    """[count] a permutation of 0..count-1, a pure function of `key`, the same on every machine and numpy release."""
+    state = 0
+    for part in key:
+        state = hash64((state + GOLDEN + part) & MASK)
+    values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(state)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(values ^ (values >> np.uint64(31)))
+
+
+@dataclass(frozen=True)
+class EpochIndex:
+    """Where the samples of one epoch start."""
+
+    documents: npt.NDArray[np.integer]
+    """[D] store document at each position of the shuffled line."""
+    starts: npt.NDArray[np.int64]
+    """[samples, 2] position in `documents` and token within that document where each sample starts."""
+    shuffle: npt.NDArray[np.integer]
+    """[samples] which sample is visited at each place of the epoch."""
+
+
+def build_epoch(document_lengths: npt.NDArray[np.int64], seq_length: int, seed: int, epoch: int) -> Arrays:
+    """The arrays of an `EpochIndex`, in whole-array operations. `document_lengths` [D], in tokens."""
+    order = permutation(document_lengths.size, seed, epoch, DOCUMENTS)
+    line = np.zeros(order.size + 1, np.int64)
+    np.cumsum(document_lengths[order], out=line[1:])
+    cuts = np.arange((int(line[-1]) - 1) // seq_length, dtype=np.int64) * seq_length
+    position = np.searchsorted(line, cuts, side="right") - 1  # "right" steps over empty documents
+    shuffle = permutation(cuts.size, seed, epoch, SAMPLES)
+    return {
+        "documents": order.astype(_index_dtype(order.size)),
+        "starts": np.stack([position, cuts - line[position]], axis=1),
+        "shuffle": shuffle.astype(_index_dtype(shuffle.size)),
+    }
+
+
+def _index_dtype(count: int) -> np.dtype:
+    """The smaller of int32 and int64 that counts to `count`."""
+    return np.dtype("<i4") if count <= np.iinfo(np.int32).max else np.dtype("<i8")
+
+
+class GptSamples:
+    """The endless sequence of samples of one store.
+
+    `cache_dir` None means `index_cache` beside the store. `vocab_size` None leaves ids unchecked. Raises TokenStoreError when
+    the store holds fewer than seq_length + 1 tokens, or an id outside the vocabulary (at once where that is cheap to see).
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        seq_length: int,
+        seed: int,
+        cache_dir: str | Path | None = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        if seq_length < 1:
+            raise ValueError(f"model.seq_length={seq_length} must be at least 1.")
+        if store.tokens < seq_length + 1:
+            raise TokenStoreError(
+                f"{store.prefix} holds {store.tokens} tokens, fewer than a sample: model.seq_length + 1 = {seq_length + 1}. "
+                f"Add text, or set model.seq_length to at most {max(store.tokens - 1, 1)}."
+            )
+        self.store, self.seq_length, self.seed = store, seq_length, seed
+        self.samples_per_epoch = (store.tokens - 1) // seq_length
+        self._cache_dir = Path(cache_dir) if cache_dir else Path(store.prefix).parent / "index_cache"
+        self._checked_vocab = None if vocab_size is None or store.verify_ids(vocab_size) else vocab_size
+        self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def sample(self, n: int) -> npt.NDArray[np.int64]:
+        """Tokens [seq_length + 1] of sample n, counted from the start of training, n >= 0."""
+        epoch, place = divmod(n, self.samples_per_epoch)
+        index = self.epoch_index(epoch)
+        position, begin = (int(x) for x in index.starts[index.shuffle[place]])
+        tokens = np.empty(self.seq_length + 1, np.int64)
+        filled = 0
+        while filled < tokens.size:
+            first, end = self.store.document_bounds(int(index.documents[position]))
+            first += begin
+            end = min(end, first + tokens.size - filled)
+            if self._checked_vocab is not None and end > first:
+                self.store.check_ids(first, end, self._checked_vocab)
+            tokens[filled : filled + end - first] = self.store.data[first:end]
+            filled += end - first
+            position, begin = position + 1, 0
+        return tokens
+
+    def epoch_index(self, epoch: int) -> EpochIndex:
+        """The index of an epoch: from memory, from the cache, or built."""
+        with self._lock:  # the loader's thread and an evaluation may both ask
+            if epoch not in self._epochs:
+                self._epochs[epoch] = EpochIndex(**self._arrays(epoch))
+                if len(self._epochs) > KEPT_EPOCHS:
+                    self._epochs.popitem(last=False)
+            return self._epochs[epoch]
+
+    def _arrays(self, epoch: int) -> Arrays:
+        """The arrays of an epoch, through the cache where that pays."""
+
+        def build() -> Arrays:
+            return build_epoch(self.store.document_lengths(), self.seq_length, self.seed, epoch)
+
+        if self.store.documents + self.samples_per_epoch < SMALL_INDEX:
+            return build()
+        key: dict[str, str | int] = {
+            "format": "gpt-samples-1",
+            "store": self.store.identity(),
+            "seq_length": self.seq_length,
+            "seed": self.seed,
+            "epoch": epoch,
+        }
+        return cached_arrays(self._cache_dir, key, ("documents", "starts", "shuffle"), build)
