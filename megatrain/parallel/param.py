@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
 
 
@@ -113,14 +114,30 @@ class ParamSpec:
 
 
 class Parameter(nn.Parameter):
-    """A trainable tensor that knows its spec, its rank's slice and where its gradient is accumulated."""
+    """A tensor of the model that knows its spec and where its gradient is accumulated."""
 
     spec: ParamSpec
+    follows: bool
+    """Whether it lies right behind the parameter before it, so that one matmul serves both (q|k|v, gate|up)."""
     main_grad: torch.Tensor | None
     """View of the flat gradient buffer, same shape; None outside training."""
 
-    def __new__(cls, data: torch.Tensor, spec: ParamSpec) -> Parameter:
+    def __new__(cls, data: torch.Tensor, spec: ParamSpec, follows: bool = False) -> Parameter:
+        """Wrap this rank's local tensor `data` (padding included)."""
         self = super().__new__(cls, data, requires_grad=spec.trainable)
-        self.spec = spec
-        self.main_grad = None
+        self.spec, self.follows, self.main_grad = spec, follows, None
         return self
+
+
+def initialise(parameter: Parameter, axis: Axis, seed: int) -> None:
+    """Fill this rank's slice as a function of (seed, logical name, element); padding is zero."""
+    spec = parameter.spec
+    slices = spec.slices(axis.size, axis.rank)
+    with torch.no_grad():
+        parameter.zero_()
+        here = parameter[tuple(slice(0, s.stop - s.start) for s in slices)]
+        if spec.init.kind == "constant":
+            here.fill_(spec.init.value)
+        else:
+            normal = rng.normal(rng.key(seed, "init", spec.name), spec.shape, slices, device=parameter.device)
+            here.copy_(normal.mul_(spec.init.value))

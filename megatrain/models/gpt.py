@@ -1,0 +1,115 @@
+"""GPT: token embedding, a stack of blocks, a final norm and an output head; as a whole or as one pipeline chunk of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from megatrain.config.schema import ModelConfig
+from megatrain.models.attention import KeyValueCache
+from megatrain.models.batch import MicroBatch
+from megatrain.models.layers import Build, Dropout, Norm
+from megatrain.models.position import LearnedPositions
+from megatrain.models.transformer import Stack
+from megatrain.parallel.collectives import gathered
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Parameter, initialise
+from megatrain.parallel.tensor_parallel import (
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_logits,
+    vocab_parameter,
+)
+
+
+class Embedding(nn.Module):
+    """Token embedding plus learned positions, with dropout."""
+
+    def __init__(self, vocab_size: int, build: Build) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(
+            "embedding.tokens",
+            vocab_size,
+            build.config.hidden_size,
+            build.tp,
+            sequence_parallel=build.sequence_parallel,
+            init=build.init,
+            dtype=build.dtype,
+            device=build.device,
+        )
+        learned = build.config.position == "learned"
+        self.positions = LearnedPositions("embedding.positions", build) if learned else None
+        self.dropout = Dropout(build, "embedding")
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """Tokens [s, b] -> [s/t or s, b, h]."""
+        x = self.tokens(batch.tokens)
+        if self.positions is not None:
+            x = self.positions(x, batch)
+        return self.dropout(x, batch)
+
+
+class Head(nn.Module):
+    """Final norm and output matrix: turns hidden states into losses or logits without gathering logits in training."""
+
+    def __init__(self, vocab_size: int, build: Build, tied: Parameter | None) -> None:
+        super().__init__()
+        self.build, self.vocab_size = build, vocab_size
+        self.norm = Norm("final_norm", build)
+        self.weight = tied
+        if tied is None:
+            self.weight = vocab_parameter(
+                "head.weight", vocab_size, build.config.hidden_size, build.tp, build.init, build.dtype, build.device
+            )
+
+    def local_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
+        return vocab_parallel_logits(self.norm(x), self.weight, self.build.tp, self.build.sequence_parallel)
+
+    def cross_entropy(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[s/t or s, b, h], labels [s, b] -> (loss [s, b] in nats, whether the label had the largest logit [s, b])."""
+        return vocab_parallel_cross_entropy(self.local_logits(x), labels, self.weight, self.build.tp)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[s/t or s, b, h] -> whole logits [s, b, v] without padding, on every rank; no gradient."""
+        local = self.local_logits(x)
+        padded = local.new_zeros(self.weight.shape[0], *local.shape[:2])
+        padded[: local.shape[-1]] = local.permute(2, 0, 1)
+        return gathered(padded, self.build.tp)[: self.vocab_size].permute(1, 2, 0)
+
+
+class GPT(nn.Module):
+    """The blocks `layers` of a GPT, with the embedding where `first` and the head where `last`."""
+
+    def __init__(self, vocab_size: int, build: Build, layers: Sequence[int], *, first: bool = True, last: bool = True) -> None:
+        super().__init__()
+        self.build, self.vocab_size = build, vocab_size
+        self.embedding = Embedding(vocab_size, build) if first else None
+        self.stack = Stack(layers, build)
+        tied = self.embedding.tokens.weight if self.embedding is not None and build.config.tied_embeddings else None
+        self.head = Head(vocab_size, build, tied) if last else None
+
+    def forward(
+        self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None
+    ) -> torch.Tensor:
+        """Hidden states of the chunk before (None for the first) -> this chunk's [s/t or s, b, h]."""
+        if self.embedding is not None:
+            x = self.embedding(batch)
+        return self.stack(x, batch, caches)
+
+    def logical_parameters(self) -> list[Parameter]:
+        """Every parameter once, in the order of the forward pass."""
+        return [p for p in self.parameters() if isinstance(p, Parameter)]
+
+
+def build_gpt(
+    config: ModelConfig, vocab_size: int, ctx: ParallelContext, *, sequence_parallel: bool, dtype: torch.dtype, seed: int
+) -> GPT:
+    """This rank's part of the whole model, its weights drawn from `seed`: the same logical tensors under every layout."""
+    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed)
+    model = GPT(vocab_size, build, range(config.num_layers))
+    for parameter in model.logical_parameters():
+        initialise(parameter, ctx.tp, seed)
+    return model

@@ -1,0 +1,112 @@
+"""The small parts of a block: norms, the MLP and dropout. Each is handed the axis it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatrain.config.schema import ModelConfig
+from megatrain.models.batch import MicroBatch
+from megatrain.parallel import rng
+from megatrain.parallel.mesh import Axis
+from megatrain.parallel.param import Init, ParamSpec
+from megatrain.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, make_parameters
+
+
+@dataclass(frozen=True)
+class Build:
+    """What every layer of one model is built with."""
+
+    config: ModelConfig
+    tp: Axis
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    """Of dropout."""
+
+    @property
+    def init(self) -> Init:
+        """Of weights that read the residual stream."""
+        return Init("normal", self.config.init_std)
+
+    @property
+    def residual_init(self) -> Init:
+        """Of weights that write into the residual stream: 2 per block, so their sum keeps its variance (GPT-2, section 2.3)."""
+        c = self.config
+        return Init("normal", c.init_std / (2 * c.num_layers) ** 0.5 if c.scale_residual_init else c.init_std)
+
+    @property
+    def replicated_partial(self) -> str | None:
+        """Axis over which gradients of whole (unsplit) parameters are partial sums: with sequence parallelism, each rank sees s/t."""
+        return "tp" if self.sequence_parallel else None
+
+    def first_position(self, local_rows: int) -> int:
+        """Position in the sequence of this rank's first activation row."""
+        return self.tp.rank * local_rows if self.sequence_parallel else 0
+
+
+class Norm(nn.Module):
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over h; statistics in at least float32."""
+
+    def __init__(self, name: str, build: Build) -> None:
+        super().__init__()
+        config, partial = build.config, build.replicated_partial
+        size = (config.hidden_size,)
+        weight = ParamSpec(f"{name}.weight", size, None, partial, decay=False, init=Init("constant", 1.0))
+        bias = ParamSpec(f"{name}.bias", size, None, partial, decay=False, init=Init("constant", 0.0))
+        self.weight = make_parameters([weight], build.tp, build.dtype, build.device)[0]
+        has_bias = config.norm == "layernorm" and config.bias
+        self.bias = make_parameters([bias], build.tp, build.dtype, build.device)[0] if has_bias else None
+        self.rms, self.eps = config.norm == "rmsnorm", config.norm_eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., h] -> [..., h]."""
+        if self.rms:
+            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is a function of (seed, step, sample, position, layer, site): the same under every layout."""
+
+    def __init__(self, build: Build, *where: str | int) -> None:
+        super().__init__()
+        self.build, self.where = build, where
+
+    def forward(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """[s/t or s, b, h] -> the same shape."""
+        p = self.build.config.dropout
+        if p == 0 or not self.training:
+            return x
+        key = rng.key(self.build.seed, "dropout", batch.step, *self.where)
+        return rng.dropout(x, p, key, batch.samples, self.build.first_position(x.shape[0]))
+
+
+_PLAIN = {"gelu": functional.gelu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"), "relu": functional.relu}
+_GATES = {"swiglu": functional.silu, "geglu": functional.gelu}
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) for gated activations (arXiv:2002.05202)."""
+
+    def __init__(self, name: str, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        h, f = config.hidden_size, config.ffn_size
+        shared = {"bias": config.bias, "sequence_parallel": build.sequence_parallel, "dtype": build.dtype, "device": build.device}
+        inner = ("gate", "up") if config.gated else ("up",)
+        self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init, **shared)
+        self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init, **shared)
+        self.activation = config.activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[s/t or s, b, h] -> the same shape."""
+        inner = self.inner(x)
+        if self.activation in _GATES:
+            gate, up = inner
+            return self.down(_GATES[self.activation](gate) * up)
+        return self.down(_PLAIN[self.activation](inner[0]))

@@ -1,0 +1,49 @@
+"""AdamW and Adam as one function each on lists of flat tensors, over torch's own fused kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def adam_step(
+    weights: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avg: Sequence[torch.Tensor],
+    exp_avg_sq: Sequence[torch.Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_divisor: torch.Tensor,
+    skip: torch.Tensor,
+) -> None:
+    """One update in place: AdamW (Loshchilov & Hutter, arXiv:1711.05101) if `decoupled`, else Adam with L2 (arXiv:1412.6980).
+
+    `step` counts from 1. Gradients are divided by `grad_divisor` (scalar tensor) on the way; where `skip` (scalar float tensor)
+    is 1 nothing changes. Both stay on the device: no synchronisation.
+    """
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    # The kernel reads the step count from one float32 scalar per tensor.
+    steps = [torch.full((), float(step), dtype=torch.float32, device=weights[0].device)] * len(weights)
+    kernel(
+        list(weights),
+        list(grads),
+        list(exp_avg),
+        list(exp_avg_sq),
+        [],
+        steps,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=grad_divisor.to(torch.float32),
+        found_inf=skip.to(torch.float32),
+    )

@@ -1,0 +1,29 @@
+"""Global gradient norm: every logical element counted once, whatever the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Parameter
+
+
+def local_squared_norm(parameters: Sequence[Parameter], ctx: ParallelContext) -> torch.Tensor:
+    """This rank's share of the squared gradient norm: float64 scalar, to be summed over the world.
+
+    Of the ranks that hold the same elements (replicas over dp x cp, copies over tp) the first one counts them; padding is zero.
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=ctx.device)
+    owned = [p.main_grad for p in parameters if p.main_grad is not None and p.spec.owned(ctx.tp)]
+    if not owned or ctx.dp_cp.rank != 0:
+        return zero
+    return torch.stack(torch._foreach_norm(owned)).double().square().sum()
+
+
+def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:
+    """What to divide gradients by so that their norm is at most `clip_grad` (0: never clip): at least 1; float64 scalar tensor."""
+    if clip_grad == 0:
+        return torch.ones_like(norm)
+    return (norm / clip_grad).clamp_min(1.0)
