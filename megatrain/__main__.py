@@ -1,0 +1,8 @@
+"""`python -m megatrain`: the command line."""
+
+import sys
+
+from megatrain.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""`megatrain VERB ...`: one small function per verb, which imports its room only when it runs.
+
+Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong use;
+75 stopped early with a checkpoint saved, so that a scheduler should start the run again; 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import megatrain
+
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+LATER = {
+    "verify": "compare a run under many layouts with the single process",
+    "plan": "memory, communication and time of a run, and the best layouts",
+    "data read": "text from raw files",
+    "data clean": "clean text",
+    "data dedup": "remove duplicate documents",
+    "data filter": "keep documents by quality",
+    "data prepare": "all stages from one config",
+    "ngram": "Kneser-Ney n-gram models",
+    "import": "Hugging Face directories in",
+    "export": "Hugging Face directories out",
+    "checkpoint": "what is in a checkpoint, is it whole",
+    "eval": "benchmarks of a model",
+    "serve": "a model over HTTP",
+    "find-lr": "a learning rate to start from",
+    "bench": "tokens per second, MFU and memory as one line of JSON",
+    "quantize": "INT8 and INT4 weights",
+    "prune": "sparse weights",
+    "doctor": "what this machine can do",
+}
+"""Verbs that a later release delivers; refused until then."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. An error that is not expected leaves as it came, with its traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if later := _later_verb(words):
+        return _complain(
+            f"`megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is.", WRONG_USE
+        )
+    try:
+        arguments = _parser().parse_args(words)
+    except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
+        return stop.code if isinstance(stop.code, int) else WRONG_USE
+    try:
+        return int(arguments.run(arguments))
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except Exception as error:
+        if arguments.traceback or not _expected(error):
+            raise
+        return _complain(f"error: {error}", FAILED)
+
+
+def _expected(error: Exception) -> bool:
+    """Whether an error speaks to the user, and needs no traceback.
+
+    Such are: the error classes of megatrain's rooms (ConfigError, TransportError ...), errors of the operating system, and a
+    ValueError that megatrain's own code raised. A ValueError from within a library is a fault of megatrain.
+    """
+    if isinstance(error, OSError) or _of_megatrain(type(error).__module__):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and bool(frames) and _of_megatrain(frames[-1][0].f_globals.get("__name__", ""))
+
+
+def _of_megatrain(module: str) -> bool:
+    return module.partition(".")[0] == "megatrain"
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"megatrain: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _later_verb(words: list[str]) -> str | None:
+    """The verb of LATER that the command line begins with, if any."""
+    return next((verb for verb in LATER if words[: verb.count(" ") + 1] == verb.split()), None)
+
+
+# --- verbs --------------------------------------------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    import megatrain.train
+
+    return megatrain.train.main(arguments.config, arguments.overrides)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import megatrain.generate
+
+    sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
+    if arguments.greedy and (given := [name for name, value in sampling.items() if value is not None]):
+        return _complain(
+            f"error: --greedy takes the most probable token, so {given[0]} means nothing. Leave one out.", WRONG_USE
+        )
+    if arguments.temperature is None:
+        arguments.temperature = 1.0
+    return megatrain.generate.main(arguments)
+
+
+def _data_tokenizer(arguments: argparse.Namespace) -> int:
+    from megatrain.data.tokenizer import train_tokenizer
+
+    train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=arguments.key)
+    return DONE
+
+
+def _data_tokenize(arguments: argparse.Namespace) -> int:
+    from megatrain.data.prepare.tokenize import tokenize_files
+
+    tokenize_files(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.output,
+        workers=arguments.workers,
+        append_eod=arguments.append_eod,
+        key=arguments.key,
+    )
+    return DONE
+
+
+def _data_inspect(arguments: argparse.Namespace) -> int:
+    from megatrain.data.indexed import describe
+
+    print(describe(arguments.prefix))
+    return DONE
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, keeps the lines of its examples and speaks as `megatrain: error:`."""
+
+    def __init__(self, *, example: str, notes: str = "", **settings: Any) -> None:
+        epilog = f"{notes}example:\n  {example}"
+        super().__init__(epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and how to use the verb; exit 2."""
+        self.print_usage(sys.stderr)
+        self.exit(WRONG_USE, f"megatrain: error: {message}\n")
+
+
+_Verbs = Any
+"""What `add_subparsers` returns; argparse has no public name for it."""
+
+
+def _parser() -> _Parser:
+    """The whole command line."""
+    later = "\n".join(f"  {verb:14} {what}" for verb, what in LATER.items())
+    parser = _Parser(
+        prog="megatrain",
+        description=megatrain.__doc__,
+        notes=f"not in this release (refused until they are):\n{later}\n\n",
+        example="megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX",
+    )
+    parser.add_argument("--version", action="version", version=f"megatrain {megatrain.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    _add_train(verbs)
+    _add_generate(verbs)
+    what = "text files to token store, one stage each"
+    data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
+    stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
+    _add_data_tokenizer(stages)
+    _add_data_tokenize(stages)
+    _add_data_inspect(stages)
+    return parser
+
+
+def _add_verb(
+    verbs: _Verbs, name: str, run: Callable[[argparse.Namespace], int], what: str, example: str
+) -> argparse.ArgumentParser:
+    """A parser for one verb; its namespace carries `run`."""
+    parser = verbs.add_parser(name, help=what, description=what, example=example)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from, not only what it says")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_train(verbs: _Verbs) -> None:
+    example = (
+        "megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX optim.lr=1e-3\n"
+        "  torchrun --nproc-per-node 2 -m megatrain train launch/configs/gpt_tiny.yaml parallel.tensor_parallel_size=2"
+    )
+    parser = _add_verb(verbs, "train", _train, "train a model; alone, under torchrun or under srun", example)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; every key is in docs/config.md")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+
+
+def _add_generate(verbs: _Verbs) -> None:
+    example = 'megatrain generate runs/demo/checkpoints --prompt "def main" --max-tokens 100 --temperature 0.8'
+    parser = _add_verb(verbs, "generate", _generate, "continue a text with a trained model", example)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or the directory of a run's checkpoints (the newest)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="tokens to add (default 64)")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the samples (default 1234)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or `bytes` (default: the one of the run)")
+    how = parser.add_argument_group("how the next token is chosen")
+    how.add_argument("--greedy", action="store_true", help="the most probable one; goes with none of the following")
+    how.add_argument("--temperature", type=_temperature, metavar="T", help="divides the logits before sampling (default 1.0)")
+    how.add_argument("--top-k", type=_positive, metavar="K", help="sample among the K most probable (default: all)")
+    how.add_argument(
+        "--top-p", type=_probability, metavar="P", help="sample among the fewest that together have P (default: all)"
+    )
+
+
+def _add_data_tokenizer(stages: _Verbs) -> None:
+    example = "megatrain data tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer.json"
+    parser = _add_verb(stages, "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on text", example)
+    _add_input(parser)
+    parser.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="entries, special tokens included")
+    parser.add_argument("--output", required=True, metavar="TOKENIZER.json", help="the file to write")
+
+
+def _add_data_tokenize(stages: _Verbs) -> None:
+    example = (
+        "megatrain data tokenize --input corpus.jsonl --tokenizer tokenizer.json --output data/train --workers 2 --append-eod"
+    )
+    parser = _add_verb(stages, "tokenize", _data_tokenize, "write text as a token store (PREFIX.bin, PREFIX.idx)", example)
+    _add_input(parser)
+    parser.add_argument("--tokenizer", required=True, metavar="bytes|TOKENIZER.json", help="`bytes`, or a file of `tokenizers`")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the two files to write")
+    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes; any number writes the same bytes")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+
+
+def _add_data_inspect(stages: _Verbs) -> None:
+    example = "megatrain data inspect data/train"
+    parser = _add_verb(stages, "inspect", _data_inspect, "print what is in a token store", example)
+    parser.add_argument("prefix", metavar="PREFIX", help="of a .bin/.idx pair")
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, plain or as .gz or .zst")
+    parser.add_argument(
+        "--key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
+    )
+
+
+def _positive(text: str) -> int:
+    """An integer of 1 or more."""
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    """A number above 0."""
+    return _number(text, lambda number: 0 < number < math.inf, "a number above 0; for the most probable token use --greedy")
+
+
+def _probability(text: str) -> float:
+    """A number in (0, 1]."""
+    return _number(text, lambda number: 0 < number <= 1, "a probability above 0 and at most 1")
+
+
+def _number(text: str, holds: Callable[[float], bool], what: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not holds(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return number
