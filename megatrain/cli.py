@@ -1,7 +1,7 @@
 """`megatrain VERB ...`: one small function per verb, which imports its room only when it runs.
 
-Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong use;
-75 stopped early with a checkpoint saved, so that a scheduler should start the run again; 130 interrupted from the keyboard.
+Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong
+use; 75 stopped early with a checkpoint saved: a scheduler should start the run again; 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. An error that is not expected leaves as it came, with its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if later := _later_verb(words):
-        return _complain(
-            f"`megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is.", WRONG_USE
-        )
+        message = f"error: `megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is."
+        return _complain(message, WRONG_USE)
     try:
         arguments = _parser().parse_args(words)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
@@ -91,14 +90,12 @@ def _later_verb(words: list[str]) -> str | None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    import megatrain.train
+    from megatrain.train import main as train
 
-    return megatrain.train.main(arguments.config, arguments.overrides)
+    return train(arguments.config, arguments.overrides)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    import megatrain.generate
-
     sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
     if arguments.greedy and (given := [name for name, value in sampling.items() if value is not None]):
         return _complain(
@@ -106,7 +103,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         )
     if arguments.temperature is None:
         arguments.temperature = 1.0
-    return megatrain.generate.main(arguments)
+    from megatrain.generate import main as generate
+
+    return generate(arguments)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
