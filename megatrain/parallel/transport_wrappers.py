@@ -1,0 +1,231 @@
+"""Wrappers around any `Group`: recorded (who waits for what, how much is moved) and delayed (does work overlap with it?)."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatrain.parallel.transport import Group, Handle, ReduceOp, World
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that a thread of this process is blocked in."""
+
+    axis: str
+    ranks: tuple[int, ...]
+    """World ranks of the group."""
+    operation: str
+    sequence: int
+    """Number of the call in its group, from 0."""
+    started: float
+    """When the thread began to wait (time.monotonic, seconds)."""
+    shape: tuple[int, ...]
+    """Of the larger of input and output; () for a barrier."""
+    dtype: torch.dtype | None
+    """None for a barrier."""
+
+    def __str__(self) -> str:
+        of = "" if self.dtype is None else f" of {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.operation}{of} (number {self.sequence} on axis {self.axis}, ranks {list(self.ranks)})"
+
+
+@dataclass(frozen=True)
+class Total:
+    """Calls of one kind on one axis."""
+
+    calls: int
+    bytes: int
+    """Sum over the calls of the larger of input and output: what a ring moves (size-1)/size of per rank, or twice that in
+    an all_reduce."""
+
+
+class Recorder:
+    """What the calls of one process (of one rank, where ranks are threads) are doing: read by other threads at any time."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, Call] = {}
+        self._tokens = itertools.count()
+        self._totals: dict[tuple[str, str], list[int]] = {}
+        self._lock = threading.Lock()
+
+    def waiting(self) -> Call | None:
+        """The oldest call that some thread is blocked in, if any."""
+        return min(list(self._waiting.values()), key=lambda call: call.started, default=None)
+
+    def totals(self) -> dict[tuple[str, str], Total]:
+        """Calls so far, by (axis, operation)."""
+        with self._lock:
+            return {key: Total(calls, size) for key, (calls, size) in self._totals.items()}
+
+    def reset(self) -> None:
+        """Forget the totals."""
+        with self._lock:
+            self._totals.clear()
+
+    def count(self, axis: str, operation: str, size: int) -> None:
+        """Count one call of `size` bytes."""
+        with self._lock:
+            total = self._totals.setdefault((axis, operation), [0, 0])
+            total[0] += 1
+            total[1] += size
+
+    def wait(self, call: tuple[Group, str, int, torch.Tensor | None], block: Callable[[], object]) -> None:
+        """Run `block`, which waits for a call (group, operation, number, larger tensor), and say so meanwhile."""
+        group, operation, sequence, tensor = call
+        shape, dtype = ((), None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        token = next(self._tokens)  # dict and count are safe between threads, so that waiting costs no lock
+        self._waiting[token] = Call(group.name, group.ranks, operation, sequence, time.monotonic(), shape, dtype)
+        try:
+            block()
+        finally:
+            del self._waiting[token]
+
+
+class _RecordedHandle(Handle):
+    __slots__ = ("_call", "_inner", "_recorder")
+
+    def __init__(self, inner: Handle, recorder: Recorder, call: tuple[Group, str, int, torch.Tensor | None]) -> None:
+        self._inner = inner
+        self._recorder = recorder
+        self._call = call
+
+    def wait(self) -> None:
+        self._recorder.wait(self._call, self._inner.wait)
+
+
+class _Wrapper(Group):
+    """A group that does what `inner` does, every call through `_around`."""
+
+    def __init__(self, inner: Group) -> None:
+        self.name, self.ranks, self.rank = inner.name, inner.ranks, inner.rank
+        self.inner = inner
+
+    def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
+        """Start the inner call, which is never blocking; wait for it if `blocking`."""
+        raise NotImplementedError
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
+        """As the inner group's."""
+        return self._around("all_reduce", tensor, lambda: self.inner.all_reduce(tensor, op, blocking=False), blocking)
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
+        """As the inner group's."""
+        return self._around("all_gather", output, lambda: self.inner.all_gather(output, tensor, blocking=False), blocking)
+
+    def reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
+    ) -> Handle:
+        """As the inner group's."""
+        start = lambda: self.inner.reduce_scatter(output, tensor, op, blocking=False)  # noqa: E731
+        return self._around("reduce_scatter", tensor, start, blocking)
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_rows: Sequence[int] | None = None,
+        input_rows: Sequence[int] | None = None,
+        *,
+        blocking: bool = True,
+    ) -> Handle:
+        """As the inner group's."""
+        larger = max(output, tensor, key=torch.Tensor.numel)
+        start = lambda: self.inner.all_to_all(output, tensor, output_rows, input_rows, blocking=False)  # noqa: E731
+        return self._around("all_to_all", larger, start, blocking)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
+        """As the inner group's."""
+        return self._around("broadcast", tensor, lambda: self.inner.broadcast(tensor, source, blocking=False), blocking)
+
+    def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
+        """As the inner group's."""
+        return self._around("send", tensor, lambda: self.inner.send(tensor, to, blocking=False), blocking)
+
+    def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
+        """As the inner group's."""
+        return self._around("recv", output, lambda: self.inner.recv(output, source, blocking=False), blocking)
+
+    def close(self) -> None:
+        """Close the inner group."""
+        self.inner.close()
+
+
+class RecordedGroup(_Wrapper):
+    """A group whose calls are counted, and whose waiting is seen, by a `Recorder`."""
+
+    def __init__(self, inner: Group, recorder: Recorder) -> None:
+        super().__init__(inner)
+        self._recorder = recorder
+        self._calls = 0
+
+    def barrier(self) -> None:
+        """As the inner group's."""
+        self._recorder.wait(self._counted("barrier", None), self.inner.barrier)
+
+    def _counted(self, operation: str, larger: torch.Tensor | None) -> tuple[Group, str, int, torch.Tensor | None]:
+        self._recorder.count(self.name, operation, 0 if larger is None else larger.nbytes)
+        self._calls += 1
+        return self, operation, self._calls - 1, larger
+
+    def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
+        call = self._counted(operation, larger)
+        handle = _RecordedHandle(start(), self._recorder, call)
+        if blocking:
+            handle.wait()
+        return handle
+
+
+class RecordedWorld(World):
+    """A world whose groups are recorded."""
+
+    def __init__(self, world: World, recorder: Recorder) -> None:
+        self.rank, self.size = world.rank, world.size
+        self.recorder = recorder
+        self.inner = world
+
+    def group(self, name: str, ranks: Sequence[int]) -> Group:
+        """Make the inner world's group, recorded."""
+        return RecordedGroup(self.inner.group(name, ranks), self.recorder)
+
+    def close(self) -> None:
+        """Close the inner world."""
+        self.inner.close()
+
+
+class _DelayedHandle(Handle):
+    __slots__ = ("_due", "_inner")
+
+    def __init__(self, inner: Handle, due: float) -> None:
+        self._inner = inner
+        self._due = due
+
+    def wait(self) -> None:
+        self._inner.wait()
+        time.sleep(max(0.0, self._due - time.monotonic()))
+
+
+class DelayedGroup(_Wrapper):
+    """A slow network: every call takes at least `seconds` from its start, during which a non-blocking caller can compute."""
+
+    def __init__(self, inner: Group, seconds: float) -> None:
+        super().__init__(inner)
+        self._seconds = seconds
+
+    def barrier(self) -> None:
+        """As the inner group's, later."""
+        due = time.monotonic() + self._seconds
+        self.inner.barrier()
+        time.sleep(max(0.0, due - time.monotonic()))
+
+    def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
+        due = time.monotonic() + self._seconds
+        handle = _DelayedHandle(start(), due)
+        if blocking:
+            handle.wait()
+        return handle
