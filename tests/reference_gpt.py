@@ -17,7 +17,11 @@ from torch import nn
 Masks = Callable[[str], torch.Tensor]
 """From a site (embedding, layers.{i}.attention, layers.{i}.mlp) to factors of its activation: [b, s, h], 0 or 1 / (1 - p)."""
 
-PLAIN_ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+PLAIN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
 GATE_ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu}
 
 
@@ -170,7 +174,7 @@ class ReferenceGPT(nn.Module):
 
     def logical_gradients(self) -> dict[str, torch.Tensor]:
         """Copies of all gradients by logical name."""
-        return {name: parameter.grad.clone() for name, parameter in self.logical()}
+        return {name: p.grad.clone() for name, p in self.logical() if p.grad is not None}
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ def reference_train(
     clip_grad: float = 1.0,
     masks: Callable[[int, int], Masks] | None = None,
 ) -> ReferenceRun:
-    """Train on `steps`, each a list of micro-batches, with `rates[step]` and dropout by `masks(step, micro_batch)`; clip_grad 0: none.
+    """Train on `steps`, lists of micro-batches, with `rates[step]` and dropout by `masks(step, micro_batch)`; clip_grad 0: none.
 
     The loss of a step is the sum of all weighted token losses over the sum of all weights of the step.
     """
@@ -237,7 +241,7 @@ def reference_train(
         for group in update.param_groups:
             group["lr"] = rate
         update.zero_grad()
-        total = sum(batch.weights.double().sum() for batch in micro_batches)
+        total = torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum()
         loss_of_step = 0.0
         for index, batch in enumerate(micro_batches):
             logits = model(batch.tokens, masks(step, index) if masks else undropped)
