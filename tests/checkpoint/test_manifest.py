@@ -1,0 +1,230 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatrain.checkpoint.manifest import (
+    FileRow,
+    Manifest,
+    StoredTensor,
+    check_file,
+    file_name,
+    hash_file,
+    intersect,
+    read_manifest,
+    tensor_from_json,
+    tensor_to_json,
+    verify_file,
+)
+from megatrain.checkpoint.together import DamagedCheckpointError
+from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.param import Init, ParamSpec, Split
+
+names = st.text(st.characters(codec="utf-8"), max_size=20)
+splits = st.none() | st.builds(
+    Split, dim=st.integers(0, 1), units=st.integers(1, 9), axis=st.sampled_from(["tp", "pp"]), pad=st.booleans()
+)
+specs = st.builds(
+    ParamSpec,
+    name=names,
+    shape=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)),
+    split=splits,
+    partial_over=st.none() | st.just("tp"),
+    tied=st.none() | names,
+    trainable=st.booleans(),
+    decay=st.booleans(),
+    init=st.builds(Init, st.sampled_from(["normal", "constant"]), st.floats(allow_nan=False, allow_infinity=False)),
+)
+
+
+@given(specs, st.dictionaries(st.sampled_from(["weights", "exp_avg"]), st.sampled_from(["float32", "bfloat16"])))
+def test_a_spec_survives_json_exactly(spec, dtypes):
+    tensor = StoredTensor(spec, 3, dtypes)
+    assert tensor_from_json(json.loads(json.dumps(tensor_to_json(tensor)))) == tensor
+
+
+@settings(max_examples=50)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 5), size=st.sampled_from([1, 2, 3, 4, 8]), kind=st.sampled_from("psr"))
+def test_pieces_cover_every_element_once(rows, columns, size, kind):
+    if kind == "p":
+        split = Split(0, rows, pad=True)
+    elif kind == "s":
+        rows, split = rows * size, Split(0, rows * size)
+    else:
+        split = None
+    spec = ParamSpec("x", (rows, columns), split)
+    manifest = Manifest(1, 0.0, {}, MeshShape(tp=size, dp=2), (), {"x": StoredTensor(spec, 0, {})}, "")
+    seen = torch.zeros(spec.shape, dtype=torch.int64)
+    for piece in manifest.pieces("x"):
+        seen[piece.box] += 1
+    assert bool((seen == 1).all())
+
+
+def test_a_manifest_survives_the_disk_exactly(tmp_path, state):
+    path = state.save(ParallelContext.single(), tmp_path)
+    manifest = read_manifest(path)
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    assert manifest.step == 200 and manifest.progress == {"samples": 6400} and manifest.config == "model: {}\n"
+    assert manifest.layout == MeshShape() and manifest.kinds == ("weights", "exp_avg", "exp_avg_sq")
+    assert [tensor.spec for tensor in manifest.tensors.values()] == list(state.specs)
+    assert set(manifest.versions) == {"megatrain", "torch", "safetensors", "python"}
+
+
+def rewritten(path, change):
+    """The manifest at `path` after `change(body)`, with a checksum that fits."""
+    file = path / "manifest.json"
+    body = json.loads(file.read_bytes())
+    change(body)
+    body["checksum"] = "0" * 32
+    data = json.dumps(body, indent=1).encode()
+    file.write_bytes(data.replace(b"0" * 32, xxhash.xxh3_128_hexdigest(data).encode(), 1))
+
+
+def put(*keys_and_value):
+    """A change that sets body[k1][k2]... to the value."""
+    *keys, last, value = keys_and_value
+
+    def change(body):
+        for key in keys:
+            body = body[key]
+        body[last] = value
+
+    return change
+
+
+HOSTILE = {
+    "name": [
+        put("files", 0, "name", name)
+        for name in (
+            "../x.safetensors",
+            "/etc/x.safetensors",
+            "a/b.safetensors",
+            "..safetensors",
+            ".x.safetensors",
+            "a..safetensors",
+            "x",
+        )
+    ]
+    + [put("files", 0, "name", None), put("files", 0, "name", "a\n.safetensors")],
+    "rows": [
+        lambda body: body["files"].append(body["files"][0]),
+        put("files", 0, "bytes", -1),
+        put("files", 0, "bytes", 10**15),
+    ],
+    "place": [put("files", 0, "place", {"tp": 0}), put("files", 0, "place", "tp", "0"), put("files", 0, "place", "tp", True)],
+    "checksums": [
+        put("files", 0, "blocks", []),
+        put("files", 0, "blocks", ["zz"]),
+        put("block_bytes", 0),
+        put("block_bytes", 1),
+    ],
+    "tensors": [
+        put("tensors", 0, "spec", "shape", [10**9, 10**9]),
+        put("tensors", 0, "spec", "shape", [-1, 6]),
+        put("tensors", 0, "spec", "split", "dim", 2),
+        put("tensors", 0, "spec", "split", "axis", "dp"),
+        put("tensors", 0, "spec", "split", "units", 0),
+        put("tensors", 0, "spec", "surprise", 1),
+        put("tensors", 0, "dtypes", {"weights": "Tensor"}),
+        put("tensors", 0, "dtypes", {"../weights": "float32"}),
+        put("tensors", 0, "stage", 1),
+        put("tensors", None),
+        lambda body: body["tensors"].append(body["tensors"][0]),
+        lambda body: body.pop("tensors"),
+    ],
+    "layout": [put("layout", "tp", 0), put("layout", "tp", 2.0), put("layout", "tp", 10**12), put("layout", "qp", 1)],
+    "format": [put("format", "zip"), put("version", 2), put("step", "200")],
+}
+
+
+@pytest.mark.parametrize("change", [pytest.param(c, id=f"{k}{i}") for k, cs in HOSTILE.items() for i, c in enumerate(cs)])
+def test_what_does_not_belong_is_refused(tmp_path, state, change):
+    path = state.save(ParallelContext.single(), tmp_path)
+    rewritten(path, lambda body: None)
+    read_manifest(path)
+    rewritten(path, change)
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used"):
+        read_manifest(path)
+
+
+def test_a_newer_version_says_so(tmp_path, state):
+    path = state.save(ParallelContext.single(), tmp_path)
+    rewritten(path, put("version", 7))
+    with pytest.raises(DamagedCheckpointError, match="version 7 was written by another release; this one reads version 1"):
+        read_manifest(path)
+
+
+def test_a_key_that_appears_twice_is_refused(tmp_path, state):
+    path = state.save(ParallelContext.single(), tmp_path)
+    data = (path / "manifest.json").read_bytes().replace(b'"step": 200,', b'"step": 200, "step": 300,', 1)
+    data = data.replace(data[16:48], b"0" * 32, 1)
+    data = data.replace(b"0" * 32, xxhash.xxh3_128_hexdigest(data).encode(), 1)
+    (path / "manifest.json").write_bytes(data)
+    with pytest.raises(DamagedCheckpointError, match="a key appears twice"):
+        read_manifest(path)
+
+
+def test_every_flipped_bit_and_every_cut_of_a_manifest_is_noticed(tmp_path, state):
+    file = state.save(ParallelContext.single(), tmp_path) / "manifest.json"
+    whole = file.read_bytes()
+    for position in range(0, len(whole), 37):
+        for damaged in (whole[:position], whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1 :]):
+            file.write_bytes(damaged)
+            with pytest.raises(DamagedCheckpointError, match=r"manifest\.json"):
+                read_manifest(file.parent)
+
+
+def test_a_directory_without_a_manifest_is_no_checkpoint(tmp_path):
+    with pytest.raises(DamagedCheckpointError, match="is not a checkpoint"):
+        read_manifest(tmp_path)
+
+
+def test_progress_must_be_plain_json():
+    with pytest.raises(ValueError, match="JSON"):
+        Manifest(1, 0.0, {"loss": math.nan}, MeshShape(), (), {}, "").to_bytes()
+
+
+@pytest.mark.parametrize(
+    ("size", "block"), [(0, 8), (1, 8), (8, 8), (9, 8), (24, 8), (5 * 2**20, 2**22), (5 * 2**20, 5 * 2**20)]
+)
+def test_files_are_hashed_block_by_block(tmp_path, size, block):
+    data = bytes(i * 7 % 251 for i in range(size))
+    (tmp_path / "x.safetensors").write_bytes(data)
+    want = tuple(xxhash.xxh3_128_hexdigest(data[i : i + block]) for i in range(0, size, block))
+    assert hash_file(tmp_path / "x.safetensors", block) == want
+    verify_file(tmp_path, FileRow("x.safetensors", "weights", {}, size, want), block)
+
+
+def test_a_damaged_block_is_named(tmp_path):
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(bytes(20))
+    row = FileRow(file.name, "weights", {}, 20, hash_file(file, 8))
+    file.write_bytes(bytes(17) + b"\1" + bytes(2))
+    with pytest.raises(DamagedCheckpointError, match=r"x\.safetensors is damaged between bytes 16 and 20"):
+        verify_file(tmp_path, row, 8)
+    with pytest.raises(DamagedCheckpointError, match=r"has 20 bytes, and manifest\.json says 21"):
+        check_file(tmp_path, replace(row, bytes=21))
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "real").write_bytes(bytes(4))
+    (tmp_path / "x.safetensors").symlink_to(tmp_path / "real")
+    with pytest.raises(DamagedCheckpointError, match="is a link"):
+        check_file(tmp_path, FileRow("x.safetensors", "weights", {}, 4, ()))
+
+
+def test_kinds_are_plain_words():
+    assert file_name("exp_avg", {"tp": 3, "pp": 1}) == "exp_avg-tp00003-pp00001.safetensors"
+    for kind in ("", "../x", "Weights", "a b"):
+        with pytest.raises(ValueError, match="plain lower-case word"):
+            file_name(kind, {"tp": 0, "pp": 0})
+
+
+def test_boxes_that_do_not_meet_share_nothing():
+    a, b = (slice(0, 3), slice(0, 4)), (slice(5, 6), slice(2, 9))
+    assert intersect(a, b) == (slice(5, 5), slice(2, 4))

@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from megatrain.checkpoint.together import CheckpointError, ContentError, broadcast_text, gather_texts, together
+from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.testing import simulate
+
+
+def caught(ctx, error_of):
+    """The error a rank sees when `error_of(rank)` is raised where it is not None."""
+    try:
+        with together(ctx):
+            error = error_of(ctx.world.rank)
+            if error is not None:
+                raise error
+    except Exception as seen:
+        return type(seen), str(seen)
+    return None
+
+
+def test_an_error_on_one_rank_is_the_same_error_on_all():
+    seen = simulate(4, caught, lambda rank: ContentError("too wide: é") if rank == 2 else None)
+    assert seen == [(ContentError, "rank 2: too wide: é")] * 4
+
+
+def test_the_lowest_failing_rank_speaks():
+    seen = simulate(4, caught, lambda rank: OSError(28, "No space left") if rank in (1, 3) else None)
+    assert seen == [(CheckpointError, "rank 1: OSError: [Errno 28] No space left")] * 4
+
+
+def test_nothing_is_raised_when_nothing_fails():
+    assert simulate(3, caught, lambda rank: None) == [None] * 3
+
+
+def test_one_process_keeps_the_cause():
+    with pytest.raises(CheckpointError, match=r"^KeyError: 'x'$") as caught_here, together(ParallelContext.single()):
+        raise KeyError("x")
+    assert isinstance(caught_here.value.__cause__, KeyError)
+
+
+def test_texts_travel_whole():
+    def exchange(ctx):
+        mine = f"place {ctx.mp.rank} " + "ü" * 50 * ctx.mp.rank
+        return gather_texts(mine, ctx.mp, ctx.device), broadcast_text(mine, ctx.mp, ctx.device, 1)
+
+    texts = ["place 0 ", "place 1 " + "ü" * 50]
+    assert simulate(MeshShape(tp=2, dp=2), exchange) == [(texts, texts[1])] * 4
+    assert gather_texts("alone", ParallelContext.single().mp, torch.device("cpu")) == ["alone"]
