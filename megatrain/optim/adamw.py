@@ -13,7 +13,7 @@ def adam_step(
     exp_avg: Sequence[torch.Tensor],
     exp_avg_sq: Sequence[torch.Tensor],
     *,
-    step: int,
+    step: torch.Tensor,
     lr: float,
     betas: tuple[float, float],
     eps: float,
@@ -24,19 +24,20 @@ def adam_step(
 ) -> None:
     """One update in place: AdamW (Loshchilov & Hutter, arXiv:1711.05101) if `decoupled`, else Adam with L2 (arXiv:1412.6980).
 
-    `step` counts from 1. Gradients are divided by `grad_divisor` (scalar tensor) on the way; where `skip` (scalar float tensor)
+    `step` (float32 scalar tensor) counts from 1. Gradients are divided by `grad_divisor` (scalar tensor) on the way; where `skip` (scalar float tensor)
     is 1 nothing changes. Both stay on the device: no synchronisation.
     """
+    if grads[0].dtype == torch.float64:  # the kernel takes a float32 divisor, which would cost half of the digits
+        torch._foreach_div_(list(grads), grad_divisor)
+        grad_divisor = torch.ones_like(grad_divisor)
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    # The kernel reads the step count from one float32 scalar per tensor.
-    steps = [torch.full((), float(step), dtype=torch.float32, device=weights[0].device)] * len(weights)
     kernel(
         list(weights),
         list(grads),
         list(exp_avg),
         list(exp_avg_sq),
         [],
-        steps,
+        [step] * len(weights),
         lr=lr,
         beta1=betas[0],
         beta2=betas[1],

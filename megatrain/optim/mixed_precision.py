@@ -35,11 +35,12 @@ _STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """Masters and states in the layout of the flat buffers; `updates` counts the updates applied."""
+    """Masters and states in the layout of the flat buffers; `updates` (float32 scalar) counts the updates applied."""
 
     def __init__(self, flat: FlatParameters, config: OptimConfig) -> None:
         self.flat, self.config = flat, config
-        self.updates = 0
+        # Counted on the device, because a skipped step does not count and the host need not know of it.
+        self.updates = torch.zeros((), dtype=torch.float32, device=flat.ctx.device)
         self.own_masters = flat.weights.dtype == flat.grads.dtype
         self.masters = flat.weights if self.own_masters else flat.weights.to(flat.grads.dtype)
         self.states = {kind: torch.zeros_like(flat.grads) for kind in _STATES[config.name]}
@@ -58,6 +59,7 @@ class Optimizer:
     def step(self, lr: float, grad_divisor: torch.Tensor, skip: torch.Tensor) -> None:
         """Update masters and states from the gradients, then round the parameters. Where `skip` (scalar 0 or 1) nothing changes."""
         config = self.config
+        self.updates += 1 - skip.to(torch.float32)
         for group in self.groups:
             if not group.weights:
                 continue
@@ -70,7 +72,7 @@ class Optimizer:
                     group.grads,
                     group.states["exp_avg"],
                     group.states["exp_avg_sq"],
-                    step=self.updates + 1,
+                    step=self.updates,
                     betas=config.betas,
                     eps=config.eps,
                     decoupled=config.name == "adamw",

@@ -151,6 +151,8 @@ class _Job:
 
     def wait(self, rank: int, awaited: _Round, part: _Part) -> None:
         """Sleep until `awaited` is done. Raises TransportError on failure, deadlock or timeout."""
+        if awaited.done:  # while this rank was getting the lock
+            return
         self.waiting[rank] = (awaited, part)
         try:
             self.check_progress()

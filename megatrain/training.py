@@ -1,0 +1,186 @@
+"""The training program: build a run, take a step, go on until done.
+
+One path serves every layout: a laptop's single process is a mesh of size 1, gradient accumulation is a pipeline of one stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatrain.config.schema import Config
+from megatrain.data.loader import Batch, HeldOut, Loader
+from megatrain.models.batch import MicroBatch
+from megatrain.models.gpt import GPT, build_gpt
+from megatrain.models.objective import NextToken, Objective
+from megatrain.optim.clip import clip_divisor, local_squared_norm
+from megatrain.optim.mixed_precision import Optimizer
+from megatrain.optim.schedule import learning_rate
+from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.pipeline_parallel import Executed, run_schedule
+from megatrain.parallel.schedules import one_f_one_b
+from megatrain.parallel.zero import FlatParameters
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+"""train.precision -> dtype of the parameters and activations."""
+
+
+@dataclass
+class Run:
+    """Everything that one training run is made of, on this rank."""
+
+    config: Config
+    ctx: ParallelContext
+    model: GPT
+    objective: Objective
+    flat: FlatParameters
+    optimizer: Optimizer
+    loader: Loader
+    held_out: HeldOut | None = None
+    consumed_samples: int = 0
+    """Sequences of the whole job that the weights have seen: the one number a run is resumed from."""
+    step: int = 0
+    """Batches consumed; each was applied or skipped."""
+    stop_requested: Callable[[], bool] = bool
+    """Whether this rank was told to stop; asked once a step."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        train = self.config.train
+        return learning_rate(self.config.optim, self.consumed_samples, train.global_batch_size, train.steps)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step did, the same on every rank."""
+
+    step: int
+    """Steps so far, this one included."""
+    loss: float
+    """Mean over the weight (tokens) of the global batch, before the update."""
+    accuracy: float
+    """Share of that weight that was predicted right."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    skipped: bool
+    """The loss or the gradient was not finite, and nothing was changed."""
+    stop: bool
+    """Some rank was told to stop."""
+
+
+def assemble(
+    config: Config,
+    ctx: ParallelContext,
+    loader: Loader,
+    vocab_size: int,
+    *,
+    objective: Objective | None = None,
+    held_out: HeldOut | None = None,
+) -> Run:
+    """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
+    train = config.train
+    model = build_gpt(
+        config.model,
+        vocab_size,
+        ctx,
+        sequence_parallel=config.parallel.sequence_parallel,
+        dtype=DTYPES[train.precision],
+        seed=train.seed,
+    )
+    flat = FlatParameters(model.logical_parameters(), ctx)
+    optimizer = Optimizer(flat, config.optim)
+    return Run(config, ctx, model, objective or NextToken(), flat, optimizer, loader, held_out)
+
+
+def train_step(run: Run) -> StepReport:
+    """One optimizer update: tokens -> loss -> gradients -> parameters."""
+    micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run.step, run.ctx.device)
+    weight = global_weight(run, micro_batches)
+    run.flat.zero_grad()
+    program = one_f_one_b(run.ctx.pp.rank, run.ctx.pp.size, len(micro_batches))
+    executed = run_schedule(program, run.model, loss_of(run), micro_batches, scale=1 / weight)
+    run.flat.reduce()
+    totals = sum_totals(run, executed, weight)
+    divisor = clip_divisor(totals.grad_norm, run.config.optim.clip_grad)
+    lr = run.lr
+    run.optimizer.step(lr, divisor, skip=totals.skip)
+    run.consumed_samples += run.config.train.global_batch_size
+    run.step += 1
+    return totals.report(run.step, lr)
+
+
+def to_micro_batches(batch: Batch, step: int, device: torch.device) -> list[MicroBatch]:
+    """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device."""
+
+    def columns(array: Any) -> list[torch.Tensor]:
+        """[m, b, s] -> m times [s, b]."""
+        return list(torch.from_numpy(array).to(device, non_blocking=True).transpose(1, 2).contiguous())
+
+    parts = zip(
+        columns(batch.tokens),
+        columns(batch.labels),
+        columns(batch.loss_weights),
+        columns(batch.positions),
+        torch.from_numpy(batch.places).to(device),
+        strict=True,
+    )
+    return [MicroBatch(*part, step=step) for part in parts]
+
+
+def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
+    """What the global batch's summed loss is divided by: float64 scalar, at least 1e-8 so that an empty batch has loss 0."""
+    weights = [run.objective.weight(m) for m in micro_batches]
+    return all_reduce(torch.stack(weights).sum().double(), run.ctx.dp_cp).clamp_min(1e-8)
+
+
+def loss_of(run: Run) -> Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor]]:
+    """The end of the last chunk: hidden states and a micro-batch -> (summed loss, statistics [1]: weight predicted right)."""
+
+    def final(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = run.objective(run.model.head, hidden, micro_batch)
+        return loss.total, loss.correct[None]
+
+    return final
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the world, still on the device."""
+
+    loss: torch.Tensor
+    accuracy: torch.Tensor
+    grad_norm: torch.Tensor
+    skip: torch.Tensor
+    """Scalar 0 or 1."""
+    stop: torch.Tensor
+
+    def report(self, step: int, lr: float) -> StepReport:
+        """Bring the numbers to the host: the one synchronisation of a step."""
+        numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.skip, self.stop]).tolist()
+        return StepReport(step, *numbers[:3], learning_rate=lr, skipped=bool(numbers[3]), stop=numbers[4] > 0)
+
+
+def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
+    """One small all-reduce carries everything that the ranks must agree on: squared norm, loss, statistics, the wish to stop."""
+    ctx = run.ctx
+    counts_loss = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same loss
+    stop = torch.tensor(float(run.stop_requested()), dtype=torch.float64, device=ctx.device)
+    message = torch.stack(
+        [
+            local_squared_norm(run.flat.parameters, ctx),
+            executed.loss * counts_loss,
+            executed.statistics[0] * counts_loss,
+            stop,
+        ]
+    )
+    squared_norm, loss, correct, stops = all_reduce(message, ctx.world)
+    finite = torch.isfinite(squared_norm) & torch.isfinite(loss)
+    return Totals(loss / weight, correct / weight, squared_norm.sqrt(), (~finite).double(), stops)
+
+
