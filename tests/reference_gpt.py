@@ -22,7 +22,7 @@ PLAIN_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-GATE_ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu}
+GATE_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
 
 
 def undropped(site: str) -> torch.Tensor:
@@ -231,7 +231,7 @@ def reference_train(
     clip_grad: float = 1.0,
     masks: Callable[[int, int], Masks] | None = None,
 ) -> ReferenceRun:
-    """Train on `steps`, lists of micro-batches, with `rates[step]` and dropout by `masks(step, micro_batch)`; clip_grad 0: none.
+    """Train on `steps`, lists of micro-batches, at `rates[step]`, dropout by `masks(step, micro_batch)`; clip_grad 0: none.
 
     The loss of a step is the sum of all weighted token losses over the sum of all weights of the step.
     """
