@@ -1,0 +1,406 @@
+"""From nothing to a trained model and a sample of what it writes; `bash launch/quickstart.sh` installs megatrain and runs this.
+
+Each step is a `megatrain` verb that is printed before it runs, so that this script is also a list of what to type. What a step
+makes lies in a folder named after everything it depends on (text, config, layout, minutes): a second run finds it there and
+goes on to the next step, a changed input makes a new folder beside the old, and an interrupted step starts again or, in
+training, goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megatrain.config.load import load
+from megatrain.config.schema import Config
+from megatrain.data.baselines import baselines
+from megatrain.data.indexed import TokenStore
+from megatrain.data.prepare import stdlib_corpus
+from megatrain.runtime.metrics import read_metrics
+from megatrain.runtime.plot import draw_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_MINUTES = 5.5
+"""Of training; with the installation and all other steps this stays under 10 minutes on 2 cores."""
+HELD_OUT = 0.02
+"""Share of the documents that is never trained on."""
+PROBE_STEPS = 8
+"""Steps of the run that measures the speed; the first half warms up."""
+EVALUATIONS = 4
+MAX_EPOCHS = 8
+"""More passes over a small text than this would only learn it by heart."""
+REDUCED_STEPS = 30
+PROMPTS = ("def ", "class Queue", "Return the ")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What this machine trains with."""
+
+    device: str
+    ranks: int
+    threads: int
+    """Per process."""
+    precision: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """The token stores of one text."""
+
+    folder: Path
+    train: Path
+    """Prefix of the store."""
+    valid: Path
+    tokenizer: Path
+
+
+class Failed(Exception):
+    """A step did not work; the message says which, and what to do."""
+
+
+def main() -> int:
+    """Run the steps that are not done yet; the exit code."""
+    options = parse()
+    signal.signal(signal.SIGTERM, interrupt)
+    started = time.monotonic()
+    try:
+        config = load(options.config).config
+        options.dir.mkdir(parents=True, exist_ok=True)
+        layout = choose_layout(config, options.dir)
+        say(f"Training {layout.why}.")
+        data = prepare(options, config)
+        run, steps = train(options, config, layout, data)
+        compare(config, data, run, steps)
+        sample(layout, run)
+        if options.reduced:
+            require_learning(run)
+    except Failed as failure:
+        print(f"\nquickstart: {failure}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nquickstart: interrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    next_steps(options, run, time.monotonic() - started)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="bash launch/quickstart.sh", description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--minutes", type=float, default=DEFAULT_MINUTES, metavar="N", help="of training (default %(default)s)")
+    parser.add_argument("--text", nargs="+", type=Path, metavar="PATH", help="your own text: files, or folders of them")
+    parser.add_argument(
+        "--dir", type=Path, default=ROOT / "runs/quickstart", help="where everything goes (default runs/quickstart)"
+    )
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "launch/configs/quickstart.yaml", metavar="YAML", help="what to train"
+    )
+    parser.add_argument("--reduced", action="store_true", help=f"{REDUCED_STEPS} steps only; exit code 1 unless the loss falls")
+    options = parser.parse_args()
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes} must be greater than 0, for example --minutes {DEFAULT_MINUTES}")
+    for path in options.text or ():
+        if not path.exists():
+            parser.error(f"--text {path}: there is no such file or folder")
+    return options
+
+
+def choose_layout(config: Config, folder: Path) -> Layout:
+    """Tensor parallelism as the config says, on GPUs where there are enough, else on CPU processes."""
+    ranks = config.parallel.tensor_parallel_size
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if gpus:
+        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        if gpus < ranks:
+            why = f"NCCL allows one process per GPU and here is {gpus}, so tensor_parallel_size=1 instead of {ranks}"
+            return Layout("cuda", 1, max(1, cores), precision, f"on one GPU, {precision}: {why}")
+        return Layout(
+            "cuda", ranks, max(1, cores // ranks), precision, f"on {ranks} GPUs, tensor_parallel_size={ranks}, {precision}"
+        )
+    choice = folder / "cpu_precision.txt"  # measured once, so that noise cannot change the layout of a run that goes on
+    if not choice.exists():
+        publish(choice, "bf16" if bf16_is_faster() else "fp32")
+    precision, threads = choice.read_text(), max(1, cores // ranks)
+    words = f"on {ranks} CPU processes of {threads} thread{'s' * (threads > 1)}, tensor_parallel_size={ranks}"
+    return Layout("cpu", ranks, threads, precision, f"{words}, {precision}, the faster precision here")
+
+
+def bf16_is_faster(size: int = 768) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices much faster than float32 ones (AMX, AVX-512 BF16); most do not."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(size, size, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] * 1.5 < seconds[torch.float32]
+
+
+# --- text to token stores -----------------------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace, config: Config) -> Data:
+    """Corpus, tokenizer and token stores; each step only where its result is not there yet."""
+    folder = options.dir / f"data_{text_key(options.text, config)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = Data(folder, folder / "train", folder / "valid", folder / "tokenizer.json")
+    texts = {name: folder / f"{name}.jsonl" for name in ("train", "valid")}
+    once(folder / "corpus.done", "the text, a share of it held out", lambda: build_corpus(folder, options.text))
+    vocabulary = str(config.model.vocab_size)
+    once(
+        folder / "tokenizer.done",
+        f"a tokenizer of {vocabulary} entries",
+        lambda: verb("data", "tokenizer", "--input", texts["train"], "--vocab-size", vocabulary, "--output", data.tokenizer),
+    )
+    for name, text in texts.items():
+        words = ["--input", text, "--tokenizer", data.tokenizer, "--output", folder / name, "--workers", "2", "--append-eod"]
+        once(folder / f"{name}.done", f"the {name} tokens", lambda words=words: verb("data", "tokenize", *words))  # type: ignore[misc]
+    counts = {name: TokenStore(folder / name).tokens for name in texts}
+    say(f"{counts['train']:,} tokens to train on, {counts['valid']:,} held out: {folder}")
+    return data
+
+
+def text_key(paths: Sequence[Path] | None, config: Config) -> str:
+    """Names the text and the vocabulary: the interpreter's version, or the paths, sizes and times of all files."""
+    seen: list[Any] = [config.model.vocab_size, HELD_OUT]
+    if paths is None:
+        return key([*seen, sys.version])
+    for path in paths:
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        seen += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return key(seen)
+
+
+def build_corpus(folder: Path, text: Sequence[Path] | None) -> None:
+    """train.jsonl and valid.jsonl, one document a line."""
+    stdlib_corpus.build(folder, HELD_OUT, text)
+
+
+# --- training -----------------------------------------------------------------------------------------------------------------
+
+
+def train(options: argparse.Namespace, config: Config, layout: Layout, data: Data) -> tuple[Path, int]:
+    """The run folder and its number of steps, trained to the end."""
+    inputs = [
+        options.config.read_text(),
+        (layout.device, layout.ranks, layout.threads, layout.precision),
+        data.folder.name,
+        torch.__version__,
+    ]
+    length = f"{REDUCED_STEPS}_steps" if options.reduced else f"{options.minutes:g}_minutes"
+    run = options.dir / f"{length}_{key(inputs)}"
+    plan = run / "plan.json"
+    if not plan.exists():
+        steps = REDUCED_STEPS if options.reduced else plan_steps(options, config, layout, data, key(inputs))
+        run.mkdir(parents=True, exist_ok=True)
+        publish(plan, json.dumps({"steps": steps}))
+    steps = json.loads(plan.read_text())["steps"]
+    if (run / "checkpoints" / f"step_{steps:08d}" / "manifest.json").exists():
+        say(f"trained already: {run}")
+        return run, steps
+    every = max(1, steps // EVALUATIONS)
+    step("training")
+    launch(
+        options.config,
+        layout,
+        data,
+        [
+            *(f"train.steps={steps}", f"optim.warmup_steps={min(config.optim.warmup_steps, steps // 5)}"),
+            *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data.valid}"),
+            *(f"log.dir={run}", f"log.every={max(1, steps // 40)}"),
+        ],
+    )
+    return run, steps
+
+
+def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data: Data, name: str) -> int:
+    """How many steps fit into the minutes, from the speed of a few; an evaluated batch counts as a third of a step."""
+    step(f"measuring the speed for {PROBE_STEPS} steps, to see how many fit into {options.minutes:g} minutes")
+    probe = options.dir / f"probe_{name}"
+    shutil.rmtree(probe, ignore_errors=True)
+    overrides = [
+        f"train.steps={PROBE_STEPS}",
+        "optim.warmup_steps=1",
+        f"log.dir={probe}",
+        "log.to=[]",
+        "checkpoint.resume=never",
+    ]
+    started = time.monotonic()
+    launch(options.config, layout, data, overrides)
+    elapsed = time.monotonic() - started
+    rows, _ = read_metrics(probe / "metrics.jsonl")
+    seconds = median(row["step_seconds"] for row in rows[PROBE_STEPS // 2 :])
+    start_up = max(0.0, elapsed - sum(row["step_seconds"] for row in rows))
+    shutil.rmtree(probe, ignore_errors=True)
+
+    tokens = config.train.global_batch_size * config.model.seq_length
+    evaluation = EVALUATIONS * TokenStore(data.valid).tokens / tokens * seconds / 3
+    steps = max(REDUCED_STEPS, int((options.minutes * 60 - start_up - evaluation) / seconds))
+    longest = max(REDUCED_STEPS, MAX_EPOCHS * TokenStore(data.train).tokens // tokens)
+    say(f"{tokens / seconds:,.0f} tokens/s: {steps} steps of {tokens:,} tokens fit")
+    if steps > longest:
+        say(f"that is more than {MAX_EPOCHS} passes over the text, so {longest} steps are enough")
+    return min(steps, longest)
+
+
+def launch(config: Path, layout: Layout, data: Data, overrides: Sequence[str]) -> None:
+    """`megatrain train` on all ranks of the layout."""
+    words = [
+        *("train", config, f"parallel.device={layout.device}", f"parallel.tensor_parallel_size={layout.ranks}"),
+        *(f"parallel.sequence_parallel={str(layout.ranks > 1).lower()}", f"train.precision={layout.precision}"),
+        *(f"data.train={data.train}", f"data.tokenizer={data.tokenizer}", *overrides),
+    ]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)] if layout.ranks > 1 else []
+    )
+    call([*launcher, "-m", "megatrain", *words], OMP_NUM_THREADS=str(layout.threads))
+
+
+# --- what came out ------------------------------------------------------------------------------------------------------------
+
+
+def compare(config: Config, data: Data, run: Path, steps: int) -> None:
+    """Validation loss beside what counting words reaches with the same tokens; the same lines in loss.png."""
+    _, evaluations = read_metrics(run / "metrics.jsonl")
+    found = baselines(config, data.train, data.valid, steps * config.train.global_batch_size)
+    draw_loss(run / "metrics.jsonl", run / "loss.png", {"unigram": found.unigram, "bigram": found.bigram})
+    step("how good is it? Mean loss on the held-out text, in nats a token; lower is better")
+    rows = [
+        ("guessing by how frequent each token is", "unigram", found.unigram),
+        ("guessing from the token before", "bigram", found.bigram),
+        ("this model", "", evaluations[-1]["valid_loss"]),
+    ]
+    for what, name, loss in rows:
+        say(f"{what:40} {name:8} {loss:.3f}")
+
+
+def sample(layout: Layout, run: Path) -> None:
+    """What the model writes."""
+    step("what it writes")
+    for prompt in PROMPTS:
+        words = [
+            "generate",
+            run / "checkpoints",
+            "--prompt",
+            prompt,
+            "--max-tokens",
+            "60",
+            "--temperature",
+            "0.8",
+            "--top-k",
+            "40",
+        ]
+        verb(*words)
+
+
+def require_learning(run: Path) -> None:
+    """Raises Failed unless the mean loss of the last fifth of the steps lies below that of the first fifth."""
+    losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0]]
+    part = max(1, len(losses) // 5)
+    first, last = mean(losses[:part]), mean(losses[-part:])
+    if not last < first:
+        raise Failed(f"the loss did not fall: {first:.3f} over the first {part} steps, {last:.3f} over the last")
+    say(f"the loss fell from {first:.3f} to {last:.3f}")
+
+
+def next_steps(options: argparse.Namespace, run: Path, seconds: float) -> None:
+    """Where everything lies and what to try."""
+    print(f"""
+Done in {seconds / 60:.1f} minutes.
+  the loss curve         {run / "loss.png"}
+  every step's numbers   {run / "metrics.jsonl"}
+  the weights            {run / "checkpoints"}
+
+What to try next:
+  bash launch/quickstart.sh --minutes 40                   train longer
+  bash launch/quickstart.sh --text PATH...                 train on your own text
+  edit {options.config} and run it again: other sizes, other learning rates (docs/config.md has every key)
+  other layouts: parallel.tensor_parallel_size=4, or more processes than that for data parallelism (docs/index.md)
+  {sys.executable} -m megatrain generate "{run / "checkpoints"}" --prompt "import "
+""")
+
+
+# --- running things -----------------------------------------------------------------------------------------------------------
+
+
+def key(inputs: Any) -> str:
+    """Eight hex digits that name the inputs."""
+    return hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()[:8]
+
+
+def once(stamp: Path, what: str, make: Callable[[], None]) -> None:
+    """Run `make` unless its stamp says that it ran to the end before."""
+    if stamp.exists():
+        return
+    step(what)
+    make()
+    publish(stamp, "")
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a file so that it is either there whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def verb(*words: str | Path) -> None:
+    """Run `megatrain WORDS...`."""
+    call(["-m", "megatrain", *words])
+
+
+def call(words: Sequence[str | Path], **environment: str) -> None:
+    """Run Python with these words, shown first. Raises Failed when it does not return 0; an interrupt lets it save and end."""
+    command = [sys.executable, *map(str, words)]
+    print("  $ python " + " ".join(command[1:]), flush=True)
+    child = subprocess.Popen(command, env={**os.environ, **environment})
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGTERM)  # torchrun passes it on; training saves and ends
+        child.wait()
+        raise
+    if code:
+        raise Failed(
+            f"the last command ended with exit code {code}; what it said stands above. The same command goes on from there."
+        )
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is taken as Ctrl-C is."""
+    raise KeyboardInterrupt
+
+
+def step(what: str) -> None:
+    """A heading."""
+    print(f"\n=== {what}", flush=True)
+
+
+def say(what: str) -> None:
+    """A line below a heading."""
+    print(f"  {what}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
