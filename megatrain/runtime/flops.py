@@ -118,9 +118,9 @@ _H100_NVL = _Published(835.5, 417.5, 60.0, 60.0)
 _A100 = _Published(312.0, 156.0, 19.5, 19.5)
 
 # The first pattern found in torch.cuda.get_device_name() counts, so the special comes before the general. Sources: NVIDIA's
-# data sheets (B200: HGX page), halved where a sheet gives sparsity; for GeForce and RTX A6000 the appendices of the Ada and GA102
-# architecture papers, with FP32 accumulation. A100, H100, H200, L40S and B200 also stand in the table of stas00/ml-engineering
-# (compute/accelerator).
+# data sheets (B200: HGX page), halved where a sheet gives sparsity; for GeForce and RTX A6000 the appendices of the Ada and
+# GA102 architecture papers, with FP32 accumulation. A100, H100, H200, L40S and B200 also stand in the table of
+# stas00/ml-engineering (compute/accelerator).
 _PUBLISHED: tuple[tuple[str, _Published], ...] = (
     (r"B200", _Published(2250.0, 1125.0, 75.0, 37.0)),
     (r"H200 NVL|H100 NVL", _H100_NVL),

@@ -174,7 +174,8 @@ class RunLog:
                 from megatrain.runtime.tensorboard import TensorBoard  # noqa: PLC0415  (0.3 s that only rank 0 need spend)
 
                 self._tensorboard = TensorBoard(self.directory / "tensorboard", sequence_length, world_size, start_step)
-                self._restore_sample_curves(start_step)
+                if start_step > 0:
+                    self._tensorboard.restore(*read_metrics(self.directory / "metrics.jsonl"))
         except OSError as error:
             reason = f"log.dir={log_dir} cannot be written ({error.strerror or error})."
             raise OSError(error.errno, f"{reason} Set log.dir to a directory of your own, such as /tmp/run.") from error
@@ -252,14 +253,6 @@ class RunLog:
     def _open_events(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._events = JsonLines(self.directory / "events.jsonl")
-
-    def _restore_sample_curves(self, start_step: int) -> None:
-        """Write again the curves over samples that TensorBoard drops on a resume (see TensorBoard)."""
-        if self._tensorboard is not None and start_step > 0:
-            steps, evaluations = read_metrics(self.directory / "metrics.jsonl")
-            self._tensorboard.restore(
-                [row for row in steps if row["step"] <= start_step], [row for row in evaluations if row["step"] <= start_step]
-            )
 
     def _draw(self, references: Mapping[str, float]) -> None:
         from megatrain.runtime.plot import draw_loss  # noqa: PLC0415  (0.5 s that only rank 0 need spend)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def draw_loss(metrics: Path | str, png: Path | str, references: Mapping[str, flo
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4.5, 1.0))
     _draw_losses(upper, steps, evaluations, references or {})
     _draw_rate(lower, steps)
+    last = max([1, *(row["step"] for row in (*steps[-1:], *evaluations[-1:]))])
+    lower.set_xlim(0, 1.015 * last)
     figure.suptitle(_title(steps, evaluations), x=0.01, ha="left", fontsize=11, color=_INK)
     png = Path(png)
     part = png.with_name(f".{png.name}.{os.getpid()}.part")
@@ -52,23 +55,28 @@ def draw_loss(metrics: Path | str, png: Path | str, references: Mapping[str, flo
 
 
 def smooth(values: _Numbers, window: float) -> _Numbers:
-    """Mean of each value and those before it, weighted exp(-distance / window); NaN stays NaN and counts for no other."""
-    out = np.full(len(values), np.nan)
-    total = weight = 0.0
+    """Mean of each value and its neighbours on both sides, weighted exp(-distance / window), so that the curve does not lag.
+
+    A value that is not finite stays NaN and counts for no other.
+    """
+    known = np.isfinite(values)
+    clean = np.where(known, values, 0.0)
+    total = _decaying_sum(clean, window) + _decaying_sum(clean[::-1], window)[::-1] - clean
+    weight = _decaying_sum(known, window) + _decaying_sum(known[::-1], window)[::-1] - known
+    return np.divide(total, weight, out=np.full(len(values), np.nan), where=known)
+
+
+def _decaying_sum(values: NDArray[Any], window: float) -> _Numbers:
+    """Sum of each value and those before it, weighted exp(-distance / window)."""
     decay = math.exp(-1.0 / window)
-    for i, value in enumerate(values):
-        total, weight = total * decay, weight * decay
-        if np.isfinite(value):
-            total, weight = total + value, weight + 1.0
-            out[i] = total / weight
-    return out
+    return np.array(list(accumulate(values.tolist(), lambda total, value: total * decay + value)), dtype=np.float64)
 
 
 def _draw_losses(
     axes: Axes, steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], references: Mapping[str, float]
 ) -> None:
     at, loss = _column(steps, "step"), _column(steps, "loss")
-    smoothed = smooth(loss, max(1.0, len(loss) / 60))
+    smoothed = smooth(loss, max(1.0, len(loss) / 100))
     few = len(loss) <= 40
     axes.plot(
         at, loss, color=_TRAIN, alpha=0.3, linewidth=0.8, marker="o" if few else "", markersize=3, label="train, each step"
@@ -88,19 +96,20 @@ def _draw_losses(
         )
     for (label, value), color in zip(references.items(), _REFERENCES * len(references), strict=False):
         axes.axhline(value, color=color, linewidth=1.2, linestyle=(0, (5, 3)), label=f"{label} ({value:.2f})")
-    _limit_losses(axes, np.concatenate((smoothed, loss[:1], valid, np.array([*references.values()], dtype=np.float64))), loss)
+    _limit_losses(axes, loss, np.concatenate((loss[:1], loss[-1:], valid, np.array([*references.values()], dtype=np.float64))))
     axes.set_ylabel("loss (nats per token)", color=_INK)
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
     _style(axes)
 
 
-def _limit_losses(axes: Axes, shown: _Numbers, loss: _Numbers) -> None:
-    """Frame what must be seen: one spike of a raw loss may leave the picture, but not flatten everything else."""
-    shown, loss = shown[np.isfinite(shown)], loss[np.isfinite(loss)]
-    if not len(shown):
+def _limit_losses(axes: Axes, loss: _Numbers, always: _Numbers) -> None:
+    """Frame nearly all losses, and `always`: a rare spike may leave the picture, but not flatten everything else."""
+    loss = loss[np.isfinite(loss)]
+    usual = np.percentile(loss, (0.5, 99.5), method="lower") if len(loss) else loss
+    framed = np.concatenate((usual, always[np.isfinite(always)]))
+    if not len(framed):
         return
-    bottom = min(shown.min(), np.percentile(loss, 0.5)) if len(loss) else shown.min()
-    top = max(shown.max(), np.percentile(loss, 99.5)) if len(loss) else shown.max()
+    bottom, top = framed.min(), framed.max()
     margin = 0.05 * (top - bottom) or 0.5
     axes.set_ylim(bottom - margin, top + margin)
 
@@ -109,7 +118,8 @@ def _draw_rate(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     at, rate = _column(steps, "step"), _column(steps, "learning_rate")
     axes.plot(at, rate, color=_RATE, linewidth=1.4, marker="o" if len(rate) == 1 else "", markersize=3)
     axes.fill_between(at, rate, color=_RATE, alpha=0.12, linewidth=0)
-    axes.set_ylim(bottom=0)
+    highest = np.nanmax(rate, initial=0.0)
+    axes.set_ylim(0, 1.1 * highest if highest > 0 else 1)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     axes.yaxis.set_major_locator(MaxNLocator(2))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -121,7 +131,6 @@ def _draw_rate(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
 def _style(axes: Axes) -> None:
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.margins(x=0.01)
     axes.tick_params(colors=_FAINT, labelsize=9, length=0)
     axes.yaxis.get_offset_text().set_color(_FAINT)
     for side, spine in axes.spines.items():

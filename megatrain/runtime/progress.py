@@ -1,6 +1,6 @@
 """A progress bar with the time left, for a person who is watching; nothing at all for a log file.
 
-    training ━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━  52%  520/1000 | loss 4.8312 | 12.3k tokens/s | 0:02:10 gone, 0:02:01 left
+    ━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━  52% 520/1000 | loss 4.8312 | 12.3k tokens/s | 0:02:01 left
 
 The bar is on stderr, and only in a terminal: where stderr is a file or a pipe, `person_watching` is false, no bar is made and
 no control character is written.
@@ -13,7 +13,8 @@ import sys
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 def person_watching(stream: TextIO | None = None) -> bool:
@@ -30,20 +31,12 @@ class StepBar:
         console = Console(
             file=sys.stderr if stream is None else stream, highlight=False, markup=False, emoji=False, soft_wrap=True
         )
-        separator = TextColumn("[dim]|[/dim]")
+        whole = Column(no_wrap=True, min_width=7)  # a narrow terminal cuts the bar, never the time left
         self._progress = Progress(
-            TextColumn("training"),
             BarColumn(bar_width=None),
             TaskProgressColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            separator,
-            TextColumn("loss {task.fields[loss]}"),
-            separator,
-            TextColumn("{task.fields[speed]} tokens/s"),
-            separator,
-            TimeElapsedColumn(),
-            TextColumn("gone,"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} | loss {task.fields[loss]} | {task.fields[speed]} tokens/s |"),
+            TimeRemainingColumn(table_column=whole),
             TextColumn("left"),
             console=console,
             expand=True,

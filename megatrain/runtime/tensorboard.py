@@ -36,7 +36,7 @@ class TensorBoard:
 
     def __init__(self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0) -> None:
         """Start an event file in `directory`; points after `start_step` from before are taken back. Raises OSError."""
-        self._sequence_length, self._world_size = sequence_length, world_size
+        self._sequence_length, self._world_size, self._start_step = sequence_length, world_size, start_step
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
         self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -66,8 +66,9 @@ class TensorBoard:
         self._over_samples(row, _validation(row))
 
     def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
-        """Write again the curves over samples of a run that resumes. Raises OSError where the disk is full."""
-        for rows, values in ((steps, _training), (evaluations, _validation)):
+        """Write again what a resume took back of the curves over samples, from the rows of a run. Raises OSError."""
+        for all_rows, values in ((steps, _training), (evaluations, _validation)):
+            rows = [row for row in all_rows if row["step"] <= self._start_step < self._samples(row)]
             stride = max(1, -(-len(rows) // RESTORED_ROWS))
             for row in rows[::stride]:
                 self._over_samples(row, values(row))
@@ -76,8 +77,11 @@ class TensorBoard:
         """Close the file; it must not be used afterwards."""
         os.close(self._file)
 
+    def _samples(self, row: Row) -> int:
+        return int(row["tokens"]) // self._sequence_length
+
     def _over_samples(self, row: Row, values: Mapping[str, float | None]) -> None:
-        self._scalars(row["tokens"] // self._sequence_length, {f"{tag} vs samples": value for tag, value in values.items()})
+        self._scalars(self._samples(row), {f"{tag} vs samples": value for tag, value in values.items()})
 
     def _scalars(self, at: int, values: Mapping[str, float | None]) -> None:
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
