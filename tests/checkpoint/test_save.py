@@ -34,6 +34,14 @@ def test_a_saved_directory_holds_what_it_should(tmp_path, state):
     assert names(path[0]) == sorted(["manifest.json", *shards])
 
 
+def test_only_the_first_replica_writes(tmp_path, state, monkeypatch):
+    module, written = sys.modules[save.__module__], []
+    real = module.save_file
+    monkeypatch.setattr(module, "save_file", lambda tensors, file: (written.append(file.name), real(tensors, file)))
+    path = simulate(MeshShape(tp=2, dp=2, cp=2), state.save, tmp_path)[0]
+    assert sorted(["manifest.json", *written]) == names(path)
+
+
 def test_the_manifest_does_not_grow_with_ranks_times_tensors(tmp_path):
     specs = [ParamSpec(f"w{i}", (8,)) for i in range(50)]
     tensors = {"weights": {spec.name: LocalTensor(spec, torch.zeros(8)) for spec in specs}}
