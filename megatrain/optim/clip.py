@@ -23,7 +23,10 @@ def local_squared_norm(parameters: Sequence[Parameter], ctx: ParallelContext) ->
 
 
 def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:
-    """What to divide gradients by so that their norm is at most `clip_grad` (0: never clip): at least 1; float64 scalar tensor."""
+    """What to divide gradients by so that their norm is at most `clip_grad` (0: never clip): at least 1; float64 scalar tensor.
+
+    As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps curves comparable.
+    """
     if clip_grad == 0:
         return torch.ones_like(norm)
-    return (norm / clip_grad).clamp_min(1.0)
+    return ((norm + 1e-6) / clip_grad).clamp_min(1.0)
