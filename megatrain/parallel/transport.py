@@ -397,6 +397,7 @@ class TorchWorld(World):
         self.size = size
         self._device = device
         self._timeout_seconds = timeout_seconds
+        self._groups: list[TorchGroup] = []
 
     @classmethod
     def connect(
@@ -455,10 +456,15 @@ class TorchWorld(World):
             made = dist.new_group(list(members), timeout=limit, use_local_synchronization=True, group_desc=name)
         except (RuntimeError, ValueError) as error:
             raise TransportError(f"axis {name}: rank {self.rank} cannot make the group of {list(members)}: {error}") from error
-        return TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds)
+        group = TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds)
+        self._groups.append(group)
+        return group
 
     def close(self) -> None:
         """Leave the job: release every group made here. Ranks that still wait for this one get an error."""
+        for group in self._groups:
+            group.process_group = None  # connections close when the last reference goes
+        self._groups.clear()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import torch
 
 from megatrain.parallel.transport import Group, Handle, ReduceOp, World
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,14 @@ class Recorder:
             total[0] += 1
             total[1] += size
 
-    def wait(self, call: tuple[Group, str, int, torch.Tensor | None], block: Callable[[], object]) -> None:
-        """Run `block`, which waits for a call (group, operation, number, larger tensor), and say so meanwhile."""
+    def wait(self, call: tuple[Group, str, int, torch.Tensor | None], block: Callable[[], T]) -> T:
+        """Return `block()`, which may wait for a call (group, operation, number, larger tensor), and say so meanwhile."""
         group, operation, sequence, tensor = call
         shape, dtype = ((), None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
         token = next(self._tokens)  # dict and count are safe between threads, so that waiting costs no lock
         self._waiting[token] = Call(group.name, group.ranks, operation, sequence, time.monotonic(), shape, dtype)
         try:
-            block()
+            return block()
         finally:
             del self._waiting[token]
 
@@ -106,23 +111,23 @@ class _Wrapper(Group):
         self.name, self.ranks, self.rank = inner.name, inner.ranks, inner.rank
         self.inner = inner
 
+    @abstractmethod
     def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
         """Start the inner call, which is never blocking; wait for it if `blocking`."""
-        raise NotImplementedError
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """As the inner group's."""
-        return self._around("all_reduce", tensor, lambda: self.inner.all_reduce(tensor, op, blocking=False), blocking)
+        return self._around("all_reduce", tensor, partial(self.inner.all_reduce, tensor, op, blocking=False), blocking)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
         """As the inner group's."""
-        return self._around("all_gather", output, lambda: self.inner.all_gather(output, tensor, blocking=False), blocking)
+        return self._around("all_gather", output, partial(self.inner.all_gather, output, tensor, blocking=False), blocking)
 
     def reduce_scatter(
         self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
     ) -> Handle:
         """As the inner group's."""
-        start = lambda: self.inner.reduce_scatter(output, tensor, op, blocking=False)  # noqa: E731
+        start = partial(self.inner.reduce_scatter, output, tensor, op, blocking=False)
         return self._around("reduce_scatter", tensor, start, blocking)
 
     def all_to_all(
@@ -136,20 +141,20 @@ class _Wrapper(Group):
     ) -> Handle:
         """As the inner group's."""
         larger = max(output, tensor, key=torch.Tensor.numel)
-        start = lambda: self.inner.all_to_all(output, tensor, output_rows, input_rows, blocking=False)  # noqa: E731
+        start = partial(self.inner.all_to_all, output, tensor, output_rows, input_rows, blocking=False)
         return self._around("all_to_all", larger, start, blocking)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
         """As the inner group's."""
-        return self._around("broadcast", tensor, lambda: self.inner.broadcast(tensor, source, blocking=False), blocking)
+        return self._around("broadcast", tensor, partial(self.inner.broadcast, tensor, source, blocking=False), blocking)
 
     def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
         """As the inner group's."""
-        return self._around("send", tensor, lambda: self.inner.send(tensor, to, blocking=False), blocking)
+        return self._around("send", tensor, partial(self.inner.send, tensor, to, blocking=False), blocking)
 
     def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
         """As the inner group's."""
-        return self._around("recv", output, lambda: self.inner.recv(output, source, blocking=False), blocking)
+        return self._around("recv", output, partial(self.inner.recv, output, source, blocking=False), blocking)
 
     def close(self) -> None:
         """Close the inner group."""
@@ -175,7 +180,7 @@ class RecordedGroup(_Wrapper):
 
     def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
         call = self._counted(operation, larger)
-        handle = _RecordedHandle(start(), self._recorder, call)
+        handle = _RecordedHandle(self._recorder.wait(call, start), self._recorder, call)  # to start may mean to connect first
         if blocking:
             handle.wait()
         return handle

@@ -1,0 +1,110 @@
+"""The process behind one rank of `spawn`: `python -m megatrain.testing.worker PIPE_FD RANK STACK_FILE`."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import importlib.util
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import reduce
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.transport import TorchWorld, TransportError
+from megatrain.testing.failure import Failure
+from megatrain.testing.spawn import Answer, Task
+
+
+def main() -> None:
+    """Do tasks until the parent goes away."""
+    number, rank, stacks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    pipe = Connection(number)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    with stacks.open("w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        pipe.send("ready")
+        while True:
+            try:
+                task, args = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(_do(task, args, rank))
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when its parent does, even from inside a collective."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _do(task: Task, args: bytes, rank: int) -> Answer:
+    """Do one task, with connections of its own, and close them: ranks that still wait for this one fail at once."""
+    world = None
+    try:
+        sys.path[:] = task.path
+        fn = _find(task)
+        world = TorchWorld.connect(
+            rank, task.shape.world, backend="gloo", rendezvous=task.rendezvous, timeout_seconds=task.timeout_seconds
+        )
+        answer = _call(world, task, fn, args)
+    except BaseException as error:
+        failure = Failure.of(rank, error)
+        answer = Answer(_pickled(error), time.monotonic(), failure.summary, failure.trace)
+    if answer.failed_at is not None:
+        gc.collect()  # the frames of the exception refer to the groups, and would keep the connections open
+    if world is not None:
+        world.close()
+    return answer
+
+
+def _call(world: TorchWorld, task: Task, fn: Callable[..., Any], args: bytes) -> Answer:
+    """Call the function; return when every rank has done so."""
+    ctx = ParallelContext.build(world, task.shape)
+    answer = Answer(pickle.dumps(fn(ctx, *pickle.loads(args))))
+    if ctx.world.group is not None:
+        with contextlib.suppress(TransportError):  # another rank failed, and says so itself
+            ctx.world.group.barrier()  # whoever closes first must not cut off what is still to be received
+    return answer
+
+
+def _pickled(error: BaseException) -> bytes:
+    """The exception, if it survives the way to another process; else nothing."""
+    try:
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        return b""
+    return data
+
+
+def _find(task: Task) -> Callable[..., Any]:
+    """The function, from a module that is loaded from its file once and then known by its name."""
+    module = sys.modules.get(task.module)
+    if module is None or getattr(module, "__file__", None) != task.file:
+        # A script run again under its own name would do what it does when it is run.
+        name = "__spawned__" if task.module == "__main__" else task.module
+        spec = importlib.util.spec_from_file_location(name, task.file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"cannot load {task.file}, where {task.qualname} is defined")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[task.module] = sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return reduce(getattr, task.qualname.split("."), module)  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    main()
