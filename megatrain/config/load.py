@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -119,6 +120,7 @@ def type_name(kind: Any) -> str:
     return "list [" + ", ".join(type_name(part) for part in parts) + "]"
 
 
+@functools.cache
 def _fields(cls: Any) -> dict[str, Any]:
     """Field name -> resolved type of a dataclass."""
     hints = typing.get_type_hints(cls)

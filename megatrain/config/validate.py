@@ -176,7 +176,7 @@ def _require_tensor_split(model: ModelConfig, parallel: ParallelConfig, world_si
         return
     fits = _fitting_tensor_sizes(model, parallel)
     here = [fit for fit in fits if world_size % fit == 0]
-    in_world = f" (with {world_size} processes: {choices(here)})" if here != fits else ""
+    in_world = f" (in a world of size {world_size}: {choices(here)})" if here != fits else ""
     raise ConfigError(f"{problem} cannot be split over parallel.tensor_parallel_size={size}. Use {choices(fits)}{in_world}.")
 
 
@@ -206,14 +206,14 @@ def _fitting_tensor_sizes(model: ModelConfig, parallel: ParallelConfig) -> list[
 def _require_world(config: Config, world_size: int) -> None:
     p = config.parallel
     if world_size < 1:
-        raise ConfigError(f"a world of {world_size} processes cannot train anything. Start 1 or more.")
+        raise ConfigError(f"a world of {world_size} ranks cannot train anything. Start 1 process or more.")
     ranks = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
     if world_size % ranks:
         others = p.pipeline_parallel_size * p.context_parallel_size
         fits = [size for size in _fitting_tensor_sizes(config.model, p) if world_size % (size * others) == 0]
         smaller = f", or parallel.tensor_parallel_size={choices(fits)}" if fits else ""
         raise ConfigError(
-            f"a world of {world_size} processes cannot be split over parallel.tensor_parallel_size={p.tensor_parallel_size} x "
+            f"a world of size {world_size} cannot be split over parallel.tensor_parallel_size={p.tensor_parallel_size} x "
             f"parallel.pipeline_parallel_size={p.pipeline_parallel_size} x "
             f"parallel.context_parallel_size={p.context_parallel_size} = {ranks} ranks a replica. "
             f"Start {choices(_multiples(world_size, ranks))} processes{smaller}."

@@ -1,0 +1,42 @@
+"""docs/config.md is what the schema says, and a new knob is a visible diff."""
+
+from pathlib import Path
+
+import pytest
+
+from megatrain.config.load import knobs, load
+from megatrain.config.reference import reference
+from megatrain.config.validate import validate
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_committed_page_is_the_generated_one():
+    page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert page == reference(), "run `python -m megatrain.config.reference > docs/config.md`"
+
+
+def test_the_list_of_keys_is_pinned():
+    """Every key is promised to users. A new one belongs in keys.txt, in the order of the schema."""
+    pinned = Path(__file__).with_name("keys.txt").read_text(encoding="utf-8").split()
+    assert [knob.key for knob in knobs()] == pinned
+
+
+def test_every_knob_is_explained():
+    page = reference()
+    for knob in knobs():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{knob.name}` |") and knob.doc in line)
+        assert knob.doc.endswith((".", ")")) and row.count(" | ") == 3
+
+
+def test_what_is_refused_today_is_marked():
+    rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
+    assert "*Later: all but `0`" in rows["zero_stage"] and "*Later: wandb or mlflow.*" in rows["to"]
+    assert "Later" not in rows["num_layers"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_examples_load_and_obey_the_rules(path):
+    for size in (1, 2):
+        overrides = ["data.train=PREFIX", f"parallel.tensor_parallel_size={size}", f"parallel.sequence_parallel={size > 1}"]
+        validate(load(path, overrides).config, size)

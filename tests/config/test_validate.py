@@ -1,0 +1,308 @@
+"""Each rule between knobs refuses with the numbers, the key and a value that works, and that value does work."""
+
+import dataclasses
+import re
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from megatrain.config.load import ConfigError, from_dict, knobs
+from megatrain.config.validate import BELOW_ONE, DEFERRED, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, choices, validate
+
+BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
+
+
+def check(world_size=1, **values):
+    """Validate the default config with `section__key=value` changed."""
+    tree = {section: dict(keys) for section, keys in BASE.items()}
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    validate(from_dict(tree), world_size)
+
+
+def refusal(world_size=1, **values):
+    """The one-line message with which `check` fails."""
+    with pytest.raises(ConfigError) as raised:
+        check(world_size, **values)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "world_size, values",
+    [
+        (1, {}),
+        (1, {"model__vocab_size": None, "data__tokenizer": "bytes"}),
+        (8, {"parallel__tensor_parallel_size": 8}),
+        (8, {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}),
+        (4, {"parallel__tensor_parallel_size": 4, "model__num_query_groups": 2}),
+        (2, {"parallel__tensor_parallel_size": 2, "model__num_query_groups": 4}),
+        (4, {"parallel__tensor_parallel_size": 4, "model__num_query_groups": 1}),
+        (1, {"parallel__sequence_parallel": True, "model__seq_length": 7}),
+        (2, {"parallel__tensor_parallel_size": 2, "model__seq_length": 7}),
+        (2, {"parallel__tensor_parallel_size": 2, "model__vocab_size": 101}),
+        (1, {"model__position": "rope"}),
+        (1, {"optim__name": "sgd", "train__precision": "fp64", "parallel__device": "cpu"}),
+        (1, {"train__precision": "fp64"}),
+        (1, {"optim__lr_schedule": "constant", "optim__lr": 1e-6}),
+        (1, {"optim__lr_schedule": "wsd", "optim__warmup_steps": 900}),
+        (1, {"train__steps": 1, "optim__warmup_steps": 0}),
+        (1, {"log__to": []}),
+        (1, {"optim__clip_grad": 0, "train__eval_every": 0, "checkpoint__save_every": 0, "checkpoint__keep": 0}),
+    ],
+)
+def test_what_is_accepted(world_size, values):
+    check(world_size, **values)
+
+
+@pytest.mark.parametrize(
+    "world_size, values, expected",
+    [
+        (
+            8,
+            {"parallel__tensor_parallel_size": 8, "model__num_attention_heads": 12, "model__hidden_size": 768},
+            "model.num_attention_heads=12 cannot be split over parallel.tensor_parallel_size=8. Use 1, 2, 3, 4, 6 or 12 "
+            "(in a world of size 8: 1, 2 or 4).",
+        ),
+        (
+            24,
+            {"parallel__tensor_parallel_size": 8, "model__num_attention_heads": 12, "model__hidden_size": 768},
+            "model.num_attention_heads=12 cannot be split over parallel.tensor_parallel_size=8. Use 1, 2, 3, 4, 6 or 12.",
+        ),
+        (
+            4,
+            {
+                "parallel__tensor_parallel_size": 4,
+                "model__num_attention_heads": 12,
+                "model__hidden_size": 768,
+                "model__num_query_groups": 3,
+            },
+            "model.num_query_groups=3 cannot be split over parallel.tensor_parallel_size=4. Use 1, 3, 6 or 12 "
+            "(in a world of size 4: 1).",
+        ),
+        (
+            4,
+            {"parallel__tensor_parallel_size": 4, "model__ffn_hidden_size": 1366},
+            "model.ffn_hidden_size=1366 cannot be split over parallel.tensor_parallel_size=4. Use 1 or 2.",
+        ),
+        (
+            4,
+            {"parallel__tensor_parallel_size": 4, "parallel__sequence_parallel": True, "model__seq_length": 130},
+            "with parallel.sequence_parallel=true, model.seq_length=130 cannot be split over "
+            "parallel.tensor_parallel_size=4. Use 1 or 2.",
+        ),
+        (
+            3,
+            {"parallel__tensor_parallel_size": 2},
+            "a world of size 3 cannot be split over parallel.tensor_parallel_size=2 x parallel.pipeline_parallel_size=1 x "
+            "parallel.context_parallel_size=1 = 2 ranks a replica. Start 2 or 4 processes, or parallel.tensor_parallel_size=1.",
+        ),
+        (
+            2,
+            {"parallel__tensor_parallel_size": 4},
+            "a world of size 2 cannot be split over parallel.tensor_parallel_size=4 x parallel.pipeline_parallel_size=1 x "
+            "parallel.context_parallel_size=1 = 4 ranks a replica. Start 4 processes, or parallel.tensor_parallel_size=1 or 2.",
+        ),
+        (0, {}, "a world of 0 ranks cannot train anything. Start 1 process or more."),
+        (
+            1,
+            {"model__hidden_size": 500},
+            "model.hidden_size=500 is not a multiple of model.num_attention_heads=8. Use model.hidden_size=496 or 504, "
+            "or model.num_attention_heads=1, 2, 4, 5, 10, 20, 25 or 50.",
+        ),
+        (
+            1,
+            {"model__num_query_groups": 3},
+            "model.num_query_groups=3 does not divide model.num_attention_heads=8. Use model.num_query_groups=1, 2, 4 or 8.",
+        ),
+        (
+            1,
+            {"model__num_query_groups": 16},
+            "model.num_query_groups=16 does not divide model.num_attention_heads=8. Use model.num_query_groups=1, 2, 4 or 8.",
+        ),
+        (
+            1,
+            {"model__position": "rope", "model__hidden_size": 24},
+            "model.position=rope turns pairs of numbers, but the head dimension is 3 (model.hidden_size=24 / "
+            "model.num_attention_heads=8). Use model.num_attention_heads=1, 2, 3, 4, 6 or 12.",
+        ),
+        (
+            1,
+            {"model__position": "rope", "model__hidden_size": 15, "model__num_attention_heads": 5},
+            "model.position=rope turns pairs of numbers, but the head dimension is 3 (model.hidden_size=15 / "
+            "model.num_attention_heads=5). Use an even model.hidden_size.",
+        ),
+        (
+            2,
+            {"train__global_batch_size": 30},
+            "train.global_batch_size=30 is not a multiple of train.micro_batch_size=4 x 2 data-parallel replicas = 8. "
+            "Use train.global_batch_size=24 or 32, or train.micro_batch_size=1, 3, 5 or 15.",
+        ),
+        (
+            3,
+            {"train__global_batch_size": 4},
+            "train.global_batch_size=4 is not a multiple of train.micro_batch_size=4 x 3 data-parallel replicas = 12. "
+            "Use train.global_batch_size=12.",
+        ),
+        (1, {"optim__lr": 1e-5}, "optim.min_lr=3e-05 is above optim.lr=1e-05. Use optim.min_lr=1e-06."),
+        (
+            1,
+            {"train__steps": 100},
+            "optim.warmup_steps=100 is not less than train.steps=100. Use optim.warmup_steps=10, or more steps.",
+        ),
+        (
+            1,
+            {"optim__lr_schedule": "wsd", "optim__warmup_steps": 901},
+            "the last optim.decay_fraction=0.1 of train.steps=1000 begins before optim.warmup_steps=901 have passed. "
+            "Use a smaller optim.decay_fraction, or optim.warmup_steps=900.",
+        ),
+        (
+            1,
+            {"train__precision": "fp64", "parallel__device": "cuda"},
+            "train.precision=fp64 is for checks on CPU, but parallel.device=cuda. Use parallel.device=cpu, or fp32.",
+        ),
+        (
+            1,
+            {"parallel__backend": "nccl", "parallel__device": "cpu"},
+            "parallel.backend=nccl needs GPUs, but parallel.device=cpu. Use parallel.backend=gloo or auto.",
+        ),
+        (
+            1,
+            {"data__train": []},
+            "data.train is empty. Use the prefix of a .bin/.idx pair, as `megatrain data tokenize` writes it.",
+        ),
+        (1, {"data__train": ["a", ""]}, "data.train[1].path is empty. Use the prefix of a .bin/.idx pair."),
+        (
+            1,
+            {"data__valid": [{"path": "a", "weight": 0}]},
+            "data.valid[0].weight=0.0 must be greater than 0. Use for example 1.0, or leave the corpus out.",
+        ),
+        (
+            1,
+            {"model__vocab_size": None},
+            "model.vocab_size and data.tokenizer are both null, so the vocabulary is unknown. Use data.tokenizer=bytes, "
+            "data.tokenizer=TOKENIZER.json or a number for model.vocab_size.",
+        ),
+        (1, {"log__to": ["wandb"]}, "log.to=[wandb]: wandb is not in this release. Use log.to=[tensorboard] or []."),
+        (
+            1,
+            {"log__to": ["tensorbord"]},
+            "log.to=[tensorbord]: 'tensorbord' is no known writer. Use log.to=[tensorboard] or [].",
+        ),
+        (
+            1,
+            {"optim__betas": [0.9, 1.0]},
+            "optim.betas=[0.9, 1.0] must lie in [0, 1). Use for example [0.9, 0.95].",
+        ),
+        (1, {"optim__decay_fraction": 1.5}, "optim.decay_fraction=1.5 must be at most 1. Use for example 0.1."),
+        (1, {"train__seed": 1 << 63}, f"train.seed={1 << 63} must be less than 2^63. Use for example 1234."),
+        (1, {"log__dir": ""}, "log.dir='' must not be empty text. Use for example runs/demo."),
+    ],
+)
+def test_what_is_refused(world_size, values, expected):
+    assert refusal(world_size, **values) == expected
+
+
+NUMBERS = [
+    *((key, 0, "must be greater than 0") for key in POSITIVE),
+    *((key, -1, "must be 0 or more") for key in NOT_NEGATIVE),
+    *((key, bad, r"must lie in \[0, 1\)") for key in BELOW_ONE for bad in (-0.1, 1)),
+    *((key, "", "must not be empty text") for key in NOT_EMPTY),
+]
+
+
+@pytest.mark.parametrize("key, bad, rule", NUMBERS)
+def test_each_number_has_its_bounds(key, bad, rule):
+    value = [bad, 0.5] if key == "optim.betas" else bad
+    assert re.match(rf"{re.escape(key)}=.* {rule}\. Use for example ", refusal(**{key.replace(".", "__"): value}))
+
+
+def test_every_number_of_the_schema_has_a_bound():
+    deferred = {rule.key for rule in DEFERRED}
+    bounded = {*POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *deferred}
+    for knob in knobs():
+        if type(knob.default) in (int, float) or "int" in str(knob.kind) or "float" in str(knob.kind):
+            assert knob.key in bounded, knob.key
+
+
+LATER = [
+    ("model.family", "glm", "GLM comes in a later release"),
+    ("model.preset", "gpt2_124m", "published shapes"),
+    ("model.init_from", "DIR", "starting from given weights"),
+    *(("model.norm_placement", value, "other placements") for value in ("post", "deepnorm", "sandwich")),
+    *(("model.position", value, "other position encodings") for value in ("alibi", "none", "learned_2d", "rope_2d")),
+    ("parallel.pipeline_parallel_size", 2, "pipeline parallelism"),
+    ("parallel.virtual_pipeline_size", 2, "pipeline parallelism"),
+    *(("parallel.schedule", value, "with one pipeline stage") for value in ("gpipe", "interleaved", "zb_h1", "zb_v")),
+    ("parallel.context_parallel_size", 2, "context parallelism"),
+    ("parallel.expert_parallel_size", 2, "mixtures of experts"),
+    *(("parallel.zero_stage", stage, "optimizer state is not sharded over the data-parallel ranks yet") for stage in (1, 2, 3)),
+    ("optim.name", "muon", "Muon"),
+    ("train.tokens", 2e9, "give train.steps"),
+    ("train.precision", "fp16", "loss scaling"),
+    *(("train.recompute", value, "activation recomputation") for value in ("selective", "full")),
+]
+
+
+@pytest.mark.parametrize("key, value, reason", LATER)
+def test_what_a_later_release_delivers_is_refused_with_the_reason(key, value, reason):
+    said = refusal(8, **{key.replace(".", "__"): value})
+    assert said.startswith(f"{key}={value:g} " if isinstance(value, float) and value < 1 else f"{key}={value} ")
+    assert "is not in this release: " in said and reason in said
+    use = re.search(rf"Use {re.escape(key)}=(.*)\.$", said)[1]
+    for word in re.split(", | or ", use):
+        check(8, **{key.replace(".", "__"): {"null": None}.get(word, int(word) if word.isdigit() else word)})
+
+
+def test_every_deferred_knob_is_tested():
+    assert {key for key, _, _ in LATER} == {rule.key for rule in DEFERRED}
+
+
+sizes = st.integers(1, 24)
+
+
+@given(
+    heads=sizes,
+    head_dim=sizes,
+    group_size=sizes,
+    ffn=st.integers(1, 96),
+    seq=st.integers(1, 96),
+    tp=sizes,
+    copies=st.integers(1, 3),
+)
+def test_the_sizes_that_a_refusal_lists_are_accepted(heads, head_dim, group_size, ffn, seq, tp, copies):
+    assume(heads % group_size == 0)
+    values = {
+        "model__num_attention_heads": heads,
+        "model__hidden_size": heads * head_dim,
+        "model__num_query_groups": heads // group_size,
+        "model__ffn_hidden_size": ffn,
+        "model__seq_length": seq,
+        "parallel__sequence_parallel": True,
+        "train__global_batch_size": 12 * 24 * 24,
+        "train__micro_batch_size": 1,
+    }
+    splits = (
+        heads % tp == 0 and ffn % tp == 0 and seq % tp == 0 and max(tp, heads // group_size) % min(tp, heads // group_size) == 0
+    )
+    if splits:
+        check(tp * copies, parallel__tensor_parallel_size=tp, **values)
+        return
+    said = refusal(tp * copies, parallel__tensor_parallel_size=tp, **values)
+    listed = [int(word) for word in re.findall(r"\d+", re.search(r"Use ([^(]*)", said)[1])]
+    assert listed[0] == 1
+    for size in listed:
+        check(size * copies, parallel__tensor_parallel_size=size, **{**values, "train__global_batch_size": size * copies})
+
+
+def test_choices():
+    assert [choices(values) for values in ([1], [1, 2], [1, 2, 3])] == ["1", "1 or 2", "1, 2 or 3"]
+
+
+def test_a_config_is_left_as_it_was():
+    config = from_dict(BASE)
+    before = dataclasses.asdict(config)
+    validate(config, 1)
+    assert dataclasses.asdict(config) == before
