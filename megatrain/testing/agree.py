@@ -1,0 +1,163 @@
+"""`agree`: do two layouts train the same model? Compares two `Trace`s and names the first step and tensor that differ.
+
+| compared                                   | deviation                                                  | float64     | float32        |
+| ------------------------------------------ | ---------------------------------------------------------- | ----------- | -------------- |
+| losses, gradient norms, of every step      | |a-b| / |b|                                                | 1e-12       | 2e-5           |
+| gradients of the first step, each tensor   | max|a-b| / max(max|b|, root mean square of all gradients)  | 1e-12       | 2e-5           |
+| updated weights and optimizer states, each | max|a-b| / max(max|b|, learning rate)                      | 1e-8        | 2e-5, SGD only |
+
+Adam divides rounding noise by itself where a gradient is exactly zero (a key bias), so in float32 its weights are not compared. In
+bfloat16 rounding is too coarse for a fixed tolerance: `agree_in_bf16` asks that a layout is not much worse than one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Disagreement(AssertionError):
+    """Two runs differ by more than rounding."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a few steps of training did, in logical (whole, unpadded) tensors by logical name."""
+
+    losses: Sequence[float]
+    """Of each step."""
+    grad_norms: Sequence[float]
+    """Of each step, before clipping."""
+    gradients: Tensors
+    """Of the first step, before clipping."""
+    weights: Tensors
+    """After the last step."""
+    states: Mapping[str, Tensors] = field(default_factory=dict)
+    """Optimizer states after the last step, by kind (exp_avg, ...)."""
+    learning_rate: float = 0.0
+    """The peak."""
+    dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp64"
+    """Precision of the run."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest deviations that are rounding."""
+
+    step: float
+    """Of losses, gradient norms and first gradients."""
+    update: float | None
+    """Of weights and states; None: not compared."""
+
+
+def tolerance(dtype: str, optimizer: str) -> Tolerance:
+    """What counts as agreement. Raises ValueError for a precision without fixed tolerances."""
+    if dtype == "fp64":
+        return Tolerance(1e-12, 1e-8)
+    if dtype == "fp32":
+        return Tolerance(2e-5, 2e-5 if optimizer == "sgd" else None)
+    raise ValueError(f"{dtype} has no fixed tolerance: compare in fp64 or fp32, or with agree_in_bf16")
+
+
+def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw") -> dict[str, float]:
+    """Check that `other` trained the same model as `reference`, up to rounding; `optimizer` is adamw, adam or sgd.
+
+    Returns the largest deviation of each kind (loss, grad_norm, gradient, weight, state). Raises Disagreement that names the
+    first step and quantity or tensor that differ, with both values; ValueError if the two runs cannot be compared.
+    """
+    if reference.dtype != other.dtype:
+        raise ValueError(f"a {reference.dtype} run cannot be compared with a {other.dtype} run: train both in fp64")
+    allowed = tolerance(reference.dtype, optimizer)
+    largest: dict[str, float] = {}
+    if len(reference.losses) != len(other.losses) or len(reference.grad_norms) != len(other.grad_norms):
+        raise Disagreement(f"the reference has {len(reference.losses)} steps, the other {len(other.losses)}")
+    for step, (a, b) in enumerate(zip(other.losses, reference.losses, strict=True)):
+        _scalar(largest, "loss", step, a, b, allowed.step)
+        if step == 0:  # before the norm: the name of a tensor says more
+            _tensors(largest, "gradient", "of step 0", other.gradients, reference.gradients, _rms(reference), allowed.step)
+        if step < len(reference.grad_norms):
+            _scalar(largest, "grad_norm", step, other.grad_norms[step], reference.grad_norms[step], allowed.step)
+    if allowed.update is None:
+        return largest
+    after, floor = f"after step {len(reference.losses) - 1}", reference.learning_rate
+    _tensors(largest, "weight", after, other.weights, reference.weights, floor, allowed.update)
+    if set(reference.states) != set(other.states):
+        raise Disagreement(f"optimizer states: reference has {sorted(reference.states)}, other {sorted(other.states)}")
+    for kind, states in reference.states.items():
+        _tensors(largest, "state", f"({kind}) {after}", other.states[kind], states, floor, allowed.update)
+    return largest
+
+
+def agree_in_bf16(exact: Trace, single: Trace, other: Trace) -> None:
+    """Check that a bfloat16 run `other` is as near to a float32 run of the same (bfloat16) weights as one process is.
+
+    exact: float32, one process; single: bfloat16, one process. Loss and gradient norm of the first step may lie twice as far from
+    `exact` as those of `single`, plus 1e-4 of their size. Raises Disagreement.
+    """
+    for name in ("losses", "grad_norms"):
+        truth, alone, ours = (getattr(trace, name)[0] for trace in (exact, single, other))
+        allowed = 2 * abs(alone - truth) + 1e-4 * abs(truth)
+        if not abs(ours - truth) <= allowed:  # written so that NaN disagrees
+            raise Disagreement(
+                f"step 0, {name}: {ours!r} lies {abs(ours - truth):.3g} from {truth!r} in float32, more than {allowed:.3g}; "
+                f"one process in bfloat16 has {alone!r}"
+            )
+
+
+def _rms(trace: Trace) -> float:
+    """Root mean square of all gradients' elements: the size below which a gradient's own size says nothing."""
+    squares = sum(float(g.double().square().sum()) for g in trace.gradients.values())
+    return float((squares / max(1, sum(g.numel() for g in trace.gradients.values()))) ** 0.5)
+
+
+def _scalar(largest: dict[str, float], kind: str, step: int, a: float, b: float, allowed: float) -> None:
+    """Compare one number of one step."""
+    deviation = 0.0 if a == b else abs(a - b) / max(abs(b), 1e-300)
+    if not deviation <= allowed:  # written so that NaN disagrees
+        raise Disagreement(f"step {step}, {kind}: {a!r}, but the reference has {b!r}: deviation {deviation:.3g} > {allowed:g}")
+    largest[kind] = max(largest.get(kind, 0.0), deviation)
+
+
+def _tensors(
+    largest: dict[str, float], kind: str, when: str, ours: Tensors, reference: Tensors, floor: float, allowed: float
+) -> None:
+    """Compare tensors by name; `floor` is the size below which a tensor's own size does not count."""
+    if set(ours) != set(reference):
+        odd = sorted(set(ours) ^ set(reference))
+        raise Disagreement(f"{kind} {when}: only one of the two runs has {', '.join(odd[:8])} ({len(odd)} names)")
+    wrong = []
+    for name, b in reference.items():
+        a = ours[name]
+        if a.shape != b.shape:
+            raise Disagreement(f"{kind} {when}: {name} is {list(a.shape)}, but {list(b.shape)} in the reference")
+        deviation, place = _deviation(a, b, floor)
+        if deviation <= allowed:  # false for NaN
+            largest[kind] = max(largest.get(kind, 0.0), deviation)
+        else:
+            wrong.append((name, deviation, place))
+    if wrong:
+        name, deviation, place = wrong[0]
+        others = f"; so do {', '.join(n for n, _, _ in wrong[1:9])}" if len(wrong) > 1 else ""
+        more = f" and {len(wrong) - 9} more" if len(wrong) > 9 else ""
+        raise Disagreement(
+            f"{kind} {when}: {name}{list(place)} is {ours[name][place].item()!r}, but {reference[name][place].item()!r} in the "
+            f"reference: deviation {deviation:.3g} > {allowed:g}. {len(wrong)} of {len(reference)} tensors deviate{others}{more}"
+        )
+
+
+def _deviation(a: torch.Tensor, b: torch.Tensor, floor: float) -> tuple[float, tuple[int, ...]]:
+    """max|a-b| / max(max|b|, floor), and where it is; NaN counts as largest."""
+    if b.numel() == 0:
+        return 0.0, ()
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    difference = (a - b).abs()
+    index = int(difference.argmax())  # the first NaN, if there is one
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), b.shape))
+    size = max(float(b.abs().max()), floor)
+    worst = float(difference.flatten()[index])
+    return (0.0 if worst == 0 else worst / max(size, 1e-300)), place
