@@ -60,7 +60,7 @@ Debian, Ubuntu: sudo apt install python3-venv   (for a versioned python3.X: pyth
 # pip into a log; a line for each download so that a person sees it move. Returns pip's exit code.
 pip_install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check -c "$constraints" "$@" 2>&1 |
-        tee -a "$log" | awk '/^ *Downloading |^Installing collected/ { print "    " substr($0, 1, 110); fflush() }'
+        tee -a "$log" | awk '/^ *Downloading |^Installing collected/ { sub(/^ +/, ""); print "    " substr($0, 1, 100); fflush() }'
 }
 
 pip_install_or_fail() {
