@@ -281,18 +281,16 @@ def launch(config: Path, layout: Layout, data: Data, overrides: Sequence[str]) -
 
 
 def compare(config: Config, data: Data, run: Path, steps: int) -> None:
-    """Validation loss beside what counting words reaches with the same tokens; the same lines in loss.png."""
+    """Validation loss beside what counting words reaches with the same tokens: a table, comparison.json, lines in loss.png."""
     _, evaluations = read_metrics(run / "metrics.jsonl")
     found = baselines(config, data.train, data.valid, steps * config.train.global_batch_size)
-    draw_loss(run / "metrics.jsonl", run / "loss.png", {"unigram": found.unigram, "bigram": found.bigram})
-    step("how good is it? Mean loss on the held-out text, in nats a token; lower is better")
-    rows = [
-        ("guessing by how frequent each token is", "unigram", found.unigram),
-        ("guessing from the token before", "bigram", found.bigram),
-        ("this model", "", evaluations[-1]["valid_loss"]),
-    ]
-    for what, name, loss in rows:
-        say(f"{what:40} {name:8} {loss:.3f}")
+    losses = {"unigram": found.unigram, "bigram": found.bigram, "model": evaluations[-1]["valid_loss"]}
+    publish(run / "comparison.json", json.dumps({**losses, "steps": steps}))
+    draw_loss(run / "metrics.jsonl", run / "loss.png", {name: losses[name] for name in ("unigram", "bigram")})
+    step("how good is it? Mean loss on the held-out text in nats a token; lower is better")
+    say(f"{'guessing by how frequent each token is (unigram)':56} {losses['unigram']:.3f}")
+    say(f"{'guessing from the token before (interpolated bigram)':56} {losses['bigram']:.3f}")
+    say(f"{'this model':56} {losses['model']:.3f}")
 
 
 def sample(layout: Layout, run: Path) -> None:

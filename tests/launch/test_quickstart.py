@@ -1,0 +1,149 @@
+"""The steps of launch/quickstart.py, without training: what is chosen, what is skipped, what is refused."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from megatrain.config.load import load
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "launch/configs/quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch/quickstart.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["quickstart"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def set_count(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+    return set_count
+
+
+def test_the_config_is_tensor_parallel_and_near_ten_million_parameters() -> None:
+    config = load(CONFIG).config
+    model = config.model
+    assert (config.parallel.tensor_parallel_size, config.parallel.sequence_parallel) == (2, True)
+    gate = 3 if model.gated else 2
+    layer = 4 * model.hidden_size**2 + gate * model.hidden_size * model.ffn_size
+    assert model.vocab_size is not None
+    assert 9e6 < model.num_layers * layer + model.vocab_size * model.hidden_size < 14e6
+
+
+@pytest.mark.parametrize(("count", "device", "ranks"), [(0, "cpu", 2), (1, "cuda", 1), (2, "cuda", 2), (8, "cuda", 2)])
+def test_layout(quickstart: ModuleType, gpus: Any, tmp_path: Path, count: int, device: str, ranks: int) -> None:
+    gpus(count)
+    layout = quickstart.choose_layout(load(CONFIG).config, tmp_path)
+    assert (layout.device, layout.ranks) == (device, ranks)
+    assert layout.threads >= 1
+    assert layout.precision in layout.why
+    assert ("NCCL allows one process per GPU" in layout.why) == (count == 1)
+
+
+def test_precision_is_measured_once(quickstart: ModuleType, gpus: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0)
+    config = load(CONFIG).config
+    monkeypatch.setattr(quickstart, "bf16_is_faster", lambda: True)
+    first = quickstart.choose_layout(config, tmp_path)
+    monkeypatch.setattr(quickstart, "bf16_is_faster", lambda: False)
+    assert quickstart.choose_layout(config, tmp_path) == first
+    assert first.precision == "bf16"
+
+
+def test_once_repeats_what_did_not_finish(quickstart: ModuleType, tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def fails() -> None:
+        made.append(1)
+        raise quickstart.Failed("no")
+
+    for _ in range(2):
+        with pytest.raises(quickstart.Failed):
+            quickstart.once(tmp_path / "stamp", "a step", fails)
+    quickstart.once(tmp_path / "stamp", "a step", lambda: made.append(2))
+    quickstart.once(tmp_path / "stamp", "a step", lambda: made.append(3))
+    assert made == [1, 1, 2]
+
+
+def test_text_key_follows_the_text(quickstart: ModuleType, tmp_path: Path) -> None:
+    config = load(CONFIG).config
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.txt").write_text("one")
+    names = {quickstart.text_key(None, config), quickstart.text_key([tmp_path / "a"], config)}
+    assert quickstart.text_key([tmp_path / "a"], config) in names
+    (tmp_path / "a/2.txt").write_text("two")
+    names.add(quickstart.text_key([tmp_path / "a"], config))
+    names.add(quickstart.text_key([tmp_path / "a/2.txt"], config))
+    assert len(names) == 4
+
+
+def write_losses(run: Path, losses: list[float], **more: float) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"step": i + 1, "loss": loss, **more}) for i, loss in enumerate(losses)]
+    (run / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def test_reduced_run_must_learn(quickstart: ModuleType, tmp_path: Path) -> None:
+    write_losses(tmp_path, [8.0, 7.0, 6.0, 5.0, 4.0])
+    quickstart.require_learning(tmp_path)
+    write_losses(tmp_path, [8.0, 8.1, 8.0, 8.1, 8.2])
+    with pytest.raises(quickstart.Failed, match=r"did not fall: 8\.000 over the first 1 steps, 8\.200"):
+        quickstart.require_learning(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("minutes", "train_tokens", "steps"),
+    [
+        (10, 10**9, (600 - 4 * 10 * 2 / 3) // 2),  # 2 s a step; each of 4 evaluations is 10 batches at a third of a step
+        (0.01, 10**9, 30),
+        (600, 4096 * 50, 8 * 50),
+    ],
+)
+def test_steps_fit_the_minutes(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, train_tokens: int, steps: float
+) -> None:
+    clock = iter([0.0, 16.0])
+    monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(clock))
+    sizes = {"train": train_tokens, "valid": 40960}
+    monkeypatch.setattr(quickstart, "TokenStore", lambda prefix: argparse.Namespace(tokens=sizes[prefix.name]))
+    monkeypatch.setattr(quickstart, "launch", lambda *_: write_losses(tmp_path / "probe_x", [8.0] * 8, step_seconds=2.0))
+    options = argparse.Namespace(dir=tmp_path, minutes=minutes, config=CONFIG)
+    data = quickstart.Data(tmp_path, tmp_path / "train", tmp_path / "valid", tmp_path / "tokenizer.json")
+    config = load(CONFIG, ["train.global_batch_size=16"]).config
+    assert quickstart.plan_steps(options, config, None, data, "x") == int(steps)
+    assert not (tmp_path / "probe_x").exists()
+
+
+@pytest.mark.parametrize("words", [["--minutes", "0"], ["--text", "/no/such/file"], ["--minuts", "4"]])
+def test_wrong_use(
+    quickstart: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        quickstart.parse()
+    assert stop.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_a_failed_step_ends_with_a_message(quickstart: ModuleType, tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(quickstart.Failed, match="exit code 3"):
+        quickstart.call([script])
