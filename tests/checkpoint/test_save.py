@@ -139,10 +139,14 @@ class Killed(BaseException):
     """Ends a save where it stands, as a kill does: no clean-up runs."""
 
 
-def fail_at(monkeypatch, point, error):
+CHANGES = ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "unlink"))
+REMOVALS = ((os, "unlink"), (os, "rmdir"))
+
+
+def fail_at(monkeypatch, point, error, watched=CHANGES):
     """Let the `point`-th call that changes the disk or waits for it raise `error`; return the count of such calls."""
     calls = [0]
-    for owner, name in ((os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "unlink")):
+    for owner, name in watched:
         real = getattr(owner, name)
 
         def patched(*args, real=real, **more):
@@ -155,10 +159,10 @@ def fail_at(monkeypatch, point, error):
     return calls
 
 
-def points(monkeypatch, action):
+def points(monkeypatch, action, watched=CHANGES):
     """How many such calls `action` makes."""
     with monkeypatch.context() as patch:
-        calls = fail_at(patch, -1, None)
+        calls = fail_at(patch, -1, None, watched)
         action()
     return calls[0]
 
@@ -170,12 +174,12 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path, state, monkeypa
         return tmp_path / name
 
     first = prepared("count")
-    total = points(monkeypatch, lambda: state.save(SINGLE, first, step, keep=1))
-    assert total >= 12
+    total = points(monkeypatch, lambda: state.save(SINGLE, first, step, keep=1), CHANGES + REMOVALS)
+    assert total >= 16
     for point in range(1, total + 1):
         directory = prepared(str(point))
         with monkeypatch.context() as patch:
-            fail_at(patch, point, Killed())
+            fail_at(patch, point, Killed(), CHANGES + REMOVALS)
             with pytest.raises(Killed):
                 state.save(SINGLE, directory, step, keep=1)
         named = latest(directory).strip() if (directory / "latest").exists() else None
