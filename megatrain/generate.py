@@ -196,14 +196,10 @@ def _choose_tokenizer(given: str | None, config: Config) -> Codec:
     """The tokenizer of the command line, or else of the run."""
     name = given or config.data.tokenizer
     if name is None:
-        raise CheckpointError(
-            "the run of this checkpoint has no data.tokenizer. Give one: --tokenizer TOKENIZER.json, or bytes."
-        )
+        raise ValueError("the run of this checkpoint has no data.tokenizer. Give one: --tokenizer TOKENIZER.json, or bytes.")
     if name != "bytes" and not Path(name).is_file():
         origin = "--tokenizer" if given else "data.tokenizer of the checkpoint's run"
-        raise CheckpointError(
-            f"{origin} is {name}, and there is no such file here. Say where it is: --tokenizer TOKENIZER.json."
-        )
+        raise ValueError(f"{origin} is {name}, and there is no such file here. Say where it is: --tokenizer TOKENIZER.json.")
     return load_tokenizer(name)
 
 
@@ -212,9 +208,7 @@ def _encode(codec: Codec, prompt: str, vocab_size: int) -> list[int]:
     ids = [int(token) for token in codec.encode(prompt)]
     if not ids:
         if codec.eod is None:
-            raise CheckpointError(
-                'the prompt is empty, and the tokenizer has no end-of-document token. Give a --prompt "TEXT".'
-            )
+            raise ValueError('the prompt is empty, and the tokenizer has no end-of-document token. Give a --prompt "TEXT".')
         ids = [codec.eod]
     if max(ids) >= vocab_size:
         raise ValueError(
