@@ -164,6 +164,10 @@ class CheckpointConfig:
     save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.")
     keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.")
     resume: str = knob("auto", "auto (the newest whole checkpoint, if any), never, or the path of a checkpoint.")
+    weights_only: bool = knob(
+        False,
+        "Start from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew. Later starts go on from checkpoints of the run itself.",
+    )
 
 
 @dataclass(frozen=True)

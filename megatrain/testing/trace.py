@@ -58,11 +58,8 @@ def trace_run(
         run = assemble(config, ctx, loader, vocab_size, objective=objective)
         if prepare is not None:
             prepare(run)
-        reports, gradients = [], {}
-        for step in range(steps):
-            reports.append(train_step(run))
-            if step == 0:
-                gradients = {p.spec.name: whole(ctx, p.spec, _gradient(p.main_grad)) for p in run.flat.parameters}
+        gradients = _keep_first_gradients(run)
+        reports = [train_step(run) for _ in range(steps)]
     weights, *states = (
         {name: whole(ctx, spec, tensor) for name, (spec, tensor) in kind.items()} for kind in run.optimizer.tensors().values()
     )
@@ -77,10 +74,19 @@ def trace_run(
     )
 
 
-def _gradient(main_grad: torch.Tensor | None) -> torch.Tensor:
-    if main_grad is None:
-        raise ValueError("a parameter in the flat buffers has no main_grad")
-    return main_grad.clone()
+def _keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
+    """A dict that fills with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
+    gradients: dict[str, torch.Tensor] = {}
+    update = run.optimizer.step
+
+    def step(lr: float, grad_divisor: torch.Tensor, skip: torch.Tensor) -> None:
+        if not gradients:
+            flat = run.flat
+            gradients.update({p.spec.name: whole(run.ctx, p.spec, flat.view(flat.grads, p)) for p in flat.parameters})
+        update(lr, grad_divisor, skip)
+
+    run.optimizer.step = step  # type: ignore[method-assign]
+    return gradients
 
 
 def whole(ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> torch.Tensor:

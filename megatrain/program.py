@@ -1,0 +1,326 @@
+"""The training program around the step: from a config file to a finished run, with everything that people watch.
+
+    build    config -> session -> context -> data -> run, resumed where there is something to resume
+    train    step, log, evaluate, save, until done or told to stop
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatrain.checkpoint import load as checkpoint_load
+from megatrain.checkpoint import save as checkpoint_save
+from megatrain.checkpoint.manifest import WEIGHTS
+from megatrain.config.load import Loaded, dump, from_dict, load
+from megatrain.config.schema import Config, ParallelConfig
+from megatrain.config.source import ConfigError
+from megatrain.config.validate import validate
+from megatrain.data.loader import HeldOut, Loader, build_held_out, build_samples
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.evaluate import evaluate
+from megatrain.models.objective import Objective
+from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.runtime.distributed import Launch, Session, connect
+from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
+from megatrain.runtime.guard import Guard
+from megatrain.runtime.memory import tune_allocator
+from megatrain.runtime.metrics import EvaluationRow, RunLog, StepRow, peak_memory_bytes
+from megatrain.training import DTYPES, Run, StepReport, assemble, train_step
+
+PREEMPTED = "preempted"
+"""File in log.dir that says: stopped early, with a checkpoint; start me again."""
+
+
+@dataclass
+class Job:
+    """A run, and the process that it lives in."""
+
+    run: Run
+    session: Session
+    config_text: str
+    """The resolved config with the origin of each value."""
+    resumed_from: Path | None = None
+
+
+def build(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), objective: Objective | None = None) -> Job:
+    """Join the world that the environment describes and make the run of `config` (a file, a tree or a Config) in it.
+
+    Raises ConfigError, LaunchError, TransportError, TokenStoreError or CheckpointError, on every rank at once.
+    """
+    loaded = load(config, overrides) if isinstance(config, (str, Path)) else Loaded(from_dict(config), {})
+    config, text = loaded.config, dump(loaded.config, loaded.origins)
+    session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
+    session.same("config", text)
+    validate(config, session.world.size)
+    _prepare_torch(config)
+    ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
+    with session.together("opening the data"):
+        vocab_size = vocabulary(config)
+        loader, held_out = open_data(config, ctx, vocab_size)
+    run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
+    job = Job(run, session, text)
+    job.resumed_from = resume(job)
+    return job
+
+
+def mesh_shape(parallel: ParallelConfig, world_size: int) -> MeshShape:
+    """The mesh of a config: data-parallel ranks are what remains of the world."""
+    tp, cp, pp = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
+    return MeshShape(tp, cp, world_size // (tp * cp * pp), pp, parallel.expert_parallel_size)
+
+
+def vocabulary(config: Config) -> int:
+    """Size of the model's vocabulary. Raises ConfigError where it is not known or smaller than the tokenizer's."""
+    given = config.model.vocab_size
+    if config.data.tokenizer is None:
+        if given is None:
+            raise ConfigError("model.vocab_size and data.tokenizer are both null. Set one: data.tokenizer=PATH, or model.vocab_size=8192.")
+        return given
+    size = load_tokenizer(config.data.tokenizer).vocab_size
+    if given is not None and given < size:
+        raise ConfigError(
+            f"model.vocab_size={given} is smaller than the {size} tokens of data.tokenizer={config.data.tokenizer}. "
+            f"Use model.vocab_size={size}, or leave it out."
+        )
+    return given or size
+
+
+def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, HeldOut | None]:
+    """This rank's loader, and the held-out text if the config names any. Raises TokenStoreError."""
+    data, train = config.data, config.train
+    samples = build_samples(data.train, config.model.seq_length, train.seed, data.cache_dir, vocab_size)
+    held_out = build_held_out(data.valid, config.model.seq_length, vocab_size) if data.valid else None
+    return Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size), held_out
+
+
+def _prepare_torch(config: Config) -> None:
+    """Process-wide settings of torch that the config asks for."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save(job: Job) -> Path:
+    """Save the state of the run and return the checkpoint's directory (collective)."""
+    run, config = job.run, job.run.config
+    progress = {
+        "samples": run.consumed_samples,
+        "step": run.step,
+        "tokens": run.consumed_samples * config.model.seq_length,
+        "updates": int(run.optimizer.updates.item()),
+    }
+    directory = Path(config.checkpoint_dir)
+    return checkpoint_save.save(
+        directory, run.step, run.optimizer.tensors(), run.ctx, progress, job.config_text, config.checkpoint.keep
+    )
+
+
+def resume(job: Job) -> Path | None:
+    """Continue from the checkpoint that `checkpoint.resume` means, and return it; None for a fresh start (collective).
+
+    With checkpoint.weights_only, a run that has no checkpoint of its own yet starts from the weights at that path.
+    """
+    run, checkpoint = job.run, job.run.config.checkpoint
+    directory = Path(run.config.checkpoint_dir)
+    checkpoint_save.tidy(directory, run.ctx)
+    if checkpoint.resume == "never":
+        return None
+    own = None
+    if checkpoint.resume == "auto" or checkpoint.weights_only:
+        own = checkpoint_load.newest(directory, run.ctx, _warn_damaged)
+    path = own or (None if checkpoint.resume == "auto" else Path(checkpoint.resume))
+    if path is None:
+        return None
+    tensors = run.optimizer.tensors()
+    if own is None and checkpoint.weights_only:
+        checkpoint_load.load(path, {WEIGHTS: tensors[WEIGHTS]}, run.ctx)
+    else:
+        progress = checkpoint_load.load(path, tensors, run.ctx, check=own is None).progress
+        run.consumed_samples, run.step = progress["samples"], progress["step"]
+        run.optimizer.updates.fill_(progress["updates"])
+    run.optimizer.round_parameters()
+    return path
+
+
+def _warn_damaged(path: Path, reason: str) -> None:
+    print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", flush=True)  # noqa: T201
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(job: Job) -> bool:
+    """Train until train.steps are done (True), or until some rank is told to stop and a checkpoint is saved (False)."""
+    run, session, config = job.run, job.session, job.run.config
+    with _open_log(job) as log:
+        watch = Watch(job, log)
+        with Guard(session, config.train.hang_timeout_seconds, watch.guard_event) as guard:
+            run.stop_requested = lambda: guard.stop_requested
+            return _loop(job, watch, guard)
+
+
+def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
+    run, config = job.run, job.run.config
+    watch.start()
+    while run.step < config.train.steps:
+        began = time.perf_counter()
+        report = train_step(run)
+        guard.tick()
+        watch.step(report, time.perf_counter() - began)
+        last = run.step == config.train.steps
+        if run.held_out is not None and (last or _due(run.step, config.train.eval_every)):
+            watch.evaluate()
+        if last or report.stop or _due(run.step, config.checkpoint.save_every):
+            watch.save()
+        if report.stop and not last:
+            watch.stopped()
+            return False
+    watch.finished()
+    return True
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: only at the end) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _open_log(job: Job) -> Any:
+    """The run's log; rank 0 writes the resolved config beside it. An unwritable directory is an error on every rank."""
+    run, config, rank = job.run, job.run.config, job.session.rank
+    with ExitStack() as stack:
+        with job.session.together("opening the log"):
+            log = RunLog(
+                config.log.dir,
+                total_steps=config.train.steps,
+                sequence_length=config.model.seq_length,
+                rank=rank,
+                world_size=job.session.world.size,
+                start_step=run.step,
+                every=config.log.every,
+                writers=config.log.to,
+            )
+            stack.enter_context(log)
+            if rank == 0:
+                Path(config.log.dir, "config.yaml").write_text(job.config_text, encoding="utf-8")
+                Path(config.log.dir, PREEMPTED).unlink(missing_ok=True)
+        yield log
+
+
+class Watch:
+    """What is written about a run while it goes on; every rank has one, and rank 0's speaks."""
+
+    def __init__(self, job: Job, log: RunLog) -> None:
+        self.job, self.run, self.log, self.config = job, job.run, log, job.run.config
+        model, vocab_size = self.config.model, job.run.model.vocab_size
+        self.speed = Speed(
+            model_flops_per_token(model, vocab_size),
+            hardware_flops_per_token(model, vocab_size, self.config.train.recompute),
+            job.session.world.size,
+            peak_flops(job.session.device, DTYPES[self.config.train.precision], self.config.log.peak_tflops),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens consumed so far by the whole job."""
+        return self.run.consumed_samples * self.config.model.seq_length
+
+    def start(self) -> None:
+        """Say what begins, and where it comes from."""
+        run, config = self.run, self.config
+        size = parameter_count(config.model, run.model.vocab_size)
+        ctx = run.ctx
+        sequence = " + sequence parallel" if config.parallel.sequence_parallel else ""
+        self.log.say(self.job.session.describe())
+        self.log.say(
+            f"model: {size:,} parameters | layout: tp {ctx.tp.size}{sequence}, dp {ctx.dp.size} | precision {config.train.precision} | "
+            f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
+        )
+        if self.job.resumed_from is not None:
+            self.log.say(f"resumed from {self.job.resumed_from} at step {run.step}")
+        self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
+        if run.step >= config.train.steps:
+            self.log.say(f"nothing to do: step {run.step} of train.steps={config.train.steps} is done. Raise train.steps to go on.")
+
+    def step(self, report: StepReport, seconds: float) -> None:
+        """Write one step's row."""
+        train = self.config.train
+        tokens_per_second = train.global_batch_size * self.config.model.seq_length / seconds
+        self.log.step(
+            StepRow(
+                step=report.step,
+                loss=report.loss,
+                token_accuracy=report.accuracy,
+                grad_norm=report.grad_norm,
+                learning_rate=report.learning_rate,
+                tokens=self.tokens,
+                tokens_per_second=tokens_per_second,
+                step_seconds=seconds,
+                tflops_per_device=self.speed.tflops_per_device(tokens_per_second),
+                mfu=self.speed.mfu(tokens_per_second),
+                hfu=self.speed.hfu(tokens_per_second),
+                memory_peak_bytes=peak_memory_bytes(self.job.session.device),
+                skipped=report.skipped,
+            )
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate, write the row and redraw the picture."""
+        began = time.perf_counter()
+        result = evaluate(self.run, self.config.train.eval_batches)
+        seconds = time.perf_counter() - began
+        self.log.evaluation(
+            EvaluationRow(self.run.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds)
+        )
+        self.log.draw()
+
+    def save(self) -> None:
+        """Save a checkpoint."""
+        began = time.perf_counter()
+        path = save(self.job)
+        self._event("save", path=str(path), seconds=round(time.perf_counter() - began, 3))
+
+    def guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
+        """Record what ended the run; called from a thread of the guard, on any rank."""
+        self.log.event(kind, self.run.step, rank=rank, message=message)
+
+    def stopped(self) -> None:
+        """Say that the run was told to stop and is saved, and leave the marker that launch scripts look for."""
+        if self.job.session.rank == 0:
+            Path(self.config.log.dir, PREEMPTED).touch()
+        self._event("signal")
+        self.log.say(f"stopped at step {self.run.step} with a checkpoint saved; the same command goes on from there")
+
+    def finished(self) -> None:
+        """Last picture and event."""
+        self.log.draw()
+        self._event("end")
+
+    def _event(self, kind: Any, **fields: Any) -> None:
+        if self.job.session.rank == 0:
+            self.log.event(kind, self.run.step, **fields)
+
+
+def main(config_path: str, overrides: Sequence[str]) -> int:
+    """`megatrain train`: exit code 0 when done, 75 when stopped early with a checkpoint saved."""
+    allocator = tune_allocator()
+    job = build(config_path, overrides)
+    if job.session.rank == 0 and allocator:
+        print(f"allocator: {allocator}", flush=True)  # noqa: T201
+    try:
+        return 0 if train(job) else os.EX_TEMPFAIL
+    finally:
+        job.run.loader.close()
+        job.session.close()

@@ -1,0 +1,105 @@
+"""Training by our single process and by the independent plain-PyTorch GPT, from the same weights and batches."""
+
+import torch
+from reference_gpt import ReferenceBatch, ReferenceGPT, ReferenceRun, reference_train
+from reference_schedules import reference_rates
+
+from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from megatrain.data.loader import Loader
+from megatrain.parallel import rng
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.testing.agree import Trace, agree
+from megatrain.testing.trace import RandomSamples, trace_run
+
+STEPS = 5
+BASE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=12, vocab_size=101, init_std=0.1)
+OPTIMIZERS = [
+    OptimConfig(name="adamw", lr=1e-2, min_lr=1e-3, warmup_steps=2),
+    OptimConfig(name="adam", lr=1e-2, min_lr=1e-3, warmup_steps=1, lr_schedule="linear"),
+    OptimConfig(name="sgd", lr=1e-1, min_lr=1e-2, warmup_steps=2, lr_schedule="wsd", decay_fraction=0.4),
+    OptimConfig(name="sgd", lr=1e-1, warmup_steps=0, lr_schedule="constant", clip_grad=0.0, momentum=0.5),
+    OptimConfig(name="adamw", lr=1e-2, warmup_steps=0, lr_schedule="constant", clip_grad=0.05),
+]
+
+
+def config_of(model: ModelConfig, optim: OptimConfig, precision: str, micro_batch_size: int = 2) -> Config:
+    train = TrainConfig(steps=STEPS, global_batch_size=4, micro_batch_size=micro_batch_size, precision=precision)
+    return Config(model=model, optim=optim, train=train)
+
+
+def reference_of(config: Config) -> ReferenceRun:
+    """The same training by the independent model, from the same weights, on the same batches with the same masks."""
+    m, t, o = config.model, config.train, config.optim
+    dtype = {"fp32": torch.float32, "fp64": torch.float64}[t.precision]
+    start = {}
+
+    def keep(run):
+        start.update({p.spec.name: p.detach().clone() for p in run.flat.parameters})
+
+    trace_run(ParallelContext.single(), config, 0, prepare=keep)
+    model = ReferenceGPT(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        seq_length=m.seq_length,
+        vocab_size=m.vocab_size,
+        ffn_hidden_size=m.ffn_size,
+        num_query_groups=m.query_groups,
+        norm=m.norm,
+        norm_eps=m.norm_eps,
+        activation=m.activation,
+        position=m.position,
+        rope_theta=m.rope_theta,
+        bias=m.bias,
+        tied_embeddings=m.tied_embeddings,
+        explicit_softmax=True,
+    ).to(dtype)
+    model.load_logical(start)
+    loader = Loader(RandomSamples(m.vocab_size, m.seq_length, t.seed), t.global_batch_size, t.micro_batch_size, 0, 1)
+    batches = [loader.build(step * t.global_batch_size) for step in range(t.steps)]
+    steps = [
+        [
+            ReferenceBatch(*(torch.from_numpy(a[i]) for a in (b.tokens, b.labels, b.loss_weights)))
+            for i in range(b.tokens.shape[0])
+        ]
+        for b in batches
+    ]
+
+    def masks(step, micro_batch):
+        samples = torch.from_numpy(batches[step].places[micro_batch])
+
+        def mask(site):
+            where = ("embedding",) if site == "embedding" else (int(site.split(".")[1]), site.split(".")[2])
+            ones = torch.ones(m.seq_length, len(samples), m.hidden_size, dtype=dtype)
+            return rng.dropout(ones, m.dropout, rng.key(t.seed, "dropout", step, *where), samples).transpose(0, 1)
+
+        return mask
+
+    return reference_train(
+        model,
+        steps,
+        rates=reference_rates(o.lr_schedule, t.steps, o.lr, o.min_lr, o.warmup_steps, o.decay_fraction),
+        optimizer=o.name,
+        weight_decay=o.weight_decay,
+        betas=o.betas,
+        eps=o.eps,
+        momentum=o.momentum,
+        clip_grad=o.clip_grad,
+        masks=masks,
+    )
+
+
+def trace_of(config: Config, run: ReferenceRun) -> Trace:
+    states: dict[str, dict[str, torch.Tensor]] = {}
+    for name, moments in run.moments.items():
+        for kind, tensor in moments.items():
+            states.setdefault({"momentum_buffer": "momentum"}.get(kind, kind), {})[name] = tensor
+    return Trace(run.losses, run.grad_norms, run.first_gradients, run.weights, states, config.optim.lr, config.train.precision)
+
+
+def check(config: Config) -> None:
+    ours = trace_run(ParallelContext.single(), config, STEPS)
+    agree(trace_of(config, reference_of(config)), ours, optimizer=config.optim.name)
+    assert ours.losses[-1] != ours.losses[0]
+
+
