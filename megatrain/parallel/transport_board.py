@@ -1,0 +1,97 @@
+"""`Board`: a few keys that all ranks of a job can read and write, in the store where they met. For alarms, never for tensors.
+
+Each board is a connection of its own: the connections of torch.distributed may be blocked in a call that hangs, which is just
+when a board is needed. No call waits longer than it was told to, even where the machine that serves the store stands still.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from megatrain.parallel.transport import TransportError
+
+T = TypeVar("T")
+
+_SLICE_SECONDS = 3600.0
+"""A wait without limit is asked again this often."""
+
+
+class Board:
+    """Keys and short texts, shared by all ranks of a job."""
+
+    def __init__(self, store: Store, seconds: float) -> None:
+        self._store = store
+        self._seconds = seconds
+
+    @classmethod
+    def open(cls, host: str, port: int, prefix: str, seconds: float) -> Board:
+        """Connect to the store at host:port; keys are kept apart by `prefix`.
+
+        No later call but `wait` takes longer than `seconds`. Raises TransportError if the store does not answer in that time.
+        """
+
+        def connect() -> Store:
+            limit = timedelta(seconds=seconds)
+            return PrefixStore(prefix, TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit))
+
+        return cls(_within(seconds + 1.0, connect), seconds)
+
+    def write(self, key: str, text: str) -> None:
+        """Set a key. Raises TransportError."""
+        _within(self._seconds, lambda: self._store.set(key, text))
+
+    def read(self, key: str) -> str | None:
+        """The text of a key, or None where it is not set. Raises TransportError."""
+        return _within(self._seconds, lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+
+    def count(self, key: str) -> int:
+        """Add one to a counter and return it: 1 for the first to come. Raises TransportError."""
+        return int(_within(self._seconds, lambda: self._store.add(key, 1)))
+
+    def write_all(self, keys: Sequence[str], text: str) -> None:
+        """Set many keys to one text. Raises TransportError."""
+        _within(self._seconds, lambda: self._store.multi_set(list(keys), [text] * len(keys)))  # type: ignore[attr-defined]
+
+    def complete(self, keys: Sequence[str]) -> bool:
+        """Whether all of the keys are set. Raises TransportError."""
+        return bool(_within(self._seconds, lambda: self._store.check(list(keys))))
+
+    def wait(self, key: str, seconds: float | None = None) -> str | None:
+        """Block until a key is set and return its text; None after `seconds`. Raises TransportError if the store is lost.
+
+        The server answers when the key is set: nothing is polled.
+        """
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=_SLICE_SECONDS if seconds is None else seconds))
+                return str(self._store.get(key).decode())
+            except DistStoreError:
+                if seconds is not None:
+                    return None
+            except RuntimeError as error:
+                raise TransportError(f"the rendezvous store is lost: {error}") from error
+
+
+def _within(seconds: float, call: Callable[[], T]) -> T:
+    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and if it fails."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((True, call()))
+        except RuntimeError as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=run, name="megatrain-board", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TransportError(f"the rendezvous store did not answer within {seconds:g} s")
+    if not outcome[0]:
+        raise TransportError(f"the rendezvous store is lost: {outcome[1]}")
+    return outcome[1]

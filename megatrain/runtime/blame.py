@@ -1,0 +1,233 @@
+"""Who is to blame for a hang or a death: what each rank says of itself, and what follows. Pure, but for looking into /proc.
+
+rank 0 waits in dp for rank 2,  rank 2 waits in tp for rank 3,  rank 3 says nothing        ->  rank 3
+rank 0 waits in tp for rank 1,  rank 1 waits for nobody: it sleeps in load_sample          ->  rank 1, and where
+rank 0 waits in tp for rank 1,  rank 1 waits in dp for rank 0                              ->  both: a deadlock
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatrain.parallel.transport_wrappers import Call
+
+SHOWN = 8
+"""Ranks written out before `and N more`."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process, so that it can be found again and is not mistaken for a later one with the same number."""
+
+    rank: int
+    machine: str
+    """Differs between machines and between containers, whose process numbers mean different things."""
+    host: str
+    pid: int
+    born: str
+    """Start time in /proc; empty where there is none."""
+
+    @classmethod
+    def own(cls, rank: int) -> Identity:
+        """This process."""
+        return cls(rank, _machine(), socket.gethostname(), os.getpid(), _process("self")[1])
+
+    @classmethod
+    def parse(cls, text: str) -> Identity:
+        """The inverse of `text`."""
+        return cls(**json.loads(text))
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    def condition(self) -> Literal["gone", "stopped", "running", "elsewhere"]:
+        """What has become of it; elsewhere: on another machine, or this one does not tell."""
+        if self.machine != _machine() or not self.born:
+            return "elsewhere"
+        state, born = _process(self.pid)
+        if born != self.born or state in ("Z", "X"):
+            return "gone"
+        return "stopped" if state in ("T", "t") else "running"
+
+    def kill(self) -> bool:
+        """Send SIGKILL if it runs on this machine and still is the same process; whether it was sent."""
+        if self.condition() in ("gone", "elsewhere"):
+            return False
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except OSError:
+            return False
+        return True
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+def _process(pid: int | str) -> tuple[str, str]:
+    """State letter and start time (clock ticks since boot) of a process; empty where it is not there."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return f"{socket.gethostname()}/{sys.platform}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rank says of itself when there is an alarm."""
+
+    rank: int
+    doing: Literal["waiting", "busy", "failed", "raised", "left"]
+    """waiting in a call; busy outside of any; failed: its transport broke; raised: ended by an exception; left: finished."""
+    detail: str = ""
+    """The call in words, or the error."""
+    axis: str = ""
+    ranks: tuple[int, ...] = ()
+    operation: str = ""
+    sequence: int = 0
+    seconds: float = 0.0
+    """Since when it waits."""
+    stack: str = ""
+    """Where its main thread is, innermost last."""
+
+    @classmethod
+    def waiting(cls, rank: int, call: Call, now: float, stack: str) -> State:
+        """Of a rank in a call."""
+        return cls(rank, "waiting", str(call), call.axis, call.ranks, call.operation, call.sequence, now - call.started, stack)
+
+    @classmethod
+    def parse(cls, text: str) -> State:
+        """The inverse of `text`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "ranks": tuple(fields["ranks"])})
+
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    def __str__(self) -> str:
+        said = {
+            "waiting": f"has waited for {self.seconds:.1f} s in {self.detail}",
+            "busy": "is in no call: it runs something else",
+            "failed": f"failed: {self.detail}",
+            "raised": f"ended with {self.detail}",
+            "left": "has left the run",
+        }
+        return f"rank {self.rank} {said[self.doing]}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happened, for everybody to print."""
+
+    kind: Literal["hang", "death"]
+    culprits: tuple[int, ...]
+    text: str
+    kill: tuple[Identity, ...] = ()
+    """Processes that cannot end by themselves."""
+
+    @classmethod
+    def parse(cls, text: str) -> Verdict:
+        """The inverse of `as_json`."""
+        fields = json.loads(text)
+        kill = tuple(Identity(**identity) for identity in fields["kill"])
+        return cls(fields["kind"], tuple(fields["culprits"]), fields["text"], kill)
+
+    def as_json(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+
+def behind(state: State, states: Mapping[int, State]) -> tuple[int, ...]:
+    """The ranks that a waiting rank waits for: those of its call that are not in it, nor in a later one of the same axis."""
+    return tuple(rank for rank in state.ranks if rank != state.rank and not _has_come(state, states.get(rank)))
+
+
+def _has_come(state: State, other: State | None) -> bool:
+    if other is None or other.doing != "waiting" or (other.axis, other.ranks) != (state.axis, state.ranks):
+        return False
+    if {state.operation, other.operation} & {"send", "recv"}:
+        return {state.operation, other.operation} == {"send", "recv"}  # each counts its own messages: numbers mean nothing
+    return other.sequence >= state.sequence
+
+
+def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ...]:
+    """The ranks to blame: those that say nothing or have raised; else those at the ends of the chains of waiting; else a cycle.
+
+    Empty where all ranks wait in the same call: then it is the network between them.
+    """
+    silent = tuple(rank for rank in range(world_size) if rank not in states)
+    raised = tuple(rank for rank, state in sorted(states.items()) if state.doing == "raised")
+    if silent or raised:
+        return raised or silent
+    waits = {rank: behind(state, states) for rank, state in states.items() if state.doing == "waiting"}
+    reached: set[int] = set()
+    ends: set[int] = set()
+    for start in waits:
+        ahead = [start]
+        while ahead:
+            for rank in waits.get(ahead.pop(), ()):
+                if rank not in waits:
+                    ends.add(rank)
+                elif rank not in reached:
+                    reached.add(rank)
+                    ahead.append(rank)
+    if not waits:
+        return tuple(rank for rank, state in sorted(states.items()) if state.doing == "failed")
+    return tuple(sorted(ends or reached))
+
+
+def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world_size: int) -> Verdict:
+    """Blame, and say it: axis, call, culprit. `identities` has at least the ranks that say nothing."""
+    culprits = find_culprits(states, world_size)
+    silent = [rank for rank in culprits if rank not in states]
+    conditions = {rank: identities[rank].condition() if rank in identities else "elsewhere" for rank in silent}
+    broken = any(state.doing in ("failed", "raised") for state in states.values())
+    dead = "gone" in conditions.values() or (broken and "stopped" not in conditions.values())
+    lines = [_describe_silent(rank, identities.get(rank), conditions[rank]) for rank in silent[:SHOWN]]
+    for rank in [rank for rank in culprits if rank in states][:SHOWN]:
+        stack = states[rank].stack
+        lines.append(f"{states[rank]}" + (f", at\n{stack}" if stack and states[rank].doing in ("busy", "failed") else ""))
+    if len(culprits) > SHOWN:
+        lines.append(f"and {len(culprits) - SHOWN} more ranks: {list(culprits)}")
+    if not culprits:
+        lines.append("all ranks are in the same call: the network between them does not deliver")
+    lines += _witnesses(states, culprits)
+    kill = tuple(identities[rank] for rank in silent if rank in identities)
+    return Verdict("death" if dead else "hang", culprits, "\n".join(lines), kill)
+
+
+def _describe_silent(rank: int, identity: Identity | None, condition: str) -> str:
+    meaning = {
+        "gone": "has died",
+        "stopped": "is frozen (stopped by a signal)",
+        "running": "is there, but does not answer",
+        "elsewhere": "does not answer: dead, frozen or cut off from the network",
+    }
+    return f"{identity or f'rank {rank}'} {meaning[condition]}"
+
+
+def _witnesses(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
+    """What the others wait for: those that wait for a culprit directly, longest first; then what broke."""
+    waiting = [s for s in states.values() if s.doing == "waiting" and s.rank not in culprits]
+    direct = [s for s in waiting if set(behind(s, states)) & set(culprits)] or waiting
+    direct.sort(key=lambda s: -s.seconds)
+    broken = [s for s in states.values() if s.doing == "failed" and s.rank not in culprits]
+    return [str(state) for state in (direct + broken)[:SHOWN]]

@@ -1,0 +1,365 @@
+"""Who am I, where, and how do I reach the others: the only file that reads RANK and its like.
+
+`Launch.from_environment` reads torchrun's variables, else srun's, else it is a plain `python` run: a world of one rank that
+opens no socket and makes no process group. `connect` chooses device and backend and joins the world: a `Session` with two calls
+that start-up code needs, so that no rank is left waiting for one that has failed:
+
+    with session.together("reading the data"):      # one rank cannot read: every rank ends, saying which one and why
+        data = open_data(config)
+    session.same("config", text)                    # ranks were given different configs: all end, with the first difference
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Literal
+
+import torch
+
+from megatrain.config.schema import ParallelConfig
+from megatrain.parallel.transport import Group, TorchWorld, TransportError, World
+from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
+from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
+
+BACKEND_MARGIN_SECONDS = 15.0
+"""A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more and comes first."""
+
+LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
+
+
+class LaunchError(RuntimeError):
+    """The environment does not say who this process is, or asks for what this machine has not."""
+
+
+class RemoteError(RuntimeError):
+    """Another rank failed: the message says which, doing what, and its own message."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those of the job."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    """Ranks on this node."""
+    node: int = 0
+    host: str = "localhost"
+    """This machine's name."""
+    restart_count: int = 0
+    """How often the launcher has restarted the job."""
+    master_addr: str | None = None
+    """Where the ranks meet; None in a world of 1 without a launcher."""
+    master_port: int | None = None
+    launcher: Literal["none", "torchrun", "srun"] = "none"
+    launcher_serves: bool = False
+    """The store where the ranks meet lives in the launcher (torchrun's agent), not in rank 0."""
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Launch:
+        """Read the launcher's variables; torchrun's win over srun's. Raises LaunchError where they do not fit together."""
+        if "RANK" in env or "WORLD_SIZE" in env:
+            launch = _from_torchrun(env)
+        elif "SLURM_PROCID" in env:
+            launch = _from_srun(env, _hostnames)
+        else:
+            return cls(host=socket.gethostname())
+        launch.check()
+        return launch
+
+    def check(self) -> None:
+        """Raise LaunchError where the numbers contradict each other, or a job of several nodes would meet at localhost."""
+        if not 0 <= self.rank < self.world_size:
+            raise LaunchError(
+                f"{self.launcher}: rank {self.rank} is not in a world of {self.world_size} (0..{self.world_size - 1})."
+            )
+        if not 0 <= self.local_rank < self.local_world_size <= self.world_size:
+            raise LaunchError(
+                f"{self.launcher}: local rank {self.local_rank} of {self.local_world_size} on this node does not fit "
+                f"rank {self.rank} of {self.world_size}."
+            )
+        local = self.master_addr in LOCAL_NAMES or (self.master_addr or "").startswith("127.")
+        if local and self.world_size > self.local_world_size and not self.launcher_serves:
+            raise LaunchError(
+                f"MASTER_ADDR={self.master_addr}, but only {self.local_world_size} of the {self.world_size} ranks are here: "
+                "they cannot meet at localhost. Set MASTER_ADDR to the name or address of the first node."
+            )
+
+
+def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
+    text = env.get(key)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise LaunchError(f"The environment variable {key}={text!r} is not a number.") from None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Launch:
+    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [key for key in needed if not env.get(key)]
+    if missing:
+        present = ", ".join(f"{key}={env[key]}" for key in needed if env.get(key)) or "nothing"
+        raise LaunchError(
+            f"The launcher's variables are incomplete: {', '.join(missing)} missing ({present} set). Start with "
+            "torchrun --nproc-per-node N -m megatrain train ..., or set all six, or for one process unset RANK and WORLD_SIZE."
+        )
+    rank, local = _number(env, "RANK"), _number(env, "LOCAL_WORLD_SIZE")
+    return Launch(
+        rank=rank,
+        local_rank=_number(env, "LOCAL_RANK"),
+        world_size=_number(env, "WORLD_SIZE"),
+        local_world_size=local,
+        node=_number(env, "GROUP_RANK", rank // max(local, 1)),
+        host=socket.gethostname(),
+        restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
+        master_addr=env["MASTER_ADDR"],
+        master_port=_number(env, "MASTER_PORT"),
+        launcher="torchrun",
+        launcher_serves=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) -> Launch:
+    size_key = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    size = _number(env, size_key)
+    nodes_text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
+    if size > 1 and not nodes_text and not env.get("MASTER_ADDR"):
+        raise LaunchError(
+            f"{size_key}={size}, but SLURM_JOB_NODELIST is missing: set it, or MASTER_ADDR, to say where ranks meet."
+        )
+    try:
+        nodes = hostnames(nodes_text) if nodes_text else []
+        local = _local_tasks(env, size, max(len(nodes), 1))
+    except ValueError as error:
+        raise LaunchError(f"SLURM's variables cannot be read: {error}.") from error
+    if size > 1 and not (env.get("MASTER_PORT") or env.get("SLURM_JOB_ID")):
+        raise LaunchError("SLURM_JOB_ID is missing: set it, or MASTER_PORT, to say at which port the ranks meet.")
+    return Launch(
+        rank=_number(env, "SLURM_PROCID"),
+        local_rank=_number(env, "SLURM_LOCALID"),
+        world_size=size,
+        local_world_size=local,
+        node=_number(env, "SLURM_NODEID", 0),
+        host=socket.gethostname(),
+        restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
+        master_addr=env.get("MASTER_ADDR") or (nodes[0] if nodes else None),
+        master_port=_number(env, "MASTER_PORT", port_of_job(_number(env, "SLURM_JOB_ID", 0))),
+        launcher="srun",
+    )
+
+
+def _local_tasks(env: Mapping[str, str], size: int, nodes: int) -> int:
+    """Tasks on this node. Raises ValueError where SLURM does not say."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
+    if text:
+        counts, node = expand_tasks(text), _number(env, "SLURM_NODEID", 0)
+        if node >= len(counts):
+            raise ValueError(f"SLURM_NODEID={node} is not among the {len(counts)} nodes of SLURM_TASKS_PER_NODE={text}")
+        return counts[node]
+    nodes = _number(env, "SLURM_NNODES", nodes)
+    if size % max(nodes, 1):
+        raise ValueError(f"{size} tasks do not divide by {nodes} nodes; SLURM_TASKS_PER_NODE, which would tell, is missing")
+    return size // max(nodes, 1)
+
+
+def _hostnames(nodes: str) -> list[str]:
+    """SLURM's own expansion where it is installed, else ours."""
+    if shutil.which("scontrol"):
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=False)
+        if done.returncode == 0 and done.stdout.split():
+            return done.stdout.split()
+    return expand_nodes(nodes)
+
+
+class LoneWorld(World):
+    """A world of one rank: no group, no socket."""
+
+    rank = 0
+    size = 1
+
+    def group(self, name: str, ranks: Sequence[int]) -> Group:
+        """Raise TransportError: an axis of size 1 has no group."""
+        raise TransportError(f"axis {name}: a world of 1 rank has no group of ranks {list(ranks)}")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A process that has joined its world."""
+
+    launch: Launch
+    world: World
+    device: torch.device
+    backend: Literal["none", "gloo", "nccl"]
+    recorder: Recorder
+    everyone: Group | None
+    """All ranks, for start-up and for ends; None in a world of 1."""
+    threads: str
+    """How many CPU threads this rank computes with and why, for the start-up line."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.world.rank
+
+    @property
+    def store_prefix(self) -> str:
+        """What keeps this attempt of the job apart from earlier ones in the store where the ranks met."""
+        return f"megatrain-{self.launch.restart_count}"
+
+    def describe(self) -> str:
+        """The start-up line: world, launcher, device, backend, threads."""
+        size = self.world.size
+        ranks = (
+            "1 process"
+            if size == 1
+            else f"{size} ranks ({self.launch.local_world_size} on this node) by {self.launch.launcher}"
+        )
+        over = "" if self.backend == "none" else f" over {self.backend}"
+        return f"{ranks} on {self.device.type}{over}, {self.threads}"
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run the body on every rank; if it raises on one, all ranks raise at once: that one its own, the others a RemoteError.
+
+        The body must not call collectives: where it fails between them the others would wait. Costs one collective of 8 bytes.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except TransportError:
+            raise  # ranks no longer agree on what they call: one more collective would hang
+        except Exception as error:
+            failure = error
+        culprit = self._lowest(failure is not None)
+        if culprit is None:
+            return
+        message = self._text(f"{type(failure).__name__}: {failure}", culprit)
+        if failure is not None:
+            raise failure
+        raise RemoteError(f"rank {culprit} failed while {what}: {message}")
+
+    def same(self, what: str, value: str) -> None:
+        """Raise RemoteError on every rank unless all hold the same text; it names a rank that differs, and the line.
+
+        Costs one collective of 64 bytes.
+        """
+        if self.everyone is None:
+            return
+        digest = hashlib.sha256(value.encode()).digest()
+        words = torch.tensor([int.from_bytes(digest[i : i + 7], "big") for i in range(0, 28, 7)], dtype=torch.int64)
+        extremes = torch.cat((words, -words)).to(self.device)
+        self.everyone.all_reduce(extremes, "max")
+        if bool((extremes[:4] == -extremes[4:]).all()):
+            return
+        first = self._text(value, 0)
+        culprit = self._lowest(value != first)
+        if culprit is None:
+            raise RemoteError(f"the {what} differs between ranks, but none differs from rank 0's: the transport corrupts data")
+        raise RemoteError(f"The {what} differs between ranks: {_first_difference(first, self._text(value, culprit), culprit)}")
+
+    def close(self) -> None:
+        """Leave the world."""
+        self.world.close()
+
+    def _lowest(self, mine: bool) -> int | None:
+        """Lowest rank for which `mine` is true, if any."""
+        if self.everyone is None:
+            return 0 if mine else None
+        size = self.everyone.size
+        lowest = torch.tensor([self.rank if mine else size], dtype=torch.int64, device=self.device)
+        self.everyone.all_reduce(lowest, "min")
+        return None if int(lowest) == size else int(lowest)
+
+    def _text(self, text: str, source: int) -> str:
+        """Rank `source`'s text, on every rank."""
+        if self.everyone is None:
+            return text
+        data = text.encode(errors="replace")
+        length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        self.everyone.broadcast(length, source)
+        letters = list(data) if source == self.rank else [0] * int(length)
+        buffer = torch.tensor(letters, dtype=torch.uint8, device=self.device)
+        self.everyone.broadcast(buffer, source)
+        return bytes(buffer.tolist()).decode(errors="replace")
+
+
+def _first_difference(first: str, other: str, rank: int) -> str:
+    for number, (a, b) in enumerate(zip_longest(first.splitlines(), other.splitlines()), 1):
+        if a != b:
+            shown = ["nothing" if line is None else repr(line) for line in (a, b)]
+            return f"line {number} is {shown[0]} on rank 0 and {shown[1]} on rank {rank}."
+    return f"only in the ends of lines, between rank 0 and rank {rank}."
+
+
+def connect(launch: Launch, parallel: ParallelConfig, timeout_seconds: float, env: Mapping[str, str] = os.environ) -> Session:
+    """Join the world. timeout_seconds: train.hang_timeout_seconds, also how long to wait here for ranks that do not come.
+
+    Interfaces are the user's choice (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME). Raises LaunchError where device or backend cannot
+    be had, TransportError where the world cannot be joined.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device, backend = choose_device(parallel, launch, gpus)
+    threads = _set_threads(launch, device, env)
+    recorder = Recorder()
+    if launch.world_size == 1:
+        return Session(launch, LoneWorld(), device, "none", recorder, None, threads)
+    if launch.master_addr is None or launch.master_port is None:
+        raise LaunchError(f"a world of {launch.world_size} ranks needs MASTER_ADDR and MASTER_PORT to say where they meet.")
+    inner = TorchWorld.connect(
+        launch.rank,
+        launch.world_size,
+        backend=backend,
+        rendezvous=(launch.master_addr, launch.master_port),
+        device=device,
+        timeout_seconds=timeout_seconds + BACKEND_MARGIN_SECONDS,
+        join_seconds=timeout_seconds,
+        hosts_store=False if launch.launcher_serves else None,
+        prefix=f"megatrain-{launch.restart_count}",
+    )
+    world = RecordedWorld(inner, recorder)
+    everyone = world.group("world", range(launch.world_size))
+    return Session(launch, world, device, backend, recorder, everyone, threads)
+
+
+def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[torch.device, Literal["gloo", "nccl"]]:
+    """Device of this rank and backend of the world, on a machine with `gpus` GPUs. Raises LaunchError."""
+    if parallel.device == "cuda" and gpus == 0:
+        raise LaunchError("parallel.device=cuda, but PyTorch finds no GPU here. Use parallel.device=cpu or auto.")
+    cuda = parallel.device == "cuda" or (parallel.device == "auto" and gpus > 0)
+    backend: Literal["gloo", "nccl"] = "nccl" if parallel.backend == "nccl" or (parallel.backend == "auto" and cuda) else "gloo"
+    if backend == "nccl" and not cuda:
+        raise LaunchError(
+            "parallel.backend=nccl needs tensors on GPUs, but they are on the CPU. Use parallel.backend=gloo or auto."
+        )
+    if backend == "nccl" and launch.local_world_size > gpus:
+        raise LaunchError(
+            f"{launch.local_world_size} ranks on this node share {gpus} GPUs, but NCCL allows one rank per GPU. "
+            f"Use parallel.backend=gloo, or at most {gpus} ranks here."
+        )
+    return torch.device("cuda", launch.local_rank % gpus) if cuda else torch.device("cpu"), backend
+
+
+def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -> str:
+    """Share the cores among the ranks of this node unless OMP_NUM_THREADS is set; say what was done."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // launch.local_world_size)
+    if not env.get("OMP_NUM_THREADS"):
+        if launch.local_world_size > 1:
+            torch.set_num_threads(share)
+        return f"{torch.get_num_threads()} of {cores} CPU cores a rank"
+    note = f"{torch.get_num_threads()} CPU threads a rank (OMP_NUM_THREADS={env['OMP_NUM_THREADS']}"
+    if launch.launcher == "torchrun" and env["OMP_NUM_THREADS"] == "1" and share > 1 and device.type == "cpu":
+        # torchrun sets 1 where the user has set nothing, and nobody can tell the two apart here.
+        note += f", perhaps by torchrun: set OMP_NUM_THREADS={share} to use all {cores} cores"
+    return note + ")"

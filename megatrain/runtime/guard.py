@@ -1,0 +1,254 @@
+"""The guard of a run: no rank waits for ever, and the message says for whom it would have. Also the request to stop.
+
+It costs nothing on the network while all is well. Each rank has two threads: one looks once a second whether this rank has
+been in one collective for longer than train.hang_timeout_seconds; the other waits for a key in the store where the ranks met.
+An alarm (a rank has waited too long, or its transport broke because a peer died) sets that key for every rank. Then
+
+    every rank    writes what it does: waits in this call, is busy there, has failed
+    one of them   the judge, first at a counter: after 2 s reads all that, names the culprits (`blame.py`), writes the verdict
+    every rank    prints it, kills a frozen culprit on its own machine, and ends with exit code 1
+
+by `os._exit`: a rank blocked in C++ cannot raise. A rank that writes nothing is dead or frozen. Where the store itself does not
+answer, the rank that serves it is to blame. Every wait on this way has a limit; together they stay below 30 s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Literal, NoReturn
+
+from megatrain.parallel.transport import TransportError
+from megatrain.parallel.transport_board import Board
+from megatrain.runtime.blame import Identity, State, Verdict, judge
+from megatrain.runtime.distributed import Session
+
+OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
+"""Called with the kind, the rank to blame where it is one, and the message; from a thread, on one rank (usually)."""
+
+LOOK_SECONDS = 1.0
+STORE_SECONDS = 4.0
+"""Limit of each call to the store during an alarm."""
+TESTIMONY_SECONDS = 2.0
+"""How long the judge waits for the ranks to write what they do."""
+VERDICT_SECONDS = 8.0
+"""How long the others wait for the judge."""
+LINGER_SECONDS = 3.0
+"""The rank that serves the store, and the others wait for, ends this much later."""
+SUSPENDED_SECONDS = 5.0
+"""A look that comes this much too late means that this process itself was suspended."""
+STACK_FRAMES = 6
+
+
+class Guard:
+    """Watches one run, as a context manager around its loop. A TransportError that leaves the body ends the process, explained.
+
+    timeout_seconds: train.hang_timeout_seconds.
+    """
+
+    def __init__(self, session: Session, timeout_seconds: float, on_event: OnEvent | None = None) -> None:
+        self.stop_requested = False
+        """SIGTERM came: save, and exit with 75."""
+        self._session = session
+        self._launch = session.launch
+        self._size = session.world.size
+        self._timeout = timeout_seconds
+        self._on_event = on_event
+        self._ticked = time.monotonic()
+        self._closing = threading.Event()
+        self._alarmed = threading.Lock()
+        self._main = threading.main_thread()
+        self._old_handler: object = None
+        self._threads: list[threading.Thread] = []
+        self._waker: Board | None = None
+        self._server: Identity | None = None
+        self._served_by_rank_0 = self._size > 1 and not self._launch.launcher_serves
+
+    def tick(self) -> None:
+        """Say that the loop moves: once a step."""
+        self._ticked = time.monotonic()
+
+    def explain(self, error: TransportError) -> NoReturn:
+        """End this process, and every other rank, after naming the rank whose death or fault broke the transport."""
+        frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-STACK_FRAMES:])
+        self._alarm(State(self._session.rank, "failed", str(error), stack="".join(frames).rstrip()))
+
+    def __enter__(self) -> Guard:
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        if self._launch.launcher == "torchrun":
+            end_with_parent()
+        if self._size > 1:
+            self._start_watching()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, TransportError) and self._size > 1:
+            self.explain(error)
+        self._closing.set()
+        if self._size > 1:
+            self._leave(error)
+        if self._old_handler is not None:
+            signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
+
+    def _start_watching(self) -> None:
+        self._waker = self._open_board()
+        self._waker.write(f"identity/{self._session.rank}", Identity.own(self._session.rank).text())
+        if self._served_by_rank_0 and self._session.rank != 0:
+            text = self._waker.wait("identity/0", self._timeout)
+            self._server = None if text is None else Identity.parse(text)
+        for name, body in (("look", self._look), ("wake", self._await_alarm)):
+            self._threads.append(threading.Thread(target=body, name=f"megatrain-guard-{name}", daemon=True))
+            self._threads[-1].start()
+
+    def _open_board(self) -> Board:
+        address, port = self._launch.master_addr, self._launch.master_port
+        if address is None or port is None:
+            raise TransportError("a world of several ranks has no rendezvous store: MASTER_ADDR and MASTER_PORT are missing")
+        return Board.open(address, port, f"guard/{self._session.store_prefix}", STORE_SECONDS)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Say that this rank is gone for good, so that it is not taken for dead, and end the threads."""
+        said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
+        state = State(self._session.rank, "left" if error is None else "raised", said)
+        try:
+            board = self._open_board()
+            board.write(f"state/{state.rank}", state.text())
+            board.write(f"wake/{state.rank}", "bye")
+        except TransportError:
+            return  # the store has gone before us: nobody is left to tell
+        for thread in self._threads:
+            thread.join(STORE_SECONDS)
+        if error is None and self._session.everyone is not None:
+            self._session.everyone.barrier()  # the rank that serves the store must not go first
+
+    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
+        if self.stop_requested:
+            os.write(2, b"megatrain: SIGTERM again: already stopping, at the end of this step\n")
+        self.stop_requested = True
+
+    def _look(self) -> None:
+        """Once a second: has this rank waited too long?"""
+        looked = awake = time.monotonic()
+        while not self._closing.wait(min(LOOK_SECONDS, self._timeout / 4)):
+            now = time.monotonic()
+            if now - looked > SUSPENDED_SECONDS + LOOK_SECONDS:
+                awake = now  # a suspended job is given its whole time again when it goes on
+            looked = now
+            call = self._session.recorder.waiting()
+            if call is not None and now - max(call.started, awake) > self._timeout:
+                self._alarm(self._own_state())
+
+    def _await_alarm(self) -> None:
+        """Block until another rank raises the alarm, or this one leaves."""
+        if self._waker is None:
+            return
+        try:
+            text = self._waker.wait(f"wake/{self._session.rank}")
+        except TransportError:
+            return  # whoever served the store has gone; the ranks that wait for it find out
+        if text == "alarm":
+            self._alarm(self._own_state())
+
+    def _own_state(self) -> State:
+        now = time.monotonic()
+        frame = sys._current_frames().get(self._main.ident or 0)
+        stack = "" if frame is None else "".join(traceback.format_list(traceback.extract_stack(frame)[-STACK_FRAMES:])).rstrip()
+        call = self._session.recorder.waiting()
+        if call is not None:
+            return State.waiting(self._session.rank, call, now, stack)
+        detail = f"no step for {now - self._ticked:.1f} s"
+        return State(self._session.rank, "busy", detail, seconds=now - self._ticked, stack=stack)
+
+    def _alarm(self, state: State) -> NoReturn:
+        """Raise the alarm or follow it; end the process. Of several threads that come here, the first does it."""
+        if not self._alarmed.acquire(blocking=False):
+            threading.Event().wait()
+        try:
+            verdict, speaker = self._hold_court(state)
+        except TransportError as error:
+            verdict, speaker = self._blame_server(state, error), state.rank == min({*state.ranks, self._size - 1} - {0})
+        self._end(state, verdict, speaker)
+
+    def _hold_court(self, state: State) -> tuple[Verdict, bool]:
+        """The verdict, and whether this rank is the one that reached it. Raises TransportError if the store does not answer."""
+        if self._server is not None and self._server.condition() in ("gone", "stopped"):
+            raise TransportError(f"{self._server} is {self._server.condition()}")
+        board = self._open_board()
+        board.write(f"state/{state.rank}", state.text())
+        first = board.count("alarms") == 1
+        if not first:
+            text = board.wait("verdict", VERDICT_SECONDS)
+            if text is not None:
+                return Verdict.parse(text), False
+        else:
+            board.write_all([f"wake/{rank}" for rank in range(self._size)], "alarm")
+        verdict = self._reach_verdict(board)
+        board.write("verdict", verdict.as_json())
+        return verdict, True
+
+    def _reach_verdict(self, board: Board) -> Verdict:
+        keys = [f"state/{rank}" for rank in range(self._size)]
+        deadline = time.monotonic() + TESTIMONY_SECONDS
+        while time.monotonic() < deadline and not board.complete(keys):
+            time.sleep(0.1)
+        states: dict[int, State] = {}
+        identities: dict[int, Identity] = {}
+        for rank, key in enumerate(keys):
+            text = board.read(key)
+            if text is not None:
+                states[rank] = State.parse(text)
+            elif (identity := board.read(f"identity/{rank}")) is not None:
+                identities[rank] = Identity.parse(identity)
+        return judge(states, identities, self._size)
+
+    def _blame_server(self, state: State, error: TransportError) -> Verdict:
+        where = f"{self._launch.master_addr}:{self._launch.master_port}"
+        if not self._served_by_rank_0:
+            return Verdict("hang", (), f"{state}\nthe launcher's rendezvous store at {where} does not answer ({error})")
+        condition = "elsewhere" if self._server is None else self._server.condition()
+        meaning = {"gone": "has died", "stopped": "is frozen (stopped by a signal)"}.get(condition, "does not answer")
+        text = f"{self._server or 'rank 0'}, which serves the rendezvous store at {where}, {meaning}\n{state}"
+        dead = condition == "gone" or (condition == "elsewhere" and state.doing == "failed")
+        return Verdict("death" if dead else "hang", (0,), text, () if self._server is None else (self._server,))
+
+    def _end(self, state: State, verdict: Verdict, speaker: bool) -> NoReturn:
+        """Print, tell the run's log, kill what cannot end by itself, exit."""
+        named = ", ".join(str(rank) for rank in verdict.culprits[:8]) or "none"
+        text = verdict.text.replace("\n", "\n    ")
+        own = "" if str(state) in verdict.text or state.rank in verdict.culprits else f"\n    this {state}"
+        print_error(f"megatrain: rank {state.rank} ends after a {verdict.kind}; to blame: rank {named}\n    {text}{own}")
+        if speaker and self._on_event is not None:
+            culprit = verdict.culprits[0] if len(verdict.culprits) == 1 else None
+            callback = threading.Thread(target=self._on_event, args=(verdict.kind, culprit, verdict.text), daemon=True)
+            callback.start()
+            callback.join(STORE_SECONDS)
+        for identity in verdict.kill:
+            if identity.kill():
+                print_error(f"megatrain: rank {state.rank} killed {identity}, which could not end by itself")
+        if self._served_by_rank_0 and state.rank == 0:
+            time.sleep(LINGER_SECONDS)
+        os._exit(1)
+
+
+def print_error(text: str) -> None:
+    """Write whole lines to stderr, past Python's buffers: another thread may hold their locks for ever."""
+    os.write(2, (text + "\n").encode(errors="replace"))
+
+
+def end_with_parent() -> None:
+    """Linux: have SIGTERM sent to this process when the one that started it dies: a killed launcher leaves no orphans."""
+    if not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,58 @@
+"""SLURM's short forms, written out: node lists and task counts. Pure functions of text."""
+
+from __future__ import annotations
+
+import re
+
+
+def expand_nodes(nodes: str) -> list[str]:
+    """Host names of a SLURM node list: `a[1-2,07],b` is a1, a2, a07, b; zeros and several brackets in one name are kept.
+
+    Raises ValueError where the text is no node list.
+    """
+    hosts = [host for part in _split_outside_brackets(nodes) for host in _expand_one(part)]
+    if not hosts:
+        raise ValueError(f"{nodes!r} names no node")
+    return hosts
+
+
+def expand_tasks(tasks: str) -> list[int]:
+    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1. Raises ValueError where the text is no such list."""
+    counts: list[int] = []
+    for part in tasks.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise ValueError(f"{tasks!r} is no list of task counts such as 2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def port_of_job(job_id: int) -> int:
+    """A port that jobs with neighbouring numbers do not share, from 20000 to 32767: below those that Linux hands out itself."""
+    return 20000 + job_id % 12768
+
+
+def _split_outside_brackets(nodes: str) -> list[str]:
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes)
+    if ",".join(parts) != nodes.strip():
+        raise ValueError(f"{nodes!r} is no node list such as node[01-04,07],login1")
+    return parts
+
+
+def _expand_one(part: str) -> list[str]:
+    """All names of one part: the first bracket is replaced by each of its numbers, and so on for the rest."""
+    head, bracket, rest = part.partition("[")
+    if not bracket:
+        return [part.strip()]
+    inside, _, tail = rest.partition("]")
+    return [head.strip() + number + end for number in _expand_numbers(inside) for end in _expand_one(tail)]
+
+
+def _expand_numbers(numbers: str) -> list[str]:
+    result = []
+    for part in numbers.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise ValueError(f"{part!r} is no range of node numbers such as 01-04")
+        result += [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
+    return result
