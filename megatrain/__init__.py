@@ -1,3 +1,29 @@
-"""Megatron-style training of large language models, readable in an afternoon."""
+"""Megatron-style training of large language models, readable in an afternoon.
+
+    run = megatrain.build("config.yaml")       # or a Config, or a plain tree
+    megatrain.train_step(run)                  # one update at a time, or
+    megatrain.train(run)                       # the whole loop
+
+The names are imported when they are first used, so that `import megatrain` is cheap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["build", "train", "train_step"]
+
+if TYPE_CHECKING:
+    from megatrain.program import build, train
+    from megatrain.training import train_step
+
+_HOMES = {"build": "megatrain.program", "train": "megatrain.program", "train_step": "megatrain.training"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'megatrain' has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415  (only when a public name is used)
+
+    return getattr(import_module(_HOMES[name]), name)

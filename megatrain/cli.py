@@ -90,7 +90,7 @@ def _later_verb(words: list[str]) -> str | None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megatrain.train import main as train
+    from megatrain.program import main as train
 
     return train(arguments.config, arguments.overrides)
 

@@ -39,11 +39,10 @@ PREEMPTED = "preempted"
 """File in log.dir that says: stopped early, with a checkpoint; start me again."""
 
 
-@dataclass
-class Job:
+@dataclass(kw_only=True)
+class Job(Run):
     """A run, and the process that it lives in."""
 
-    run: Run
     session: Session
     config_text: str
     """The resolved config with the origin of each value."""
@@ -66,7 +65,7 @@ def build(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[s
         vocab_size = vocabulary(config)
         loader, held_out = open_data(config, ctx, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
-    job = Job(run, session, text)
+    job = Job(**vars(run), session=session, config_text=text)
     job.resumed_from = resume(job)
     return job
 
@@ -114,16 +113,16 @@ def _prepare_torch(config: Config) -> None:
 
 def save(job: Job) -> Path:
     """Save the state of the run and return the checkpoint's directory (collective)."""
-    run, config = job.run, job.run.config
+    config = job.config
     progress = {
-        "samples": run.consumed_samples,
-        "step": run.step,
-        "tokens": run.consumed_samples * config.model.seq_length,
-        "updates": int(run.optimizer.updates.item()),
+        "samples": job.consumed_samples,
+        "step": job.step,
+        "tokens": job.consumed_samples * config.model.seq_length,
+        "updates": int(job.optimizer.updates.item()),
     }
     directory = Path(config.checkpoint_dir)
     return checkpoint_save.save(
-        directory, run.step, run.optimizer.tensors(), run.ctx, progress, job.config_text, config.checkpoint.keep
+        directory, job.step, job.optimizer.tensors(), job.ctx, progress, job.config_text, config.checkpoint.keep
     )
 
 
@@ -132,25 +131,25 @@ def resume(job: Job) -> Path | None:
 
     With checkpoint.weights_only, a run that has no checkpoint of its own yet starts from the weights at that path.
     """
-    run, checkpoint = job.run, job.run.config.checkpoint
-    directory = Path(run.config.checkpoint_dir)
-    checkpoint_save.tidy(directory, run.ctx)
+    checkpoint = job.config.checkpoint
+    directory = Path(job.config.checkpoint_dir)
+    checkpoint_save.tidy(directory, job.ctx)
     if checkpoint.resume == "never":
         return None
     own = None
     if checkpoint.resume == "auto" or checkpoint.weights_only:
-        own = checkpoint_load.newest(directory, run.ctx, _warn_damaged)
+        own = checkpoint_load.newest(directory, job.ctx, _warn_damaged)
     path = own or (None if checkpoint.resume == "auto" else Path(checkpoint.resume))
     if path is None:
         return None
-    tensors = run.optimizer.tensors()
+    tensors = job.optimizer.tensors()
     if own is None and checkpoint.weights_only:
-        checkpoint_load.load(path, {WEIGHTS: tensors[WEIGHTS]}, run.ctx)
+        checkpoint_load.load(path, {WEIGHTS: tensors[WEIGHTS]}, job.ctx)
     else:
-        progress = checkpoint_load.load(path, tensors, run.ctx, check=own is None).progress
-        run.consumed_samples, run.step = progress["samples"], progress["step"]
-        run.optimizer.updates.fill_(progress["updates"])
-    run.optimizer.round_parameters()
+        progress = checkpoint_load.load(path, tensors, job.ctx, check=own is None).progress
+        job.consumed_samples, job.step = progress["samples"], progress["step"]
+        job.optimizer.updates.fill_(progress["updates"])
+    job.optimizer.round_parameters()
     return path
 
 
@@ -163,26 +162,26 @@ def _warn_damaged(path: Path, reason: str) -> None:
 
 def train(job: Job) -> bool:
     """Train until train.steps are done (True), or until some rank is told to stop and a checkpoint is saved (False)."""
-    run, session, config = job.run, job.session, job.run.config
+    config = job.config
     with _open_log(job) as log:
         watch = Watch(job, log)
-        with Guard(session, config.train.hang_timeout_seconds, watch.guard_event) as guard:
-            run.stop_requested = lambda: guard.stop_requested
+        with Guard(job.session, config.train.hang_timeout_seconds, watch.guard_event) as guard:
+            job.stop_requested = lambda: guard.stop_requested
             return _loop(job, watch, guard)
 
 
 def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
-    run, config = job.run, job.run.config
+    config = job.config
     watch.start()
-    while run.step < config.train.steps:
+    while job.step < config.train.steps:
         began = time.perf_counter()
-        report = train_step(run)
+        report = train_step(job)
         guard.tick()
         watch.step(report, time.perf_counter() - began)
-        last = run.step == config.train.steps
-        if run.held_out is not None and (last or _due(run.step, config.train.eval_every)):
+        last = job.step == config.train.steps
+        if job.held_out is not None and (last or _due(job.step, config.train.eval_every)):
             watch.evaluate()
-        if last or report.stop or _due(run.step, config.checkpoint.save_every):
+        if last or report.stop or _due(job.step, config.checkpoint.save_every):
             watch.save()
         if report.stop and not last:
             watch.stopped()
@@ -199,7 +198,7 @@ def _due(step: int, every: int) -> bool:
 @contextmanager
 def _open_log(job: Job) -> Any:
     """The run's log; rank 0 writes the resolved config beside it. An unwritable directory is an error on every rank."""
-    run, config, rank = job.run, job.run.config, job.session.rank
+    config, rank = job.config, job.session.rank
     with ExitStack() as stack:
         with job.session.together("opening the log"):
             log = RunLog(
@@ -208,7 +207,7 @@ def _open_log(job: Job) -> Any:
                 sequence_length=config.model.seq_length,
                 rank=rank,
                 world_size=job.session.world.size,
-                start_step=run.step,
+                start_step=job.step,
                 every=config.log.every,
                 writers=config.log.to,
             )
@@ -223,8 +222,8 @@ class Watch:
     """What is written about a run while it goes on; every rank has one, and rank 0's speaks."""
 
     def __init__(self, job: Job, log: RunLog) -> None:
-        self.job, self.run, self.log, self.config = job, job.run, log, job.run.config
-        model, vocab_size = self.config.model, job.run.model.vocab_size
+        self.job, self.log, self.config = job, log, job.config
+        model, vocab_size = self.config.model, job.model.vocab_size
         self.speed = Speed(
             model_flops_per_token(model, vocab_size),
             hardware_flops_per_token(model, vocab_size, self.config.train.recompute),
@@ -235,13 +234,13 @@ class Watch:
     @property
     def tokens(self) -> int:
         """Tokens consumed so far by the whole job."""
-        return self.run.consumed_samples * self.config.model.seq_length
+        return self.job.consumed_samples * self.config.model.seq_length
 
     def start(self) -> None:
         """Say what begins, and where it comes from."""
-        run, config = self.run, self.config
-        size = parameter_count(config.model, run.model.vocab_size)
-        ctx = run.ctx
+        job, config = self.job, self.config
+        size = parameter_count(config.model, job.model.vocab_size)
+        ctx = job.ctx
         sequence = " + sequence parallel" if config.parallel.sequence_parallel else ""
         self.log.say(self.job.session.describe())
         self.log.say(
@@ -249,10 +248,10 @@ class Watch:
             f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
         )
         if self.job.resumed_from is not None:
-            self.log.say(f"resumed from {self.job.resumed_from} at step {run.step}")
+            self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
-        if run.step >= config.train.steps:
-            self.log.say(f"nothing to do: step {run.step} of train.steps={config.train.steps} is done. Raise train.steps to go on.")
+        if job.step >= config.train.steps:
+            self.log.say(f"nothing to do: step {job.step} of train.steps={config.train.steps} is done. Raise train.steps to go on.")
 
     def step(self, report: StepReport, seconds: float) -> None:
         """Write one step's row."""
@@ -279,10 +278,10 @@ class Watch:
     def evaluate(self) -> None:
         """Evaluate, write the row and redraw the picture."""
         began = time.perf_counter()
-        result = evaluate(self.run, self.config.train.eval_batches)
+        result = evaluate(self.job, self.config.train.eval_batches)
         seconds = time.perf_counter() - began
         self.log.evaluation(
-            EvaluationRow(self.run.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds)
+            EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds)
         )
         self.log.draw()
 
@@ -294,14 +293,14 @@ class Watch:
 
     def guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
         """Record what ended the run; called from a thread of the guard, on any rank."""
-        self.log.event(kind, self.run.step, rank=rank, message=message)
+        self.log.event(kind, self.job.step, rank=rank, message=message)
 
     def stopped(self) -> None:
         """Say that the run was told to stop and is saved, and leave the marker that launch scripts look for."""
         if self.job.session.rank == 0:
             Path(self.config.log.dir, PREEMPTED).touch()
         self._event("signal")
-        self.log.say(f"stopped at step {self.run.step} with a checkpoint saved; the same command goes on from there")
+        self.log.say(f"stopped at step {self.job.step} with a checkpoint saved; the same command goes on from there")
 
     def finished(self) -> None:
         """Last picture and event."""
@@ -310,7 +309,7 @@ class Watch:
 
     def _event(self, kind: Any, **fields: Any) -> None:
         if self.job.session.rank == 0:
-            self.log.event(kind, self.run.step, **fields)
+            self.log.event(kind, self.job.step, **fields)
 
 
 def main(config_path: str, overrides: Sequence[str]) -> int:
@@ -322,5 +321,5 @@ def main(config_path: str, overrides: Sequence[str]) -> int:
     try:
         return 0 if train(job) else os.EX_TEMPFAIL
     finally:
-        job.run.loader.close()
+        job.loader.close()
         job.session.close()

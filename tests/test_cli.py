@@ -41,7 +41,7 @@ def test_importing_the_command_line_loads_no_heavy_package():
         "tokenizers",
         "rich",
         "matplotlib",
-        "megatrain.train",
+        "megatrain.program",
         "megatrain.config.load",
     }
 
@@ -163,7 +163,7 @@ def test_wrong_use_exits_2_and_says_why(words, part, capsys):
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_train_passes_its_config_and_gives_its_exit_code(room, code):
     calls = []
-    room("megatrain.train", main=lambda *given: calls.append(given) or code)
+    room("megatrain.program", main=lambda *given: calls.append(given) or code)
     assert main(["train", "c.yaml", "optim.lr=1e-3", "log.dir=x"]) == code
     assert main(["train", "c.yaml"]) == code
     assert calls == [("c.yaml", ["optim.lr=1e-3", "log.dir=x"]), ("c.yaml", [])]
@@ -245,16 +245,16 @@ def raised_in(module, error):
 @pytest.mark.parametrize(
     "error, module",
     [
-        (ConfigError("said"), "megatrain.train"),
-        (RoomError("said"), "megatrain.train"),
+        (ConfigError("said"), "megatrain.program"),
+        (RoomError("said"), "megatrain.program"),
         (RoomError("said"), "torch.somewhere"),
         (ValueError("said"), "megatrain.data.indexed"),
-        (OSError("said"), "megatrain.train"),
+        (OSError("said"), "megatrain.program"),
         (FileNotFoundError("said"), "torch.somewhere"),
     ],
 )
 def test_expected_errors_are_one_line(room, capsys, error, module):
-    room("megatrain.train", main=raised_in(module, error))
+    room("megatrain.program", main=raised_in(module, error))
     assert main(["train", "c.yaml"]) == 1
     assert capsys.readouterr().err == "megatrain: error: said\n"
     with pytest.raises(type(error)):
@@ -266,18 +266,18 @@ def test_expected_errors_are_one_line(room, capsys, error, module):
     [
         (ValueError("a fault"), "torch.somewhere"),
         (ValueError("a fault"), "megatrainer"),
-        (RuntimeError("a fault"), "megatrain.train"),
-        (KeyError("a fault"), "megatrain.train"),
-        (AssertionError("a fault"), "megatrain.train"),
+        (RuntimeError("a fault"), "megatrain.program"),
+        (KeyError("a fault"), "megatrain.program"),
+        (AssertionError("a fault"), "megatrain.program"),
     ],
 )
 def test_faults_keep_their_traceback(room, error, module):
-    room("megatrain.train", main=raised_in(module, error))
+    room("megatrain.program", main=raised_in(module, error))
     with pytest.raises(type(error)):
         main(["train", "c.yaml"])
 
 
 def test_an_interrupt_exits_130(room, capsys):
-    room("megatrain.train", main=raised_in("megatrain.train", KeyboardInterrupt()))
+    room("megatrain.program", main=raised_in("megatrain.train", KeyboardInterrupt()))
     assert main(["train", "c.yaml"]) == 130
     assert capsys.readouterr().err == "megatrain: interrupted\n"
