@@ -1,13 +1,13 @@
 """`agree`: do two layouts train the same model? Compares two `Trace`s and names the first step and tensor that differ.
 
-| compared                                   | deviation                                                  | float64     | float32        |
-| ------------------------------------------ | ---------------------------------------------------------- | ----------- | -------------- |
-| losses, gradient norms, of every step      | |a-b| / |b|                                                | 1e-12       | 2e-5           |
-| gradients of the first step, each tensor   | max|a-b| / max(max|b|, root mean square of all gradients)  | 1e-12       | 2e-5           |
-| updated weights and optimizer states, each | max|a-b| / max(max|b|, learning rate)                      | 1e-8        | 2e-5, SGD only |
+| compared                             | deviation                                | float64 | float32        |
+| ------------------------------------ | ---------------------------------------- | ------- | -------------- |
+| losses and gradient norms, each step | |a-b| / |b|                              | 1e-12   | 2e-5           |
+| each gradient of the first step      | max|a-b| / max(max|b|, RMS of all)       | 1e-12   | 2e-5           |
+| updated weights, optimizer states    | max|a-b| / max(max|b|, learning rate)    | 1e-8    | 2e-5, SGD only |
 
-Adam divides rounding noise by itself where a gradient is exactly zero (a key bias), so in float32 its weights are not compared. In
-bfloat16 rounding is too coarse for a fixed tolerance: `agree_in_bf16` asks that a layout is not much worse than one process.
+Adam divides rounding noise by itself where a gradient is exactly zero (a key bias), so in float32 its weights are not compared.
+In bfloat16 rounding is too coarse for a fixed tolerance: `agree_in_bf16` asks that a layout is not much worse than one process.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw") -> dict[s
 def agree_in_bf16(exact: Trace, single: Trace, other: Trace) -> None:
     """Check that a bfloat16 run `other` is as near to a float32 run of the same (bfloat16) weights as one process is.
 
-    exact: float32, one process; single: bfloat16, one process. Loss and gradient norm of the first step may lie twice as far from
-    `exact` as those of `single`, plus 1e-4 of their size. Raises Disagreement.
+    exact: float32, one process; single: bfloat16, one process. Loss and gradient norm of the first step may lie twice as far
+    from `exact` as those of `single`, plus 1e-4 of their size. Raises Disagreement.
     """
     for name in ("losses", "grad_norms"):
         truth, alone, ours = (getattr(trace, name)[0] for trace in (exact, single, other))
@@ -145,8 +145,9 @@ def _tensors(
         others = f"; so do {', '.join(n for n, _, _ in wrong[1:9])}" if len(wrong) > 1 else ""
         more = f" and {len(wrong) - 9} more" if len(wrong) > 9 else ""
         raise Disagreement(
-            f"{kind} {when}: {name}{list(place)} is {ours[name][place].item()!r}, but {reference[name][place].item()!r} in the "
-            f"reference: deviation {deviation:.3g} > {allowed:g}. {len(wrong)} of {len(reference)} tensors deviate{others}{more}"
+            f"{kind} {when}: {name}{list(place)} is {ours[name][place].item()!r}, but the reference has "
+            f"{reference[name][place].item()!r}: deviation {deviation:.3g} > {allowed:g}. "
+            f"{len(wrong)} of {len(reference)} tensors deviate{others}{more}"
         )
 
 

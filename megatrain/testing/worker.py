@@ -38,7 +38,7 @@ def main() -> None:
         while True:
             try:
                 task, args = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 return
             pipe.send(_do(task, args, rank))
 

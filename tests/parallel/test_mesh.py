@@ -1,0 +1,175 @@
+"""The mesh is arithmetic: checked for up to 16,384 ranks without a process."""
+
+import random
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatrain.parallel.mesh import AXES, MeshShape, ParallelContext
+from megatrain.parallel.transport import Group, World
+from megatrain.testing import simulate
+
+LARGEST = 16_384
+
+
+@st.composite
+def shapes(draw, largest=LARGEST):
+    sides, room = {}, largest
+    for axis in draw(st.permutations(["tp", "cp", "dp", "pp"])):
+        sides[axis] = draw(st.integers(1, min(room, 64)) | st.integers(1, room))
+        room //= sides[axis]
+    replicas = sides["dp"] * sides["cp"]
+    divisors = [n for n in range(1, min(replicas, 256) + 1) if replicas % n == 0]
+    return MeshShape(**sides, ep=draw(st.sampled_from(divisors)))
+
+
+def expected_size(shape, axis):
+    replicas = shape.dp * shape.cp
+    sizes = {"edp": replicas // shape.ep, "dp_cp": replicas, "mp": shape.tp * shape.pp, "world": shape.world}
+    return sizes[axis] if axis in sizes else getattr(shape, axis)
+
+
+class CountingWorld(World):
+    """Makes groups that can do nothing."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.made = rank, size, []
+
+    def group(self, name, ranks):
+        self.made.append(tuple(ranks))
+        return object.__new__(Idle)
+
+
+class Idle(Group):
+    all_reduce = all_gather = reduce_scatter = all_to_all = broadcast = send = recv = barrier = None
+
+
+Idle.__abstractmethods__ = frozenset()
+
+
+@given(shapes(), st.data())
+def test_coordinates_and_rank_are_inverse(shape, data):
+    rank = data.draw(st.integers(0, shape.world - 1))
+    place = shape.coordinates(rank)
+    assert shape.rank_at(**place) == rank
+    assert all(0 <= place[axis] < getattr(shape, axis) for axis in place)
+
+
+def test_every_rank_has_its_own_place_among_16384():
+    shape = MeshShape(tp=8, cp=4, dp=32, pp=16)
+    assert shape.world == LARGEST
+    assert len({tuple(shape.coordinates(rank).items()) for rank in range(LARGEST)}) == LARGEST
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(1024), st.sampled_from(AXES))
+def test_groups_of_an_axis_partition_the_world(shape, axis):
+    size = expected_size(shape, axis)
+    seen, groups = set(), 0
+    for rank in range(shape.world):
+        if rank in seen:
+            continue
+        group = shape.ranks_along(axis, rank)
+        assert rank in group and len(group) == size
+        assert list(group) == sorted(set(group))
+        assert seen.isdisjoint(group)
+        seen.update(group)
+        groups += 1
+        for member in (group[0], group[-1], group[len(group) // 2]):
+            assert shape.ranks_along(axis, member) == group
+    assert seen == set(range(shape.world))
+    assert groups * size == shape.world
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.data())
+def test_a_rank_makes_few_groups_and_sits_in_each(shape, data):
+    rank = data.draw(st.integers(0, shape.world - 1))
+    world = CountingWorld(rank, shape.world)
+    ctx = ParallelContext.build(world, shape)
+    assert len(world.made) <= len(AXES) <= 16
+    assert len(world.made) == len(set(world.made))
+    assert all(len(ranks) > 1 and rank in ranks for ranks in world.made)
+    for name in AXES:
+        axis = getattr(ctx, name)
+        assert axis.name == name and axis.size == len(axis.ranks) == expected_size(shape, name)
+        assert axis.ranks[axis.rank] == rank
+        assert (axis.group is None) == (axis.size == 1)
+
+
+def test_16384_ranks_make_as_many_distinct_groups_as_the_axes_have():
+    shape = MeshShape(tp=8, cp=2, dp=64, pp=16, ep=8)
+    assert shape.world == LARGEST
+    for axis in AXES:
+        if axis == "world":
+            continue
+        distinct = {shape.ranks_along(axis, rank)[0] for rank in random.Random(0).sample(range(LARGEST), 512)}
+        assert len(distinct) <= LARGEST // expected_size(shape, axis)
+    first = {shape.ranks_along("tp", rank) for rank in range(LARGEST)}
+    assert len(first) == LARGEST // 8
+
+
+def test_tensor_parallel_ranks_are_neighbours_and_stages_far_apart():
+    shape = MeshShape(tp=2, cp=2, dp=2, pp=2, ep=2)
+    assert shape.ranks_along("tp", 5) == (4, 5)
+    assert shape.ranks_along("cp", 5) == (5, 7)
+    assert shape.ranks_along("dp", 5) == (1, 5)
+    assert shape.ranks_along("pp", 5) == (5, 13)
+    assert shape.ranks_along("dp_cp", 5) == (1, 3, 5, 7)
+    assert shape.ranks_along("ep", 5) == (5, 7)
+    assert shape.ranks_along("edp", 5) == (1, 5)
+    assert shape.ranks_along("mp", 5) == (4, 5, 12, 13)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(), st.data())
+def test_experts_divide_the_replicas(shape, data):
+    rank = data.draw(st.integers(0, shape.world - 1))
+    experts, copies = shape.ranks_along("ep", rank), shape.ranks_along("edp", rank)
+    assert set(experts) & set(copies) == {rank}
+    assert set(experts) | set(copies) <= set(shape.ranks_along("dp_cp", rank))
+    assert len(experts) * len(copies) == shape.dp * shape.cp
+
+
+def test_errors_name_the_numbers():
+    with pytest.raises(ValueError, match=r"rank 8 is not in a world of 8 ranks \(0..7\)"):
+        MeshShape(tp=8).coordinates(8)
+    with pytest.raises(ValueError, match="unknown axis 'xp'; axes are tp, cp"):
+        MeshShape(tp=8).ranks_along("xp", 0)
+    with pytest.raises(ValueError, match=r"mesh of 4 ranks .* world of 6 ranks"):
+        ParallelContext.build(CountingWorld(0, 6), MeshShape(tp=4))
+    with pytest.raises(ValueError, match=r"expert_parallel_size=3 must divide .* 4"):
+        ParallelContext.build(CountingWorld(0, 4), MeshShape(dp=4, ep=3))
+
+
+def test_a_single_process_has_axes_without_groups():
+    ctx = ParallelContext.single()
+    for name in AXES:
+        axis = getattr(ctx, name)
+        assert (axis.name, axis.size, axis.rank, axis.ranks, axis.group) == (name, 1, 0, (0,), None)
+    assert ctx.device == torch.device("cpu")
+
+
+def test_groups_talk_to_the_ranks_that_the_arithmetic_says():
+    shape = MeshShape(tp=2, cp=2, dp=2, pp=1, ep=2)
+
+    def sums(ctx):
+        totals = {}
+        for name in AXES:
+            axis, mine = getattr(ctx, name), torch.tensor([float(ctx.world.rank)])
+            if axis.group is not None:
+                axis.group.all_reduce(mine)
+            totals[name] = mine.item()
+        return totals
+
+    for rank, totals in enumerate(simulate(shape, sums)):
+        assert totals == {axis: float(sum(shape.ranks_along(axis, rank))) for axis in AXES}
+
+
+def test_a_context_of_16384_ranks_is_built_in_no_time():
+    start = time.perf_counter()
+    ParallelContext.build(CountingWorld(12_345, LARGEST), MeshShape(tp=8, cp=4, dp=32, pp=16))
+    assert time.perf_counter() - start < 1
