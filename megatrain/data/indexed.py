@@ -99,6 +99,7 @@ class TokenStoreWriter:
         self._lengths: list[npt.NDArray[np.int32]] = []
         self.documents = 0
         self.tokens = 0
+        self._closed = 0
 
     def add_document(self, tokens: Tokens) -> None:
         """Appends one document [length] of ids. Raises TokenStoreError when an id does not fit the dtype."""
@@ -107,23 +108,35 @@ class TokenStoreWriter:
 
     def add_documents(self, tokens: npt.NDArray[np.integer], lengths: Tokens) -> None:
         """Appends documents of `lengths` [n] (tokens each) whose ids lie back to back in `tokens` [sum of lengths]."""
-        sizes = np.asarray(lengths, dtype=np.int64)
+        self.write(tokens)
+        self.end_documents(lengths)
+
+    def write(self, tokens: npt.NDArray[np.integer]) -> None:
+        """Appends ids [n] that belong to a document `end_documents` will close: for documents too long to hold at once."""
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise TokenStoreError(
-                f"{self.prefix}: tokens must be a flat array of integers, not {tokens.dtype}{list(tokens.shape)}."
-            )
-        if int(sizes.sum()) != tokens.size or (sizes < 0).any():
-            raise TokenStoreError(f"{self.prefix}: lengths add up to {int(sizes.sum())} but {tokens.size} tokens were given.")
-        if sizes.size and int(sizes.max()) > np.iinfo(np.int32).max:
+            kind = f"{tokens.dtype}{list(tokens.shape)}"
+            raise TokenStoreError(f"{self.prefix}: tokens must be a flat array of integers, not {kind}.")
+        self._file.write(self._narrow(tokens).data)
+        self.tokens += tokens.size
+
+    def end_documents(self, lengths: Tokens) -> None:
+        """Divides the tokens written since the last document's end into documents of `lengths` [n]; a rest stays open."""
+        sizes = np.asarray(lengths, dtype=np.int64)
+        if sizes.size == 0:
+            return
+        if int(sizes.max()) > np.iinfo(np.int32).max:
             document = self.documents + int(sizes.argmax())
             raise TokenStoreError(
                 f"{self.prefix}: document {document} has {int(sizes.max())} tokens; the format counts "
                 f"at most {np.iinfo(np.int32).max} a document. Split it."
             )
-        self._file.write(self._narrow(tokens).data)
+        if int(sizes.min()) < 0 or self._closed + int(sizes.sum()) > self.tokens:
+            raise TokenStoreError(
+                f"{self.prefix}: document lengths add up to {int(sizes.sum())}; {self.tokens - self._closed} were written."
+            )
         self._lengths.append(sizes.astype("<i4"))
         self.documents += sizes.size
-        self.tokens += tokens.size
+        self._closed += int(sizes.sum())
 
     def _narrow(self, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
         """`tokens` in the store's dtype, contiguous; refuses ids that would wrap."""
@@ -140,6 +153,10 @@ class TokenStoreWriter:
 
     def publish(self) -> None:
         """Makes the store visible under its name, replacing an older one. Raises OSError (disk full ...), nothing published."""
+        if self._closed != self.tokens:
+            raise TokenStoreError(
+                f"{self.prefix}: the last {self.tokens - self._closed} tokens belong to no document. End it first."
+            )
         lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, "<i4")
         offsets = np.zeros(lengths.size, "<i8")
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])

@@ -1,0 +1,193 @@
+"""Text to token ids and back: bytes, or a `tokenizer.json` of the `tokenizers` library; and training one.
+
+Text is taken literally. A document that contains the characters `<|endoftext|>` gets the ids of those characters, never the
+document separator, so text cannot forge a boundary, and decode(encode(text)) is the text.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megatrain.data.indexed import best_dtype
+from megatrain.data.prepare.read import read_pieces
+
+END_OF_TEXT = "<|endoftext|>"
+BYTE_VALUES = 256
+SMALLEST_VOCAB = BYTE_VALUES + 1
+"""Every byte, so that any text can be written, and the document separator."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be loaded or trained; the message says which and what to do."""
+
+
+class Tokenizer(Protocol):
+    """What the rest of megatrain asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the document separator, or None where the tokenizer has none."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether text may be cut before a blank or a newline that follows a visible character without changing any id."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Ids [length] of each text, in the dtype of a token store."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; a byte sequence that is not UTF-8 shows as replacement characters."""
+
+
+class ByteTokenizer:
+    """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
+
+    vocab_size = SMALLEST_VOCAB
+    eod: int | None = BYTE_VALUES
+    divisible = True
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """The bytes [length] of each text, uint16."""
+        return [np.frombuffer(text.encode(), np.uint8).astype("<u2") for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the bytes; document ends show as `<|endoftext|>`."""
+        parts = [END_OF_TEXT.encode() if i == BYTE_VALUES else bytes((i,)) for i in ids]
+        return b"".join(parts).decode(errors="replace")
+
+
+class JsonTokenizer:
+    """A tokenizer of the `tokenizers` library. Truncation, padding and added start tokens of the file are switched off."""
+
+    def __init__(self, library: LibraryTokenizer) -> None:
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # "true" means: special tokens found in text are text
+        if getattr(library.model, "dropout", None) is not None:
+            library.model.dropout = None  # random merges would make every store different
+        self._library = library
+        # Ids may have holes: what counts is the largest.
+        self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        self.eod: int | None = library.token_to_id(END_OF_TEXT)
+        self.divisible = _divisible(json.loads(library.to_str()))
+        self._dtype = best_dtype(self.vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Ids [length] of each text. The library releases the interpreter lock meanwhile."""
+        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._library.decode(list(ids), skip_special_tokens=False))
+
+
+def _divisible(description: dict[str, Any]) -> bool:
+    """Whether the tokenizer is GPT-2's kind, whose words never reach from a visible character into the white space after it.
+
+    Other pre-tokenizers (SentencePiece's, GPT-4's, whose punctuation takes newlines along) and normalisers promise nothing.
+    """
+    words = description.get("pre_tokenizer") or {}
+    gpt2 = words.get("type") == "ByteLevel" and not words.get("add_prefix_space") and words.get("use_regex", True)
+    literal = all(token.get("special") for token in description.get("added_tokens", []))
+    return bool(gpt2 and literal and description.get("normalizer") is None)
+
+
+def load_tokenizer(name: str | Path) -> Tokenizer:
+    """`bytes`, or the path of a tokenizer.json. Raises TokenizerError."""
+    if str(name) == "bytes":
+        return ByteTokenizer()
+    path = Path(name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TokenizerError(
+            f"the tokenizer {path} cannot be read ({error.strerror}). Give `bytes` or the path of a tokenizer.json; "
+            f"`megatrain data tokenizer --input FILE... --vocab-size 8192 --output {path}` trains one."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path} is not a tokenizer.json: it is not UTF-8 text ({error}).") from None
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{path} is not a tokenizer.json: line {error.lineno} is not JSON ({error.msg}).") from None
+    try:
+        library = LibraryTokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {error}") from None
+    return JsonTokenizer(library)
+
+
+def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str | Path, key: str = "text") -> int:
+    """Trains a byte-level BPE on the documents of `inputs` and writes it to `output`, whole or not at all; returns its size.
+
+    The size is smaller than `vocab_size` when the text has too few words to merge. The same input gives the same file. Every
+    text survives encode and decode. Raises TokenizerError (vocab_size below 257, no text) and what reading raises.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise TokenizerError(
+            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: 256 bytes and {END_OF_TEXT} make 257. "
+            f"Common sizes are 4096 to 50257."
+        )
+    library = LibraryTokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
+    )
+    seen = _Counter(piece.text for piece in read_pieces(inputs, key))  # words never reach across pieces
+    library.train_from_iterator(seen, trainer)
+    if not seen.characters:
+        raise TokenizerError(f"{', '.join(map(str, inputs)) or 'the list of inputs'}: no text to train a tokenizer on.")
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(library.to_str(pretty=True), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return JsonTokenizer(library).vocab_size
+
+
+class _Counter:
+    """Passes texts on and counts their characters."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = iter(texts)
+        self.characters = 0
+
+    def __iter__(self) -> _Counter:
+        return self
+
+    def __next__(self) -> str:
+        text = next(self._texts)
+        self.characters += len(text)
+        return text
