@@ -1,0 +1,215 @@
+"""Hangs and deaths of real processes end every rank and name axis, call and culprit; who is to blame, as arithmetic."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatrain.runtime.blame import Identity, State, Verdict, behind, find_culprits, judge
+from megatrain.runtime.distributed import Launch, LoneWorld, Session
+from megatrain.runtime.guard import Guard
+
+WORKER = """
+import os, signal, sys, time
+import torch
+from megatrain.config.schema import ParallelConfig
+from megatrain.runtime.distributed import Launch, connect
+from megatrain.runtime.guard import Guard
+
+what, victim, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), timeout + 10)
+
+def load_sample_that_never_comes():
+    time.sleep(1000)
+
+def misbehave():
+    if what == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "sleep":
+        load_sample_that_never_comes()
+    if what == "raise":
+        raise ValueError("bad sample 17")
+
+with Guard(session, timeout, lambda kind, rank, text: print("EVENT", kind, rank, flush=True)) as guard:
+    size, rank = session.world.size, session.rank
+    pair = (0, 1) if rank < 2 else (2, 3)
+    tp = session.world.group("tp", pair)
+    dp = None if size == 2 else session.world.group("dp", (rank % 2, rank % 2 + 2))
+    for step in range(20):
+        guard.tick()
+        if step == 5 and rank == victim:
+            misbehave()
+        tp.all_reduce(torch.ones(4))
+        if dp is not None:
+            dp.all_reduce(torch.ones(4))
+print("DONE", flush=True)
+session.close()
+"""
+TIMEOUT = 2.0
+
+
+def clean_environment():
+    return {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC"))}
+
+
+def run_ranks(tmp_path, size, what, victim):
+    """Exit code and output of each rank, and the seconds that it all took."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = time.monotonic()
+    processes = []
+    for rank in range(size):
+        env = {**clean_environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), what, str(victim), str(TIMEOUT)]
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [process.returncode for process in processes], outputs, time.monotonic() - started
+
+
+CASES = [
+    ("freeze", 1, ()),
+    ("die", 0, ()),
+    ("sleep", 1, ()),
+    ("freeze", 0, pytest.mark.slow),
+    ("die", 1, pytest.mark.slow),
+    ("sleep", 0, pytest.mark.slow),
+    ("raise", 0, pytest.mark.slow),
+    ("raise", 1, pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("what", "victim"), [pytest.param(what, victim, marks=marks) for what, victim, marks in CASES])
+def test_both_ranks_end_and_the_survivor_names_axis_call_and_culprit(tmp_path, what, victim):
+    codes, outputs, seconds = run_ranks(tmp_path, 2, what, victim)
+    survivor = outputs[1 - victim]
+    assert codes[1 - victim] == 1, survivor
+    assert codes[victim] == (1 if what in ("sleep", "raise") else -signal.SIGKILL)
+    assert seconds < TIMEOUT + 45  # 30, and the start of Python on a busy machine
+    assert f"to blame: rank {victim}\n" in survivor
+    assert "all_reduce" in survivor and "axis tp" in survivor
+    assert "DONE" not in "".join(outputs)
+    expected = {
+        "freeze": f"rank {victim} (process ",
+        "die": "has died",
+        "sleep": "load_sample_that_never_comes",
+        "raise": "ValueError: bad sample 17",
+    }
+    assert expected[what] in survivor
+    kind = "death" if what in ("die", "raise") else "hang"
+    assert "".join(outputs).count(f"EVENT {kind} {victim}") == 1
+
+
+@pytest.mark.slow
+def test_the_chain_of_waiting_leads_to_the_culprit(tmp_path):
+    codes, outputs, _ = run_ranks(tmp_path, 4, "sleep", 3)
+    assert codes == [1] * 4
+    assert all("to blame: rank 3\n" in output for output in outputs), outputs
+    assert "rank 2 has waited" in outputs[0] and "axis tp, ranks [2, 3]" in outputs[0]
+
+
+def test_a_run_that_goes_well_ends_well(tmp_path):
+    codes, outputs, _ = run_ranks(tmp_path, 2, "nothing", 0)
+    assert codes == [0, 0], outputs
+    assert outputs == ["DONE\n", "DONE\n"]
+
+
+def test_under_torchrun_a_dead_rank_ends_the_job(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**clean_environment(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), "freeze", "0", str(TIMEOUT)], env=env, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 1
+    assert "rank 1 ends after a hang; to blame: rank 0\n" in done.stderr
+    assert "is frozen" in done.stderr and "axis tp" in done.stderr
+
+
+def waiting(rank, ranks, axis="tp", number=7, operation="all_reduce"):
+    return State(rank, "waiting", f"{operation} on axis {axis}", axis, ranks, operation, number, 9.0)
+
+
+def test_blame_follows_the_chain_to_the_rank_that_waits_for_nobody():
+    states = {
+        0: waiting(0, (0, 2), "dp"),
+        1: waiting(1, (1, 3), "dp"),
+        2: waiting(2, (2, 3)),
+        3: State(3, "busy"),
+    }
+    assert behind(states[0], states) == (2,)
+    assert find_culprits(states, 4) == (3,)
+
+
+def test_silence_and_exceptions_are_blamed_first():
+    assert find_culprits({0: waiting(0, (0, 1)), 2: State(2, "busy")}, 3) == (1,)
+    assert find_culprits({0: waiting(0, (0, 1)), 1: State(1, "raised", "KeyError: 1")}, 3) == (1,)
+
+
+def test_a_circle_blames_all_in_it_and_a_full_call_nobody():
+    circle = {0: waiting(0, (0, 1)), 1: waiting(1, (0, 1), "dp"), 2: waiting(2, (0, 2), "pp")}
+    assert find_culprits(circle, 3) == (0, 1)
+    full = {0: waiting(0, (0, 1)), 1: waiting(1, (0, 1))}
+    assert find_culprits(full, 2) == ()
+    assert "network" in judge(full, {}, 2).text
+
+
+def test_a_rank_that_is_ahead_is_not_waited_for_and_one_behind_is():
+    states = {0: waiting(0, (0, 1), number=7), 1: waiting(1, (0, 1), number=8)}
+    assert behind(states[0], states) == () and behind(states[1], states) == (0,)
+    states = {0: waiting(0, (0, 1), "pp", 3, "send"), 1: waiting(1, (0, 1), "pp", 1, "recv")}
+    assert behind(states[0], states) == behind(states[1], states) == ()
+
+
+def test_verdict_names_call_axis_and_process_and_travels_as_text():
+    gone = Identity(1, Identity.own(1).machine, "here", 2**22 + 1, "1")
+    verdict = judge({0: waiting(0, (0, 1))}, {1: gone}, 2)
+    assert (verdict.kind, verdict.culprits) == ("death", (1,))
+    assert "rank 1 (process 4194305 on here) has died" in verdict.text
+    assert "rank 0 has waited for 9.0 s in all_reduce on axis tp" in verdict.text
+    assert Verdict.parse(verdict.as_json()) == verdict
+    assert State.parse(waiting(0, (0, 1)).text()) == waiting(0, (0, 1))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_only_the_same_process_is_killed():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        born = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        machine = Identity.own(0).machine
+        assert not Identity(0, machine, "h", process.pid, "1").kill()
+        assert not Identity(0, "another", "h", process.pid, born).kill()
+        assert process.poll() is None
+        same = Identity(0, machine, "h", process.pid, born)
+        assert same.condition() == "running"
+        assert same.kill()
+        assert process.wait(10) == -signal.SIGKILL
+    assert same.condition() == "gone"
+
+
+def test_sigterm_asks_to_stop_once(capfd):
+    session = Session(Launch(), LoneWorld(), None, "none", None, None, "")
+    before = signal.getsignal(signal.SIGTERM)
+    with Guard(session, 5.0) as guard:
+        assert not guard.stop_requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert guard.stop_requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert guard.stop_requested
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert capfd.readouterr().err.count("already stopping") == 1
