@@ -1,0 +1,183 @@
+"""Tokenising: the same bytes for any number of workers, whole or nothing."""
+
+import gzip
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import zstandard
+
+from megatrain.data.indexed import TokenStore
+from megatrain.data.prepare import read, tokenize
+from megatrain.data.prepare.read import ReadError
+from megatrain.data.prepare.tokenize import tokenize_files
+from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A .jsonl of short, empty and long documents, also compressed, a .txt and a tokenizer; gives directory and texts."""
+    directory = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(3)
+    words = ["alpha", "beta", "Gamma", "delta,", "naïve", "日本語", "x=1;", "\n", "\n\n    ", "🙂", "<|endoftext|>"]
+
+    def text(count):
+        return " ".join(draw.choice(words) for _ in range(count))
+
+    texts = [text(draw.choice([1, 5, 60])) for _ in range(300)] + ["", text(5000), text(3)]
+    long = text(9000)
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+    (directory / "a.jsonl").write_bytes(lines)
+    (directory / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (directory / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    (directory / "b.txt").write_text(long, encoding="utf-8", newline="\n")
+    train_tokenizer([directory / "a.jsonl"], 400, directory / "t.json")
+    return directory, [*texts, long]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Batches and pieces small enough that the corpus makes many of each."""
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(read, "PIECE_CHARACTERS", 300)
+
+
+def files(directory, prefix):
+    return [(directory / f"{prefix}.{kind}").read_bytes() for kind in ("bin", "idx")]
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("tokenizer", ["bytes", "t.json"])
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_the_store_holds_each_document_and_is_the_same_for_any_workers(corpus, tmp_path, tokenizer, append_eod):
+    directory, texts = corpus
+    name = tokenizer if tokenizer == "bytes" else directory / tokenizer
+    inputs = [directory / "a.jsonl", directory / "b.txt"]
+    reports = {w: tokenize_files(inputs, name, tmp_path / f"w{w}", workers=w, append_eod=append_eod) for w in (1, 2, 4)}
+    assert files(tmp_path, "w1") == files(tmp_path, "w2") == files(tmp_path, "w4")
+    store, encoder = TokenStore(tmp_path / "w1"), load_tokenizer(name)
+    end = [encoder.eod] if append_eod else []
+    expected = [encoder.encode(text) + end for text in texts if text]
+    assert [store.document(i).tolist() for i in range(store.documents)] == expected
+    assert (reports[2].documents, reports[2].empty, reports[2].tokens) == (len(expected), 1, store.tokens)
+    assert reports[2].text_bytes == sum(len(text.encode()) for text in texts)
+    assert "documents (1 empty ones left out)" in str(reports[2])
+
+
+def test_piece_and_batch_sizes_do_not_show(corpus, tmp_path, monkeypatch):
+    directory, _ = corpus
+    inputs = [directory / "a.jsonl", directory / "b.txt"]
+    tokenize_files(inputs, directory / "t.json", tmp_path / "large")
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 11)
+    monkeypatch.setattr(read, "PIECE_CHARACTERS", 50)
+    tokenize_files(inputs, directory / "t.json", tmp_path / "small", workers=3)
+    assert files(tmp_path, "large") == files(tmp_path, "small")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_compressed_files_give_the_same_store(corpus, tmp_path, name):
+    directory, _ = corpus
+    tokenize_files([directory / "a.jsonl"], "bytes", tmp_path / "plain")
+    tokenize_files([directory / name], "bytes", tmp_path / "packed")
+    assert files(tmp_path, "plain") == files(tmp_path, "packed")
+
+
+def test_large_vocabularies_get_int32(corpus, tmp_path):
+    class Wide:
+        vocab_size, eod, divisible = 70000, None, False
+
+        def encode_batch(self, texts):
+            return [np.array([69999] * len(text), np.int32) for text in texts]
+
+    tokenize_files([corpus[0] / "b.txt"], Wide(), tmp_path / "s")
+    assert TokenStore(tmp_path / "s").dtype == np.int32
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failure_publishes_nothing(corpus, tmp_path, workers):
+    directory, _ = corpus
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes((directory / "a.jsonl").read_bytes() + b"{\n")
+    with pytest.raises(ReadError, match=r"broken\.jsonl:304: not JSON"):
+        tokenize_files([broken], "bytes", tmp_path / "out" / "s", workers=workers)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_an_encoder_that_fails_ends_the_run(corpus, tmp_path):
+    class Failing:
+        vocab_size, eod, divisible = 300, None, True
+        calls = 0
+
+        def encode_batch(self, texts):
+            self.calls += 1
+            if self.calls == 5:
+                raise RuntimeError("no more")
+            return [np.zeros(len(text), np.uint16) for text in texts]
+
+    with pytest.raises(RuntimeError, match="no more"):
+        tokenize_files([corpus[0] / "a.jsonl"], Failing(), tmp_path / "s", workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_memory_is_bounded_by_batches_in_flight(corpus, tmp_path, monkeypatch):
+    """The reader never runs further ahead of the writer than the window."""
+    read_so_far, written, ahead = [0], [0], []
+    real_batches, real_write = tokenize._batches, tokenize.TokenStoreWriter.write
+
+    def batches(pieces):
+        for batch in real_batches(pieces):
+            read_so_far[0] += 1
+            yield batch
+
+    def write(writer, tokens):
+        ahead.append(read_so_far[0] - written[0])
+        written[0] += 1
+        real_write(writer, tokens)
+
+    monkeypatch.setattr(tokenize, "_batches", batches)
+    monkeypatch.setattr(tokenize.TokenStoreWriter, "write", write)
+    tokenize_files([corpus[0] / "a.jsonl", corpus[0] / "b.txt"], "bytes", tmp_path / "s", workers=2)
+    assert written[0] > 100 and max(ahead) <= 2 * tokenize.BATCHES_PER_WORKER
+
+
+def test_wrong_use_is_explained(corpus, tmp_path):
+    directory, _ = corpus
+    with pytest.raises(ValueError, match="--workers 0"):
+        tokenize_files([directory / "a.jsonl"], "bytes", tmp_path / "s", workers=0)
+    with pytest.raises(ValueError, match="--input"):
+        tokenize_files([], "bytes", tmp_path / "s")
+    with pytest.raises(ReadError, match="does not exist"):
+        tokenize_files([directory / "none.txt"], "bytes", tmp_path / "s")
+    description = json.loads((directory / "t.json").read_text(encoding="utf-8"))
+    description["added_tokens"] = []
+    del description["model"]["vocab"]["<|endoftext|>"]
+    (tmp_path / "t.json").write_text(json.dumps(description), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="--append-eod"):
+        tokenize_files([directory / "a.jsonl"], tmp_path / "t.json", tmp_path / "s", append_eod=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_the_environment_is_left_as_it_was(corpus, tmp_path, monkeypatch):
+    for before in (None, "true"):
+        if before is None:
+            monkeypatch.delenv(tokenize.LIBRARY_THREADS, raising=False)
+        else:
+            monkeypatch.setenv(tokenize.LIBRARY_THREADS, before)
+        tokenize_files([corpus[0] / "b.txt"], "bytes", tmp_path / "s")
+        assert os.environ.get(tokenize.LIBRARY_THREADS) == before
+
+
+def test_people_see_a_bar_and_log_files_do_not(corpus, tmp_path, monkeypatch, capsys):
+    tokenize_files([corpus[0] / "b.txt"], "bytes", tmp_path / "s")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    tokenize_files([corpus[0] / "b.txt"], "bytes", tmp_path / "s")
+    assert "tokenize" in capsys.readouterr().err
