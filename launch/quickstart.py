@@ -12,13 +12,16 @@ import argparse
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from types import FrameType
@@ -27,24 +30,28 @@ from typing import Any
 import torch
 
 from megatrain.config.load import load
-from megatrain.config.schema import Config
-from megatrain.data.baselines import baselines
+from megatrain.config.schema import Config, CorpusConfig
+from megatrain.data.baselines import consumed_rows, count_pairs, held_out_pairs, interpolated_bigram, unigram_entropy
 from megatrain.data.indexed import TokenStore
+from megatrain.data.loader import build_held_out, build_samples
 from megatrain.data.prepare import stdlib_corpus
+from megatrain.data.tokenizer import load_tokenizer
 from megatrain.runtime.metrics import read_metrics
 from megatrain.runtime.plot import draw_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MINUTES = 5.5
 """Of training; with the installation and all other steps this stays under 10 minutes on 2 cores."""
-HELD_OUT = 0.02
-"""Share of the documents that is never trained on."""
+HELD_OUT_BYTES = 300_000
+"""About as much text is never trained on, if that is at most a tenth of all."""
 PROBE_STEPS = 8
 """Steps of the run that measures the speed; the first half warms up."""
 EVALUATIONS = 4
 MAX_EPOCHS = 8
 """More passes over a small text than this would only learn it by heart."""
 REDUCED_STEPS = 30
+EX_TEMPFAIL = 75
+"""Exit code of a training run that was told to stop and has saved."""
 PROMPTS = ("def ", "class Queue", "Return the ")
 
 
@@ -54,21 +61,9 @@ class Layout:
 
     device: str
     ranks: int
-    threads: int
-    """Per process."""
+    sequence_parallel: bool
     precision: str
     why: str
-
-
-@dataclass(frozen=True)
-class Data:
-    """The token stores of one text."""
-
-    folder: Path
-    train: Path
-    """Prefix of the store."""
-    valid: Path
-    tokenizer: Path
 
 
 class Failed(Exception):
@@ -88,7 +83,7 @@ def main() -> int:
         data = prepare(options, config)
         run, steps = train(options, config, layout, data)
         compare(config, data, run, steps)
-        sample(layout, run)
+        sample(options, data, run)
         if options.reduced:
             require_learning(run)
     except Failed as failure:
@@ -124,23 +119,28 @@ def parse() -> argparse.Namespace:
 
 def choose_layout(config: Config, folder: Path) -> Layout:
     """Tensor parallelism as the config says, on GPUs where there are enough, else on CPU processes."""
-    ranks = config.parallel.tensor_parallel_size
+    ranks, sequence_parallel = config.parallel.tensor_parallel_size, config.parallel.sequence_parallel
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if 0 < gpus < ranks:
+        precision = gpu_precision()
+        why = f"NCCL allows one process per GPU, so tensor_parallel_size=1 instead of {ranks}"
+        return Layout("cuda", 1, False, precision, f"on one GPU, {precision}; {why}")
     if gpus:
-        precision = "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-        if gpus < ranks:
-            why = f"NCCL allows one process per GPU and here is {gpus}, so tensor_parallel_size=1 instead of {ranks}"
-            return Layout("cuda", 1, max(1, cores), precision, f"on one GPU, {precision}: {why}")
+        precision = gpu_precision()
         return Layout(
-            "cuda", ranks, max(1, cores // ranks), precision, f"on {ranks} GPUs, tensor_parallel_size={ranks}, {precision}"
+            "cuda", ranks, sequence_parallel, precision, f"on {ranks} GPUs, tensor_parallel_size={ranks}, {precision}"
         )
     choice = folder / "cpu_precision.txt"  # measured once, so that noise cannot change the layout of a run that goes on
     if not choice.exists():
         publish(choice, "bf16" if bf16_is_faster() else "fp32")
-    precision, threads = choice.read_text(), max(1, cores // ranks)
-    words = f"on {ranks} CPU processes of {threads} thread{'s' * (threads > 1)}, tensor_parallel_size={ranks}"
-    return Layout("cpu", ranks, threads, precision, f"{words}, {precision}, the faster precision here")
+    precision = choice.read_text()
+    why = f"on {ranks} CPU processes, tensor_parallel_size={ranks}, {precision} (the faster precision here)"
+    return Layout("cpu", ranks, sequence_parallel, precision, why)
+
+
+def gpu_precision() -> str:
+    """bf16 on every GPU since 2020."""
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
 
 
 def bf16_is_faster(size: int = 768) -> bool:
@@ -160,52 +160,52 @@ def bf16_is_faster(size: int = 768) -> bool:
 # --- text to token stores -----------------------------------------------------------------------------------------------------
 
 
-def prepare(options: argparse.Namespace, config: Config) -> Data:
-    """Corpus, tokenizer and token stores; each step only where its result is not there yet."""
-    folder = options.dir / f"data_{text_key(options.text, config)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    data = Data(folder, folder / "train", folder / "valid", folder / "tokenizer.json")
-    texts = {name: folder / f"{name}.jsonl" for name in ("train", "valid")}
-    once(folder / "corpus.done", "the text, a share of it held out", lambda: build_corpus(folder, options.text))
-    vocabulary = str(config.model.vocab_size)
-    once(
-        folder / "tokenizer.done",
-        f"a tokenizer of {vocabulary} entries",
-        lambda: verb("data", "tokenizer", "--input", texts["train"], "--vocab-size", vocabulary, "--output", data.tokenizer),
-    )
+def prepare(options: argparse.Namespace, config: Config) -> Path:
+    """The folder of tokenizer.json and of the token stores train and valid; each step only where its result is missing."""
+    data = options.dir / f"data_{text_key(options.text, config)}"
+    data.mkdir(parents=True, exist_ok=True)
+    texts = {name: data / f"{name}.jsonl" for name in ("train", "valid")}
+    vocabulary, tokenizer = str(config.model.vocab_size), data / "tokenizer.json"
+    once(data / "corpus.done", "the text, a share of it held out", lambda: build_corpus(data, options.text))
+    words: list[object] = ["data", "tokenizer", "--input", texts["train"], "--vocab-size", vocabulary, "--output", tokenizer]
+    once(data / "tokenizer.done", f"a tokenizer of {vocabulary} entries", partial(verb, *words))
     for name, text in texts.items():
-        words = ["--input", text, "--tokenizer", data.tokenizer, "--output", folder / name, "--workers", "2", "--append-eod"]
-        once(folder / f"{name}.done", f"the {name} tokens", lambda words=words: verb("data", "tokenize", *words))  # type: ignore[misc]
-    counts = {name: TokenStore(folder / name).tokens for name in texts}
-    say(f"{counts['train']:,} tokens to train on, {counts['valid']:,} held out: {folder}")
+        words = ["data", "tokenize", "--input", text, "--tokenizer", tokenizer, "--output", data / name, "--workers", 2]
+        once(data / f"{name}.done", f"the {name} tokens", partial(verb, *words, "--append-eod"))
+    counts = {name: TokenStore(data / name).tokens for name in texts}
+    say(f"{counts['train']:,} tokens to train on, {counts['valid']:,} held out: {data}")
     return data
 
 
 def text_key(paths: Sequence[Path] | None, config: Config) -> str:
     """Names the text and the vocabulary: the interpreter's version, or the paths, sizes and times of all files."""
-    seen: list[Any] = [config.model.vocab_size, HELD_OUT]
     if paths is None:
-        return key([*seen, sys.version])
-    for path in paths:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        seen += [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return key(seen)
+        return key([config.model.vocab_size, sys.version])
+    return key([config.model.vocab_size, [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files(paths)]])
 
 
-def build_corpus(folder: Path, text: Sequence[Path] | None) -> None:
+def files(paths: Sequence[Path]) -> list[Path]:
+    """The files among and below the paths."""
+    return [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+
+
+def build_corpus(data: Path, text: Sequence[Path] | None) -> None:
     """train.jsonl and valid.jsonl, one document a line."""
-    stdlib_corpus.build(folder, HELD_OUT, text)
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = files(text) if text else [file for file in library.rglob("*.py") if "site-packages" not in file.parts]
+    size = sum(file.stat().st_size for file in sources)
+    stdlib_corpus.build(data, min(0.1, HELD_OUT_BYTES / max(size, 1)), text)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------
 
 
-def train(options: argparse.Namespace, config: Config, layout: Layout, data: Data) -> tuple[Path, int]:
+def train(options: argparse.Namespace, config: Config, layout: Layout, data: Path) -> tuple[Path, int]:
     """The run folder and its number of steps, trained to the end."""
     inputs = [
         options.config.read_text(),
-        (layout.device, layout.ranks, layout.threads, layout.precision),
-        data.folder.name,
+        (layout.device, layout.ranks, layout.sequence_parallel, layout.precision),
+        data.name,
         torch.__version__,
     ]
     length = f"{REDUCED_STEPS}_steps" if options.reduced else f"{options.minutes:g}_minutes"
@@ -219,7 +219,7 @@ def train(options: argparse.Namespace, config: Config, layout: Layout, data: Dat
     if (run / "checkpoints" / f"step_{steps:08d}" / "manifest.json").exists():
         say(f"trained already: {run}")
         return run, steps
-    every = max(1, steps // EVALUATIONS)
+    every = -(-steps // EVALUATIONS)
     step("training")
     launch(
         options.config,
@@ -227,14 +227,14 @@ def train(options: argparse.Namespace, config: Config, layout: Layout, data: Dat
         data,
         [
             *(f"train.steps={steps}", f"optim.warmup_steps={min(config.optim.warmup_steps, steps // 5)}"),
-            *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data.valid}"),
+            *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data / 'valid'}"),
             *(f"log.dir={run}", f"log.every={max(1, steps // 40)}"),
         ],
     )
     return run, steps
 
 
-def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data: Data, name: str) -> int:
+def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data: Path, name: str) -> int:
     """How many steps fit into the minutes, from the speed of a few; an evaluated batch counts as a third of a step."""
     step(f"measuring the speed for {PROBE_STEPS} steps, to see how many fit into {options.minutes:g} minutes")
     probe = options.dir / f"probe_{name}"
@@ -255,48 +255,51 @@ def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data
     shutil.rmtree(probe, ignore_errors=True)
 
     tokens = config.train.global_batch_size * config.model.seq_length
-    evaluation = EVALUATIONS * TokenStore(data.valid).tokens / tokens * seconds / 3
+    evaluation = EVALUATIONS * TokenStore(data / "valid").tokens / tokens * seconds / 3
     steps = max(REDUCED_STEPS, int((options.minutes * 60 - start_up - evaluation) / seconds))
-    longest = max(REDUCED_STEPS, MAX_EPOCHS * TokenStore(data.train).tokens // tokens)
+    longest = max(REDUCED_STEPS, MAX_EPOCHS * TokenStore(data / "train").tokens // tokens)
     say(f"{tokens / seconds:,.0f} tokens/s: {steps} steps of {tokens:,} tokens fit")
     if steps > longest:
         say(f"that is more than {MAX_EPOCHS} passes over the text, so {longest} steps are enough")
     return min(steps, longest)
 
 
-def launch(config: Path, layout: Layout, data: Data, overrides: Sequence[str]) -> None:
+def launch(config: Path, layout: Layout, data: Path, overrides: Sequence[str]) -> None:
     """`megatrain train` on all ranks of the layout."""
-    words = [
-        *("train", config, f"parallel.device={layout.device}", f"parallel.tensor_parallel_size={layout.ranks}"),
-        *(f"parallel.sequence_parallel={str(layout.ranks > 1).lower()}", f"train.precision={layout.precision}"),
-        *(f"data.train={data.train}", f"data.tokenizer={data.tokenizer}", *overrides),
-    ]
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(layout.ranks)] if layout.ranks > 1 else []
+    call(
+        *("bash", ROOT / "launch/local.sh", layout.ranks, config),
+        *(f"parallel.device={layout.device}", f"parallel.tensor_parallel_size={layout.ranks}"),
+        *(f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}", f"train.precision={layout.precision}"),
+        *(f"data.train={data / 'train'}", f"data.tokenizer={data / 'tokenizer.json'}", *overrides),
     )
-    call([*launcher, "-m", "megatrain", *words], OMP_NUM_THREADS=str(layout.threads))
 
 
 # --- what came out ------------------------------------------------------------------------------------------------------------
 
 
-def compare(config: Config, data: Data, run: Path, steps: int) -> None:
+def compare(config: Config, data: Path, run: Path, steps: int) -> None:
     """Validation loss beside what counting words reaches with the same tokens: a table, comparison.json, lines in loss.png."""
     _, evaluations = read_metrics(run / "metrics.jsonl")
-    found = baselines(config, data.train, data.valid, steps * config.train.global_batch_size)
-    losses = {"unigram": found.unigram, "bigram": found.bigram, "model": evaluations[-1]["valid_loss"]}
+    corpora = {name: [CorpusConfig(str(data / name))] for name in ("train", "valid")}
+    vocabulary, seq_length = load_tokenizer(data / "tokenizer.json").vocab_size, config.model.seq_length
+    samples = build_samples(corpora["train"], seq_length, config.train.seed)
+    counts = count_pairs(consumed_rows(samples, steps * config.train.global_batch_size), vocabulary)
+    evaluated = config.train.eval_batches * config.train.global_batch_size  # 0: all of it
+    contexts, labels = held_out_pairs(build_held_out(corpora["valid"], seq_length), evaluated)
+    bigram = interpolated_bigram(counts, contexts, labels).cross_entropy
+    losses = {"unigram": unigram_entropy(counts, labels).own_entropy, "bigram": bigram, "model": evaluations[-1]["valid_loss"]}
     publish(run / "comparison.json", json.dumps({**losses, "steps": steps}))
     draw_loss(run / "metrics.jsonl", run / "loss.png", {name: losses[name] for name in ("unigram", "bigram")})
     step("how good is it? Mean loss on the held-out text in nats a token; lower is better")
-    say(f"{'guessing by how frequent each token is (unigram)':56} {losses['unigram']:.3f}")
-    say(f"{'guessing from the token before (interpolated bigram)':56} {losses['bigram']:.3f}")
+    say(f"{'knowing how frequent each token is (unigram)':56} {losses['unigram']:.3f}")
+    say(f"{'knowing the token before it as well (bigram)':56} {losses['bigram']:.3f}")
     say(f"{'this model':56} {losses['model']:.3f}")
 
 
-def sample(layout: Layout, run: Path) -> None:
-    """What the model writes."""
+def sample(options: argparse.Namespace, data: Path, run: Path) -> None:
+    """What the model writes, after beginnings that fit the text it has read."""
     step("what it writes")
-    for prompt in PROMPTS:
+    for prompt in PROMPTS if options.text is None else beginnings(data / "valid.jsonl", len(PROMPTS)):
         words = [
             "generate",
             run / "checkpoints",
@@ -310,6 +313,13 @@ def sample(layout: Layout, run: Path) -> None:
             "40",
         ]
         verb(*words)
+
+
+def beginnings(documents: Path, count: int) -> list[str]:
+    """The first words of held-out documents."""
+    with documents.open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line, _ in zip(lines, range(count), strict=False)]
+    return [" ".join(text.split()[:6]) for text in texts if text.strip()]
 
 
 def require_learning(run: Path) -> None:
@@ -333,8 +343,9 @@ Done in {seconds / 60:.1f} minutes.
 What to try next:
   bash launch/quickstart.sh --minutes 40                   train longer
   bash launch/quickstart.sh --text PATH...                 train on your own text
-  edit {options.config} and run it again: other sizes, other learning rates (docs/config.md has every key)
-  other layouts: parallel.tensor_parallel_size=4, or more processes than that for data parallelism (docs/index.md)
+  edit {options.config} and run it again:
+      other sizes and learning rates (docs/config.md has every key), or another layout: with tensor_parallel_size: 1 and
+      sequence_parallel: false the losses of the first steps stay the same, the speed does not
   {sys.executable} -m megatrain generate "{run / "checkpoints"}" --prompt "import "
 """)
 
@@ -363,22 +374,24 @@ def publish(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def verb(*words: str | Path) -> None:
+def verb(*words: object) -> None:
     """Run `megatrain WORDS...`."""
-    call(["-m", "megatrain", *words])
+    call(sys.executable, "-m", "megatrain", *words)
 
 
-def call(words: Sequence[str | Path], **environment: str) -> None:
-    """Run Python with these words, shown first. Raises Failed when it does not return 0; an interrupt lets it save and end."""
-    command = [sys.executable, *map(str, words)]
-    print("  $ python " + " ".join(command[1:]), flush=True)
-    child = subprocess.Popen(command, env={**os.environ, **environment})
+def call(*words: object) -> None:
+    """Run a command, shown first. Raises Failed when it does not return 0; an interrupt lets it save and end."""
+    command = [str(word) for word in words]
+    print("  $ " + shlex.join(command).replace(shlex.quote(sys.executable), "python"), flush=True)
+    child = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        child.send_signal(signal.SIGTERM)  # torchrun passes it on; training saves and ends
+        child.send_signal(signal.SIGTERM)  # local.sh passes it on; training saves and ends
         child.wait()
         raise
+    if code == EX_TEMPFAIL:
+        raise KeyboardInterrupt
     if code:
         raise Failed(
             f"the last command ended with exit code {code}; what it said stands above. The same command goes on from there."
