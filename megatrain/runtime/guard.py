@@ -63,6 +63,7 @@ class Guard:
         self._on_event = on_event
         self._ticked = time.monotonic()
         self._closing = threading.Event()
+        self._store_lost = threading.Event()
         self._alarmed = threading.Lock()
         self._main = threading.main_thread()
         self._old_handler: object = None
@@ -116,6 +117,8 @@ class Guard:
 
     def _leave(self, error: BaseException | None) -> None:
         """Say that this rank is gone for good, so that it is not taken for dead, and end the threads."""
+        if self._store_lost.is_set():
+            return  # nobody is left to tell
         said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
         state = State(self._session.rank, "left" if error is None else "raised", said)
         try:
@@ -123,7 +126,7 @@ class Guard:
             board.write(f"state/{state.rank}", state.text())
             board.write(f"wake/{state.rank}", "bye")
         except TransportError:
-            return  # the store has gone before us: nobody is left to tell
+            return  # the store has gone just now
         for thread in self._threads:
             thread.join(STORE_SECONDS)
         if error is None and self._session.everyone is not None:
@@ -153,7 +156,8 @@ class Guard:
         try:
             text = self._waker.wait(f"wake/{self._session.rank}")
         except TransportError:
-            return  # whoever served the store has gone; the ranks that wait for it find out
+            self._store_lost.set()  # whoever served it has gone; the ranks that wait for it find out
+            return
         if text == "alarm":
             self._alarm(self._own_state())
 

@@ -42,8 +42,13 @@ with Guard(session, timeout, lambda kind, rank, text: print("EVENT", kind, rank,
     pair = (0, 1) if rank < 2 else (2, 3)
     tp = session.world.group("tp", pair)
     dp = None if size == 2 else session.world.group("dp", (rank % 2, rank % 2 + 2))
-    for step in range(20):
+    for step in range(20 if what != "go on" else 10_000):
         guard.tick()
+        stop = torch.tensor([float(guard.stop_requested)])
+        tp.all_reduce(stop, "max")
+        if stop:
+            print("STOPPED", flush=True)
+            break
         if step == 5 and rank == victim:
             misbehave()
         tp.all_reduce(torch.ones(4))
@@ -140,6 +145,27 @@ def test_under_torchrun_a_dead_rank_ends_the_job(tmp_path):
     assert done.returncode == 1
     assert "rank 1 ends after a hang; to blame: rank 0\n" in done.stderr
     assert "is frozen" in done.stderr and "axis tp" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent has died")
+def test_a_killed_launcher_leaves_no_orphans(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "worker.py")]
+    env = {**clean_environment(), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "out").open("w") as out:
+        launcher = subprocess.Popen([*command, "go on", "0", "20"], env=env, stdout=out, stderr=out)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        deadline = time.monotonic() + 60
+        while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(15)  # until the guards stand
+        launcher.kill()
+        launcher.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert (tmp_path / "out").read_text().count("STOPPED") == 2
 
 
 def waiting(rank, ranks, axis="tp", number=7, operation="all_reduce"):
