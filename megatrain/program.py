@@ -18,7 +18,7 @@ import torch
 
 from megatrain.checkpoint import load as checkpoint_load
 from megatrain.checkpoint import save as checkpoint_save
-from megatrain.checkpoint.manifest import WEIGHTS
+from megatrain.checkpoint.manifest import WEIGHTS, LocalTensor
 from megatrain.config.load import Loaded, dump, from_dict, load
 from megatrain.config.schema import Config, ParallelConfig
 from megatrain.config.source import ConfigError
@@ -122,7 +122,7 @@ def save(job: Job) -> Path:
     }
     directory = Path(config.checkpoint_dir)
     return checkpoint_save.save(
-        directory, job.step, job.optimizer.tensors(), job.ctx, progress, job.config_text, config.checkpoint.keep
+        directory, job.step, _stored(job), job.ctx, progress, job.config_text, config.checkpoint.keep
     )
 
 
@@ -142,7 +142,7 @@ def resume(job: Job) -> Path | None:
     path = own or (None if checkpoint.resume == "auto" else Path(checkpoint.resume))
     if path is None:
         return None
-    tensors = job.optimizer.tensors()
+    tensors = _stored(job)
     if own is None and checkpoint.weights_only:
         checkpoint_load.load(path, {WEIGHTS: tensors[WEIGHTS]}, job.ctx)
     else:
@@ -151,6 +151,12 @@ def resume(job: Job) -> Path | None:
         job.optimizer.updates.fill_(progress["updates"])
     job.optimizer.round_parameters()
     return path
+
+
+def _stored(job: Job) -> dict[str, dict[str, LocalTensor]]:
+    """What a checkpoint of this rank holds: kind -> logical name -> tensor."""
+    kinds = job.optimizer.tensors()
+    return {kind: {name: LocalTensor(*pair) for name, pair in named.items()} for kind, named in kinds.items()}
 
 
 def _warn_damaged(path: Path, reason: str) -> None:
