@@ -357,8 +357,8 @@ def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -
     if not env.get("OMP_NUM_THREADS"):
         if launch.local_world_size > 1:
             torch.set_num_threads(share)
-        return f"{torch.get_num_threads()} of {cores} CPU cores a rank"
-    note = f"{torch.get_num_threads()} CPU threads a rank (OMP_NUM_THREADS={env['OMP_NUM_THREADS']}"
+        return f"CPU threads of a rank: {torch.get_num_threads()} of {cores} cores"
+    note = f"CPU threads of a rank: {torch.get_num_threads()} (OMP_NUM_THREADS={env['OMP_NUM_THREADS']}"
     if launch.launcher == "torchrun" and env["OMP_NUM_THREADS"] == "1" and share > 1 and device.type == "cpu":
         # torchrun sets 1 where the user has set nothing, and nobody can tell the two apart here.
         note += f", perhaps by torchrun: set OMP_NUM_THREADS={share} to use all {cores} cores"

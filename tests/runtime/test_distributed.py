@@ -234,7 +234,7 @@ def test_two_processes_connect_and_share_the_cores():
     share = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else None
     for line, error in lines:
         assert "2 ranks (2 on this node) by torchrun on cpu over gloo" in line, error
-        assert share is None or f"{share} of" in line
+        assert share is None or f"CPU threads of a rank: {share} of" in line
 
 
 def test_a_port_in_use_is_an_immediate_error():

@@ -42,15 +42,18 @@ with Guard(session, timeout, lambda kind, rank, text: print("EVENT", kind, rank,
     pair = (0, 1) if rank < 2 else (2, 3)
     tp = session.world.group("tp", pair)
     dp = None if size == 2 else session.world.group("dp", (rank % 2, rank % 2 + 2))
-    for step in range(20 if what != "go on" else 10_000):
+    for step in range(20 if what != "go on" else 10**9):
         guard.tick()
         stop = torch.tensor([float(guard.stop_requested)])
         tp.all_reduce(stop, "max")
         if stop:
             print("STOPPED", flush=True)
             break
-        if step == 5 and rank == victim:
-            misbehave()
+        if step == 5:
+            if what == "go on":
+                print("RUNNING", flush=True)
+            if rank == victim:
+                misbehave()
         tp.all_reduce(torch.ones(4))
         if dp is not None:
             dp.all_reduce(torch.ones(4))
@@ -157,14 +160,14 @@ def test_a_killed_launcher_leaves_no_orphans(tmp_path):
         launcher = subprocess.Popen([*command, "go on", "0", "20"], env=env, stdout=out, stderr=out)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
         deadline = time.monotonic() + 60
-        while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+        while (tmp_path / "out").read_text().count("RUNNING") < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
-        time.sleep(15)  # until the guards stand
+        workers = children.read_text().split()
         launcher.kill()
         launcher.wait()
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert len(workers) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert (tmp_path / "out").read_text().count("STOPPED") == 2
 
 

@@ -1,0 +1,59 @@
+"""The launch scripts say at once what is wrong with their use; wrong configs are told once, before any worker starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def run(script, *arguments, **env):
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_", "NNODES"))}
+    command = ["bash", str(LAUNCH / script), *arguments]
+    env = {**clean, "PYTHON": sys.executable, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "env", "code", "words"),
+    [
+        ("local.sh", ["2"], {}, 2, "usage: bash launch/local.sh N CONFIG.yaml"),
+        ("local.sh", ["two", "c.yaml"], {}, 2, "N=two is not a number of processes"),
+        ("local.sh", ["0", "c.yaml"], {}, 2, "N=0"),
+        ("local.sh", ["2", "nowhere.yaml"], {}, 1, "nowhere.yaml: no such file"),
+        ("local.sh", ["2", str(LAUNCH / "configs/gpt_tiny.yaml"), "train.stepz=3"], {}, 1, "Did you mean train.steps?"),
+        ("multinode.sh", [], {}, 2, "usage:"),
+        ("multinode.sh", ["c.yaml"], {}, 2, "NNODES= is not a number of machines"),
+        ("multinode.sh", ["c.yaml"], {"NNODES": "2"}, 2, "MASTER_ADDR is not set"),
+        ("multinode.sh", ["c.yaml"], {"NNODES": "2", "MASTER_ADDR": "localhost"}, 2, "cannot meet at localhost"),
+        ("multinode.sh", ["c.yaml"], {"NNODES": "3", "MASTER_ADDR": "127.0.0.1"}, 2, "cannot meet at localhost"),
+        ("slurm.sbatch", ["c.yaml"], {}, 2, "usage: sbatch"),
+        ("slurm.sbatch", ["c.yaml"], {"SLURM_JOB_ID": "1", "MEGATRAIN_ROOT": "/"}, 2, "set MEGATRAIN_ROOT"),
+    ],
+)
+def test_wrong_use_is_told_at_once(script, arguments, env, code, words):
+    done = run(script, *arguments, **env)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
+def test_help_is_the_header(script):
+    done = run(script, "--help")
+    assert done.returncode == 0
+    assert f"bash launch/{script}" in done.stdout and "SIGTERM" in done.stdout
+
+
+def test_a_job_that_stopped_early_is_told_from_one_that_failed(tmp_path):
+    code = (
+        '. "$0/torchrun.sh"; python=fake; '
+        'fake() { [ "$3" = fails ] || touch "$dir/preempted"; return 1; }; dir="$1"; (run_torchrun "$1" "$2")'
+    )
+    for outcome, expected in (("stops", 75), ("fails", 1)):
+        (tmp_path / "preempted").touch()  # of an earlier job: it must not count
+        done = subprocess.run(["bash", "-c", code, str(LAUNCH), str(tmp_path), outcome], check=False, timeout=60)
+        assert done.returncode == expected
