@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatrain.kernels.matmul import add_matmul, linear, matmul
 from megatrain.parallel.collectives import (
     Done,
     all_reduce,
@@ -69,19 +70,12 @@ def make_parameters(specs: Sequence[ParamSpec], tp: Axis, dtype: torch.dtype, de
 
 def add_weight_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor | None]:
     """Accumulate dy^T x ([tokens, out], [tokens, in]) into the parameters' joined main_grad, or return it piecewise to autograd."""
-    return _accumulate(parameters, lambda out: _add_matmul(out, dy.t(), x), lambda: dy.t() @ x)
+    return _accumulate(parameters, lambda out: add_matmul(out, dy.t(), x), lambda: matmul(dy.t(), x))
 
 
 def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> list[torch.Tensor | None]:
     """Accumulate the sum of dy [tokens, out] over tokens into the parameters' joined main_grad, or return it piecewise."""
     return _accumulate(parameters, lambda out: out.add_(dy.sum(0, dtype=out.dtype)), lambda: dy.sum(0))
-
-
-def _add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(a @ b)  # the matmul rounds to BF16, the sum over micro-batches is FP32
 
 
 def _accumulate(parameters: Sequence[nn.Parameter], add: Any, compute: Any) -> list[torch.Tensor | None]:
@@ -122,7 +116,7 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.save_for_backward(x)
         whole = gathered(x, layer.tp) if layer.sequence_parallel else x
         bias = joined(layer.biases) if layer.biases else None
-        y = nn.functional.linear(whole, layer.weight(), bias)
+        y = linear(whole, layer.weight(), bias)
         return tuple(y.split([w.shape[0] for w in layer.weights], dim=-1)) if len(layer.weights) > 1 else (y,)
 
     @staticmethod
@@ -133,7 +127,7 @@ class _ColumnLinear(torch.autograd.Function):
         whole, gather = start_gather(x, layer.tp) if layer.sequence_parallel else (x, Done())
         dx, reduce = None, Done()
         if ctx.needs_input_grad[0]:
-            partial = (dy @ layer.weight()).view(-1, *x.shape[1:])  # beside the gather
+            partial = matmul(dy, layer.weight()).view(-1, *x.shape[1:])  # beside the gather
             start = start_scatter_sum if layer.sequence_parallel else start_all_reduce
             dx, reduce = start(partial, layer.tp)
         gather.wait()
@@ -152,7 +146,7 @@ class _RowLinear(torch.autograd.Function):
         ctx.save_for_backward(x)
         # The bias is added once: by the first rank, inside its matmul, before the partial results are summed.
         bias = layer.biases[0].detach() if layer.biases and layer.tp.rank == 0 else None
-        partial = nn.functional.linear(x, layer.weight(), bias)
+        partial = linear(x, layer.weight(), bias)
         return scatter_summed(partial, layer.tp) if layer.sequence_parallel else all_reduce(partial, layer.tp)
 
     @staticmethod
@@ -163,7 +157,7 @@ class _RowLinear(torch.autograd.Function):
         bias_grads = add_bias_gradient(layer.biases, dy.flatten(0, 1)) if layer.biases else []  # beside the gather
         gather.wait()
         whole = whole.flatten(0, 1)
-        dx = (whole @ layer.weight()).view(x.shape) if ctx.needs_input_grad[0] else None
+        dx = matmul(whole, layer.weight()).view(x.shape) if ctx.needs_input_grad[0] else None
         grads = add_weight_gradient(layer.weights, whole, x.flatten(0, 1))
         return dx, None, *grads, *bias_grads
 
@@ -303,7 +297,7 @@ class _Logits(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.weight, ctx.rows, ctx.tp, ctx.sequence_parallel = weight, rows, tp, sequence_parallel
         whole = gathered(x, tp) if sequence_parallel else x
-        return nn.functional.linear(whole, weight[:rows])
+        return linear(whole, weight[:rows])
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -311,13 +305,13 @@ class _Logits(torch.autograd.Function):
         weight, rows = ctx.weight, ctx.rows
         dy = dy.flatten(0, 1)
         whole, gather = start_gather(x, ctx.tp) if ctx.sequence_parallel else (x, Done())
-        partial = (dy @ weight[:rows]).view(-1, *x.shape[1:])
+        partial = matmul(dy, weight[:rows]).view(-1, *x.shape[1:])
         start = start_scatter_sum if ctx.sequence_parallel else start_all_reduce
         dx, reduce = start(partial, ctx.tp)
         gather.wait()
         out = getattr(weight, "main_grad", None)
         target = torch.zeros_like(weight) if out is None else out
-        _add_matmul(target[:rows], dy.t(), whole.flatten(0, 1))
+        add_matmul(target[:rows], dy.t(), whole.flatten(0, 1))
         reduce.wait()
         return dx, (target if out is None else None), None, None, None
 
@@ -334,41 +328,40 @@ def _vocab_range(weight: Parameter, tp: Axis) -> tuple[int, int]:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """logits [s, b, v_local] -> (loss [s, b], correct [s, b]); keeps the logits and turns them into their gradient in place."""
+    """logits [s, b, v_local] -> (loss [s, b], correct [s, b]); the logits become their exponentials, then their gradient, in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, tp: Axis) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = logits.flatten(0, 1)
+        rows = logits.detach().flatten(0, 1)
         local = labels.flatten() - first
         here = (local >= 0) & (local < rows.shape[1])
         local = torch.where(here, local, 0)
-        top, total, target = _local_statistics(rows, local, here)
+        top, total, target = _exponentials(rows, local, here)
         highest = all_reduce(top.clone(), tp, "max")
         sums = torch.stack([total * torch.exp(top - highest), target])
         total, target = all_reduce(sums, tp)
         log_sum = highest + torch.log(total)
-        ctx.save_for_backward(logits, local, here, log_sum)
+        ctx.save_for_backward(rows, local, here, torch.exp(top - log_sum))
+        ctx.shape = logits.shape
         correct = target >= highest
         ctx.mark_non_differentiable(correct)
         return (log_sum - target).view(labels.shape), correct.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, _dcorrect: torch.Tensor) -> Any:
-        logits, local, here, log_sum = ctx.saved_tensors
-        rows = logits.flatten(0, 1)
-        scale = dloss.flatten().to(log_sum.dtype)
-        for block in _row_blocks(rows):
-            p = torch.exp(rows[block].to(log_sum.dtype) - log_sum[block, None])
-            if rows.shape[1]:
-                p.scatter_add_(1, local[block, None], -here[block, None].to(p.dtype))
-            torch.mul(p, scale[block, None], out=rows[block]) if p.dtype == rows.dtype else rows[block].copy_(p.mul_(scale[block, None]))
-        return logits, None, None, None
+        rows, local, here, to_probability = ctx.saved_tensors
+        scale = dloss.flatten().to(to_probability.dtype)
+        if rows.shape[1]:
+            rows.mul_((to_probability * scale)[:, None].to(rows.dtype))
+            rows.scatter_add_(1, local[:, None], (-scale * here)[:, None].to(rows.dtype))
+        return rows.view(ctx.shape), None, None, None
 
 
-def _local_statistics(rows: torch.Tensor, local: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row of logits [n, v_local]: its largest value, its sum of exp(x - largest), and the label's logit (0 if elsewhere).
+def _exponentials(rows: torch.Tensor, local: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turn logits [n, v_local] into exp(x - largest of the row), in place.
 
-    At least float32. A rank without any id of a tiny vocabulary contributes -inf and 0.
+    Returns of each row its largest value, the sum of its exponentials, and the label's logit (0 if elsewhere), in at least
+    float32. A rank without any id of a tiny vocabulary contributes -inf and 0.
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     top = torch.full((rows.shape[0],), -torch.inf, dtype=dtype, device=rows.device)
@@ -379,7 +372,9 @@ def _local_statistics(rows: torch.Tensor, local: torch.Tensor, here: torch.Tenso
         x = rows[block].to(dtype)
         target[block] = x.gather(1, local[block, None]).squeeze(1) * here[block]
         top[block] = x.amax(1)
-        total[block] = torch.exp(x - top[block, None]).sum(1)
+        x = x.sub_(top[block, None]).exp_()  # where the dtype is the same, x is the block itself
+        total[block] = x.sum(1)
+        rows[block] = x
     return top, total, target
 
 
@@ -395,7 +390,7 @@ def vocab_parallel_cross_entropy(
     """Cross-entropy over logits that stay split: [s, b, v_local], labels [s, b] -> (loss [s, b] in nats, correct [s, b] bool).
 
     At least float32 inside. Two small all-reduces of [s, b]: the largest logit, then the sum of exponentials and the label's
-    logit. `correct`: no logit is larger than the label's. The backward overwrites `logits` with their gradient.
+    logit. `correct`: no logit is larger than the label's. `logits` are used up: do not read them afterwards.
     """
     first, _ = _vocab_range(weight, tp)
     return _CrossEntropy.apply(logits, labels, first, tp)

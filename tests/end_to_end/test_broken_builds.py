@@ -26,14 +26,14 @@ def test_a_missing_reduction_of_norm_gradients_under_sequence_parallelism(monkey
 
 
 def test_a_tied_gradient_counted_twice(monkeypatch):
-    real = tensor_parallel._add_matmul
+    real = tensor_parallel.add_matmul
 
     def twice_for_the_head(out, a, b):
         real(out, a, b)
         if out.shape == (BASE.vocab_size, BASE.hidden_size):
             real(out, a, b)
 
-    monkeypatch.setattr(tensor_parallel, "_add_matmul", twice_for_the_head)
+    monkeypatch.setattr(tensor_parallel, "add_matmul", twice_for_the_head)
     with pytest.raises(Disagreement, match=r"embedding\.tokens|grad"):
         check(reference_config(BASE, OPTIMIZERS[0], "fp64"))
 
@@ -61,7 +61,7 @@ def local_weight(run, micro_batches):
 
 
 def test_queries_and_keys_swapped(monkeypatch):
-    real = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, *, causal: real(k, q, v, causal=causal))
+    real = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, *, causal: real(k, q, v, causal=causal))
     with pytest.raises(Disagreement):
         check(reference_config(BASE, OPTIMIZERS[0], "fp64"))
