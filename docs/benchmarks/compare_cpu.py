@@ -1,0 +1,181 @@
+"""Speed of megatrain on CPU as a ratio, in interleaved pairs of rounds, so that other work on the machine hits both sides.
+
+    python docs/benchmarks/compare_cpu.py single --precision fp32                # one process, against plain PyTorch
+    python docs/benchmarks/compare_cpu.py single --precision bf16 --as-people-run-it
+    python docs/benchmarks/compare_cpu.py tensor-parallel --precision bf16       # tp 2 + sequence parallel, against two lone processes
+
+`single`: megatrain and plain_gpt.py (nanoGPT's design, fused AdamW; bf16 is autocast there and BF16 weights with FP32 masters
+here), both with megatrain's allocator settings, or, --as-people-run-it, each as it comes. `tensor-parallel`: two
+single-thread processes that share one model, against two such processes that train one each without talking to each other.
+All processes live through the whole measurement and wait while it is not their turn. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPE = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512, "vocab_size": 8192}
+
+
+class Side:
+    """One program under measurement: one or several worker processes that take a step each when told."""
+
+    def __init__(self, kind: str, processes: int, args: argparse.Namespace, tuned: bool) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.workers = []
+        for rank in range(processes):
+            command = [sys.executable, __file__, kind, "--precision", args.precision, "--threads", str(args.threads // processes)]
+            command += ["--rank", str(rank), "--size", str(processes), "--port", str(port), "--micro-batch-size", str(args.micro_batch_size)]
+            command += ["--tuned"] if tuned else []
+            self.workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+
+    def go(self, steps: int) -> float:
+        """Seconds of a step, in a round of `steps` by all workers at once."""
+        start = time.perf_counter()
+        for worker in self.workers:
+            worker.stdin.write(f"{steps}\n")
+            worker.stdin.flush()
+        for worker in self.workers:
+            if not worker.stdout.readline():
+                raise SystemExit("a worker has died")
+        return (time.perf_counter() - start) / steps
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self.workers:
+            worker.stdin.close()
+        for worker in self.workers:
+            worker.wait()
+
+
+def serve(step) -> None:
+    """A worker: take as many steps as each line of stdin says, and answer with a line."""
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            step()
+        print("done", flush=True)
+
+
+def plain_worker(args: argparse.Namespace) -> None:
+    """Plain PyTorch."""
+    import plain_gpt
+    import torch
+
+    model = plain_gpt.PlainGPT(8, 512, 8, SHAPE["vocab_size"], SHAPE["seq_length"])
+    optimizer = plain_gpt.make_optimizer(model)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16")
+    tokens = torch.randint(SHAPE["vocab_size"], (1, args.micro_batch_size, SHAPE["seq_length"] + 1))
+    serve(lambda: plain_gpt.train_step(model, optimizer, tokens, autocast, 1.0))
+
+
+def our_worker(args: argparse.Namespace, shared: bool) -> None:
+    """megatrain: alone, or (`shared`) one of the ranks of a tensor- and sequence-parallel model."""
+    from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+    from megatrain.data.loader import Loader
+    from megatrain.program import mesh_shape
+    from megatrain.parallel.mesh import ParallelContext
+    from megatrain.runtime.distributed import Launch, connect
+    from megatrain.testing.trace import RandomSamples
+    from megatrain.training import assemble, train_step
+
+    size = args.size if shared else 1
+    config = Config(
+        model=ModelConfig(activation="gelu", **SHAPE),
+        parallel=ParallelConfig(tensor_parallel_size=size, sequence_parallel=size > 1, device="cpu"),
+        optim=OptimConfig(),
+        train=TrainConfig(global_batch_size=args.micro_batch_size, micro_batch_size=args.micro_batch_size, precision=args.precision),
+    )
+    env = {key: str(value) for key, value in (("RANK", args.rank), ("LOCAL_RANK", args.rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size))}
+    env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port), OMP_NUM_THREADS=str(args.threads))
+    session = connect(Launch.from_environment(env if size > 1 else {}), config.parallel, 120.0, env)
+    ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, size), session.device)
+    loader = Loader(RandomSamples(SHAPE["vocab_size"], SHAPE["seq_length"]), args.micro_batch_size, args.micro_batch_size, 0, 1)
+    batch = loader.build(0)
+    loader.batch = lambda consumed: batch  # tokens are not what is measured here
+    run = assemble(config, ctx, loader, SHAPE["vocab_size"])
+    serve(lambda: train_step(run))
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Interleaved rounds of both sides."""
+    together = not args.as_people_run_it
+    if args.what == "single":
+        sides = {"megatrain": Side("ours", 1, args, tuned=True), "plain": Side("plain", 1, args, tuned=together)}
+    else:
+        sides = {"megatrain": Side("shared", 2, args, tuned=True), "alone": Side("ours", 2, args, tuned=True)}
+    seconds = {name: [] for name in sides}
+    for name, side in sides.items():
+        side.go(args.warmup)
+    for _ in range(args.pairs):
+        for name, side in sides.items():
+            seconds[name].append(side.go(args.steps))
+    for side in sides.values():
+        side.close()
+    tokens = args.micro_batch_size * SHAPE["seq_length"]
+    ours, other = (seconds[name] for name in sides)
+    # Two lone processes train two batches at once.
+    ratios = sorted((b / len_other(args)) / a for a, b in zip(ours, other, strict=True))
+    speed = {name: round(tokens * (len_other(args) if name == "alone" else 1) / statistics.median(s), 1) for name, s in seconds.items()}
+    return {
+        "what": args.what,
+        "precision": args.precision,
+        "allocator": "the same" if together else "as people run it",
+        "tokens_per_second": speed,
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_min": round(ratios[0], 3),
+        "ratio_max": round(ratios[-1], 3),
+        "pairs": args.pairs,
+    }
+
+
+def len_other(args: argparse.Namespace) -> int:
+    """Batches that the other side trains in one of its steps."""
+    return 1 if args.what == "single" else 2
+
+
+def main() -> None:
+    """Driver or worker, as the first argument says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("single", "tensor-parallel", "plain", "ours", "shared"), help="the last three are workers")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--as-people-run-it", action="store_true", help="plain PyTorch without megatrain's allocator settings")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=2, help="a round's steps")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of all processes of a side together")
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--size", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.what in ("single", "tensor-parallel"):
+        os.environ["OMP_NUM_THREADS"] = str(args.threads if args.what == "single" else 1)
+        print(json.dumps(measure(args)))
+        return
+    sys.path.insert(0, str(Path(__file__).parent))
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if args.tuned:
+        from megatrain.runtime.memory import tune_allocator
+
+        tune_allocator()
+    if args.what == "plain":
+        plain_worker(args)
+    else:
+        our_worker(args, shared=args.what == "shared")
+
+
+if __name__ == "__main__":
+    main()
