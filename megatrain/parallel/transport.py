@@ -11,17 +11,28 @@ waited. Tensors must be contiguous. Ranks of one group call the same operations 
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from megatrain.parallel.transport_shared import SharedSlots, fits
+
+T = TypeVar("T")
+
 ReduceOp = Literal["sum", "max", "min"]
+
+ANSWER_SECONDS = 10.0
+"""How long the store where ranks meet may take to answer once its port is open."""
 
 
 class TransportError(RuntimeError):
@@ -195,7 +206,7 @@ class _TorchHandle(Handle):
         try:
             work = start(*args, group=self._group.process_group, **kwargs)
         except (RuntimeError, ValueError) as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         if work is not None:
             self._works.append(work)
 
@@ -210,13 +221,14 @@ class _TorchHandle(Handle):
             for work in works:
                 work.wait()
         except RuntimeError as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         todo, self._finish = self._finish, []
         for finish in todo:
             finish()
         self._tensors = ()
 
-    def _failed(self, error: Exception) -> TransportError:
+    def failed(self, error: Exception) -> TransportError:
+        """The error to raise for one of the backend's."""
         shapes = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self._tensors)
         group = self._group
         problem = f"failed on rank {group.ranks[group.rank]} (limit {group.timeout_seconds:g} s): {error}"
@@ -226,7 +238,7 @@ class _TorchHandle(Handle):
 class TorchGroup(Group):
     """The ranks along one axis, over torch.distributed. Made by `TorchWorld.group`.
 
-    On gloo, all_gather and reduce_scatter are made of messages: gloo's own move twice the bytes (its reduce_scatter is an
+    On gloo, all_gather and reduce_scatter go through shared memory between ranks of one machine, else they are made of messages: gloo's own move twice the bytes (its reduce_scatter is an
     all-reduce whose other parts are thrown away) or copy the output once more. Sums are then in rank order, as in memory.
     Gloo reads host memory: tensors on a GPU go through pinned copies.
     """
@@ -248,6 +260,8 @@ class TorchGroup(Group):
         self._gloo = dist.get_backend(process_group) == "gloo"
         self._staged = self._gloo and device.type == "cuda"
         self._device_ids = None if self._gloo else [device.index or 0]
+        self._shared: SharedSlots | None = None
+        self._shared_tried = False
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """Reduce `tensor` over the group, in place; the same bits on every rank."""
@@ -265,7 +279,8 @@ class TorchGroup(Group):
         handle = _TorchHandle(self, "all_gather", part, near)
         if self._gloo:
             blocks = _blocks(near, self.size)
-            self._swap(handle, {place: blocks[place] for place in self._others()}, dict.fromkeys(self._others(), part))
+            if not self._gather_shared(handle, blocks, part):
+                self._swap(handle, {place: blocks[place] for place in self._others()}, dict.fromkeys(self._others(), part))
             blocks[self.rank].copy_(part.detach())
         else:
             handle.start(_all_gather_single, near, part, async_op=True)
@@ -281,10 +296,11 @@ class TorchGroup(Group):
         handle = _TorchHandle(self, f"reduce_scatter({op})", whole, near)
         if self._gloo:
             parts = dict(enumerate(_blocks(whole, self.size)))
-            received = {place: torch.empty_like(near) for place in self._others()}
-            self._swap(handle, received, {place: parts[place] for place in self._others()})
-            parts.update(received)
-            handle.then(lambda: _reduce_in_order(near, [parts[place] for place in range(self.size)], op))
+            if not self._scatter_shared(handle, near, parts, op):
+                received = {place: torch.empty_like(near) for place in self._others()}
+                self._swap(handle, received, {place: parts[place] for place in self._others()})
+                parts.update(received)
+                handle.then(lambda: _reduce_in_order(near, [parts[place] for place in range(self.size)], op))
         else:
             handle.start(_reduce_scatter_single, near, whole, op=_DIST_OPS[op], async_op=True)
         return self._given(handle, near, output, blocking)
@@ -362,6 +378,93 @@ class TorchGroup(Group):
     def _others(self) -> list[int]:
         """Places to exchange blocks with, nearest first, so that not everybody talks to place 0 at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _gather_shared(self, handle: _TorchHandle, blocks: Sequence[torch.Tensor], part: torch.Tensor) -> bool:
+        """all_gather through shared memory, where the ranks have it and the blocks are worth it."""
+        shared = self._shared_for(1, part)
+        if shared is None:
+            return False
+        number = self._claim(shared, handle)
+        shared.slot(self.rank, number, 0, part).copy_(part.detach())
+        self._signal(handle)
+
+        def read() -> None:
+            for place in self._others():
+                blocks[place].copy_(shared.slot(place, number, 0, part))
+            shared.end(number)
+
+        handle.then(read)
+        return True
+
+    def _scatter_shared(
+        self, handle: _TorchHandle, output: torch.Tensor, parts: dict[int, torch.Tensor], op: ReduceOp
+    ) -> bool:
+        """reduce_scatter through shared memory; the sum reads the other ranks' blocks where they lie."""
+        shared = self._shared_for(self.size - 1, output)
+        if shared is None:
+            return False
+        number = self._claim(shared, handle)
+        for place in self._others():
+            shared.slot(self.rank, number, place - (place > self.rank), output).copy_(parts[place])
+        self._signal(handle)
+
+        def read() -> None:
+            index = {place: self.rank - (self.rank > place) for place in self._others()}
+            parts.update({place: shared.slot(place, number, i, output) for place, i in index.items()})
+            _reduce_in_order(output, [parts[place] for place in range(self.size)], op)
+            shared.end(number)
+
+        handle.then(read)
+        return True
+
+    def _claim(self, shared: SharedSlots, handle: _TorchHandle) -> int:
+        """A slot for the exchange of `handle`. Raises TransportError where another rank never lets go of it."""
+        try:
+            return shared.begin(handle.wait)
+        except TimeoutError as error:
+            raise handle.failed(error) from error
+
+    def _signal(self, handle: _TorchHandle) -> None:
+        """Swap a byte with every other place."""
+        token = torch.zeros(1, dtype=torch.uint8)
+        self._swap(handle, {place: torch.empty_like(token) for place in self._others()}, dict.fromkeys(self._others(), token))
+
+    def _shared_for(self, blocks: int, block: torch.Tensor) -> SharedSlots | None:
+        """The shared memory for an exchange of so many blocks, set up when first needed; None where there is none, or it is no use."""
+        if self._staged or not fits(blocks, block.numel() * block.element_size()):
+            return None
+        if not self._shared_tried:
+            self._shared_tried = True
+            self._shared = self._open_shared()
+        return self._shared
+
+    def _open_shared(self) -> SharedSlots | None:
+        """Map every rank's file (collective); None where some rank cannot: another machine, or no room in /dev/shm."""
+        words = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
+        self.broadcast(words)
+        name = f"megatrain-{bytes(words.tolist()).hex()}"
+        mine, shared = None, None
+        try:
+            mine = SharedSlots.create(name, self.rank)
+        except OSError:
+            pass
+        try:
+            if self._all_agree(mine is not None):
+                files = [SharedSlots.path(name, place) for place in range(self.size)]
+                with suppress(OSError):
+                    shared = SharedSlots(self.rank, self.size, files, self.timeout_seconds)
+                if not self._all_agree(shared is not None):
+                    shared = None
+        finally:
+            if mine is not None:
+                mine.unlink()
+        return shared
+
+    def _all_agree(self, mine: bool) -> bool:
+        """Whether `mine` is true on every rank."""
+        votes = torch.tensor([int(mine)])
+        self.all_reduce(votes, "min")
+        return bool(votes.item())
 
     def _swap(self, handle: _TorchHandle, received: dict[int, torch.Tensor], sent: dict[int, torch.Tensor]) -> None:
         """Start to receive a block from, and send one to, every other place."""
@@ -474,19 +577,77 @@ def _open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit:
     if isinstance(rendezvous, Path):
         return FileStore(str(rendezvous), size)
     host, port = rendezvous
+    if not serve:
+        return _reach_store(rank, host, port, limit)
     try:
-        return TCPStore(host, port, is_master=serve, timeout=limit, wait_for_workers=False)
+        return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
-        if serve and "EADDRINUSE" in str(error):
+        if "EADDRINUSE" in str(error):
             raise TransportError(
-                f"rank {rank} cannot serve port {port} on {host}: it is in use, perhaps by another job. "
-                f"Choose another MASTER_PORT, for example {port + 1 if port < 65535 else 29500}."
+                f"rank {rank} cannot serve port {port} on {host}: it is in use, perhaps by another job. {_other_port(port)}"
             ) from error
-        what = "serve" if serve else "reach"
+        raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {_headline(error)}") from error
+
+
+def _reach_store(rank: int, host: str, port: int, limit: timedelta) -> Store:
+    """The store that another process serves at host:port, which may start later. Raises TransportError.
+
+    Whether anything listens is asked first: only then may a short limit end the wait for the store's answer, which torch's own
+    time limit does not (a port that another program holds, and never answers on, would be waited for without end).
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TransportError(
+                    f"rank {rank} cannot reach the store at {host}:{port} within {limit.total_seconds():g} s. "
+                    f"Is MASTER_ADDR the host of rank 0, has rank 0 started, is the port open? ({error})"
+                ) from error
+            time.sleep(0.1)
+    try:
+        return within(
+            ANSWER_SECONDS, lambda: TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False), "the store"
+        )
+    except TransportError as error:
         raise TransportError(
-            f"rank {rank} cannot {what} the store at {host}:{port} within {limit.total_seconds():g} s. "
-            f"Is MASTER_ADDR the host of rank 0, has rank 0 started, is the port open? ({error})"
+            f"rank {rank} found something at {host}:{port} that is not the store of this job: another program that uses "
+            f"the port, or a rank 0 that ended at its start. {_other_port(port)} ({_headline(error)})"
         ) from error
+
+
+def _other_port(port: int) -> str:
+    return f"Choose another MASTER_PORT, for example {port + 1 if port < 65535 else 29500}."
+
+
+def _headline(error: Exception) -> str:
+    """The first line of an error of torch, which may go on with a stack of C++."""
+    return str(error).partition("\n")[0]
+
+
+def within(seconds: float, call: Callable[[], T], what: str) -> T:
+    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and if it fails.
+
+    what: names in the message what was called.
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((True, call()))
+        except (RuntimeError, ValueError) as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=run, name="megatrain-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TransportError(f"{what} did not answer within {seconds:g} s")
+    if not outcome[0]:
+        raise TransportError(f"{what} is lost: {outcome[1]}") from outcome[1]
+    return outcome[1]
 
 
 def _meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:
@@ -500,7 +661,7 @@ def _meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:
         try:
             missing = [other for other in range(size) if not store.check([f"rank {other}"])]
         except RuntimeError:
-            raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {error}") from error
+            raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {_headline(error)}") from error
         shown = f"{missing[:16]}" + f" and {len(missing) - 16} more" * (len(missing) > 16)
         raise TransportError(
             f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {shown} did not come. "
