@@ -37,8 +37,9 @@ class FlatParameters:
         if len(dtypes) != 1:
             raise ValueError(f"trainable parameters must share one dtype to lie in one buffer; found {sorted(map(str, dtypes))}")
         dtype = dtypes.pop()
-        self.offsets = _offsets(self.parameters)
-        size = self.offsets[-1] + self.parameters[-1].numel()
+        offsets = _offsets(self.parameters)
+        self._starts = {id(p): start for p, start in zip(self.parameters, offsets, strict=True)}
+        size = offsets[-1] + self.parameters[-1].numel()
         self.weights = torch.zeros(size, dtype=dtype, device=ctx.device)
         self.grads = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=ctx.device)
         for parameter in self.parameters:
@@ -50,8 +51,8 @@ class FlatParameters:
 
     def view(self, buffer: torch.Tensor, parameter: Parameter) -> torch.Tensor:
         """The part of a flat buffer (weights, gradients, optimizer state) that belongs to `parameter`, in its shape."""
-        index = next(i for i, p in enumerate(self.parameters) if p is parameter)
-        return buffer[self.offsets[index] : self.offsets[index] + parameter.numel()].view(parameter.shape)
+        start = self._starts[id(parameter)]
+        return buffer[start : start + parameter.numel()].view(parameter.shape)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
