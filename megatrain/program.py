@@ -1,12 +1,13 @@
 """The training program around the step: from a config file to a finished run, with everything that people watch.
 
-    build    config -> session -> context -> data -> run, resumed where there is something to resume
-    train    step, log, evaluate, save, until done or told to stop
+build    config -> session -> context -> data -> run, resumed where there is something to resume
+train    step, log, evaluate, save, until done or told to stop
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ import torch
 from megatrain.checkpoint import load as checkpoint_load
 from megatrain.checkpoint import save as checkpoint_save
 from megatrain.checkpoint.manifest import WEIGHTS, LocalTensor
+from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import Loaded, dump, from_dict, load
 from megatrain.config.schema import Config, ParallelConfig
 from megatrain.config.source import ConfigError
@@ -49,7 +51,9 @@ class Job(Run):
     resumed_from: Path | None = None
 
 
-def build(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), objective: Objective | None = None) -> Job:
+def build(
+    config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), objective: Objective | None = None
+) -> Job:
     """Join the world that the environment describes and make the run of `config` (a file, a tree or a Config) in it.
 
     Raises ConfigError, LaunchError, TransportError, TokenStoreError or CheckpointError, on every rank at once.
@@ -57,6 +61,15 @@ def build(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[s
     loaded = load(config, overrides) if isinstance(config, (str, Path)) else Loaded(from_dict(config), {})
     config, text = loaded.config, dump(loaded.config, loaded.origins)
     session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
+    try:
+        return _build_in(session, config, text, objective)
+    except BaseException:
+        session.close()  # so that the next build of this process can join a world
+        raise
+
+
+def _build_in(session: Session, config: Config, text: str, objective: Objective | None) -> Job:
+    """The run of `config`, whose text with origins is `text`, in a world that was joined."""
     session.same("config", text)
     validate(config, session.world.size)
     _prepare_torch(config)
@@ -81,7 +94,9 @@ def vocabulary(config: Config) -> int:
     given = config.model.vocab_size
     if config.data.tokenizer is None:
         if given is None:
-            raise ConfigError("model.vocab_size and data.tokenizer are both null. Set one: data.tokenizer=PATH, or model.vocab_size=8192.")
+            raise ConfigError(
+                "model.vocab_size and data.tokenizer are both null. Set one: data.tokenizer=PATH, or model.vocab_size=8192."
+            )
         return given
     size = load_tokenizer(config.data.tokenizer).vocab_size
     if given is not None and given < size:
@@ -121,9 +136,7 @@ def save(job: Job) -> Path:
         "updates": int(job.optimizer.updates.item()),
     }
     directory = Path(config.checkpoint_dir)
-    return checkpoint_save.save(
-        directory, job.step, _stored(job), job.ctx, progress, job.config_text, config.checkpoint.keep
-    )
+    return checkpoint_save.save(directory, job.step, _stored(job), job.ctx, progress, job.config_text, config.checkpoint.keep)
 
 
 def resume(job: Job) -> Path | None:
@@ -136,9 +149,7 @@ def resume(job: Job) -> Path | None:
     checkpoint_save.tidy(directory, job.ctx)
     if checkpoint.resume == "never":
         return None
-    own = None
-    if checkpoint.resume == "auto" or checkpoint.weights_only:
-        own = checkpoint_load.newest(directory, job.ctx, _warn_damaged)
+    own = _newest_whole(job, directory) if checkpoint.resume == "auto" or checkpoint.weights_only else None
     path = own or (None if checkpoint.resume == "auto" else Path(checkpoint.resume))
     if path is None:
         return None
@@ -159,8 +170,25 @@ def _stored(job: Job) -> dict[str, dict[str, LocalTensor]]:
     return {kind: {name: LocalTensor(*pair) for name, pair in named.items()} for kind, named in kinds.items()}
 
 
-def _warn_damaged(path: Path, reason: str) -> None:
-    print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", flush=True)  # noqa: T201
+def _newest_whole(job: Job, directory: Path) -> Path | None:
+    """The newest checkpoint of `directory` that verifies; None where there is none at all (collective).
+
+    Raises CheckpointError where all are damaged: a run that lost its past must not begin anew by itself.
+    """
+    damaged: list[str] = []
+
+    def pass_over(path: Path, reason: str) -> None:
+        damaged.append(f"{path.name}: {reason}")
+        if job.session.rank == 0:
+            print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+
+    found = checkpoint_load.newest(directory, job.ctx, pass_over)
+    if found is None and damaged:
+        raise CheckpointError(
+            f"none of the {len(damaged)} checkpoints in {directory} is whole (the newest: {damaged[0]}). "
+            "Put a whole copy of one back, or begin anew with checkpoint.resume=never, which leaves them where they are."
+        )
+    return found
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -203,7 +231,7 @@ def _due(step: int, every: int) -> bool:
 
 @contextmanager
 def _open_log(job: Job) -> Any:
-    """The run's log; rank 0 writes the resolved config beside it. An unwritable directory is an error on every rank."""
+    """The run's log, with the resolved config beside it. A directory that cannot be written is an error on every rank."""
     config, rank = job.config, job.session.rank
     with ExitStack() as stack:
         with job.session.together("opening the log"):
@@ -221,7 +249,22 @@ def _open_log(job: Job) -> Any:
             if rank == 0:
                 Path(config.log.dir, "config.yaml").write_text(job.config_text, encoding="utf-8")
                 Path(config.log.dir, PREEMPTED).unlink(missing_ok=True)
+                _require_writable(Path(config.checkpoint_dir))
         yield log
+
+
+def _require_writable(directory: Path) -> None:
+    """Make the directory of the checkpoints. Raises CheckpointError, now and not at the first save, if it cannot be written."""
+    probe = directory / f".writable_{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.dir={directory} cannot be written ({error.strerror or error}). "
+            "Set checkpoint.dir to a directory of your own, such as /tmp/run/checkpoints."
+        ) from error
 
 
 class Watch:
@@ -257,7 +300,9 @@ class Watch:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
         if job.step >= config.train.steps:
-            self.log.say(f"nothing to do: step {job.step} of train.steps={config.train.steps} is done. Raise train.steps to go on.")
+            self.log.say(
+                f"nothing to do: step {job.step} of train.steps={config.train.steps} is done. Raise train.steps to go on."
+            )
 
     def step(self, report: StepReport, seconds: float) -> None:
         """Write one step's row."""
@@ -286,9 +331,7 @@ class Watch:
         began = time.perf_counter()
         result = evaluate(self.job, self.config.train.eval_batches)
         seconds = time.perf_counter() - began
-        self.log.evaluation(
-            EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds)
-        )
+        self.log.evaluation(EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds))
         self.log.draw()
 
     def save(self) -> None:

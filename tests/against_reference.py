@@ -101,5 +101,3 @@ def check(config: Config) -> None:
     ours = trace_run(ParallelContext.single(), config, STEPS)
     agree(trace_of(config, reference_of(config)), ours, optimizer=config.optim.name)
     assert ours.losses[-1] != ours.losses[0]
-
-

@@ -48,6 +48,9 @@ from megatrain.parallel.mesh import ParallelContext
 OnDamaged = Callable[[Path, str], None]
 """Told of a damaged checkpoint that was passed over: its path, and what is wrong with it. Called on every rank."""
 
+_WEIGHTS_ALONE = "checkpoint.weights_only=true, checkpoint.resume=PATH of the checkpoint, and another checkpoint.dir"
+"""What to set to take the weights of a checkpoint and nothing else."""
+
 _SHOWN = 4
 """How many names an error lists."""
 
@@ -182,7 +185,7 @@ def _check_layout(manifest: Manifest, tensors: LocalTensors, ctx: ParallelContex
         raise LayoutError(
             f"the checkpoint of step {manifest.step} was saved under {_describe(manifest.layout)}, and this run has "
             f"{_describe(here)}: optimizer state ({', '.join(states)}) loads under the layout it was saved with. "
-            "Use that layout to go on, or start from the weights alone, which load under any."
+            f"Use that layout to go on, or start from the weights alone, which load under any, with {_WEIGHTS_ALONE}."
         )
 
 

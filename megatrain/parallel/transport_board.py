@@ -6,16 +6,15 @@ when a board is needed. No call waits longer than it was told to, even where the
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
 
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from megatrain.parallel.transport import TransportError
+from megatrain.parallel.transport import TransportError, within
 
-T = TypeVar("T")
+STORE = "the rendezvous store"
+"""As messages call it."""
 
 _SLICE_SECONDS = 3600.0
 """A wait without limit is asked again this often."""
@@ -39,27 +38,27 @@ class Board:
             limit = timedelta(seconds=seconds)
             return PrefixStore(prefix, TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit))
 
-        return cls(_within(seconds + 1.0, connect), seconds)
+        return cls(within(seconds + 1.0, connect, STORE), seconds)
 
     def write(self, key: str, text: str) -> None:
         """Set a key. Raises TransportError."""
-        _within(self._seconds, lambda: self._store.set(key, text))
+        within(self._seconds, lambda: self._store.set(key, text), STORE)
 
     def read(self, key: str) -> str | None:
         """The text of a key, or None where it is not set. Raises TransportError."""
-        return _within(self._seconds, lambda: self._store.get(key).decode() if self._store.check([key]) else None)
+        return within(self._seconds, lambda: self._store.get(key).decode() if self._store.check([key]) else None, STORE)
 
     def count(self, key: str) -> int:
         """Add one to a counter and return it: 1 for the first to come. Raises TransportError."""
-        return int(_within(self._seconds, lambda: self._store.add(key, 1)))
+        return int(within(self._seconds, lambda: self._store.add(key, 1), STORE))
 
     def write_all(self, keys: Sequence[str], text: str) -> None:
         """Set many keys to one text. Raises TransportError."""
-        _within(self._seconds, lambda: self._store.multi_set(list(keys), [text] * len(keys)))  # type: ignore[attr-defined]
+        within(self._seconds, lambda: self._store.multi_set(list(keys), [text] * len(keys)), STORE)  # type: ignore[attr-defined]
 
     def complete(self, keys: Sequence[str]) -> bool:
         """Whether all of the keys are set. Raises TransportError."""
-        return bool(_within(self._seconds, lambda: self._store.check(list(keys))))
+        return bool(within(self._seconds, lambda: self._store.check(list(keys)), STORE))
 
     def wait(self, key: str, seconds: float | None = None) -> str | None:
         """Block until a key is set and return its text; None after `seconds`. Raises TransportError if the store is lost.
@@ -75,23 +74,3 @@ class Board:
                     return None
             except RuntimeError as error:
                 raise TransportError(f"the rendezvous store is lost: {error}") from error
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and if it fails."""
-    outcome: list[Any] = []
-
-    def run() -> None:
-        try:
-            outcome.extend((True, call()))
-        except RuntimeError as error:
-            outcome.extend((False, error))
-
-    thread = threading.Thread(target=run, name="megatrain-board", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TransportError(f"the rendezvous store did not answer within {seconds:g} s")
-    if not outcome[0]:
-        raise TransportError(f"the rendezvous store is lost: {outcome[1]}")
-    return outcome[1]
