@@ -115,7 +115,9 @@ def _probabilities(rows: torch.Tensor, keys: torch.Tensor, start: int) -> torch.
     """Causal softmax of the queries `rows` [n, r block, d], the first of them number `start`, over `keys` [n, end, d]."""
     end = keys.shape[1]
     block = end - start
-    scores = torch.bmm(rows, keys.transpose(1, 2)).to(torch.promote_types(rows.dtype, torch.float32)).mul_(rows.shape[-1] ** -0.5)
+    scores = (
+        torch.bmm(rows, keys.transpose(1, 2)).to(torch.promote_types(rows.dtype, torch.float32)).mul_(rows.shape[-1] ** -0.5)
+    )
     corner = scores.view(-1, block, end)[:, :, start:]
     corner.masked_fill_(torch.ones(block, block, dtype=torch.bool).triu(1), -torch.inf)
     return torch.softmax(scores, -1)

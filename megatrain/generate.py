@@ -48,8 +48,9 @@ class Arguments(Protocol):
 class Codec(Protocol):
     """What is needed of a tokenizer here."""
 
-    eod: int | None
-    """Token that ends a document."""
+    @property
+    def eod(self) -> int | None:
+        """Token that ends a document."""
 
     def encode(self, text: str) -> Sequence[int]:
         """Token ids of a text."""

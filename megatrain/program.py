@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,7 @@ class Job(Run):
 
 
 def build(
-    config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), objective: Objective | None = None
+    config: Config | dict[str, Any] | str | Path, overrides: Sequence[str] = (), objective: Objective | None = None
 ) -> Job:
     """Join the world that the environment describes and make the run of `config` (a file, a tree or a Config) in it.
 
@@ -120,7 +120,7 @@ def _prepare_torch(config: Config) -> None:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # every buffer here is written before it is read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every buffer here is written before it is read
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

@@ -143,6 +143,8 @@ def loss_of(run: Run) -> Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor
     """The end of the last chunk: hidden states and a micro-batch -> (summed loss, statistics [1]: weight predicted right)."""
 
     def final(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        if run.model.head is None:
+            raise ValueError("only the last stage of a pipeline ends in a loss")
         loss = run.objective(run.model.head, hidden, micro_batch)
         return loss.total, loss.correct[None]
 
@@ -163,11 +165,12 @@ class Totals:
     def report(self, step: int, lr: float) -> StepReport:
         """Bring the numbers to the host: the one synchronisation of a step."""
         numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.skip, self.stop]).tolist()
-        return StepReport(step, *numbers[:3], learning_rate=lr, skipped=bool(numbers[3]), stop=numbers[4] > 0)
+        loss, accuracy, grad_norm, skip, stop = numbers
+        return StepReport(step, loss, accuracy, grad_norm, lr, skipped=skip > 0, stop=stop > 0)
 
 
 def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
-    """One small all-reduce carries everything that the ranks must agree on: squared norm, loss, statistics, the wish to stop."""
+    """One small all-reduce carries what the ranks must agree on: squared norm, loss, statistics, the wish to stop."""
     ctx = run.ctx
     counts_loss = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same loss
     stop = torch.tensor(float(run.stop_requested()), dtype=torch.float64, device=ctx.device)
@@ -182,5 +185,3 @@ def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
     squared_norm, loss, correct, stops = all_reduce(message, ctx.world)
     finite = torch.isfinite(squared_norm) & torch.isfinite(loss)
     return Totals(loss / weight, correct / weight, squared_norm.sqrt(), (~finite).double(), stops)
-
-

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 420
-"""Lines of a source file: one idea a file, so that it can be read alone."""
+LONGEST = 450
+"""Lines of a source file: one idea a file, so that it can be read alone. Tests may be a fifth longer."""
 
 CODE = [
     path for folder in ("megatrain", "kernels", "launch", "tests", "docs") for path in sorted((ROOT / folder).rglob("*.py"))
@@ -42,7 +42,7 @@ def requirements(setup: configparser.ConfigParser) -> set[str]:
 
 def test_files_are_short() -> None:
     lengths = {name(path): len(path.read_text().splitlines()) for path in CODE}
-    assert {file: lines for file, lines in lengths.items() if lines > LONGEST} == {}
+    assert {file: lines for file, lines in lengths.items() if lines > LONGEST * (1.2 if file.startswith("tests/") else 1)} == {}
 
 
 def test_package_list_is_the_folders(setup: configparser.ConfigParser) -> None:

@@ -34,8 +34,25 @@ class Side:
             port = free.getsockname()[1]
         self.workers = []
         for rank in range(processes):
-            command = [sys.executable, __file__, kind, "--precision", args.precision, "--threads", str(args.threads // processes)]
-            command += ["--rank", str(rank), "--size", str(processes), "--port", str(port), "--micro-batch-size", str(args.micro_batch_size)]
+            command = [
+                sys.executable,
+                __file__,
+                kind,
+                "--precision",
+                args.precision,
+                "--threads",
+                str(args.threads // processes),
+            ]
+            command += [
+                "--rank",
+                str(rank),
+                "--size",
+                str(processes),
+                "--port",
+                str(port),
+                "--micro-batch-size",
+                str(args.micro_batch_size),
+            ]
             command += ["--tuned"] if tuned else []
             self.workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
@@ -82,8 +99,8 @@ def our_worker(args: argparse.Namespace, shared: bool) -> None:
     """megatrain: alone, or (`shared`) one of the ranks of a tensor- and sequence-parallel model."""
     from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
     from megatrain.data.loader import Loader
-    from megatrain.program import mesh_shape
     from megatrain.parallel.mesh import ParallelContext
+    from megatrain.program import mesh_shape
     from megatrain.runtime.distributed import Launch, connect
     from megatrain.testing.trace import RandomSamples
     from megatrain.training import assemble, train_step
@@ -93,9 +110,14 @@ def our_worker(args: argparse.Namespace, shared: bool) -> None:
         model=ModelConfig(activation="gelu", **SHAPE),
         parallel=ParallelConfig(tensor_parallel_size=size, sequence_parallel=size > 1, device="cpu"),
         optim=OptimConfig(),
-        train=TrainConfig(global_batch_size=args.micro_batch_size, micro_batch_size=args.micro_batch_size, precision=args.precision),
+        train=TrainConfig(
+            global_batch_size=args.micro_batch_size, micro_batch_size=args.micro_batch_size, precision=args.precision
+        ),
     )
-    env = {key: str(value) for key, value in (("RANK", args.rank), ("LOCAL_RANK", args.rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size))}
+    env = {
+        key: str(value)
+        for key, value in (("RANK", args.rank), ("LOCAL_RANK", args.rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size))
+    }
     env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port), OMP_NUM_THREADS=str(args.threads))
     session = connect(Launch.from_environment(env if size > 1 else {}), config.parallel, 120.0, env)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, size), session.device)
@@ -114,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict:
     else:
         sides = {"megatrain": Side("shared", 2, args, tuned=True), "alone": Side("ours", 2, args, tuned=True)}
     seconds = {name: [] for name in sides}
-    for name, side in sides.items():
+    for side in sides.values():
         side.go(args.warmup)
     for _ in range(args.pairs):
         for name, side in sides.items():
@@ -125,7 +147,10 @@ def measure(args: argparse.Namespace) -> dict:
     ours, other = (seconds[name] for name in sides)
     # Two lone processes train two batches at once.
     ratios = sorted((b / len_other(args)) / a for a, b in zip(ours, other, strict=True))
-    speed = {name: round(tokens * (len_other(args) if name == "alone" else 1) / statistics.median(s), 1) for name, s in seconds.items()}
+    speed = {
+        name: round(tokens * (len_other(args) if name == "alone" else 1) / statistics.median(s), 1)
+        for name, s in seconds.items()
+    }
     return {
         "what": args.what,
         "precision": args.precision,
@@ -146,7 +171,9 @@ def len_other(args: argparse.Namespace) -> int:
 def main() -> None:
     """Driver or worker, as the first argument says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("single", "tensor-parallel", "plain", "ours", "shared"), help="the last three are workers")
+    parser.add_argument(
+        "what", choices=("single", "tensor-parallel", "plain", "ours", "shared"), help="the last three are workers"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--as-people-run-it", action="store_true", help="plain PyTorch without megatrain's allocator settings")
     parser.add_argument("--pairs", type=int, default=7)

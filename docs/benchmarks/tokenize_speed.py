@@ -34,10 +34,11 @@ def main() -> None:
     """Measure and print."""
     args = parse()
     os.environ["RAYON_NUM_THREADS"] = str(args.workers)  # read by the library at its first use
+    from tokenizers import Tokenizer
+
     from megatrain.data.prepare.stdlib_corpus import build
     from megatrain.data.prepare.tokenize import tokenize_files
     from megatrain.data.tokenizer import train_tokenizer
-    from tokenizers import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -66,7 +67,11 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds["library"], seconds["megatrain"], strict=True)]
         speeds = {name: [round(size / 1e6 / s, 2) for s in values] for name, values in seconds.items()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        print(json.dumps({"megabytes_per_second": speeds, "ratio_median": round(statistics.median(ratios), 3), "peak_mib_of_both": peak}))
+        print(
+            json.dumps(
+                {"megabytes_per_second": speeds, "ratio_median": round(statistics.median(ratios), 3), "peak_mib_of_both": peak}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -166,7 +166,8 @@ class CheckpointConfig:
     resume: str = knob("auto", "auto (the newest whole checkpoint, if any), never, or the path of a checkpoint.")
     weights_only: bool = knob(
         False,
-        "Start from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew. Later starts go on from checkpoints of the run itself.",
+        "Start from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew. Later starts go on "
+        "from checkpoints of the run itself.",
     )
 
 

@@ -24,7 +24,9 @@ class KeyValueCache:
         """Append [s, b, g, d] and return all so far. Raises ValueError beyond the capacity."""
         end = self.length + keys.shape[0]
         if end > self.keys.shape[0]:
-            raise ValueError(f"{end} tokens do not fit the key-value cache of {self.keys.shape[0]}; model.seq_length is the limit")
+            raise ValueError(
+                f"{end} tokens do not fit the key-value cache of {self.keys.shape[0]}; model.seq_length is the limit"
+            )
         self.keys[self.length : end] = keys
         self.values[self.length : end] = values
         self.length = end
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         super().__init__()
         config = build.config
         h, d = config.hidden_size, config.head_dim
-        shared = {"bias": config.bias, "sequence_parallel": build.sequence_parallel, "dtype": build.dtype, "device": build.device}
+        shared = build.linears
         width, groups = config.num_attention_heads * d, config.query_groups
         outputs = [
             (f"{name}.query", width, config.num_attention_heads),

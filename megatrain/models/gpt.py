@@ -58,11 +58,7 @@ class Head(nn.Module):
         super().__init__()
         self.build, self.vocab_size = build, vocab_size
         self.norm = Norm("final_norm", build)
-        self.weight = tied
-        if tied is None:
-            self.weight = vocab_parameter(
-                "head.weight", vocab_size, build.config.hidden_size, build.tp, build.init, build.dtype, build.device
-            )
+        self.weight = tied if tied is not None else _head_weight(vocab_size, build)
 
     def local_logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
@@ -80,6 +76,11 @@ class Head(nn.Module):
         return gathered(padded, self.build.tp)[: self.vocab_size].permute(1, 2, 0)
 
 
+def _head_weight(vocab_size: int, build: Build) -> Parameter:
+    width = build.config.hidden_size
+    return vocab_parameter("head.weight", vocab_size, width, build.tp, build.init, build.dtype, build.device)
+
+
 class GPT(nn.Module):
     """The blocks `layers` of a GPT, with the embedding where `first` and the head where `last`."""
 
@@ -91,9 +92,7 @@ class GPT(nn.Module):
         tied = self.embedding.tokens.weight if self.embedding is not None and build.config.tied_embeddings else None
         self.head = Head(vocab_size, build, tied) if last else None
 
-    def forward(
-        self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
         """Hidden states of the chunk before (None for the first) -> this chunk's [s/t or s, b, h]."""
         if self.embedding is not None:
             x = self.embedding(batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec
-from megatrain.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear, make_parameters
+from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear, make_parameters
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,16 @@ class Build:
     def replicated_partial(self) -> str | None:
         """Axis over which gradients of whole (unsplit) parameters are partial sums: with sequence parallelism, each rank sees s/t."""
         return "tp" if self.sequence_parallel else None
+
+    @property
+    def linears(self) -> Linears:
+        """What every linear layer is built with."""
+        return {
+            "bias": self.config.bias,
+            "sequence_parallel": self.sequence_parallel,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
 
     def first_position(self, local_rows: int) -> int:
         """Position in the sequence of this rank's first activation row."""
@@ -86,8 +98,13 @@ class Dropout(nn.Module):
         return rng.dropout(x, p, key, batch.samples, self.build.first_position(x.shape[0]))
 
 
-_PLAIN = {"gelu": functional.gelu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"), "relu": functional.relu}
-_GATES = {"swiglu": functional.silu, "geglu": functional.gelu}
+_Activation = Callable[[torch.Tensor], torch.Tensor]
+_PLAIN: dict[str, _Activation] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+_GATES: dict[str, _Activation] = {"swiglu": functional.silu, "geglu": functional.gelu}
 
 
 class MLP(nn.Module):
@@ -97,7 +114,7 @@ class MLP(nn.Module):
         super().__init__()
         config = build.config
         h, f = config.hidden_size, config.ffn_size
-        shared = {"bias": config.bias, "sequence_parallel": build.sequence_parallel, "dtype": build.dtype, "device": build.device}
+        shared = build.linears
         inner = ("gate", "up") if config.gated else ("up",)
         self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init, **shared)
         self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init, **shared)

@@ -50,5 +50,3 @@ class NextToken:
         loss, correct = head.cross_entropy(hidden, batch.labels)
         weights = batch.loss_weights.to(loss.dtype)
         return Loss((loss * weights).sum(), (correct * weights).sum().detach())
-
-

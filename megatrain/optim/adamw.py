@@ -24,8 +24,8 @@ def adam_step(
 ) -> None:
     """One update in place: AdamW (Loshchilov & Hutter, arXiv:1711.05101) if `decoupled`, else Adam with L2 (arXiv:1412.6980).
 
-    `step` (float32 scalar tensor) counts from 1. Gradients are divided by `grad_divisor` (scalar tensor) on the way, in place; where `skip` (scalar float tensor)
-    is 1 nothing changes. Both stay on the device: no synchronisation.
+    `step` (float32 scalar tensor) counts from 1. Gradients are divided by `grad_divisor` (scalar tensor) on the way, in place;
+    where `skip` (scalar float tensor) is 1 nothing changes. Both stay on the device: no synchronisation.
     """
     if grads[0].dtype == torch.float64:  # the kernel takes a float32 divisor, which would cost half of the digits
         torch._foreach_div_(list(grads), grad_divisor)

@@ -8,6 +8,7 @@ BLOOM's run; Micikevicius et al., arXiv:1710.03740, section 3.1). In FP32 and FP
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
@@ -29,6 +30,15 @@ class _Group:
     weights: list[torch.Tensor]
     grads: list[torch.Tensor]
     states: dict[str, list[torch.Tensor]]
+
+
+class _Shared(TypedDict):
+    """What every optimizer's step takes."""
+
+    lr: float
+    weight_decay: float
+    grad_divisor: torch.Tensor
+    skip: torch.Tensor
 
 
 _STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
@@ -63,7 +73,7 @@ class Optimizer:
         for group in self.groups:
             if not group.weights:
                 continue
-            shared = {"lr": lr, "weight_decay": group.decay, "grad_divisor": grad_divisor, "skip": skip}
+            shared: _Shared = {"lr": lr, "weight_decay": group.decay, "grad_divisor": grad_divisor, "skip": skip}
             if config.name == "sgd":
                 sgd_step(group.weights, group.grads, group.states["momentum"], momentum=config.momentum, **shared)
             else:

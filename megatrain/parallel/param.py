@@ -47,13 +47,15 @@ class Split:
         return 1 if self.pad or size <= self.units else size // self.units
 
     def slice(self, length: int, size: int, rank: int) -> tuple[int, int]:
-        """Half-open range of the dim, `length` long, that place `rank` of an axis of `size` holds. Raises ValueError if it cannot be cut."""
+        """Half-open range of the dim, `length` long, that place `rank` of `size` holds. Raises ValueError if it cannot be cut."""
         if self.pad:
             local = self.local(length, size)
             return min(rank * local, length), min((rank + 1) * local, length)
         parts = size // self.copies(size)
         if self.units % parts or size % parts or length % self.units:
-            raise ValueError(f"{self.units} units of a dim of {length} cannot be dealt out over {size} ranks of axis {self.axis}")
+            raise ValueError(
+                f"{self.units} units of a dim of {length} cannot be dealt out over {size} ranks of axis {self.axis}"
+            )
         local = length // parts
         part = rank // self.copies(size)
         return part * local, (part + 1) * local
@@ -121,6 +123,13 @@ class Parameter(nn.Parameter):
     """Whether it lies right behind the parameter before it, so that one matmul serves both (q|k|v, gate|up)."""
     main_grad: torch.Tensor | None
     """View of the flat gradient buffer, same shape; None outside training."""
+
+    @property
+    def accumulated(self) -> torch.Tensor:
+        """`main_grad`, where there must be one. Raises ValueError outside training."""
+        if self.main_grad is None:
+            raise ValueError(f"{self.spec.name} has no main_grad: it is not in the flat buffers of a run")
+        return self.main_grad
 
     def __new__(cls, data: torch.Tensor, spec: ParamSpec, follows: bool = False) -> Parameter:
         """Wrap this rank's local tensor `data` (padding included)."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ from megatrain.parallel.collectives import (
 )
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
+from megatrain.parallel.transport import Handle
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
@@ -62,7 +63,7 @@ def make_parameters(specs: Sequence[ParamSpec], tp: Axis, dtype: torch.dtype, de
     """This rank's zero-filled parameters of equal width, behind one another in one storage."""
     shapes = [spec.local_shape(tp.size) for spec in specs]
     storage = torch.zeros((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype, device=device)
-    parameters = []
+    parameters: list[Parameter] = []
     for spec, rows in zip(specs, storage.split([shape[0] for shape in shapes]), strict=True):
         parameters.append(Parameter(rows, spec, follows=bool(parameters)))
     return parameters
@@ -125,7 +126,8 @@ class _ColumnLinear(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dy = (dys[0] if len(dys) == 1 else torch.cat(dys, dim=-1)).flatten(0, 1)
         whole, gather = start_gather(x, layer.tp) if layer.sequence_parallel else (x, Done())
-        dx, reduce = None, Done()
+        dx: torch.Tensor | None = None
+        reduce: Handle = Done()
         if ctx.needs_input_grad[0]:
             partial = matmul(dy, layer.weight()).view(-1, *x.shape[1:])  # beside the gather
             start = start_scatter_sum if layer.sequence_parallel else start_all_reduce
@@ -167,6 +169,15 @@ def column_linear(
 ) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for every weight: x [s/t, b, in] with sequence parallelism, else [s, b, in] -> each [s, b, out_i/t]."""
     return _ColumnLinear.apply(x, _Linear(tp, sequence_parallel, weights, biases), *weights, *biases)
+
+
+class Linears(TypedDict):
+    """What the linear layers of one model are built with alike."""
+
+    bias: bool
+    sequence_parallel: bool
+    dtype: torch.dtype
+    device: torch.device
 
 
 class ColumnParallelLinear(nn.Module):
@@ -245,7 +256,9 @@ class _Embedding(torch.autograd.Function):
     """tokens [s, b] -> [s/t or s, b, h]: each rank looks up the ids of its rows, zeros elsewhere, then a sum."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, tokens: torch.Tensor, first: int, tp: Axis, sequence_parallel: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: torch.Tensor, tokens: torch.Tensor, first: int, tp: Axis, sequence_parallel: bool
+    ) -> torch.Tensor:
         local = tokens - first
         here = (local >= 0) & (local < weight.shape[0])
         local = torch.where(here, local, 0)
@@ -269,7 +282,16 @@ class VocabParallelEmbedding(nn.Module):
     """Token embedding [v, h], its rows split over the ranks; a vocabulary that does not divide is padded inside the rank only."""
 
     def __init__(
-        self, name: str, vocab_size: int, hidden: int, tp: Axis, *, sequence_parallel: bool, init: Init, dtype: torch.dtype, device: torch.device
+        self,
+        name: str,
+        vocab_size: int,
+        hidden: int,
+        tp: Axis,
+        *,
+        sequence_parallel: bool,
+        init: Init,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
@@ -331,7 +353,9 @@ class _CrossEntropy(torch.autograd.Function):
     """logits [s, b, v_local] -> (loss [s, b], correct [s, b]); the logits become their exponentials, then their gradient, in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, tp: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, tp: Axis
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         rows = logits.detach().flatten(0, 1)
         local = labels.flatten() - first
         here = (local >= 0) & (local < rows.shape[1])
@@ -357,7 +381,9 @@ class _CrossEntropy(torch.autograd.Function):
         return rows.view(ctx.shape), None, None, None
 
 
-def _exponentials(rows: torch.Tensor, local: torch.Tensor, here: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _exponentials(
+    rows: torch.Tensor, local: torch.Tensor, here: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Turn logits [n, v_local] into exp(x - largest of the row), in place.
 
     Returns of each row its largest value, the sum of its exponentials, and the label's logit (0 if elsewhere), in at least

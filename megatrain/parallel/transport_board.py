@@ -11,7 +11,8 @@ from datetime import timedelta
 
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from megatrain.parallel.transport import TransportError, within
+from megatrain.parallel.transport import TransportError
+from megatrain.parallel.transport_store import within
 
 STORE = "the rendezvous store"
 """As messages call it."""

@@ -27,7 +27,7 @@ SLOT_BYTES = 8 << 20
 SMALLEST_BLOCK = 1 << 15
 """Bytes; smaller blocks travel faster in gloo's own message."""
 _HEADER = 4096
-_FOLDER = Path("/dev/shm")  # noqa: S108  (memory that other processes of this user may map: that is what it is for)
+_FOLDER = Path("/dev/shm")
 
 
 def fits(blocks: int, block_bytes: int) -> bool:
@@ -36,7 +36,7 @@ def fits(blocks: int, block_bytes: int) -> bool:
 
 
 class SharedSlots:
-    """The mapped files of a group's ranks, seen from one of them. Not collective by itself: `create` and `attach` are its two halves."""
+    """The mapped files of a group's ranks, seen from one of them."""
 
     def __init__(self, place: int, size: int, files: list[Path], timeout_seconds: float) -> None:
         """Map every rank's file. Raises OSError."""
@@ -66,7 +66,7 @@ class SharedSlots:
         return path
 
     def begin(self, finish: Callable[[], None]) -> int:
-        """Number of a new exchange whose slot is free to be written; `finish` completes it if that has not happened before then.
+        """Number of a new exchange, whose slot is free to be written; `finish` completes it, if that is left till then.
 
         Raises TimeoutError if another rank never reads what lay in the slot.
         """

@@ -7,8 +7,8 @@ Problem: d ranks hold the same weights and each sees its own samples; the gradie
 All parameters lie in one contiguous buffer per rank, all gradients in another (float32, float64 in float64 runs): one
 all-reduce moves everything, q|k|v stay behind one another, and `main_grad` of a parameter is a view.
 
-Communication per step and rank: one all-reduce of Psi float32 numbers, 2 (d-1)/d * 4 Psi bytes; and one of those few gradients that
-are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads).
+Communication per step and rank: one all-reduce of Psi float32 numbers, 2 (d-1)/d * 4 Psi bytes; and one of those few gradients
+that are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class FlatParameters:
         self.ctx = ctx
         dtypes = {p.dtype for p in self.parameters}
         if len(dtypes) != 1:
-            raise ValueError(f"trainable parameters must share one dtype to lie in one buffer; found {sorted(map(str, dtypes))}")
+            raise ValueError(
+                f"trainable parameters must share one dtype to lie in one buffer: found {sorted(map(str, dtypes))}"
+            )
         dtype = dtypes.pop()
         offsets = _offsets(self.parameters)
         self._starts = {id(p): start for p, start in zip(self.parameters, offsets, strict=True)}
@@ -78,7 +80,7 @@ def _offsets(parameters: Sequence[Parameter]) -> list[int]:
 
 
 def _move_gradient(parameter: Any) -> None:
-    """Add what autograd computed (norms, a user's own layer) to the flat buffer; linear layers have added theirs and left None."""
+    """Add what autograd computed (norms, a user's own layer) to the flat buffer; linear layers have added theirs already."""
     if parameter.grad is None:
         return
     parameter.main_grad.add_(parameter.grad)
@@ -93,13 +95,13 @@ def _sum_partial(parameters: Sequence[Parameter], tp: Axis) -> None:
     """
     slots = [tp.size // p.spec.copies(tp.size) for p in parameters]
     places = [tp.rank // p.spec.copies(tp.size) for p in parameters]
-    message = torch.cat([p.main_grad.new_zeros(n * p.numel()) for p, n in zip(parameters, slots, strict=True)])
+    message = torch.cat([p.accumulated.new_zeros(n * p.numel()) for p, n in zip(parameters, slots, strict=True)])
     mine, start = [], 0
     for parameter, count, place in zip(parameters, slots, places, strict=True):
         mine.append(message[start + place * parameter.numel() :][: parameter.numel()])
         start += count * parameter.numel()
     for parameter, part in zip(parameters, mine, strict=True):
-        part.copy_(parameter.main_grad.flatten())
+        part.copy_(parameter.accumulated.flatten())
     all_reduce(message, tp)
     for parameter, part in zip(parameters, mine, strict=True):
-        parameter.main_grad.copy_(part.view(parameter.shape))
+        parameter.accumulated.copy_(part.view(parameter.shape))

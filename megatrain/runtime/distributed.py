@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ParallelConfig
-from megatrain.parallel.transport import Group, TorchWorld, TransportError, World
+from megatrain.parallel.transport import Group, TransportError, World
+from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
 

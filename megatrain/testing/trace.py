@@ -45,7 +45,7 @@ def trace_run(
     objective: Objective | None = None,
     prepare: Callable[[Run], None] | None = None,
 ) -> Trace:
-    """Take `steps` steps of `config` on random tokens (`model.vocab_size` is needed) and return the whole logical trace, on every rank.
+    """Take `steps` steps of `config` on random tokens (it must give model.vocab_size); the whole logical trace, on every rank.
 
     `prepare` is called with the run before the first step. Collective over the world of `ctx`.
     """

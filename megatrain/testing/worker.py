@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.transport import TorchWorld, TransportError
+from megatrain.parallel.transport import TransportError
+from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.testing.failure import Failure
 from megatrain.testing.spawn import Answer, Task
 

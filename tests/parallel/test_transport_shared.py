@@ -1,4 +1,4 @@
-"""Exchanges through shared memory give what messages give, leave nothing behind, and step aside where there is no such memory."""
+"""Exchanges through shared memory: what messages give, nothing left behind, and messages where there is no such memory."""
 
 from pathlib import Path
 

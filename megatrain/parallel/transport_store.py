@@ -1,0 +1,117 @@
+"""The key-value store where the processes of a job meet, before there is any group."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from megatrain.parallel.transport import TransportError
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 10.0
+"""How long the store where ranks meet may take to answer once its port is open."""
+
+
+def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: timedelta, serve: bool) -> Store:
+    """The key-value store where ranks meet. Raises TransportError."""
+    if isinstance(rendezvous, Path):
+        return FileStore(str(rendezvous), size)
+    host, port = rendezvous
+    if not serve:
+        return _reach_store(rank, host, port, limit)
+    try:
+        return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise TransportError(
+                f"rank {rank} cannot serve port {port} on {host}: it is in use, perhaps by another job. {_other_port(port)}"
+            ) from error
+        raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {_headline(error)}") from error
+
+
+def _reach_store(rank: int, host: str, port: int, limit: timedelta) -> Store:
+    """The store that another process serves at host:port, which may start later. Raises TransportError.
+
+    Whether anything listens is asked first: only then may a short limit end the wait for the store's answer, which torch's own
+    time limit does not (a port that another program holds, and never answers on, would be waited for without end).
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TransportError(
+                    f"rank {rank} cannot reach the store at {host}:{port} within {limit.total_seconds():g} s. "
+                    f"Is MASTER_ADDR the host of rank 0, has rank 0 started, is the port open? ({error})"
+                ) from error
+            time.sleep(0.1)
+    try:
+        return within(
+            ANSWER_SECONDS, lambda: TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False), "the store"
+        )
+    except TransportError as error:
+        raise TransportError(
+            f"rank {rank} found something at {host}:{port} that is not the store of this job: another program that uses "
+            f"the port, or a rank 0 that ended at its start. {_other_port(port)} ({_headline(error)})"
+        ) from error
+
+
+def _other_port(port: int) -> str:
+    return f"Choose another MASTER_PORT, for example {port + 1 if port < 65535 else 29500}."
+
+
+def _headline(error: Exception) -> str:
+    """The first line of an error of torch, which may go on with a stack of C++."""
+    return str(error).partition("\n")[0]
+
+
+def within(seconds: float, call: Callable[[], T], what: str) -> T:
+    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and if it fails.
+
+    what: names in the message what was called.
+    """
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.extend((True, call()))
+        except (RuntimeError, ValueError) as error:
+            outcome.extend((False, error))
+
+    thread = threading.Thread(target=run, name="megatrain-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TransportError(f"{what} did not answer within {seconds:g} s")
+    if not outcome[0]:
+        raise TransportError(f"{what} is lost: {outcome[1]}") from outcome[1]
+    return outcome[1]
+
+
+def meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:
+    """Return when all ranks have come. Raises TransportError with a list of those that have not."""
+    try:
+        store.set(f"rank {rank}", "here")
+        if store.add("arrived", 1) == size:
+            store.set("all here", "")
+        store.wait(["all here"], limit)
+    except RuntimeError as error:
+        try:
+            missing = [other for other in range(size) if not store.check([f"rank {other}"])]
+        except RuntimeError:
+            raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {_headline(error)}") from error
+        shown = f"{missing[:16]}" + f" and {len(missing) - 16} more" * (len(missing) > 16)
+        raise TransportError(
+            f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {shown} did not come. "
+            "Were they started, with the same world size, MASTER_ADDR and MASTER_PORT?"
+        ) from error

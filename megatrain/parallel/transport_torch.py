@@ -1,0 +1,417 @@
+"""Groups of processes over torch.distributed: gloo between CPUs, NCCL between GPUs; and how the processes of a job meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from megatrain.parallel.transport import (
+    REDUCTIONS,
+    Group,
+    Handle,
+    ReduceOp,
+    TransportError,
+    World,
+    check_all_to_all,
+    check_dense,
+    check_parts,
+    check_place,
+    check_reduction,
+    refuse,
+)
+from megatrain.parallel.transport_shared import SharedSlots, fits
+from megatrain.parallel.transport_store import meet_all, open_store
+
+_DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# Torch 2.13 renamed these two; 2.9 to 2.12 know the old names alone.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_MESSAGES, _BLOCKS = 0, 1
+"""Tags on gloo: the caller's messages, and the blocks that collectives made of messages exchange."""
+
+
+class _TorchHandle(Handle):
+    """Works of torch.distributed, the tensors they use, and what is left to do once they are done."""
+
+    __slots__ = ("_call", "_finish", "_group", "_tensors", "_works")
+
+    def __init__(self, group: TorchGroup, call: str, *tensors: torch.Tensor) -> None:
+        self._group = group
+        self._call = call
+        self._tensors = tensors
+        self._works: list[dist.Work] = []
+        self._finish: list[Callable[[], object]] = []
+
+    def start(self, start: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> None:
+        """Start one more asynchronous call of torch.distributed. Raises TransportError."""
+        try:
+            work = start(*args, group=self._group.process_group, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise self.failed(error) from error
+        if work is not None:
+            self._works.append(work)
+
+    def then(self, finish: Callable[[], object]) -> None:
+        """Have `finish` called when all works are done, by the thread that waits, after those given before."""
+        self._finish.append(finish)
+
+    def wait(self) -> None:
+        """Block until the outputs are there. Raises TransportError."""
+        works, self._works = self._works, []
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self.failed(error) from error
+        todo, self._finish = self._finish, []
+        for finish in todo:
+            finish()
+        self._tensors = ()
+
+    def failed(self, error: Exception) -> TransportError:
+        """The error to raise for one of the backend's."""
+        shapes = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self._tensors)
+        group = self._group
+        problem = f"failed on rank {group.ranks[group.rank]} (limit {group.timeout_seconds:g} s): {error}"
+        return refuse(group, f"{self._call} of {shapes}" if shapes else self._call, problem)
+
+
+class TorchGroup(Group):
+    """The ranks along one axis, over torch.distributed. Made by `TorchWorld.group`.
+
+    On gloo, all_gather and reduce_scatter go through shared memory between ranks of one machine, else they are made of
+    messages: gloo's own move twice the bytes (its reduce_scatter is an all-reduce whose other parts are thrown away) or copy the
+    output once more. Sums are then in rank order, as in memory.
+    Gloo reads host memory: tensors on a GPU go through pinned copies.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ranks: tuple[int, ...],
+        world_rank: int,
+        process_group: dist.ProcessGroup | None,
+        device: torch.device,
+        timeout_seconds: float,
+    ) -> None:
+        self.name = name
+        self.ranks = ranks
+        self.rank = ranks.index(world_rank)
+        self.process_group = process_group
+        self.timeout_seconds = timeout_seconds
+        self._gloo = dist.get_backend(process_group) == "gloo"
+        self._staged = self._gloo and device.type == "cuda"
+        self._device_ids = None if self._gloo else [device.index or 0]
+        self._shared: SharedSlots | None = None
+        self._shared_tried = False
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
+        """Reduce `tensor` over the group, in place; the same bits on every rank."""
+        check_reduction(self, op)
+        check_dense(self, "all_reduce", tensor)
+        near = self._near(tensor)
+        handle = _TorchHandle(self, f"all_reduce({op})", near)
+        handle.start(dist.all_reduce, near, op=_DIST_OPS[op], async_op=True)
+        return self._given(handle, near, tensor, blocking)
+
+    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
+        """Concatenate every rank's `tensor` [n, ...] along dim 0 into `output` [size * n, ...]."""
+        check_parts(self, "all_gather", output, tensor)
+        near, part = self._near(output, copy=False), self._near(tensor)
+        handle = _TorchHandle(self, "all_gather", part, near)
+        if self._gloo:
+            blocks = _blocks(near, self.size)
+            if not self._gather_shared(handle, blocks, part):
+                self._swap(handle, {place: blocks[place] for place in self._others()}, dict.fromkeys(self._others(), part))
+            blocks[self.rank].copy_(part.detach())
+        else:
+            handle.start(_all_gather_single, near, part, async_op=True)
+        return self._given(handle, near, output, blocking)
+
+    def reduce_scatter(
+        self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
+    ) -> Handle:
+        """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...]."""
+        check_reduction(self, op)
+        check_parts(self, "reduce_scatter", tensor, output)
+        near, whole = self._near(output, copy=False), self._near(tensor)
+        handle = _TorchHandle(self, f"reduce_scatter({op})", whole, near)
+        if self._gloo:
+            parts = dict(enumerate(_blocks(whole, self.size)))
+            if not self._scatter_shared(handle, near, parts, op):
+                received = {place: torch.empty_like(near) for place in self._others()}
+                self._swap(handle, received, {place: parts[place] for place in self._others()})
+                parts.update(received)
+                handle.then(lambda: _reduce_in_order(near, [parts[place] for place in range(self.size)], op))
+        else:
+            handle.start(_reduce_scatter_single, near, whole, op=_DIST_OPS[op], async_op=True)
+        return self._given(handle, near, output, blocking)
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        output_rows: Sequence[int] | None = None,
+        input_rows: Sequence[int] | None = None,
+        *,
+        blocking: bool = True,
+    ) -> Handle:
+        """Send block i of `tensor` to place i; `output` collects the blocks received."""
+        to, come = check_all_to_all(self, output, tensor, output_rows, input_rows)
+        near, sent = self._near(output, copy=False), self._near(tensor)
+        handle = _TorchHandle(self, "all_to_all", sent, near)
+        handle.start(dist.all_to_all_single, near, sent, come, to, async_op=True)
+        return self._given(handle, near, output, blocking)
+
+    def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
+        """Overwrite `tensor` everywhere with that of place `source`."""
+        check_place(self, "broadcast", source)
+        check_dense(self, "broadcast", tensor)
+        near = self._near(tensor)
+        handle = _TorchHandle(self, f"broadcast({source})", near)
+        handle.start(dist.broadcast, near, group_src=source, async_op=True)
+        return self._given(handle, near, tensor, blocking)
+
+    def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
+        """Send `tensor` to place `to`."""
+        check_place(self, "send", to, other=True)
+        check_dense(self, "send", tensor)
+        near = self._near(tensor)
+        handle = _TorchHandle(self, f"send(to {to})", near)
+        handle.start(dist.isend, near, group_dst=to, tag=_MESSAGES)
+        return self._given(handle, near, near, blocking)
+
+    def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
+        """Receive into `output` from place `source`."""
+        check_place(self, "recv", source, other=True)
+        check_dense(self, "recv", output)
+        near = self._near(output, copy=False)
+        handle = _TorchHandle(self, f"recv(from {source})", near)
+        handle.start(dist.irecv, near, group_src=source, tag=_MESSAGES)
+        return self._given(handle, near, output, blocking)
+
+    def barrier(self) -> None:
+        """Return once every rank of the group has called."""
+        handle = _TorchHandle(self, "barrier")
+        handle.start(dist.barrier, async_op=True, device_ids=self._device_ids)
+        handle.wait()
+
+    def close(self) -> None:
+        """Release the connections."""
+        if self.process_group is not None:
+            dist.destroy_process_group(self.process_group)
+            self.process_group = None
+
+    def _near(self, tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
+        """`tensor` where the backend can read it: itself, or a pinned copy (with copy=False: pinned room) on the host."""
+        if not self._staged:
+            return tensor
+        near = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        return near.copy_(tensor.detach()) if copy else near
+
+    def _given(self, handle: _TorchHandle, near: torch.Tensor, output: torch.Tensor, blocking: bool) -> Handle:
+        """The handle, with the way back from pinned memory added; waited for if blocking."""
+        if near is not output:
+            handle.then(lambda: output.detach().copy_(near, non_blocking=True))
+        if blocking:
+            handle.wait()
+        return handle
+
+    def _others(self) -> list[int]:
+        """Places to exchange blocks with, nearest first, so that not everybody talks to place 0 at once."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
+    def _gather_shared(self, handle: _TorchHandle, blocks: Sequence[torch.Tensor], part: torch.Tensor) -> bool:
+        """all_gather through shared memory, where the ranks have it and the blocks are worth it."""
+        shared = self._shared_for(1, part)
+        if shared is None:
+            return False
+        number = self._claim(shared, handle)
+        shared.slot(self.rank, number, 0, part).copy_(part.detach())
+        self._signal(handle)
+
+        def read() -> None:
+            for place in self._others():
+                blocks[place].copy_(shared.slot(place, number, 0, part))
+            shared.end(number)
+
+        handle.then(read)
+        return True
+
+    def _scatter_shared(self, handle: _TorchHandle, output: torch.Tensor, parts: dict[int, torch.Tensor], op: ReduceOp) -> bool:
+        """reduce_scatter through shared memory; the sum reads the other ranks' blocks where they lie."""
+        shared = self._shared_for(self.size - 1, output)
+        if shared is None:
+            return False
+        number = self._claim(shared, handle)
+        for place in self._others():
+            shared.slot(self.rank, number, place - (place > self.rank), output).copy_(parts[place])
+        self._signal(handle)
+
+        def read() -> None:
+            index = {place: self.rank - (self.rank > place) for place in self._others()}
+            parts.update({place: shared.slot(place, number, i, output) for place, i in index.items()})
+            _reduce_in_order(output, [parts[place] for place in range(self.size)], op)
+            shared.end(number)
+
+        handle.then(read)
+        return True
+
+    def _claim(self, shared: SharedSlots, handle: _TorchHandle) -> int:
+        """A slot for the exchange of `handle`. Raises TransportError where another rank never lets go of it."""
+        try:
+            return shared.begin(handle.wait)
+        except TimeoutError as error:
+            raise handle.failed(error) from error
+
+    def _signal(self, handle: _TorchHandle) -> None:
+        """Swap a byte with every other place."""
+        token = torch.zeros(1, dtype=torch.uint8)
+        self._swap(handle, {place: torch.empty_like(token) for place in self._others()}, dict.fromkeys(self._others(), token))
+
+    def _shared_for(self, blocks: int, block: torch.Tensor) -> SharedSlots | None:
+        """The shared memory for an exchange of so many blocks, set up when first needed; None where there is none, or it is no use."""
+        if self._staged or not fits(blocks, block.numel() * block.element_size()):
+            return None
+        if not self._shared_tried:
+            self._shared_tried = True
+            self._shared = self._open_shared()
+        return self._shared
+
+    def _open_shared(self) -> SharedSlots | None:
+        """Map every rank's file (collective); None where some rank cannot: another machine, or no room in /dev/shm."""
+        words = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
+        self.broadcast(words)
+        name = f"megatrain-{bytes(words.tolist()).hex()}"
+        mine: Path | None = None
+        shared: SharedSlots | None = None
+        with suppress(OSError):
+            mine = SharedSlots.create(name, self.rank)
+        try:
+            if self._all_agree(mine is not None):
+                files = [SharedSlots.path(name, place) for place in range(self.size)]
+                with suppress(OSError):
+                    shared = SharedSlots(self.rank, self.size, files, self.timeout_seconds)
+                if not self._all_agree(shared is not None):
+                    shared = None
+        finally:
+            if mine is not None:
+                mine.unlink()
+        return shared
+
+    def _all_agree(self, mine: bool) -> bool:
+        """Whether `mine` is true on every rank."""
+        votes = torch.tensor([int(mine)])
+        self.all_reduce(votes, "min")
+        return bool(votes.item())
+
+    def _swap(self, handle: _TorchHandle, received: dict[int, torch.Tensor], sent: dict[int, torch.Tensor]) -> None:
+        """Start to receive a block from, and send one to, every other place."""
+        for place, block in received.items():
+            handle.start(dist.irecv, block, group_src=place, tag=_BLOCKS)
+        for place, block in sent.items():
+            handle.start(dist.isend, block, group_dst=place, tag=_BLOCKS)
+
+
+def _reduce_in_order(output: torch.Tensor, parts: list[torch.Tensor], op: ReduceOp) -> None:
+    """Reduce the parts into `output`, which may be one of them."""
+    total = parts[0]
+    for part in parts[1:-1]:
+        total = REDUCTIONS[op](total, part)
+    with torch.no_grad():
+        if len(parts) > 1:
+            REDUCTIONS[op](total, parts[-1], out=output)
+        else:
+            output.copy_(total)
+
+
+def _blocks(whole: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """The `size` equal blocks of dim 0, as views that autograd does not see."""
+    data = whole.detach()
+    return data.view(size, data.shape[0] // size, *data.shape[1:]).unbind(0)
+
+
+class TorchWorld(World):
+    """All ranks of a job of several processes, over torch.distributed. One at a time in a process."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.size = size
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self._groups: list[TorchGroup] = []
+
+    @classmethod
+    def connect(
+        cls,
+        rank: int,
+        size: int,
+        *,
+        backend: Literal["gloo", "nccl"],
+        rendezvous: tuple[str, int] | Path,
+        device: torch.device | str = "cpu",
+        timeout_seconds: float = 600.0,
+        join_seconds: float | None = None,
+        hosts_store: bool | None = None,
+        prefix: str = "megatrain",
+        interface: str | None = None,
+    ) -> TorchWorld:
+        """Join the job as `rank` of `size`.
+
+        rendezvous: (host, port) of the store where the ranks meet, or a file that all see (one machine, new for each job).
+        device: where this rank's tensors live; with nccl its own GPU, which becomes the current one.
+        timeout_seconds: limit of every later call. join_seconds: how long to wait for the other ranks here (None: as long).
+        hosts_store: whether this process serves the port; None means rank 0 does, False that the launcher does (torchrun).
+        prefix: kept apart from other users, and earlier attempts, of the same store.
+        interface: network interface for connections between ranks, such as `eth0`; None lets the backend choose.
+
+        Raises TransportError if the port is in use, the store cannot be reached, or ranks do not come (it lists them).
+        """
+        if dist.is_initialized():
+            raise TransportError("this process is already connected to a world; close that one first")
+        device = torch.device(device)
+        if interface is not None:
+            os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)  # the only way to tell them
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        join = timedelta(seconds=timeout_seconds if join_seconds is None else join_seconds)
+        store = PrefixStore(prefix, open_store(rank, size, rendezvous, join, rank == 0 if hosts_store is None else hosts_store))
+        meet_all(store, rank, size, join)
+        try:
+            limit = timedelta(seconds=timeout_seconds)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        except (RuntimeError, ValueError) as error:
+            raise TransportError(f"rank {rank} of {size} cannot start {backend} on {device}: {error}") from error
+        return cls(rank, size, device, timeout_seconds)
+
+    def group(self, name: str, ranks: Sequence[int]) -> Group:
+        """Make the group of `ranks`, ascending. Raises TransportError if the others do not make it within the timeout."""
+        members = tuple(ranks)
+        if self.rank not in members or list(members) != sorted(set(members)) or members[-1] >= self.size:
+            raise TransportError(
+                f"group {name}: ranks {list(members)} are not ascending ranks of a world of {self.size}, with rank {self.rank}"
+            )
+        limit = timedelta(seconds=self._timeout_seconds)
+        try:
+            made = dist.new_group(list(members), timeout=limit, use_local_synchronization=True, group_desc=name)
+        except (RuntimeError, ValueError) as error:
+            raise TransportError(f"axis {name}: rank {self.rank} cannot make the group of {list(members)}: {error}") from error
+        group = TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds)
+        self._groups.append(group)
+        return group
+
+    def close(self) -> None:
+        """Leave the job: release every group made here. Ranks that still wait for this one get an error."""
+        for group in self._groups:
+            group.process_group = None  # connections close when the last reference goes
+        self._groups.clear()
+        if dist.is_initialized():
+            dist.destroy_process_group()
