@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_memory import MemoryWorld
+from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import DelayedGroup, RecordedGroup, RecordedWorld, Recorder
 from megatrain.testing import simulate, spawn
 
