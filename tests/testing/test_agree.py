@@ -149,3 +149,15 @@ def test_bfloat16_may_be_twice_as_far_from_float32_as_one_process():
         agree_in_bf16(exact, single, replace(single, losses=[2.03, 1.5, 1.2]))
     with pytest.raises(Disagreement, match="grad_norms"):
         agree_in_bf16(exact, single, replace(single, grad_norms=[3.001, 2.0, 1.0]))
+
+
+def test_bfloat16_over_several_seeds_compares_root_mean_squares():
+    exact, single = trace("fp32"), replace(trace("fp32"), dtype="bf16", losses=[2.01, 1.5, 1.2])
+    lucky, far = replace(single, losses=[2.0, 1.5, 1.2]), replace(single, losses=[2.02, 1.5, 1.2])
+    with pytest.raises(Disagreement, match=r"step 0, losses: 2\.02 \(2\.0 in float32, 2\.0 on one process\)"):
+        agree_in_bf16(exact, lucky, far)
+    agree_in_bf16([exact] * 2, [single, lucky], [lucky, single])
+    with pytest.raises(Disagreement, match="losses"):
+        agree_in_bf16([exact] * 2, [single, lucky], [far, far])
+    with pytest.raises(ValueError, match="zip"):
+        agree_in_bf16([exact] * 2, [single] * 2, [single])
