@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels.matmul import matmul
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -185,24 +186,24 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.08
     only slow a matmul down.
     """
     start, best, n = perf_counter(), 0.0, 256
-    matmul = _matmul(n, dtype, device)
+    multiply = _multiplication(n, dtype, device)
     while not best or perf_counter() - start < seconds:
         before = perf_counter()
-        matmul()
+        multiply()
         took = max(perf_counter() - before, 1e-9)
         best = max(best, 2 * n**3 / took)
         if n < 2048 and perf_counter() - start + 16 * took <= seconds:  # twice the rows: 8 times the work, done twice
             n *= 2
-            matmul = _matmul(n, dtype, device)
+            multiply = _multiplication(n, dtype, device)
     return best
 
 
-def _matmul(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def _multiplication(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     """A multiplication of two [n, n] matrices that has run once, so that kernels are set up and memory is touched."""
-    a, b, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
-    matmul = partial(torch.mm, a, b, out=out)
-    matmul()
-    return matmul
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    multiply = partial(matmul, a, b)
+    multiply()
+    return multiply
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from megatrain.data.prepare.read import COMPRESSIONS, LINE_SUFFIXES, TEXT_SUFFIXES, ReadError, read_documents
 
-LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "lib2to3/tests")
-"""Other people's packages, and tests whose point is to be wrong."""
+LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings")
+"""Other people's packages; tests, which are half of the library and full of tables and deliberate nonsense; character tables."""
 FEWEST_MODULES = 100
 FEWEST_DOCUMENTS = 20
 """Below this many documents, texts are divided so that some can be held out."""
