@@ -10,7 +10,7 @@ from megatrain.data.loader import evaluation_batches
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.parallel.schedules import forward_only
-from megatrain.training import Run, loss_of, to_micro_batches
+from megatrain.training import SMALLEST_WEIGHT, Run, loss_of, to_micro_batches
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,5 @@ def evaluate(run: Run, global_batches: int = 0) -> Evaluation:
     finally:
         run.model.train()
     loss, right, tokens = all_reduce(sums, ctx.dp_cp).tolist()
-    return Evaluation(loss / tokens, right / tokens, round(tokens))
+    weight = max(tokens, SMALLEST_WEIGHT)
+    return Evaluation(loss / weight, right / weight, round(tokens))

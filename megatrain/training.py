@@ -28,6 +28,9 @@ from megatrain.parallel.zero import FlatParameters
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 """train.precision -> dtype of the parameters and activations."""
 
+SMALLEST_WEIGHT = 1e-8
+"""What a sum of losses is divided by at least, so that a batch in which nothing counts has loss 0."""
+
 
 @dataclass
 class Run:
@@ -134,9 +137,9 @@ def to_micro_batches(batch: Batch, step: int, device: torch.device) -> list[Micr
 
 
 def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
-    """What the global batch's summed loss is divided by: float64 scalar, at least 1e-8 so that an empty batch has loss 0."""
+    """What the global batch's summed loss is divided by: float64 scalar."""
     weights = [run.objective.weight(m) for m in micro_batches]
-    return all_reduce(torch.stack(weights).sum().double(), run.ctx.dp_cp).clamp_min(1e-8)
+    return all_reduce(torch.stack(weights).sum().double(), run.ctx.dp_cp).clamp_min(SMALLEST_WEIGHT)
 
 
 def loss_of(run: Run) -> Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor]]:

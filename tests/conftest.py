@@ -8,3 +8,12 @@ def defaults_stand():
     before = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     assert (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that they lose more by sharing work between cores than they gain, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -40,12 +40,12 @@ def write_store(prefix: Path, vocab_size: int = 101, documents: int = 100, lengt
     return prefix
 
 
-def tiny(data: Path, run: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that takes a step in about 20 ms, changed by `section={key: value}`."""
+def tiny(data: Path | Mapping[str, str], run: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that takes a step in about 20 ms, changed by `section={key: value}`; `data`: a store, or the section."""
     tree: dict[str, dict[str, Any]] = {
         "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16, "vocab_size": 101},
         "parallel": {"device": "cpu"},
-        "data": {"train": str(data)},
+        "data": dict(data) if isinstance(data, Mapping) else {"train": str(data)},
         "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
         "train": {
             "steps": 8,

@@ -14,12 +14,14 @@ def local_squared_norm(parameters: Sequence[Parameter], ctx: ParallelContext) ->
     """This rank's share of the squared gradient norm: float64 scalar, to be summed over the world.
 
     Of the ranks that hold the same elements (replicas over dp x cp, copies over tp) the first one counts them; padding is zero.
+    The others multiply by zero, which leaves NaN for a copy that is not finite: no rank may update what another one skips.
     """
-    zero = torch.zeros((), dtype=torch.float64, device=ctx.device)
-    owned = [p.main_grad for p in parameters if p.main_grad is not None and p.spec.owned(ctx.tp)]
-    if not owned or ctx.dp_cp.rank != 0:
-        return zero
-    return torch.stack(torch._foreach_norm(owned)).double().square().sum()
+    present = [p for p in parameters if p.main_grad is not None]
+    if not present:
+        return torch.zeros((), dtype=torch.float64, device=ctx.device)
+    counts = torch.tensor([float(p.spec.owned(ctx.tp) and ctx.dp_cp.rank == 0) for p in present], dtype=torch.float64)
+    squares = torch.stack(torch._foreach_norm([p.accumulated for p in present])).double().square()
+    return (squares * counts.to(ctx.device, non_blocking=True)).sum()
 
 
 def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:

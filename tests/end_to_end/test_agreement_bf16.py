@@ -11,6 +11,8 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import Disagreement, Trace, agree_in_bf16, simulate
 from megatrain.testing.trace import mesh_shape, trace_run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SEEDS = range(12)
 
 # tp, sequence parallel, dp, query groups
