@@ -17,7 +17,7 @@ trap 'rm -rf "$tree"' EXIT
 mkdir "$tree/megatrain"
 ln -s "$root"/megatrain/* "$tree/megatrain/"
 ln -s "$root/kernels" "$tree/megatrain/kernels"
-ln -s "$root/launch/quickstart.py" "$tree/"
+ln -s "$root"/launch/*.py "$tree/"
 
 style() { "$python" -m ruff check . && "$python" -m ruff format --check .; }
 types() { (cd "$tree" && "$python" -m mypy --config-file "$root/setup.cfg" --cache-dir "$root/.mypy_cache" -p megatrain -m quickstart); }

@@ -9,25 +9,20 @@ training, goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import mean
-from types import FrameType
-from typing import Any
 
 import torch
+from running import Failed, call, interrupt, key, once, publish, say, step, verb
 
 from megatrain.config.load import load
 from megatrain.config.schema import Config, CorpusConfig
@@ -42,18 +37,20 @@ from megatrain.runtime.plot import draw_loss
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MINUTES = 6.0
 """Of training; with the installation and all other steps this stays under 10 minutes on 2 cores."""
+HELD_OUT = 0.05
+"""Share of the standard library's documents that is never trained on: some 300 kilobytes."""
 HELD_OUT_BYTES = 300_000
-"""About as much text is never trained on, if that is at most a tenth of all."""
+"""About as much of a user's text, if that is at most a tenth of it."""
 PROBE_STEPS = 16
 """Steps of the run that measures the speed; the first half warms up."""
 SLACK = 1.1
 """How much slower than in its best step the machine is expected to be."""
+TOLERANCE = 0.1
+"""Share of the minutes that training may end early or late, as far as can be told halfway, before the plan is changed."""
 EVALUATIONS = 4
 MAX_EPOCHS = 8
 """More passes over a small text than this would only learn it by heart."""
 REDUCED_STEPS = 30
-EX_TEMPFAIL = 75
-"""Exit code of a training run that was told to stop and has saved."""
 PROMPTS = ("def ", "class Queue", "Return the ")
 
 
@@ -66,10 +63,6 @@ class Layout:
     sequence_parallel: bool
     precision: str
     why: str
-
-
-class Failed(Exception):
-    """A step did not work; the message says which, and what to do."""
 
 
 def main() -> int:
@@ -193,10 +186,8 @@ def files(paths: Sequence[Path]) -> list[Path]:
 
 def build_corpus(data: Path, text: Sequence[Path] | None) -> None:
     """train.jsonl and valid.jsonl, one document a line."""
-    library = Path(sysconfig.get_path("stdlib"))
-    sources = files(text) if text else [file for file in library.rglob("*.py") if "site-packages" not in file.parts]
-    size = sum(file.stat().st_size for file in sources)
-    stdlib_corpus.build(data, min(0.1, HELD_OUT_BYTES / max(size, 1)), text)
+    size = sum(file.stat().st_size for file in files(text or ()))
+    stdlib_corpus.build(data, min(0.1, HELD_OUT_BYTES / max(size, 1)) if text else HELD_OUT, text)
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------
@@ -221,19 +212,46 @@ def train(options: argparse.Namespace, config: Config, layout: Layout, data: Pat
     if (run / "checkpoints" / f"step_{steps:08d}" / "manifest.json").exists():
         say(f"trained already: {run}")
         return run, steps
-    every = -(-steps // EVALUATIONS)
     step("training")
-    launch(
-        options.config,
-        layout,
-        data,
-        [
-            *(f"train.steps={steps}", f"optim.warmup_steps={min(config.optim.warmup_steps, steps // 5)}"),
-            *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data / 'valid'}"),
-            *(f"log.dir={run}", f"log.every={max(1, steps // 40)}"),
-        ],
-    )
+    change = partial(change_of_plan, run, inf if options.reduced else options.minutes * 60, most_steps(config, data))
+    while not train_as_planned(options.config, config, layout, data, run, steps, change):
+        planned, steps = steps, change(steps) or steps
+        publish(plan, json.dumps({"steps": steps}))
+        pace = "slower" if steps < planned else "faster"
+        step(f"this machine is {pace} than it was measured: {steps} steps instead of {planned}; going on from the checkpoint")
     return run, steps
+
+
+def train_as_planned(
+    file: Path, config: Config, layout: Layout, data: Path, run: Path, steps: int, change: Callable[[int], int | None]
+) -> bool:
+    """Train to the last of `steps` (True), or until `change(steps)` is another number, with the state saved (False)."""
+    every = -(-steps // EVALUATIONS)
+    overrides = [
+        *(f"train.steps={steps}", f"optim.warmup_steps={min(config.optim.warmup_steps, steps // 5)}"),
+        *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data / 'valid'}"),
+        *(f"log.dir={run}", f"log.every={max(1, steps // 40)}"),
+    ]
+    return launch(file, layout, data, overrides, lambda: change(steps) is not None)
+
+
+def change_of_plan(run: Path, seconds: float, longest: int, steps: int) -> int | None:
+    """How many steps, `longest` at most, to make instead of `steps`, so that training takes its `seconds`; None: the plan is good.
+
+    Asked from the middle on, when a busy moment no longer weighs much. What counts is the time in steps and evaluations, so that
+    interruptions cost nothing.
+    """
+    if not (run / "metrics.jsonl").exists():
+        return None
+    rows, evaluations = read_metrics(run / "metrics.jsonl")
+    spent = sum(row["step_seconds"] for row in rows) + sum(row["eval_seconds"] for row in evaluations)
+    if not rows or spent < seconds / 2:
+        return None
+    done, pace = len(rows), spent / len(rows)
+    if abs(steps * pace - seconds) <= TOLERANCE * seconds:
+        return None
+    better = max(done + 1, REDUCED_STEPS, min(int(seconds / pace), longest))
+    return None if better == steps else better
 
 
 def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data: Path, name: str) -> int:
@@ -260,20 +278,29 @@ def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data
     tokens = config.train.global_batch_size * config.model.seq_length
     evaluation = EVALUATIONS * TokenStore(data / "valid").tokens / tokens * seconds / 3
     steps = max(REDUCED_STEPS, int((options.minutes * 60 - start_up - evaluation) / seconds))
-    longest = max(REDUCED_STEPS, MAX_EPOCHS * TokenStore(data / "train").tokens // tokens)
+    longest = most_steps(config, data)
     say(f"{tokens / seconds:,.0f} tokens/s: {steps} steps of {tokens:,} tokens fit")
     if steps > longest:
         say(f"that is more than {MAX_EPOCHS} passes over the text, so {longest} steps are enough")
     return min(steps, longest)
 
 
-def launch(config: Path, layout: Layout, data: Path, overrides: Sequence[str]) -> None:
-    """`megatrain train` on all ranks of the layout."""
-    call(
+def most_steps(config: Config, data: Path) -> int:
+    """MAX_EPOCHS passes over the text."""
+    tokens = config.train.global_batch_size * config.model.seq_length
+    return max(REDUCED_STEPS, MAX_EPOCHS * TokenStore(data / "train").tokens // tokens)
+
+
+def launch(
+    config: Path, layout: Layout, data: Path, overrides: Sequence[str], stop: Callable[[], bool] = lambda: False
+) -> bool:
+    """`megatrain train` on all ranks of the layout; False if it was stopped because `stop()` said so."""
+    return call(
         *("bash", ROOT / "launch/local.sh", layout.ranks, config),
         *(f"parallel.device={layout.device}", f"parallel.tensor_parallel_size={layout.ranks}"),
         *(f"parallel.sequence_parallel={str(layout.sequence_parallel).lower()}", f"train.precision={layout.precision}"),
         *(f"data.train={data / 'train'}", f"data.tokenizer={data / 'tokenizer.json'}", *overrides),
+        stop=stop,
     )
 
 
@@ -303,18 +330,8 @@ def sample(options: argparse.Namespace, data: Path, run: Path) -> None:
     """What the model writes, after beginnings that fit the text it has read."""
     step("what it writes")
     for prompt in PROMPTS if options.text is None else beginnings(data / "valid.jsonl", len(PROMPTS)):
-        words = [
-            "generate",
-            run / "checkpoints",
-            "--prompt",
-            prompt,
-            "--max-tokens",
-            "60",
-            "--temperature",
-            "0.8",
-            "--top-k",
-            "40",
-        ]
+        words: list[object] = ["generate", run / "checkpoints", "--prompt", prompt]
+        words += ["--max-tokens", 60, "--temperature", 0.8, "--top-k", 40]
         verb(*words)
 
 
@@ -351,69 +368,6 @@ What to try next:
       sequence_parallel: false the losses of the first steps stay the same, the speed does not
   {sys.executable} -m megatrain generate "{run / "checkpoints"}" --prompt "import "
 """)
-
-
-# --- running things -----------------------------------------------------------------------------------------------------------
-
-
-def key(inputs: Any) -> str:
-    """Eight hex digits that name the inputs."""
-    return hashlib.sha256(json.dumps(inputs, default=str).encode()).hexdigest()[:8]
-
-
-def once(stamp: Path, what: str, make: Callable[[], None]) -> None:
-    """Run `make` unless its stamp says that it ran to the end before."""
-    if stamp.exists():
-        return
-    step(what)
-    make()
-    publish(stamp, "")
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a file so that it is either there whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def verb(*words: object) -> None:
-    """Run `megatrain WORDS...`."""
-    call(sys.executable, "-m", "megatrain", *words)
-
-
-def call(*words: object) -> None:
-    """Run a command, shown first. Raises Failed when it does not return 0; an interrupt lets it save and end."""
-    command = [str(word) for word in words]
-    print("  $ " + shlex.join(command).replace(shlex.quote(sys.executable), "python"), flush=True)
-    child = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
-    try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGTERM)  # local.sh passes it on; training saves and ends
-        child.wait()
-        raise
-    if code == EX_TEMPFAIL:
-        raise KeyboardInterrupt
-    if code:
-        raise Failed(
-            f"the last command ended with exit code {code}; what it said stands above. The same command goes on from there."
-        )
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM is taken as Ctrl-C is."""
-    raise KeyboardInterrupt
-
-
-def step(what: str) -> None:
-    """A heading."""
-    print(f"\n=== {what}", flush=True)
-
-
-def say(what: str) -> None:
-    """A line below a heading."""
-    print(f"  {what}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,12 @@ def quickstart() -> ModuleType:
     spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch/quickstart.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "launch"))  # as python does for a script
     sys.modules["quickstart"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "launch"))
     return module
 
 
@@ -127,6 +131,44 @@ def test_steps_fit_the_minutes(
     config = load(CONFIG, ["train.global_batch_size=16"]).config
     assert quickstart.plan_steps(options, config, None, tmp_path, "x") == int(steps)
     assert not (tmp_path / "probe_x").exists()
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "done", "steps"),
+    [
+        (2.0, 100, None),  # 100 seconds of 250 left: too early to tell
+        (1.1, 120, None),  # less than a tenth late
+        (2.0, 63, 125),  # twice as slow
+        (0.5, 251, 500),  # twice as fast
+        (0.1, 1251, 2000),  # as long as is good for it
+        (2.0, 200, 201),  # over time already
+    ],
+)
+def test_the_plan_changes_with_the_speed(
+    quickstart: ModuleType, tmp_path: Path, step_seconds: float, done: int, steps: int | None
+) -> None:
+    change = quickstart.change_of_plan
+    assert change(tmp_path, 250.0, 2000, 250) is None  # nothing written yet
+    seconds = 1000.0 if steps is None and step_seconds == 2.0 else 250.0
+    write_losses(tmp_path, [5.0] * done, step_seconds=step_seconds)
+    assert change(tmp_path, seconds, 2000, 250) == steps
+    if steps is not None:
+        assert change(tmp_path, seconds, 2000, steps) is None or done * step_seconds > seconds  # the new plan is good
+
+
+def test_a_command_that_is_told_to_stop_saves_and_ends(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, ready = tmp_path / "saves.py", tmp_path / "ready"
+    script.write_text(
+        "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(sys.modules["running"], "CHECK_SECONDS", 0.1)
+    assert quickstart.call(sys.executable, script, ready, stop=ready.exists) is False
+    assert quickstart.call(sys.executable, "-c", "", stop=lambda: False) is True
+    with pytest.raises(KeyboardInterrupt):  # told to stop by somebody else
+        quickstart.call(sys.executable, "-c", "raise SystemExit(75)")
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--text", "/no/such/file"], ["--minuts", "4"]])

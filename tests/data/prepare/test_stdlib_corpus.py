@@ -21,7 +21,14 @@ def library(tmp_path, monkeypatch):
         path = root / (f"m{i}.py" if i % 2 else f"package/m{i}.py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f'"""Module {i}: naïve."""\n', encoding="utf-8")
-    for name in ("site-packages/other.py", "lib2to3/tests/data/bad.py", "encodings/cp037.py", "test/test_this.py", "empty.py"):
+    for name in (
+        "site-packages/other.py",
+        "lib2to3/tests/data/bad.py",
+        "encodings/cp037.py",
+        "pydoc_data/topics.py",
+        "test/test_this.py",
+        "empty.py",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("" if name == "empty.py" else "x = 1")
     (root / "latin.py").write_bytes(b"# \xe9\n")
