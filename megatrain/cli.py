@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else WRONG_USE
+    if argv is None and words[:1] == ["train"]:  # a program of its own: before torch is imported and memory is taken
+        _restart_with_better_allocator()
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
@@ -58,6 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback or not _expected(error):
             raise
         return _complain(f"error: {error}", FAILED)
+
+
+def _restart_with_better_allocator() -> None:
+    from megatrain.runtime.memory import restart_with_better_allocator
+
+    restart_with_better_allocator()
 
 
 def _expected(error: Exception) -> bool:
