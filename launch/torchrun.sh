@@ -43,6 +43,17 @@ print(max(1, cores // int(sys.argv[1])))
     export OMP_NUM_THREADS
 }
 
+# torchrun, without its traceback of some 30 lines when it is told to stop: that is no error.
+torchrun_quietly='
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.run import main
+try:
+    main()
+except SignalException as stop:
+    sys.exit(128 + stop.sigval)
+'
+
 # torchrun with the given options, in the background so that SIGTERM reaches it at once; it passes it on to the workers, which save.
 # torchrun exits 1 whatever its workers return: the file `preempted` in the run's directory says that they stopped with 75.
 run_torchrun() {
@@ -50,7 +61,7 @@ run_torchrun() {
     shift
     rm -f "$marker"
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}" # seconds to finish a step and save
-    "$python" -m torch.distributed.run "$@" &
+    "$python" -c "$torchrun_quietly" "$@" &
     child=$!
     trap 'kill -TERM "$child" 2>/dev/null || true' TERM
     trap 'kill -INT "$child" 2>/dev/null || true' INT
