@@ -23,7 +23,7 @@ parameter has one; otherwise they are returned to autograd, so the layers can be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -48,13 +48,19 @@ from megatrain.parallel.transport import Handle
 
 
 def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenation along dim 0; a view, without copying, where the tensors lie behind one another in one storage."""
+    """Concatenation along dim 0, for reading; a view, without copying, where the tensors lie behind one another in one storage."""
+    view = _view_over(tensors)
+    return torch.cat([t.detach() for t in tensors]) if view is None else view
+
+
+def _view_over(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One view of tensors that lie behind one another in one storage; None where they do not."""
     first = tensors[0].detach()
     end = first.storage_offset()
     for tensor in tensors:
         same_storage = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         if not (same_storage and tensor.is_contiguous() and tensor.storage_offset() == end):
-            return torch.cat([t.detach() for t in tensors])
+            return None
         end += tensor.numel()
     return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
 
@@ -79,16 +85,26 @@ def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> l
     return _accumulate(parameters, lambda out: out.add_(dy.sum(0, dtype=out.dtype)), lambda: dy.sum(0))
 
 
-def _accumulate(parameters: Sequence[nn.Parameter], add: Any, compute: Any) -> list[torch.Tensor | None]:
-    """Run `add` on the joined main_grad where there is one; else return `compute()` cut into the parameters' rows."""
+def _accumulate(
+    parameters: Sequence[nn.Parameter], add: Callable[[torch.Tensor], object], compute: Callable[[], torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """Add a gradient to the parameters' main_grad where they have one; else return it, cut into their rows.
+
+    `add` does so in one go, for buffers that lie behind one another; `compute` returns the gradient of all rows.
+    """
     if not any(p.requires_grad for p in parameters):
         return [None] * len(parameters)
-    buffers = [getattr(p, "main_grad", None) for p in parameters]
-    present = [b for b in buffers if b is not None]
-    if len(present) == len(parameters):
-        add(joined(present))
+    buffers = [b for b in (getattr(p, "main_grad", None) for p in parameters) if b is not None]
+    view = _view_over(buffers) if len(buffers) == len(parameters) else None
+    if view is not None:
+        add(view)
         return [None] * len(parameters)
-    return list(compute().split([p.shape[0] for p in parameters]))
+    pieces = compute().split([p.shape[0] for p in parameters])
+    if len(buffers) < len(parameters):
+        return list(pieces)
+    for buffer, piece in zip(buffers, pieces, strict=True):
+        buffer.add_(piece)
+    return [None] * len(parameters)
 
 
 # --- linear layers ----------------------------------------------------------------------------------------------------

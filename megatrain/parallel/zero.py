@@ -33,6 +33,8 @@ class FlatParameters:
         """Raises ValueError when there is none, or when they differ in dtype."""
         self.parameters = [p for p in parameters if p.requires_grad]
         self.ctx = ctx
+        if not self.parameters:
+            raise ValueError("there is no trainable parameter")
         dtypes = {p.dtype for p in self.parameters}
         if len(dtypes) != 1:
             raise ValueError(
@@ -74,8 +76,6 @@ def _offsets(parameters: Sequence[Parameter]) -> list[int]:
         start = end if parameter.follows else -(-end // ALIGNMENT) * ALIGNMENT
         offsets.append(start)
         end = start + parameter.numel()
-    if not offsets:
-        raise ValueError("there is no trainable parameter")
     return offsets
 
 

@@ -1,0 +1,78 @@
+"""Blockwise attention agrees with softmax written out, in values and gradients, for any number of heads, groups and blocks."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megatrain.kernels import attention as kernel
+from megatrain.kernels.attention import attention
+
+
+def written_out(q, k, v):
+    """[s, b, a, d], [n, b, g, d] -> [s, b, a d]."""
+    s, n, repeat = q.shape[0], k.shape[0], q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
+    scores = torch.einsum("sbad,nbad->basn", q, k) / q.shape[-1] ** 0.5
+    hidden = torch.ones(s, n, dtype=torch.bool).triu(n - s + 1)
+    return torch.einsum("basn,nbad->sbad", torch.softmax(scores.masked_fill(hidden, -torch.inf), -1), v).flatten(2)
+
+
+def inputs(s, b, a, g, d, dtype=torch.float64, n=None):
+    generator = torch.Generator().manual_seed(s + 10 * a + g)
+    sizes = ((s, a), (n or s, g), (n or s, g))
+    return [
+        torch.randn(length, b, heads, d, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for length, heads in sizes
+    ]
+
+
+@pytest.mark.parametrize("scratch", [1 << 21, 64])
+@pytest.mark.parametrize("block", [128, 4])
+@pytest.mark.parametrize(("s", "b", "a", "g"), [(1, 1, 1, 1), (7, 2, 4, 4), (9, 3, 4, 2), (130, 1, 2, 1), (16, 2, 6, 3)])
+def test_values_and_gradients(monkeypatch, s, b, a, g, block, scratch):
+    monkeypatch.setattr(kernel, "BLOCK", block)
+    monkeypatch.setattr(kernel, "SCRATCH", scratch)
+    q, k, v = inputs(s, b, a, g, 8)
+    ours, theirs = attention(q, k, v, causal=True), written_out(q, k, v)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for mine, reference in zip(
+        torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+        torch.autograd.grad((theirs * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_strided_inputs():
+    fused = torch.randn(10, 2, 3 * 4 * 8, dtype=torch.float64)
+    q, k, v = (x.unflatten(-1, (4, 8)) for x in fused.split(32, dim=-1))
+    torch.testing.assert_close(attention(q, k, v, causal=True), written_out(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("s", "n"), [(1, 6), (3, 6), (6, 6)])
+def test_queries_that_continue_a_cache(s, n, causal):
+    q, k, v = inputs(s, 2, 4, 2, 8, n=n)
+    reference = written_out(q, k, v)
+    if not causal:
+        widened = torch.cat([q.new_zeros(n - s, *q.shape[1:]), q]) if n > s else q
+        k2, v2 = (x.repeat_interleave(2, dim=2) for x in (k, v))
+        scores = torch.einsum("sbad,nbad->basn", widened, k2) / 8**0.5
+        reference = torch.einsum("basn,nbad->sbad", torch.softmax(scores, -1), v2).flatten(2)[n - s :]
+    torch.testing.assert_close(attention(q, k, v, causal=causal), reference, rtol=1e-10, atol=1e-10)
+
+
+def test_bfloat16_is_about_as_exact_as_torchs_own_kernel():
+    q, k, v = inputs(200, 2, 4, 4, 16, torch.bfloat16)
+    exact = written_out(q.double(), k.double(), v.double())
+    theirs = functional.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True)
+    error = (attention(q, k, v, causal=True).double() - exact).square().mean().sqrt()
+    assert error < 3 * (theirs.permute(2, 0, 1, 3).flatten(2).double() - exact).square().mean().sqrt()
+
+
+def test_no_more_scores_at_a_time_than_the_limit(monkeypatch):
+    monkeypatch.setattr(kernel, "SCRATCH", 40_000)
+    queries = torch.empty(12, 1, 300, 8)
+    for part, start, end in kernel._blocks(queries):
+        assert (part.stop - part.start) * (end - start) * end <= 40_000 or part.stop - part.start == 1

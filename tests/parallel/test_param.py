@@ -1,0 +1,81 @@
+"""Specs say which rank holds which slice: every element somewhere, owned once, whatever the layout."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatrain.parallel.mesh import Axis
+from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, initialise
+
+
+def axes(size: int) -> list[Axis]:
+    return [Axis("tp", size, rank, tuple(range(size))) for rank in range(size)]
+
+
+def holders(spec: ParamSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many ranks hold, and how many own, each element."""
+    held, owned = torch.zeros(spec.shape, dtype=torch.int64), torch.zeros(spec.shape, dtype=torch.int64)
+    for axis in axes(size):
+        here = spec.slices(size, axis.rank)
+        held[here] += 1
+        owned[here] += spec.owned(axis)
+    return held, owned
+
+
+@given(rows=st.integers(1, 40), size=st.integers(1, 8))
+def test_a_padded_dim_covers_every_row_once(rows, size):
+    spec = ParamSpec("p", (rows, 3), Split(0, rows, pad=True))
+    held, owned = holders(spec, size)
+    assert (held == 1).all() and (owned == 1).all()
+    assert spec.local_shape(size) == (-(-rows // size), 3)
+
+
+@given(units=st.integers(1, 8), width=st.integers(1, 3), size=st.sampled_from([1, 2, 4, 8]), dim=st.integers(0, 1))
+def test_units_are_dealt_out_or_replicated(units, width, size, dim):
+    shape = [2, 2]
+    shape[dim] = units * width
+    spec = ParamSpec("p", tuple(shape), Split(dim, units))
+    if (size <= units and units % size) or (size > units and size % units):
+        with pytest.raises(ValueError, match=rf"{units} units .* {size} ranks"):
+            spec.slices(size, 0)
+        return
+    held, owned = holders(spec, size)
+    assert (held == spec.copies(size)).all() and (owned == 1).all()
+    assert spec.local_shape(size)[dim] * size == units * width * spec.copies(size)
+
+
+def test_a_whole_parameter_is_owned_by_the_first_rank():
+    held, owned = holders(ParamSpec("p", (5,)), 4)
+    assert (held == 4).all() and (owned == 1).all()
+
+
+@pytest.mark.parametrize("split", [None, Split(0, 10, pad=True), Split(1, 2), Split(1, 4)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_initial_weights_are_slices_of_one_logical_tensor(split, size):
+    spec = ParamSpec("layers.0.some.weight", (10, 8), split, init=Init("normal", 0.5))
+    whole = Parameter(torch.zeros(10, 8), ParamSpec(spec.name, spec.shape, init=spec.init))
+    initialise(whole, Axis("tp"), 7)
+    assert 0.3 < whole.std() < 0.7
+    for axis in axes(size):
+        local = Parameter(torch.full(spec.local_shape(size), 9.0), spec)
+        initialise(local, axis, 7)
+        here = spec.slices(size, axis.rank)
+        inside = tuple(slice(0, s.stop - s.start) for s in here)
+        assert torch.equal(local[inside], whole[here])
+        local.data[inside] = 0
+        assert (local == 0).all(), "padding must be zero"
+
+
+def test_another_name_or_seed_gives_other_weights():
+    def drawn(name, seed):
+        parameter = Parameter(torch.zeros(4, 4), ParamSpec(name, (4, 4)))
+        initialise(parameter, Axis("tp"), seed)
+        return parameter.detach()
+
+    assert not torch.equal(drawn("a", 1), drawn("b", 1)) and not torch.equal(drawn("a", 1), drawn("a", 2))
+
+
+def test_a_parameter_outside_a_run_has_nowhere_to_accumulate():
+    with pytest.raises(ValueError, match=r"a\.b has no main_grad"):
+        _ = Parameter(torch.zeros(1), ParamSpec("a.b", (1,))).accumulated
