@@ -39,10 +39,9 @@ from megatrain.checkpoint.together import (
     ContentError,
     DamagedCheckpointError,
     LayoutError,
-    broadcast_text,
-    gather_texts,
     together,
 )
+from megatrain.parallel.consensus import broadcast_text, gather_texts
 from megatrain.parallel.mesh import ParallelContext
 
 OnDamaged = Callable[[Path, str], None]
@@ -81,7 +80,7 @@ def newest(directory: Path, ctx: ParallelContext | None = None, on_damaged: OnDa
     with together(ctx):
         if ctx.world.rank == 0:
             found = json.dumps([(path.name, reason) for path, _, reason in catalogue(Path(directory))])
-    for name, known in json.loads(broadcast_text(found, ctx.world, ctx.device)):
+    for name, known in json.loads(broadcast_text(found, ctx.world.group, ctx.device)):
         path, reason = Path(directory) / name, known
         if not reason:
             try:
@@ -141,7 +140,7 @@ def load(path: Path, tensors: LocalTensors, ctx: ParallelContext, *, check: bool
         check_parts(tensors, ctx)
         _check_layout(manifest, tensors, ctx)
     for kind in tensors:
-        wanted = gather_texts(json.dumps(list(tensors[kind])), ctx.pp, ctx.device)
+        wanted = gather_texts(json.dumps(list(tensors[kind])), ctx.pp.group, ctx.device)
         with together(ctx):
             _check_names(manifest, kind, {name for text in wanted for name in json.loads(text)})
     with together(ctx):

@@ -51,7 +51,8 @@ from megatrain.checkpoint.manifest import (
     tensor_from_json,
     tensor_to_json,
 )
-from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, gather_texts, together
+from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
+from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import Axis, ParallelContext
 
 _SAVING, _REMOVING, _REPLACED, _LATEST_DRAFT = ".saving_", ".removing_", ".replaced_", ".latest_draft"
@@ -88,7 +89,7 @@ def save(
         with together(ctx):
             if writes:
                 contribution = json.dumps(_write_shards(work, tensors, ctx))
-        contributions = gather_texts(contribution, ctx.mp, ctx.device) if writes else []
+        contributions = gather_texts(contribution, ctx.mp.group, ctx.device) if writes else []
         with together(ctx):
             if leads:
                 _publish(work, final, _manifest(step, contributions, ctx, progress, config_text))

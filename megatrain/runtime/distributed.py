@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ParallelConfig
+from megatrain.parallel.consensus import broadcast_text, lowest
 from megatrain.parallel.transport import Group, TransportError, World
 from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
@@ -242,10 +243,10 @@ class Session:
             raise  # ranks no longer agree on what they call: one more collective would hang
         except Exception as error:
             failure = error
-        culprit = self._lowest(failure is not None)
+        culprit = lowest(failure is not None, self.everyone, self.device)
         if culprit is None:
             return
-        message = self._text(f"{type(failure).__name__}: {failure}", culprit)
+        message = broadcast_text(f"{type(failure).__name__}: {failure}", self.everyone, self.device, culprit)
         if failure is not None:
             raise failure
         raise RemoteError(f"rank {culprit} failed while {what}: {message}")
@@ -263,36 +264,16 @@ class Session:
         self.everyone.all_reduce(extremes, "max")
         if bool((extremes[:4] == -extremes[4:]).all()):
             return
-        first = self._text(value, 0)
-        culprit = self._lowest(value != first)
+        first = broadcast_text(value, self.everyone, self.device)
+        culprit = lowest(value != first, self.everyone, self.device)
         if culprit is None:
             raise RemoteError(f"the {what} differs between ranks, but none differs from rank 0's: the transport corrupts data")
-        raise RemoteError(f"The {what} differs between ranks: {_first_difference(first, self._text(value, culprit), culprit)}")
+        other = broadcast_text(value, self.everyone, self.device, culprit)
+        raise RemoteError(f"The {what} differs between ranks: {_first_difference(first, other, culprit)}")
 
     def close(self) -> None:
         """Leave the world."""
         self.world.close()
-
-    def _lowest(self, mine: bool) -> int | None:
-        """Lowest rank for which `mine` is true, if any."""
-        if self.everyone is None:
-            return 0 if mine else None
-        size = self.everyone.size
-        lowest = torch.tensor([self.rank if mine else size], dtype=torch.int64, device=self.device)
-        self.everyone.all_reduce(lowest, "min")
-        return None if int(lowest) == size else int(lowest)
-
-    def _text(self, text: str, source: int) -> str:
-        """Rank `source`'s text, on every rank."""
-        if self.everyone is None:
-            return text
-        data = text.encode(errors="replace")
-        length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
-        self.everyone.broadcast(length, source)
-        letters = list(data) if source == self.rank else [0] * int(length)
-        buffer = torch.tensor(letters, dtype=torch.uint8, device=self.device)
-        self.everyone.broadcast(buffer, source)
-        return bytes(buffer.tolist()).decode(errors="replace")
 
 
 def _first_difference(first: str, other: str, rank: int) -> str:

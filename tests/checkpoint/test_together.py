@@ -1,8 +1,7 @@
 import pytest
-import torch
 
-from megatrain.checkpoint.together import CheckpointError, ContentError, broadcast_text, gather_texts, together
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.checkpoint.together import CheckpointError, ContentError, together
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import simulate
 
 
@@ -36,13 +35,3 @@ def test_one_process_keeps_the_cause():
     with pytest.raises(CheckpointError, match=r"^KeyError: 'x'$") as caught_here, together(ParallelContext.single()):
         raise KeyError("x")
     assert isinstance(caught_here.value.__cause__, KeyError)
-
-
-def test_texts_travel_whole():
-    def exchange(ctx):
-        mine = f"place {ctx.mp.rank} " + "ü" * 50 * ctx.mp.rank
-        return gather_texts(mine, ctx.mp, ctx.device), broadcast_text(mine, ctx.mp, ctx.device, 1)
-
-    texts = ["place 0 ", "place 1 " + "ü" * 50]
-    assert simulate(MeshShape(tp=2, dp=2), exchange) == [(texts, texts[1])] * 4
-    assert gather_texts("alone", ParallelContext.single().mp, torch.device("cpu")) == ["alone"]
