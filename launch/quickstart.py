@@ -187,7 +187,12 @@ def files(paths: Sequence[Path]) -> list[Path]:
 def build_corpus(data: Path, text: Sequence[Path] | None) -> None:
     """train.jsonl and valid.jsonl, one document a line."""
     size = sum(file.stat().st_size for file in files(text or ()))
-    stdlib_corpus.build(data, min(0.1, HELD_OUT_BYTES / max(size, 1)) if text else HELD_OUT, text)
+    made = stdlib_corpus.build(data, min(0.1, HELD_OUT_BYTES / max(size, 1)) if text else HELD_OUT, text)
+    source = "your text" if text else "the source of Python's standard library"
+    say(f"{source}: {made.train_documents} documents of {made.train_bytes / 1e6:.1f} MB to train on")
+    say(
+        f"{made.valid_documents} documents of {made.valid_bytes / 1e6:.1f} MB held out, to see what it makes of text it has not read"
+    )
 
 
 # --- training -----------------------------------------------------------------------------------------------------------------
@@ -259,13 +264,8 @@ def plan_steps(options: argparse.Namespace, config: Config, layout: Layout, data
     step(f"measuring the speed for {PROBE_STEPS} steps, to see how many fit into {options.minutes:g} minutes")
     probe = options.dir / f"probe_{name}"
     shutil.rmtree(probe, ignore_errors=True)
-    overrides = [
-        f"train.steps={PROBE_STEPS}",
-        "optim.warmup_steps=1",
-        f"log.dir={probe}",
-        "log.to=[]",
-        "checkpoint.resume=never",
-    ]
+    overrides = [f"train.steps={PROBE_STEPS}", "optim.warmup_steps=1", "checkpoint.resume=never"]
+    overrides += [f"log.dir={probe}", "log.to=[]", f"log.every={PROBE_STEPS // 2}"]
     started = time.monotonic()
     launch(options.config, layout, data, overrides)
     elapsed = time.monotonic() - started

@@ -59,7 +59,8 @@ def call(*words: object, stop: Callable[[], bool] = lambda: False) -> bool:
     Raises Failed when the command fails; an interrupt lets it save and end.
     """
     command = [str(word) for word in words]
-    print("  $ " + shlex.join(command).replace(shlex.quote(sys.executable), "python"), flush=True)
+    shown = shlex.join(command).replace(shlex.quote(sys.executable), "python").replace(f"{Path.cwd()}/", "")
+    print(f"  $ {shown}", flush=True)
     child = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
     stopped = False
     try:
