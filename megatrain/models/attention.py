@@ -1,4 +1,4 @@
-"""Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention ."""
+"""Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ def inputs(s, b, a, g, d, dtype=torch.float64, n=None):
 
 @pytest.mark.parametrize("scratch", [1 << 21, 64])
 @pytest.mark.parametrize("block", [128, 4])
-@pytest.mark.parametrize(("s", "b", "a", "g"), [(1, 1, 1, 1), (7, 2, 4, 4), (9, 3, 4, 2), (130, 1, 2, 1), (16, 2, 6, 3)])
+@pytest.mark.parametrize(
+    ("s", "b", "a", "g"), [(1, 1, 1, 1), (7, 2, 4, 4), (9, 3, 4, 2), (130, 1, 2, 1), (16, 2, 6, 3), (11, 3, 6, 1)]
+)
 def test_values_and_gradients(monkeypatch, s, b, a, g, block, scratch):
     monkeypatch.setattr(kernel, "BLOCK", block)
     monkeypatch.setattr(kernel, "SCRATCH", scratch)
@@ -63,12 +65,60 @@ def test_queries_that_continue_a_cache(s, n, causal):
     torch.testing.assert_close(attention(q, k, v, causal=causal), reference, rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_are_the_derivatives(monkeypatch):
+    monkeypatch.setattr(kernel, "BLOCK", 2)
+    monkeypatch.setattr(kernel, "SCRATCH", 12)
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, causal=True), inputs(5, 2, 4, 2, 3))
+
+
+@pytest.mark.parametrize("pieces", [(7, 1, 1), (1, 4, 4), (3, 6), (9,)])
+def test_pieces_of_a_prompt_are_the_prompt(pieces):
+    q, k, v = (x.detach() for x in inputs(9, 2, 4, 2, 8))
+    ends = [sum(pieces[: i + 1]) for i in range(len(pieces))]
+    parts = [attention(q[end - n : end], k[:end], v[:end], causal=True) for n, end in zip(pieces, ends, strict=True)]
+    torch.testing.assert_close(torch.cat(parts), attention(q, k, v, causal=True), rtol=1e-12, atol=1e-12)
+
+
 def test_bfloat16_is_about_as_exact_as_torchs_own_kernel():
     q, k, v = inputs(200, 2, 4, 4, 16, torch.bfloat16)
-    exact = written_out(q.double(), k.double(), v.double())
-    theirs = functional.scaled_dot_product_attention(*(x.permute(1, 2, 0, 3) for x in (q, k, v)), is_causal=True)
-    error = (attention(q, k, v, causal=True).double() - exact).square().mean().sqrt()
-    assert error < 3 * (theirs.permute(2, 0, 1, 3).flatten(2).double() - exact).square().mean().sqrt()
+    scale = torch.randn(200, 2, 64, generator=torch.Generator().manual_seed(3))
+    exact_inputs = [x.detach().double().requires_grad_() for x in (q, k, v)]
+
+    def fused(q, k, v):
+        heads_first = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+        return functional.scaled_dot_product_attention(*heads_first, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+
+    def results(compute, given):
+        y = compute(*given)
+        return [y, *torch.autograd.grad((y * scale.to(y.dtype)).sum(), given)]
+
+    exact = results(written_out, exact_inputs)
+    ours = results(lambda q, k, v: attention(q, k, v, causal=True), (q, k, v))
+    theirs = results(fused, (q, k, v))
+    for name, mine, other, truth in zip(("y", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
+        error, allowed = ((x.double() - truth).square().mean().sqrt() for x in (mine, other))
+        assert error < 3 * allowed, name
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_never_the_whole_square(monkeypatch, groups):
+    s, limit = 96, 4000
+    monkeypatch.setattr(kernel, "BLOCK", 8)
+    monkeypatch.setattr(kernel, "SCRATCH", limit)
+    sizes, saved, bmm = [], [], torch.bmm
+
+    def product(a, b):
+        y = bmm(a, b)
+        sizes.append(y.numel())
+        return y
+
+    monkeypatch.setattr(torch, "bmm", product)
+    q, k, v = inputs(s, 2, 4, groups, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
+        y = attention(q, k, v, causal=True)
+    y.sum().backward()
+    assert max(sizes) <= limit < s * s
+    assert max(saved) == q.numel(), "the backward keeps inputs and output alone"
 
 
 def test_no_more_scores_at_a_time_than_the_limit(monkeypatch):

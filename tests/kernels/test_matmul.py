@@ -1,19 +1,25 @@
-"""Matrix products agree with float64 torch whichever library serves."""
+"""Matrix products agree with float64 torch to the rounding of their dtype, whichever library serves."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.kernels import matmul as kernel
 from megatrain.kernels.matmul import add_matmul, linear, matmul
 
-SHAPES = [(1, 1, 1), (5, 7, 3), (64, 33, 129), (0, 4, 3), (3, 0, 4), (4, 3, 0)]
+SHAPES = [(1, 1, 1), (5, 7, 3), (1, 513, 2), (64, 33, 129), (0, 4, 3), (3, 0, 4), (4, 3, 0)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+RULE = kernel._prefer_onednn.__wrapped__
 
 
-@pytest.fixture(params=[False, True], ids=["torch", "onednn"], autouse=True)
-def library(request, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["torch", "onednn"])
+def onednn(request, monkeypatch):
     if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
     monkeypatch.setattr(kernel, "_prefer_onednn", lambda: request.param)
+    return request.param
 
 
 def tensors(m, k, n, dtype):
@@ -22,31 +28,117 @@ def tensors(m, k, n, dtype):
     return a.to(dtype), b.to(dtype)
 
 
-def near(got, want, dtype):
-    torch.testing.assert_close(
-        got.double(), want, rtol={torch.bfloat16: 2e-2}.get(dtype, 1e-5), atol=1e-4 if dtype != torch.bfloat16 else 0.1
-    )
+def near(got, want, a, b):
+    """Within what rounding allows: each sum in at least float32, its result once to the dtype of `got`."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    sizes = a.double().abs() @ b.double().abs()
+    results = torch.finfo(a.dtype).eps + torch.finfo(got.dtype).eps
+    bound = torch.finfo(wide).eps * (a.shape[1] + 1) * sizes + results * want.abs()
+    assert got.shape == want.shape
+    assert ((got.double() - want).abs() <= bound).all(), f"{((got.double() - want).abs() / bound).max()} times the bound"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+LAYOUTS = {
+    "dense": lambda x: x,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "columns of a wider matrix": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
-def test_products(m, k, n, dtype):
+def test_products(m, k, n, dtype, layout):
     a, b = tensors(m, k, n, dtype)
     want = a.double() @ b.double()
-    near(matmul(a, b), want, dtype)
-    near(matmul(a.t().contiguous().t(), b.t().contiguous().t()), want, dtype)  # other strides
-    near(linear(a, b.t().contiguous()), want, dtype)
-    bias = torch.arange(n, dtype=dtype)
-    near(linear(a.view(1, m, k), b.t().contiguous(), bias)[0], want + bias.double(), dtype)
+    strided = LAYOUTS[layout]
+    near(matmul(strided(a), b), want, a, b)
+    near(matmul(a, strided(b)), want, a, b)
+    near(matmul(strided(a), strided(b)), want, a, b)
+    near(linear(strided(a), strided(b.t().contiguous())), want, a, b)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("leading", [(6,), (2, 3), (1, 2, 3)])
+def test_linear_over_any_number_of_dims(leading, dtype):
+    a, b = tensors(6, 7, 5, dtype)
+    bias = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64).to(dtype)
+    got = linear(a.view(*leading, 7), b.t().contiguous(), bias)
+    assert got.shape == (*leading, 5) and got.dtype == dtype
+    a_and_one, b_and_bias = torch.cat([a, a.new_ones(6, 1)], 1), torch.cat([b, bias[None]])  # the bias as one more product
+    near(got.view(6, 5), a_and_one.double() @ b_and_bias.double(), a_and_one, b_and_bias)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("out", "dtype"), [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64)], ids=str
+)
+def test_sums_of_products_are_as_wide_as_their_output(out, dtype, layout):
+    a, b = tensors(9, 6, 4, dtype)
+    storage = torch.full((3, 9, 4), 0.5, dtype=out)
+    total = storage[1]
+    for _ in range(2):
+        add_matmul(total, LAYOUTS[layout](a), LAYOUTS[layout](b))
+    near(
+        total,
+        0.5 + 2 * (a.double() @ b.double()),
+        torch.cat([a, a, a.new_full((9, 1), 0.5)], 1),
+        torch.cat([b, b, b[:1] * 0 + 1]),
+    )
+    assert total.dtype == out and (storage[::2] == 0.5).all(), "only the output is written"
+
+
+def test_small_bfloat16_products_are_not_lost_in_a_float32_sum():
+    total = torch.zeros(1, 1)
+    for _ in range(1000):
+        add_matmul(total, torch.ones(1, 1, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16))
+    assert total.item() == 1000  # bfloat16 would stop at 256
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    ("out", "dtype"), [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float64, torch.float64)]
+    ("dtype", "size", "served"), [(torch.float32, 4, True), (torch.float64, 4, False), (torch.float32, 0, False)], ids=str
 )
-def test_sums_of_products_are_as_wide_as_their_output(out, dtype):
-    a, b = tensors(9, 6, 4, dtype)
-    total = torch.ones(9, 4, dtype=out)
-    add_matmul(total, a, b)
-    add_matmul(total, a, b)
-    near(total, 1 + 2 * (a.double() @ b.double()), dtype)
-    assert total.dtype == out
+def test_onednn_serves_float32_alone(onednn, dtype, size, served):
+    x = torch.ones(size, 3, dtype=dtype)
+    for call in (lambda: linear(x, x), lambda: matmul(x.t(), x), lambda: add_matmul(torch.zeros(3, 3, dtype=dtype), x.t(), x)):
+        with Operators() as ran:
+            call()
+        assert ("mkldnn::_linear_pointwise" in ran.names) == (onednn and served)
+
+
+@pytest.mark.parametrize(
+    ("available", "capability", "cpu", "prefer"),
+    [
+        (True, "AVX512", "vendor_id : AuthenticAMD", True),
+        (True, "AVX512", "vendor_id : GenuineIntel", False),
+        (True, "AVX2", "vendor_id : AuthenticAMD", False),
+        (False, "AVX512", "vendor_id : AuthenticAMD", False),
+        (True, "AVX512", None, False),
+    ],
+)
+def test_the_choice_is_a_rule(monkeypatch, available, capability, cpu, prefer):
+    def read(path):
+        if cpu is None:
+            raise FileNotFoundError(path)
+        return cpu
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert RULE() is prefer
