@@ -45,7 +45,7 @@ PROBE_STEPS = 16
 """Steps of the run that measures the speed; the first half warms up."""
 SLACK = 1.1
 """How much slower than in its best step the machine is expected to be."""
-TOLERANCE = 0.1
+TOLERANCE = 0.15
 """Share of the minutes that training may end early or late, as far as can be told halfway, before the plan is changed."""
 EVALUATIONS = 4
 MAX_EPOCHS = 8

@@ -137,7 +137,7 @@ def test_steps_fit_the_minutes(
     ("step_seconds", "done", "steps"),
     [
         (2.0, 100, None),  # 100 seconds of 250 left: too early to tell
-        (1.1, 120, None),  # less than a tenth late
+        (1.1, 120, None),  # a tenth late
         (2.0, 63, 125),  # twice as slow
         (0.5, 251, 500),  # twice as fast
         (0.1, 1251, 2000),  # as long as is good for it
