@@ -79,3 +79,51 @@ def test_another_name_or_seed_gives_other_weights():
 def test_a_parameter_outside_a_run_has_nowhere_to_accumulate():
     with pytest.raises(ValueError, match=r"a\.b has no main_grad"):
         _ = Parameter(torch.zeros(1), ParamSpec("a.b", (1,))).accumulated
+
+
+@given(units=st.integers(1, 12), width=st.integers(1, 4), size=st.integers(1, 12))
+def test_neighbours_hold_neighbouring_slices(units, width, size):
+    split = Split(0, units)
+    parts = size // split.copies(size)
+    if units % parts or size % parts:
+        return
+    slices = [split.slice(units * width, size, rank) for rank in range(size)]
+    assert slices == sorted(slices) and slices[0][0] == 0 and slices[-1][1] == units * width
+    for rank, (start, end) in enumerate(slices):
+        assert end - start == split.local(units * width, size) and start % width == 0, "units are never cut"
+        assert slices.index((start, end)) == rank - rank % split.copies(size), "copies are neighbours"
+
+
+def test_a_dim_that_is_no_multiple_of_its_units_is_refused():
+    with pytest.raises(ValueError, match="3 units of a dim of 10 cannot be dealt out over 1 ranks of axis tp"):
+        Split(0, 3).slice(10, 1, 0)
+
+
+def test_more_ranks_than_rows_leaves_the_last_with_padding_alone():
+    spec = ParamSpec("vocab", (3, 2), Split(0, 3, pad=True), init=Init("normal", 1.0))
+    assert [spec.slices(4, rank)[0] for rank in range(4)] == [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 3)]
+    empty = Parameter(torch.ones(spec.local_shape(4)), spec)
+    initialise(empty, axes(4)[3], 1)
+    assert empty.shape == (1, 2) and (empty == 0).all()
+
+
+def test_narrow_weights_are_rounded_wide_ones():
+    def drawn(dtype):
+        parameter = Parameter(torch.zeros(64, 8, dtype=dtype), ParamSpec("p", (64, 8)))
+        initialise(parameter, Axis("tp"), 1)
+        return parameter.detach()
+
+    assert torch.equal(drawn(torch.float32).bfloat16(), drawn(torch.bfloat16))
+    assert torch.equal(drawn(torch.float32).double(), drawn(torch.float64))
+
+
+def test_constants_fill_the_slice_and_not_the_padding():
+    spec = ParamSpec("bias", (5,), Split(0, 5, pad=True), init=Init("constant", 2.0))
+    last = Parameter(torch.full((3,), 9.0), spec)
+    initialise(last, axes(2)[1], 1)
+    assert last.tolist() == [2, 2, 0] and spec.numel == 5
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_frozen_parameter_needs_no_gradient(trainable):
+    assert Parameter(torch.zeros(2), ParamSpec("p", (2,), trainable=trainable)).requires_grad is trainable
