@@ -68,7 +68,8 @@ class Layout:
 def main() -> int:
     """Run the steps that are not done yet; the exit code."""
     options = parse()
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
     started = time.monotonic()
     try:
         config = load(options.config).config

@@ -61,7 +61,8 @@ def call(*words: object, stop: Callable[[], bool] = lambda: False) -> bool:
     command = [str(word) for word in words]
     shown = shlex.join(command).replace(shlex.quote(sys.executable), "python").replace(f"{Path.cwd()}/", "")
     print(f"  $ {shown}", flush=True)
-    child = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable})
+    # In a session of its own, so that Ctrl-C reaches this process alone, which then has the child save before it ends.
+    child = subprocess.Popen(command, env={**os.environ, "PYTHON": sys.executable}, start_new_session=True)
     stopped = False
     try:
         while (code := wait(child, CHECK_SECONDS)) is None:
@@ -69,6 +70,7 @@ def call(*words: object, stop: Callable[[], bool] = lambda: False) -> bool:
                 child.send_signal(signal.SIGTERM)  # local.sh passes it on; training saves and ends
                 stopped = True
     except KeyboardInterrupt:
+        print("\nstopping ...", file=sys.stderr, flush=True)
         child.send_signal(signal.SIGTERM)
         child.wait()
         raise
@@ -90,7 +92,7 @@ def wait(child: subprocess.Popen[bytes], seconds: float) -> int | None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM is taken as Ctrl-C is."""
+    """SIGTERM and SIGHUP (the terminal was closed) are taken as Ctrl-C is."""
     raise KeyboardInterrupt
 
 

@@ -3,7 +3,11 @@
 import argparse
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -169,6 +173,27 @@ def test_a_command_that_is_told_to_stop_saves_and_ends(
     assert quickstart.call(sys.executable, "-c", "", stop=lambda: False) is True
     with pytest.raises(KeyboardInterrupt):  # told to stop by somebody else
         quickstart.call(sys.executable, "-c", "raise SystemExit(75)")
+
+
+def test_ctrl_c_has_the_command_save_before_it_ends(tmp_path: Path) -> None:
+    script = tmp_path / "saves.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n    time.sleep(0.3)\n    pathlib.Path('saved').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\npathlib.Path('ready').touch()\ntime.sleep(60)"
+    )
+    caller = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'launch')!r}); import running; running.call(sys.executable, 'saves.py')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", caller], cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE
+    ) as process:
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        process.communicate(timeout=30)
+    assert process.returncode not in (0, 75)
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--text", "/no/such/file"], ["--minuts", "4"]])
