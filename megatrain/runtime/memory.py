@@ -16,13 +16,15 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Numbers of mallopt's settings, from glibc's malloc.h."""
-LARGEST_INT = 2**31 - 1
+NEVER = -1
+"""As a trim threshold: the largest size there is. INT_MAX, two GiB, would give the reserved heap straight back."""
 TOP_PAD_BYTES = 256 * 2**20
 MADV_HUGEPAGE = 14
 RESERVED_SHARE = 0.5
@@ -53,7 +55,7 @@ def tune_allocator(env: Mapping[str, str] = os.environ) -> str:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return "the C library's allocator"
-    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, LARGEST_INT), (M_TOP_PAD, TOP_PAD_BYTES))
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_TOP_PAD, TOP_PAD_BYTES))
     if not all(libc.mallopt(setting, value) for setting, value in settings):
         return "glibc malloc, which refuses to keep freed memory"
     return "glibc malloc that keeps freed memory" + (" on huge pages" if _reserve_huge_heap(libc) else "")
@@ -97,13 +99,16 @@ def _reserve_huge_heap(libc: ctypes.CDLL) -> bool:
     """Let the heap grow once, without touching it, and mark it for huge pages; whether that worked."""
     if "[never]" in _read(Path("/sys/kernel/mm/transparent_hugepage/enabled"), "[never]"):
         return False
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if limited or _read(Path("/proc/sys/vm/overcommit_memory"), "2").strip() == "2":
+        return False  # and not tried: after a refusal glibc takes this thread's memory from elsewhere
     size = int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * RESERVED_SHARE)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block = libc.malloc(size)
     if block is None:
-        return False  # address space is limited (ulimit -v, strict overcommit): grow as needed
+        return False
     libc.free(block)
     heaps = [line.split()[0].split("-") for line in _read(Path("/proc/self/maps")).splitlines() if line.endswith("[heap]")]
     edges = [(int(start, 16), int(end, 16)) for start, end in heaps]

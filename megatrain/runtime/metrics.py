@@ -16,6 +16,7 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -75,6 +76,10 @@ class EvaluationRow:
     eval_seconds: float
 
 
+IN_FLIGHT_SECONDS = 0.05
+"""Long enough for the write of one line, of microseconds, to have gone on."""
+
+
 class JsonLines:
     """A file of JSON objects, one a line, to which several processes may append."""
 
@@ -82,8 +87,7 @@ class JsonLines:
         """Open or create `path`; a half-written last line (a crash of the machine) is closed, not glued to. Raises OSError."""
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        size = os.fstat(self._file).st_size
-        self._broken = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+        self._broken = self._ends_within_a_line()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line in one call, so that lines of other processes cannot come between. Raises OSError."""
@@ -98,6 +102,16 @@ class JsonLines:
     def close(self) -> None:
         """Close the file; it must not be used afterwards."""
         os.close(self._file)
+
+    def _ends_within_a_line(self) -> bool:
+        """Whether what is there was cut short. Another's line may be on its way, page by page: only what stays so counts."""
+        size = -1
+        while (now := os.fstat(self._file).st_size) != size:
+            size = now
+            if size == 0 or os.pread(self._file, 1, size - 1) == b"\n":
+                return False
+            time.sleep(IN_FLIGHT_SECONDS)
+        return True
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:

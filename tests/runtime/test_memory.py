@@ -18,7 +18,7 @@ TUNE
 torch.set_num_threads(1)
 def step():
     return sum(float(torch.ones(12 * 2**20)[0]) for _ in range(3))   # 48 MiB each
-step(); step()
+for _ in range(6): step()   # until each has found its place
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step(); step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -59,10 +59,29 @@ def test_users_choice_is_left_alone(key):
     assert describe(**{key: "glibc.malloc.top_pad=65536" if key == "GLIBC_TUNABLES" else "65536"}) == f"malloc as set by {key}"
 
 
+def test_whole_heap_is_reserved_for_huge_pages_and_stays_so():
+    """Freeing what was reserved must not give it back: a run that needs gigabytes gets all of them in huge pages."""
+    code = """
+import os
+from megatrain.runtime.memory import tune_allocator
+said = tune_allocator()
+heaps = [text.splitlines() for text in open("/proc/self/smaps").read().split("[heap]")[1:]]
+fields = [dict(line.split(":", 1) for line in heap[:30] if ":" in line) for heap in heaps]
+size, flags = max((1024 * int(field["Size"].split()[0]), field["VmFlags"]) for field in fields)
+print(said.endswith("on huge pages"), size / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), flags)
+"""
+    marked, share, flags = run(code).split(maxsplit=2)
+    if marked == "False":
+        pytest.skip("this machine has no huge pages, or no address space to spare")
+    assert float(share) > 0.4
+    assert "hg" in flags.split()
+
+
 def test_little_address_space_is_no_error():
-    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))\n"
-    code += "from megatrain.runtime.memory import tune_allocator; print(tune_allocator())"
-    assert run(code).startswith("glibc malloc that keeps freed memory")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
+    said = run(limit + "from megatrain.runtime.memory import tune_allocator; print(tune_allocator())")
+    assert said == "glibc malloc that keeps freed memory"
+    assert int(run(limit + FAULTS.replace("TUNE", "tune_allocator()"))) < 73_728 / 4
 
 
 def test_preloaded_allocators_are_recognised():
