@@ -378,22 +378,24 @@ class _CrossEntropy(torch.autograd.Function):
         local = torch.where(here, local, 0)
         top, total, target = _exponentials(rows, local, here)
         highest = all_reduce(top.clone(), tp, "max")
-        sums = torch.stack([total * torch.exp(top - highest), target])
-        total, target = all_reduce(sums, tp)
-        log_sum = highest + torch.log(total)
-        ctx.save_for_backward(rows, local, here, torch.exp(top - log_sum))
+        share = torch.exp(top - highest)
+        total, target = all_reduce(torch.stack([total * share, target]), tp)
+        loss = torch.log(total) + (highest - target)  # in this order: a large logit would swallow the logarithm
+        ctx.save_for_backward(rows, local, here, share / total, loss)
         ctx.shape = logits.shape
         correct = target >= highest
         ctx.mark_non_differentiable(correct)
-        return (log_sum - target).view(labels.shape), correct.view(labels.shape)
+        return loss.view(labels.shape), correct.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, _dcorrect: torch.Tensor) -> Any:
-        rows, local, here, to_probability = ctx.saved_tensors
+        rows, local, here, to_probability, loss = ctx.saved_tensors
         scale = dloss.flatten().to(to_probability.dtype)
         if rows.shape[1]:
             rows.mul_((to_probability * scale)[:, None].to(rows.dtype))
-            rows.scatter_add_(1, local[:, None], (-scale * here)[:, None].to(rows.dtype))
+            # p - 1 of the label from the loss: of a rounded p near 1 little would be left.
+            label = (torch.expm1(-loss) * scale).to(rows.dtype)[:, None]
+            rows.scatter_(1, local[:, None], torch.where(here[:, None], label, rows.gather(1, local[:, None])))
         return rows.view(ctx.shape), None, None, None
 
 
