@@ -1,19 +1,27 @@
-"""Blocks between ranks of one machine through shared memory; gloo then carries a single byte that says "it is there".
+"""Blocks between ranks of one machine through shared memory, in place of gloo's messages.
 
 Problem: gloo moves tensors between two processes of one machine over a loopback socket, at 1 to 2 GB/s and with both cores
-busy. One copy into memory that the other process sees costs a quarter of that. Each rank of a group owns one file in /dev/shm:
+busy; a thread of its own must wake to receive, and then wake the one that waits. One copy into memory that the other process
+sees costs a quarter of that. Each rank of a group owns one file in /dev/shm:
 
-    rank 0's file    [ read marks | slot 0 | slot 1 | slot 2 | slot 3 ]     exchange number n uses slot n mod 4
-    rank 1's file    [ read marks | slot 0 | slot 1 | slot 2 | slot 3 ]
+    rank 0's file    [ semaphores | slot 0 | slot 1 | slot 2 | slot 3 ]     exchange number n uses slot n mod 4
+    rank 1's file    [ semaphores | slot 0 | slot 1 | slot 2 | slot 3 ]
 
-An exchange: copy my blocks into my slot; send a byte to each other rank; when its byte has come, read its slot in place (a
-reduction adds straight from there) and set my read mark of that slot. Before a slot is used again, the exchange that used it is
-completed here, and the others' read marks say that they have done with it. The files are unlinked as soon as all have mapped them, so
-a crash leaves nothing behind; their size is allocated beforehand, so that a full /dev/shm is noticed here and not by a signal.
+An exchange: copy my blocks into my slot and `publish`; `receive` until every other rank has published, read its slot in place (a
+reduction adds straight from there) and `end`. Before a slot is used again, the exchange that used it is completed here, and the
+others have ended it. So there are two semaphores for each slot and reader: "it is there", posted by the owner, and "I have read
+it", posted by the reader (POSIX semaphores, which order memory on every processor).
+
+Who waits looks again and again for a moment, since sleep and wake cost more than most waits, then sleeps. Every owner holds a
+lock on its file, which the system releases when the process ends: so a waiting rank notices within a tenth of a second. The
+files are unlinked as soon as all have mapped them, so that a crash leaves nothing behind; their size is allocated beforehand, so
+that a full /dev/shm is noticed here and not by a signal.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import mmap
 import os
 import time
@@ -26,7 +34,13 @@ SLOTS = 4
 SLOT_BYTES = 8 << 20
 SMALLEST_BLOCK = 1 << 15
 """Bytes; smaller blocks travel faster in gloo's own message."""
-_HEADER = 4096
+SPIN_SECONDS = 3e-4
+"""How long to look before sleeping: about what one sleep and wake cost on a virtual machine."""
+NAP_SECONDS = 0.1
+"""How long to sleep before looking whether the other process is still there."""
+_PUBLISHED, _READ = 0, 1
+_SEMAPHORE_BYTES = 64
+"""Room for one sem_t (32 bytes in glibc), a cache line of its own."""
 _FOLDER = Path("/dev/shm")
 
 
@@ -39,10 +53,13 @@ class SharedSlots:
     """The mapped files of a group's ranks, seen from one of them."""
 
     def __init__(self, place: int, size: int, files: list[Path], timeout_seconds: float) -> None:
-        """Map every rank's file. Raises OSError."""
+        """Map every rank's file, and hold the lock on this rank's own. Raises OSError."""
         self.place, self.size, self._timeout = place, size, timeout_seconds
-        self._memory = [torch.frombuffer(_map(file), dtype=torch.uint8) for file in files]
-        self._marks = [memory[: SLOTS * 8].view(torch.int64) for memory in self._memory]
+        self._libc = _semaphores()
+        self._files = [os.open(file, os.O_RDWR | os.O_CLOEXEC) for file in files]
+        fcntl.flock(self._files[place], fcntl.LOCK_EX)
+        maps = [mmap.mmap(file, _header_bytes(size) + SLOTS * SLOT_BYTES) for file in self._files]
+        self._memory = [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps]
         self._exchanges = 0
         self._unfinished: dict[int, Callable[[], None]] = {}
 
@@ -52,12 +69,18 @@ class SharedSlots:
         return _FOLDER / f"{name}-{place}"
 
     @staticmethod
-    def create(name: str, place: int) -> Path:
-        """Make this rank's file, filled with room. Raises OSError where there is none."""
+    def create(name: str, place: int, size: int) -> Path:
+        """Make this rank's file, filled with room, its semaphores at zero. Raises OSError where there is no room."""
         path = SharedSlots.path(name, place)
+        length = _header_bytes(size) + SLOTS * SLOT_BYTES
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, _HEADER + SLOTS * SLOT_BYTES)
+            os.posix_fallocate(descriptor, 0, length)
+            header = torch.frombuffer(mmap.mmap(descriptor, length), dtype=torch.uint8)
+            libc = _semaphores()
+            for start in range(0, _header_bytes(size), _SEMAPHORE_BYTES):
+                if libc.sem_init(header.data_ptr() + start, 1, 0) != 0:
+                    raise OSError(ctypes.get_errno(), "no semaphore in shared memory")
         except OSError:
             path.unlink()
             raise
@@ -68,42 +91,96 @@ class SharedSlots:
     def begin(self, finish: Callable[[], None]) -> int:
         """Number of a new exchange, whose slot is free to be written; `finish` completes it, if that is left till then.
 
-        Raises TimeoutError if another rank never reads what lay in the slot.
+        Raises TimeoutError if another rank never reads what lay in the slot, ConnectionError if that rank has ended.
         """
         number = self._exchanges
         self._exchanges += 1
         earlier = self._unfinished.get(number - SLOTS)
         if earlier is not None:
             earlier()
-        self._await_readers(number)
+        if number >= SLOTS:
+            for place in self._others():
+                self._await(self.place, _READ, place, number, f"has not read exchange {number - SLOTS}")
         self._unfinished[number] = finish
         return number
 
     def slot(self, place: int, number: int, index: int, like: torch.Tensor) -> torch.Tensor:
         """View of block `index`, of the shape and dtype of `like`, in the slot of exchange `number` in the file of `place`."""
         size = like.numel() * like.element_size()
-        start = _HEADER + (number % SLOTS) * SLOT_BYTES + index * size
+        start = _header_bytes(self.size) + (number % SLOTS) * SLOT_BYTES + index * size
         return self._memory[place][start : start + size].view(like.dtype).view(like.shape)
+
+    def publish(self, number: int) -> None:
+        """Say that this rank's blocks of exchange `number` lie in its slot."""
+        for place in self._others():
+            self._libc.sem_post(self._semaphore(self.place, _PUBLISHED, place, number))
+
+    def receive(self, number: int) -> None:
+        """Wait until every other rank's blocks of exchange `number` lie in its slot, once. Raises as `begin` does."""
+        for place in self._others():
+            self._await(place, _PUBLISHED, self.place, number, f"has not come to exchange {number}")
 
     def end(self, number: int) -> None:
         """Say that this rank has read all it wants of exchange `number`."""
         self._unfinished.pop(number, None)
-        self._marks[self.place][number % SLOTS] = number + 1
+        for place in self._others():
+            self._libc.sem_post(self._semaphore(place, _READ, self.place, number))
 
-    def _await_readers(self, number: int) -> None:
-        """Until every other rank has read the exchange that used this slot before."""
-        wanted, slot = number - SLOTS + 1, number % SLOTS
-        deadline = time.monotonic() + self._timeout
-        for place in range(self.size):
-            while place != self.place and wanted > 0 and int(self._marks[place][slot]) < wanted:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"place {place} of the group has not read exchange {number - SLOTS}")
-                time.sleep(2e-5)
+    def close(self) -> None:
+        """Let go of the files; other ranks that wait for this one are told."""
+        for file in self._files:
+            fcntl.flock(file, fcntl.LOCK_UN)  # the mapping holds a copy of the descriptor, and with it the lock
+            os.close(file)
+        self._files.clear()
+
+    def _others(self) -> list[int]:
+        return [place for place in range(self.size) if place != self.place]
+
+    def _semaphore(self, owner: int, kind: int, reader: int, number: int) -> int:
+        """Address of the semaphore in the file of `owner` for `reader` and the slot of exchange `number`."""
+        index = (kind * SLOTS + number % SLOTS) * self.size + reader
+        return self._memory[owner].data_ptr() + index * _SEMAPHORE_BYTES
+
+    def _await(self, owner: int, kind: int, reader: int, number: int, problem: str) -> None:
+        """Take one from a semaphore. Raises TimeoutError or, if the other rank has ended, ConnectionError."""
+        semaphore, other = self._semaphore(owner, kind, reader, number), reader if owner == self.place else owner
+        start = time.monotonic()
+        while time.monotonic() < start + SPIN_SECONDS:
+            if self._libc.sem_trywait(semaphore) == 0:
+                return
+        while not self._nap(semaphore):
+            if self._has_ended(other) and not self._nap(semaphore):  # it may have posted just before
+                raise ConnectionError(f"place {other} of the group has ended, and {problem}")
+            if time.monotonic() > start + self._timeout:
+                raise TimeoutError(f"place {other} of the group {problem}")
+
+    def _nap(self, semaphore: int) -> bool:
+        """Sleep until the semaphore could be taken, or for a moment; whether it was."""
+        fraction, seconds = divmod(time.time() + NAP_SECONDS, 1)[::-1]
+        until = (ctypes.c_long * 2)(int(seconds), int(fraction * 1e9))
+        return bool(self._libc.sem_timedwait(semaphore, until) == 0)
+
+    def _has_ended(self, place: int) -> bool:
+        """Whether nobody holds the lock of that rank's file any more."""
+        try:
+            fcntl.flock(self._files[place], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
-def _map(file: Path) -> mmap.mmap:
-    descriptor = os.open(file, os.O_RDWR)
-    try:
-        return mmap.mmap(descriptor, _HEADER + SLOTS * SLOT_BYTES)
-    finally:
-        os.close(descriptor)
+def _header_bytes(size: int) -> int:
+    """Of the semaphores of one file in a group of `size`, in whole pages."""
+    return -(-2 * SLOTS * size * _SEMAPHORE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _semaphores() -> ctypes.CDLL:
+    """The C library's semaphores, called without the interpreter's lock. Raises OSError where it has none with a time limit."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "sem_timedwait"):
+        raise OSError("the C library has no sem_timedwait")
+    for name in ("sem_post", "sem_trywait"):
+        getattr(libc, name).argtypes = [ctypes.c_void_p]
+    libc.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    libc.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
+    return libc

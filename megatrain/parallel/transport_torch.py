@@ -66,14 +66,14 @@ class _TorchHandle(Handle):
     def wait(self) -> None:
         """Block until the outputs are there. Raises TransportError."""
         works, self._works = self._works, []
+        todo, self._finish = self._finish, []
         try:
             for work in works:
                 work.wait()
-        except RuntimeError as error:
+            for finish in todo:
+                finish()
+        except (RuntimeError, OSError) as error:
             raise self.failed(error) from error
-        todo, self._finish = self._finish, []
-        for finish in todo:
-            finish()
         self._tensors = ()
 
     def failed(self, error: Exception) -> TransportError:
@@ -206,6 +206,9 @@ class TorchGroup(Group):
 
     def close(self) -> None:
         """Release the connections."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
         if self.process_group is not None:
             dist.destroy_process_group(self.process_group)
             self.process_group = None
@@ -236,9 +239,10 @@ class TorchGroup(Group):
             return False
         number = self._claim(shared, handle)
         shared.slot(self.rank, number, 0, part).copy_(part.detach())
-        self._signal(handle)
+        shared.publish(number)
 
         def read() -> None:
+            shared.receive(number)
             for place in self._others():
                 blocks[place].copy_(shared.slot(place, number, 0, part))
             shared.end(number)
@@ -254,9 +258,10 @@ class TorchGroup(Group):
         number = self._claim(shared, handle)
         for place in self._others():
             shared.slot(self.rank, number, place - (place > self.rank), output).copy_(parts[place])
-        self._signal(handle)
+        shared.publish(number)
 
         def read() -> None:
+            shared.receive(number)
             index = {place: self.rank - (self.rank > place) for place in self._others()}
             parts.update({place: shared.slot(place, number, i, output) for place, i in index.items()})
             _reduce_in_order(output, [parts[place] for place in range(self.size)], op)
@@ -266,16 +271,11 @@ class TorchGroup(Group):
         return True
 
     def _claim(self, shared: SharedSlots, handle: _TorchHandle) -> int:
-        """A slot for the exchange of `handle`. Raises TransportError where another rank never lets go of it."""
+        """A slot for the exchange of `handle`. Raises TransportError where another rank never lets go of it, or has ended."""
         try:
             return shared.begin(handle.wait)
-        except TimeoutError as error:
+        except OSError as error:
             raise handle.failed(error) from error
-
-    def _signal(self, handle: _TorchHandle) -> None:
-        """Swap a byte with every other place."""
-        token = torch.zeros(1, dtype=torch.uint8)
-        self._swap(handle, {place: torch.empty_like(token) for place in self._others()}, dict.fromkeys(self._others(), token))
 
     def _shared_for(self, blocks: int, block: torch.Tensor) -> SharedSlots | None:
         """The shared memory for an exchange of so many blocks, set up when first needed; None where there is none, or it is no use."""
@@ -294,7 +294,7 @@ class TorchGroup(Group):
         mine: Path | None = None
         shared: SharedSlots | None = None
         with suppress(OSError):
-            mine = SharedSlots.create(name, self.rank)
+            mine = SharedSlots.create(name, self.rank, self.size)
         try:
             if self._all_agree(mine is not None):
                 files = [SharedSlots.path(name, place) for place in range(self.size)]

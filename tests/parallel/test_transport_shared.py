@@ -1,5 +1,6 @@
 """Exchanges through shared memory: what messages give, nothing left behind, and messages where there is no such memory."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def exchange(ctx: ParallelContext, dtype: torch.dtype, hinder: bool) -> bool:
     return group._shared is not None
 
 
-def refuse(name: str, place: int) -> Path:
+def refuse(name: str, place: int, size: int) -> Path:
     raise OSError(28, "No space left on device")
 
 
@@ -61,11 +62,60 @@ def test_what_fits():
     assert not fits(1, SMALLEST_BLOCK - 1) and not fits(2, SLOT_BYTES // 2 + 1)
 
 
-def test_a_rank_that_never_reads_is_waited_for_no_longer_than_the_limit(monkeypatch, tmp_path):
+@pytest.fixture
+def pair(monkeypatch, tmp_path):
+    """Two ranks' sides of a group, in this process."""
     monkeypatch.setattr(transport_shared, "_FOLDER", tmp_path)
-    files = [SharedSlots.create("group", place) for place in range(2)]
-    slots = SharedSlots(0, 2, files, timeout_seconds=0.2)
+    files = [SharedSlots.create("group", place, 2) for place in range(2)]
+    return [SharedSlots(place, 2, files, timeout_seconds=0.3) for place in range(2)]
+
+
+def nothing() -> None:
+    pass
+
+
+def test_a_rank_that_never_reads_is_waited_for_no_longer_than_the_limit(pair):
     for _ in range(SLOTS):
-        slots.end(slots.begin(lambda: None))
-    with pytest.raises(TimeoutError, match=r"place 1 .* exchange 0"):
-        slots.begin(lambda: None)
+        pair[0].end(pair[0].begin(nothing))
+    with pytest.raises(TimeoutError, match=r"place 1 .* has not read exchange 0"):
+        pair[0].begin(nothing)
+
+
+def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(pair):
+    number = pair[0].begin(nothing)
+    pair[0].publish(number)
+    with pytest.raises(TimeoutError, match=r"place 1 .* has not come to exchange 0"):
+        pair[0].receive(number)
+
+
+def test_a_rank_that_has_ended_is_noticed_at_once_but_what_it_published_is_read(pair):
+    pair[0]._timeout = 60
+    for side in pair:
+        side.publish(side.begin(nothing))
+    pair[1].close()
+    pair[0].receive(0)
+    pair[0].end(0)
+    number = pair[0].begin(nothing)
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"place 1 of the group has ended, and has not come to exchange 1"):
+        pair[0].receive(number)
+    assert time.monotonic() - start < 5
+
+
+def test_exchanges_may_be_received_in_any_order(pair):
+    numbers = [[side.begin(nothing) for _ in range(SLOTS)] for side in pair]
+    for number in numbers[1]:
+        pair[1].slot(1, number, 0, torch.empty(4)).fill_(number)
+        pair[1].publish(number)
+    for number in reversed(numbers[0]):
+        pair[0].receive(number)
+        assert pair[0].slot(1, number, 0, torch.empty(4)).tolist() == [number] * 4
+        pair[0].end(number)
+
+
+def test_where_there_is_no_room_it_is_said_and_nothing_stays_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(transport_shared, "_FOLDER", tmp_path)
+    monkeypatch.setattr(transport_shared.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        SharedSlots.create("group", 0, 2)
+    assert list(tmp_path.iterdir()) == []
