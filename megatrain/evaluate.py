@@ -9,8 +9,7 @@ import torch
 from megatrain.data.loader import evaluation_batches
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.pipeline_parallel import run_schedule
-from megatrain.parallel.schedules import forward_only
-from megatrain.training import SMALLEST_WEIGHT, Run, loss_of, to_micro_batches
+from megatrain.training import SMALLEST_WEIGHT, Run, schedule_of, stage_of, to_micro_batches
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,22 @@ def evaluate(run: Run, global_batches: int = 0) -> Evaluation:
     batches = evaluation_batches(
         run.held_out, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, global_batches
     )
+    stage = stage_of(run)
     sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # loss, tokens right, tokens
-    run.model.eval()
+    for chunk in run.chunks:
+        chunk.eval()
     try:
         for batch in batches:
             micro_batches = to_micro_batches(batch, run.step, ctx.device)
-            executed = run_schedule(forward_only(len(micro_batches)), run.model, loss_of(run), micro_batches, scale=1.0)
+            executed = run_schedule(
+                stage, schedule_of(run.config, len(micro_batches), backward=False), micro_batches, scale=1.0
+            )
             weight = torch.stack([run.objective.weight(m) for m in micro_batches]).sum().double()
-            sums += torch.stack([executed.loss, executed.statistics[0], weight])
+            sums += torch.stack([executed.loss, executed.statistics[0], weight * float(ctx.pp.rank == 0)])
     finally:
-        run.model.train()
-    loss, right, tokens = all_reduce(sums, ctx.dp_cp).tolist()
+        for chunk in run.chunks:
+            chunk.train()
+    # Tensor-parallel ranks hold the same sums; losses come from the last stage, tokens from the first.
+    loss, right, tokens = all_reduce(sums * float(ctx.tp.rank == 0), ctx.world).tolist()
     weight = max(tokens, SMALLEST_WEIGHT)
     return Evaluation(loss / weight, right / weight, round(tokens))

@@ -30,6 +30,7 @@ from megatrain.data.tokenizer import load_tokenizer
 from megatrain.evaluate import evaluate
 from megatrain.models.objective import Objective
 from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.schedules import chunks_problem
 from megatrain.runtime.distributed import Launch, Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
 from megatrain.runtime.guard import Guard
@@ -72,6 +73,9 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
     session.same("config", text)
     validate(config, session.world.size)
+    problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
+    if problem is not None:
+        raise ConfigError(problem)
     _prepare_torch(config)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     with session.together("opening the data"):
@@ -272,7 +276,7 @@ class Watch:
 
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config = job, log, job.config
-        model, vocab_size = self.config.model, job.model.vocab_size
+        model, vocab_size = self.config.model, job.chunks[0].vocab_size
         self.speed = Speed(
             model_flops_per_token(model, vocab_size),
             hardware_flops_per_token(model, vocab_size, self.config.train.recompute),
@@ -288,12 +292,15 @@ class Watch:
     def start(self) -> None:
         """Say what begins, and where it comes from."""
         job, config = self.job, self.config
-        size = parameter_count(config.model, job.model.vocab_size)
+        size = parameter_count(config.model, job.chunks[0].vocab_size)
         ctx = job.ctx
-        sequence = " + sequence parallel" if config.parallel.sequence_parallel else ""
+        parallel = config.parallel
+        sequence = " + sequence parallel" if parallel.sequence_parallel else ""
+        chunks = f" x {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size > 1 else ""
+        layout = f"tp {ctx.tp.size}{sequence}, pp {ctx.pp.size}{chunks} ({parallel.schedule}), dp {ctx.dp.size}"
         self.log.say(self.job.session.describe())
         self.log.say(
-            f"model: {size:,} parameters | layout: tp {ctx.tp.size}{sequence}, dp {ctx.dp.size} | precision {config.train.precision} | "
+            f"model: {size:,} parameters | layout: {layout} | precision {config.train.precision} | "
             f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
         )
         if self.job.resumed_from is not None:

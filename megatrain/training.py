@@ -6,7 +6,8 @@ One path serves every layout: a laptop's single process is a mesh of size 1, gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -14,16 +15,18 @@ import torch
 from megatrain.config.schema import Config
 from megatrain.data.loader import Batch, HeldOut, Loader
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import GPT, build_gpt
+from megatrain.models.gpt import GPT, build_gpt, logical_parameters
 from megatrain.models.objective import NextToken, Objective
+from megatrain.models.split import ranges_of, split_layers
 from megatrain.optim.clip import clip_divisor, local_squared_norm
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.pipeline_parallel import Executed, run_schedule
-from megatrain.parallel.schedules import one_f_one_b
+from megatrain.parallel.pipeline_parallel import Chunk, Executed, Postponed, Stage, run_schedule
+from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.zero import FlatParameters
+from megatrain.runtime.flops import forward_flops, parameter_count
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 """train.precision -> dtype of the parameters and activations."""
@@ -38,7 +41,8 @@ class Run:
 
     config: Config
     ctx: ParallelContext
-    model: GPT
+    chunks: list[GPT]
+    """This rank's virtual stages of the model, in order; one without pipelining."""
     objective: Objective
     flat: FlatParameters
     optimizer: Optimizer
@@ -88,17 +92,48 @@ def assemble(
 ) -> Run:
     """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
     train = config.train
-    model = build_gpt(
+    chunks = build_gpt(
         config.model,
         vocab_size,
         ctx,
+        *layer_pieces(config, vocab_size),
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=DTYPES[train.precision],
         seed=train.seed,
     )
-    flat = FlatParameters(model.logical_parameters(), ctx)
+    check_whole(chunks, config, vocab_size, ctx)
+    flat = FlatParameters(logical_parameters(chunks), ctx)
     optimizer = Optimizer(flat, config.optim)
-    return Run(config, ctx, model, objective or NextToken(), flat, optimizer, loader, held_out)
+    return Run(config, ctx, chunks, objective or NextToken(), flat, optimizer, loader, held_out)
+
+
+def schedule_of(config: Config, micro_batches: int, *, backward: bool = True) -> Schedule:
+    """The pipeline schedule of a config for so many micro-batches."""
+    p = config.parallel
+    return Schedule(p.schedule, p.pipeline_parallel_size, p.virtual_pipeline_size, micro_batches, backward)
+
+
+def layer_pieces(config: Config, vocab_size: int) -> tuple[list[range], list[int]]:
+    """(layers, stage) of each virtual stage: as parallel.layer_split says, or balanced by FLOPs."""
+    schedule = schedule_of(config, 1)
+    homes = [schedule.home(virtual)[0] for virtual in range(schedule.virtual_stages)]
+    block, head = forward_flops(config.model, vocab_size)
+    counts = config.parallel.layer_split or split_layers(homes, config.model.num_layers, block, 0.0, head)
+    return ranges_of(counts), homes
+
+
+def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: ParallelContext) -> None:
+    """All ranks of a model together must have built every layer and every parameter once. Raises ValueError on all of them."""
+    owned = [p for p in logical_parameters(chunks) if p.spec.owned(ctx)]
+    elements = sum(prod(s.stop - s.start for s in p.spec.slices(ctx.tp.size, ctx.tp.rank)) for p in owned)
+    layers = sum(len(chunk.stack.blocks) for chunk in chunks) * (ctx.tp.rank == 0)
+    built = all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.mp).tolist()
+    wanted = [config.model.num_layers, parameter_count(config.model, vocab_size)]
+    if built != wanted:
+        raise ValueError(
+            f"the ranks of a model built {built[0]} layers with {built[1]:,} parameters; model.num_layers={wanted[0]} with "
+            f"this config makes {wanted[1]:,}. A parameter is built twice or nowhere, or runtime/flops.py counts it wrongly."
+        )
 
 
 def train_step(run: Run) -> StepReport:
@@ -106,8 +141,8 @@ def train_step(run: Run) -> StepReport:
     micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run.step, run.ctx.device)
     weight = global_weight(run, micro_batches)
     run.flat.zero_grad()
-    program = one_f_one_b(run.ctx.pp.rank, run.ctx.pp.size, len(micro_batches))
-    executed = run_schedule(program, run.model, loss_of(run), micro_batches, scale=1 / weight)
+    schedule = schedule_of(run.config, len(micro_batches))
+    executed = run_schedule(stage_of(run), schedule, micro_batches, scale=1 / weight)
     run.flat.reduce()
     totals = sum_totals(run, executed, weight)
     divisor = clip_divisor(totals.grad_norm, run.config.optim.clip_grad)
@@ -142,16 +177,35 @@ def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
     return all_reduce(torch.stack(weights).sum().double(), run.ctx.dp_cp).clamp_min(SMALLEST_WEIGHT)
 
 
-def loss_of(run: Run) -> Callable[[torch.Tensor, MicroBatch], tuple[torch.Tensor, torch.Tensor]]:
-    """The end of the last chunk: hidden states and a micro-batch -> (summed loss, statistics [1]: weight predicted right)."""
+def stage_of(run: Run) -> Stage:
+    """This rank's share of the pipeline, as the executor sees it."""
+    ctx, build = run.ctx, run.chunks[0].build
+    head = run.chunks[-1].head
 
-    def final(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        if run.model.head is None:
-            raise ValueError("only the last stage of a pipeline ends in a loss")
-        loss = run.objective(run.model.head, hidden, micro_batch)
-        return loss.total, loss.correct[None]
+    def loss(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(summed loss, statistics [1]: weight predicted right)."""
+        if head is None:
+            raise ValueError("only the last virtual stage of a pipeline ends in a loss")
+        result = run.objective(head, hidden, micro_batch)
+        return result.total, result.correct[None]
 
-    return final
+    def boundary(micro_batch: MicroBatch) -> torch.Tensor:
+        """Room for hidden states [s/t or s, b, h]."""
+        rows, sequences = micro_batch.tokens.shape
+        rows //= ctx.tp.size if build.sequence_parallel else 1
+        return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.dtype, device=ctx.device)
+
+    chunks = [_postponing(chunk) for chunk in run.chunks]
+    return Stage(ctx.pp.rank, chunks, loss, boundary, ctx.sends, ctx.receives, ctx.device)
+
+
+def _postponing(chunk: GPT) -> Chunk:
+    """A chunk of the model that is told through its micro-batch where postponed weight gradients go."""
+
+    def forward(hidden: torch.Tensor | None, micro_batch: MicroBatch, postponed: Postponed | None) -> torch.Tensor:
+        return chunk(hidden, replace(micro_batch, postponed=postponed))
+
+    return forward
 
 
 @dataclass(frozen=True)
@@ -175,7 +229,7 @@ class Totals:
 def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
     """One small all-reduce carries what the ranks must agree on: squared norm, loss, statistics, the wish to stop."""
     ctx = run.ctx
-    counts_loss = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same loss
+    counts_loss = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same loss, and the stages before the last hold 0
     stop = torch.tensor(float(run.stop_requested()), dtype=torch.float64, device=ctx.device)
     message = torch.stack(
         [

@@ -119,7 +119,7 @@ class Manifest:
         size = getattr(self.layout, axis)
         for rank in range(size):
             box = spec.slices(size, rank)
-            if spec.owned(Axis(axis, size, rank)) and box_numel(box):
+            if spec.leads(Axis(axis, size, rank)) and box_numel(box):
                 yield Piece({**dict.fromkeys(PLACE_AXES, 0), "pp": stage, axis: rank}, box)
 
     def to_bytes(self) -> bytes:

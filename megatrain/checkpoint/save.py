@@ -141,6 +141,7 @@ def catalogue(directory: Path) -> list[tuple[Path, Manifest | None, str]]:
 def _write_shards(work: Path, tensors: LocalTensors, ctx: ParallelContext) -> dict[str, Any]:
     """Write this rank's files and return its part of the manifest as JSON: the rows, and from place 0 of tp the tensors."""
     check_parts(tensors, ctx)
+    tensors = {kind: {name: p for name, p in parts.items() if not _is_copy(p, ctx)} for kind, parts in tensors.items()}
     work.mkdir(
         parents=True, exist_ok=True
     )  # not there only where nodes do not share the directory; rank 0 then misses the files
@@ -154,12 +155,17 @@ def _write_shards(work: Path, tensors: LocalTensors, ctx: ParallelContext) -> di
     return {"files": rows, "tensors": _describe(tensors, ctx.pp.rank) if ctx.tp.rank == 0 else []}
 
 
+def _is_copy(part: LocalTensor, ctx: ParallelContext) -> bool:
+    """Whether another stage writes this tied tensor."""
+    return part.spec.tied is not None and getattr(ctx, part.spec.tied).rank > 0
+
+
 def _owned_data(part: LocalTensor, ctx: ParallelContext) -> torch.Tensor | None:
     """The logical elements that this rank writes, contiguous on the CPU, copied only where they must be; None for none."""
     spec, tensor = part
     axis: Axis = ctx.tp if spec.split is None else getattr(ctx, spec.split.axis)
     box = spec.slices(axis.size, axis.rank)
-    if not spec.owned(axis) or not box_numel(box):
+    if not spec.owned(ctx) or not box_numel(box):
         return None
     data = tensor.detach()
     if spec.split is not None:
@@ -201,7 +207,7 @@ def _manifest(step: int, contributions: list[str], ctx: ParallelContext, progres
     stored = [tensor_from_json(row) for part in parts for row in part["tensors"]]
     tensors = {tensor.spec.name: tensor for tensor in stored}
     if len(tensors) != len(stored):
-        raise ValueError("two pipeline stages hold a tensor of the same name; a copy needs a name of its own and `tied`")
+        raise ValueError("two pipeline stages write a tensor of the same name; a copy must say over which axis it is `tied`")
     return Manifest(
         step=step,
         saved_at=time.time(),

@@ -91,6 +91,9 @@ class ParallelConfig:
     pipeline_parallel_size: int = knob(1, "Pipeline stages.")
     virtual_pipeline_size: int = knob(1, "Model chunks per stage.")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = knob("1f1b", "Pipeline schedule.")
+    layer_split: tuple[int, ...] | None = knob(
+        None, "Layers of each virtual stage, in order, such as [5, 6, 6, 5]; null balances them by their FLOPs."
+    )
     context_parallel_size: int = knob(1, "Ranks that share one sequence through all layers.")
     expert_parallel_size: int = knob(1, "Ranks that share the experts.")
     zero_stage: Literal[0, 1, 2, 3] = knob(0, "ZeRO stage: what is sharded over the data-parallel ranks.")

@@ -30,9 +30,6 @@ DEFERRED = (
     Deferred("model.init_from", (None,), "starting from given weights comes in a later release"),
     Deferred("model.norm_placement", ("pre",), "other placements of the norms come in a later release"),
     Deferred("model.position", ("learned", "rope"), "other position encodings come in a later release"),
-    Deferred("parallel.pipeline_parallel_size", (1,), "pipeline parallelism comes in a later release"),
-    Deferred("parallel.virtual_pipeline_size", (1,), "pipeline parallelism comes in a later release"),
-    Deferred("parallel.schedule", ("1f1b",), "with one pipeline stage the schedule is 1f1b; others come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
     Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
     Deferred("parallel.zero_stage", (0,), "optimizer state is not sharded over the data-parallel ranks yet"),
@@ -49,7 +46,10 @@ LATER_WRITERS = ("wandb", "mlflow")
 POSITIVE = (
     *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")),
     *(f"model.{name}" for name in ("seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
-    "parallel.tensor_parallel_size",
+    *(
+        f"parallel.{name}"
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split")
+    ),
     *(f"optim.{name}" for name in ("lr", "eps", "decay_fraction")),
     *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),
     *(f"log.{name}" for name in ("every", "peak_tflops")),
@@ -71,6 +71,7 @@ def validate(config: Config, world_size: int) -> None:
     _require_data(config)
     _require_heads(config.model)
     _require_tensor_split(config.model, config.parallel, world_size)
+    _require_layer_split(config.model, config.parallel)
     _require_world(config, world_size)
     _require_batches(config, world_size)
     _require_learning_rates(config)
@@ -178,6 +179,29 @@ def _require_tensor_split(model: ModelConfig, parallel: ParallelConfig, world_si
     here = [fit for fit in fits if world_size % fit == 0]
     in_world = f" (in a world of size {world_size}: {choices(here)})" if here != fits else ""
     raise ConfigError(f"{problem} cannot be split over parallel.tensor_parallel_size={size}. Use {choices(fits)}{in_world}.")
+
+
+def _require_layer_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Every virtual stage of the pipeline must have a layer, and all layers must lie somewhere."""
+    layers, stages, chunks = model.num_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size
+    pieces = (
+        f"parallel.pipeline_parallel_size={stages} x parallel.virtual_pipeline_size={chunks} = {stages * chunks} virtual stages"
+    )
+    if layers < stages * chunks:
+        fewer = [size for size in range(stages, 0, -1) if size * chunks <= layers][:1]
+        smaller = f", or parallel.pipeline_parallel_size={fewer[0]}" if fewer else ""
+        raise ConfigError(
+            f"model.num_layers={layers} cannot be split over {pieces}: each needs a layer. "
+            f"Use model.num_layers={stages * chunks} or more{smaller}."
+        )
+    given = parallel.layer_split
+    if given is not None and (len(given) != stages * chunks or sum(given) != layers):
+        least, more = divmod(layers, stages * chunks)
+        even = show(tuple(least + (i < more) for i in range(stages * chunks)))
+        raise ConfigError(
+            f"parallel.layer_split={show(given)} has {sum(given)} layers on {len(given)} virtual stages, but there are "
+            f"model.num_layers={layers} and {pieces}. Use for example parallel.layer_split={even}."
+        )
 
 
 def _split_problem(model: ModelConfig, size: int, sequence_parallel: bool) -> str | None:

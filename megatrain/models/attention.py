@@ -56,9 +56,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x))  # each [s, b, heads, d]
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, batch.postponed))  # each [s, b, heads, d]
         if self.rotary is not None:
             q, k = self.rotary(batch, q, k)
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.output(attention(q, k, v, causal=batch.mask.causal))
+        return self.output(attention(q, k, v, causal=batch.mask.causal), batch.postponed)

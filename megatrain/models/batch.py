@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,3 +32,5 @@ class MicroBatch:
     step: int = 0
     """Optimizer step, from 0: what dropout is keyed by."""
     mask: AttentionMask = AttentionMask()
+    postponed: list[Callable[[], None]] | None = None
+    """Where linear layers put weight gradients that wait for their turn (split backward); None: they compute them at once."""

@@ -38,6 +38,7 @@ class Embedding(nn.Module):
             init=build.init,
             dtype=build.dtype,
             device=build.device,
+            tied=build.tied_over,
         )
         learned = build.config.position == "learned"
         self.positions = LearnedPositions("embedding.positions", build) if learned else None
@@ -58,7 +59,7 @@ class Head(nn.Module):
         super().__init__()
         self.build, self.vocab_size = build, vocab_size
         self.norm = Norm("final_norm", build)
-        self.weight = tied if tied is not None else _head_weight(vocab_size, build)
+        self.weight = _head_weight(vocab_size, build) if tied is None else tied
 
     def local_logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
@@ -77,19 +78,34 @@ class Head(nn.Module):
 
 
 def _head_weight(vocab_size: int, build: Build) -> Parameter:
-    width = build.config.hidden_size
-    return vocab_parameter("head.weight", vocab_size, width, build.tp, build.init, build.dtype, build.device)
+    """The head's own matrix, or its copy of the embedding's."""
+    name = "embedding.tokens" if build.config.tied_embeddings else "head.weight"
+    tied = build.tied_over if build.config.tied_embeddings else None
+    return vocab_parameter(
+        name, vocab_size, build.config.hidden_size, build.tp, build.init, build.dtype, build.device, tied=tied
+    )
 
 
 class GPT(nn.Module):
     """The blocks `layers` of a GPT, with the embedding where `first` and the head where `last`."""
 
-    def __init__(self, vocab_size: int, build: Build, layers: Sequence[int], *, first: bool = True, last: bool = True) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        build: Build,
+        layers: Sequence[int],
+        *,
+        first: bool = True,
+        last: bool = True,
+        embedding: Embedding | None = None,
+    ) -> None:
+        """embedding: that of another chunk on this rank, whose matrix a tied head shares."""
         super().__init__()
         self.build, self.vocab_size = build, vocab_size
         self.embedding = Embedding(vocab_size, build) if first else None
         self.stack = Stack(layers, build)
-        tied = self.embedding.tokens.weight if self.embedding is not None and build.config.tied_embeddings else None
+        source = embedding or self.embedding
+        tied = source.tokens.weight if source is not None and build.config.tied_embeddings else None
         self.head = Head(vocab_size, build, tied) if last else None
 
     def forward(self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
@@ -104,11 +120,33 @@ class GPT(nn.Module):
 
 
 def build_gpt(
-    config: ModelConfig, vocab_size: int, ctx: ParallelContext, *, sequence_parallel: bool, dtype: torch.dtype, seed: int
-) -> GPT:
-    """This rank's part of the whole model, its weights drawn from `seed`: the same logical tensors under every layout."""
-    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed)
-    model = GPT(vocab_size, build, range(config.num_layers))
-    for parameter in model.logical_parameters():
+    config: ModelConfig,
+    vocab_size: int,
+    ctx: ParallelContext,
+    pieces: Sequence[Sequence[int]],
+    homes: Sequence[int],
+    *,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> list[GPT]:
+    """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
+
+    pieces: the layers of each virtual stage; homes: the stage where each lies.
+    """
+    apart = config.tied_embeddings and homes[0] != homes[-1]
+    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, "ends" if apart else None)
+    chunks: list[GPT] = []
+    for virtual, layers in enumerate(pieces):
+        if homes[virtual] == ctx.pp.rank:
+            embedding = chunks[0].embedding if chunks else None
+            first, last = virtual == 0, virtual == len(pieces) - 1
+            chunks.append(GPT(vocab_size, build, layers, first=first, last=last, embedding=embedding))
+    for parameter in logical_parameters(chunks):
         initialise(parameter, ctx.tp, seed)
-    return model
+    return chunks
+
+
+def logical_parameters(chunks: Sequence[GPT]) -> list[Parameter]:
+    """Every parameter of a rank's chunks once, in the order of the forward pass."""
+    return list(dict.fromkeys(p for chunk in chunks for p in chunk.logical_parameters()))

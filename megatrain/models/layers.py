@@ -29,6 +29,8 @@ class Build:
     device: torch.device
     seed: int
     """Of dropout."""
+    tied_over: str | None = None
+    """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
 
     @property
     def init(self) -> Init:
@@ -120,10 +122,10 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init, **shared)
         self.activation = config.activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
-        inner = self.inner(x)
+        inner = self.inner(x, batch.postponed)
         if self.activation in _GATES:
             gate, up = inner
-            return self.down(_GATES[self.activation](gate) * up)
-        return self.down(_PLAIN[self.activation](inner[0]))
+            return self.down(_GATES[self.activation](gate) * up, batch.postponed)
+        return self.down(_PLAIN[self.activation](inner[0]), batch.postponed)

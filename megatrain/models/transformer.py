@@ -29,7 +29,7 @@ class Block(nn.Module):
         """[s/t or s, b, h] -> the same shape."""
         y = self.attention(self.attention_norm(x), batch, cache)
         x = x + self.attention_dropout(y, batch)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), batch)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), batch), batch)
 
 
 class Stack(nn.Module):

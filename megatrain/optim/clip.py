@@ -19,7 +19,7 @@ def local_squared_norm(parameters: Sequence[Parameter], ctx: ParallelContext) ->
     present = [p for p in parameters if p.main_grad is not None]
     if not present:
         return torch.zeros((), dtype=torch.float64, device=ctx.device)
-    counts = torch.tensor([float(p.spec.owned(ctx.tp) and ctx.dp_cp.rank == 0) for p in present], dtype=torch.float64)
+    counts = torch.tensor([float(p.spec.owned(ctx) and ctx.dp_cp.rank == 0) for p in present], dtype=torch.float64)
     squares = torch.stack(torch._foreach_norm([p.accumulated for p in present])).double().square()
     return (squares * counts.to(ctx.device, non_blocking=True)).sum()
 

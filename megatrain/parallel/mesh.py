@@ -12,13 +12,16 @@ Four ranks with tp=2, dp=2:                tp ->
                                        v   2  3      tp groups (0,1) (2,3); dp groups (0,2) (1,3)
 
 Everything above `ParallelContext.build` is integer arithmetic, checked without processes for 16,384 ranks. A rank makes only
-the groups it belongs to: seven axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp) or that combine
-others (dp_cp where gradients are averaged, mp where norms are summed, world); those of size 1 cost nothing.
+the groups it belongs to: axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp) or that combine others (dp_cp
+where gradients are averaged, mp where norms are summed, world), `ends` (first and last stage, where tied embeddings lie), and a
+link in each direction to the stages before and behind it on the ring; those of size 1 cost nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,6 +39,15 @@ class Axis:
     ranks: tuple[int, ...] = (0,)
     """World ranks along the axis, in order of place."""
     group: Group | None = None
+
+
+@dataclass(frozen=True)
+class Link:
+    """One direction between two stages, with a group of its own: what is sent here is received in the same order."""
+
+    group: Group
+    other: int
+    """Place of the other rank in the group."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +87,13 @@ class MeshShape:
         at = self.coordinates(rank)
         if axis in ("tp", "cp", "dp", "pp"):
             return tuple(self.rank_at(**{**at, axis: i}) for i in range(getattr(self, axis)))
-        if axis == "mp":
-            return tuple(self.rank_at(i, at["cp"], at["dp"], j) for j in range(self.pp) for i in range(self.tp))
         if axis == "world":
             return tuple(range(self.world))
+        if axis in ("mp", "ends"):
+            ends = {0, self.pp - 1}
+            stages = range(self.pp) if axis == "mp" else sorted(ends if at["pp"] in ends else {at["pp"]})
+            places = range(self.tp) if axis == "mp" else (at["tp"],)
+            return tuple(self.rank_at(i, at["cp"], at["dp"], j) for j in stages for i in places)
         replicas = [self.rank_at(at["tp"], c, d, at["pp"]) for d in range(self.dp) for c in range(self.cp)]
         mine = at["cp"] + self.cp * at["dp"]
         if axis == "dp_cp":
@@ -90,8 +105,15 @@ class MeshShape:
             return tuple(replicas[mine % self.ep :: self.ep])
         raise ValueError(f"unknown axis {axis!r}; axes are {', '.join(AXES)}")
 
+    def links(self, rank: int) -> list[tuple[int, int]]:
+        """(from stage, to stage) of the links that `rank` has, in one order for all: neighbours on the ring, both directions."""
+        stage = self.coordinates(rank)["pp"]
+        rings = (((s, (s + 1) % self.pp), ((s + 1) % self.pp, s)) for s in range(self.pp))
+        pairs = dict.fromkeys(pair for ring in rings for pair in ring if pair[0] != pair[1])
+        return [pair for pair in pairs if stage in pair]
 
-AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "mp", "world")
+
+AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "mp", "ends", "world")
 
 
 @dataclass(frozen=True)
@@ -106,8 +128,13 @@ class ParallelContext:
     edp: Axis
     dp_cp: Axis
     mp: Axis
+    ends: Axis
     world: Axis
     device: torch.device
+    sends: Mapping[int, Link] = field(default_factory=dict)
+    """Stage of the same pipeline -> the link to it; neighbours on the ring alone."""
+    receives: Mapping[int, Link] = field(default_factory=dict)
+    """Stage of the same pipeline -> the link from it."""
 
     @classmethod
     def build(cls, world: World, shape: MeshShape, device: torch.device | str = "cpu") -> ParallelContext:
@@ -116,16 +143,32 @@ class ParallelContext:
             raise ValueError(f"a mesh of {shape.world} ranks ({shape}) cannot be laid over a world of {world.size} ranks")
         if (shape.dp * shape.cp) % shape.ep:
             raise ValueError(f"expert_parallel_size={shape.ep} must divide data x context parallel size {shape.dp * shape.cp}")
-        axes = {}
+        axes: dict[str, Any] = {}
         made: dict[tuple[int, ...], Group] = {}  # axes over the same ranks (dp and dp_cp when cp is 1) share one group
         for name in AXES:
             ranks = shape.ranks_along(name, world.rank)
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = world.group(name, ranks)
             axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, made.get(ranks))
+        axes["sends"], axes["receives"] = _links(world, shape)
         return cls(**axes, device=torch.device(device))
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ParallelContext:
         """The context of a plain `python` run: every axis has size 1."""
-        return cls(**{name: Axis(name) for name in AXES}, device=torch.device(device))
+        axes: dict[str, Any] = {name: Axis(name) for name in AXES}
+        return cls(**axes, device=torch.device(device))
+
+
+def _links(world: World, shape: MeshShape) -> tuple[dict[int, Link], dict[int, Link]]:
+    """This rank's links: (to each neighbouring stage, from each)."""
+    sends: dict[int, Link] = {}
+    receives: dict[int, Link] = {}
+    pipeline = shape.ranks_along("pp", world.rank)
+    stage = pipeline.index(world.rank)
+    for source, to in shape.links(world.rank):
+        ranks = sorted((pipeline[source], pipeline[to]))
+        group = world.group(f"pp {source}>{to}", ranks)
+        other = to if source == stage else source
+        (sends if source == stage else receives)[other] = Link(group, ranks.index(pipeline[other]))
+    return sends, receives

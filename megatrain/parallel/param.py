@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from megatrain.parallel import rng
-from megatrain.parallel.mesh import Axis
+from megatrain.parallel.mesh import Axis, ParallelContext
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ParamSpec:
     average_over: str = "dp_cp"
     """Axis of the replicas whose gradients are summed (the loss is already divided by the global weight)."""
     tied: str | None = None
-    """Logical name of the parameter this one is a copy of, where both cannot be one tensor (first and last stage)."""
+    """Axis whose ranks each hold a copy because they cannot share one tensor (`ends`: first and last stage); gradients are summed."""
     trainable: bool = True
     decay: bool = True
     """Whether weight decay applies."""
@@ -110,8 +110,16 @@ class ParamSpec:
         """How many ranks of the split axis hold the same elements."""
         return axis_size if self.split is None else self.split.copies(axis_size)
 
-    def owned(self, axis: Axis) -> bool:
-        """Whether this rank is the first of those that hold the same elements: the one that counts them in a norm and saves them."""
+    def owned(self, ctx: ParallelContext) -> bool:
+        """Whether this rank is the first of those that hold the same elements: the one that counts them in a norm and saves them.
+
+        Of the replicas over dp x cp each counts as one that owns them.
+        """
+        axis = ctx.tp if self.split is None else getattr(ctx, self.split.axis)
+        return self.leads(axis) and (self.tied is None or getattr(ctx, self.tied).rank == 0)
+
+    def leads(self, axis: Axis) -> bool:
+        """Whether this place of the split axis is the first that holds its elements."""
         return axis.rank % self.copies(axis.size) == 0
 
 

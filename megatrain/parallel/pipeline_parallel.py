@@ -1,60 +1,239 @@
-"""The executor: runs a schedule's instructions over this rank's chunks of the model.
+"""Pipeline parallelism: the layers lie on p stages, and an executor runs a schedule's instructions on each of them.
 
-One stage so far. A forward keeps its output until the backward of the same micro-batch; the last chunk ends in the objective.
-Gradients accumulate in each parameter's `main_grad`, so a step with many micro-batches is a longer list, not another path.
+Problem: the model does not fit one device, or one node. Stage i holds neighbouring layers; activations travel to the next stage,
+their gradients back. Four ranks, one chunk each:
+
+    stage 0: embedding, layers 0-5  --[s,b,h]-->  stage 1: 6-11  -->  stage 2: 12-17  -->  stage 3: 18-22, head, loss
+                                    <--gradient--                <--                  <--
+
+Which micro-batch is run when is data (`schedules.py`); this file only does what the list says, the same for every schedule and
+every number of stages: with one stage nothing is sent, and the same list is gradient accumulation. Receives are posted one
+instruction ahead, in the order that the sender sends; sends are waited for at the end of the step. So no stage ever waits for
+anything but its own next input, which is what the simulator proves free of deadlock on the strictest transport.
+
+Shapes travel by contract: every boundary tensor is `Stage.boundary(micro_batch)`, [s, b, h], or [s/t, b, h] with sequence
+parallelism. Every stage reads tokens, labels and positions from its own loader; only activations and gradients are sent:
+2 (p v - 1) boundaries of s*b*h elements a micro-batch over the whole pipeline with v chunks a stage.
+
+What is kept of a micro-batch between forward and backward: its input, autograd's graph, and, under a split backward, the list of
+weight gradients that wait. The output itself is let go as soon as it is sent: a scalar ticket stands for it (`_Leave`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from megatrain.parallel.schedules import Instruction
+from megatrain.parallel.mesh import Link
+from megatrain.parallel.schedules import Instruction, Message, Schedule
+from megatrain.parallel.transport import Handle
 
-Chunk = Callable[[torch.Tensor | None, Any], torch.Tensor]
-"""(hidden states of the chunk before or None, micro-batch) -> hidden states."""
+Postponed = list[Callable[[], None]]
+"""Weight gradients of one micro-batch on one chunk that have not been computed yet."""
+
+
+class Chunk(Protocol):
+    """One virtual stage of the model."""
+
+    def __call__(self, hidden: torch.Tensor | None, micro_batch: Any, postponed: Postponed | None) -> torch.Tensor:
+        """Hidden states of the virtual stage before (None for the first) -> this one's.
+
+        A layer whose weight gradient can wait appends it to `postponed` in its backward, unless that is None.
+        """
+
 
 FinalLoss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
-"""(the last chunk's hidden states, micro-batch) -> (summed loss with its gradient, statistics [k] to add up)."""
+"""(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics [k] to add up)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """This rank's share of a pipeline."""
+
+    number: int
+    chunks: Sequence[Chunk]
+    loss: FinalLoss
+    """Called where the last virtual stage lies."""
+    boundary: Callable[[Any], torch.Tensor]
+    """Micro-batch -> a new tensor of the shape, dtype and device of what travels between its virtual stages."""
+    sends: Mapping[int, Link]
+    """Stage -> the link to it."""
+    receives: Mapping[int, Link]
+    device: torch.device
+    statistics: int = 1
+    """k: how many statistics the loss has."""
 
 
 @dataclass
 class Executed:
-    """What a run of a schedule leaves behind besides gradients: both detached, at least float32, on the model's device."""
+    """What a run of a schedule leaves behind besides gradients, on this rank."""
 
-    loss: torch.Tensor
-    """Sum of the losses of this rank's micro-batches (undivided)."""
-    statistics: torch.Tensor
-    """Sum of the objective's statistics, [k]."""
+    sums: torch.Tensor
+    """[1 + k] float64: summed loss (undivided) and statistics of the micro-batches; zeros where the last virtual stage is elsewhere."""
+    peak_saved: int = 0
+    """Most saved states of one micro-batch on one chunk each, at a time."""
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Sum of the losses."""
+        return self.sums[0]
+
+    @property
+    def statistics(self) -> torch.Tensor:
+        """Sum of the objective's statistics, [k]."""
+        return self.sums[1:]
 
 
-def run_schedule(
-    program: Sequence[Instruction], chunk: Chunk, loss: FinalLoss, micro_batches: Sequence[Any], scale: torch.Tensor | float
-) -> Executed:
-    """Execute `program`; backward instructions differentiate each micro-batch's loss times `scale` (1 / global weight)."""
-    saved: dict[int, torch.Tensor] = {}
-    executed: Executed | None = None
-    backward_follows = {i.micro_batch for i in program if i.kind == "backward"}
-    for instruction in program:
-        m = instruction.micro_batch
+def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any], scale: torch.Tensor | float) -> Executed:
+    """Execute this stage's program; every micro-batch's loss is differentiated times `scale` (1 / global weight).
+
+    Collective over the pipeline. Raises TransportError where another stage has failed.
+    """
+    execution = _Execution(stage, schedule, micro_batches, scale)
+    program = schedule.program(stage.number)
+    for place, instruction in enumerate(program):
+        for soon in program[place : place + 2]:
+            execution.expect(soon)
+        execution.run(instruction)
+    execution.finish()
+    return execution.executed
+
+
+class _Gradient:
+    """Where the gradient of an output is put, before the backward that reads it."""
+
+    def __init__(self) -> None:
+        self.value: torch.Tensor | None = None
+
+
+class _Leave(torch.autograd.Function):
+    """Output [s, b, h] -> a scalar ticket. Nothing refers to the output any more, so its storage is freed once it is sent."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, gradient: _Gradient) -> torch.Tensor:
+        ctx.gradient = gradient
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _ticket: torch.Tensor) -> Any:
+        return ctx.gradient.value, None
+
+
+@dataclass
+class _Saved:
+    """What is kept of one micro-batch on one chunk between its forward and its last backward."""
+
+    input: torch.Tensor | None
+    ticket: torch.Tensor | None
+    gradient: _Gradient
+    postponed: Postponed | None
+
+
+class _Execution:
+    """One run of one stage's program."""
+
+    def __init__(self, stage: Stage, schedule: Schedule, micro_batches: Sequence[Any], scale: torch.Tensor | float) -> None:
+        self.stage, self.schedule, self.micro_batches, self.scale = stage, schedule, micro_batches, scale
+        self.executed = Executed(torch.zeros(1 + stage.statistics, dtype=torch.float64, device=stage.device))
+        self.splits = any(i.kind == "backward_weight" for i in schedule.program(stage.number))
+        self.saved: dict[tuple[int, int], _Saved] = {}
+        self.here: dict[Message, torch.Tensor] = {}
+        """Made by this stage for another chunk of its own."""
+        self.expected = {source: iter(messages) for source, messages in schedule.incoming(stage.number).items()}
+        """Source -> what has not been posted yet, in the order that it is sent."""
+        self.posted: dict[Message, tuple[Handle, torch.Tensor]] = {}
+        self.sending: list[Handle] = []
+
+    def expect(self, instruction: Instruction) -> None:
+        """Post the receives up to what an instruction needs from another stage."""
+        message = self.schedule.needs(self.stage.number, instruction)
+        if message is None or message in self.posted or message in self.here:
+            return
+        source = self.schedule.source(message)
+        if source == self.stage.number:
+            return
+        link = self.stage.receives[source]
+        for coming in self.expected[source]:
+            output = self.stage.boundary(self.micro_batches[coming.micro_batch])
+            self.posted[coming] = link.group.recv(output, link.other, blocking=False), output
+            if coming == message:
+                return
+
+    def run(self, instruction: Instruction) -> None:
+        """Do what an instruction says."""
+        if instruction.kind == "forward":
+            self._forward(instruction)
+        elif instruction.kind == "backward_weight":
+            self._backward_weight(instruction)
+        else:
+            self._backward(instruction)
+        for handle in [handle for handle in self.sending if handle.done()]:
+            handle.wait()
+            self.sending.remove(handle)
+
+    def finish(self) -> None:
+        """Wait for what is still being sent."""
+        for handle in self.sending:
+            handle.wait()
+
+    def _forward(self, instruction: Instruction) -> None:
+        m, chunk = instruction.micro_batch, instruction.chunk
+        micro_batch, gradient = self.micro_batches[m], _Gradient()
+        postponed: Postponed | None = [] if self.splits else None
+        message = self.schedule.makes(self.stage.number, instruction)
+        hidden = self._take(instruction)
+        with torch.set_grad_enabled(self.schedule.backward):
+            if hidden is not None:
+                hidden.requires_grad_(self.schedule.backward)
+            output = self.stage.chunks[chunk](hidden, micro_batch, postponed)
+            if message is None:
+                total, statistics = self.stage.loss(output, micro_batch)
+                self.executed.sums += torch.cat([total.detach().double()[None], statistics.detach().double()])
+                ticket = total * self.scale
+            else:
+                ticket = _Leave.apply(output, gradient)
+        if self.schedule.backward:
+            self.saved[m, chunk] = _Saved(hidden, ticket, gradient, postponed)
+            self.executed.peak_saved = max(self.executed.peak_saved, len(self.saved))
+        if message is not None:
+            self._give(message, output.detach())
+
+    def _backward(self, instruction: Instruction) -> None:
+        saved = self.saved[instruction.micro_batch, instruction.chunk]
+        saved.gradient.value = self._take(instruction)
+        if saved.ticket is not None and saved.ticket.requires_grad:
+            torch.autograd.backward(saved.ticket)
+        message = self.schedule.makes(self.stage.number, instruction)
+        if message is not None and saved.input is not None:
+            gradient = saved.input.grad
+            self._give(message, torch.zeros_like(saved.input) if gradient is None else gradient.contiguous())
+        saved.input = saved.ticket = saved.gradient.value = None
         if instruction.kind == "backward":
-            total = saved.pop(m)
-            torch.autograd.backward(total * scale)
-            continue
-        with torch.set_grad_enabled(m in backward_follows):
-            total, statistics = loss(chunk(None, micro_batches[m]), micro_batches[m])
-        if m in backward_follows:
-            saved[m] = total
-        executed = _add(executed, total.detach().double(), statistics.detach().double())
-    if executed is None:
-        raise ValueError("a schedule without a forward instruction computes nothing")
-    return executed
+            del self.saved[instruction.micro_batch, instruction.chunk]
 
+    def _backward_weight(self, instruction: Instruction) -> None:
+        for work in self.saved.pop((instruction.micro_batch, instruction.chunk)).postponed or ():
+            work()
 
-def _add(executed: Executed | None, loss: torch.Tensor, statistics: torch.Tensor) -> Executed:
-    if executed is None:
-        return Executed(loss, statistics)
-    return Executed(executed.loss + loss, executed.statistics + statistics)
+    def _take(self, instruction: Instruction) -> torch.Tensor | None:
+        """What an instruction needs, once it is there; None where it needs nothing."""
+        message = self.schedule.needs(self.stage.number, instruction)
+        if message is None:
+            return None
+        if message in self.here:
+            return self.here.pop(message)
+        handle, output = self.posted.pop(message)
+        handle.wait()
+        return output
+
+    def _give(self, message: Message, tensor: torch.Tensor) -> None:
+        """Pass a tensor on: to another chunk of this stage, or to another stage."""
+        to = self.schedule.home(message.virtual)[0]
+        if to == self.stage.number:
+            self.here[message] = tensor
+            return
+        link = self.stage.sends[to]
+        self.sending.append(link.group.send(tensor.contiguous(), link.other, blocking=False))

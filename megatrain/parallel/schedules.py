@@ -1,43 +1,319 @@
-"""Pipeline schedules as data: a schedule is a pure function that returns one stage's list of instructions.
+"""Pipeline schedules as data: a schedule is a pure function of (stage, stages, chunks, micro-batches) that returns instructions.
 
-The executor (`pipeline_parallel.py`) runs any such list. No pipelining is 1F1B with one stage: forward and backward of each
-micro-batch in turn, which is exactly gradient accumulation.
+Problem: a model's layers lie on p stages; a stage has nothing to do until the one before has sent it something. Cut the batch into
+m micro-batches, and choose the order in which every stage runs forwards and backwards so that few wait and little is kept.
+Stage 0..2, 1F1B, 4 micro-batches (F takes one unit of time, B two; dots are idle):
+
+    stage 0   F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 .  B2 B2 .  B3 B3
+    stage 1   .  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3 .  .
+    stage 2   .  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .  .  .  .
+
+The layers are numbered through as p x v *virtual stages* (v chunks a stage); a schedule says where each lies. Sends and receives
+are not instructions: they follow from who needs what (`needs`, `makes`, `incoming`). The executor (`pipeline_parallel.py`) runs
+any such list, the simulator (`simulator.py`) checks and prices it. No pipelining is 1F1B with one stage: forward and backward of
+each micro-batch in turn, which is exactly gradient accumulation.
+
+Communication: every boundary between virtual stages on different ranks moves s*b*h elements forward and as many back for each
+micro-batch (s/t*b*h with sequence parallelism), so v chunks move v times as much as one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+Kind = Literal["forward", "backward", "backward_input", "backward_weight"]
+"""`backward` is input and weight gradients together; split schedules have `backward_input` and, later, `backward_weight`."""
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """Do one thing with one micro-batch on one of this stage's chunks."""
 
-    kind: Literal["forward", "backward"]
+    kind: Kind
     micro_batch: int
     chunk: int = 0
     last: bool = False
     """Whether this is the chunk's last instruction that adds to weight gradients: they are complete once it has run."""
 
+    @property
+    def frees(self) -> bool:
+        """Whether the saved state of the micro-batch on this chunk is let go by it."""
+        return self.kind in ("backward", "backward_weight")
 
-def one_f_one_b(stage: int, stages: int, micro_batches: int) -> list[Instruction]:
-    """1F1B (Narayanan et al., arXiv:2006.09503 and arXiv:2104.04473): warm up, then one forward, one backward, then drain.
 
-    Stage 1 of 3, 4 micro-batches:   F0 F1 B0 F2 B1 F3 B2 B3
-    Peak of saved micro-batches on a stage: min(micro_batches, stages - stage). Raises ValueError where stage or counts make no sense.
+class Message(NamedTuple):
+    """What travels between stages: a virtual stage's input, or the gradient of its output."""
+
+    kind: Literal["activation", "gradient"]
+    micro_batch: int
+    virtual: int
+    """Virtual stage that needs it."""
+
+
+Program = Callable[[int, int, int, int], list[Instruction]]
+"""(stage, stages, chunks, micro_batches) -> what this stage does, in order."""
+
+
+# --- the schedules ----------------------------------------------------------------------------------------------------
+
+
+def gpipe(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
+    """GPipe (Huang et al., arXiv:1811.06965, section 2.3): all forwards, then all backwards.
+
+        stage 0 of 2, 3 micro-batches:   F0 F1 F2 .  .  B0 B0 B1 B1 B2 B2
+
+    Peak of saved states: m on every stage. Step bubble: (p-1) / (m+p-1).
     """
-    if not 0 <= stage < stages or micro_batches < 1:
-        raise ValueError(f"no 1F1B schedule for stage {stage} of {stages} with {micro_batches} micro-batches")
+    forwards = [Instruction("forward", m) for m in range(micro_batches)]
+    return forwards + [Instruction("backward", m) for m in range(micro_batches)]
+
+
+def one_f_one_b(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
+    """1F1B (PipeDream-Flush; Narayanan et al., arXiv:2006.09503, and arXiv:2104.04473, section 2.2).
+
+        stage 1 of 3, 4 micro-batches:   F0 F1 B0 F2 B1 F3 B2 B3
+
+    Warm up with p-1-stage forwards, then one forward, one backward, then drain. Peak of saved states: min(m, p-stage). Step
+    bubble: (p-1) / (m+p-1), as GPipe's.
+    """
     warm_up = min(stages - stage - 1, micro_batches)
     program = [Instruction("forward", m) for m in range(warm_up)]
     for m in range(micro_batches):
         if warm_up + m < micro_batches:
             program.append(Instruction("forward", warm_up + m))
-        program.append(Instruction("backward", m, last=m == micro_batches - 1))
+        program.append(Instruction("backward", m))
     return program
 
 
-def forward_only(micro_batches: int) -> list[Instruction]:
-    """Evaluation: every micro-batch forward, nothing kept."""
-    return [Instruction("forward", m) for m in range(micro_batches)]
+def interleaved(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
+    """Interleaved 1F1B (Narayanan et al., arXiv:2104.04473, section 2.2): virtual stage c*p + stage lies here as chunk c.
+
+        stage 0 of 2, 2 chunks (a, b), 4 micro-batches:   Fa0 Fa1 Fb0 Fb1 Fa2 Bb0 Fa3 Bb1 Fb2 Ba0 Fb3 Ba1 Bb2 Bb3 Ba2 Ba3
+
+    Micro-batches go in groups of p through chunk after chunk. Peak of saved states: at most 2(p-1-stage) + (v-1)p + 1 chunks, each
+    1/v of a stage. Step bubble: (p-1) / (vm+p-1). A last group that is not full runs as if it were, less what is not there: taking
+    a micro-batch out of a legal order leaves a legal order.
+    """
+    group = stages * chunks
+    total = -(-micro_batches // stages) * group
+    warm_up = min(2 * (stages - stage - 1) + (chunks - 1) * stages, total)
+
+    def unit(k: int) -> tuple[int, int]:
+        """Micro-batch and chunk of the k-th forward; the k-th backward has the chunks in the opposite order."""
+        return k // group * stages + k % stages, k % group // stages
+
+    def forward(k: int) -> Iterator[Instruction]:
+        m, chunk = unit(k)
+        if m < micro_batches:
+            yield Instruction("forward", m, chunk)
+
+    def backward(k: int) -> Iterator[Instruction]:
+        m, chunk = unit(k)
+        if m < micro_batches:
+            yield Instruction("backward", m, chunks - 1 - chunk)
+
+    program = [i for k in range(warm_up) for i in forward(k)]
+    for k in range(total):
+        if warm_up + k < total:
+            program.extend(forward(warm_up + k))
+        program.extend(backward(k))
+    return program
+
+
+def zb_h1(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
+    """ZB-H1 (Qi et al., "Zero Bubble Pipeline Parallelism", arXiv:2401.10241, section 2.2): 1F1B with a split backward.
+
+        stage 1 of 2, 4 micro-batches:   F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3
+
+    Weight gradients wait for `stage` more backwards, so that the input gradients, which the stages before wait for, come sooner
+    while no stage keeps more than 1F1B's first: peak of saved states min(m, p). Step bubble with F = B = W: (p-1) / (3m+p-1).
+    """
+    warm_up = min(stages - stage - 1, micro_batches)
+    program = [Instruction("forward", m) for m in range(warm_up)]
+    for m in range(micro_batches):
+        if warm_up + m < micro_batches:
+            program.append(Instruction("forward", warm_up + m))
+        program.append(Instruction("backward_input", m))
+        if m >= stage:
+            program.append(Instruction("backward_weight", m - stage))
+    done = max(micro_batches - stage, 0)
+    return program + [Instruction("backward_weight", m) for m in range(done, micro_batches)]
+
+
+def zb_v(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
+    """ZB-V (Qi et al., arXiv:2401.10241, section 6): two chunks a stage, laid out as a V, and a split backward.
+
+        virtual stages of 3 stages:      stage 0: 0, 5     stage 1: 1, 4     stage 2: 2, 3
+
+    The last virtual stage lies where the first does, so the backward of a micro-batch begins on stage 0 as soon as its forward has
+    come back there. With F = B = W no stage is idle between its first and its last instruction, and the peak of saved states is
+    2p chunks, half a stage each: 1F1B's first stage on all. Runs as if there were at least 2p-1 micro-batches.
+    """
+    total = max(micro_batches, 2 * stages - 1)
+    program: list[Instruction] = []
+    counts: dict[tuple[Kind, int], int] = {}
+
+    def do(kind: Kind, chunk: int) -> None:
+        m = counts.get((kind, chunk), 0)
+        counts[kind, chunk] = m + 1
+        if m < micro_batches:
+            program.append(Instruction(kind, m, chunk))
+
+    def backward_and_weight(chunk: int) -> None:
+        do("backward_input", chunk)
+        do("backward_weight", chunk)
+
+    for _ in range(2 * (stages - stage) - 1):  # until the first micro-batch has come back
+        do("forward", 0)
+    for _ in range(stage):
+        do("forward", 1)
+        do("forward", 0)
+    for _ in range(stages - stage):
+        do("forward", 1)
+        backward_and_weight(1)
+    for _ in range(total - stages):  # steady: a forward and a backward on each chunk
+        if counts["forward", 0] < total:
+            do("forward", 0)
+        backward_and_weight(0)
+        do("forward", 1)
+        backward_and_weight(1)
+    for _ in range(stage):  # drain: the stages before wait for input gradients
+        do("backward_input", 0)
+        do("backward_input", 1)
+    for _ in range(stages - stage):
+        backward_and_weight(0)
+    for chunk in (1, 0):
+        while counts.get(("backward_weight", chunk), 0) < total:
+            do("backward_weight", chunk)
+    return program
+
+
+class _Family(NamedTuple):
+    """What is fixed about a schedule by its name."""
+
+    program: Program
+    fewest_chunks: int
+    most_chunks: int | None
+    folded: bool = False
+    """Whether virtual stages run back after the last rank (a V) instead of starting over at the first."""
+
+
+FAMILIES = {
+    "gpipe": _Family(gpipe, 1, 1),
+    "1f1b": _Family(one_f_one_b, 1, 1),
+    "interleaved": _Family(interleaved, 2, None),
+    "zb_h1": _Family(zb_h1, 1, 1),
+    "zb_v": _Family(zb_v, 2, 2, folded=True),
+}
+"""parallel.schedule -> the schedule."""
+
+
+# --- a schedule on a pipeline -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A named schedule on so many stages, chunks and micro-batches: every stage's program, and who sends what to whom."""
+
+    name: str
+    stages: int
+    chunks: int
+    micro_batches: int
+    backward: bool = True
+    """False: only the forwards, in the same order (evaluation)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where name or numbers make no schedule; the message names the config keys."""
+        family = FAMILIES.get(self.name)
+        if family is None:
+            raise ValueError(f"parallel.schedule={self.name} is none of {', '.join(FAMILIES)}")
+        problem = chunks_problem(self.name, self.chunks)
+        if problem is not None:
+            raise ValueError(problem)
+        if self.stages < 1 or self.micro_batches < 1:
+            raise ValueError(
+                f"no schedule for {self.stages} stages and {self.micro_batches} micro-batches: both must be at least 1"
+            )
+
+    @property
+    def virtual_stages(self) -> int:
+        """Pieces the model is cut into."""
+        return self.stages * self.chunks
+
+    def virtual(self, stage: int, chunk: int) -> int:
+        """Number of the virtual stage that lies on `stage` as its `chunk`."""
+        back = FAMILIES[self.name].folded and chunk % 2 == 1
+        return chunk * self.stages + (self.stages - 1 - stage if back else stage)
+
+    def home(self, virtual: int) -> tuple[int, int]:
+        """(stage, chunk) of a virtual stage; the inverse of `virtual`."""
+        chunk, place = divmod(virtual, self.stages)
+        back = FAMILIES[self.name].folded and chunk % 2 == 1
+        return (self.stages - 1 - place if back else place), chunk
+
+    def program(self, stage: int) -> list[Instruction]:
+        """What `stage` does, in order. Raises ValueError for a stage that is not there."""
+        if not 0 <= stage < self.stages:
+            raise ValueError(f"there is no stage {stage} in a pipeline of {self.stages}")
+        program = FAMILIES[self.name].program(stage, self.stages, self.chunks, self.micro_batches)
+        return _marked(program) if self.backward else [i for i in program if i.kind == "forward"]
+
+    def needs(self, stage: int, instruction: Instruction) -> Message | None:
+        """What the instruction must have from another virtual stage first: its input, or the gradient of its output."""
+        virtual = self.virtual(stage, instruction.chunk)
+        if instruction.kind == "forward" and virtual > 0:
+            return Message("activation", instruction.micro_batch, virtual)
+        if instruction.kind in ("backward", "backward_input") and virtual < self.virtual_stages - 1:
+            return Message("gradient", instruction.micro_batch, virtual)
+        return None
+
+    def makes(self, stage: int, instruction: Instruction) -> Message | None:
+        """What the instruction has for another virtual stage: the next one's input, or the gradient of the one before's output."""
+        virtual = self.virtual(stage, instruction.chunk)
+        if instruction.kind == "forward" and virtual < self.virtual_stages - 1:
+            return Message("activation", instruction.micro_batch, virtual + 1)
+        if instruction.kind in ("backward", "backward_input") and virtual > 0:
+            return Message("gradient", instruction.micro_batch, virtual - 1)
+        return None
+
+    def source(self, message: Message) -> int:
+        """Stage that makes a message."""
+        return self.home(message.virtual + (-1 if message.kind == "activation" else 1))[0]
+
+    def sent(self, stage: int) -> Iterator[tuple[int, Message]]:
+        """(stage it goes to, message) of everything that leaves `stage`, in order; what stays on the stage does not travel."""
+        for instruction in self.program(stage):
+            message = self.makes(stage, instruction)
+            if message is not None and (to := self.home(message.virtual)[0]) != stage:
+                yield to, message
+
+    def incoming(self, stage: int) -> dict[int, list[Message]]:
+        """Stage it comes from -> messages to `stage` in the order that they are sent: the order to receive them in."""
+        neighbours = {self.home(v + d)[0] for c in range(self.chunks) for v in [self.virtual(stage, c)] for d in self._steps(v)}
+        from_each = {s: [message for to, message in self.sent(s) if to == stage] for s in sorted(neighbours - {stage})}
+        return {source: messages for source, messages in from_each.items() if messages}
+
+    def _steps(self, virtual: int) -> list[int]:
+        return [step for step in (-1, 1) if 0 <= virtual + step < self.virtual_stages]
+
+
+def chunks_problem(name: str, chunks: int) -> str | None:
+    """Why a schedule cannot have so many chunks a stage, with the key to change; None where it can."""
+    family = FAMILIES[name]
+    if family.fewest_chunks <= chunks and (family.most_chunks is None or chunks <= family.most_chunks):
+        return None
+    wanted = f"{family.fewest_chunks}" + (" or more" if family.most_chunks is None else "")
+    others = " or parallel.schedule=interleaved" if chunks > 2 else ""
+    return (
+        f"parallel.schedule={name} cannot have parallel.virtual_pipeline_size={chunks}. "
+        f"Use parallel.virtual_pipeline_size={wanted}{others}."
+    )
+
+
+def _marked(program: list[Instruction]) -> list[Instruction]:
+    """The program with each chunk's last weight-gradient instruction marked."""
+    ends = {i.chunk: place for place, i in enumerate(program) if i.frees}
+    for place in ends.values():
+        program[place] = program[place]._replace(last=True)
+    return program

@@ -18,7 +18,10 @@ column-parallel inputs, which were not kept whole = 10. In the backward, gathers
 
 Weights are [out, in] as in torch; y = x W^T + b. Several outputs of one input (q|k|v, gate|up) are separate parameters that lie
 behind one another in memory, so that one matmul computes them all. Gradients are added straight into `main_grad` where a
-parameter has one; otherwise they are returned to autograd, so the layers can be tested and used on their own.
+parameter has one; otherwise they are returned to autograd, so the layers can be tested and used on their own. Under a split
+backward (zero-bubble schedules) the weight gradient of a linear layer is put on the list `postponed` instead, and gathers its
+input when its turn comes. Norms, embedding and head add theirs at once: the first two cost little, and the third would have to keep
+gradients of logits, v/h times as large as anything else.
 """
 
 from __future__ import annotations
@@ -107,6 +110,10 @@ def _accumulate(
     return [None] * len(parameters)
 
 
+Postponed = list[Callable[[], None]]
+"""Weight gradients of one micro-batch that wait for their turn (a split backward)."""
+
+
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
 
@@ -118,10 +125,26 @@ class _Linear:
     sequence_parallel: bool
     weights: Sequence[nn.Parameter]
     biases: Sequence[nn.Parameter]
+    postponed: Postponed | None = None
 
     def weight(self) -> torch.Tensor:
         """[sum of out, in], one matrix."""
         return joined(self.weights)
+
+    def weight_gradients(self, compute: Callable[[], list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
+        """What `compute` returns for autograd; or nothing, and `compute` waits until its turn comes."""
+        if self.postponed is None:
+            return compute()
+        self.postponed.append(lambda: _compute_late(compute, self.weights[0]))
+        return [None] * (len(self.weights) + len(self.biases))
+
+
+def _compute_late(compute: Callable[[], list[torch.Tensor | None]], weight: nn.Parameter) -> None:
+    """Run postponed work. Raises ValueError where there is no main_grad to add to: autograd is over by now."""
+    if any(gradient is not None for gradient in compute()):
+        raise ValueError(
+            f"a postponed weight gradient of shape {list(weight.shape)} needs a main_grad, and the parameter has none"
+        )
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -141,16 +164,25 @@ class _ColumnLinear(torch.autograd.Function):
         layer: _Linear = ctx.layer
         (x,) = ctx.saved_tensors
         dy = (dys[0] if len(dys) == 1 else torch.cat(dys, dim=-1)).flatten(0, 1)
-        whole, gather = start_gather(x, layer.tp) if layer.sequence_parallel else (x, Done())
+
+        def gather_input() -> tuple[torch.Tensor, Handle]:
+            return start_gather(x, layer.tp) if layer.sequence_parallel else (x, Done())
+
+        begun = gather_input() if layer.postponed is None else None
         dx: torch.Tensor | None = None
         reduce: Handle = Done()
         if ctx.needs_input_grad[0]:
             partial = matmul(dy, layer.weight()).view(-1, *x.shape[1:])  # beside the gather
             start = start_scatter_sum if layer.sequence_parallel else start_all_reduce
             dx, reduce = start(partial, layer.tp)
-        gather.wait()
-        grads = add_weight_gradient(layer.weights, dy, whole.flatten(0, 1))  # beside the reduction
-        grads += add_bias_gradient(layer.biases, dy) if layer.biases else []
+
+        def weights() -> list[torch.Tensor | None]:
+            whole, gather = begun or gather_input()
+            gather.wait()
+            grads = add_weight_gradient(layer.weights, dy, whole.flatten(0, 1))
+            return grads + (add_bias_gradient(layer.biases, dy) if layer.biases else [])
+
+        grads = layer.weight_gradients(weights)  # beside the reduction
         reduce.wait()
         return dx, None, *grads
 
@@ -176,15 +208,20 @@ class _RowLinear(torch.autograd.Function):
         gather.wait()
         whole = whole.flatten(0, 1)
         dx = matmul(whole, layer.weight()).view(x.shape) if ctx.needs_input_grad[0] else None
-        grads = add_weight_gradient(layer.weights, whole, x.flatten(0, 1))
-        return dx, None, *grads, *bias_grads
+        grads = layer.weight_gradients(lambda: add_weight_gradient(layer.weights, whole, x.flatten(0, 1)))
+        return dx, None, *grads[: len(layer.weights)], *bias_grads
 
 
 def column_linear(
-    x: torch.Tensor, weights: Sequence[nn.Parameter], biases: Sequence[nn.Parameter], tp: Axis, sequence_parallel: bool
+    x: torch.Tensor,
+    weights: Sequence[nn.Parameter],
+    biases: Sequence[nn.Parameter],
+    tp: Axis,
+    sequence_parallel: bool,
+    postponed: Postponed | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for every weight: x [s/t, b, in] with sequence parallelism, else [s, b, in] -> each [s, b, out_i/t]."""
-    return _ColumnLinear.apply(x, _Linear(tp, sequence_parallel, weights, biases), *weights, *biases)
+    return _ColumnLinear.apply(x, _Linear(tp, sequence_parallel, weights, biases, postponed), *weights, *biases)
 
 
 class Linears(TypedDict):
@@ -227,9 +264,9 @@ class ColumnParallelLinear(nn.Module):
         self.weights = nn.ParameterList(make_parameters(weights, tp, dtype, device))
         self.biases = nn.ParameterList(make_parameters(biases, tp, dtype, device) if bias else [])
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor, postponed: Postponed | None = None) -> tuple[torch.Tensor, ...]:
         """[s/t or s, b, in] -> one [s, b, out/t] per output."""
-        return column_linear(x, tuple(self.weights), tuple(self.biases), self.tp, self.sequence_parallel)
+        return column_linear(x, tuple(self.weights), tuple(self.biases), self.tp, self.sequence_parallel, postponed)
 
 
 class RowParallelLinear(nn.Module):
@@ -259,10 +296,11 @@ class RowParallelLinear(nn.Module):
             spec = ParamSpec(f"{name}.bias", (out_features,), None, partial, decay=False, init=Init("constant", 0.0))
             self.biases = nn.ParameterList(make_parameters([spec], tp, dtype, device))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, postponed: Postponed | None = None) -> torch.Tensor:
         """[s, b, in/t] -> [s/t or s, b, out]."""
         biases = tuple(self.biases)
-        return _RowLinear.apply(x, _Linear(self.tp, self.sequence_parallel, (self.weight,), biases), self.weight, *biases)
+        layer = _Linear(self.tp, self.sequence_parallel, (self.weight,), biases, postponed)
+        return _RowLinear.apply(x, layer, self.weight, *biases)
 
 
 # --- vocabulary -------------------------------------------------------------------------------------------------------
@@ -308,10 +346,11 @@ class VocabParallelEmbedding(nn.Module):
         init: Init,
         dtype: torch.dtype,
         device: torch.device,
+        tied: str | None = None,
     ) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
-        self.weight = vocab_parameter(name, vocab_size, hidden, tp, init, dtype, device)
+        self.weight = vocab_parameter(name, vocab_size, hidden, tp, init, dtype, device, tied)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[s, b] int64 -> [s/t, b, h] with sequence parallelism, else [s, b, h]."""
@@ -320,10 +359,17 @@ class VocabParallelEmbedding(nn.Module):
 
 
 def vocab_parameter(
-    name: str, vocab_size: int, hidden: int, tp: Axis, init: Init, dtype: torch.dtype, device: torch.device
+    name: str,
+    vocab_size: int,
+    hidden: int,
+    tp: Axis,
+    init: Init,
+    dtype: torch.dtype,
+    device: torch.device,
+    tied: str | None = None,
 ) -> Parameter:
-    """A [v, h] parameter split by rows over tp, padded where v does not divide."""
-    spec = ParamSpec(name, (vocab_size, hidden), Split(0, vocab_size, pad=True), init=init)
+    """A [v, h] parameter split by rows over tp, padded where v does not divide. tied: axis whose ranks hold a copy each."""
+    spec = ParamSpec(name, (vocab_size, hidden), Split(0, vocab_size, pad=True), tied=tied, init=init)
     return make_parameters([spec], tp, dtype, device)[0]
 
 

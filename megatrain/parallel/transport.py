@@ -30,6 +30,10 @@ class Handle(ABC):
     def wait(self) -> None:
         """Block until the outputs are there (on CUDA: until the current stream may use them). Raises TransportError."""
 
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether the call has ended, well or badly, so that `wait` would return at once."""
+
 
 class Group(ABC):
     """The ranks along one axis, and the calls among them."""

@@ -182,6 +182,10 @@ class _MemoryHandle(Handle):
             with group.job.lock:
                 group.job.wait(group.world_rank, self._round, self._part)
 
+    def done(self) -> bool:
+        """Whether all parts have met."""
+        return self._round.done
+
 
 class MemoryGroup(Group):
     """The ranks along one axis, as threads. A blocking `send` waits until its message is received, as over a real network."""

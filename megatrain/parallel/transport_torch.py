@@ -29,6 +29,7 @@ from megatrain.parallel.transport import (
 )
 from megatrain.parallel.transport_shared import SharedSlots, fits
 from megatrain.parallel.transport_store import meet_all, open_store
+from megatrain.parallel.transport_watch import Watch, Work
 
 _DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # Torch 2.13 renamed these two; 2.9 to 2.12 know the old names alone.
@@ -47,10 +48,10 @@ class _TorchHandle(Handle):
         self._group = group
         self._call = call
         self._tensors = tensors
-        self._works: list[dist.Work] = []
+        self._works: list[Work] = []
         self._finish: list[Callable[[], object]] = []
 
-    def start(self, start: Callable[..., dist.Work | None], *args: Any, **kwargs: Any) -> None:
+    def start(self, start: Callable[..., Work | None], *args: Any, **kwargs: Any) -> None:
         """Start one more asynchronous call of torch.distributed. Raises TransportError."""
         try:
             work = start(*args, group=self._group.process_group, **kwargs)
@@ -75,6 +76,10 @@ class _TorchHandle(Handle):
         except (RuntimeError, OSError) as error:
             raise self.failed(error) from error
         self._tensors = ()
+
+    def done(self) -> bool:
+        """Whether the backend has ended its part."""
+        return all(work.is_completed() for work in self._works)
 
     def failed(self, error: Exception) -> TransportError:
         """The error to raise for one of the backend's."""
@@ -101,6 +106,7 @@ class TorchGroup(Group):
         process_group: dist.ProcessGroup | None,
         device: torch.device,
         timeout_seconds: float,
+        watch: Watch,
     ) -> None:
         self.name = name
         self.ranks = ranks
@@ -108,6 +114,7 @@ class TorchGroup(Group):
         self.process_group = process_group
         self.timeout_seconds = timeout_seconds
         self._gloo = dist.get_backend(process_group) == "gloo"
+        self._watch = watch
         self._staged = self._gloo and device.type == "cuda"
         self._device_ids = None if self._gloo else [device.index or 0]
         self._shared: SharedSlots | None = None
@@ -186,7 +193,7 @@ class TorchGroup(Group):
         check_dense(self, "send", tensor)
         near = self._near(tensor)
         handle = _TorchHandle(self, f"send(to {to})", near)
-        handle.start(dist.isend, near, group_dst=to, tag=_MESSAGES)
+        handle.start(self._isend, near, group_dst=to, tag=_MESSAGES)
         return self._given(handle, near, near, blocking)
 
     def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
@@ -212,6 +219,11 @@ class TorchGroup(Group):
         if self.process_group is not None:
             dist.destroy_process_group(self.process_group)
             self.process_group = None
+
+    def _isend(self, tensor: torch.Tensor, **kwargs: Any) -> Work | None:
+        """A send that can be asked whether it has ended."""
+        work = dist.isend(tensor, **kwargs)
+        return self._watch.watched(work) if self._gloo and work is not None else work
 
     def _near(self, tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
         """`tensor` where the backend can read it: itself, or a pinned copy (with copy=False: pinned room) on the host."""
@@ -348,6 +360,7 @@ class TorchWorld(World):
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._groups: list[TorchGroup] = []
+        self._watch = Watch()
 
     @classmethod
     def connect(
@@ -404,12 +417,13 @@ class TorchWorld(World):
             made = dist.new_group(list(members), timeout=limit, use_local_synchronization=True, group_desc=name)
         except (RuntimeError, ValueError) as error:
             raise TransportError(f"axis {name}: rank {self.rank} cannot make the group of {list(members)}: {error}") from error
-        group = TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds)
+        group = TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds, self._watch)
         self._groups.append(group)
         return group
 
     def close(self) -> None:
         """Leave the job: release every group made here. Ranks that still wait for this one get an error."""
+        self._watch.close()
         for group in self._groups:
             group.process_group = None  # connections close when the last reference goes
         self._groups.clear()

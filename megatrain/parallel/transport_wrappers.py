@@ -103,6 +103,9 @@ class _RecordedHandle(Handle):
     def wait(self) -> None:
         self._recorder.wait(self._call, self._inner.wait)
 
+    def done(self) -> bool:
+        return self._inner.done()
+
 
 class _Wrapper(Group):
     """A group that does what `inner` does, every call through `_around`."""
@@ -213,6 +216,9 @@ class _DelayedHandle(Handle):
     def wait(self) -> None:
         self._inner.wait()
         time.sleep(max(0.0, self._due - time.monotonic()))
+
+    def done(self) -> bool:
+        return self._inner.done() and time.monotonic() >= self._due
 
 
 class DelayedGroup(_Wrapper):

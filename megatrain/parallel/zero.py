@@ -8,7 +8,8 @@ All parameters lie in one contiguous buffer per rank, all gradients in another (
 all-reduce moves everything, q|k|v stay behind one another, and `main_grad` of a parameter is a view.
 
 Communication per step and rank: one all-reduce of Psi float32 numbers, 2 (d-1)/d * 4 Psi bytes; and one of those few gradients
-that are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads).
+that are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads), or that the ends
+of a pipeline share (tied embeddings).
 """
 
 from __future__ import annotations
@@ -63,11 +64,14 @@ class FlatParameters:
         self.grads.zero_()
 
     def reduce(self) -> None:
-        """Sum gradients over the replicas, then partial sums over the ranks that hold the same slice."""
+        """Sum gradients over the replicas, partial sums over the ranks that hold the same slice, and tied copies over theirs."""
         all_reduce(self.grads, self.ctx.dp_cp)
         partial = [p for p in self.parameters if p.spec.partial_over is not None]
         if partial:
             _sum_partial(partial, self.ctx.tp)
+        for parameter in self.parameters:
+            if parameter.spec.tied is not None:
+                all_reduce(parameter.accumulated, getattr(self.ctx, parameter.spec.tied))
 
 
 def _offsets(parameters: Sequence[Parameter]) -> list[int]:

@@ -49,16 +49,19 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     return embeddings + positions + blocks + norm
 
 
+def forward_flops(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> tuple[float, float]:
+    """FLOPs of one token's forward: (of one block, of the head)."""
+    return 2 * _block_matrices(model) + _attention(model, causal_half), 2 * model.hidden_size * vocab_size
+
+
 def model_flops_per_token(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> float:
     """FLOPs, forward and backward, that one trained token needs; nothing recomputed (for MFU).
 
     Matrices are counted exactly (grouped-query keys and values, gated MLP, head, unpadded vocabulary). `causal_half` counts s/2
     keys for each query, the work of a causal kernel; False counts all s, as PaLM and nanoGPT do.
     """
-    forward = (
-        model.num_layers * (2 * _block_matrices(model) + _attention(model, causal_half)) + 2 * model.hidden_size * vocab_size
-    )
-    return (1 + BACKWARD) * forward
+    block, head = forward_flops(model, vocab_size, causal_half)
+    return (1 + BACKWARD) * (model.num_layers * block + head)
 
 
 def hardware_flops_per_token(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from megatrain.data.loader import Loader
 from megatrain.data.samples.gpt import hash64
 from megatrain.models.objective import Objective
 from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.testing.agree import Trace
@@ -60,9 +62,7 @@ def trace_run(
             prepare(run)
         gradients = _keep_first_gradients(run)
         reports = [train_step(run) for _ in range(steps)]
-    weights, *states = (
-        {name: whole(ctx, spec, tensor) for name, (spec, tensor) in kind.items()} for kind in run.optimizer.tensors().values()
-    )
+    weights, *states = (_whole_of_all(ctx, kind) for kind in run.optimizer.tensors().values())
     return Trace(
         losses=[r.loss for r in reports],
         grad_norms=[r.grad_norm for r in reports],
@@ -82,17 +82,37 @@ def _keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
     def step(lr: float, grad_divisor: torch.Tensor, skip: torch.Tensor) -> None:
         if not gradients:
             flat = run.flat
-            gradients.update({p.spec.name: whole(run.ctx, p.spec, flat.view(flat.grads, p)) for p in flat.parameters})
+            local = {p.spec.name: (p.spec, flat.view(flat.grads, p)) for p in flat.parameters}
+            gradients.update(_whole_of_all(run.ctx, local))
         update(lr, grad_divisor, skip)
 
     run.optimizer.step = step  # type: ignore[method-assign]
     return gradients
 
 
+def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The logical tensors of all stages, on every rank. Collective over the ranks of a model."""
+    shapes = {name: (spec.shape, str(tensor.dtype)) for name, (spec, tensor) in local.items()}
+    texts = gather_texts(json.dumps(shapes), ctx.mp.group, ctx.device)
+    everywhere = {name: what for text in texts for name, what in json.loads(text).items()}
+    found = {}
+    for name, (shape, dtype) in everywhere.items():
+        logical = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=ctx.device)
+        if name in local:
+            _fill(logical, ctx, *local[name])
+        found[name] = all_reduce(logical, ctx.mp).cpu()
+    return found
+
+
 def whole(ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> torch.Tensor:
     """The logical tensor of `spec`, on the CPU, from every tensor-parallel rank's `local` one. Collective over tp."""
     logical = torch.zeros(spec.shape, dtype=local.dtype, device=local.device)
-    slices = spec.slices(ctx.tp.size, ctx.tp.rank)
-    if spec.owned(ctx.tp):
-        logical[slices] = local[tuple(slice(0, s.stop - s.start) for s in slices)]
+    _fill(logical, ctx, spec, local)
     return all_reduce(logical, ctx.tp).cpu()
+
+
+def _fill(logical: torch.Tensor, ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> None:
+    """Copy what this rank owns to its place."""
+    if spec.owned(ctx):
+        slices = spec.slices(ctx.tp.size, ctx.tp.rank)
+        logical[slices] = local[tuple(slice(0, s.stop - s.start) for s in slices)]

@@ -1,11 +1,13 @@
 """Specs say which rank holds which slice: every element somewhere, owned once, whatever the layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.parallel.mesh import Axis
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, initialise
 
 
@@ -19,7 +21,7 @@ def holders(spec: ParamSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     for axis in axes(size):
         here = spec.slices(size, axis.rank)
         held[here] += 1
-        owned[here] += spec.owned(axis)
+        owned[here] += spec.owned(replace(ParallelContext.single(), tp=axis))
     return held, owned
 
 

@@ -1,0 +1,247 @@
+"""The simulator: runs a schedule on paper, checks that it is legal and cannot deadlock, and says when who is idle.
+
+It knows the strictest transport there is, so that what passes here runs on gloo and on NCCL: one channel per direction between two
+stages, no buffering, first in first out, and a transfer begins only when it has been posted on both sides. Stages behave as the
+executor does (`pipeline_parallel.py`): before instruction i they post the receives that i and i+1 need, in the order that the
+sender sends; they wait for what i needs, compute, post the send, and wait for sends at the end of the step alone.
+
+Two figures tell how good a schedule is (docs/pipeline.md). The *device bubble* of a stage is the share of the time between its own
+first and last instruction in which it is idle. The *step bubble* is the idle share of all devices from the first instruction of any
+to the last of any, since all of them meet at the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megatrain.parallel.schedules import Instruction, Message, Schedule
+
+
+class ScheduleError(RuntimeError):
+    """A schedule is not legal, or deadlocks; the message says where."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Time of each instruction, in any unit: one number for all virtual stages, or one for each."""
+
+    forward: float | Sequence[float] = 1.0
+    backward_input: float | Sequence[float] = 1.0
+    backward_weight: float | Sequence[float] = 1.0
+    communication: float = 0.0
+    """From the posting of a message on both sides to its arrival."""
+
+    def of(self, instruction: Instruction, virtual: int) -> float:
+        """Duration of an instruction on a virtual stage; an unsplit backward takes the sum of both parts."""
+        if instruction.kind == "backward":
+            return _at(self.backward_input, virtual) + _at(self.backward_weight, virtual)
+        return _at(getattr(self, instruction.kind), virtual)
+
+
+class Event(NamedTuple):
+    """One instruction on the clock of its stage."""
+
+    instruction: Instruction
+    virtual: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When every stage does what."""
+
+    schedule: Schedule
+    stages: Sequence[Sequence[Event]]
+    """The events of each stage, in order."""
+
+    @property
+    def makespan(self) -> float:
+        """From the first instruction of any stage to the last of any."""
+        return max(events[-1].end for events in self.stages)
+
+    def busy(self, stage: int) -> float:
+        """Time in which a stage computes."""
+        return sum(event.end - event.start for event in self.stages[stage])
+
+    def device_bubble(self, stage: int) -> float:
+        """Share of the time between the stage's first and last instruction in which it is idle."""
+        events = self.stages[stage]
+        span = events[-1].end - events[0].start
+        return 1 - self.busy(stage) / span if span else 0.0
+
+    @property
+    def step_bubble(self) -> float:
+        """Share of the makespan in which devices are idle, over all devices."""
+        whole = self.makespan * len(self.stages)
+        return 1 - sum(map(self.busy, range(len(self.stages)))) / whole if whole else 0.0
+
+    def peak(self, stage: int) -> int:
+        """Most saved states, of one micro-batch on one chunk each, that the stage holds at a time."""
+        return peak_saved([event.instruction for event in self.stages[stage]])
+
+
+def peak_saved(program: Sequence[Instruction]) -> int:
+    """Most saved states at a time, of one micro-batch on one chunk each, in a stage's program; 0 where nothing is differentiated."""
+    live = peak = 0
+    if not any(i.frees for i in program):
+        return 0
+    for instruction in program:
+        live += instruction.kind == "forward"
+        peak = max(peak, live)
+        live -= instruction.frees
+    return peak
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
+    """Run a schedule. Raises ScheduleError where it is not legal, or does not end."""
+    costs = costs or Costs()
+    stages = [_Stage(schedule, costs, number) for number in range(schedule.stages)]
+    for stage in stages:
+        check_program(schedule, stage.number, stage.program)
+    channels: dict[tuple[int, int], _Channel] = {}
+    for source in stages:
+        for to, message in schedule.sent(source.number):
+            channels.setdefault((source.number, to), _Channel(costs.communication)).order(message)
+    for (source_number, to), channel in channels.items():
+        stages[source_number].outgoing[to] = channel
+        stages[to].incoming[source_number] = channel
+    ready = deque(stages)
+    while ready:
+        stage = ready.popleft()
+        for to in stage.run():
+            if stages[to].waiting_for == stage.number:
+                ready.append(stages[to])
+    stuck = [stage for stage in stages if stage.place < len(stage.program)]
+    if stuck:
+        waits = "; ".join(f"stage {s.number} waits for stage {s.waiting_for} before {s.program[s.place]}" for s in stuck[:4])
+        raise ScheduleError(f"{schedule.name} on {schedule.stages} stages deadlocks: {waits}")
+    return Timeline(schedule, [stage.events for stage in stages])
+
+
+def check_program(schedule: Schedule, stage: int, program: Sequence[Instruction]) -> None:
+    """Every micro-batch exactly once on every chunk: forward, then input gradient, then weight gradient; the last one marked.
+
+    Raises ScheduleError.
+    """
+    state: dict[tuple[int, int], str] = {}
+    follows = {"forward": "", "backward": "forward", "backward_input": "forward", "backward_weight": "backward_input"}
+    for instruction in program:
+        key = instruction.micro_batch, instruction.chunk
+        if state.get(key, "") != follows[instruction.kind]:
+            before = state.get(key) or "nothing"
+            raise ScheduleError(f"{schedule.name}, stage {stage}: {instruction} after {before} of the same micro-batch")
+        state[key] = instruction.kind
+    wanted = {(m, c) for m in range(schedule.micro_batches) for c in range(schedule.chunks)}
+    ends = {"backward", "backward_weight"} if schedule.backward else {"forward"}
+    unfinished = sorted(wanted ^ {key for key, kind in state.items() if kind in ends})
+    if unfinished:
+        raise ScheduleError(f"{schedule.name}, stage {stage}: (micro-batch, chunk) {unfinished[:4]} are not run to their end")
+    for chunk in range(schedule.chunks):
+        marks = [i.last for i in program if i.frees and i.chunk == chunk]
+        if any(marks[:-1]) or not all(marks[-1:]):
+            raise ScheduleError(
+                f"{schedule.name}, stage {stage}: chunk {chunk} must mark its last weight gradient, and no other"
+            )
+
+
+@dataclass
+class _Channel:
+    """Messages from one stage to another: posted by both sides in the same order, carried one after the other."""
+
+    latency: float
+    places: dict[Message, int] = field(default_factory=dict)
+    """Message -> its place in the order."""
+    sent: list[float] = field(default_factory=list)
+    expected: list[float] = field(default_factory=list)
+    """When each was posted by the receiver."""
+    arrived: list[float] = field(default_factory=list)
+
+    def order(self, message: Message) -> None:
+        """Add a message to the order."""
+        self.places[message] = len(self.places)
+
+    def expect(self, message: Message, now: float) -> None:
+        """The receiver posts its receives up to that of `message`."""
+        self.expected.extend([now] * (self.places[message] + 1 - len(self.expected)))
+
+    def arrival(self, message: Message) -> float | None:
+        """When an expected message is there; None if it has not been sent yet."""
+        place = self.places[message]
+        while len(self.arrived) <= place and len(self.arrived) < len(self.sent):
+            k = len(self.arrived)
+            before = self.arrived[-1] if self.arrived else 0.0
+            self.arrived.append(max(before, self.sent[k], self.expected[k]) + self.latency)
+        return self.arrived[place] if place < len(self.arrived) else None
+
+
+class _Stage:
+    """One rank on paper."""
+
+    def __init__(self, schedule: Schedule, costs: Costs, number: int) -> None:
+        self.schedule, self.costs, self.number = schedule, costs, number
+        self.program = schedule.program(number)
+        self.place = 0
+        self.clock = 0.0
+        self.events: list[Event] = []
+        self.incoming: dict[int, _Channel] = {}
+        self.outgoing: dict[int, _Channel] = {}
+        self.waiting_for: int | None = None
+        self._made: dict[Message, float] = {}
+        """What this stage has made for another chunk of its own."""
+
+    def run(self) -> set[int]:
+        """Go on until something has not been sent yet; the stages that were sent something."""
+        reached: set[int] = set()
+        while self.place < len(self.program):
+            for instruction in self.program[self.place : self.place + 2]:
+                self._expect(instruction)
+            instruction = self.program[self.place]
+            start = self._when_ready(instruction)
+            if start is None:
+                return reached
+            virtual = self.schedule.virtual(self.number, instruction.chunk)
+            self.clock = start + self.costs.of(instruction, virtual)
+            self.events.append(Event(instruction, virtual, start, self.clock))
+            reached |= self._send(instruction)
+            self.place += 1
+        return reached
+
+    def _expect(self, instruction: Instruction) -> None:
+        message = self.schedule.needs(self.number, instruction)
+        if message is not None and (source := self.schedule.source(message)) != self.number:
+            self.incoming[source].expect(message, self.clock)
+
+    def _when_ready(self, instruction: Instruction) -> float | None:
+        """Earliest start of the next instruction; None where what it needs has not been sent."""
+        message = self.schedule.needs(self.number, instruction)
+        self.waiting_for = None
+        if message is None:
+            return self.clock
+        source = self.schedule.source(message)
+        arrival = self._made.pop(message, None) if source == self.number else self.incoming[source].arrival(message)
+        if arrival is None:
+            self.waiting_for = source
+            return None
+        return max(self.clock, arrival)
+
+    def _send(self, instruction: Instruction) -> set[int]:
+        message = self.schedule.makes(self.number, instruction)
+        if message is None:
+            return set()
+        to = self.schedule.home(message.virtual)[0]
+        if to == self.number:
+            self._made[message] = self.clock
+            return set()
+        channel = self.outgoing[to]
+        if channel.places.get(message) != len(channel.sent):
+            raise ScheduleError(f"{self.schedule.name}: stage {self.number} sends {message} out of order")
+        channel.sent.append(self.clock)
+        return {to}
+
+
+def _at(cost: float | Sequence[float], virtual: int) -> float:
+    return float(cost[virtual]) if isinstance(cost, Sequence) else float(cost)

@@ -1,0 +1,70 @@
+"""A thread that waits for gloo's sends, which cannot be asked whether they have ended: `is_completed` stays false until `wait`."""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+from typing import Protocol
+
+
+class Work(Protocol):
+    """What is used of a call of torch.distributed."""
+
+    def wait(self) -> object:
+        """Block until it has ended. Raises RuntimeError."""
+
+    def is_completed(self) -> bool:
+        """Whether it has ended."""
+
+
+class WatchedWork:
+    """A call that the thread waits for; others may ask, or wait for the thread."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._ended = threading.Event()
+        self._error: RuntimeError | None = None
+
+    def follow(self) -> None:
+        """Wait for the call, as the thread does."""
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            self._error = error
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Block until the call has ended. Raises RuntimeError, which it ended with."""
+        self._ended.wait()
+        if self._error is not None:
+            raise self._error
+
+    def is_completed(self) -> bool:
+        """Whether the call has ended, well or badly."""
+        return self._ended.is_set()
+
+
+class Watch:
+    """The thread, started when it is first needed; it waits for one call after the other."""
+
+    def __init__(self) -> None:
+        self._works: SimpleQueue[WatchedWork | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def watched(self, work: Work) -> WatchedWork:
+        """Have a call waited for."""
+        if self._thread is None:
+            # A daemon: a send that never ends must not keep a failed process from ending.
+            self._thread = threading.Thread(target=self._run, name="megatrain-sends", daemon=True)
+            self._thread.start()
+        followed = WatchedWork(work)
+        self._works.put(followed)
+        return followed
+
+    def close(self) -> None:
+        """Let the thread end, once it has waited for all."""
+        self._works.put(None)
+
+    def _run(self) -> None:
+        while (work := self._works.get()) is not None:
+            work.follow()
