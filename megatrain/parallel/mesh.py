@@ -105,12 +105,26 @@ class MeshShape:
             return tuple(replicas[mine % self.ep :: self.ep])
         raise ValueError(f"unknown axis {axis!r}; axes are {', '.join(AXES)}")
 
-    def links(self, rank: int) -> list[tuple[int, int]]:
-        """(from stage, to stage) of the links that `rank` has, in one order for all: neighbours on the ring, both directions."""
+    def links(self, rank: int) -> list[tuple[int, int] | None]:
+        """(from stage, to stage) of the links to make, in order: neighbours on the ring of stages, both directions; None: stand by.
+
+        Every rank has as many entries, and the two ranks of a link have it at the same place: first the pairs (0, 1), (2, 3) ...,
+        then (1, 2), (3, 4) ..., then what an odd ring has left, (last, 0).
+        """
+        if self.pp == 1:
+            return []
         stage = self.coordinates(rank)["pp"]
-        rings = (((s, (s + 1) % self.pp), ((s + 1) % self.pp, s)) for s in range(self.pp))
-        pairs = dict.fromkeys(pair for ring in rings for pair in ring if pair[0] != pair[1])
-        return [pair for pair in pairs if stage in pair]
+        rounds = 1 if self.pp == 2 else 2 + self.pp % 2
+        made: list[tuple[int, int] | None] = []
+        for turn in range(rounds):
+            mine = [s for s in (stage - 1, stage) if self._turn_of(s % self.pp) == turn]
+            pairs = [(s % self.pp, (s + 1) % self.pp) for s in mine]
+            made += [pairs[0], pairs[0][::-1]] if pairs else [None, None]
+        return made
+
+    def _turn_of(self, stage: int) -> int:
+        """In which round the links between a stage and the next one on the ring are made."""
+        return 2 if self.pp % 2 and stage == self.pp - 1 else stage % 2
 
 
 AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "mp", "ends", "world")
@@ -147,9 +161,11 @@ class ParallelContext:
         made: dict[tuple[int, ...], Group] = {}  # axes over the same ranks (dp and dp_cp when cp is 1) share one group
         for name in AXES:
             ranks = shape.ranks_along(name, world.rank)
-            if len(ranks) > 1 and ranks not in made:
+            elsewhere = name == "ends" and shape.pp > 2  # a transport may number groups: each rank must make as many
+            if (len(ranks) > 1 or elsewhere) and ranks not in made:
                 made[ranks] = world.group(name, ranks)
-            axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, made.get(ranks))
+            group = made.get(ranks) if len(ranks) > 1 else None
+            axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, group)
         axes["sends"], axes["receives"] = _links(world, shape)
         return cls(**axes, device=torch.device(device))
 
@@ -166,7 +182,11 @@ def _links(world: World, shape: MeshShape) -> tuple[dict[int, Link], dict[int, L
     receives: dict[int, Link] = {}
     pipeline = shape.ranks_along("pp", world.rank)
     stage = pipeline.index(world.rank)
-    for source, to in shape.links(world.rank):
+    for link in shape.links(world.rank):
+        if link is None:
+            world.group("pp, standing by", (world.rank,))
+            continue
+        source, to = link
         ranks = sorted((pipeline[source], pipeline[to]))
         group = world.group(f"pp {source}>{to}", ranks)
         other = to if source == stage else source

@@ -104,7 +104,11 @@ class World(ABC):
 
     @abstractmethod
     def group(self, name: str, ranks: Sequence[int]) -> Group:
-        """Make the group of `ranks` (this rank among them); only those ranks call, in the same order of their groups."""
+        """Make the group of `ranks` (this rank among them); only those ranks call, in the same order of their groups.
+
+        Some transports tell groups of the same ranks apart by how many groups a process has made before: the ranks of a group
+        must have made equally many, those of one rank (which cost nothing) included.
+        """
 
     def close(self) -> None:  # noqa: B027 - nothing to release is the usual case
         """Release every group made here."""

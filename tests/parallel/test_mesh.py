@@ -26,8 +26,10 @@ def shapes(draw, largest=LARGEST):
     return MeshShape(**sides, ep=draw(st.sampled_from(divisors)))
 
 
-def expected_size(shape, axis):
+def expected_size(shape, axis, rank):
     replicas = shape.dp * shape.cp
+    if axis == "ends":
+        return len({0, shape.pp - 1}) if shape.coordinates(rank)["pp"] in (0, shape.pp - 1) else 1
     sizes = {"edp": replicas // shape.ep, "dp_cp": replicas, "mp": shape.tp * shape.pp, "world": shape.world}
     return sizes[axis] if axis in sizes else getattr(shape, axis)
 
@@ -67,21 +69,18 @@ def test_every_rank_has_its_own_place_among_16384():
 @settings(max_examples=40, deadline=None)
 @given(shapes(1024), st.sampled_from(AXES))
 def test_groups_of_an_axis_partition_the_world(shape, axis):
-    size = expected_size(shape, axis)
-    seen, groups = set(), 0
+    seen = set()
     for rank in range(shape.world):
         if rank in seen:
             continue
         group = shape.ranks_along(axis, rank)
-        assert rank in group and len(group) == size
+        assert rank in group and len(group) == expected_size(shape, axis, rank)
         assert list(group) == sorted(set(group))
         assert seen.isdisjoint(group)
         seen.update(group)
-        groups += 1
         for member in (group[0], group[-1], group[len(group) // 2]):
             assert shape.ranks_along(axis, member) == group
     assert seen == set(range(shape.world))
-    assert groups * size == shape.world
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,12 +89,14 @@ def test_a_rank_makes_few_groups_and_sits_in_each(shape, data):
     rank = data.draw(st.integers(0, shape.world - 1))
     world = CountingWorld(rank, shape.world)
     ctx = ParallelContext.build(world, shape)
-    assert len(world.made) <= len(AXES) <= 16
-    assert len(world.made) == len(set(world.made))
-    assert all(len(ranks) > 1 and rank in ranks for ranks in world.made)
+    links = shape.links(rank)
+    assert len(world.made) <= len(AXES) + len(links) <= 16
+    of_axes = world.made[: -len(links) or None]
+    assert len(of_axes) == len(set(of_axes)) and all(rank in ranks for ranks in world.made)
+    assert all(len(ranks) > 1 for ranks in of_axes[:-1]), "only `ends`, the last, may stand by"
     for name in AXES:
         axis = getattr(ctx, name)
-        assert axis.name == name and axis.size == len(axis.ranks) == expected_size(shape, name)
+        assert axis.name == name and axis.size == len(axis.ranks) == expected_size(shape, name, rank)
         assert axis.ranks[axis.rank] == rank
         assert (axis.group is None) == (axis.size == 1)
 
@@ -104,10 +105,10 @@ def test_16384_ranks_make_as_many_distinct_groups_as_the_axes_have():
     shape = MeshShape(tp=8, cp=2, dp=64, pp=16, ep=8)
     assert shape.world == LARGEST
     for axis in AXES:
-        if axis == "world":
+        if axis in ("world", "ends"):
             continue
         distinct = {shape.ranks_along(axis, rank)[0] for rank in random.Random(0).sample(range(LARGEST), 512)}
-        assert len(distinct) <= LARGEST // expected_size(shape, axis)
+        assert len(distinct) <= LARGEST // expected_size(shape, axis, 0)
     first = {shape.ranks_along("tp", rank) for rank in range(LARGEST)}
     assert len(first) == LARGEST // 8
 
@@ -122,6 +123,28 @@ def test_tensor_parallel_ranks_are_neighbours_and_stages_far_apart():
     assert shape.ranks_along("ep", 5) == (5, 7)
     assert shape.ranks_along("edp", 5) == (1, 5)
     assert shape.ranks_along("mp", 5) == (4, 5, 12, 13)
+    assert shape.ranks_along("ends", 5) == (5, 13)
+    assert [MeshShape(tp=2, pp=3).ranks_along("ends", rank) for rank in (1, 3, 5)] == [(1, 5), (3,), (1, 5)]
+
+
+@given(stages=st.integers(1, 64), other=st.sampled_from([1, 3]))
+def test_both_ranks_of_a_link_make_it_at_the_same_place(stages, other):
+    """And every rank makes as many: torch tells groups of the same ranks apart by how many a process has made before."""
+    shape = MeshShape(tp=other, pp=stages)
+    ranks = shape.ranks_along("pp", shape.world - 1)
+    made = [shape.links(rank) for rank in ranks]
+    assert len({len(links) for links in made}) == 1 and len(made[0]) <= 6
+    for stage, links in enumerate(made):
+        for place, link in enumerate(links):
+            assert link is None or (stage in link and made[link[0]][place] == made[link[1]][place] == link)
+    wanted = {(s, (s + d) % stages) for s in range(stages) for d in (1, -1)} if stages > 1 else set()
+    assert {link for links in made for link in links if link} == wanted
+    groups = set()
+    for rank in range(shape.world):
+        world = CountingWorld(rank, shape.world)
+        ParallelContext.build(world, shape)
+        groups.add(len(world.made))
+    assert len(groups) == 1
 
 
 @settings(max_examples=40, deadline=None)
