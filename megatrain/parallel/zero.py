@@ -69,6 +69,9 @@ class FlatParameters:
         partial = [p for p in self.parameters if p.spec.partial_over is not None]
         if partial:
             _sum_partial(partial, self.ctx.tp)
+        self._sum_tied()
+
+    def _sum_tied(self) -> None:
         for parameter in self.parameters:
             if parameter.spec.tied is not None:
                 all_reduce(parameter.accumulated, getattr(self.ctx, parameter.spec.tied))

@@ -132,10 +132,10 @@ def plain_losses(run, tokens):
     positions = torch.arange(len(inputs))[:, None].expand_as(inputs)
     places = torch.arange(inputs.shape[1])
     batch = MicroBatch(inputs, labels, torch.ones(inputs.shape), positions, places, 0, AttentionMask())
-    run.model.eval()
+    model = run.chunks[0].eval()
     with torch.no_grad():
-        logits = run.model.head.logits(run.model(None, batch))
-    run.model.train()
+        logits = model.head.logits(model(None, batch))
+    model.train()
     return F.cross_entropy(logits.permute(1, 2, 0), labels.t(), reduction="none").t()
 
 

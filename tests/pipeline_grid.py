@@ -1,0 +1,72 @@
+"""Pipelines of the central theorem, as data: every schedule on every layout trains to the same numbers as one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+
+from layout_grid import covering
+
+from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.testing.agree import Trace, agree
+from megatrain.testing.trace import mesh_shape, trace_run
+
+STEPS = 2
+SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1), ("zb_v", 2)]
+
+# (schedule, chunks), stages, micro-batches, tied, layers, (tp, sequence parallel), dp
+POINTS = list(
+    product(SCHEDULES, (1, 2, 4), (1, 2, 3, 4, 8), (True, False), (8, 11), ((1, False), (2, False), (2, True)), (1, 2))
+)
+TRIPLES = covering(POINTS)
+COVERING = TRIPLES + [point for point in POINTS[::7] if point not in TRIPLES][: max(0, 200 - len(TRIPLES))]
+"""Every triple of values, and at least 200 points."""
+GLOO = [point for point in COVERING if point[1] > 1 and point[1] * point[5][0] * point[6] <= 8][::5][:20]
+"""Enough of them for real processes."""
+
+
+def config_of(point: tuple) -> Config:
+    """The config of a point; 2 sequences a micro-batch."""
+    (schedule, chunks), stages, micro_batches, tied, layers, (tp, sequence_parallel), dp = point
+    modern = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False, "ffn_hidden_size": 24}
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=16,
+        num_attention_heads=4,
+        num_query_groups=2,
+        seq_length=8,
+        vocab_size=29,
+        tied_embeddings=tied,
+        dropout=0.1,
+        init_std=0.1,
+        **({} if tied else modern),
+    )
+    parallel = ParallelConfig(
+        tensor_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+        pipeline_parallel_size=stages,
+        virtual_pipeline_size=chunks,
+        schedule=schedule,
+    )
+    train = TrainConfig(steps=STEPS, global_batch_size=2 * micro_batches * dp, micro_batch_size=2, precision="fp64")
+    return Config(model=model, parallel=parallel, optim=OptimConfig(lr=1e-2, warmup_steps=1), train=train)
+
+
+@cache
+def reference(sequences: int, tied: bool, layers: int) -> Trace:
+    """The single process, which takes the batch in micro-batches of 2."""
+    point = (("1f1b", 1), 1, sequences // 2, tied, layers, (1, False), 1)
+    return trace_run(ParallelContext.single(), config_of(point), STEPS)
+
+
+def shape_of(point: tuple) -> MeshShape:
+    """The mesh of a point."""
+    return mesh_shape(config_of(point), point[6])
+
+
+def compare(traces: list[Trace], point: tuple) -> None:
+    """Raise Disagreement unless every rank's trace agrees with the single process."""
+    config = config_of(point)
+    for trace in traces:
+        agree(reference(config.train.global_batch_size, point[3], point[4]), trace, optimizer=config.optim.name)
