@@ -23,8 +23,9 @@ from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.pipeline_parallel import Chunk, Executed, Postponed, Stage, run_schedule
+from megatrain.parallel.pipeline_parallel import Chunk, Executed, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
+from megatrain.parallel.weights import Postponed
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.flops import forward_flops, parameter_count
 

@@ -79,7 +79,7 @@ def columns(ids):
 
 
 def whole_model(run):
-    return run.model
+    return run.chunks[0]
 
 
 @pytest.mark.parametrize("samples", [1, 4, 6, 9])

@@ -35,7 +35,12 @@ def config_of(**model):
 
 
 def model_of(config, ctx=SINGLE):
-    return build_gpt(config.model, 261, ctx, sequence_parallel=False, dtype=torch.float32, seed=7).eval()
+    return whole_gpt(config.model, 261, ctx).eval()
+
+
+def whole_gpt(model, vocab_size, ctx):
+    pieces = [range(model.num_layers)]
+    return build_gpt(model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=torch.float32, seed=7)[0]
 
 
 def saved(directory, config, layout=ONE, dtype=torch.float32):
@@ -243,7 +248,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     config = config_of(vocab_size=50)
 
     def write(ctx):
-        model = build_gpt(config.model, 50, ctx, sequence_parallel=False, dtype=torch.float32, seed=7)
+        model = whole_gpt(config.model, 50, ctx)
         weights = {p.spec.name: LocalTensor(p.spec, p.detach()) for p in model.logical_parameters()}
         return save(tmp_path / "checkpoints", 5, {"weights": weights}, ctx, {}, dump(config))
 

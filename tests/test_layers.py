@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SUPPORT = {"__init__", "transport", "mesh", "param", "collectives", "consensus", "rng", "schedules"}
+SUPPORT = {"__init__", "transport", "mesh", "param", "collectives", "consensus", "rng", "schedules", "simulator", "weights"}
 """Files of parallel/ that are no dimension of parallelism (and `transport_*`): dimensions may import them."""
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from megatrain.parallel.weights import Postponed
 
 
 @dataclass(frozen=True)
@@ -32,5 +33,5 @@ class MicroBatch:
     step: int = 0
     """Optimizer step, from 0: what dropout is keyed by."""
     mask: AttentionMask = AttentionMask()
-    postponed: list[Callable[[], None]] | None = None
+    postponed: Postponed | None = None
     """Where linear layers put weight gradients that wait for their turn (split backward); None: they compute them at once."""

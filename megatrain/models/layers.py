@@ -15,7 +15,8 @@ from megatrain.models.batch import MicroBatch
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec
-from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear, make_parameters
+from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
+from megatrain.parallel.weights import make_parameters
 
 
 @dataclass(frozen=True)

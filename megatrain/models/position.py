@@ -11,7 +11,7 @@ from torch.nn import functional
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 from megatrain.parallel.param import ParamSpec
-from megatrain.parallel.tensor_parallel import make_parameters
+from megatrain.parallel.weights import make_parameters
 
 
 class LearnedPositions(nn.Module):

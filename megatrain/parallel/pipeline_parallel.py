@@ -30,9 +30,7 @@ import torch
 from megatrain.parallel.mesh import Link
 from megatrain.parallel.schedules import Instruction, Message, Schedule
 from megatrain.parallel.transport import Handle
-
-Postponed = list[Callable[[], None]]
-"""Weight gradients of one micro-batch on one chunk that have not been computed yet."""
+from megatrain.parallel.weights import Postponed
 
 
 class Chunk(Protocol):

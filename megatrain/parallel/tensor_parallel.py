@@ -46,73 +46,7 @@ from megatrain.parallel.collectives import (
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
 from megatrain.parallel.transport import Handle
-
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-def joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenation along dim 0, for reading; a view, without copying, where the tensors lie behind one another in one storage."""
-    view = _view_over(tensors)
-    return torch.cat([t.detach() for t in tensors]) if view is None else view
-
-
-def _view_over(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One view of tensors that lie behind one another in one storage; None where they do not."""
-    first = tensors[0].detach()
-    end = first.storage_offset()
-    for tensor in tensors:
-        same_storage = tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        if not (same_storage and tensor.is_contiguous() and tensor.storage_offset() == end):
-            return None
-        end += tensor.numel()
-    return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
-
-
-def make_parameters(specs: Sequence[ParamSpec], tp: Axis, dtype: torch.dtype, device: torch.device) -> list[Parameter]:
-    """This rank's zero-filled parameters of equal width, behind one another in one storage."""
-    shapes = [spec.local_shape(tp.size) for spec in specs]
-    storage = torch.zeros((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype, device=device)
-    parameters: list[Parameter] = []
-    for spec, rows in zip(specs, storage.split([shape[0] for shape in shapes]), strict=True):
-        parameters.append(Parameter(rows, spec, follows=bool(parameters)))
-    return parameters
-
-
-def add_weight_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor | None]:
-    """Accumulate dy^T x ([tokens, out], [tokens, in]) into the parameters' joined main_grad, or return it piecewise to autograd."""
-    return _accumulate(parameters, lambda out: add_matmul(out, dy.t(), x), lambda: matmul(dy.t(), x))
-
-
-def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> list[torch.Tensor | None]:
-    """Accumulate the sum of dy [tokens, out] over tokens into the parameters' joined main_grad, or return it piecewise."""
-    return _accumulate(parameters, lambda out: out.add_(dy.sum(0, dtype=out.dtype)), lambda: dy.sum(0))
-
-
-def _accumulate(
-    parameters: Sequence[nn.Parameter], add: Callable[[torch.Tensor], object], compute: Callable[[], torch.Tensor]
-) -> list[torch.Tensor | None]:
-    """Add a gradient to the parameters' main_grad where they have one; else return it, cut into their rows.
-
-    `add` does so in one go, for buffers that lie behind one another; `compute` returns the gradient of all rows.
-    """
-    if not any(p.requires_grad for p in parameters):
-        return [None] * len(parameters)
-    buffers = [b for b in (getattr(p, "main_grad", None) for p in parameters) if b is not None]
-    view = _view_over(buffers) if len(buffers) == len(parameters) else None
-    if view is not None:
-        add(view)
-        return [None] * len(parameters)
-    pieces = compute().split([p.shape[0] for p in parameters])
-    if len(buffers) < len(parameters):
-        return list(pieces)
-    for buffer, piece in zip(buffers, pieces, strict=True):
-        buffer.add_(piece)
-    return [None] * len(parameters)
-
-
-Postponed = list[Callable[[], None]]
-"""Weight gradients of one micro-batch that wait for their turn (a split backward)."""
-
+from megatrain.parallel.weights import Postponed, add_bias_gradient, add_weight_gradient, joined, make_parameters
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ class State:
         ParamSpec("layers.0.attention.key.bias", (4,), Split(0, 2), decay=False, init=Init("constant", 0.0)),
         ParamSpec("layers.0.attention.output.weight", (6, 16), Split(1, 8), init=Init(value=0.02 / 3)),
         ParamSpec("final_norm.weight", (6,), partial_over="tp", decay=False, init=Init("constant", 1.0)),
-        ParamSpec("temperature", (), trainable=False, tied="final_norm.weight"),
+        ParamSpec("temperature", (), trainable=False, tied="ends"),
     )
 
     def logical(self, kind, name, dtype=torch.float32):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatrain.checkpoint.load import load, newest
 from megatrain.checkpoint.manifest import LocalTensor, read_manifest
@@ -76,8 +77,18 @@ def test_pipeline_stages_bring_their_own_tensors(tmp_path):
 
 def test_two_stages_may_not_hold_one_name(tmp_path):
     part = {"weights": {"w": LocalTensor(ParamSpec("w", (3,)), torch.zeros(3))}}
-    with pytest.raises(CheckpointError, match="two pipeline stages hold a tensor of the same name"):
+    with pytest.raises(CheckpointError, match="two pipeline stages write a tensor of the same name"):
         simulate(MeshShape(pp=2), lambda ctx: save(tmp_path, 1, part, ctx, {}, ""))
+
+
+def test_a_tied_copy_is_written_by_the_first_of_its_axis(tmp_path):
+    def write(ctx):
+        part = {"weights": {"w": LocalTensor(ParamSpec("w", (3,), tied="ends"), torch.full((3,), float(ctx.pp.rank)))}}
+        return save(tmp_path, 1, part, ctx, {}, "")
+
+    path = simulate(MeshShape(pp=2), write)[0]
+    assert load_file(path / "weights-tp00000-pp00000.safetensors")["w"].tolist() == [0.0] * 3
+    assert not (path / "weights-tp00000-pp00001.safetensors").exists()
 
 
 def test_kinds_agree_about_specs_and_shapes_fit(tmp_path):

@@ -109,7 +109,7 @@ def test_the_mlp_is_its_formula(activation):
     act = ACTIVATIONS[activation]
     gated = activation in ("swiglu", "geglu")
     inner = act(x @ weights["m.gate.weight"].T + weights["m.gate.bias"]) * up if gated else act(up)
-    torch.testing.assert_close(layer(x), inner @ weights["m.down.weight"].T + weights["m.down.bias"])
+    torch.testing.assert_close(layer(x, batch()), inner @ weights["m.down.weight"].T + weights["m.down.bias"])
     assert ("m.gate.weight" in weights) == gated
 
 

@@ -12,7 +12,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 from megatrain.models.transformer import Block
-from megatrain.parallel import tensor_parallel
+from megatrain.parallel import tensor_parallel, weights
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
 from megatrain.parallel.tensor_parallel import (
@@ -20,14 +20,13 @@ from megatrain.parallel.tensor_parallel import (
     RowParallelLinear,
     VocabParallelEmbedding,
     column_linear,
-    joined,
-    make_parameters,
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
     vocab_parameter,
 )
 from megatrain.parallel.transport import Handle, World
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder, _Wrapper
+from megatrain.parallel.weights import joined, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
 
@@ -354,6 +353,9 @@ class _Wait(Handle):
         self.note()
         self.inner.wait()
 
+    def done(self):
+        return self.inner.done()
+
 
 class _OrderedGroup(_Wrapper):
     """Notes in `events` when a call starts and when it is waited for."""
@@ -386,18 +388,19 @@ def events(monkeypatch):
     """What rank 0 does, in order: collectives, and work by the functions of tensor_parallel.py."""
     noted = []
 
-    def spy(name):
-        function = getattr(tensor_parallel, name)
+    def spy(module, name):
+        function = getattr(module, name)
 
         def noting(*arguments):
             if threading.current_thread().name == "rank 0":
                 noted.append(name)
             return function(*arguments)
 
-        monkeypatch.setattr(tensor_parallel, name, noting)
+        monkeypatch.setattr(module, name, noting)
 
     for name in ("matmul", "add_matmul", "add_bias_gradient"):
-        spy(name)
+        spy(tensor_parallel, name)
+    spy(weights, "add_matmul")
     return noted
 
 
