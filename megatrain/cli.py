@@ -19,7 +19,6 @@ DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 LATER = {
     "verify": "compare a run under many layouts with the single process",
-    "plan": "memory, communication and time of a run, and the best layouts",
     "data read": "text from raw files",
     "data clean": "clean text",
     "data dedup": "remove duplicate documents",
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = f"error: `megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is."
         return _complain(message, WRONG_USE)
     try:
-        arguments = _parser().parse_args(words)
+        arguments = _parse(words)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else WRONG_USE
     if argv is None and words[:1] == ["train"]:  # a program of its own: before torch is imported and memory is taken
@@ -60,6 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback or not _expected(error):
             raise
         return _complain(f"error: {error}", FAILED)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a verb; overrides may stand between and after options. Raises SystemExit on wrong use."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest and (overrides != rest or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += overrides
+    return arguments
 
 
 def _restart_with_better_allocator() -> None:
@@ -114,6 +125,15 @@ def _generate(arguments: argparse.Namespace) -> int:
     from megatrain.generate import main as generate
 
     return generate(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megatrain.plan.timeline import main as plan
+
+    png = None if arguments.timeline is None else Path(arguments.timeline)
+    return plan(arguments.config, arguments.overrides, arguments.devices, png)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
@@ -177,6 +197,7 @@ def _parser() -> _Parser:
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     _add_train(verbs)
     _add_generate(verbs)
+    _add_plan(verbs)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
@@ -221,6 +242,16 @@ def _add_generate(verbs: _Verbs) -> None:
     how.add_argument(
         "--top-p", type=_probability, metavar="P", help="sample among the fewest that together have P (default: all)"
     )
+
+
+def _add_plan(verbs: _Verbs) -> None:
+    example = "megatrain plan launch/configs/gpt_pipeline.yaml --timeline timeline.png parallel.schedule=zb_h1"
+    what = "what a step of a run will look like: its pipeline's timeline and idle shares; starts nothing"
+    parser = _add_verb(verbs, "plan", _plan, what, example)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; every key is in docs/config.md")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    parser.add_argument("--devices", type=_positive, metavar="N", help="how many there are (default: those of one replica)")
+    parser.add_argument("--timeline", metavar="PNG", help="draw the timeline there")
 
 
 def _add_data_tokenizer(stages: _Verbs) -> None:

@@ -73,9 +73,7 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
     session.same("config", text)
     validate(config, session.world.size)
-    problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
-    if problem is not None:
-        raise ConfigError(problem)
+    require_schedule(config)
     _prepare_torch(config)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     with session.together("opening the data"):
@@ -85,6 +83,13 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     job = Job(**vars(run), session=session, config_text=text)
     job.resumed_from = resume(job)
     return job
+
+
+def require_schedule(config: Config) -> None:
+    """Raise ConfigError where parallel.schedule cannot have parallel.virtual_pipeline_size chunks."""
+    problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> MeshShape:

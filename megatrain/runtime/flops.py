@@ -51,7 +51,12 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
 
 def forward_flops(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> tuple[float, float]:
     """FLOPs of one token's forward: (of one block, of the head)."""
-    return 2 * _block_matrices(model) + _attention(model, causal_half), 2 * model.hidden_size * vocab_size
+    return matrix_flops(model) + _attention(model, causal_half), 2 * model.hidden_size * vocab_size
+
+
+def matrix_flops(model: ModelConfig) -> float:
+    """FLOPs of one token's forward through the matrices of one block: what its weight gradients cost too."""
+    return 2 * _block_matrices(model)
 
 
 def model_flops_per_token(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> float:

@@ -1,0 +1,168 @@
+"""The timeline of one step's pipeline, simulated with the FLOPs of each virtual stage: as text, and as a picture.
+
+Times are in units of the mean forward of a virtual stage. A matrix costs as much in its input gradient, and again in its weight
+gradient, as in the forward; attention has no weights, so both of its gradients count as input gradients, as do those of the head,
+whose weight gradient is never postponed (`parallel/tensor_parallel.py`). Communication counts as free.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatrain.config.load import load
+from megatrain.config.schema import Config
+from megatrain.config.validate import validate
+from megatrain.parallel.schedules import Kind
+from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
+from megatrain.program import require_schedule, vocabulary
+from megatrain.runtime.flops import forward_flops, matrix_flops
+from megatrain.training import layer_pieces, schedule_of
+
+LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B", "backward_input": "B", "backward_weight": "W"}
+_COLOURS = {"F": "#2f6fb5", "B": "#4b9b6e", "W": "#d9a62b"}
+_LEGEND = {"F": "forward", "B": "backward (split: input gradient)", "W": "weight gradient"}
+_LATER_CHUNKS = 0.55
+"""Opacity of a stage's second and later chunks."""
+
+
+def costs_of(config: Config, vocab_size: int) -> Costs:
+    """What the instructions of each virtual stage cost."""
+    block, head = forward_flops(config.model, vocab_size)
+    matrices = matrix_flops(config.model)
+    pieces, _ = layer_pieces(config, vocab_size)
+    last = len(pieces) - 1
+    forward = [len(piece) * block + head * (v == last) for v, piece in enumerate(pieces)]
+    weight = [len(piece) * matrices for piece in pieces]
+    both = [2 * cost for cost in forward]
+    unit = sum(forward) / len(forward)
+    return Costs(
+        forward=[cost / unit for cost in forward],
+        backward_input=[(b - w) / unit for b, w in zip(both, weight, strict=True)],
+        backward_weight=[cost / unit for cost in weight],
+    )
+
+
+def plan_timeline(config: Config, devices: int) -> Timeline:
+    """Simulate one step of a config on so many devices. Raises ConfigError where that makes no sense."""
+    validate(config, devices)
+    require_schedule(config)
+    train = config.train
+    micro_batches = train.global_batch_size // (train.micro_batch_size * config.data_parallel_size(devices))
+    return simulate(schedule_of(config, micro_batches), costs_of(config, vocabulary(config)))
+
+
+def describe(timeline: Timeline, layers: Sequence[range]) -> str:
+    """The figures of a timeline, a line a stage."""
+    schedule = timeline.schedule
+    lines = [
+        f"schedule {schedule.name}: {schedule.stages} stages x {schedule.chunks} chunks, {schedule.micro_batches} micro-batches",
+        f"step bubble: {100 * timeline.step_bubble:.1f}% of all devices' time",
+        "stage  layers                 busy  device bubble  saved states at most",
+    ]
+    for stage in range(schedule.stages):
+        own = [layers[schedule.virtual(stage, chunk)] for chunk in range(schedule.chunks)]
+        ranges = ", ".join(f"{part.start}-{part.stop - 1}" if len(part) > 1 else f"{part.start}" for part in own)
+        busy, idle = 100 * timeline.busy(stage) / timeline.makespan, 100 * timeline.device_bubble(stage)
+        lines.append(f"{stage:5}  {ranges:20} {busy:5.1f}%  {idle:12.1f}%  {timeline.peak(stage):20}")
+    return "\n".join(lines)
+
+
+def as_text(timeline: Timeline, width: int = 120) -> str:
+    """A row a stage: what it does in each slice of time, with the micro-batch where there is room; dots are idle."""
+    events = [event for stage in timeline.stages for event in stage]
+    unit = min(event.end - event.start for event in events)
+    digits = len(str(timeline.schedule.micro_batches - 1)) + 2
+    slices = round(timeline.makespan / unit)
+    numbered = slices * digits <= width
+    if not numbered:
+        slices = min(slices, width)
+    step = timeline.makespan / slices
+    rows = []
+    for number, stage in enumerate(timeline.stages):
+        cells = [_at(stage, (place + 0.5) * step) for place in range(slices)]
+        texts = [_label(cell, numbered) for cell in cells]
+        joined = "".join(text.ljust(digits) for text in texts) if numbered else "".join(texts)
+        rows.append(f"stage {number:3} |{joined.rstrip()}")
+    return "\n".join(rows)
+
+
+def _at(events: Sequence[Event], time: float) -> Event | None:
+    return next((event for event in events if event.start <= time < event.end), None)
+
+
+def _label(event: Event | None, numbered: bool) -> str:
+    if event is None:
+        return "."
+    letter = LETTERS[event.instruction.kind]
+    letter = letter.lower() if event.instruction.chunk else letter
+    return f"{letter}{event.instruction.micro_batch}" if numbered else letter
+
+
+def draw_timeline(timelines: Sequence[tuple[str, Timeline]], png: Path) -> None:
+    """Draw timelines below one another, on one clock. Raises OSError where the picture cannot be written."""
+    rows = sum(len(timeline.stages) for _, timeline in timelines)
+    figure = Figure(figsize=(14.0, 1.2 + 0.45 * rows + 0.5 * len(timelines)), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    longest = max(timeline.makespan for _, timeline in timelines)
+    axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (title, timeline) in zip(axes, timelines, strict=True):
+        _draw_stages(axis, timeline, longest)
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[-1].set_xlabel("time")
+    for letter, meaning in _LEGEND.items():
+        axes[0].broken_barh([(0, 0)], (0, 0), facecolors=_COLOURS[letter], label=meaning)
+    axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=8)
+    if not png.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {png.parent} for the picture {png.name}: make it first")
+    part = png.with_name(f".{png.name}.{os.getpid()}.part")
+    try:
+        figure.savefig(part, format="png")
+        part.replace(png)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _draw_stages(axis: Axes, timeline: Timeline, longest: float) -> None:
+    """One row a stage; micro-batch numbers where they fit."""
+    for row, events in enumerate(timeline.stages):
+        for event in events:
+            letter, length = LETTERS[event.instruction.kind], event.end - event.start
+            opacity = _LATER_CHUNKS if event.instruction.chunk else 1.0
+            bar = [(event.start, length)]
+            axis.broken_barh(
+                bar, (row - 0.4, 0.8), facecolors=_COLOURS[letter], alpha=opacity, edgecolor="white", linewidth=0.6
+            )
+            if length > longest / 110:
+                middle = event.start + length / 2
+                number = str(event.instruction.micro_batch)
+                axis.text(middle, row, number, ha="center", va="center", fontsize=7, color="white")
+    stages = len(timeline.stages)
+    axis.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
+    axis.set_ylim(stages - 0.5, -0.5)
+    axis.set_xlim(0, longest)
+
+
+def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | None) -> int:
+    """`megatrain plan`: print the figures and the timeline of one step, and draw it. Returns 0.
+
+    devices: how many there are; None: as many as one replica needs.
+    """
+    config = load(path, overrides).config
+    p = config.parallel
+    replica = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
+    timeline = plan_timeline(config, devices or replica)
+    pieces, _ = layer_pieces(config, vocabulary(config))
+    print(describe(timeline, pieces))  # noqa: T201
+    print(as_text(timeline))  # noqa: T201
+    if png is not None:
+        schedule = timeline.schedule
+        title = f"{schedule.name}: step bubble {100 * timeline.step_bubble:.1f}%"
+        draw_timeline([(title, timeline)], png)
+        print(f"drawn: {png}")  # noqa: T201
+    return 0
