@@ -101,6 +101,7 @@ def assemble(
         sequence_parallel=config.parallel.sequence_parallel,
         dtype=DTYPES[train.precision],
         seed=train.seed,
+        recompute=train.recompute,
     )
     check_whole(chunks, config, vocab_size, ctx)
     flat = FlatParameters(logical_parameters(chunks), ctx)

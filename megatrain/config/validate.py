@@ -36,7 +36,6 @@ DEFERRED = (
     Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
     Deferred("train.tokens", (None,), "a token budget comes in a later release; give train.steps"),
     Deferred("train.precision", ("bf16", "fp32", "fp64"), "loss scaling for FP16 comes in a later release"),
-    Deferred("train.recompute", ("none",), "activation recomputation comes in a later release"),
 )
 
 WRITERS = ("tensorboard",)

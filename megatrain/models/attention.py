@@ -9,6 +9,7 @@ from megatrain.kernels.attention import attention
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 from megatrain.models.position import Rotary
+from megatrain.models.recompute import Remake
 from megatrain.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
@@ -54,11 +55,14 @@ class Attention(nn.Module):
         self.rotary = Rotary(build) if config.position == "rope" else None
         self.head_dim = d
 
-    def forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """[s/t or s, b, h] -> the same shape."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, batch.postponed))  # each [s, b, heads, d]
+    def forward(
+        self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None, remake: Remake | None = None
+    ) -> torch.Tensor:
+        """[s/t or s, b, h] -> the same shape. remake: makes x again, so that it is not kept."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, batch.postponed, remake))  # each [s, b, heads, d]
         if self.rotary is not None:
             q, k = self.rotary(batch, q, k)
+            v = v.contiguous()  # else it would keep the unrotated q and k alive, which lie in the same storage
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.output(attention(q, k, v, causal=batch.mask.causal), batch.postponed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -129,13 +130,14 @@ def build_gpt(
     sequence_parallel: bool,
     dtype: torch.dtype,
     seed: int,
+    recompute: Literal["none", "selective", "full"] = "none",
 ) -> list[GPT]:
     """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
 
     pieces: the layers of each virtual stage; homes: the stage where each lies.
     """
     apart = config.tied_embeddings and homes[0] != homes[-1]
-    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, "ends" if apart else None)
+    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, recompute, "ends" if apart else None)
     chunks: list[GPT] = []
     for virtual, layers in enumerate(pieces):
         if homes[virtual] == ctx.pp.rank:

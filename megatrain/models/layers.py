@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch
+from megatrain.models.recompute import Remake, gated
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec
@@ -30,6 +32,7 @@ class Build:
     device: torch.device
     seed: int
     """Of dropout."""
+    recompute: Literal["none", "selective", "full"] = "none"
     tied_over: str | None = None
     """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
 
@@ -123,10 +126,17 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init, **shared)
         self.activation = config.activation
 
-    def forward(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """[s/t or s, b, h] -> the same shape."""
-        inner = self.inner(x, batch.postponed)
-        if self.activation in _GATES:
-            gate, up = inner
-            return self.down(_GATES[self.activation](gate) * up, batch.postponed)
-        return self.down(_PLAIN[self.activation](inner[0]), batch.postponed)
+    def forward(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None = None) -> torch.Tensor:
+        """[s/t or s, b, h] -> the same shape. remake: makes x again, so that neither it nor the activation is kept."""
+        inner = self.inner(x, batch.postponed, remake)
+        cheaper_kept = remake is None or self.activation == "relu"  # its own backward keeps the output, not the input
+        again = None if cheaper_kept else (lambda: self._activate(inner, keep=False))
+        return self.down(self._activate(inner, keep=remake is None), batch.postponed, again)
+
+    def _activate(self, inner: tuple[torch.Tensor, ...], keep: bool) -> torch.Tensor:
+        """One or two [s, b, f/t] -> [s, b, f/t]. keep: whether what the backward reads twice may be kept."""
+        if self.activation not in _GATES:
+            return _PLAIN[self.activation](inner[0])
+        gate, up = inner
+        activation = _GATES[self.activation]
+        return activation(gate) * up if keep else gated(gate, up, activation)

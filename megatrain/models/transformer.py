@@ -10,6 +10,7 @@ from torch import nn
 from megatrain.models.attention import Attention, KeyValueCache
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import MLP, Build, Dropout, Norm
+from megatrain.models.recompute import Remake, recomputed
 
 
 class Block(nn.Module):
@@ -24,12 +25,23 @@ class Block(nn.Module):
         self.mlp_norm = Norm(f"{name}.mlp_norm", build)
         self.mlp = MLP(f"{name}.mlp", build)
         self.mlp_dropout = Dropout(build, index, "mlp")
+        self.recompute = build.recompute
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
-        y = self.attention(self.attention_norm(x), batch, cache)
+        if self.recompute == "full":
+            return recomputed(lambda x: self._forward(x, batch, cache), x)
+        return self._forward(x, batch, cache)
+
+    def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
+        y = self.attention(self.attention_norm(x), batch, cache, self._again(self.attention_norm, x))
         x = x + self.attention_dropout(y, batch)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), batch), batch)
+        y = self.mlp(self.mlp_norm(x), batch, self._again(self.mlp_norm, x))
+        return x + self.mlp_dropout(y, batch)
+
+    def _again(self, norm: Norm, x: torch.Tensor) -> Remake | None:
+        """How to make a norm's output again, where it is not to be kept."""
+        return (lambda: norm(x)) if self.recompute == "selective" else None
 
 
 class Stack(nn.Module):

@@ -213,8 +213,10 @@ class _Execution:
             del self.saved[instruction.micro_batch, instruction.chunk]
 
     def _backward_weight(self, instruction: Instruction) -> None:
-        for work in self.saved.pop((instruction.micro_batch, instruction.chunk)).postponed or ():
-            work()
+        postponed = self.saved.pop((instruction.micro_batch, instruction.chunk)).postponed or []
+        with torch.no_grad():
+            while postponed:
+                postponed.pop(0)()  # and what it has kept is let go
 
     def _take(self, instruction: Instruction) -> torch.Tensor | None:
         """What an instruction needs, once it is there; None where it needs nothing."""

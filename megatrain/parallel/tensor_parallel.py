@@ -60,10 +60,23 @@ class _Linear:
     weights: Sequence[nn.Parameter]
     biases: Sequence[nn.Parameter]
     postponed: Postponed | None = None
+    remake: Callable[[], torch.Tensor] | None = None
+    """Makes the input again, which is then not kept."""
 
     def weight(self) -> torch.Tensor:
         """[sum of out, in], one matrix."""
         return joined(self.weights)
+
+    def kept(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What to save of the input."""
+        return (x,) if self.remake is None else ()
+
+    def input(self, saved: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The input, as it was saved or made again; without a gradient."""
+        if self.remake is None:
+            return saved[0]
+        with torch.no_grad():
+            return self.remake()
 
     def weight_gradients(self, compute: Callable[[], list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
         """What `compute` returns for autograd; or nothing, and `compute` waits until its turn comes."""
@@ -86,8 +99,8 @@ class _ColumnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: _Linear, *_parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.layer = layer
-        ctx.save_for_backward(x)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(*layer.kept(x))
         whole = gathered(x, layer.tp) if layer.sequence_parallel else x
         bias = joined(layer.biases) if layer.biases else None
         y = linear(whole, layer.weight(), bias)
@@ -96,17 +109,18 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> Any:
         layer: _Linear = ctx.layer
-        (x,) = ctx.saved_tensors
+        saved = ctx.saved_tensors
         dy = (dys[0] if len(dys) == 1 else torch.cat(dys, dim=-1)).flatten(0, 1)
 
         def gather_input() -> tuple[torch.Tensor, Handle]:
+            x = layer.input(saved)
             return start_gather(x, layer.tp) if layer.sequence_parallel else (x, Done())
 
         begun = gather_input() if layer.postponed is None else None
         dx: torch.Tensor | None = None
         reduce: Handle = Done()
         if ctx.needs_input_grad[0]:
-            partial = matmul(dy, layer.weight()).view(-1, *x.shape[1:])  # beside the gather
+            partial = matmul(dy, layer.weight()).view(-1, *ctx.shape[1:])  # beside the gather
             start = start_scatter_sum if layer.sequence_parallel else start_all_reduce
             dx, reduce = start(partial, layer.tp)
 
@@ -126,8 +140,8 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: _Linear, *_parameters: torch.Tensor) -> torch.Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(x)
+        ctx.layer, ctx.shape = layer, x.shape
+        ctx.save_for_backward(*layer.kept(x))
         # The bias is added once: by the first rank, inside its matmul, before the partial results are summed.
         bias = layer.biases[0].detach() if layer.biases and layer.tp.rank == 0 else None
         partial = linear(x, layer.weight(), bias)
@@ -136,13 +150,13 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         layer: _Linear = ctx.layer
-        (x,) = ctx.saved_tensors
+        saved = ctx.saved_tensors
         whole, gather = start_gather(dy, layer.tp) if layer.sequence_parallel else (dy, Done())
         bias_grads = add_bias_gradient(layer.biases, dy.flatten(0, 1)) if layer.biases else []  # beside the gather
         gather.wait()
         whole = whole.flatten(0, 1)
-        dx = matmul(whole, layer.weight()).view(x.shape) if ctx.needs_input_grad[0] else None
-        grads = layer.weight_gradients(lambda: add_weight_gradient(layer.weights, whole, x.flatten(0, 1)))
+        dx = matmul(whole, layer.weight()).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grads = layer.weight_gradients(lambda: add_weight_gradient(layer.weights, whole, layer.input(saved).flatten(0, 1)))
         return dx, None, *grads[: len(layer.weights)], *bias_grads
 
 
@@ -153,9 +167,13 @@ def column_linear(
     tp: Axis,
     sequence_parallel: bool,
     postponed: Postponed | None = None,
+    remake: Callable[[], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """x W_i^T + b_i for every weight: x [s/t, b, in] with sequence parallelism, else [s, b, in] -> each [s, b, out_i/t]."""
-    return _ColumnLinear.apply(x, _Linear(tp, sequence_parallel, weights, biases, postponed), *weights, *biases)
+    """x W_i^T + b_i for every weight: x [s/t, b, in] with sequence parallelism, else [s, b, in] -> each [s, b, out_i/t].
+
+    postponed: where the weight gradients are put, to be computed later. remake: makes x again for them, so that it is not kept.
+    """
+    return _ColumnLinear.apply(x, _Linear(tp, sequence_parallel, weights, biases, postponed, remake), *weights, *biases)
 
 
 class Linears(TypedDict):
@@ -198,9 +216,12 @@ class ColumnParallelLinear(nn.Module):
         self.weights = nn.ParameterList(make_parameters(weights, tp, dtype, device))
         self.biases = nn.ParameterList(make_parameters(biases, tp, dtype, device) if bias else [])
 
-    def forward(self, x: torch.Tensor, postponed: Postponed | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, x: torch.Tensor, postponed: Postponed | None = None, remake: Callable[[], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """[s/t or s, b, in] -> one [s, b, out/t] per output."""
-        return column_linear(x, tuple(self.weights), tuple(self.biases), self.tp, self.sequence_parallel, postponed)
+        weights, biases = tuple(self.weights), tuple(self.biases)
+        return column_linear(x, weights, biases, self.tp, self.sequence_parallel, postponed, remake)
 
 
 class RowParallelLinear(nn.Module):
@@ -230,10 +251,12 @@ class RowParallelLinear(nn.Module):
             spec = ParamSpec(f"{name}.bias", (out_features,), None, partial, decay=False, init=Init("constant", 0.0))
             self.biases = nn.ParameterList(make_parameters([spec], tp, dtype, device))
 
-    def forward(self, x: torch.Tensor, postponed: Postponed | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, postponed: Postponed | None = None, remake: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """[s, b, in/t] -> [s/t or s, b, out]."""
         biases = tuple(self.biases)
-        layer = _Linear(self.tp, self.sequence_parallel, (self.weight,), biases, postponed)
+        layer = _Linear(self.tp, self.sequence_parallel, (self.weight,), biases, postponed, remake)
         return _RowLinear.apply(x, layer, self.weight, *biases)
 
 

@@ -252,7 +252,6 @@ LATER = [
     ("optim.name", "muon", "Muon"),
     ("train.tokens", 2e9, "give train.steps"),
     ("train.precision", "fp16", "loss scaling"),
-    *(("train.recompute", value, "activation recomputation") for value in ("selective", "full")),
 ]
 
 
