@@ -146,7 +146,7 @@ def _data_tokenizer(arguments: argparse.Namespace) -> int:
 def _data_tokenize(arguments: argparse.Namespace) -> int:
     from megatrain.data.prepare.tokenize import tokenize_files
 
-    tokenize_files(
+    report = tokenize_files(
         arguments.input,
         arguments.tokenizer,
         arguments.output,
@@ -154,6 +154,7 @@ def _data_tokenize(arguments: argparse.Namespace) -> int:
         append_eod=arguments.append_eod,
         key=arguments.key,
     )
+    print(report)
     return DONE
 
 

@@ -190,6 +190,7 @@ def test_the_data_verbs_pass_their_options(room, capsys):
 
     def note(*given, **named):
         calls.append((given, named))
+        return f"{len(calls)} calls"
 
     room("megatrain.data.tokenizer", train_tokenizer=note)
     room("megatrain.data.prepare.tokenize", tokenize_files=note)
@@ -225,7 +226,7 @@ def test_the_data_verbs_pass_their_options(room, capsys):
         ((["a"], "bytes", "p"), {"workers": 1, "append_eod": False, "key": "text"}),
         ((["a", "b"], "t.json", "p"), {"workers": 2, "append_eod": True, "key": "body"}),
     ]
-    assert capsys.readouterr().out == "store p\n"
+    assert capsys.readouterr().out == "3 calls\n4 calls\nstore p\n"
 
 
 class RoomError(RuntimeError):

@@ -110,6 +110,10 @@ def tokenize_files(
             writer.write(encoded.tokens)
             writer.end_documents(documents.close(encoded))
             text_bytes += encoded.text_bytes
+        if not writer.documents:
+            raise ValueError(
+                f"there is no document in {', '.join(map(str, inputs))}: no store is written. Give files with text."
+            )
     seconds = time.monotonic() - started
     return TokenizeReport(str(output), writer.documents, documents.empty, writer.tokens, text_bytes, seconds)
 

@@ -108,7 +108,7 @@ class GptSamples:
         if store.tokens < seq_length + 1:
             raise TokenStoreError(
                 f"{store.prefix} holds {store.tokens} tokens, fewer than a sample: model.seq_length + 1 = {seq_length + 1}. "
-                f"Add text, or set model.seq_length to at most {max(store.tokens - 1, 1)}."
+                f"Add text{f', or set model.seq_length to at most {store.tokens - 1}' if store.tokens > 1 else ''}."
             )
         self.store, self.seq_length, self.seed = store, seq_length, seed
         self.samples_per_epoch = (store.tokens - 1) // seq_length

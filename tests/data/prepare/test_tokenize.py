@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from megatrain.cli import main
 from megatrain.data.indexed import TokenStore
 from megatrain.data.prepare import read, tokenize
 from megatrain.data.prepare.read import ReadError
@@ -181,3 +182,26 @@ def test_people_see_a_bar_and_log_files_do_not(corpus, tmp_path, monkeypatch, ca
     monkeypatch.setenv("FORCE_COLOR", "1")
     tokenize_files([corpus[0] / "b.txt"], "bytes", tmp_path / "s")
     assert "tokenize" in capsys.readouterr().err
+
+
+def test_files_without_any_text_write_no_store(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"there is no document in .*empty\.txt: no store is written"):
+        tokenize_files([tmp_path / "empty.txt"], "bytes", tmp_path / "store")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+
+
+def test_the_verb_says_what_it_has_written(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some text")
+    words = [
+        "data",
+        "tokenize",
+        "--input",
+        str(tmp_path / "a.txt"),
+        "--tokenizer",
+        "bytes",
+        "--output",
+        str(tmp_path / "store"),
+    ]
+    assert main(words) == 0
+    assert "1 documents, 9 bytes of text, 9 tokens" in capsys.readouterr().out
