@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels.rms_norm import rms_norm
 from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake, gated
 from megatrain.parallel import rng
@@ -84,7 +85,7 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., h]."""
         if self.rms:
-            return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps)
         return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 

@@ -1,0 +1,55 @@
+"""Memory of activations: what one layer keeps of a micro-batch between its forward and its backward (docs/memory.md).
+
+After Korthikanti et al. (arXiv:2205.05198, section 4), with three corrections: attention is fused, so that no s x s scores are kept;
+dropout masks are made again from their counter, not kept; and what two operations both read is counted once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatrain.config.schema import ModelConfig
+
+STATISTICS_BYTES = 4
+"""Of a norm's mean or inverse deviation of one token: float32, whatever the activations are."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of the layout the activations of one rank depend on."""
+
+    micro_batch_size: int
+    tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+
+def layer_activation_bytes(
+    model: ModelConfig, layout: Layout, recompute: Literal["none", "selective", "full"], element_bytes: int
+) -> float:
+    """Bytes that one layer keeps of one micro-batch on one rank. element_bytes: 2 for bf16, 4 for fp32.
+
+    In units of s b h elements, with t ranks, an MLP of width f, g key heads of a, n = 1 or 2 matrices before the activation:
+
+        input of both norms                    2 / (t)     [the sequence is whole, without 1/t, without sequence parallelism]
+        outputs of both norms                  2 / (t)     not under selective
+        q, k, v and the attention's output     (2 + 2 g/a) / t
+        angles of rope                         2 (d/2) / h
+        before the activation                  n (f/h) / t
+        after it (gated: and the act of gate)  n (f/h) / t  not under selective; relu keeps its output alone
+    """
+    tokens = model.seq_length * layout.micro_batch_size
+    ranks = layout.tensor_parallel_size
+    rows = tokens / ranks if layout.sequence_parallel else tokens
+    stream = rows * model.hidden_size
+    if recompute == "full":
+        return stream * element_bytes
+    keeps = recompute == "none"
+    key_heads = max(model.query_groups / ranks, 1.0)
+    heads = (2 * model.num_attention_heads / ranks + 2 * key_heads) * model.head_dim * tokens
+    angles = tokens * model.head_dim if model.position == "rope" else 0
+    inner = tokens * model.ffn_size / ranks * (2 if model.gated else 1)
+    both = keeps and model.activation != "relu"
+    elements = stream * (4 if keeps else 2) + heads + angles + inner * (2 if both else 1)
+    statistics = 2 * rows * (2 if model.norm == "layernorm" else 1)
+    return elements * element_bytes + statistics * STATISTICS_BYTES
