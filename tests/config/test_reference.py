@@ -39,4 +39,5 @@ def test_what_is_refused_today_is_marked():
 def test_the_examples_load_and_obey_the_rules(path):
     for size in (1, 2):
         overrides = ["data.train=PREFIX", f"parallel.tensor_parallel_size={size}", f"parallel.sequence_parallel={size > 1}"]
-        validate(load(path, overrides).config, size)
+        config = load(path, overrides).config
+        validate(config, size * config.parallel.pipeline_parallel_size)
