@@ -37,7 +37,10 @@ WRONG = {
     "vocabulary smaller than the data's": (["model.vocab_size=50"], "model.vocab_size"),
     "ZeRO": (["parallel.zero_stage=1"], "parallel.zero_stage=1 is not in this release"),
     "GLM": (["model.family=glm"], "model.family=glm is not in this release"),
-    "layers": (["parallel.virtual_pipeline_size=3", "parallel.schedule=interleaved"], "model.num_layers=2 cannot be split over"),
+    "layers": (
+        ["parallel.virtual_pipeline_size=3", "parallel.schedule=interleaved"],
+        "model.num_layers=2 cannot be split over",
+    ),
     "chunks": (["parallel.virtual_pipeline_size=2"], "parallel.schedule=1f1b cannot have parallel.virtual_pipeline_size=2"),
     "layer split": (["parallel.layer_split=[1]"], "parallel.layer_split=[1] has 1 layers on 1 virtual stages"),
     "log.dir": (["log.dir=FILE/run", "checkpoint.dir=CASE"], "cannot be written"),

@@ -1,5 +1,6 @@
 """The central theorem under pipelines: every schedule, any stages, chunks and micro-batches, with the other dimensions."""
 
+import time
 from dataclasses import replace
 from itertools import combinations
 
@@ -86,3 +87,24 @@ def test_a_layer_built_twice_is_refused_on_all_ranks(monkeypatch):
     point = (("1f1b", 1), 2, 2, True, 8, (1, False), 1)
     with pytest.raises(ValueError, match=r"built 9 layers .* model\.num_layers=8"):
         simulate(shape_of(point), trace_run, config_of(point), STEPS)
+
+
+def fail_in_layer_5(ctx, config):
+    def watch(run):
+        for chunk in run.chunks:
+            for block in chunk.stack.blocks:
+                if block.attention.qkv.weights[0].spec.name == "layers.5.attention.query.weight":
+                    block.mlp.register_forward_hook(fail)
+
+    def fail(*_):
+        raise ZeroDivisionError("layer 5 divides by zero")
+
+    trace_run(ctx, config, STEPS, prepare=watch)
+
+
+@pytest.mark.parametrize("run", [simulate, spawn])
+def test_a_failure_on_one_stage_ends_all_ranks_with_its_error_first(run):
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError, match="layer 5 divides by zero"):
+        run(shape_of(UNEVEN), fail_in_layer_5, config_of(UNEVEN))
+    assert time.monotonic() - began < 20

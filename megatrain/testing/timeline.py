@@ -1,0 +1,96 @@
+"""A pipeline whose layers only sleep: what the executor really does, to be held against what the simulator says.
+
+Sleeping takes no core, so four stages can be measured on a machine with two.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.pipeline_parallel import Stage, run_schedule
+from megatrain.parallel.schedules import Instruction, Kind, Schedule
+from megatrain.parallel.simulator import Event, Timeline
+from megatrain.parallel.weights import Postponed
+from megatrain.testing.spawn import spawn
+
+Span = tuple[Kind, int, int, float, float]
+"""Kind, micro-batch, chunk, start and end in seconds of the machine's monotonic clock."""
+
+
+def measured_timeline(schedule: Schedule, unit_seconds: float) -> Timeline:
+    """Run a schedule on real processes, a stage each; forward, input gradient and weight gradient sleep `unit_seconds` each.
+
+    Times are in units, from the start of the first instruction of any stage.
+    """
+    spans: list[list[Span]] = spawn(MeshShape(pp=schedule.stages), sleep_through, schedule, unit_seconds)
+    begin = min(start for stage in spans for *_, start, _ in stage)
+    stages = []
+    for number, stage in enumerate(spans):
+        events = []
+        for kind, m, chunk, start, end in sorted(stage, key=lambda span: span[3]):
+            times = ((start - begin) / unit_seconds, (end - begin) / unit_seconds)
+            events.append(Event(Instruction(kind, m, chunk), schedule.virtual(number, chunk), *times))
+        stages.append(events)
+    return Timeline(schedule, stages)
+
+
+def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float) -> list[Span]:
+    """What one rank of `measured_timeline` does; its spans."""
+    spans: list[Span] = []
+    micro_batches = [torch.full((1, 1), float(m)) for m in range(schedule.micro_batches)]
+    chunks = [_SleepingChunk(chunk, unit_seconds, spans) for chunk in range(schedule.chunks)]
+    stage = Stage(
+        ctx.pp.rank,
+        chunks,
+        lambda hidden, micro_batch: (hidden.sum(), torch.zeros(1)),
+        torch.empty_like,
+        ctx.sends,
+        ctx.receives,
+        ctx.device,
+    )
+    if ctx.pp.group is not None:
+        ctx.pp.group.barrier()
+    run_schedule(stage, schedule, micro_batches, scale=1.0)
+    return spans
+
+
+class _SleepingChunk:
+    """hidden -> hidden, slowly."""
+
+    def __init__(self, chunk: int, seconds: float, spans: list[Span]) -> None:
+        self.chunk, self.seconds, self.spans = chunk, seconds, spans
+
+    def __call__(self, hidden: torch.Tensor | None, micro_batch: torch.Tensor, postponed: Postponed | None) -> torch.Tensor:
+        """[1, 1] -> [1, 1]."""
+        x = micro_batch.clone().requires_grad_() if hidden is None else hidden
+        return _Sleep.apply(x, self, int(micro_batch), postponed)
+
+    def nap(self, kind: Kind, micro_batch: int, units: int) -> None:
+        """Sleep, and note when."""
+        start = time.monotonic()
+        time.sleep(units * self.seconds)
+        self.spans.append((kind, micro_batch, self.chunk, start, time.monotonic()))
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, chunk: _SleepingChunk, micro_batch: int, postponed: Postponed | None
+    ) -> torch.Tensor:
+        ctx.arguments = chunk, micro_batch, postponed
+        chunk.nap("forward", micro_batch, 1)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        chunk, micro_batch, postponed = ctx.arguments
+        if postponed is None:
+            chunk.nap("backward", micro_batch, 2)
+        else:
+            chunk.nap("backward_input", micro_batch, 1)
+            postponed.append(lambda: chunk.nap("backward_weight", micro_batch, 1))
+        return dy, None, None, None
