@@ -232,6 +232,9 @@ def _add_generate(verbs: _Verbs) -> None:
     example = 'megatrain generate runs/demo/checkpoints --prompt "def main" --max-tokens 100 --temperature 0.8'
     parser = _add_verb(verbs, "generate", _generate, "continue a text with a trained model", example)
     parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or the directory of a run's checkpoints (the newest)")
+    parser.add_argument(
+        "overrides", metavar="parallel.key=value", nargs="*", help="the layout, under torchrun (default: one process)"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="tokens to add (default 64)")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the samples (default 1234)")

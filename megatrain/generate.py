@@ -1,16 +1,19 @@
-"""Continue a text with a trained model: one process, one sequence, a key-value cache.
+"""Continue a text with a trained model: one sequence, a key-value cache, in one process or on any layout of several.
 
-Whatever layout a checkpoint was saved under, its weights are loaded whole. Sampling draws from a generator of its own, so the
-same checkpoint, prompt and seed give the same text.
+Whatever layout a checkpoint was saved under, its weights load under the one that is asked for here. A step of decoding is the
+forward-only schedule with one micro-batch; the last stage's logits go to every rank, and all draw the same token from generators
+of their own, so the same checkpoint, prompt and seed give the same text.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TextIO
 
 import torch
 import yaml
@@ -20,12 +23,21 @@ from megatrain.checkpoint.manifest import WEIGHTS, LocalTensor, Manifest, read_m
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import Config
+from megatrain.config.source import ConfigError
+from megatrain.config.validate import validate_layout
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import GPT
-from megatrain.models.layers import Build
+from megatrain.models.gpt import GPT, build_gpt, logical_parameters
+from megatrain.models.transformer import Block
+from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
+from megatrain.parallel.schedules import Schedule
+from megatrain.parallel.weights import Postponed
+from megatrain.program import mesh_shape, require_schedule
+from megatrain.runtime.distributed import Launch, connect
+from megatrain.training import layer_pieces, schedule_of
 
 EMBEDDING = "embedding.tokens"
 """Logical name of the parameter whose first dim is the vocabulary."""
@@ -43,6 +55,7 @@ class Arguments(Protocol):
     temperature: float
     top_k: int | None
     top_p: float | None
+    overrides: Sequence[str]
 
 
 class Codec(Protocol):
@@ -98,18 +111,19 @@ class Choice:
 class Decoder:
     """A model with a key-value cache, fed one piece of a single sequence after another."""
 
-    def __init__(self, model: GPT) -> None:
-        if model.head is None:
-            raise ValueError("only a model with its head gives logits; this is a pipeline stage without one")
-        self.model, self.head = model, model.head
-        self.capacity = model.build.config.seq_length
-        self.caches: list[KeyValueCache] = []
+    def __init__(self, chunks: Sequence[GPT], ctx: ParallelContext | None = None, schedule: Schedule | None = None) -> None:
+        """chunks: this rank's; by default there is one rank, which has the whole model. Ranks decode together."""
+        self.chunks, self.ctx = chunks, ctx or ParallelContext.single()
+        self.schedule = schedule or Schedule("1f1b", 1, 1, 1, backward=False)
+        self.capacity = chunks[0].build.config.seq_length
+        self.caches: list[list[KeyValueCache]] = []
+        """Of each layer of each chunk."""
         self.seen: list[int] = []
         """Tokens that the caches hold."""
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Append tokens (at least one) and return the logits [v] of the token after them.
+        """Append tokens (at least one) and return the logits [v] of the token after them, on every rank.
 
         Where they do not fit model.seq_length any more, the model goes on with the latter half of what it can hold.
         """
@@ -118,35 +132,56 @@ class Decoder:
             if len(ids) > self.capacity:
                 ids = ids[-max(1, self.capacity // 2) :]
             self._restart()
-        build = self.model.build
-        start = len(self.seen)
-        tokens = torch.tensor(ids, dtype=torch.int64, device=build.device)[:, None]
+        device, start = self.ctx.device, len(self.seen)
+        tokens = torch.tensor(ids, dtype=torch.int64, device=device)[:, None]
         batch = MicroBatch(
             tokens=tokens,
             labels=tokens,
-            loss_weights=torch.zeros(tokens.shape, device=build.device),
-            positions=torch.arange(start, start + len(ids), device=build.device)[:, None],
-            samples=torch.zeros(1, dtype=torch.int64, device=build.device),
+            loss_weights=torch.zeros(tokens.shape, device=device),
+            positions=torch.arange(start, start + len(ids), device=device)[:, None],
+            samples=torch.zeros(1, dtype=torch.int64, device=device),
         )
-        hidden = self.model(None, batch, self.caches)
+        executed = run_schedule(self._stage(), self.schedule, [batch], scale=1.0)
         self.seen += ids
-        return self.head.logits(hidden[-1:])[0, 0]
+        return all_reduce(executed.statistics, self.ctx.pp).float()
+
+    def _stage(self) -> Stage:
+        """This rank's share of the pipeline, which ends in the logits of the last token."""
+        head, ctx = self.chunks[-1].head, self.ctx
+
+        def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            if head is None:
+                raise ValueError("only the last virtual stage of a pipeline gives logits")
+            return hidden.new_zeros(()), head.logits(hidden[-1:])[0, 0]
+
+        chunks = [_cached(chunk, caches) for chunk, caches in zip(self.chunks, self.caches, strict=True)]
+        first = self.chunks[0]
+        return Stage(
+            ctx.pp.rank, chunks, last_logits, first.boundary, ctx.sends, ctx.receives, ctx.device, statistics=first.vocab_size
+        )
 
     def _restart(self) -> None:
-        build, config = self.model.build, self.model.build.config
         self.seen = []
-        self.caches = [
-            KeyValueCache(1, config.query_groups, self.capacity, config.head_dim, build.dtype, build.device)
-            for _ in range(config.num_layers)
-        ]
+        self.caches = [[self._empty_cache(block) for block in chunk.stack.blocks] for chunk in self.chunks]
+
+    def _empty_cache(self, block: Block) -> KeyValueCache:
+        build = self.chunks[0].build
+        head_dim = build.config.head_dim
+        return KeyValueCache(1, block.attention.key_heads, self.capacity, head_dim, build.dtype, build.device)
+
+
+def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:
+    def forward(hidden: torch.Tensor | None, batch: MicroBatch, _postponed: Postponed | None) -> torch.Tensor:
+        return chunk(hidden, batch, caches)
+
+    return forward
 
 
 def continuation(
-    model: GPT, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, end: int | None = None
+    decoder: Decoder, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, end: int | None = None
 ) -> Iterator[int]:
-    """The tokens that follow `prompt` (at least one token), one by one; stops before the token `end`."""
+    """The tokens that follow `prompt` (at least one token), one by one; stops before the token `end`. The same on every rank."""
     generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(model)
     new = list(prompt)
     for _ in range(max_tokens):
         token = choice.draw(decoder.logits(new), generator)
@@ -172,18 +207,43 @@ def pieces_of_text(codec: Codec, ids: Iterable[int]) -> Iterator[str]:
         yield text[len(shown) :]
 
 
-def load_model(path: Path, device: torch.device) -> tuple[GPT, Config]:
-    """The whole model of a checkpoint (a step directory) in one process, in float32, and the config it was trained with.
+def saved_config(path: Path) -> Config:
+    """The config of the run that saved a checkpoint."""
+    return from_dict(yaml.safe_load(read_manifest(path).config))
+
+
+def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Config:
+    """The config of a run with another layout, one process by default. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if not key.startswith("parallel."):
+            raise ConfigError(f"{override}: only the layout can be chosen here, such as parallel.pipeline_parallel_size=2.")
+        values[key.removeprefix("parallel.")] = yaml.safe_load(value)
+    parallel = from_dict({"parallel": values}).parallel
+    config = replace(config, parallel=replace(parallel, sequence_parallel=False))
+    validate_layout(config, world_size)
+    require_schedule(config)
+    return config
+
+
+def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
+    """The model of a checkpoint (a step directory), laid out as `config` says, in float32; collective over the world of `ctx`.
 
     Raises CheckpointError where it is damaged or does not fit its own config.
     """
-    manifest = read_manifest(path)
-    config = from_dict(yaml.safe_load(manifest.config))
-    ctx = ParallelContext.single(device)
-    build = Build(config.model, ctx.tp, sequence_parallel=False, dtype=torch.float32, device=device, seed=config.train.seed)
-    model = GPT(_vocab_size(manifest), build, range(config.model.num_layers))
-    load(path, {WEIGHTS: {p.spec.name: LocalTensor(p.spec, p) for p in model.logical_parameters()}}, ctx)
-    return model.eval(), config
+    vocab_size = _vocab_size(read_manifest(path))
+    chunks = build_gpt(
+        config.model,
+        vocab_size,
+        ctx,
+        *layer_pieces(config, vocab_size),
+        sequence_parallel=False,
+        dtype=torch.float32,
+        seed=config.train.seed,
+    )
+    load(path, {WEIGHTS: {p.spec.name: LocalTensor(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
+    return Decoder([chunk.eval() for chunk in chunks], ctx, schedule_of(config, 1, backward=False))
 
 
 def _vocab_size(manifest: Manifest) -> int:
@@ -230,21 +290,32 @@ def main(arguments: Arguments) -> int:
     """
 
     path = find(Path(arguments.checkpoint), _say_damaged)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(path, device)
+    launch = Launch.from_environment(os.environ)
+    config = laid_out(saved_config(path), arguments.overrides, launch.world_size)
+    session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
+    try:
+        ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, launch.world_size), session.device)
+        decoder = load_decoder(path, config, ctx)
+        _generate(arguments, config, decoder, sys.stdout if session.rank == 0 else io.StringIO())
+    finally:
+        session.close()
+    return 0
+
+
+def _generate(arguments: Arguments, config: Config, decoder: Decoder, out: TextIO) -> None:
+    """Write the prompt and what follows it."""
     codec = _choose_tokenizer(arguments.tokenizer, config)
-    prompt = _encode(codec, arguments.prompt, model.vocab_size)
-    if len(prompt) > config.model.seq_length:
+    prompt = _encode(codec, arguments.prompt, decoder.chunks[0].vocab_size)
+    if len(prompt) > config.model.seq_length and out is sys.stdout:
         kept = max(1, config.model.seq_length // 2)
         note = (
             f"the prompt has {len(prompt)} tokens, and model.seq_length is {config.model.seq_length}: the last {kept} are used"
         )
         sys.stderr.write(f"megatrain: {note}\n")
     choice = Choice(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
-    tokens = continuation(model, prompt, arguments.max_tokens, choice, arguments.seed, codec.eod)
-    sys.stdout.write(arguments.prompt)
+    tokens = continuation(decoder, prompt, arguments.max_tokens, choice, arguments.seed, codec.eod)
+    out.write(arguments.prompt)
     for piece in pieces_of_text(codec, tokens):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    return 0
+        out.write(piece)
+        out.flush()
+    out.write("\n")

@@ -181,8 +181,7 @@ def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
 
 def stage_of(run: Run) -> Stage:
     """This rank's share of the pipeline, as the executor sees it."""
-    ctx, build = run.ctx, run.chunks[0].build
-    head = run.chunks[-1].head
+    ctx, head = run.ctx, run.chunks[-1].head
 
     def loss(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed loss, statistics [1]: weight predicted right)."""
@@ -191,14 +190,8 @@ def stage_of(run: Run) -> Stage:
         result = run.objective(head, hidden, micro_batch)
         return result.total, result.correct[None]
 
-    def boundary(micro_batch: MicroBatch) -> torch.Tensor:
-        """Room for hidden states [s/t or s, b, h]."""
-        rows, sequences = micro_batch.tokens.shape
-        rows //= ctx.tp.size if build.sequence_parallel else 1
-        return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.dtype, device=ctx.device)
-
     chunks = [_postponing(chunk) for chunk in run.chunks]
-    return Stage(ctx.pp.rank, chunks, loss, boundary, ctx.sends, ctx.receives, ctx.device)
+    return Stage(ctx.pp.rank, chunks, loss, run.chunks[0].boundary, ctx.sends, ctx.receives, ctx.device)
 
 
 def _postponing(chunk: GPT) -> Chunk:

@@ -9,10 +9,12 @@ from megatrain.checkpoint.manifest import LocalTensor
 from megatrain.checkpoint.save import save
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
-from megatrain.generate import Choice, Decoder, continuation, load_model, main, pieces_of_text
+from megatrain.config.source import ConfigError
+from megatrain.generate import Choice, Decoder, continuation, laid_out, load_decoder, main, pieces_of_text, saved_config
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.program import mesh_shape
 from megatrain.testing import simulate
 
 ONE = MeshShape()
@@ -73,7 +75,7 @@ VARIANTS = [
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_cache_changes_nothing(variant):
     model = model_of(config_of(**variant))
-    decoder, ids = Decoder(model), []
+    decoder, ids = Decoder([model]), []
     for new in ([3, 1, 4, 1, 5], [9], [2, 6], [5], [3, 5, 8]):
         got = decoder.logits(new)
         ids += new
@@ -85,20 +87,20 @@ def test_the_cache_changes_nothing(variant):
 def test_a_checkpoint_of_any_layout_gives_the_same_model(tmp_path, variant, layout):
     config = config_of(**variant)
     path = saved(tmp_path, config, layout)
-    model, found = load_model(path, CPU)
-    assert found == config
+    (model,) = load_decoder(path, config, SINGLE).chunks
+    assert saved_config(path) == config
     assert torch.equal(full_logits(model, [1, 2, 3]), full_logits(model_of(config), [1, 2, 3]))
 
 
 def test_a_checkpoint_of_another_dtype_is_read_as_float32(tmp_path):
-    model, _ = load_model(saved(tmp_path, config_of(), dtype=torch.bfloat16), CPU)
+    (model,) = load_decoder(saved(tmp_path, config_of(), dtype=torch.bfloat16), config_of(), SINGLE).chunks
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_generation_goes_on_beyond_the_models_length():
     config = config_of()
     model = model_of(config)
-    got = list(continuation(model, [1, 2, 3], 60, Choice(greedy=True), 0))
+    got = list(continuation(Decoder([model]), [1, 2, 3], 60, Choice(greedy=True), 0))
     assert len(got) == 60
     ids, window = [1, 2, 3], []
     for token in got:
@@ -112,13 +114,13 @@ def test_generation_goes_on_beyond_the_models_length():
 def test_a_prompt_longer_than_the_model_keeps_its_end():
     model = model_of(config_of())
     ids = [i % 200 for i in range(100)]
-    torch.testing.assert_close(Decoder(model).logits(ids), full_logits(model, ids[-12:]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(Decoder([model]).logits(ids), full_logits(model, ids[-12:]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_end_token_stops():
     model = model_of(config_of())
-    free = list(continuation(model, [1], 20, Choice(greedy=True), 0))
-    assert list(continuation(model, [1], 20, Choice(greedy=True), 0, end=free[3])) == free[: free.index(free[3])]
+    free = list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0))
+    assert list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0, end=free[3])) == free[: free.index(free[3])]
 
 
 LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
@@ -164,7 +166,7 @@ def test_draws_follow_the_probabilities_and_the_seed():
 
 def test_no_global_generator_is_touched():
     before = torch.get_rng_state()
-    list(continuation(model_of(config_of()), [1], 3, Choice(), 5))
+    list(continuation(Decoder([model_of(config_of())]), [1], 3, Choice(), 5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -189,7 +191,7 @@ def test_a_character_is_shown_when_it_is_whole():
 
 def arguments(checkpoint, **more):
     defaults = {"prompt": "ab", "max_tokens": 12, "seed": 3, "tokenizer": None, "greedy": False}
-    sampling = {"temperature": 1.0, "top_k": None, "top_p": None}
+    sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": []}
     return argparse.Namespace(checkpoint=str(checkpoint), **{**defaults, **sampling, **more})
 
 
@@ -201,6 +203,40 @@ def test_the_program_prints_the_prompt_and_what_follows(tmp_path, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0].startswith("ab") and texts[0].endswith("\n") and len(texts[0]) > 6
     assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
+LAYOUTS = [
+    (1, ["parallel.virtual_pipeline_size=2", "parallel.schedule=zb_v"]),
+    (2, ["parallel.pipeline_parallel_size=2"]),
+    (2, ["parallel.pipeline_parallel_size=2", "parallel.virtual_pipeline_size=2", "parallel.schedule=interleaved"]),
+    (2, ["parallel.tensor_parallel_size=2"]),
+    (4, ["parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2"]),
+    (2, []),
+]
+
+
+@pytest.mark.parametrize(("size", "overrides"), LAYOUTS, ids=str)
+@pytest.mark.parametrize("variant", [{"num_layers": 4}, {**VARIANTS[2], "num_layers": 4, "num_query_groups": 2}], ids=str)
+def test_every_layout_writes_the_same_text(tmp_path, variant, size, overrides):
+    path = saved(tmp_path, config_of(**variant), MeshShape(tp=2))
+    alone = Decoder([model_of(config_of(**variant))])
+    expected = list(continuation(alone, [1, 2, 3], 30, Choice(), 5))
+    config = laid_out(saved_config(path), overrides, size)
+
+    def write(ctx):
+        return list(continuation(load_decoder(path, config, ctx), [1, 2, 3], 30, Choice(), 5))
+
+    assert simulate(mesh_shape(config.parallel, size), write) == [expected] * size
+
+
+def test_only_the_layout_can_be_chosen(tmp_path):
+    config = saved_config(saved(tmp_path, config_of()))
+    with pytest.raises(ConfigError, match=r"model\.num_layers=2: only the layout"):
+        laid_out(config, ["model.num_layers=2"], 1)
+    with pytest.raises(ConfigError, match="a world of size 1 cannot be split"):
+        laid_out(config, ["parallel.pipeline_parallel_size=2"], 1)
+    with pytest.raises(ConfigError, match="cannot have"):
+        laid_out(config, ["parallel.schedule=zb_v"], 1)
 
 
 def test_text_appears_token_by_token(tmp_path, monkeypatch):

@@ -68,13 +68,18 @@ def validate(config: Config, world_size: int) -> None:
     _require_released(config)
     _require_ranges(config)
     _require_data(config)
+    validate_layout(config, world_size)
+    _require_batches(config, world_size)
+    _require_learning_rates(config)
+    _require_device(config)
+
+
+def validate_layout(config: Config, world_size: int) -> None:
+    """Hold the rules of the model's shape and its layout alone. Raises ConfigError."""
     _require_heads(config.model)
     _require_tensor_split(config.model, config.parallel, world_size)
     _require_layer_split(config.model, config.parallel)
     _require_world(config, world_size)
-    _require_batches(config, world_size)
-    _require_learning_rates(config)
-    _require_device(config)
 
 
 def choices(values: Iterable[Any]) -> str:

@@ -55,6 +55,11 @@ class Attention(nn.Module):
         self.rotary = Rotary(build) if config.position == "rope" else None
         self.head_dim = d
 
+    @property
+    def key_heads(self) -> int:
+        """Key heads on this rank."""
+        return self.qkv.weights[1].shape[0] // self.head_dim
+
     def forward(
         self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None, remake: Remake | None = None
     ) -> torch.Tensor:

@@ -115,6 +115,13 @@ class GPT(nn.Module):
             x = self.embedding(batch)
         return self.stack(x, batch, caches)
 
+    def boundary(self, batch: MicroBatch) -> torch.Tensor:
+        """Room for what travels between virtual stages: [s/t or s, b, h], not filled."""
+        rows, sequences = batch.tokens.shape
+        build = self.build
+        rows //= build.tp.size if build.sequence_parallel else 1
+        return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.dtype, device=build.device)
+
     def logical_parameters(self) -> list[Parameter]:
         """Every parameter once, in the order of the forward pass."""
         return [p for p in self.parameters() if isinstance(p, Parameter)]

@@ -49,7 +49,7 @@ class Stack(nn.Module):
 
     def __init__(self, layers: Sequence[int], build: Build) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(index, build) for index in layers)
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(index, build) for index in layers)  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""

@@ -36,7 +36,7 @@ from megatrain.parallel.weights import Postponed
 class Chunk(Protocol):
     """One virtual stage of the model."""
 
-    def __call__(self, hidden: torch.Tensor | None, micro_batch: Any, postponed: Postponed | None) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor | None, micro_batch: Any, postponed: Postponed | None, /) -> torch.Tensor:
         """Hidden states of the virtual stage before (None for the first) -> this one's.
 
         A layer whose weight gradient can wait appends it to `postponed` in its backward, unless that is None.
