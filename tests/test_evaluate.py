@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.data.loader import Loader
 from megatrain.evaluate import evaluate
 from megatrain.models.batch import MicroBatch
@@ -32,10 +32,12 @@ class Text:
         return np.random.default_rng(n).integers(0, V, SEQ + 1), 3 if n == self.samples - 1 else SEQ
 
 
-def config_of():
+def config_of(ctx):
+    chunked = {"virtual_pipeline_size": 2, "schedule": "zb_v"} if ctx.pp.size > 1 else {}
     return Config(
+        parallel=ParallelConfig(tensor_parallel_size=ctx.tp.size, pipeline_parallel_size=ctx.pp.size, **chunked),
         model=ModelConfig(
-            num_layers=2, hidden_size=16, num_attention_heads=4, seq_length=SEQ, vocab_size=V, dropout=0.5, init_std=0.3
+            num_layers=4, hidden_size=16, num_attention_heads=4, seq_length=SEQ, vocab_size=V, dropout=0.5, init_std=0.3
         ),
         optim=OptimConfig(lr=1e-2, warmup_steps=1),
         train=TrainConfig(steps=4, global_batch_size=4, micro_batch_size=2, precision="fp64"),
@@ -44,7 +46,7 @@ def config_of():
 
 def run_of(ctx, text):
     loader = Loader(RandomSamples(V, SEQ), 4, 2, ctx.dp.rank, ctx.dp.size)
-    return assemble(config_of(), ctx, loader, V, held_out=text)
+    return assemble(config_of(ctx), ctx, loader, V, held_out=text)
 
 
 def evaluated(ctx, text, limit=0):
@@ -83,7 +85,9 @@ def whole_model(run):
 
 
 @pytest.mark.parametrize("samples", [1, 4, 6, 9])
-@pytest.mark.parametrize("shape", [MeshShape(), MeshShape(dp=2), MeshShape(tp=2), MeshShape(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [MeshShape(), MeshShape(dp=2), MeshShape(tp=2), MeshShape(pp=2), MeshShape(tp=2, dp=2, pp=2)], ids=str
+)
 def test_every_layout_finds_the_mean_over_the_tokens(shape, samples):
     loss, accuracy, tokens = by_hand(samples)
     for result in simulate(shape, evaluated, Text(samples)):
