@@ -23,7 +23,7 @@ from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.pipeline_parallel import Chunk, Executed, Stage, run_schedule
+from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.weights import Postponed
 from megatrain.parallel.zero import FlatParameters
@@ -55,6 +55,8 @@ class Run:
     """Batches consumed; each was applied or skipped."""
     stop_requested: Callable[[], bool] = bool
     """Whether this rank was told to stop; asked once a step."""
+    observe: Observer | None = None
+    """Told of every instruction of the pipeline when it has run, for measurements."""
 
     @property
     def lr(self) -> float:
@@ -191,7 +193,7 @@ def stage_of(run: Run) -> Stage:
         return result.total, result.correct[None]
 
     chunks = [_postponing(chunk) for chunk in run.chunks]
-    return Stage(ctx.pp.rank, chunks, loss, run.chunks[0].boundary, ctx.sends, ctx.receives, ctx.device)
+    return Stage(ctx.pp.rank, chunks, loss, run.chunks[0].boundary, ctx.sends, ctx.receives, ctx.device, observe=run.observe)
 
 
 def _postponing(chunk: GPT) -> Chunk:

@@ -3,10 +3,13 @@
     python docs/benchmarks/compare_cpu.py single --precision fp32                # one process, against plain PyTorch
     python docs/benchmarks/compare_cpu.py single --precision bf16 --as-people-run-it
     python docs/benchmarks/compare_cpu.py tensor-parallel --precision bf16       # tp 2 + sequence parallel, against two lone processes
+    python docs/benchmarks/compare_cpu.py pipeline --micro-batches 8 --steps 1   # two stages, against two lone processes
 
 `single`: megatrain and plain_gpt.py (nanoGPT's design, fused AdamW; bf16 is autocast there and BF16 weights with FP32 masters
 here), both with megatrain's allocator settings, or, --as-people-run-it, each as it comes. `tensor-parallel`: two
 single-thread processes that share one model, against two such processes that train one each without talking to each other.
+`pipeline`: the same with two stages (--schedule); beside it, what is to be expected: 1 less the step bubble that the simulator gives
+for the measured time of each instruction.
 All processes live through the whole measurement and wait while it is not their turn. Prints one JSON line.
 """
 
@@ -52,6 +55,10 @@ class Side:
                 str(port),
                 "--micro-batch-size",
                 str(args.micro_batch_size),
+                "--micro-batches",
+                str(args.micro_batches),
+                "--schedule",
+                args.schedule,
             ]
             command += ["--tuned"] if tuned else []
             self.workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
@@ -62,9 +69,9 @@ class Side:
         for worker in self.workers:
             worker.stdin.write(f"{steps}\n")
             worker.stdin.flush()
-        for worker in self.workers:
-            if not worker.stdout.readline():
-                raise SystemExit("a worker has died")
+        self.answers = [worker.stdout.readline() for worker in self.workers]
+        if not all(self.answers):
+            raise SystemExit("a worker has died")
         return (time.perf_counter() - start) / steps
 
     def close(self) -> None:
@@ -75,12 +82,12 @@ class Side:
             worker.wait()
 
 
-def serve(step) -> None:
+def serve(step, answer=lambda: "done") -> None:
     """A worker: take as many steps as each line of stdin says, and answer with a line."""
     for line in sys.stdin:
         for _ in range(int(line)):
             step()
-        print("done", flush=True)
+        print(answer(), flush=True)
 
 
 def plain_worker(args: argparse.Namespace) -> None:
@@ -95,8 +102,16 @@ def plain_worker(args: argparse.Namespace) -> None:
     serve(lambda: plain_gpt.train_step(model, optimizer, tokens, autocast, 1.0))
 
 
-def our_worker(args: argparse.Namespace, shared: bool) -> None:
-    """megatrain: alone, or (`shared`) one of the ranks of a tensor- and sequence-parallel model."""
+def layout_of(args: argparse.Namespace) -> dict:
+    """The parallel section of a worker."""
+    if args.what == "staged":
+        chunks = {"interleaved": 2, "zb_v": 2}.get(args.schedule, 1)
+        return {"pipeline_parallel_size": args.size, "virtual_pipeline_size": chunks, "schedule": args.schedule}
+    return {"tensor_parallel_size": args.size, "sequence_parallel": True} if args.what == "shared" else {}
+
+
+def our_worker(args: argparse.Namespace) -> None:
+    """megatrain: alone, or one of the ranks of a tensor- and sequence-parallel (`shared`) or pipelined (`staged`) model."""
     from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
     from megatrain.data.loader import Loader
     from megatrain.parallel.mesh import ParallelContext
@@ -105,14 +120,13 @@ def our_worker(args: argparse.Namespace, shared: bool) -> None:
     from megatrain.testing.trace import RandomSamples
     from megatrain.training import assemble, train_step
 
-    size = args.size if shared else 1
+    size = 1 if args.what == "ours" else args.size
+    sequences = args.micro_batch_size * args.micro_batches
     config = Config(
         model=ModelConfig(activation="gelu", **SHAPE),
-        parallel=ParallelConfig(tensor_parallel_size=size, sequence_parallel=size > 1, device="cpu"),
+        parallel=ParallelConfig(**layout_of(args), device="cpu"),
         optim=OptimConfig(),
-        train=TrainConfig(
-            global_batch_size=args.micro_batch_size, micro_batch_size=args.micro_batch_size, precision=args.precision
-        ),
+        train=TrainConfig(global_batch_size=sequences, micro_batch_size=args.micro_batch_size, precision=args.precision),
     )
     env = {
         key: str(value)
@@ -121,11 +135,33 @@ def our_worker(args: argparse.Namespace, shared: bool) -> None:
     env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port), OMP_NUM_THREADS=str(args.threads))
     session = connect(Launch.from_environment(env if size > 1 else {}), config.parallel, 120.0, env)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, size), session.device)
-    loader = Loader(RandomSamples(SHAPE["vocab_size"], SHAPE["seq_length"]), args.micro_batch_size, args.micro_batch_size, 0, 1)
+    loader = Loader(RandomSamples(SHAPE["vocab_size"], SHAPE["seq_length"]), sequences, args.micro_batch_size, 0, 1)
     batch = loader.build(0)
     loader.batch = lambda consumed: batch  # tokens are not what is measured here
     run = assemble(config, ctx, loader, SHAPE["vocab_size"])
-    serve(lambda: train_step(run))
+    spans: dict[str, list[float]] = {}
+
+    def observe(instruction, start: float, end: float) -> None:
+        spans.setdefault(f"{instruction.chunk} {instruction.kind}", []).append(end - start)
+
+    run.observe = observe
+    serve(lambda: train_step(run), lambda: json.dumps({key: statistics.median(times) for key, times in spans.items()}))
+
+
+def expected_of(args: argparse.Namespace, answers: list[str]) -> float:
+    """1 less the step bubble, simulated with what each instruction took on each stage."""
+    from megatrain.parallel.schedules import Schedule
+    from megatrain.parallel.simulator import Costs, simulate
+
+    times = [json.loads(answer) for answer in answers]
+    schedule = Schedule(args.schedule, 2, max(int(key.split()[0]) for key in times[0]) + 1, args.micro_batches)
+    places = [schedule.home(virtual) for virtual in range(schedule.virtual_stages)]
+
+    def of(kind: str) -> list[float]:
+        return [times[stage].get(f"{chunk} {kind}", 0.0) for stage, chunk in places]
+
+    both = [a + b for a, b in zip(of("backward"), of("backward_input"), strict=True)]
+    return 1 - simulate(schedule, Costs(of("forward"), both, of("backward_weight"))).step_bubble
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -134,16 +170,18 @@ def measure(args: argparse.Namespace) -> dict:
     if args.what == "single":
         sides = {"megatrain": Side("ours", 1, args, tuned=True), "plain": Side("plain", 1, args, tuned=together)}
     else:
-        sides = {"megatrain": Side("shared", 2, args, tuned=True), "alone": Side("ours", 2, args, tuned=True)}
+        kind = "staged" if args.what == "pipeline" else "shared"
+        sides = {"megatrain": Side(kind, 2, args, tuned=True), "alone": Side("ours", 2, args, tuned=True)}
     seconds = {name: [] for name in sides}
     for side in sides.values():
         side.go(args.warmup)
     for _ in range(args.pairs):
         for name, side in sides.items():
             seconds[name].append(side.go(args.steps))
+    answers = sides["megatrain"].answers
     for side in sides.values():
         side.close()
-    tokens = args.micro_batch_size * SHAPE["seq_length"]
+    tokens = args.micro_batch_size * args.micro_batches * SHAPE["seq_length"]
     ours, other = (seconds[name] for name in sides)
     # Two lone processes train two batches at once.
     ratios = sorted((b / len_other(args)) / a for a, b in zip(ours, other, strict=True))
@@ -160,6 +198,7 @@ def measure(args: argparse.Namespace) -> dict:
         "ratio_min": round(ratios[0], 3),
         "ratio_max": round(ratios[-1], 3),
         "pairs": args.pairs,
+        **({"schedule": args.schedule, "expected": round(expected_of(args, answers), 3)} if args.what == "pipeline" else {}),
     }
 
 
@@ -172,8 +211,12 @@ def main() -> None:
     """Driver or worker, as the first argument says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "what", choices=("single", "tensor-parallel", "plain", "ours", "shared"), help="the last three are workers"
+        "what",
+        choices=("single", "tensor-parallel", "pipeline", "plain", "ours", "shared", "staged"),
+        help="the last four are workers",
     )
+    parser.add_argument("--schedule", default="1f1b", help="of the pipeline")
+    parser.add_argument("--micro-batches", type=int, default=1, help="a step's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--as-people-run-it", action="store_true", help="plain PyTorch without megatrain's allocator settings")
     parser.add_argument("--pairs", type=int, default=7)
@@ -186,7 +229,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what in ("single", "tensor-parallel"):
+    if args.what in ("single", "tensor-parallel", "pipeline"):
         os.environ["OMP_NUM_THREADS"] = str(args.threads if args.what == "single" else 1)
         print(json.dumps(measure(args)))
         return
@@ -201,7 +244,7 @@ def main() -> None:
     if args.what == "plain":
         plain_worker(args)
     else:
-        our_worker(args, shared=args.what == "shared")
+        our_worker(args)
 
 
 if __name__ == "__main__":

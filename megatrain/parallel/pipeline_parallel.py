@@ -21,6 +21,7 @@ weight gradients that wait. The output itself is let go as soon as it is sent: a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -47,6 +48,10 @@ FinalLoss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
 """(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics [k] to add up)."""
 
 
+Observer = Callable[[Instruction, float, float], None]
+"""(instruction, start, end): seconds of time.monotonic() on the host, without waiting for what it needs; a GPU may still be busy."""
+
+
 @dataclass(frozen=True)
 class Stage:
     """This rank's share of a pipeline."""
@@ -63,6 +68,8 @@ class Stage:
     device: torch.device
     statistics: int = 1
     """k: how many statistics the loss has."""
+    observe: Observer | None = None
+    """Told of every instruction when it has run."""
 
 
 @dataclass
@@ -162,12 +169,19 @@ class _Execution:
 
     def run(self, instruction: Instruction) -> None:
         """Do what an instruction says."""
+        needed, began = self._take(instruction), time.monotonic()
         if instruction.kind == "forward":
-            self._forward(instruction)
+            made = self._forward(instruction, needed)
         elif instruction.kind == "backward_weight":
+            made = None
             self._backward_weight(instruction)
         else:
-            self._backward(instruction)
+            made = self._backward(instruction, needed)
+        if self.stage.observe is not None:
+            self.stage.observe(instruction, began, time.monotonic())
+        message = self.schedule.makes(self.stage.number, instruction)
+        if message is not None and made is not None:
+            self._give(message, made)
         for handle in [handle for handle in self.sending if handle.done()]:
             handle.wait()
             self.sending.remove(handle)
@@ -177,17 +191,17 @@ class _Execution:
         for handle in self.sending:
             handle.wait()
 
-    def _forward(self, instruction: Instruction) -> None:
+    def _forward(self, instruction: Instruction, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """The output for the next virtual stage, detached; None from the last one."""
         m, chunk = instruction.micro_batch, instruction.chunk
         micro_batch, gradient = self.micro_batches[m], _Gradient()
         postponed: Postponed | None = [] if self.splits else None
-        message = self.schedule.makes(self.stage.number, instruction)
-        hidden = self._take(instruction)
+        ends = self.schedule.makes(self.stage.number, instruction) is None
         with torch.set_grad_enabled(self.schedule.backward):
             if hidden is not None:
                 hidden.requires_grad_(self.schedule.backward)
             output = self.stage.chunks[chunk](hidden, micro_batch, postponed)
-            if message is None:
+            if ends:
                 total, statistics = self.stage.loss(output, micro_batch)
                 self.executed.sums += torch.cat([total.detach().double()[None], statistics.detach().double()])
                 ticket = total * self.scale
@@ -196,21 +210,21 @@ class _Execution:
         if self.schedule.backward:
             self.saved[m, chunk] = _Saved(hidden, ticket, gradient, postponed)
             self.executed.peak_saved = max(self.executed.peak_saved, len(self.saved))
-        if message is not None:
-            self._give(message, output.detach())
+        return None if ends else output.detach()
 
-    def _backward(self, instruction: Instruction) -> None:
+    def _backward(self, instruction: Instruction, gradient: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient of the input, for the virtual stage before; None at the first one."""
         saved = self.saved[instruction.micro_batch, instruction.chunk]
-        saved.gradient.value = self._take(instruction)
+        saved.gradient.value = gradient
         if saved.ticket is not None and saved.ticket.requires_grad:
             torch.autograd.backward(saved.ticket)
-        message = self.schedule.makes(self.stage.number, instruction)
-        if message is not None and saved.input is not None:
-            gradient = saved.input.grad
-            self._give(message, torch.zeros_like(saved.input) if gradient is None else gradient.contiguous())
+        made = None if saved.input is None else saved.input.grad
+        if saved.input is not None and made is None:  # nothing on the way to the loss depends on it
+            made = torch.zeros_like(saved.input)
         saved.input = saved.ticket = saved.gradient.value = None
         if instruction.kind == "backward":
             del self.saved[instruction.micro_batch, instruction.chunk]
+        return made
 
     def _backward_weight(self, instruction: Instruction) -> None:
         postponed = self.saved.pop((instruction.micro_batch, instruction.chunk)).postponed or []

@@ -42,7 +42,11 @@ def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float)
     """What one rank of `measured_timeline` does; its spans."""
     spans: list[Span] = []
     micro_batches = [torch.full((1, 1), float(m)) for m in range(schedule.micro_batches)]
-    chunks = [_SleepingChunk(chunk, unit_seconds, spans) for chunk in range(schedule.chunks)]
+
+    def observe(instruction: Instruction, start: float, end: float) -> None:
+        spans.append((instruction.kind, instruction.micro_batch, instruction.chunk, start, end))
+
+    chunks = [_SleepingChunk(unit_seconds)] * schedule.chunks
     stage = Stage(
         ctx.pp.rank,
         chunks,
@@ -51,6 +55,7 @@ def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float)
         ctx.sends,
         ctx.receives,
         ctx.device,
+        observe=observe,
     )
     if ctx.pp.group is not None:
         ctx.pp.group.barrier()
@@ -61,36 +66,27 @@ def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float)
 class _SleepingChunk:
     """hidden -> hidden, slowly."""
 
-    def __init__(self, chunk: int, seconds: float, spans: list[Span]) -> None:
-        self.chunk, self.seconds, self.spans = chunk, seconds, spans
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
     def __call__(self, hidden: torch.Tensor | None, micro_batch: torch.Tensor, postponed: Postponed | None) -> torch.Tensor:
         """[1, 1] -> [1, 1]."""
         x = micro_batch.clone().requires_grad_() if hidden is None else hidden
-        return _Sleep.apply(x, self, int(micro_batch), postponed)
-
-    def nap(self, kind: Kind, micro_batch: int, units: int) -> None:
-        """Sleep, and note when."""
-        start = time.monotonic()
-        time.sleep(units * self.seconds)
-        self.spans.append((kind, micro_batch, self.chunk, start, time.monotonic()))
+        return _Sleep.apply(x, self.seconds, postponed)
 
 
 class _Sleep(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, chunk: _SleepingChunk, micro_batch: int, postponed: Postponed | None
-    ) -> torch.Tensor:
-        ctx.arguments = chunk, micro_batch, postponed
-        chunk.nap("forward", micro_batch, 1)
+    def forward(ctx: Any, x: torch.Tensor, seconds: float, postponed: Postponed | None) -> torch.Tensor:
+        ctx.seconds, ctx.postponed = seconds, postponed
+        time.sleep(seconds)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        chunk, micro_batch, postponed = ctx.arguments
-        if postponed is None:
-            chunk.nap("backward", micro_batch, 2)
+        if ctx.postponed is None:
+            time.sleep(2 * ctx.seconds)
         else:
-            chunk.nap("backward_input", micro_batch, 1)
-            postponed.append(lambda: chunk.nap("backward_weight", micro_batch, 1))
-        return dy, None, None, None
+            time.sleep(ctx.seconds)
+            ctx.postponed.append(lambda: time.sleep(ctx.seconds))
+        return dy, None, None
