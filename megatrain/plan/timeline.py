@@ -7,7 +7,6 @@ whose weight gradient is never postponed (`parallel/tensor_parallel.py`). Commun
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from megatrain.parallel.schedules import Kind
 from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
 from megatrain.program import require_schedule, vocabulary
 from megatrain.runtime.flops import forward_flops, matrix_flops
+from megatrain.runtime.plot import save_png
 from megatrain.training import layer_pieces, schedule_of
 
 LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B", "backward_input": "B", "backward_weight": "W"}
@@ -120,12 +120,7 @@ def draw_timeline(timelines: Sequence[tuple[str, Timeline]], png: Path) -> None:
     axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=8)
     if not png.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {png.parent} for the picture {png.name}: make it first")
-    part = png.with_name(f".{png.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png")
-        part.replace(png)
-    finally:
-        part.unlink(missing_ok=True)
+    save_png(figure, png)
 
 
 def _draw_stages(axis: Axes, timeline: Timeline, longest: float) -> None:

@@ -45,7 +45,11 @@ def draw_loss(metrics: Path | str, png: Path | str, references: Mapping[str, flo
     last = max([1, *(row["step"] for row in (*steps[-1:], *evaluations[-1:]))])
     lower.set_xlim(0, 1.015 * last)
     figure.suptitle(_title(steps, evaluations), x=0.01, ha="left", fontsize=11, color=_INK)
-    png = Path(png)
+    save_png(figure, Path(png))
+
+
+def save_png(figure: Figure, png: Path) -> None:
+    """Write a figure as a picture that is replaced at once and never seen half-written. Raises OSError."""
     part = png.with_name(f".{png.name}.{os.getpid()}.part")
     try:
         figure.savefig(part, format="png")

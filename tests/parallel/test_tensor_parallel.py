@@ -469,3 +469,47 @@ def test_parameters_of_one_matrix_lie_behind_one_another():
     made = make_parameters(specs, Axis("tp", 4, 1, (0, 1, 2, 3)), torch.float32, torch.device("cpu"))
     assert [tuple(p.shape) for p in made] == [(2, H), (2, H)] and [p.follows for p in made] == [False, True]
     assert all(isinstance(p, Parameter) for p in made) and joined(made).data_ptr() == made[0].data_ptr()
+
+
+# --- split backward ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_postponed_weight_gradients_come_when_they_are_run_and_are_the_same(tp, sequence_parallel):
+    def gradients(ctx, postpone):
+        shared = {"sequence_parallel": sequence_parallel, "init": Init(), **SHARED}
+        column = ColumnParallelLinear([("u", 4 * D, 4), ("w", 4 * D, 4)], H, ctx.tp, bias=True, **shared)
+        row = RowParallelLinear("o", 4 * D, H, 4, ctx.tp, bias=True, **shared)
+        parameters = [*column.parameters(), *row.parameters()]
+        for p in parameters:
+            fill(p, ctx.tp)
+            p.main_grad = torch.zeros_like(p.data)
+        x, postponed = part(numbers(0, S, B, H), ctx.tp, sequence_parallel), [] if postpone else None
+        a, b = column(x, postponed)
+        y = row(a * b, postponed)
+        y.backward(part(numbers(1, S, B, H), ctx.tp, sequence_parallel).detach())
+        early = [p.main_grad.abs().sum().item() for p in (*column.weights, row.weight)]
+        assert (early == [0.0] * 3) == postpone
+        with torch.no_grad():
+            for work in postponed or []:
+                work()
+        return [x.grad, *(p.main_grad for p in parameters)]
+
+    for at_once, later in zip(*(simulate(MeshShape(tp=tp), gradients, postpone) for postpone in (False, True)), strict=True):
+        assert all(map(torch.equal, at_once, later))
+
+
+def fill(parameter, tp):
+    spec = parameter.spec
+    whole = numbers(sum(map(ord, spec.name)), *spec.shape)
+    with torch.no_grad():
+        parameter.copy_(whole[spec.slices(tp.size, tp.rank)])
+
+
+def test_postponed_work_without_a_main_grad_is_an_error():
+    postponed = []
+    layer = RowParallelLinear("o", 4, 3, 4, Axis("tp"), bias=False, sequence_parallel=False, init=Init(), **SHARED)
+    layer(numbers(0, S, B, 4), postponed).sum().backward()
+    with pytest.raises(ValueError, match=r"postponed weight gradient of shape \[3, 4\] needs a main_grad"):
+        postponed[0]()
