@@ -74,11 +74,12 @@ def hardware_flops_per_token(
 ) -> float:
     """FLOPs that one trained token costs with what is recomputed (for HFU).
 
-    `selective` does the attention products of each layer twice, `full` each whole block; the head is never recomputed
-    (arXiv:2205.05198 section 5; 96 B s L h^2 (1 + s/6h + V/16Lh) of arXiv:2104.04473 is `full` with all s keys).
+    `full` runs each whole block again; the head is never recomputed (96 B s L h^2 (1 + s/6h + V/16Lh) of arXiv:2104.04473 with
+    all s keys). `selective` runs no matrix product twice here (`models/recompute.py`): the attention products that it costs in
+    arXiv:2205.05198, section 5, belong to an unfused core.
     """
     attention = _attention(model, causal_half)
-    again = {"none": 0.0, "selective": attention, "full": 2 * _block_matrices(model) + attention}[recompute]
+    again = {"none": 0.0, "selective": 0.0, "full": 2 * _block_matrices(model) + attention}[recompute]
     return model_flops_per_token(model, vocab_size, causal_half) + model.num_layers * again
 
 

@@ -21,6 +21,11 @@ LAYOUTS = {
     "tp 2, sequence parallel": (2, True, 1, 4),
     "dp 2": (1, False, 2, 4),
 }
+PIPELINES = {
+    "1f1b": {"pipeline_parallel_size": 2},
+    "zb_h1": {"pipeline_parallel_size": 2, "schedule": "zb_h1"},
+    "zb_v": {"virtual_pipeline_size": 2, "schedule": "zb_v"},
+}
 # tied, vocabulary, micro-batches, dropout
 MODELS = {"gpt": (True, 101, 4, 0.1), "llama": (False, 101, 1, 0.0)}
 
@@ -45,12 +50,13 @@ def one_process(model: str, seed: int) -> tuple[Trace, Trace]:
     return exact, trace_run(ctx, config(lone, model, "bf16", seed), 1)
 
 
-def check(layout, model) -> None:
+def check(layout, model, **pipeline) -> None:
     """Raise Disagreement unless the layout agrees with one process, over all seeds."""
     seeds = [one_process(model, seed) for seed in SEEDS]
     others = []
     for seed in SEEDS:
         bf16 = config(layout, model, "bf16", seed)
+        bf16 = replace(bf16, parallel=replace(bf16.parallel, **pipeline))
         ranks = simulate(mesh_shape(bf16, layout[2]), trace_run, bf16, 1)
         assert len({(trace.losses[0], trace.grad_norms[0]) for trace in ranks}) == 1, "ranks differ"
         others.append(ranks[0])
@@ -67,6 +73,12 @@ def test_first_step_on_four_ranks(model):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_first_step(layout, model):
     check(layout, model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_first_step_of_a_pipeline(pipeline, model):
+    check((1, False, 1, 4), model, **PIPELINES[pipeline])
 
 
 def unscaled(run, micro_batches):
