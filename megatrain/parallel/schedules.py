@@ -19,8 +19,9 @@ micro-batch (s/t*b*h with sequence parallelism), so v chunks move v times as muc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward", "backward_input", "backward_weight"]
@@ -252,12 +253,11 @@ class Schedule:
         back = FAMILIES[self.name].folded and chunk % 2 == 1
         return (self.stages - 1 - place if back else place), chunk
 
-    def program(self, stage: int) -> list[Instruction]:
+    def program(self, stage: int) -> Sequence[Instruction]:
         """What `stage` does, in order. Raises ValueError for a stage that is not there."""
         if not 0 <= stage < self.stages:
             raise ValueError(f"there is no stage {stage} in a pipeline of {self.stages}")
-        program = FAMILIES[self.name].program(stage, self.stages, self.chunks, self.micro_batches)
-        return _marked(program) if self.backward else [i for i in program if i.kind == "forward"]
+        return _program(self, stage)
 
     def needs(self, stage: int, instruction: Instruction) -> Message | None:
         """What the instruction must have from another virtual stage first: its input, or the gradient of its output."""
@@ -309,6 +309,13 @@ def chunks_problem(name: str, chunks: int) -> str | None:
         f"parallel.schedule={name} cannot have parallel.virtual_pipeline_size={chunks}. "
         f"Use parallel.virtual_pipeline_size={wanted}{others}."
     )
+
+
+@lru_cache(maxsize=256)
+def _program(schedule: Schedule, stage: int) -> Sequence[Instruction]:
+    """A stage's program, the same at every step, and read by its neighbours too."""
+    program = FAMILIES[schedule.name].program(stage, schedule.stages, schedule.chunks, schedule.micro_batches)
+    return tuple(_marked(program) if schedule.backward else [i for i in program if i.kind == "forward"])
 
 
 def _marked(program: list[Instruction]) -> list[Instruction]:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -188,3 +189,33 @@ def test_the_launch_script_gives_75_and_goes_on(house, uninterrupted_pair):
         (ended,) = job.finish()
     assert ended.code == 0, ended.err
     jobs.same(run, uninterrupted_pair, STEPS)
+
+
+PIPELINES = {
+    "zb_v": ["parallel.virtual_pipeline_size=2", "parallel.schedule=zb_v"],
+    "1f1b, recompute, tensor parallel": ["train.recompute=full", "train.micro_batch_size=2", "parallel.tensor_parallel_size=2"],
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_goes_on_to_the_bit_and_its_weights_load_elsewhere(house, tmp_path, name):
+    """12 steps; again from the checkpoint after 6; then one process goes on from the weights alone."""
+    model = ["model.num_layers=4", "train.steps=12", "checkpoint.save_every=6"]
+    size = 4 if "tensor" in name else 2
+
+    def line(run, *more):
+        return ["train", str(house / "config.yaml"), f"log.dir={tmp_path / run}", *model, *more]
+
+    layout = ["parallel.pipeline_parallel_size=2", *PIPELINES[name]]
+    (whole,) = jobs.commands(tmp_path / "job", [line("whole", *layout)], size)
+    assert [answer.code for answer in whole] == [0] * size, whole
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/checkpoints/step_00000012")
+    (again,) = jobs.commands(tmp_path / "job", [line("again", *layout)], size)
+    assert [answer.code for answer in again] == [0] * size, again
+    assert [e["step"] for e in jobs.events(tmp_path / "again") if e["event"] == "resume"] == [6]
+    jobs.same(tmp_path / "again", tmp_path / "whole", 12)
+    resume = [f"checkpoint.resume={tmp_path / 'whole/checkpoints/step_00000012'}", "checkpoint.weights_only=true"]
+    ((alone,),) = jobs.commands(tmp_path / "job", [line("alone", *resume)])
+    assert alone.code == 0, alone
+    assert jobs.rows(tmp_path / "alone")[1]["loss"] < 0.99 * jobs.rows(tmp_path / "whole")[1]["loss"]
