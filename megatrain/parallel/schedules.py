@@ -62,7 +62,7 @@ Program = Callable[[int, int, int, int], list[Instruction]]
 def gpipe(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
     """GPipe (Huang et al., arXiv:1811.06965, section 2.3): all forwards, then all backwards.
 
-        stage 0 of 2, 3 micro-batches:   F0 F1 F2 .  .  B0 B0 B1 B1 B2 B2
+        stage 0 of 2, 3 micro-batches:   F0 F1 F2 .  .  .  B0 B0 B1 B1 B2 B2
 
     Peak of saved states: m on every stage. Step bubble: (p-1) / (m+p-1).
     """
