@@ -260,7 +260,7 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
         names = "" if "path" in value else " Several named validation sets are not in this release."
         _fail(tree, path, f"is a mapping; expected a list of {{path, weight}}, as [{{path: PREFIX, weight: 1.0}}].{names}")
     if not isinstance(value, (list, tuple)):
-        scalar = isinstance(value, str) and items[-1] is Ellipsis
+        scalar = isinstance(value, (str, int)) and items[-1] is Ellipsis
         _fail(tree, path, f"is {_describe(value)}; expected {type_name(kind)}.{f' Write [{value}].' if scalar else ''}")
     if items[-1] is Ellipsis:
         items = (items[0],) * len(value)

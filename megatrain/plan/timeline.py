@@ -7,6 +7,7 @@ whose weight gradient is never postponed (`parallel/tensor_parallel.py`). Commun
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,15 +86,18 @@ def as_text(timeline: Timeline, width: int = 120) -> str:
     step = timeline.makespan / slices
     rows = []
     for number, stage in enumerate(timeline.stages):
-        cells = [_at(stage, (place + 0.5) * step) for place in range(slices)]
+        starts = [event.start for event in stage]
+        cells = [_at(stage, starts, (place + 0.5) * step) for place in range(slices)]
         texts = [_label(cell, numbered) for cell in cells]
         joined = "".join(text.ljust(digits) for text in texts) if numbered else "".join(texts)
         rows.append(f"stage {number:3} |{joined.rstrip()}")
     return "\n".join(rows)
 
 
-def _at(events: Sequence[Event], time: float) -> Event | None:
-    return next((event for event in events if event.start <= time < event.end), None)
+def _at(events: Sequence[Event], starts: Sequence[float], time: float) -> Event | None:
+    """The event that runs at a time, if any; `starts` of the events, ascending."""
+    place = bisect_right(starts, time) - 1
+    return events[place] if place >= 0 and time < events[place].end else None
 
 
 def _label(event: Event | None, numbered: bool) -> str:
@@ -118,6 +122,8 @@ def draw_timeline(timelines: Sequence[tuple[str, Timeline]], png: Path) -> None:
     for letter, meaning in _LEGEND.items():
         axes[0].broken_barh([(0, 0)], (0, 0), facecolors=_COLOURS[letter], label=meaning)
     axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=8)
+    if png.is_dir():
+        raise IsADirectoryError(f"{png} is a directory: give the picture a name, such as {png / 'timeline.png'}")
     if not png.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {png.parent} for the picture {png.name}: make it first")
     save_png(figure, png)
@@ -126,17 +132,18 @@ def draw_timeline(timelines: Sequence[tuple[str, Timeline]], png: Path) -> None:
 def _draw_stages(axis: Axes, timeline: Timeline, longest: float) -> None:
     """One row a stage; micro-batch numbers where they fit."""
     for row, events in enumerate(timeline.stages):
+        bars: dict[tuple[str, float], list[tuple[float, float]]] = {}  # one drawing for all of a kind: there may be 100,000
         for event in events:
-            letter, length = LETTERS[event.instruction.kind], event.end - event.start
+            length = event.end - event.start
             opacity = _LATER_CHUNKS if event.instruction.chunk else 1.0
-            bar = [(event.start, length)]
-            axis.broken_barh(
-                bar, (row - 0.4, 0.8), facecolors=_COLOURS[letter], alpha=opacity, edgecolor="white", linewidth=0.6
-            )
+            bars.setdefault((LETTERS[event.instruction.kind], opacity), []).append((event.start, length))
             if length > longest / 110:
-                middle = event.start + length / 2
-                number = str(event.instruction.micro_batch)
+                middle, number = event.start + length / 2, str(event.instruction.micro_batch)
                 axis.text(middle, row, number, ha="center", va="center", fontsize=7, color="white")
+        line = 0.6 if len(events) < 400 else 0.0
+        for (letter, opacity), spans in bars.items():
+            look = {"facecolors": _COLOURS[letter], "alpha": opacity, "edgecolor": "white", "linewidth": line}
+            axis.broken_barh(spans, (row - 0.4, 0.8), **look)
     stages = len(timeline.stages)
     axis.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
     axis.set_ylim(stages - 0.5, -0.5)

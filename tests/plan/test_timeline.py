@@ -1,5 +1,6 @@
 """`megatrain plan`: the figures and the timeline of one step, as text and as a picture."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from megatrain.config.schema import Config, CorpusConfig, DataConfig, ModelConfi
 from megatrain.config.source import ConfigError
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import Costs, simulate
-from megatrain.plan.timeline import as_text, costs_of, describe, plan_timeline
+from megatrain.plan.timeline import as_text, costs_of, describe, draw_timeline, plan_timeline
 
 MODEL = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4, seq_length=32, vocab_size=101)
 
@@ -76,3 +77,13 @@ def test_the_verb_prints_and_draws(tmp_path, capsys):
     assert png.read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert main([*words[:3], str(tmp_path / "no" / "t.png")]) == 1
     assert "there is no directory" in capsys.readouterr().err
+
+
+def test_a_picture_needs_a_name_and_many_instructions_are_drawn_too(tmp_path):
+    timeline = simulate(Schedule("zb_v", 4, 2, 400))
+    with pytest.raises(IsADirectoryError, match=r"is a directory: give the picture a name, such as .*timeline\.png"):
+        draw_timeline([("x", timeline)], tmp_path)
+    began = time.monotonic()
+    draw_timeline([("x", timeline)], tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 10_000 and time.monotonic() - began < 20
+    assert all(len(row.split("|")[1]) <= 100 for row in as_text(timeline, 100).splitlines())
