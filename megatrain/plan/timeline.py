@@ -142,8 +142,8 @@ def _draw_stages(axis: Axes, timeline: Timeline, longest: float) -> None:
                 axis.text(middle, row, number, ha="center", va="center", fontsize=7, color="white")
         line = 0.6 if len(events) < 400 else 0.0
         for (letter, opacity), spans in bars.items():
-            look = {"facecolors": _COLOURS[letter], "alpha": opacity, "edgecolor": "white", "linewidth": line}
-            axis.broken_barh(spans, (row - 0.4, 0.8), **look)
+            colour = _COLOURS[letter]
+            axis.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, alpha=opacity, edgecolor="white", linewidth=line)
     stages = len(timeline.stages)
     axis.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
     axis.set_ylim(stages - 0.5, -0.5)
