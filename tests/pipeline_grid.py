@@ -24,10 +24,11 @@ COVERING = TRIPLES + [point for point in POINTS[::7] if point not in TRIPLES][: 
 """Every triple of values, and at least 200 points."""
 GLOO = [point for point in COVERING if point[1] > 1 and point[1] * point[5][0] * point[6] <= 8][::5][:20]
 """Enough of them for real processes."""
+FLOAT32 = [point for point in COVERING if point[1] > 1][::12]
 
 
-def config_of(point: tuple) -> Config:
-    """The config of a point; 2 sequences a micro-batch."""
+def config_of(point: tuple, precision: str = "fp64") -> Config:
+    """The config of a point; 2 sequences a micro-batch. AdamW in float64, SGD in float32 (docs/numerics.md)."""
     (schedule, chunks), stages, micro_batches, tied, layers, (tp, sequence_parallel), dp = point
     modern = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False, "ffn_hidden_size": 24}
     model = ModelConfig(
@@ -49,15 +50,16 @@ def config_of(point: tuple) -> Config:
         virtual_pipeline_size=chunks,
         schedule=schedule,
     )
-    train = TrainConfig(steps=STEPS, global_batch_size=2 * micro_batches * dp, micro_batch_size=2, precision="fp64")
-    return Config(model=model, parallel=parallel, optim=OptimConfig(lr=1e-2, warmup_steps=1), train=train)
+    train = TrainConfig(steps=STEPS, global_batch_size=2 * micro_batches * dp, micro_batch_size=2, precision=precision)
+    optim = OptimConfig(name="adamw" if precision == "fp64" else "sgd", lr=1e-2, warmup_steps=1)
+    return Config(model=model, parallel=parallel, optim=optim, train=train)
 
 
 @cache
-def reference(sequences: int, tied: bool, layers: int) -> Trace:
+def reference(sequences: int, tied: bool, layers: int, precision: str) -> Trace:
     """The single process, which takes the batch in micro-batches of 2."""
     point = (("1f1b", 1), 1, sequences // 2, tied, layers, (1, False), 1)
-    return trace_run(ParallelContext.single(), config_of(point), STEPS)
+    return trace_run(ParallelContext.single(), config_of(point, precision), STEPS)
 
 
 def shape_of(point: tuple) -> MeshShape:
@@ -65,8 +67,8 @@ def shape_of(point: tuple) -> MeshShape:
     return mesh_shape(config_of(point), point[6])
 
 
-def compare(traces: list[Trace], point: tuple) -> None:
+def compare(traces: list[Trace], point: tuple, precision: str = "fp64") -> None:
     """Raise Disagreement unless every rank's trace agrees with the single process."""
-    config = config_of(point)
+    config = config_of(point, precision)
     for trace in traces:
-        agree(reference(config.train.global_batch_size, point[3], point[4]), trace, optimizer=config.optim.name)
+        agree(reference(config.train.global_batch_size, point[3], point[4], precision), trace, optimizer=config.optim.name)

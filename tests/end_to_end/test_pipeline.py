@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from pipeline_grid import COVERING, GLOO, POINTS, STEPS, compare, config_of, shape_of
+from pipeline_grid import COVERING, FLOAT32, GLOO, POINTS, STEPS, compare, config_of, shape_of
 
 from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.trace import trace_run
@@ -34,6 +34,11 @@ def test_simulated_pipelines_agree_with_one_process_in_the_rest_of_the_grid(poin
 @pytest.mark.parametrize("point", GLOO, ids=name)
 def test_gloo_pipelines_agree_with_one_process(point):
     compare(spawn(shape_of(point), trace_run, config_of(point), STEPS), point)
+
+
+@pytest.mark.parametrize("point", FLOAT32, ids=name)
+def test_pipelines_agree_in_float32_too(point):
+    compare(simulate(shape_of(point), trace_run, config_of(point, "fp32"), STEPS), point, "fp32")
 
 
 def test_the_covering_set_holds_every_triple_and_enough_points():
