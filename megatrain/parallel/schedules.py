@@ -146,10 +146,13 @@ def zb_v(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instr
     """ZB-V (Qi et al., arXiv:2401.10241, section 6): two chunks a stage, laid out as a V, and a split backward.
 
         virtual stages of 3 stages:      stage 0: 0, 5     stage 1: 1, 4     stage 2: 2, 3
+        stage 0 of 2, chunks a and b, 3 micro-batches:
+                                         Fa0 Fa1 Fa2 Fb0 Bb0 Wb0 Fb1 Bb1 Wb1 Ba0 Wa0 Fb2 Bb2 Wb2 Ba1 Wa1 Ba2 Wa2
 
     The last virtual stage lies where the first does, so the backward of a micro-batch begins on stage 0 as soon as its forward has
-    come back there. With F = B = W no stage is idle between its first and its last instruction, and the peak of saved states is
-    2p chunks, half a stage each: 1F1B's first stage on all. Runs as if there were at least 2p-1 micro-batches.
+    come back there. With F = B = W no stage is idle between its first and its last instruction, the step bubble is (p-1) /
+    (6m+p-1), and the peak of saved states is 2p chunks, half a stage each: 1F1B's first stage on all. Runs as if there were at
+    least 2p-1 micro-batches.
     """
     total = max(micro_batches, 2 * stages - 1)
     program: list[Instruction] = []

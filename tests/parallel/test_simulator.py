@@ -51,8 +51,8 @@ def test_no_deadlock_exact_counts_and_no_more_than_the_papers_memory(name, stage
 
 @pytest.mark.parametrize(("name", "chunks"), [("interleaved", 8), ("zb_v", 2)])
 def test_the_largest_pipeline(name, chunks):
-    timeline = simulate(Schedule(name, 64, chunks, 128))
-    assert max(map(timeline.peak, range(64))) <= paper_bound(name, 0, 64, chunks, 128)
+    timeline = simulate(Schedule(name, 64, chunks, 512))
+    assert max(map(timeline.peak, range(64))) <= paper_bound(name, 0, 64, chunks, 512)
 
 
 @pytest.mark.parametrize("name", SHAPES)
