@@ -29,6 +29,7 @@ from megatrain.data.loader import HeldOut, Loader, build_held_out, build_samples
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.evaluate import evaluate
 from megatrain.models.objective import Objective
+from megatrain.optim.mixed_precision import StateTensors
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.runtime.distributed import Launch, Session, connect
@@ -145,7 +146,9 @@ def save(job: Job) -> Path:
         "updates": int(job.optimizer.updates.item()),
     }
     directory = Path(config.checkpoint_dir)
-    return checkpoint_save.save(directory, job.step, _stored(job), job.ctx, progress, job.config_text, config.checkpoint.keep)
+    return checkpoint_save.save(
+        directory, job.step, _stored(job.optimizer.tensors()), job.ctx, progress, job.config_text, config.checkpoint.keep
+    )
 
 
 def resume(job: Job) -> Path | None:
@@ -162,21 +165,21 @@ def resume(job: Job) -> Path | None:
     path = own or (None if checkpoint.resume == "auto" else Path(checkpoint.resume))
     if path is None:
         return None
-    tensors = _stored(job)
+    tensors = job.optimizer.tensors()
     if own is None and checkpoint.weights_only:
-        checkpoint_load.load(path, {WEIGHTS: tensors[WEIGHTS]}, job.ctx)
+        tensors = {WEIGHTS: tensors[WEIGHTS]}
+        checkpoint_load.load(path, _stored(tensors), job.ctx)
     else:
-        progress = checkpoint_load.load(path, tensors, job.ctx, check=own is None).progress
+        progress = checkpoint_load.load(path, _stored(tensors), job.ctx, check=own is None).progress
         job.consumed_samples, job.step = progress["samples"], progress["step"]
         job.optimizer.updates.fill_(progress["updates"])
-    job.optimizer.round_parameters()
+    job.optimizer.restore(tensors)
     return path
 
 
-def _stored(job: Job) -> dict[str, dict[str, LocalTensor]]:
+def _stored(tensors: StateTensors) -> dict[str, dict[str, LocalTensor]]:
     """What a checkpoint of this rank holds: kind -> logical name -> tensor."""
-    kinds = job.optimizer.tensors()
-    return {kind: {name: LocalTensor(*pair) for name, pair in named.items()} for kind, named in kinds.items()}
+    return {kind: {name: LocalTensor(*pair) for name, pair in named.items()} for kind, named in tensors.items()}
 
 
 def _newest_whole(job: Job, directory: Path) -> Path | None:

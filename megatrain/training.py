@@ -15,14 +15,16 @@ import torch
 from megatrain.config.schema import Config
 from megatrain.data.loader import Batch, HeldOut, Loader
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import GPT, build_gpt, logical_parameters
+from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.objective import NextToken, Objective
 from megatrain.models.split import ranges_of, split_layers
 from megatrain.optim.clip import clip_divisor, local_squared_norm
 from megatrain.optim.mixed_precision import Optimizer
-from megatrain.optim.schedule import learning_rate
+from megatrain.optim.schedule import learning_rate, weight_decay
+from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Parameter
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.weights import Postponed
@@ -63,6 +65,12 @@ class Run:
         """Learning rate of the next update."""
         train = self.config.train
         return learning_rate(self.config.optim, self.consumed_samples, train.global_batch_size, train.steps)
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay of the next update."""
+        train = self.config.train
+        return weight_decay(self.config.optim, self.consumed_samples, train.global_batch_size, train.steps)
 
 
 @dataclass(frozen=True)
@@ -106,9 +114,21 @@ def assemble(
         recompute=train.recompute,
     )
     check_whole(chunks, config, vocab_size, ctx)
-    flat = FlatParameters(logical_parameters(chunks), ctx)
+    parallel = config.parallel
+    flat = FlatParameters(
+        units_of(chunks), ctx, stage=parallel.zero_stage, bucket_size=parallel.bucket_size, overlap=parallel.overlap
+    )
     optimizer = Optimizer(flat, config.optim)
     return Run(config, ctx, chunks, objective or NextToken(), flat, optimizer, loader, held_out)
+
+
+def units_of(chunks: list[GPT]) -> list[Unit]:
+    """The parts of this rank's model, in the order of the forward pass."""
+    return [
+        Unit(tuple(p for p in part.parameters() if isinstance(p, Parameter)), number, part, isinstance(part, Embedding))
+        for number, chunk in enumerate(chunks)
+        for part in chunk.units()
+    ]
 
 
 def schedule_of(config: Config, micro_batches: int, *, backward: bool = True) -> Schedule:
@@ -151,7 +171,7 @@ def train_step(run: Run) -> StepReport:
     totals = sum_totals(run, executed, weight)
     divisor = clip_divisor(totals.grad_norm, run.config.optim.clip_grad)
     lr = run.lr
-    run.optimizer.step(lr, divisor, skip=totals.skip)
+    run.optimizer.step(lr, divisor, totals.skip, run.weight_decay)
     run.consumed_samples += run.config.train.global_batch_size
     run.step += 1
     return totals.report(run.step, lr)
@@ -189,11 +209,20 @@ def stage_of(run: Run) -> Stage:
         """(summed loss, statistics [1]: weight predicted right)."""
         if head is None:
             raise ValueError("only the last virtual stage of a pipeline ends in a loss")
-        result = run.objective(head, hidden, micro_batch)
-        return result.total, result.correct[None]
+        total, correct = head(hidden, run.objective, micro_batch)
+        return total, correct[None]
 
-    chunks = [_postponing(chunk) for chunk in run.chunks]
-    return Stage(ctx.pp.rank, chunks, loss, run.chunks[0].boundary, ctx.sends, ctx.receives, ctx.device, observe=run.observe)
+    return Stage(
+        ctx.pp.rank,
+        [_postponing(chunk) for chunk in run.chunks],
+        loss,
+        run.chunks[0].boundary,
+        ctx.sends,
+        ctx.receives,
+        ctx.device,
+        observe=run.observe,
+        parameters=run.flat,
+    )
 
 
 def _postponing(chunk: GPT) -> Chunk:
@@ -230,7 +259,7 @@ def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
     stop = torch.tensor(float(run.stop_requested()), dtype=torch.float64, device=ctx.device)
     message = torch.stack(
         [
-            local_squared_norm(run.flat.parameters, ctx),
+            local_squared_norm(run.flat, ctx),
             executed.loss * counts_loss,
             executed.statistics[0] * counts_loss,
             stop,

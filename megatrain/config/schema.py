@@ -96,7 +96,12 @@ class ParallelConfig:
     )
     context_parallel_size: int = knob(1, "Ranks that share one sequence through all layers.")
     expert_parallel_size: int = knob(1, "Ranks that share the experts.")
-    zero_stage: Literal[0, 1, 2, 3] = knob(0, "ZeRO stage: what is sharded over the data-parallel ranks.")
+    zero_stage: Literal[0, 1, 2, 3] = knob(
+        1,
+        "What the data-parallel ranks shard (ZeRO, arXiv:1910.02054): 1 optimizer states, 2 and gradients, 3 and parameters; 0 nothing.",
+    )
+    bucket_size: int = knob(8_000_000, "Parameters that are reduced and gathered over the data-parallel ranks at a time.")
+    overlap: bool = knob(True, "Reduce gradients beside the backward and gather parameters beside the forward.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where tensors live; auto takes CUDA where there is one.")
     backend: Literal["auto", "gloo", "nccl"] = knob("auto", "Collectives library; auto is nccl on CUDA and gloo on CPU.")
 
@@ -134,6 +139,11 @@ class OptimConfig:
     warmup_steps: int = knob(100, "Steps of linear warm-up.")
     decay_fraction: float = knob(0.1, "wsd: share of all steps, at the end, that decays linearly to min_lr.")
     weight_decay: float = knob(0.1, "Decay of matrices; biases and norm weights have none.")
+    weight_decay_end: float | None = knob(None, "Decay at the last step, approached linearly; null keeps it constant.")
+    master: Literal["fp32", "split"] = knob(
+        "fp32",
+        "bf16 runs: FP32 master weights beside the parameters, or split: the 16 bits that those lack, 2 bytes less each.",
+    )
     betas: tuple[float, float] = knob((0.9, 0.95), "Adam's moment decay rates.")
     eps: float = knob(1e-8, "Adam's epsilon.")
     momentum: float = knob(0.9, "sgd's momentum.")
@@ -155,6 +165,9 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
+    audit_every: int = knob(
+        500, "Steps between comparisons of what several ranks hold copies of, bit by bit; a difference ends the run. 0 means never."
+    )
     hang_timeout_seconds: float = knob(600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.")
     deterministic: bool = knob(False, "The same bits on every run of the same layout (torch.use_deterministic_algorithms).")
 

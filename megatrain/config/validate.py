@@ -32,7 +32,6 @@ DEFERRED = (
     Deferred("model.position", ("learned", "rope"), "other position encodings come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
     Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
-    Deferred("parallel.zero_stage", (0,), "optimizer state is not sharded over the data-parallel ranks yet"),
     Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
     Deferred("train.tokens", (None,), "a token budget comes in a later release; give train.steps"),
     Deferred("train.precision", ("bf16", "fp32", "fp64"), "loss scaling for FP16 comes in a later release"),
@@ -47,15 +46,15 @@ POSITIVE = (
     *(f"model.{name}" for name in ("seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
     *(
         f"parallel.{name}"
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
     ),
     *(f"optim.{name}" for name in ("lr", "eps", "decay_fraction")),
     *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),
     *(f"log.{name}" for name in ("every", "peak_tflops")),
 )
 NOT_NEGATIVE = (
-    *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "clip_grad")),
-    *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches")),
+    *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
+    *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every")),
     *(f"checkpoint.{name}" for name in ("save_every", "keep")),
 )
 BELOW_ONE = ("model.dropout", "optim.betas", "optim.momentum")

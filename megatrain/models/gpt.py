@@ -12,6 +12,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Dropout, Norm
+from megatrain.models.objective import Objective
 from megatrain.models.position import LearnedPositions
 from megatrain.models.transformer import Stack
 from megatrain.parallel.collectives import gathered
@@ -65,6 +66,11 @@ class Head(nn.Module):
     def local_logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
         return vocab_parallel_logits(self.norm(x), self.weight, self.build.tp, self.build.sequence_parallel)
+
+    def forward(self, x: torch.Tensor, objective: Objective, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """[s/t or s, b, h] -> what the objective makes of them: (summed loss, weight predicted right)."""
+        loss = objective(self, x, batch)
+        return loss.total, loss.correct
 
     def cross_entropy(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[s/t or s, b, h], labels [s, b] -> (loss [s, b] in nats, whether the label had the largest logit [s, b])."""
@@ -121,6 +127,11 @@ class GPT(nn.Module):
         build = self.build
         rows //= build.tp.size if build.sequence_parallel else 1
         return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.dtype, device=build.device)
+
+    def units(self) -> list[nn.Module]:
+        """What is used at one time, in the order of the forward pass: embedding, blocks, head."""
+        parts = [self.embedding, *self.stack.blocks, self.head]
+        return [part for part in parts if part is not None]
 
     def logical_parameters(self) -> list[Parameter]:
         """Every parameter once, in the order of the forward pass."""

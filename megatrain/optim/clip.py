@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import Parameter
+from megatrain.parallel.zero import FlatParameters
 
 
-def local_squared_norm(parameters: Sequence[Parameter], ctx: ParallelContext) -> torch.Tensor:
+def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tensor:
     """This rank's share of the squared gradient norm: float64 scalar, to be summed over the world.
 
-    Of the ranks that hold the same elements (replicas over dp x cp, copies over tp) the first one counts them; padding is zero.
-    The others multiply by zero, which leaves NaN for a copy that is not finite: no rank may update what another one skips.
+    A rank looks at the gradients that it owns. Of ranks that own the same elements (replicas at ZeRO stage 0, copies over tp) the
+    first one counts them; padding is zero. The others multiply by zero, which leaves NaN for a copy that is not finite: no rank
+    may update what another one skips.
     """
-    present = [p for p in parameters if p.main_grad is not None]
-    if not present:
+    segments = list(flat.segments())
+    alone = flat.stage > 0 or ctx.dp_cp.rank == 0
+    counts = torch.tensor([float(alone and s.parameter.spec.owned(ctx)) for s in segments], dtype=torch.float64)
+    if not segments:
         return torch.zeros((), dtype=torch.float64, device=ctx.device)
-    counts = torch.tensor([float(p.spec.owned(ctx) and ctx.dp_cp.rank == 0) for p in present], dtype=torch.float64)
-    squares = torch.stack(torch._foreach_norm([p.accumulated for p in present])).double().square()
+    squares = torch.stack(torch._foreach_norm([s.gradient for s in segments])).double().square()
     return (squares * counts.to(ctx.device, non_blocking=True)).sum()
 
 

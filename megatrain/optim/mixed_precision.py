@@ -1,104 +1,190 @@
-"""The optimizer: FP32 master weights and states over the flat buffers, one update per step.
+"""The optimizer: FP32 master weights and states of what this rank owns, one update per step.
 
 BF16 has 8 bits of mantissa: an update smaller than 1/256 of a weight would be lost. So BF16 parameters are only a rounded copy of
 float32 masters, gradients are summed in float32 (`FlatParameters`), and the update happens on the masters (the BF16 optimizer of
 BLOOM's run; Micikevicius et al., arXiv:1710.03740, section 3.1). In FP32 and FP64 runs the parameters are their own masters.
+
+    master: fp32      BF16 parameter 2 + master 4                    bytes a parameter, and the states
+    master: split     BF16 parameter 2 + the 16 bits it lacks 2      the same numbers to the bit (kernels/split_float.py)
+
+A buffer is updated block by block, so that what one operation wrote is still in a CPU's cache when the next one reads it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal
 
 import torch
 
 from megatrain.config.schema import OptimConfig
+from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
 from megatrain.optim.adamw import adam_step
 from megatrain.optim.sgd import sgd_step
-from megatrain.parallel.param import Parameter, ParamSpec
-from megatrain.parallel.zero import FlatParameters
+from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.zero import FlatParameters, Held
 
 StateTensors = dict[str, dict[str, tuple[ParamSpec, torch.Tensor]]]
-"""Kind (weights, exp_avg, ...) -> logical name -> (spec, this rank's local tensor)."""
+"""Kind (weights, exp_avg, ...) -> logical name -> (spec, this tensor-parallel rank's tensor)."""
+
+STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
+"""optim.name -> its states, each of the size of the masters."""
+BLOCK = 1 << 18
+"""Elements updated at a time on a CPU; a GPU takes GPU_BLOCK."""
+GPU_BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Parameters that share a weight decay: their views of every flat buffer."""
-
-    decay: float
-    weights: list[torch.Tensor]
-    grads: list[torch.Tensor]
-    states: dict[str, list[torch.Tensor]]
-
-
-class _Shared(TypedDict):
-    """What every optimizer's step takes."""
+class Update:
+    """What one update needs besides tensors."""
 
     lr: float
     weight_decay: float
     grad_divisor: torch.Tensor
+    """Scalar: what gradients are divided by on the way (clipping)."""
     skip: torch.Tensor
+    """Scalar 0 or 1; where it is 1 nothing changes."""
+    count: torch.Tensor
+    """float32 scalar: updates so far, this one included."""
 
 
-_STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
+class Masters:
+    """The weights at full precision of one bucket's own part: the parameters themselves, float32 copies, or halves."""
+
+    def __init__(self, held: Held, wide: torch.dtype, master: Literal["fp32", "split"]) -> None:
+        self.weights = held.own_weights
+        apart = self.weights.dtype != wide
+        self.low = torch.zeros_like(self.weights, dtype=torch.int16) if apart and master == "split" else None
+        self.masters = self.weights.to(wide) if apart and master == "fp32" else None
+        self.wide = wide
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes besides the parameters."""
+        return sum(buffer.nbytes for buffer in (self.low, self.masters) if buffer is not None)
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Elements of the masters, to be changed in place and given to `write`."""
+        if self.masters is not None:
+            return self.masters[part]
+        if self.low is None:
+            return self.weights[part]
+        joined = torch.empty_like(self.low[part], dtype=torch.float32)
+        join_float(joined, self.weights[part], self.low[part])
+        return joined
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Let the elements that `read` gave, changed, be the masters, and the parameters their rounded copy."""
+        if self.masters is not None:
+            round_to_bf16(self.weights[part], values)
+        elif self.low is not None:
+            split_float(self.weights[part], self.low[part], values)
 
 
 class Optimizer:
-    """Masters and states in the layout of the flat buffers; `updates` (float32 scalar) counts the updates applied."""
+    """Masters and states of this rank's shards; `updates` (float32 scalar) counts the updates applied."""
 
     def __init__(self, flat: FlatParameters, config: OptimConfig) -> None:
         self.flat, self.config = flat, config
         # Counted on the device, because a skipped step does not count and the host need not know of it.
         self.updates = torch.zeros((), dtype=torch.float32, device=flat.ctx.device)
-        self.own_masters = flat.weights.dtype == flat.grads.dtype
-        self.masters = flat.weights if self.own_masters else flat.weights.to(flat.grads.dtype)
-        self.states = {kind: torch.zeros_like(flat.grads) for kind in _STATES[config.name]}
-        self.groups = [
-            self._group([p for p in flat.parameters if p.spec.decay], config.weight_decay),
-            self._group([p for p in flat.parameters if not p.spec.decay], 0.0),
-        ]
+        self.masters = [Masters(held, flat.wide, config.master) for held in flat.trained]
+        self.states = {
+            kind: [torch.zeros_like(held.own_weights, dtype=flat.wide) for held in flat.trained] for kind in STATES[config.name]
+        }
 
-    def _group(self, parameters: list[Parameter], decay: float) -> _Group:
-        def views(buffer: torch.Tensor) -> list[torch.Tensor]:
-            return [self.flat.view(buffer, p) for p in parameters]
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masters and states that stay between steps, alignment included; the counter of updates apart."""
+        return sum(m.nbytes for m in self.masters) + sum(piece.nbytes for kind in self.states.values() for piece in kind)
 
-        states = {kind: views(buffer) for kind, buffer in self.states.items()}
-        return _Group(decay, views(self.masters), views(self.flat.grads), states)
+    def step(self, lr: float, grad_divisor: torch.Tensor, skip: torch.Tensor, weight_decay: float | None = None) -> None:
+        """Update masters and states from the gradients, round the parameters, and let other ranks have them.
 
-    def step(self, lr: float, grad_divisor: torch.Tensor, skip: torch.Tensor) -> None:
-        """Update masters and states from the gradients, then round the parameters. Where `skip` (scalar 0 or 1) nothing changes."""
-        config = self.config
+        weight_decay: of this step; None means optim.weight_decay. Where `skip` (scalar 0 or 1) nothing changes.
+        """
         self.updates += 1 - skip.to(torch.float32)
-        for group in self.groups:
-            if not group.weights:
-                continue
-            shared: _Shared = {"lr": lr, "weight_decay": group.decay, "grad_divisor": grad_divisor, "skip": skip}
-            if config.name == "sgd":
-                sgd_step(group.weights, group.grads, group.states["momentum"], momentum=config.momentum, **shared)
-            else:
-                adam_step(
-                    group.weights,
-                    group.grads,
-                    group.states["exp_avg"],
-                    group.states["exp_avg_sq"],
-                    step=self.updates,
-                    betas=config.betas,
-                    eps=config.eps,
-                    decoupled=config.name == "adamw",
-                    **shared,
-                )
-        self.round_parameters()
+        decay = self.config.weight_decay if weight_decay is None else weight_decay
+        for index in reversed(range(len(self.masters))):  # the first layers first: the next forward begins with them
+            held = self.flat.trained[index]
+            update = Update(lr, decay if held.bucket.decay else 0.0, grad_divisor, skip, self.updates)
+            self._update(index, update)
+            self.flat.publish(held)
 
-    def round_parameters(self) -> None:
-        """Make the parameters the rounded copy of the masters."""
-        if not self.own_masters:
-            self.flat.weights.copy_(self.masters)
+    def _update(self, index: int, update: Update) -> None:
+        """Update what this rank owns of one bucket."""
+        masters, grads = self.masters[index], self.flat.trained[index].own_grads
+        if grads is None:
+            raise ValueError("a frozen bucket has no optimizer state")
+        for part in _blocks(grads, whole=masters.masters is None and masters.low is None):
+            weights = masters.read(part)
+            states = [self.states[kind][index][part] for kind in STATES[self.config.name]]
+            _apply(self.config, weights, grads[part], states, update)
+            masters.write(part, weights)
 
     def tensors(self) -> StateTensors:
-        """Everything a checkpoint needs: weights at master precision, and the states."""
-        buffers = {"weights": self.masters, **self.states}
-        return {
-            kind: {p.spec.name: (p.spec, self.flat.view(buffer, p)) for p in self.flat.parameters}
-            for kind, buffer in buffers.items()
-        }
+        """Everything a checkpoint needs: weights at master precision (frozen ones too), and the states (collective).
+
+        At ZeRO stage 0 without BF16 these are views, else copies: give them to `restore` when they have been changed.
+        """
+        everything = slice(None)
+        weights = {id(held): m.read(everything) for held, m in zip(self.flat.trained, self.masters, strict=True)}
+        pieces = [weights.get(id(held), held.own_weights) for held in self.flat.held]
+        found = {"weights": self.flat.whole(pieces, frozen=True)}
+        return found | {kind: self.flat.whole(pieces) for kind, pieces in self.states.items()}
+
+    def restore(self, tensors: StateTensors) -> None:
+        """Take over the tensors of the kinds given (as `tensors` returns them), and make the parameters their rounded copy."""
+        flat, everything = self.flat, slice(None)
+        weights = tensors.get("weights")
+        if weights is not None:
+            masters = {id(held): m for held, m in zip(flat.trained, self.masters, strict=True)}
+            for held in flat.held:
+                mine = masters.get(id(held))
+                values = held.own_weights if mine is None else mine.read(everything)
+                flat.keep_own(values, held, weights)
+                if mine is not None:
+                    mine.write(everything, values)
+                flat.publish(held)
+        for kind, pieces in self.states.items():
+            for held, piece in zip(flat.trained, pieces, strict=True):
+                if kind in tensors:
+                    flat.keep_own(piece, held, tensors[kind])
+
+
+def _apply(config: OptimConfig, weights: torch.Tensor, grads: torch.Tensor, states: list[torch.Tensor], update: Update) -> None:
+    """The rule of `optim.name`, in place."""
+    if config.name == "sgd":
+        sgd_step(
+            [weights],
+            [grads],
+            [states[0]],
+            momentum=config.momentum,
+            lr=update.lr,
+            weight_decay=update.weight_decay,
+            grad_divisor=update.grad_divisor,
+            skip=update.skip,
+        )
+        return
+    adam_step(
+        [weights],
+        [grads],
+        [states[0]],
+        [states[1]],
+        step=update.count,
+        lr=update.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=update.weight_decay,
+        decoupled=config.name == "adamw",
+        grad_divisor=update.grad_divisor,
+        skip=update.skip,
+    )
+
+
+def _blocks(buffer: torch.Tensor, whole: bool) -> Iterator[slice]:
+    """The elements of a buffer in blocks; in one where there is only one operation to do."""
+    size = buffer.numel() if whole else GPU_BLOCK if buffer.is_cuda else BLOCK
+    for start in range(0, buffer.numel(), max(size, 1)):
+        yield slice(start, start + size)

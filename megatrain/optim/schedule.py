@@ -1,10 +1,18 @@
-"""Learning rate as a pure function of the samples consumed, so that resuming or changing the batch size cannot lose it."""
+"""Learning rate and weight decay as pure functions of the samples consumed, so that resuming or changing the batch size cannot lose it."""
 
 from __future__ import annotations
 
 import math
 
 from megatrain.config.schema import OptimConfig
+
+
+def weight_decay(config: OptimConfig, consumed_samples: int, samples_per_step: int, total_steps: int) -> float:
+    """Decay of the update that comes after `consumed_samples`: linear from weight_decay to weight_decay_end, constant without."""
+    if config.weight_decay_end is None:
+        return config.weight_decay
+    progress = min(1.0, consumed_samples / samples_per_step / max(1, total_steps - 1))
+    return config.weight_decay + (config.weight_decay_end - config.weight_decay) * progress
 
 
 def learning_rate(config: OptimConfig, consumed_samples: int, samples_per_step: int, total_steps: int) -> float:

@@ -67,6 +67,22 @@ def start_scatter_sum(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle
     return output, axis.group.reduce_scatter(output, x.contiguous(), blocking=False)
 
 
+def start_gather_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
+    """Begin to gather [n/t, ...] into `output` [n, ...] along dim 0, of which `x` may be this rank's part."""
+    if axis.group is None:
+        output.copy_(x)
+        return Done()
+    return axis.group.all_gather(output, x, blocking=False)
+
+
+def start_scatter_sum_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
+    """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`."""
+    if axis.group is None:
+        output.copy_(x)
+        return Done()
+    return axis.group.reduce_scatter(output, x, blocking=False)
+
+
 def gathered(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """All rows of `x` [n/t, ...] -> [n, ...], without a gradient."""
     output, handle = start_gather(x, axis)

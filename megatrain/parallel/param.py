@@ -9,6 +9,7 @@ without asking any other rank, which slice lies where:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -129,8 +130,20 @@ class Parameter(nn.Parameter):
     spec: ParamSpec
     follows: bool
     """Whether it lies right behind the parameter before it, so that one matmul serves both (q|k|v, gate|up)."""
-    main_grad: torch.Tensor | None
-    """View of the flat gradient buffer, same shape; None outside training."""
+    open_gradient: Callable[[], None] | None
+    """Gives it a main_grad when one is asked for and it has none."""
+    _main_grad: torch.Tensor | None
+
+    @property
+    def main_grad(self) -> torch.Tensor | None:
+        """View of the flat gradient buffer, same shape; None outside training, and for a frozen parameter."""
+        if self._main_grad is None and self.open_gradient is not None:
+            self.open_gradient()
+        return self._main_grad
+
+    @main_grad.setter
+    def main_grad(self, buffer: torch.Tensor | None) -> None:
+        self._main_grad = buffer
 
     @property
     def accumulated(self) -> torch.Tensor:
@@ -142,7 +155,7 @@ class Parameter(nn.Parameter):
     def __new__(cls, data: torch.Tensor, spec: ParamSpec, follows: bool = False) -> Parameter:
         """Wrap this rank's local tensor `data` (padding included)."""
         self = super().__new__(cls, data, requires_grad=spec.trainable)
-        self.spec, self.follows, self.main_grad = spec, follows, None
+        self.spec, self.follows, self.open_gradient, self._main_grad = spec, follows, None, None
         return self
 
 

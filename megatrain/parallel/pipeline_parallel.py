@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -42,6 +43,27 @@ class Chunk(Protocol):
 
         A layer whose weight gradient can wait appends it to `postponed` in its backward, unless that is None.
         """
+
+
+class Parameters(Protocol):
+    """Who must know what runs, because weights and gradients come and go with it (ZeRO)."""
+
+    def plan(self, program: Sequence[Instruction], /) -> None:
+        """Told what is going to run."""
+
+    def during(self, instruction: Instruction, postponed: Postponed | None, /) -> AbstractContextManager[None]:
+        """Around every instruction; `postponed` is its micro-batch's list of weight gradients that wait."""
+
+
+class Resident:
+    """Parameters that are always there."""
+
+    def plan(self, _program: Sequence[Instruction], /) -> None:
+        """Nothing to prepare."""
+
+    def during(self, _instruction: Instruction, _postponed: Postponed | None, /) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
 
 
 FinalLoss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
@@ -70,6 +92,7 @@ class Stage:
     """k: how many statistics the loss has."""
     observe: Observer | None = None
     """Told of every instruction when it has run."""
+    parameters: Parameters = field(default_factory=Resident)
 
 
 @dataclass
@@ -99,6 +122,7 @@ def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any],
     """
     execution = _Execution(stage, schedule, micro_batches, scale)
     program = schedule.program(stage.number)
+    stage.parameters.plan(program)
     for place, instruction in enumerate(program):
         for soon in program[place : place + 2]:
             execution.expect(soon)
@@ -170,13 +194,9 @@ class _Execution:
     def run(self, instruction: Instruction) -> None:
         """Do what an instruction says."""
         needed, began = self._take(instruction), time.monotonic()
-        if instruction.kind == "forward":
-            made = self._forward(instruction, needed)
-        elif instruction.kind == "backward_weight":
-            made = None
-            self._backward_weight(instruction)
-        else:
-            made = self._backward(instruction, needed)
+        saved = self.saved.get((instruction.micro_batch, instruction.chunk))
+        with self.stage.parameters.during(instruction, saved.postponed if saved else None):
+            made = self._do(instruction, needed)
         if self.stage.observe is not None:
             self.stage.observe(instruction, began, time.monotonic())
         message = self.schedule.makes(self.stage.number, instruction)
@@ -185,6 +205,15 @@ class _Execution:
         for handle in [handle for handle in self.sending if handle.done()]:
             handle.wait()
             self.sending.remove(handle)
+
+    def _do(self, instruction: Instruction, needed: torch.Tensor | None) -> torch.Tensor | None:
+        """What an instruction makes for another virtual stage; None where that is nothing."""
+        if instruction.kind == "forward":
+            return self._forward(instruction, needed)
+        if instruction.kind == "backward_weight":
+            self._backward_weight(instruction)
+            return None
+        return self._backward(instruction, needed)
 
     def finish(self) -> None:
         """Wait for what is still being sent."""

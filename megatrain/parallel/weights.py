@@ -62,14 +62,15 @@ def _accumulate(
     """
     if not any(p.requires_grad for p in parameters):
         return [None] * len(parameters)
-    buffers = [b for b in (getattr(p, "main_grad", None) for p in parameters) if b is not None]
-    view = _view_over(buffers) if len(buffers) == len(parameters) else None
+    buffers = [getattr(p, "main_grad", None) for p in parameters]
+    there = [buffer for buffer in buffers if buffer is not None]
+    view = _view_over(there) if len(there) == len(parameters) else None
     if view is not None:
         add(view)
         return [None] * len(parameters)
-    pieces = compute().split([p.shape[0] for p in parameters])
-    if len(buffers) < len(parameters):
-        return list(pieces)
-    for buffer, piece in zip(buffers, pieces, strict=True):
-        buffer.add_(piece)
-    return [None] * len(parameters)
+    left: list[torch.Tensor | None] = []
+    for parameter, buffer, piece in zip(parameters, buffers, compute().split([p.shape[0] for p in parameters]), strict=True):
+        if buffer is not None:
+            buffer.add_(piece)
+        left.append(piece if buffer is None and parameter.requires_grad else None)
+    return left

@@ -1,114 +1,528 @@
-"""Replicas of the model over the data axis: flat buffers of parameters and gradients (ZeRO stage 0, arXiv:1910.02054).
+"""Replicas of the model over the data axis, and what of them is sharded: ZeRO stages 0 to 3 (Rajbhandari et al., arXiv:1910.02054).
 
-Problem: d ranks hold the same weights and each sees its own samples; the gradients must be summed. Four ranks, stage 0:
+Problem: d ranks hold the same weights and each sees its own samples. Gradients must be summed; and to hold d copies of gradients,
+of optimizer states and of weights is waste. Four ranks, a bucket of parameters (`buckets.py`) and its four shards, at each stage:
 
-    rank 0..3   parameters [Psi]   gradients [Psi] --all-reduce--> sum on every rank   optimizer states on every rank
+    stage     weights           gradients, float32             optimizer states     bytes moved per rank and step
+    0         0 1 2 3           0 1 2 3  all-reduced           0 1 2 3              all-reduce 4 Psi, x2
+    1         0 1 2 3           0 1 2 3  reduce-scattered      own shard alone      reduce-scatter 4 Psi, all-gather 2 Psi
+    2         0 1 2 3           own, summed a micro-batch      own                  m reduce-scatters of 4 Psi, all-gather 2 Psi
+    3         own               own                            own                  m reduce-scatters of 4 Psi, 2 m all-gathers of 2 Psi
+              (each times (d-1)/d; weights in BF16, 2 bytes; m micro-batches)
 
-All parameters lie in one contiguous buffer per rank, all gradients in another (float32, float64 in float64 runs): one
-all-reduce moves everything, q|k|v stay behind one another, and `main_grad` of a parameter is a view.
+Weights lie in one contiguous buffer, gradients in another (float32, float64 in float64 runs), in the order of the backward. A
+parameter's `main_grad` is a view. When the backward of a unit (a layer) is over, its bucket is reduced while the next one is at work;
+after the update, buckets are gathered while the next forward begins. Stage 2 opens a bucket's gradients when the backward comes
+to it and closes them when they are reduced; stage 3 does the same with weights, and fetches the next unit's ahead of time.
 
-Communication per step and rank: one all-reduce of Psi float32 numbers, 2 (d-1)/d * 4 Psi bytes; and one of those few gradients
-that are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads), or that the ends
-of a pipeline share (tied embeddings).
+Who says when: hooks on the units (`enter` and `leave` around a forward; in the backward they are met in reverse), and the
+executor, which says what instruction runs (`during`). Under a split backward a unit is complete when its weight gradients are.
+
+Gradients that are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads), or
+that the ends of a pipeline share (tied embeddings), are summed at the end of the step, each rank its own shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-from megatrain.parallel.collectives import all_reduce
-from megatrain.parallel.mesh import Axis, ParallelContext
-from megatrain.parallel.param import Parameter
+from megatrain.parallel.buckets import Bucket, Unit, make_buckets
+from megatrain.parallel.collectives import all_reduce, start_all_reduce, start_gather_into, start_scatter_sum_into
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Parameter, ParamSpec
+from megatrain.parallel.schedules import Instruction
+from megatrain.parallel.transport import Handle
+from megatrain.parallel.weights import Postponed
 
-ALIGNMENT = 64
-"""Elements between the starts of separate matrices, so that each begins on a cache line and a 128-byte GPU segment."""
+BUCKET_SIZE = 8_000_000
+IN_FLIGHT = 2
+"""Reductions of opened gradients under way at a time, each of which holds a bucket's buffer."""
+
+
+class Segment(NamedTuple):
+    """A run of one parameter's elements in what this rank owns."""
+
+    parameter: Parameter
+    first: int
+    """First of its elements, flattened."""
+    gradient: torch.Tensor
+    """[n] of them."""
+
+
+@dataclass(eq=False)
+class Held:
+    """A bucket on this rank: where its elements lie."""
+
+    bucket: Bucket
+    own: slice
+    """Elements of the bucket that this rank updates: its shard, or at stage 0 all."""
+    own_weights: torch.Tensor
+    weights: torch.Tensor | None
+    """All of them; at stage 3 only while they are in use."""
+    own_grads: torch.Tensor | None
+    """None for a frozen bucket."""
+    grads: torch.Tensor | None
+    """All of them; at stages 2 and 3 only between the first gradient and the reduction."""
+    arriving: Handle | None = None
+    """All-gather of the weights under way."""
+    reducing: Handle | None = None
+    """Stages 0 and 1: reduction under way."""
+    reduced: bool = field(default=False)
+    """Stages 0 and 1: whether the reduction of this step has begun."""
 
 
 class FlatParameters:
-    """Moves parameters into one buffer and gives each a `main_grad` in another; sums gradients over the replicas."""
+    """The parameters of this rank's part of the model, their gradients, and their way over the data axis."""
 
-    def __init__(self, parameters: Sequence[Parameter], ctx: ParallelContext) -> None:
-        """Raises ValueError when there is none, or when they differ in dtype."""
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.ctx = ctx
-        if not self.parameters:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        ctx: ParallelContext,
+        *,
+        stage: int = 0,
+        bucket_size: int = BUCKET_SIZE,
+        overlap: bool = True,
+    ) -> None:
+        """units: in the order of the forward pass. overlap: reduce and gather beside the computation.
+
+        Raises ValueError when nothing is trainable, or when the parameters differ in dtype.
+        """
+        self.ctx, self.axis, self.units, self.overlap = ctx, ctx.dp_cp, units, overlap
+        self.stage = stage if self.axis.size > 1 else 0  # the one shard is the whole
+        buckets = make_buckets(units, self.axis.size, bucket_size, by_unit=self.stage == 3)
+        if not any(bucket.trainable for bucket in buckets):
             raise ValueError("there is no trainable parameter")
-        dtypes = {p.dtype for p in self.parameters}
-        if len(dtypes) != 1:
-            raise ValueError(
-                f"trainable parameters must share one dtype to lie in one buffer: found {sorted(map(str, dtypes))}"
-            )
-        dtype = dtypes.pop()
-        offsets = _offsets(self.parameters)
-        self._starts = {id(p): start for p, start in zip(self.parameters, offsets, strict=True)}
-        size = offsets[-1] + self.parameters[-1].numel()
-        self.weights = torch.zeros(size, dtype=dtype, device=ctx.device)
-        self.grads = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=ctx.device)
+        self.dtype = buckets[0].parameters[0].dtype
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+        whole = sum(b.size for b in buckets)
+        trained = sum(b.size for b in buckets if b.trainable)
+        shards = self.axis.size
+        self.weights = self._zeros(whole // shards if self.stage == 3 else whole, self.dtype)
+        self.grads = self._zeros(trained // shards if self.stage >= 2 else trained, self.wide)
+        self.held = self._lay_out(buckets)
+        self.trained = [held for held in self.held if held.bucket.trainable]
+        self.parameters = list(dict.fromkeys(p for unit in units for p in unit.parameters if p.spec.trainable))
+        self._pool = _Pool()
+        self._flying: list[tuple[Held, torch.Tensor, Handle]] = []
+        self._now: Instruction | None = None
+        self._postponed: Postponed | None = None
+        self._uses = _Uses(units)
+        homes = {p: held for held in self.held for p in held.bucket.parameters}
+        self._of_chunk = {c: [h for h in self.held if h.bucket.chunk == c] for c in {u.chunk for u in units}}
+        self._of_unit = [list(dict.fromkeys(homes[p] for p in unit.parameters)) for unit in units]
+        for held in self.held:
+            self._adopt(held)
+        self.zero_grad()
         for parameter in self.parameters:
-            view = self.view(self.weights, parameter)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            parameter.main_grad = self.view(self.grads, parameter)
-        self._hooks = [p.register_post_accumulate_grad_hook(_move_gradient) for p in self.parameters]
+            parameter.register_post_accumulate_grad_hook(_move_gradient)
+        for index in range(len(units)):
+            self._hook(index)
 
-    def view(self, buffer: torch.Tensor, parameter: Parameter) -> torch.Tensor:
-        """The part of a flat buffer (weights, gradients, optimizer state) that belongs to `parameter`, in its shape."""
-        start = self._starts[id(parameter)]
-        return buffer[start : start + parameter.numel()].view(parameter.shape)
+    # --- buffers --------------------------------------------------------------------------------------------------------
+
+    def _zeros(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(elements, dtype=dtype, device=self.ctx.device)
+
+    def _lay_out(self, buckets: Sequence[Bucket]) -> list[Held]:
+        held: list[Held] = []
+        weights = grads = 0
+        for bucket in buckets:
+            own = (
+                slice(self.axis.rank * bucket.shard, (self.axis.rank + 1) * bucket.shard)
+                if self.stage
+                else slice(0, bucket.size)
+            )
+
+            def part(buffer: torch.Tensor, start: int, sharded: bool, bucket: Bucket = bucket) -> torch.Tensor:
+                return buffer[start : start + (bucket.shard if sharded else bucket.size)]
+
+            w = part(self.weights, weights, self.stage == 3)
+            g = part(self.grads, grads, self.stage >= 2) if bucket.trainable else None
+            weights, grads = weights + w.numel(), grads + (0 if g is None else g.numel())
+            whole_grads = g if self.stage < 2 else None
+            own_grads = g[own] if g is not None and self.stage < 2 else g
+            if self.stage == 3:
+                held.append(Held(bucket, own, w, None, own_grads, None))
+            else:
+                held.append(Held(bucket, own, w[own], w, own_grads, whole_grads))
+        return held
+
+    def _adopt(self, held: Held) -> None:
+        """Move the parameters of a bucket into its buffers."""
+        whole = self._zeros(held.bucket.size, self.dtype) if held.weights is None else held.weights
+        for parameter, view in self._views(held, whole):
+            view.copy_(parameter.detach())
+        if held.weights is None:
+            held.own_weights.copy_(whole[held.own])
+        self._place_weights(held)
+        if held.bucket.trainable:
+            for parameter in held.bucket.parameters:
+                parameter.open_gradient = lambda: self._open(held)
+
+    def _views(self, held: Held, whole: torch.Tensor) -> Iterator[tuple[Parameter, torch.Tensor]]:
+        """The parameters of a bucket, each with its part of a buffer of the whole bucket, in its shape."""
+        for parameter, start in zip(held.bucket.parameters, held.bucket.starts, strict=True):
+            yield parameter, whole[start : start + parameter.numel()].view(parameter.shape)
+
+    def _place_weights(self, held: Held) -> None:
+        """Let the parameters be views of the weights; without them NaN, so that no one reads what is not there unnoticed."""
+        if held.weights is None:
+            for parameter in held.bucket.parameters:
+                parameter.data = torch.full((), torch.nan, dtype=self.dtype, device=self.ctx.device).expand(parameter.shape)
+        else:
+            for parameter, view in self._views(held, held.weights):
+                parameter.data = view
+
+    def _place_grads(self, held: Held) -> None:
+        """Let each main_grad be a view of the gradients, or nothing."""
+        if held.grads is None:
+            for parameter in held.bucket.parameters:
+                parameter.main_grad = None
+        else:
+            for parameter, view in self._views(held, held.grads):
+                parameter.main_grad = view
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that stay between steps: parameters and gradients, alignment included."""
+        return {"parameters": self.weights.nbytes, "gradients": self.grads.nbytes}
+
+    def segments(self) -> Iterator[Segment]:
+        """The gradients that this rank owns, parameter by parameter."""
+        for held in self.trained:
+            gradient = _there(held.own_grads)
+            for parameter, first, at, count in held.bucket.segments(held.own.start, held.own.stop):
+                yield Segment(parameter, first, gradient[at : at + count])
+
+    def whole(self, pieces: Sequence[torch.Tensor], frozen: bool = False) -> dict[str, tuple[ParamSpec, torch.Tensor]]:
+        """Logical name -> (spec, this tensor-parallel rank's tensor), from what each rank owns of every bucket (collective).
+
+        pieces: one for each trainable bucket, with `frozen` for all. At stage 0 the tensors are views, else copies on the CPU.
+        """
+        found: dict[str, tuple[ParamSpec, torch.Tensor]] = {}
+        for held, piece in zip(self.held if frozen else self.trained, pieces, strict=True):
+            everything = piece
+            if self.stage:
+                gathered = piece.new_empty(held.bucket.size)
+                start_gather_into(gathered, piece.contiguous(), self.axis).wait()
+                everything = gathered.cpu()
+            found |= {p.spec.name: (p.spec, view) for p, view in self._views(held, everything)}
+        return {p.spec.name: found[p.spec.name] for unit in self.units for p in unit.parameters if p.spec.name in found}
+
+    def keep_own(self, piece: torch.Tensor, held: Held, tensors: dict[str, tuple[ParamSpec, torch.Tensor]]) -> None:
+        """Fill what this rank owns of a bucket from whole tensors, as `whole` gives them."""
+        for parameter, first, at, count in held.bucket.segments(held.own.start, held.own.stop):
+            tensor = tensors[parameter.spec.name][1]
+            piece[at : at + count].copy_(tensor.reshape(-1)[first : first + count])
+
+    # --- a step, as the executor and the units tell it --------------------------------------------------------------------
+
+    def plan(self, program: Sequence[Instruction]) -> None:
+        """Told by the executor what it is going to run."""
+        self._uses.plan(program)
+
+    @contextmanager
+    def during(self, instruction: Instruction, postponed: Postponed | None) -> Iterator[None]:
+        """Around every instruction; `postponed` is its micro-batch's list of weight gradients that wait."""
+        self._now, self._postponed = instruction, postponed
+        self._fetch(self._common(instruction.chunk))
+        yield
+        if instruction.frees:
+            self._complete(self._of_chunk[instruction.chunk])
+        self._now = self._postponed = None
+        if not self._uses.next_instruction(instruction.chunk):
+            self._let_go(self._common(instruction.chunk))
+
+    def enter(self, index: int, hidden: Any) -> Any:
+        """The input of a unit, before its forward; its weights are there when this returns."""
+        self._use(index)
+        if not (torch.is_grad_enabled() and isinstance(hidden, torch.Tensor)):
+            return hidden
+        if not hidden.requires_grad:
+            if not any(p.requires_grad for p in self.units[index].parameters):
+                return hidden  # there will be no backward
+            hidden = hidden.detach().requires_grad_()  # so that the end of the backward is noticed
+        return _Tell.apply(hidden, lambda: self._end_backward(index))
+
+    def leave(self, index: int, output: Any) -> Any:
+        """The output of a unit, after its forward."""
+        self._let_go_unit(index)
+        if self.units[index].source or not (torch.is_grad_enabled() and output.requires_grad):
+            return output
+        return _Tell.apply(output, lambda: self._use(index))
+
+    def _hook(self, index: int) -> None:
+        """Have enter and leave called around a unit's module."""
+        module = self.units[index].module
+        if module is not None:
+            module.register_forward_pre_hook(lambda _, given: (self.enter(index, given[0]), *given[1:]))
+            module.register_forward_hook(lambda _, _given, made: _first(made, lambda y: self.leave(index, y)))
+
+    def _end_backward(self, index: int) -> None:
+        """The gradient of a unit's input is there; so are those of its weights, unless they were postponed."""
+        mine = [held for held in self._of_unit[index] if held.bucket.unit == index]
+        if self._now is not None and self._now.kind == "backward_input" and self._postponed is not None:
+            self._postponed.append(lambda: self._complete(mine))
+        else:
+            self._complete(mine)
+        self._let_go_unit(index)
+
+    # --- weights --------------------------------------------------------------------------------------------------------
+
+    def _common(self, chunk: int) -> list[Held]:
+        """Buckets that every unit of a chunk reads: norms and biases."""
+        return [held for held in self._of_chunk[chunk] if not held.bucket.decay]
+
+    def _use(self, index: int) -> None:
+        """Have a unit's weights, and begin to fetch those of the next one."""
+        self._uses.come_to(index)
+        mine = [*self._of_unit[index], *self._common(self.units[index].chunk)]
+        for held in mine:
+            self._start_gather(held)
+        if self.overlap and self._uses.next is not None:
+            for held in self._of_unit[self._uses.next]:
+                self._start_gather(held)
+        self._fetch(mine)
+
+    def _fetch(self, mine: Sequence[Held]) -> None:
+        """Wait until weights are there."""
+        for held in mine:
+            self._start_gather(held)
+            if held.arriving is not None:
+                held.arriving.wait()
+                held.arriving = None
+                if self.stage == 3:
+                    self._place_weights(held)
+
+    def _start_gather(self, held: Held) -> None:
+        """Stage 3: begin to gather weights that are not here; at the other stages they are, or `publish` has begun it."""
+        if held.weights is None:
+            held.weights = self._pool.take(held.own_weights, held.bucket.size)
+            held.arriving = start_gather_into(held.weights, held.own_weights, self.axis)
+
+    def _let_go_unit(self, index: int) -> None:
+        kept = self._of_unit[self._uses.next] if self._uses.next is not None else []
+        self._let_go([held for held in self._of_unit[index] if held not in kept and held.bucket.decay])
+
+    def _let_go(self, mine: Sequence[Held]) -> None:
+        """Stage 3: keep only the shard of weights."""
+        if self.stage < 3:
+            return
+        for held in mine:
+            if held.weights is not None:
+                if held.arriving is not None:
+                    held.arriving.wait()
+                    held.arriving = None
+                self._pool.give(held.weights)
+                held.weights = None
+                self._place_weights(held)
+
+    def publish(self, held: Held) -> None:
+        """What this rank owns of a bucket has been updated: let the other ranks have it, beside what comes next."""
+        if self.stage in (1, 2):
+            held.arriving = start_gather_into(_there(held.weights), held.own_weights, self.axis)
+            if not self.overlap:
+                self._fetch([held])
+
+    def settle(self) -> None:
+        """Wait for all weights that are on their way, to read parameters outside of a forward pass."""
+        self._fetch([held for held in self.held if held.arriving is not None])
+
+    # --- gradients ------------------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
         self.grads.zero_()
+        for held in self.trained:
+            held.reduced = False
+            self._place_grads(held)
+
+    def _open(self, held: Held) -> None:
+        """A gradient of the bucket is about to be added. Raises ValueError where the bucket has been reduced already."""
+        if held.reduced:
+            names = ", ".join(p.spec.name for p in held.bucket.parameters[:3])
+            raise ValueError(
+                f"a gradient for the bucket of {names} ... came after it was reduced. A parameter that several units use "
+                "must be among the parameters of each of them (`Unit.parameters`)."
+            )
+        held.grads = self._pool.take(_there(held.own_grads), held.bucket.size).zero_()
+        self._place_grads(held)
+
+    def _complete(self, mine: Sequence[Held]) -> None:
+        """Reduce buckets that will get no further gradient in this instruction; at stages 0 and 1, in this step."""
+        if self._now is None:
+            return
+        if self.stage >= 2:
+            for held in mine:
+                if held.grads is not None:
+                    self._reduce_opened(held)
+        elif self._now.last and self.overlap:
+            for held in mine:
+                if held.bucket.trainable and not held.reduced:
+                    self._start_reduction(held)
+
+    def _start_reduction(self, held: Held) -> None:
+        """Stages 0 and 1: sum a bucket over the replicas."""
+        held.reduced, grads = True, _there(held.grads)
+        for parameter in held.bucket.parameters:
+            parameter.main_grad = None  # a gradient that comes too late is noticed
+        if self.stage == 0:
+            held.reducing = start_all_reduce(grads, self.axis)[1]
+        else:
+            held.reducing = start_scatter_sum_into(_there(held.own_grads), grads, self.axis)
+
+    def _reduce_opened(self, held: Held) -> None:
+        """Stages 2 and 3: sum a bucket's gradients over the replicas and add this rank's shard to what it keeps."""
+        grads, held.grads = _there(held.grads), None
+        self._place_grads(held)
+        self._land(IN_FLIGHT - 1 if self.overlap else 0)
+        self._flying.append((held, grads, start_scatter_sum_into(grads[held.own], grads, self.axis)))
+        if not self.overlap:
+            self._land(0)
+
+    def _land(self, flying: int) -> None:
+        """Wait until at most so many reductions of opened gradients are under way."""
+        while len(self._flying) > flying:
+            held, grads, reducing = self._flying.pop(0)
+            reducing.wait()
+            _there(held.own_grads).add_(grads[held.own])
+            self._pool.give(grads)
 
     def reduce(self) -> None:
-        """Sum gradients over the replicas, partial sums over the ranks that hold the same slice, and tied copies over theirs."""
-        all_reduce(self.grads, self.ctx.dp_cp)
-        partial = [p for p in self.parameters if p.spec.partial_over is not None]
+        """The step's gradients are all there: finish their sums over replicas, over ranks that hold the same slice, and tied ones."""
+        self._let_go(self.held)
+        if self.stage >= 2:
+            for held in self.trained:
+                if held.grads is not None:
+                    self._reduce_opened(held)
+            self._land(0)
+        else:
+            for held in self.trained:
+                if not held.reduced:
+                    self._start_reduction(held)
+                _there(held.reducing).wait()
+                held.reducing = None
+                self._place_grads(held)
+        partial = [s for s in self.segments() if s.parameter.spec.partial_over is not None]
         if partial:
-            _sum_partial(partial, self.ctx.tp)
+            _sum_partial(partial, self.ctx)
         self._sum_tied()
 
     def _sum_tied(self) -> None:
-        for parameter in self.parameters:
-            if parameter.spec.tied is not None:
-                all_reduce(parameter.accumulated, getattr(self.ctx, parameter.spec.tied))
+        for held in self.trained:
+            tied = held.bucket.parameters[0].spec.tied
+            if tied is not None:
+                all_reduce(_there(held.own_grads), getattr(self.ctx, tied))
 
 
-def _offsets(parameters: Sequence[Parameter]) -> list[int]:
-    offsets, end = [], 0
-    for parameter in parameters:
-        start = end if parameter.follows else -(-end // ALIGNMENT) * ALIGNMENT
-        offsets.append(start)
-        end = start + parameter.numel()
-    return offsets
+def _there(value: Any) -> Any:
+    """A value that must not be None. Raises ValueError."""
+    if value is None:
+        raise ValueError("a bucket's buffer is used at a stage, or at a moment, at which it has none")
+    return value
+
+
+def _first(made: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A module's result with its first tensor changed."""
+    return (change(made[0]), *made[1:]) if isinstance(made, tuple) else change(made)
+
+
+class _Tell(torch.autograd.Function):
+    """The identity; calls `tell` when the backward comes to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tell: Callable[[], None]) -> torch.Tensor:
+        ctx.tell = tell
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        ctx.tell()
+        return dy, None
+
+
+class _Uses:
+    """Which unit is used when, as far ahead as the program says."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self._order: list[int] = []
+        self._chunks: list[int] = []
+        self._at = 0
+
+    def plan(self, program: Sequence[Instruction]) -> None:
+        """Forwards use a chunk's units in order, backwards in reverse; split-off weight gradients read no matrix."""
+        self._order, self._at = [], 0
+        self._chunks = [instruction.chunk for instruction in program][::-1]
+        for instruction in program:
+            mine = [i for i, unit in enumerate(self.units) if unit.chunk == instruction.chunk]
+            if instruction.kind == "forward":
+                self._order += mine
+            elif instruction.kind != "backward_weight":
+                self._order += [i for i in reversed(mine) if not self.units[i].source]
+
+    @property
+    def next(self) -> int | None:
+        """The unit after the one at work; None where nothing is planned."""
+        return self._order[self._at] if self._at < len(self._order) else None
+
+    def come_to(self, index: int) -> None:
+        """A unit is used now."""
+        if self.next == index:
+            self._at += 1
+
+    def next_instruction(self, chunk: int) -> bool:
+        """An instruction is over: whether the next one is on the same chunk."""
+        if self._chunks:
+            self._chunks.pop()
+        return bool(self._chunks) and self._chunks[-1] == chunk
+
+
+class _Pool:
+    """Buffers that are used again: fresh memory is slow on a CPU."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+
+    def take(self, like: torch.Tensor, elements: int) -> torch.Tensor:
+        """A buffer of so many elements, of the dtype and device of `like`, not cleared."""
+        free = self._free.get((elements, like.dtype))
+        return free.pop() if free else like.new_empty(elements)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back."""
+        self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
 
 def _move_gradient(parameter: Any) -> None:
     """Add what autograd computed (norms, a user's own layer) to the flat buffer; linear layers have added theirs already."""
     if parameter.grad is None:
         return
-    parameter.main_grad.add_(parameter.grad)
+    parameter.accumulated.add_(parameter.grad)
     parameter.grad = None
 
 
-def _sum_partial(parameters: Sequence[Parameter], tp: Axis) -> None:
+def _sum_partial(segments: Sequence[Segment], ctx: ParallelContext) -> None:
     """Sum each gradient over the ranks that hold the same slice, all in one all-reduce over tp.
 
     A parameter cut into n distinct slices takes n places in the message, and each rank fills in its own: the ranks of a slice
     are summed without a group of their own.
     """
-    slots = [tp.size // p.spec.copies(tp.size) for p in parameters]
-    places = [tp.rank // p.spec.copies(tp.size) for p in parameters]
-    message = torch.cat([p.accumulated.new_zeros(n * p.numel()) for p, n in zip(parameters, slots, strict=True)])
+    tp = ctx.tp
+    slots = [tp.size // s.parameter.spec.copies(tp.size) for s in segments]
+    places = [tp.rank // s.parameter.spec.copies(tp.size) for s in segments]
+    lengths = [s.gradient.numel() for s in segments]
+    message = segments[0].gradient.new_zeros(sum(n * length for n, length in zip(slots, lengths, strict=True)))
     mine, start = [], 0
-    for parameter, count, place in zip(parameters, slots, places, strict=True):
-        mine.append(message[start + place * parameter.numel() :][: parameter.numel()])
-        start += count * parameter.numel()
-    for parameter, part in zip(parameters, mine, strict=True):
-        part.copy_(parameter.accumulated.flatten())
+    for length, count, place in zip(lengths, slots, places, strict=True):
+        mine.append(message[start + place * length :][:length])
+        start += count * length
+    for segment, part in zip(segments, mine, strict=True):
+        part.copy_(segment.gradient)
     all_reduce(message, tp)
-    for parameter, part in zip(parameters, mine, strict=True):
-        parameter.accumulated.copy_(part.view(parameter.shape))
+    for segment, part in zip(segments, mine, strict=True):
+        segment.gradient.copy_(part)

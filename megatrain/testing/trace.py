@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,14 +80,14 @@ def _keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
     gradients: dict[str, torch.Tensor] = {}
     update = run.optimizer.step
 
-    def step(lr: float, grad_divisor: torch.Tensor, skip: torch.Tensor) -> None:
+    def step(*given: Any) -> None:
         if not gradients:
             flat = run.flat
-            local = {p.spec.name: (p.spec, flat.view(flat.grads, p)) for p in flat.parameters}
+            local = flat.whole([held.own_grads for held in flat.trained if held.own_grads is not None])
             gradients.update(_whole_of_all(run.ctx, local))
-        update(lr, grad_divisor, skip)
+        update(*given)
 
-    run.optimizer.step = step  # type: ignore[method-assign]
+    run.optimizer.step = step  # type: ignore[method-assign, assignment]
     return gradients
 
 

@@ -31,7 +31,7 @@ def test_every_knob_is_explained():
 
 def test_what_is_refused_today_is_marked():
     rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
-    assert "*Later: all but `0`" in rows["zero_stage"] and "*Later: wandb or mlflow.*" in rows["to"]
+    assert "*Later: all but" in rows["norm_placement"] and "*Later: wandb or mlflow.*" in rows["to"]
     assert "Later" not in rows["num_layers"]
 
 

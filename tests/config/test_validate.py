@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Literal, get_origin
 
 import pytest
 from hypothesis import assume, given
@@ -236,7 +237,8 @@ def test_every_number_of_the_schema_has_a_bound():
     deferred = {rule.key for rule in DEFERRED}
     bounded = {*POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *deferred}
     for knob in knobs():
-        if type(knob.default) in (int, float) or re.search(r"\b(int|float)\b", str(knob.kind)):
+        listed = get_origin(knob.kind) is Literal  # the type itself says which numbers there are
+        if not listed and (type(knob.default) in (int, float) or re.search(r"\b(int|float)\b", str(knob.kind))):
             assert knob.key in bounded, knob.key
 
 
@@ -248,7 +250,6 @@ LATER = [
     *(("model.position", value, "other position encodings") for value in ("alibi", "none", "learned_2d", "rope_2d")),
     ("parallel.context_parallel_size", 2, "context parallelism"),
     ("parallel.expert_parallel_size", 2, "mixtures of experts"),
-    *(("parallel.zero_stage", stage, "optimizer state is not sharded over the data-parallel ranks yet") for stage in (1, 2, 3)),
     ("optim.name", "muon", "Muon"),
     ("train.tokens", 2e9, "give train.steps"),
     ("train.precision", "fp16", "loss scaling"),

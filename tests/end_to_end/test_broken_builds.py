@@ -20,7 +20,7 @@ def run(layout, **arguments):
 
 
 def test_a_missing_reduction_of_norm_gradients_under_sequence_parallelism(monkeypatch):
-    monkeypatch.setattr(zero, "_sum_partial", lambda parameters, tp: None)
+    monkeypatch.setattr(zero, "_sum_partial", lambda segments, ctx: None)
     with pytest.raises(Disagreement, match=r"embedding\.positions|norm\.(weight|bias)|\.bias|grad"):
         run((2, True, 1, 4))
 

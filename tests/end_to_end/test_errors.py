@@ -35,7 +35,7 @@ WRONG = {
         "model.vocab_size=101 is smaller than the 257 tokens of data.tokenizer=bytes",
     ),
     "vocabulary smaller than the data's": (["model.vocab_size=50"], "model.vocab_size"),
-    "ZeRO": (["parallel.zero_stage=1"], "parallel.zero_stage=1 is not in this release"),
+    "ZeRO": (["parallel.zero_stage=4"], "parallel.zero_stage is the integer 4; expected one of 0, 1, 2, 3."),
     "GLM": (["model.family=glm"], "model.family=glm is not in this release"),
     "layers": (
         ["parallel.virtual_pipeline_size=3", "parallel.schedule=interleaved"],

@@ -227,17 +227,19 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(case, 
         with Loader(RandomSamples(101, 16), t.global_batch_size, t.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
             run = assemble(config, ctx, loader, 101)
             assert not train_step(run).skipped
-            tensors = [run.flat.weights, run.optimizer.masters, run.optimizer.updates, *run.optimizer.states.values()]
+            run.flat.settle()
+            tensors = [run.flat.weights, run.optimizer.updates, *kept_by(run.optimizer)]
             before = [tensor.clone() for tensor in tensors]
             if ctx.world.rank == shape.world - 1:
                 break_gradient(run, name, bad, before_sum)
             broken = train_step(run)
             assert broken.skipped and not math.isfinite(broken.grad_norm)
+            run.flat.settle()
             assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
             vars(run.flat).pop("reduce", None)
             after = train_step(run)
             assert not after.skipped and math.isfinite(after.loss)
-            assert not torch.equal(before[1], run.optimizer.masters)
+            assert not torch.equal(before[0], run.flat.weights)
             return broken.step, after.step, after.loss, float(run.optimizer.updates)
 
     results = simulate(shape, steps)
@@ -248,15 +250,25 @@ def break_gradient(run, name, bad, before_sum):
     """Put one bad number into the gradient of `name`, before or after it is summed over the ranks."""
     (parameter,) = (p for p in run.flat.parameters if p.spec.name == name)
     real = run.flat.reduce
+    if before_sum:
+        run.flat.overlap = False  # else the sum has begun by then
 
     def reduce():
-        if not before_sum:
-            real()
-        parameter.main_grad.view(-1)[3] = bad
         if before_sum:
-            real()
+            parameter.main_grad.view(-1)[3] = bad
+        real()
+        if not before_sum:
+            owned = list(run.flat.segments())
+            segment = next((s for s in owned if s.parameter is parameter), owned[0])
+            segment.gradient[3] = bad
 
     run.flat.reduce = reduce
+
+
+def kept_by(optimizer):
+    """Every tensor that an optimizer keeps between steps."""
+    masters = [m.masters for m in optimizer.masters if m.masters is not None]
+    return [*masters, *(piece for pieces in optimizer.states.values() for piece in pieces)]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 from megatrain.models.transformer import Block
 from megatrain.parallel import tensor_parallel, weights
+from megatrain.parallel.buckets import Unit
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
 from megatrain.parallel.tensor_parallel import (
@@ -174,7 +175,7 @@ def test_row_parallel_linear(size, sequence_parallel, mode):
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs():
     specs = [ParamSpec(n, (4, H), trainable=n != "k") for n in "qk"]
     q, k = make_parameters(specs, Axis("tp"), DTYPE, torch.device("cpu"))
-    FlatParameters([q, k], ParallelContext.single())
+    FlatParameters([Unit((q, k))], ParallelContext.single())
     x = numbers(0, S, B, H).requires_grad_()
     y, z = column_linear(x, (q, k), (), Axis("tp"), False)
     (y.sum() + z.sum()).backward()
