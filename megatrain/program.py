@@ -29,6 +29,7 @@ from megatrain.data.loader import HeldOut, Loader, build_held_out, build_samples
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.evaluate import evaluate
 from megatrain.models.objective import Objective
+from megatrain.optim.audit import audit
 from megatrain.optim.mixed_precision import StateTensors
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
@@ -225,6 +226,8 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         guard.tick()
         watch.step(report, time.perf_counter() - began)
         last = job.step == config.train.steps
+        if _due(job.step, config.train.audit_every):
+            audit(job.flat, job.optimizer, job.ctx)
         if job.held_out is not None and (last or _due(job.step, config.train.eval_every)):
             watch.evaluate()
         if last or report.stop or _due(job.step, config.checkpoint.save_every):

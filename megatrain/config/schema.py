@@ -166,7 +166,8 @@ class TrainConfig:
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
     audit_every: int = knob(
-        500, "Steps between comparisons of what several ranks hold copies of, bit by bit; a difference ends the run. 0 means never."
+        500,
+        "Steps between comparisons of what several ranks hold copies of, bit by bit; a difference ends the run. 0 means never.",
     )
     hang_timeout_seconds: float = knob(600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.")
     deterministic: bool = knob(False, "The same bits on every run of the same layout (torch.use_deterministic_algorithms).")

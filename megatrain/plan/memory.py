@@ -1,4 +1,4 @@
-"""Memory of activations: what one layer keeps of a micro-batch between its forward and its backward (docs/memory.md).
+"""Memory: activations that one layer keeps of a micro-batch, and the bytes a parameter that a rank keeps from step to step (docs/memory.md).
 
 After Korthikanti et al. (arXiv:2205.05198, section 4), with three corrections: attention is fused, so that no s x s scores are kept;
 dropout masks are made again from their counter, not kept; and what two operations both read is counted once.
@@ -53,3 +53,40 @@ def layer_activation_bytes(
     elements = stream * (4 if keeps else 2) + heads + angles + inner * (2 if both else 1)
     statistics = 2 * rows * (2 if model.norm == "layernorm" else 1)
     return elements * element_bytes + statistics * STATISTICS_BYTES
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes a parameter that one rank keeps from step to step."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    """Masters and states."""
+
+    @property
+    def total(self) -> float:
+        """Of all three."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def state_bytes(
+    stage: int,
+    replicas: int,
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16",
+    optimizer: str = "adamw",
+    master: Literal["fp32", "split"] = "fp32",
+) -> StateBytes:
+    """Bytes per trainable parameter of the rank at a ZeRO stage on so many replicas (arXiv:1910.02054, figure 1, with FP32 gradients).
+
+    Parameters 2, 4 or 8 bytes; gradients 4 (8 in fp64); masters 4, or in halves 2, in bf16 alone; two states of 4 (8), one for sgd.
+    """
+    weight = {"bf16": 2, "fp32": 4, "fp64": 8}[precision]
+    wide = max(weight, 4)
+    masters = (4 if master == "fp32" else 2) if precision == "bf16" else 0
+    states = wide * (1 if optimizer == "sgd" else 2)
+    return StateBytes(
+        weight / (replicas if stage >= 3 else 1),
+        wide / (replicas if stage >= 2 else 1),
+        (masters + states) / (replicas if stage >= 1 else 1),
+    )

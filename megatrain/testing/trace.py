@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -96,13 +97,16 @@ def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, tor
     shapes = {name: (spec.shape, str(tensor.dtype)) for name, (spec, tensor) in local.items()}
     texts = gather_texts(json.dumps(shapes), ctx.mp.group, ctx.device)
     everywhere = {name: what for text in texts for name, what in json.loads(text).items()}
+    sizes = [math.prod(shape) for shape, _ in everywhere.values()]
+    message = torch.zeros(sum(sizes), dtype=torch.float64, device=ctx.device)  # all in one sum; it holds any float exactly
     found = {}
-    for name, (shape, dtype) in everywhere.items():
-        logical = torch.zeros(shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=ctx.device)
+    for (name, (shape, dtype)), piece in zip(everywhere.items(), message.split(sizes), strict=True):
+        logical = piece.view(shape)
         if name in local:
             _fill(logical, ctx, *local[name])
-        found[name] = all_reduce(logical, ctx.mp).cpu()
-    return found
+        found[name] = logical, getattr(torch, dtype.removeprefix("torch."))
+    all_reduce(message, ctx.mp)
+    return {name: logical.to(dtype).cpu() for name, (logical, dtype) in found.items()}
 
 
 def whole(ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> torch.Tensor:

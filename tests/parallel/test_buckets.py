@@ -103,7 +103,7 @@ def test_every_element_has_one_place_and_one_owner(sizes, shards, largest, by_un
         owned = {p: [] for p in bucket.parameters}
         for rank in range(shards):
             for p, first, at, count in bucket.segments(rank * bucket.shard, (rank + 1) * bucket.shard):
-                assert 0 <= at and at + count <= bucket.shard
+                assert at >= 0 and at + count <= bucket.shard
                 owned[p] += range(first, first + count)
         assert all(elements == list(range(p.numel())) for p, elements in owned.items())
         if largest > 300 or len(bucket.parameters) == 1:
