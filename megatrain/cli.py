@@ -18,7 +18,6 @@ import megatrain
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 LATER = {
-    "verify": "compare a run under many layouts with the single process",
     "data read": "text from raw files",
     "data clean": "clean text",
     "data dedup": "remove duplicate documents",
@@ -136,6 +135,23 @@ def _plan(arguments: argparse.Namespace) -> int:
     return plan(arguments.config, arguments.overrides, arguments.devices, png)
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from megatrain.verify import main as verify
+
+    return verify(
+        arguments.config,
+        arguments.overrides,
+        arguments.layouts,
+        arguments.steps,
+        arguments.precision,
+        arguments.processes,
+        arguments.shrink,
+        None if arguments.json is None else Path(arguments.json),
+    )
+
+
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
     from megatrain.data.tokenizer import train_tokenizer
 
@@ -199,6 +215,7 @@ def _parser() -> _Parser:
     _add_train(verbs)
     _add_generate(verbs)
     _add_plan(verbs)
+    _add_verify(verbs)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
@@ -256,6 +273,27 @@ def _add_plan(verbs: _Verbs) -> None:
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
     parser.add_argument("--devices", type=_positive, metavar="N", help="how many there are (default: those of one replica)")
     parser.add_argument("--timeline", metavar="PNG", help="draw the timeline there")
+
+
+def _add_verify(verbs: _Verbs) -> None:
+    example = (
+        "megatrain verify launch/configs/gpt_tiny.yaml --layouts all --shrink\n"
+        "  megatrain verify run.yaml --layouts tp2-sp,pp2-zb_h1-dp2-zero3 --steps 5 --json report.json"
+    )
+    what = "train a few steps under many layouts and compare every number with those of one process"
+    parser = _add_verb(verbs, "verify", _verify, what, example)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; tokens are random, only the vocabulary's size is read")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    parser.add_argument(
+        "--layouts", default="all", metavar="all|LIST", help="every legal one on 1, 2, 4 and 8 ranks, or names joined by commas"
+    )
+    parser.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps of each layout (default 5)")
+    parser.add_argument(
+        "--precision", choices=("fp64", "fp32", "bf16"), default="fp64", help="fp64 finds faults, the others show their noise"
+    )
+    parser.add_argument("--processes", action="store_true", help="run every layout on gloo processes, not on simulated ranks")
+    parser.add_argument("--shrink", action="store_true", help="verify a small model of the same structure")
+    parser.add_argument("--json", metavar="OUT", help="write every row there")
 
 
 def _add_data_tokenizer(stages: _Verbs) -> None:

@@ -30,24 +30,6 @@ LAYOUTS = [
 SETTINGS = list(product((True, False), (101, 8192), (1, 4), (0.0, 0.1), ("fp64", "fp32")))
 
 
-def covering(settings: list[tuple], strength: int = 3) -> list[tuple]:
-    """A greedy subset in which every combination of values of every `strength` columns still occurs."""
-    columns = list(combinations_of(len(settings[0]), strength))
-    wanted = {(c, tuple(s[i] for i in c)) for s in settings for c in columns}
-    chosen = []
-    while wanted:
-        best = max(settings, key=lambda s: sum((c, tuple(s[i] for i in c)) in wanted for c in columns))
-        chosen.append(best)
-        wanted -= {(c, tuple(best[i] for i in c)) for c in columns}
-    return chosen
-
-
-def combinations_of(n: int, k: int):
-    from itertools import combinations
-
-    return combinations(range(n), k)
-
-
 def config_of(layout: tuple, setting: tuple) -> Config:
     """The config of one point of the grid; the model covers both kinds of block over the settings."""
     tp, sequence_parallel, dp, groups = layout

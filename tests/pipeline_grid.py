@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import cache
 from itertools import product
 
-from layout_grid import covering
-
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing.agree import Trace, agree
+from megatrain.testing.layouts import covering
 from megatrain.testing.trace import mesh_shape, trace_run
 
 STEPS = 2

@@ -1,4 +1,4 @@
-"""Memory: activations that one layer keeps of a micro-batch, and the bytes a parameter that a rank keeps from step to step (docs/memory.md).
+"""Memory: what one layer keeps of a micro-batch, and what a rank keeps of a parameter from step to step (docs/memory.md).
 
 After Korthikanti et al. (arXiv:2205.05198, section 4), with three corrections: attention is fused, so that no s x s scores are kept;
 dropout masks are made again from their counter, not kept; and what two operations both read is counted once.

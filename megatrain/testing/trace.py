@@ -76,6 +76,13 @@ def trace_run(
     )
 
 
+def round_weights(run: Run) -> None:
+    """Make a float32 run start from the weights that a bfloat16 run has; for `prepare`, in one process."""
+    with torch.no_grad():
+        for parameter in run.flat.parameters:
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+
 def _keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
     """A dict that fills with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
     gradients: dict[str, torch.Tensor] = {}

@@ -1,9 +1,10 @@
 """The central theorem: the same seed and data give the same losses, gradients and weights under every layout."""
 
 import pytest
-from layout_grid import LAYOUTS, SETTINGS, STEPS, compare, config_of, covering, shape_of
+from layout_grid import LAYOUTS, SETTINGS, STEPS, compare, config_of, shape_of
 
 from megatrain.testing import simulate, spawn
+from megatrain.testing.layouts import covering
 from megatrain.testing.trace import trace_run
 
 COVERING = covering(SETTINGS)

@@ -9,7 +9,7 @@ from layout_grid import config_of
 
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import Disagreement, Trace, agree_in_bf16, simulate
-from megatrain.testing.trace import mesh_shape, trace_run
+from megatrain.testing.trace import mesh_shape, round_weights, trace_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,13 +33,6 @@ MODELS = {"gpt": (True, 101, 4, 0.1), "llama": (False, 101, 1, 0.0)}
 def config(layout, model, precision, seed=1234):
     whole = config_of(layout, (*MODELS[model], precision))
     return replace(whole, train=replace(whole.train, seed=seed))
-
-
-def round_weights(run):
-    """Make a float32 run start from the weights that a bfloat16 run has."""
-    with torch.no_grad():
-        for parameter in run.flat.parameters:
-            parameter.copy_(parameter.to(torch.bfloat16))
 
 
 @cache

@@ -40,8 +40,7 @@ def test_backward_order_with_norms_and_biases_at_the_end():
         ["layers.1.q", "layers.1.k"],  # behind one another, whatever the direction
         ["layers.0.down"],
         ["layers.0.q", "layers.0.k"],
-        ["final_norm", "layers.1.q_bias", "layers.1.k_bias", "layers.1.norm"]
-        + ["layers.0.q_bias", "layers.0.k_bias", "layers.0.norm"],
+        ["final_norm", *(f"layers.{i}.{name}" for i in (1, 0) for name in ("q_bias", "k_bias", "norm"))],
     ]
     assert [b.unit for b in buckets] == [2, 1, 1, 0, 0, None]
     assert [b.decay for b in buckets] == [True] * 5 + [False]

@@ -102,7 +102,7 @@ def test_bytes_are_those_of_the_formula(stage, precision, optimizer, master, dp)
 
     def rank(ctx):
         found = []
-        trace_run(ctx, config, 1, prepare=lambda run: found.append(run))
+        trace_run(ctx, config, 1, prepare=found.append)
         return measured(found[0])
 
     expected = state_bytes(stage if dp > 1 else 0, dp, precision, optimizer, master)

@@ -1,0 +1,167 @@
+"""Layouts as data: their names, every one of up to so many ranks, and sets of few that cover all combinations.
+
+A name is what differs from one process, joined by `-`:
+
+    single      tp2-sp      pp4-zb_h1      tp2-sp-pp2-interleaved:2-dp2-zero3      dp4-zero2-split
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from math import gcd
+from typing import Any, Literal, TypeVar
+
+from megatrain.config.schema import Config
+from megatrain.config.source import ConfigError
+from megatrain.config.validate import validate_layout
+from megatrain.parallel.mesh import MeshShape
+from megatrain.parallel.schedules import FAMILIES, chunks_problem
+
+USUAL_CHUNKS = {"interleaved": 2, "zb_v": 2}
+"""Schedule -> chunks a stage that it has where none are given; the others have 1."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to lay a model out over ranks."""
+
+    tp: int = 1
+    sequence_parallel: bool = False
+    pp: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    dp: int = 1
+    zero: int = 1
+    master: Literal["fp32", "split"] = "fp32"
+
+    @property
+    def shape(self) -> MeshShape:
+        """Its mesh."""
+        return MeshShape(tp=self.tp, dp=self.dp, pp=self.pp)
+
+    def __str__(self) -> str:
+        """Its name."""
+        parts = [f"tp{self.tp}"] * (self.tp > 1) + ["sp"] * self.sequence_parallel + [f"pp{self.pp}"] * (self.pp > 1)
+        if self.pp > 1 or self.schedule != "1f1b":
+            usual = self.chunks == USUAL_CHUNKS.get(self.schedule, 1)
+            parts.append(self.schedule if usual else f"{self.schedule}:{self.chunks}")
+        parts += [f"dp{self.dp}", f"zero{self.zero}"] * (self.dp > 1) + ["split"] * (self.master == "split")
+        return "-".join(parts) or "single"
+
+    @classmethod
+    def parse(cls, name: str) -> Layout:
+        """The layout of a name. Raises ValueError that says which part is not understood."""
+        found: dict[str, Any] = {}
+        for part in [] if name == "single" else name.split("-"):
+            found |= _part(part, name)
+        return cls(**found)
+
+    def apply(self, config: Config) -> Config:
+        """`config` with this layout; micro-batches become smaller where the replicas' shares of the global batch ask for it."""
+        given, train = config.parallel, config.train
+        fits = given.layer_split is not None and len(given.layer_split) == self.pp * self.chunks
+        parallel = replace(
+            given,
+            tensor_parallel_size=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            pipeline_parallel_size=self.pp,
+            virtual_pipeline_size=self.chunks,
+            schedule=self.schedule,  # type: ignore[arg-type]
+            layer_split=given.layer_split if fits else None,
+            zero_stage=self.zero,  # type: ignore[arg-type]
+        )
+        micro = gcd(train.micro_batch_size, max(1, train.global_batch_size // self.dp))
+        return replace(
+            config,
+            parallel=parallel,
+            optim=replace(config.optim, master=self.master),
+            train=replace(train, micro_batch_size=micro),
+        )
+
+    def problem(self, config: Config) -> str:
+        """Why `config` cannot be laid out like this; "" where it can."""
+        if config.train.global_batch_size % self.dp:
+            return f"train.global_batch_size={config.train.global_batch_size} cannot be shared by {self.dp} replicas"
+        try:
+            validate_layout(self.apply(config), self.shape.world)
+        except ConfigError as error:
+            return str(error)
+        return chunks_problem(self.schedule, self.chunks) or ""
+
+
+def _part(part: str, name: str) -> dict[str, Any]:
+    """What one part of a layout's name says."""
+    if part == "sp":
+        return {"sequence_parallel": True}
+    if part == "split":
+        return {"master": "split"}
+    schedule, _, chunks = part.partition(":")
+    if schedule in FAMILIES:
+        return {"schedule": schedule, "chunks": int(chunks) if chunks.isdigit() else USUAL_CHUNKS.get(schedule, 1)}
+    number = re.fullmatch(r"(tp|pp|dp|zero)(\d+)", part)
+    if number is None or (number[1] == "zero" and int(number[2]) > 3) or (number[1] != "zero" and int(number[2]) < 1):
+        raise ValueError(
+            f"{part!r} in the layout {name!r} is not understood. A layout is `single`, or parts joined by `-`: tp2, sp, pp2, "
+            f"a schedule ({', '.join(FAMILIES)}, with :N for N chunks), dp2, zero0 to zero3, split."
+        )
+    return {number[1]: int(number[2])}
+
+
+def every_layout(world: int, masters: Sequence[str] = ("fp32",)) -> Iterator[Layout]:
+    """All layouts on 1, 2, 4 ... up to `world` ranks; ZeRO's stages only where there are replicas."""
+    sizes = [1 << power for power in range(world.bit_length()) if 1 << power <= world]
+    for pp in sizes:
+        for tp in sizes:
+            for dp in sizes:
+                if tp * pp * dp > world:
+                    continue
+                for sequence_parallel in (False, True) if tp > 1 else (False,):
+                    for schedule in FAMILIES:
+                        for zero in (0, 1, 2, 3) if dp > 1 else (1,):
+                            for master in masters:
+                                chunks = USUAL_CHUNKS.get(schedule, 1)
+                                yield Layout(tp, sequence_parallel, pp, schedule, chunks, dp, zero, master)  # type: ignore[arg-type]
+
+
+Point = TypeVar("Point", bound=tuple[Any, ...])
+
+
+def covering(points: Sequence[Point], strength: int = 3) -> list[Point]:
+    """A greedy subset of `points` in which every combination of values of every `strength` columns still occurs."""
+    columns = list(combinations(range(len(points[0])), strength))
+    wanted = {(c, tuple(p[i] for i in c)) for p in points for c in columns}
+    chosen: list[Point] = []
+    while wanted:
+        best = max(points, key=lambda p: sum((c, tuple(p[i] for i in c)) in wanted for c in columns))
+        chosen.append(best)
+        wanted -= {(c, tuple(best[i] for i in c)) for c in columns}
+    return chosen
+
+
+def shrunk(config: Config) -> Config:
+    """A small config of the same structure: kinds of layer, ratios of heads, odd vocabularies and numbers of layers stay."""
+    model = config.model
+    heads = next((h for h in (8, 6, 4, 7, 5, 3, 2) if model.num_attention_heads % h == 0), 1)
+    heads = min(heads, model.num_attention_heads)
+    ratio = model.num_attention_heads // model.query_groups
+    groups = max(1, heads // ratio)
+    head_dim = min(model.head_dim, 8)
+    hidden = heads * head_dim
+    ffn = model.ffn_hidden_size
+    vocab = model.vocab_size
+    small = replace(
+        model,
+        num_layers=min(model.num_layers, 8 + model.num_layers % 2),
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_query_groups=None if model.num_query_groups is None else groups,
+        ffn_hidden_size=None if ffn is None else max(heads, round(ffn / model.hidden_size * head_dim) * heads),
+        seq_length=min(model.seq_length, 16),
+        vocab_size=vocab if vocab is None or vocab <= 128 else 96 + vocab % 16,
+    )
+    train = replace(config.train, global_batch_size=16, micro_batch_size=2)
+    parallel = replace(config.parallel, layer_split=None, bucket_size=min(config.parallel.bucket_size, 20 * hidden * hidden))
+    return replace(config, model=small, train=train, parallel=parallel)

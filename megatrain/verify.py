@@ -1,0 +1,314 @@
+"""`megatrain verify`: the same seed and data must train the same model under every layout; here is the test of it.
+
+One process trains a few steps. Then other layouts do, on simulated ranks (threads) or gloo processes, and everything that layouts
+must agree on is compared (`testing/agree.py`, docs/numerics.md): losses, gradient norms, first gradients, weights, states.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+from megatrain.config.load import load
+from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.source import ConfigError
+from megatrain.config.validate import validate
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.program import require_schedule, vocabulary
+from megatrain.runtime.flops import parameter_count
+from megatrain.runtime.progress import person_watching
+from megatrain.testing import Disagreement, simulate, spawn
+from megatrain.testing.agree import Trace, agree, agree_in_bf16
+from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
+from megatrain.testing.trace import round_weights, trace_run
+
+Precision = Literal["fp64", "fp32", "bf16"]
+
+LARGEST_WORLD = 8
+PROCESSES_AT_LEAST = 24
+"""How many layouts of `--layouts all` also run on gloo processes."""
+SEEDS = 12
+"""Runs that a bfloat16 comparison takes (docs/numerics.md)."""
+LARGE = 20_000_000
+"""Parameters from which on a config is too large for many layouts on one machine."""
+_ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
+SECONDS = 300.0
+"""Limit of one layout."""
+
+
+@dataclass
+class Row:
+    """What became of one layout."""
+
+    layout: str
+    where: Literal["threads", "processes"]
+    seconds: float
+    deviations: dict[str, float] = field(default_factory=dict)
+    """Largest of each kind: loss, grad_norm, gradient, weight, state."""
+    problem: str = ""
+    """What differs, first; "" where all agrees."""
+
+
+class Verifier:
+    """Runs layouts of one config and holds them against the single process."""
+
+    def __init__(self, config: Config, steps: int, precision: Precision) -> None:
+        """Train the reference. config: as the user gave it, its layout aside."""
+        optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, 1))
+        train = replace(config.train, steps=max(steps, 2), precision=precision)
+        self.config = Layout().apply(replace(config, optim=optim, train=train))
+        self.steps, self.precision = steps, precision
+        self._alone = [self._reference(seed) for seed in range(SEEDS)] if precision == "bf16" else []
+        self._reference_trace = None if self._alone else trace_run(ParallelContext.single(), self.config, steps)
+
+    def _reference(self, seed: int) -> tuple[Trace, Trace]:
+        """The first step of one process in float32 and in bfloat16, from the same weights."""
+        ctx, bf16 = ParallelContext.single(), self._seeded(self.config, seed)
+        exact = replace(bf16, train=replace(bf16.train, precision="fp32"))
+        return trace_run(ctx, exact, 1, prepare=round_weights), trace_run(ctx, bf16, 1)
+
+    def _seeded(self, config: Config, seed: int) -> Config:
+        return replace(config, train=replace(config.train, seed=config.train.seed + seed))
+
+    def check(self, layout: Layout, processes: bool = False) -> dict[str, float]:
+        """Largest deviation of each kind. Raises Disagreement, or whatever ended the run."""
+        config = layout.apply(self.config)
+        if self._reference_trace is None:
+            return self._check_bf16(layout, config, processes)
+        traces = self._run(layout, config, self.steps, processes)
+        largest: dict[str, float] = {}
+        for trace in (trace for trace in traces if trace.weights):
+            for kind, value in agree(self._reference_trace, trace, optimizer=config.optim.name).items():
+                largest[kind] = max(largest.get(kind, 0.0), value)
+        _same_on_all_ranks(traces)
+        return largest
+
+    def _run(self, layout: Layout, config: Config, steps: int, processes: bool) -> list[Trace]:
+        run = spawn if processes else simulate
+        return run(layout.shape, lean_trace, config, steps, timeout_seconds=SECONDS)
+
+    def _check_bf16(self, layout: Layout, config: Config, processes: bool) -> dict[str, float]:
+        others = []
+        for seed in range(SEEDS):
+            traces = self._run(layout, self._seeded(config, seed), 1, processes)
+            _same_on_all_ranks(traces)
+            others.append(traces[0])
+        agree_in_bf16([exact for exact, _ in self._alone], [alone for _, alone in self._alone], others)
+        if layout.master == "split":
+            whole = replace(layout, master="fp32")
+            ours, theirs = (self._run(way, way.apply(self.config), self.steps, processes)[0] for way in (layout, whole))
+            if (ours.losses, ours.grad_norms) != (theirs.losses, theirs.grad_norms):
+                raise Disagreement(
+                    f"optim.master=split gives the losses {ours.losses}, and optim.master=fp32 {theirs.losses}: not the same bits"
+                )
+        worst = max(abs(o.losses[0] - a.losses[0]) / abs(a.losses[0]) for o, (_, a) in zip(others, self._alone, strict=True))
+        return {"loss": worst}
+
+
+def lean_trace(ctx: ParallelContext, config: Config, steps: int) -> Trace:
+    """The trace of one rank, with tensors only where another rank does not have the same ones: one rank a replica."""
+    trace = trace_run(ctx, config, steps)
+    if ctx.mp.rank == 0:
+        return trace
+    return replace(trace, gradients={}, weights={}, states={})
+
+
+def _same_on_all_ranks(traces: Sequence[Trace]) -> None:
+    """Raise Disagreement where two ranks do not report the same bits."""
+    for what in ("losses", "grad_norms"):
+        for rank, trace in enumerate(traces):
+            for step, (mine, first) in enumerate(zip(getattr(trace, what), getattr(traces[0], what), strict=True)):
+                if mine != first and not (math.isnan(mine) and math.isnan(first)):
+                    raise Disagreement(f"step {step}, {what}: rank {rank} reports {mine!r}, rank 0 {first!r}")
+
+
+def plan_rows(
+    config: Config, layouts: str, precision: Precision, processes: bool
+) -> tuple[list[tuple[Layout, bool]], list[str]]:
+    """(layout, on processes) in the order to run, and why others of `all` are left out. Raises ConfigError for an illegal LIST."""
+    if layouts != "all":
+        try:
+            chosen = [Layout.parse(name.strip()) for name in layouts.split(",") if name.strip()]
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if not chosen:
+            raise ConfigError("--layouts names none. Use --layouts all, or names such as tp2,pp2-zb_h1,dp2-zero3.")
+        for layout in chosen:
+            if problem := layout.problem(config):
+                raise ConfigError(f"--layouts {layout}: {problem}")
+        return [(layout, processes) for layout in chosen], []
+    everything = list(every_layout(LARGEST_WORLD, ("fp32", "split") if precision == "bf16" else ("fp32",)))
+    legal = [layout for layout in everything if not layout.problem(config)]
+    reasons = [f"{layout}: {layout.problem(config)}" for layout in everything if layout not in set(legal)]
+    if processes:
+        return [(layout, True) for layout in legal], reasons
+    return [(layout, False) for layout in legal] + [(layout, True) for layout in _pairs(legal)], reasons
+
+
+def _pairs(legal: Sequence[Layout]) -> list[Layout]:
+    """Layouts for processes: every pair of values, and at least so many; on two ranks and more."""
+    many = [layout for layout in legal if layout.shape.world > 1]
+    if not many:
+        return []
+    columns = {_columns(layout): layout for layout in many}
+    chosen = [columns[point] for point in covering(list(columns), strength=2)]
+    missing = max(0, PROCESSES_AT_LEAST - len(chosen))
+    rest = [layout for layout in many if layout not in set(chosen) and layout.shape.world <= 4]
+    return chosen + rest[:: max(1, len(rest) // max(missing, 1))][:missing]
+
+
+def _columns(layout: Layout) -> tuple[Any, ...]:
+    return tuple(vars(layout).values())
+
+
+def verify(
+    config: Config,
+    layouts: str = "all",
+    steps: int = 5,
+    precision: Precision = "fp64",
+    processes: bool = False,
+    tell: Callable[[Row, int, int], None] = lambda row, done, total: None,
+) -> list[Row]:
+    """Train `config` under many layouts and compare each with one process; one row a layout, in the order in which they ran.
+
+    layouts: `all`, or names joined by commas. tell: called with every row, how many are done, and of how many.
+    Raises ConfigError for a layout that the config cannot have.
+    """
+    planned, _ = plan_rows(config, layouts, precision, processes)
+    check = partial(row_of, config, steps, precision)
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        results: Iterable[Row] = map(check, planned)
+        if (workers := min(os.cpu_count() or 1, len(planned))) > 1 and not processes:
+            # Simulated ranks share one interpreter's lock, and so one core: a process for each core.
+            pool = ProcessPoolExecutor(workers, get_context("spawn"))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            on_threads = [pair for pair in planned if not pair[1]]
+            results = chain(pool.map(check, on_threads), map(check, [pair for pair in planned if pair[1]]))
+        for row in results:
+            rows.append(row)
+            tell(row, len(rows), len(planned))
+    return rows
+
+
+@lru_cache(maxsize=1)
+def _verifier(config: Config, steps: int, precision: Precision) -> Verifier:
+    return Verifier(config, steps, precision)
+
+
+def row_of(config: Config, steps: int, precision: Precision, layout: tuple[Layout, bool]) -> Row:
+    """Check one (layout, on processes)."""
+    row = Row(str(layout[0]), "processes" if layout[1] else "threads", 0.0)
+    verifier, began = _verifier(config, steps, precision), time.monotonic()
+    try:
+        row.deviations = verifier.check(*layout)
+    except Disagreement as error:
+        row.problem = str(error)
+    except Exception as error:  # whatever breaks one layout must not hide the others
+        row.problem = f"{type(error).__name__}: {error}"
+    row.seconds = time.monotonic() - began
+    return row
+
+
+# --- the verb -------------------------------------------------------------------------------------------------------------
+
+
+def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
+    """The config of a file, with the size of its vocabulary, in one process and small if asked for. Raises ConfigError."""
+    config = load(path, overrides).config
+    config = replace(config, model=replace(config.model, vocab_size=vocabulary(config)))
+    if shrink:
+        config = shrunk(config)
+    alone = Layout().apply(config)
+    validate(alone if alone.data.train else replace(alone, data=replace(alone.data, train=_ANY_DATA)), 1)
+    require_schedule(alone)
+    return config
+
+
+def main(
+    path: str,
+    overrides: Sequence[str],
+    layouts: str,
+    steps: int,
+    precision: Precision,
+    processes: bool,
+    shrink: bool,
+    report: Path | None,
+) -> int:
+    """`megatrain verify`: exit code 0 where every layout agrees, 1 otherwise."""
+    config = prepared(path, overrides, shrink)
+    planned, left_out = plan_rows(config, layouts, precision, processes)
+    size = parameter_count(config.model, config.model.vocab_size or 0)
+    print(
+        f"{len(planned)} layouts, {steps} steps each in {precision}, of {size:,} parameters "
+        f"({sum(not on for _, on in planned)} on simulated ranks, {sum(on for _, on in planned)} on processes)"
+    )
+    if size > LARGE:
+        print("this is a large model for so many runs on one machine: --shrink verifies a small one of the same structure")
+    if left_out:
+        print(f"{len(left_out)} layouts are not legal for this config, such as {left_out[0]}")
+    with _table() as tell:
+        rows = verify(config, layouts, steps, precision, processes, tell)
+    failed = [row for row in rows if row.problem]
+    _summarise(rows, failed)
+    if report is not None:
+        report.write_text(json.dumps({"steps": steps, "precision": precision, "rows": [vars(row) for row in rows]}, indent=1))
+    return 1 if failed else 0
+
+
+@contextmanager
+def _table() -> Iterator[Callable[[Row, int, int], None]]:
+    """What prints one line a layout as it ends, above a bar with the time left where a person is watching."""
+    began = time.monotonic()
+    print(f"{'layout':40} {'ranks':9} {'loss':>8} {'norm':>8} {'gradient':>8} {'weight':>8} {'state':>8}")
+
+    def line(row: Row) -> str:
+        values = [row.deviations.get(kind) for kind in ("loss", "grad_norm", "gradient", "weight", "state")]
+        numbers = " ".join(f"{'-' if value is None else format(value, '.1e'):>8}" for value in values)
+        return f"{row.layout:40} {row.where:9} " + (f"FAILED: {row.problem}" if row.problem else f"{numbers}  ok")
+
+    if not person_watching():
+
+        def tell(row: Row, done: int, total: int) -> None:
+            left = (time.monotonic() - began) / done * (total - done)
+            print(f"{line(row)}  {done}/{total}, {_minutes(left)} left", flush=True)
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr, highlight=False)) as bar:
+        task = bar.add_task("verify", total=None)
+
+        def show(row: Row, done: int, total: int) -> None:
+            bar.console.print(line(row), markup=False, highlight=False, soft_wrap=True)
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+def _summarise(rows: Sequence[Row], failed: Sequence[Row]) -> None:
+    for kind in ("loss", "grad_norm", "gradient", "weight", "state"):
+        worst = max((row for row in rows if kind in row.deviations), key=lambda row: row.deviations[kind], default=None)
+        if worst is not None:
+            print(f"worst {kind}: {worst.deviations[kind]:.3g} ({worst.layout}, {worst.where})")
+    for row in failed:
+        print(f"FAILED {row.layout} on {row.where}: {row.problem}")
+    print(f"{len(rows) - len(failed)} of {len(rows)} layouts agree with one process")
