@@ -31,6 +31,7 @@ from megatrain.evaluate import evaluate
 from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
 from megatrain.optim.mixed_precision import StateTensors
+from megatrain.parallel.buckets import traffic
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.runtime.distributed import Launch, Session, connect
@@ -308,12 +309,15 @@ class Watch:
         parallel = config.parallel
         sequence = " + sequence parallel" if parallel.sequence_parallel else ""
         chunks = f" x {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size > 1 else ""
-        layout = f"tp {ctx.tp.size}{sequence}, pp {ctx.pp.size}{chunks} ({parallel.schedule}), dp {ctx.dp.size}"
+        zero = f" (zero {parallel.zero_stage})" if ctx.dp.size > 1 else ""
+        layout = f"tp {ctx.tp.size}{sequence}, pp {ctx.pp.size}{chunks} ({parallel.schedule}), dp {ctx.dp.size}{zero}"
         self.log.say(self.job.session.describe())
         self.log.say(
             f"model: {size:,} parameters | layout: {layout} | precision {config.train.precision} | "
             f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
         )
+        for note in self._notes():
+            self.log.say(note)
         if self.job.resumed_from is not None:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
@@ -321,6 +325,26 @@ class Watch:
             self.log.say(
                 f"nothing to do: step {job.step} of train.steps={config.train.steps} is done. Raise train.steps to go on."
             )
+
+    def _notes(self) -> list[str]:
+        """What is legal and wasteful in this layout, with the figure."""
+        config, flat, replicas = self.config, self.job.flat, self.job.ctx.dp_cp.size
+        asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
+        if replicas == 1:
+            return [f"parallel.zero_stage={asked} changes nothing: there is one replica"] if asked > 1 else []
+        micro_batches //= self.job.ctx.dp.size
+        elements = sum(held.bucket.size for held in flat.trained)
+
+        def moved(stage: int) -> int:
+            sizes = flat.dtype.itemsize, flat.wide.itemsize
+            return traffic(elements, replicas, stage, micro_batches, *sizes)
+
+        if asked < 2 or moved(asked) <= moved(1):
+            return []
+        return [
+            f"parallel.zero_stage={asked} with {micro_batches} micro-batches on a rank moves {moved(asked) / 1e6:,.1f} MB a step over "
+            f"the data axis, {moved(asked) / moved(1):.1f}x of stage 1: fewer and larger micro-batches (train.micro_batch_size) move less"
+        ]
 
     def step(self, report: StepReport, seconds: float) -> None:
         """Write one step's row."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SUPPORT = {"__init__", "transport", "mesh", "param", "collectives", "consensus", "rng", "schedules", "simulator", "weights"}
+SUPPORT = {"__init__", "buckets", "collectives", "consensus", "flat", "mesh", "param", "rng", "schedules", "simulator"}
+SUPPORT |= {"transport", "weights"}
 """Files of parallel/ that are no dimension of parallelism (and `transport_*`): dimensions may import them."""
 
 

@@ -4,20 +4,26 @@
     python docs/benchmarks/compare_cpu.py single --precision bf16 --as-people-run-it
     python docs/benchmarks/compare_cpu.py tensor-parallel --precision bf16       # tp 2 + sequence parallel, against two lone processes
     python docs/benchmarks/compare_cpu.py pipeline --micro-batches 8 --steps 1   # two stages, against two lone processes
+    python docs/benchmarks/compare_cpu.py replicas --zero 1 --against ddp --micro-batch-size 2 --micro-batches 4
+    python docs/benchmarks/compare_cpu.py replicas --zero 3 --against fsdp2 --micro-batch-size 2 --micro-batches 4
 
 `single`: megatrain and plain_gpt.py (nanoGPT's design, fused AdamW; bf16 is autocast there and BF16 weights with FP32 masters
 here), both with megatrain's allocator settings, or, --as-people-run-it, each as it comes. `tensor-parallel`: two
 single-thread processes that share one model, against two such processes that train one each without talking to each other.
 `pipeline`: the same with two stages (--schedule); beside it, what is to be expected: 1 less the step bubble that the simulator gives
 for the measured time of each instruction.
+`replicas`: two single-thread processes, each with its half of the micro-batches, at a ZeRO stage, against torch's DDP (gradients summed
+once a step, fused AdamW) or FSDP2 (a layer at a time, gathered again in the backward) around plain_gpt.py; with the peak memory of a rank.
 All processes live through the whole measurement and wait while it is not their turn. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -25,6 +31,7 @@ import sys
 import time
 from pathlib import Path
 
+WORKERS = ("plain", "ours", "shared", "staged", "replica", "ddp", "fsdp2")
 SHAPE = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512, "vocab_size": 8192}
 
 
@@ -59,6 +66,8 @@ class Side:
                 str(args.micro_batches),
                 "--schedule",
                 args.schedule,
+                "--zero",
+                str(args.zero),
             ]
             command += ["--tuned"] if tuned else []
             self.workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
@@ -102,8 +111,47 @@ def plain_worker(args: argparse.Namespace) -> None:
     serve(lambda: plain_gpt.train_step(model, optimizer, tokens, autocast, 1.0))
 
 
+def peer_worker(args: argparse.Namespace) -> None:
+    """Plain PyTorch in torch's own data-parallel wrapper, DDP or FSDP2, over gloo."""
+    import plain_gpt
+    import torch
+    from torch import distributed
+
+    rendezvous = f"tcp://127.0.0.1:{args.port}"
+    distributed.init_process_group("gloo", init_method=rendezvous, rank=args.rank, world_size=args.size)
+    model = plain_gpt.PlainGPT(8, 512, 8, SHAPE["vocab_size"], SHAPE["seq_length"])
+    bf16 = args.precision == "bf16"
+    if args.what == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32 if bf16 else None)
+        mesh = init_device_mesh("cpu", (args.size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        wrapped = fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = plain_gpt.make_optimizer(model)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and args.what == "ddp")
+    mine = args.micro_batches // args.size
+    tokens = torch.randint(SHAPE["vocab_size"], (mine, args.micro_batch_size, SHAPE["seq_length"] + 1))
+
+    def wait_with_the_sum(number: int) -> contextlib.AbstractContextManager:
+        return wrapped.no_sync() if args.what == "ddp" and number < mine - 1 else contextlib.nullcontext()
+
+    serve(lambda: plain_gpt.train_step(wrapped, optimizer, tokens, autocast, 1.0, wait_with_the_sum), peak_mebibytes)
+
+
+def peak_mebibytes() -> str:
+    """Largest resident memory of this process so far, as JSON."""
+    return json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+
+
 def layout_of(args: argparse.Namespace) -> dict:
     """The parallel section of a worker."""
+    if args.what == "replica":
+        return {"zero_stage": args.zero}
     if args.what == "staged":
         chunks = {"interleaved": 2, "zb_v": 2}.get(args.schedule, 1)
         return {"pipeline_parallel_size": args.size, "virtual_pipeline_size": chunks, "schedule": args.schedule}
@@ -135,7 +183,8 @@ def our_worker(args: argparse.Namespace) -> None:
     env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port), OMP_NUM_THREADS=str(args.threads))
     session = connect(Launch.from_environment(env if size > 1 else {}), config.parallel, 120.0, env)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, size), session.device)
-    loader = Loader(RandomSamples(SHAPE["vocab_size"], SHAPE["seq_length"]), sequences, args.micro_batch_size, 0, 1)
+    samples = RandomSamples(SHAPE["vocab_size"], SHAPE["seq_length"])
+    loader = Loader(samples, sequences, args.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     batch = loader.build(0)
     loader.batch = lambda consumed: batch  # tokens are not what is measured here
     run = assemble(config, ctx, loader, SHAPE["vocab_size"])
@@ -145,7 +194,10 @@ def our_worker(args: argparse.Namespace) -> None:
         spans.setdefault(f"{instruction.chunk} {instruction.kind}", []).append(end - start)
 
     run.observe = observe
-    serve(lambda: train_step(run), lambda: json.dumps({key: statistics.median(times) for key, times in spans.items()}))
+    spans_or_memory = (
+        peak_mebibytes if args.what == "replica" else lambda: json.dumps({k: statistics.median(t) for k, t in spans.items()})
+    )
+    serve(lambda: train_step(run), spans_or_memory)
 
 
 def expected_of(args: argparse.Namespace, answers: list[str]) -> float:
@@ -169,6 +221,8 @@ def measure(args: argparse.Namespace) -> dict:
     together = not args.as_people_run_it
     if args.what == "single":
         sides = {"megatrain": Side("ours", 1, args, tuned=True), "plain": Side("plain", 1, args, tuned=together)}
+    elif args.what == "replicas":
+        sides = {"megatrain": Side("replica", 2, args, tuned=True), args.against: Side(args.against, 2, args, tuned=together)}
     else:
         kind = "staged" if args.what == "pipeline" else "shared"
         sides = {"megatrain": Side(kind, 2, args, tuned=True), "alone": Side("ours", 2, args, tuned=True)}
@@ -179,6 +233,9 @@ def measure(args: argparse.Namespace) -> dict:
         for name, side in sides.items():
             seconds[name].append(side.go(args.steps))
     answers = sides["megatrain"].answers
+    memory = {}
+    if args.what == "replicas":
+        memory = {name: round(max(json.loads(a)["peak_mib"] for a in side.answers)) for name, side in sides.items()}
     for side in sides.values():
         side.close()
     tokens = args.micro_batch_size * args.micro_batches * SHAPE["seq_length"]
@@ -198,13 +255,14 @@ def measure(args: argparse.Namespace) -> dict:
         "ratio_min": round(ratios[0], 3),
         "ratio_max": round(ratios[-1], 3),
         "pairs": args.pairs,
+        **({"zero_stage": args.zero, "peak_mib_of_a_rank": memory} if memory else {}),
         **({"schedule": args.schedule, "expected": round(expected_of(args, answers), 3)} if args.what == "pipeline" else {}),
     }
 
 
 def len_other(args: argparse.Namespace) -> int:
     """Batches that the other side trains in one of its steps."""
-    return 1 if args.what == "single" else 2
+    return 1 if args.what in ("single", "replicas") else 2
 
 
 def main() -> None:
@@ -212,9 +270,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "what",
-        choices=("single", "tensor-parallel", "pipeline", "plain", "ours", "shared", "staged"),
-        help="the last four are workers",
+        choices=("single", "tensor-parallel", "pipeline", "replicas", *WORKERS),
+        help=f"{', '.join(WORKERS)} are workers",
     )
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=1, help="stage of the replicas")
+    parser.add_argument("--against", choices=("ddp", "fsdp2"), default="ddp", help="what replicas are compared with")
     parser.add_argument("--schedule", default="1f1b", help="of the pipeline")
     parser.add_argument("--micro-batches", type=int, default=1, help="a step's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -229,7 +289,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.what in ("single", "tensor-parallel", "pipeline"):
+    if args.what not in WORKERS:
         os.environ["OMP_NUM_THREADS"] = str(args.threads if args.what == "single" else 1)
         print(json.dumps(measure(args)))
         return
@@ -243,6 +303,8 @@ def main() -> None:
         tune_allocator()
     if args.what == "plain":
         plain_worker(args)
+    elif args.what in ("ddp", "fsdp2"):
+        peer_worker(args)
     else:
         our_worker(args)
 

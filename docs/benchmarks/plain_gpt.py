@@ -15,6 +15,8 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -75,13 +77,15 @@ def train_step(
     tokens: torch.Tensor,
     autocast: torch.autocast,
     clip: float,
+    around: Callable[[int], AbstractContextManager] = lambda number: nullcontext(),
 ) -> float:
-    """One update on tokens [micro-batches, b, s + 1]; returns the mean loss."""
+    """One update on tokens [micro-batches, b, s + 1], each under around(its number); returns the mean loss."""
     total = torch.zeros((), device=tokens.device)
-    for micro_batch in tokens:
-        with autocast:
-            loss = model(micro_batch[:, :-1].contiguous(), micro_batch[:, 1:].contiguous()) / len(tokens)
-        loss.backward()
+    for number, micro_batch in enumerate(tokens):
+        with around(number):
+            with autocast:
+                loss = model(micro_batch[:, :-1].contiguous(), micro_batch[:, 1:].contiguous()) / len(tokens)
+            loss.backward()
         total += loss.detach()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), clip)

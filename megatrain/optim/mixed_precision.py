@@ -22,8 +22,9 @@ from megatrain.config.schema import OptimConfig
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
 from megatrain.optim.adamw import adam_step
 from megatrain.optim.sgd import sgd_step
+from megatrain.parallel.flat import Held
 from megatrain.parallel.param import ParamSpec
-from megatrain.parallel.zero import FlatParameters, Held
+from megatrain.parallel.zero import FlatParameters
 
 StateTensors = dict[str, dict[str, tuple[ParamSpec, torch.Tensor]]]
 """Kind (weights, exp_avg, ...) -> logical name -> (spec, this tensor-parallel rank's tensor)."""

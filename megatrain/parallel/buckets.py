@@ -76,6 +76,21 @@ class Bucket:
                 yield parameter, first - begin, first - start, last - first
 
 
+def traffic(elements: int, shards: int, stage: int, micro_batches: int, weight_bytes: int, gradient_bytes: int) -> int:
+    """Bytes that a rank sends over the data axis in a step, for so many parameters of its own (zero.py has the table).
+
+    Stage 3 counts two gathers a micro-batch; recomputation adds none, since it lies within a layer's backward.
+    """
+    reduce, gather = elements * gradient_bytes, elements * weight_bytes
+    of_stage = {
+        0: 2 * reduce,
+        1: reduce + gather,
+        2: micro_batches * reduce + gather,
+        3: micro_batches * (reduce + 2 * gather),
+    }
+    return of_stage[stage] * (shards - 1) // shards
+
+
 def make_buckets(units: Sequence[Unit], shards: int, largest: int, by_unit: bool) -> list[Bucket]:
     """Every parameter of the units in one bucket, in backward order, the frozen ones last.
 

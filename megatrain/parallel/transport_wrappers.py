@@ -107,7 +107,7 @@ class _RecordedHandle(Handle):
         return self._inner.done()
 
 
-class _Wrapper(Group):
+class Wrapper(Group):
     """A group that does what `inner` does, every call through `_around`."""
 
     def __init__(self, inner: Group) -> None:
@@ -164,7 +164,7 @@ class _Wrapper(Group):
         self.inner.close()
 
 
-class RecordedGroup(_Wrapper):
+class RecordedGroup(Wrapper):
     """A group whose calls are counted, and whose waiting is seen, by a `Recorder`."""
 
     def __init__(self, inner: Group, recorder: Recorder) -> None:
@@ -221,7 +221,7 @@ class _DelayedHandle(Handle):
         return self._inner.done() and time.monotonic() >= self._due
 
 
-class DelayedGroup(_Wrapper):
+class DelayedGroup(Wrapper):
     """A slow network: every call takes at least `seconds` from its start, during which a non-blocking caller can compute."""
 
     def __init__(self, inner: Group, seconds: float) -> None:

@@ -26,15 +26,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 
-from megatrain.parallel.buckets import Bucket, Unit, make_buckets
+from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce, start_all_reduce, start_gather_into, start_scatter_sum_into
+from megatrain.parallel.flat import FlatBuffers, Held, Pool, Segment, there
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.schedules import Instruction
 from megatrain.parallel.transport import Handle
 from megatrain.parallel.weights import Postponed
@@ -44,39 +44,7 @@ IN_FLIGHT = 2
 """Reductions of opened gradients under way at a time, each of which holds a bucket's buffer."""
 
 
-class Segment(NamedTuple):
-    """A run of one parameter's elements in what this rank owns."""
-
-    parameter: Parameter
-    first: int
-    """First of its elements, flattened."""
-    gradient: torch.Tensor
-    """[n] of them."""
-
-
-@dataclass(eq=False)
-class Held:
-    """A bucket on this rank: where its elements lie."""
-
-    bucket: Bucket
-    own: slice
-    """Elements of the bucket that this rank updates: its shard, or at stage 0 all."""
-    own_weights: torch.Tensor
-    weights: torch.Tensor | None
-    """All of them; at stage 3 only while they are in use."""
-    own_grads: torch.Tensor | None
-    """None for a frozen bucket."""
-    grads: torch.Tensor | None
-    """All of them; at stages 2 and 3 only between the first gradient and the reduction."""
-    arriving: Handle | None = None
-    """All-gather of the weights under way."""
-    reducing: Handle | None = None
-    """Stages 0 and 1: reduction under way."""
-    reduced: bool = field(default=False)
-    """Stages 0 and 1: whether the reduction of this step has begun."""
-
-
-class FlatParameters:
+class FlatParameters(FlatBuffers):
     """The parameters of this rank's part of the model, their gradients, and their way over the data axis."""
 
     def __init__(
@@ -92,22 +60,9 @@ class FlatParameters:
 
         Raises ValueError when nothing is trainable, or when the parameters differ in dtype.
         """
-        self.ctx, self.axis, self.units, self.overlap = ctx, ctx.dp_cp, units, overlap
-        self.stage = stage if self.axis.size > 1 else 0  # the one shard is the whole
-        buckets = make_buckets(units, self.axis.size, bucket_size, by_unit=self.stage == 3)
-        if not any(bucket.trainable for bucket in buckets):
-            raise ValueError("there is no trainable parameter")
-        self.dtype = buckets[0].parameters[0].dtype
-        self.wide = torch.promote_types(self.dtype, torch.float32)
-        whole = sum(b.size for b in buckets)
-        trained = sum(b.size for b in buckets if b.trainable)
-        shards = self.axis.size
-        self.weights = self._zeros(whole // shards if self.stage == 3 else whole, self.dtype)
-        self.grads = self._zeros(trained // shards if self.stage >= 2 else trained, self.wide)
-        self.held = self._lay_out(buckets)
-        self.trained = [held for held in self.held if held.bucket.trainable]
-        self.parameters = list(dict.fromkeys(p for unit in units for p in unit.parameters if p.spec.trainable))
-        self._pool = _Pool()
+        super().__init__(units, ctx, stage, bucket_size)
+        self.overlap = overlap
+        self._pool = Pool()
         self._flying: list[tuple[Held, torch.Tensor, Handle]] = []
         self._now: Instruction | None = None
         self._postponed: Postponed | None = None
@@ -115,109 +70,14 @@ class FlatParameters:
         homes = {p: held for held in self.held for p in held.bucket.parameters}
         self._of_chunk = {c: [h for h in self.held if h.bucket.chunk == c] for c in {u.chunk for u in units}}
         self._of_unit = [list(dict.fromkeys(homes[p] for p in unit.parameters)) for unit in units]
-        for held in self.held:
-            self._adopt(held)
+        for held in self.trained:
+            for parameter in held.bucket.parameters:
+                parameter.open_gradient = partial(self._open, held)
         self.zero_grad()
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_move_gradient)
         for index in range(len(units)):
             self._hook(index)
-
-    # --- buffers --------------------------------------------------------------------------------------------------------
-
-    def _zeros(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(elements, dtype=dtype, device=self.ctx.device)
-
-    def _lay_out(self, buckets: Sequence[Bucket]) -> list[Held]:
-        held: list[Held] = []
-        weights = grads = 0
-        for bucket in buckets:
-            own = (
-                slice(self.axis.rank * bucket.shard, (self.axis.rank + 1) * bucket.shard)
-                if self.stage
-                else slice(0, bucket.size)
-            )
-
-            def part(buffer: torch.Tensor, start: int, sharded: bool, bucket: Bucket = bucket) -> torch.Tensor:
-                return buffer[start : start + (bucket.shard if sharded else bucket.size)]
-
-            w = part(self.weights, weights, self.stage == 3)
-            g = part(self.grads, grads, self.stage >= 2) if bucket.trainable else None
-            weights, grads = weights + w.numel(), grads + (0 if g is None else g.numel())
-            whole_grads = g if self.stage < 2 else None
-            own_grads = g[own] if g is not None and self.stage < 2 else g
-            if self.stage == 3:
-                held.append(Held(bucket, own, w, None, own_grads, None))
-            else:
-                held.append(Held(bucket, own, w[own], w, own_grads, whole_grads))
-        return held
-
-    def _adopt(self, held: Held) -> None:
-        """Move the parameters of a bucket into its buffers."""
-        whole = self._zeros(held.bucket.size, self.dtype) if held.weights is None else held.weights
-        for parameter, view in self._views(held, whole):
-            view.copy_(parameter.detach())
-        if held.weights is None:
-            held.own_weights.copy_(whole[held.own])
-        self._place_weights(held)
-        if held.bucket.trainable:
-            for parameter in held.bucket.parameters:
-                parameter.open_gradient = lambda: self._open(held)
-
-    def _views(self, held: Held, whole: torch.Tensor) -> Iterator[tuple[Parameter, torch.Tensor]]:
-        """The parameters of a bucket, each with its part of a buffer of the whole bucket, in its shape."""
-        for parameter, start in zip(held.bucket.parameters, held.bucket.starts, strict=True):
-            yield parameter, whole[start : start + parameter.numel()].view(parameter.shape)
-
-    def _place_weights(self, held: Held) -> None:
-        """Let the parameters be views of the weights; without them NaN, so that no one reads what is not there unnoticed."""
-        if held.weights is None:
-            for parameter in held.bucket.parameters:
-                parameter.data = torch.full((), torch.nan, dtype=self.dtype, device=self.ctx.device).expand(parameter.shape)
-        else:
-            for parameter, view in self._views(held, held.weights):
-                parameter.data = view
-
-    def _place_grads(self, held: Held) -> None:
-        """Let each main_grad be a view of the gradients, or nothing."""
-        if held.grads is None:
-            for parameter in held.bucket.parameters:
-                parameter.main_grad = None
-        else:
-            for parameter, view in self._views(held, held.grads):
-                parameter.main_grad = view
-
-    def nbytes(self) -> dict[str, int]:
-        """Bytes that stay between steps: parameters and gradients, alignment included."""
-        return {"parameters": self.weights.nbytes, "gradients": self.grads.nbytes}
-
-    def segments(self) -> Iterator[Segment]:
-        """The gradients that this rank owns, parameter by parameter."""
-        for held in self.trained:
-            gradient = _there(held.own_grads)
-            for parameter, first, at, count in held.bucket.segments(held.own.start, held.own.stop):
-                yield Segment(parameter, first, gradient[at : at + count])
-
-    def whole(self, pieces: Sequence[torch.Tensor], frozen: bool = False) -> dict[str, tuple[ParamSpec, torch.Tensor]]:
-        """Logical name -> (spec, this tensor-parallel rank's tensor), from what each rank owns of every bucket (collective).
-
-        pieces: one for each trainable bucket, with `frozen` for all. At stage 0 the tensors are views, else copies on the CPU.
-        """
-        found: dict[str, tuple[ParamSpec, torch.Tensor]] = {}
-        for held, piece in zip(self.held if frozen else self.trained, pieces, strict=True):
-            everything = piece
-            if self.stage:
-                gathered = piece.new_empty(held.bucket.size)
-                start_gather_into(gathered, piece.contiguous(), self.axis).wait()
-                everything = gathered.cpu()
-            found |= {p.spec.name: (p.spec, view) for p, view in self._views(held, everything)}
-        return {p.spec.name: found[p.spec.name] for unit in self.units for p in unit.parameters if p.spec.name in found}
-
-    def keep_own(self, piece: torch.Tensor, held: Held, tensors: dict[str, tuple[ParamSpec, torch.Tensor]]) -> None:
-        """Fill what this rank owns of a bucket from whole tensors, as `whole` gives them."""
-        for parameter, first, at, count in held.bucket.segments(held.own.start, held.own.stop):
-            tensor = tensors[parameter.spec.name][1]
-            piece[at : at + count].copy_(tensor.reshape(-1)[first : first + count])
 
     # --- a step, as the executor and the units tell it --------------------------------------------------------------------
 
@@ -324,7 +184,7 @@ class FlatParameters:
     def publish(self, held: Held) -> None:
         """What this rank owns of a bucket has been updated: let the other ranks have it, beside what comes next."""
         if self.stage in (1, 2):
-            held.arriving = start_gather_into(_there(held.weights), held.own_weights, self.axis)
+            held.arriving = start_gather_into(there(held.weights), held.own_weights, self.axis)
             if not self.overlap:
                 self._fetch([held])
 
@@ -349,7 +209,7 @@ class FlatParameters:
                 f"a gradient for the bucket of {names} ... came after it was reduced. A parameter that several units use "
                 "must be among the parameters of each of them (`Unit.parameters`)."
             )
-        held.grads = self._pool.take(_there(held.own_grads), held.bucket.size).zero_()
+        held.grads = self._pool.take(there(held.own_grads), held.bucket.size).zero_()
         self._place_grads(held)
 
     def _complete(self, mine: Sequence[Held]) -> None:
@@ -367,17 +227,17 @@ class FlatParameters:
 
     def _start_reduction(self, held: Held) -> None:
         """Stages 0 and 1: sum a bucket over the replicas."""
-        held.reduced, grads = True, _there(held.grads)
+        held.reduced, grads = True, there(held.grads)
         for parameter in held.bucket.parameters:
             parameter.main_grad = None  # a gradient that comes too late is noticed
         if self.stage == 0:
             held.reducing = start_all_reduce(grads, self.axis)[1]
         else:
-            held.reducing = start_scatter_sum_into(_there(held.own_grads), grads, self.axis)
+            held.reducing = start_scatter_sum_into(there(held.own_grads), grads, self.axis)
 
     def _reduce_opened(self, held: Held) -> None:
         """Stages 2 and 3: sum a bucket's gradients over the replicas and add this rank's shard to what it keeps."""
-        grads, held.grads = _there(held.grads), None
+        grads, held.grads = there(held.grads), None
         self._place_grads(held)
         self._land(IN_FLIGHT - 1 if self.overlap else 0)
         self._flying.append((held, grads, start_scatter_sum_into(grads[held.own], grads, self.axis)))
@@ -389,7 +249,7 @@ class FlatParameters:
         while len(self._flying) > flying:
             held, grads, reducing = self._flying.pop(0)
             reducing.wait()
-            _there(held.own_grads).add_(grads[held.own])
+            there(held.own_grads).add_(grads[held.own])
             self._pool.give(grads)
 
     def reduce(self) -> None:
@@ -404,7 +264,7 @@ class FlatParameters:
             for held in self.trained:
                 if not held.reduced:
                     self._start_reduction(held)
-                _there(held.reducing).wait()
+                there(held.reducing).wait()
                 held.reducing = None
                 self._place_grads(held)
         partial = [s for s in self.segments() if s.parameter.spec.partial_over is not None]
@@ -416,14 +276,7 @@ class FlatParameters:
         for held in self.trained:
             tied = held.bucket.parameters[0].spec.tied
             if tied is not None:
-                all_reduce(_there(held.own_grads), getattr(self.ctx, tied))
-
-
-def _there(value: Any) -> Any:
-    """A value that must not be None. Raises ValueError."""
-    if value is None:
-        raise ValueError("a bucket's buffer is used at a stage, or at a moment, at which it has none")
-    return value
+                all_reduce(there(held.own_grads), getattr(self.ctx, tied))
 
 
 def _first(made: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -480,22 +333,6 @@ class _Uses:
         if self._chunks:
             self._chunks.pop()
         return bool(self._chunks) and self._chunks[-1] == chunk
-
-
-class _Pool:
-    """Buffers that are used again: fresh memory is slow on a CPU."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
-
-    def take(self, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """A buffer of so many elements, of the dtype and device of `like`, not cleared."""
-        free = self._free.get((elements, like.dtype))
-        return free.pop() if free else like.new_empty(elements)
-
-    def give(self, buffer: torch.Tensor) -> None:
-        """Take a buffer back."""
-        self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
 
 def _move_gradient(parameter: Any) -> None:

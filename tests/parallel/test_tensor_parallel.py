@@ -26,7 +26,7 @@ from megatrain.parallel.tensor_parallel import (
     vocab_parameter,
 )
 from megatrain.parallel.transport import Handle, World
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder, _Wrapper
+from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder, Wrapper
 from megatrain.parallel.weights import joined, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
@@ -358,7 +358,7 @@ class _Wait(Handle):
         return self.inner.done()
 
 
-class _OrderedGroup(_Wrapper):
+class _OrderedGroup(Wrapper):
     """Notes in `events` when a call starts and when it is waited for."""
 
     def __init__(self, inner, events):

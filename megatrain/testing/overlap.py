@@ -1,0 +1,108 @@
+"""How much of the data-parallel communication hides behind computation: measured call by call, on this rank."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatrain.config.schema import Config
+from megatrain.data.loader import Loader
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.schedules import Instruction
+from megatrain.parallel.transport import Group, Handle
+from megatrain.parallel.transport_wrappers import DelayedGroup, Wrapper
+from megatrain.testing.trace import RandomSamples
+from megatrain.training import assemble, train_step
+
+SMALL = 4096
+"""Bytes up to which a call is bookkeeping (loss, norm), not gradients or parameters."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the steps of one rank showed, medians over the steps."""
+
+    step_seconds: float
+    exposed_seconds: float
+    """In which the rank did nothing but start, or wait for, a reduction or gather of the data axis."""
+    first_reduction: float
+    """When the first reduction began, as a share of the last backward: below 0.5 is before its middle, above 1 after its end."""
+
+
+class _TimedHandle(Handle):
+    def __init__(self, inner: Handle, spent: Callable[[float], None]) -> None:
+        self._inner, self._spent = inner, spent
+
+    def wait(self) -> None:
+        began = time.monotonic()
+        self._inner.wait()
+        self._spent(time.monotonic() - began)
+
+    def done(self) -> bool:
+        return self._inner.done()
+
+
+class TimedGroup(Wrapper):
+    """A group that adds up how long its callers are held, and when reductions begin; small calls are left out."""
+
+    def __init__(self, inner: Group) -> None:
+        super().__init__(inner)
+        self.exposed = 0.0
+        self.reductions: list[float] = []
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.exposed, self.reductions = 0.0, []
+
+    def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
+        began = time.monotonic()
+        handle: Handle = start()
+        if larger is not None and larger.nbytes > SMALL:
+            self._spent(time.monotonic() - began)
+            handle = _TimedHandle(handle, self._spent)
+            if operation in ("all_reduce", "reduce_scatter"):
+                self.reductions.append(began)
+        if blocking:
+            handle.wait()
+        return handle
+
+    def barrier(self) -> None:
+        """As the inner group's."""
+        self.inner.barrier()
+
+    def _spent(self, seconds: float) -> None:
+        self.exposed += seconds
+
+
+def measured_overlap(ctx: ParallelContext, config: Config, steps: int, delay_seconds: float = 0.0) -> Overlap:
+    """Train `config` (its parallel.overlap and zero_stage among it) and measure (collective; two replicas or more).
+
+    delay_seconds: every call on the data axis takes at least as long, as on a slow network. Raises ValueError without replicas.
+    """
+    if ctx.dp_cp.group is None or config.model.vocab_size is None:
+        raise ValueError("overlap is measured between replicas: start two ranks or more, with model.vocab_size given")
+    inner = ctx.dp_cp.group
+    timed = TimedGroup(DelayedGroup(inner, delay_seconds) if delay_seconds else inner)
+    ctx = replace(ctx, dp_cp=replace(ctx.dp_cp, group=timed))
+    samples, train = RandomSamples(config.model.vocab_size, config.model.seq_length), config.train
+    spans: list[tuple[Instruction, float, float]] = []
+    seen: list[Overlap] = []
+    with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
+        run = assemble(config, ctx, loader, config.model.vocab_size)
+        run.observe = lambda *span: spans.append(span)
+        for _ in range(steps + 1):
+            timed.reset()
+            spans.clear()
+            began = time.monotonic()
+            train_step(run)
+            run.flat.settle()
+            seconds = time.monotonic() - began
+            _, start, end = next(span for span in reversed(spans) if span[0].frees)
+            first = (timed.reductions[0] - start) / (end - start)
+            seen.append(Overlap(seconds, timed.exposed, first))
+    rest = seen[1:]  # the first step sets up connections
+    return Overlap(*(statistics.median(getattr(s, name) for s in rest) for name in Overlap.__dataclass_fields__))
