@@ -35,6 +35,8 @@ _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Numbers made at a time: on a CPU the buffers (256 KiB each) should stay in the second-level cache, yet a torch call's
 work be well above the cost of making it (1 microsecond); on a GPU only memory is bounded."""
 
+_WORD = (1 << 32) - 1
+
 _SPLIT = (0x1E3779B9, 0x05EBCA6B)
 """Any two words: they make the second half of a descended key differ from the first."""
 
@@ -101,7 +103,7 @@ def dropout(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: i
     """Zero each element of `x` [s, b, h] with probability `p` and scale the others by 1 / (1 - p).
 
     Row r of x is position `first` + r of its sequence (sequence-parallel ranks pass where their part begins), and `samples`
-    [b] int64 is the place of each sequence in the global batch: an element's fate depends on (key, sample, position, column)
+    [b] int64, below 2^32, is the place of each sequence in the global batch: an element's fate depends on (key, sample, position, column)
     and not on how sequences are grouped into micro-batches or spread over ranks. The backward makes the mask again; it is
     never stored.
     Raises ValueError on a probability outside [0, 1) or where `samples` do not fit `x`.
@@ -152,10 +154,24 @@ def _drop(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int
 
 def _row_keys(key: Key, samples: torch.Tensor, first: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of (sample, position) for `s` positions from `first`: two int32 tensors [s * b, 1]."""
-    of_sample = _descend(samples.to(torch.int32), *_descend((samples >> 32).to(torch.int32), key.first, key.second))
+    of_sample = _descend(samples.to(torch.int32), *_descend_from_zero(key))
     positions = torch.arange(first, first + s, dtype=torch.int32, device=samples.device)
     a, c = _descend(positions[:, None], *of_sample)
     return a.view(-1, 1), c.view(-1, 1)
+
+
+def _descend_from_zero(key: Key) -> tuple[int, int]:
+    """`_descend` of the word 0, which is the upper half of any place in a batch, in Python's integers."""
+    first, second = _mix_word(_mix_word(key.first) ^ key.second), _mix_word(key.first ^ _SPLIT[0])
+    return _signed(first), _signed(_mix_word(second ^ key.second ^ _SPLIT[1]))
+
+
+def _mix_word(word: int) -> int:
+    """lowbias32 of one word, signed or not -> 0 .. 2^32 - 1."""
+    word &= _WORD
+    word = (word ^ word >> 16) * 0x7FEB352D & _WORD
+    word = (word ^ word >> 15) * 0x846CA68B & _WORD
+    return word ^ word >> 16
 
 
 def _mix(words: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
@@ -178,9 +194,14 @@ def _number(words: torch.Tensor, scratch: torch.Tensor, a: Word, b: Word) -> tor
 
 def _descend(words: torch.Tensor, a: Word, b: Word) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys below key (a, b), one per word: two int32 tensors of the broadcast shape, or 64 random bits a word."""
-    wide = words ^ a  # a fresh tensor of the broadcast shape
-    scratch = torch.empty_like(wide)
-    return _number(wide.clone(), scratch, 0, b), _number(wide, scratch, _SPLIT[0], b ^ _SPLIT[1])
+    wide = words ^ a
+    both = torch.stack((wide, wide ^ _SPLIT[0]))  # in one go: for a few numbers, calls are what costs
+    scratch = torch.empty_like(both)
+    first, second = _mix(both, scratch)
+    first.bitwise_xor_(b)
+    second.bitwise_xor_(b ^ _SPLIT[1])
+    first, second = _mix(both, scratch)
+    return first, second
 
 
 def _box_muller(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

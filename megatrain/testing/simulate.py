@@ -32,11 +32,14 @@ def simulate(
     *args: Any,
     timeout_seconds: float = 60.0,
     wrap: Callable[[World], World] | None = None,
+    in_turns: bool = True,
 ) -> list[Any]:
     """Call `fn(ctx, *args)` on every rank of `shape` at once and return the results in rank order.
 
     shape: a MeshShape, or a world size, which means that many data-parallel ranks. `ctx` is each rank's ParallelContext.
     timeout_seconds: limit of the whole call, and of each collective.
+    in_turns: one rank computes at a time, until it waits in a collective: three times as fast as threads that fight for the
+    interpreter. False where ranks wait for one another by other means (a threading.Barrier, a loop that looks), or sleep.
     wrap: applied to each rank's World before its groups are made (`lambda world: RecordedWorld(world, recorder)`).
 
     Each rank is one thread with one intra-op thread whose backward runs in itself. `args` are shared by all ranks, not copied.
@@ -51,6 +54,8 @@ def simulate(
     def run(world: MemoryWorld) -> None:
         torch.set_num_threads(1)
         torch.autograd.set_multithreading_enabled(False)
+        if in_turns:
+            world.begin_turn()
         try:
             ctx = ParallelContext.build(wrap(world) if wrap else world, mesh)
             results[world.rank] = fn(ctx, *args)

@@ -237,7 +237,7 @@ def test_ranks_that_disagree_all_get_an_error_that_names_both_calls(name):
         return str(caught.value)
 
     start = time.monotonic()
-    for message in simulate(3, run):
+    for message in simulate(3, run, in_turns=False):
         for word in ("disagree", "rank 1", "axis dp", *words):
             assert re.search(word, message), message
     assert time.monotonic() - start < 5
@@ -254,7 +254,7 @@ def test_ranks_that_disagree_without_waiting_hear_of_it_at_their_next_call():
         with pytest.raises(TransportError, match="disagree"):
             ctx.dp.group.barrier()
 
-    simulate(2, run)
+    simulate(2, run, in_turns=False)
 
 
 def test_a_message_that_does_not_fit():
@@ -313,7 +313,7 @@ def test_when_a_rank_dies_all_who_wait_anywhere_get_an_error():
 
     start = time.monotonic()
     with pytest.raises(KeyError, match="lost"):
-        simulate(MeshShape(tp=2, dp=2), run)
+        simulate(MeshShape(tp=2, dp=2), run, in_turns=False)
     assert time.monotonic() - start < 5
     assert heard.keys() == {0, 1, 2}
     assert all("rank 3 died: KeyError" in message for message in heard.values())
@@ -441,7 +441,7 @@ def test_recorder_says_who_waits_for_what(blocking):
             ctx.tp.group.all_reduce(torch.zeros(2, 3))
 
     before = time.monotonic()
-    simulate(MeshShape(tp=2), run)
+    simulate(MeshShape(tp=2), run, in_turns=False)
     (call,) = seen
     assert (call.axis, call.ranks, call.operation, call.sequence) == ("tp", (0, 1), "all_reduce", 1)
     assert (call.shape, call.dtype) == ((2, 3), torch.float32)
@@ -462,7 +462,7 @@ def test_delayed_group_leaves_the_caller_free():
         group.all_reduce(torch.zeros(2))
         return issued, overlapped, time.monotonic() - start - overlapped
 
-    for issued, overlapped, blocking in simulate(2, run):
+    for issued, overlapped, blocking in simulate(2, run, in_turns=False):
         assert issued < 0.1
         assert 0.2 <= overlapped < 0.33
         assert blocking >= 0.2

@@ -89,7 +89,7 @@ def test_a_rank_that_never_ends_is_shown_where_it_is():
             release.wait(20)
 
     with pytest.raises(TimeoutError, match=r"1 of 2 simulated ranks still ran after 0.2 s\nrank 1 was in:(.|\n)*release.wait"):
-        simulate(2, loop, timeout_seconds=0.2)
+        simulate(2, loop, timeout_seconds=0.2, in_turns=False)
     release.set()
 
 
