@@ -31,4 +31,4 @@ def split_float(high: torch.Tensor, low: torch.Tensor, x: torch.Tensor) -> None:
 def join_float(out: torch.Tensor, high: torch.Tensor, low: torch.Tensor) -> None:
     """out [n] float32 = the number whose halves are high [n] bfloat16 and low [n] int16. Contiguous."""
     bits = out.view(torch.int32)
-    bits.copy_(high.view(torch.int16)).bitwise_left_shift_(16).add_(low)
+    bits.copy_(high.view(torch.int16)).bitwise_left_shift_(16).add_(low.to(torch.int32))  # mixed types would add slowly

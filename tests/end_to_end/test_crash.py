@@ -191,22 +191,31 @@ def test_the_launch_script_gives_75_and_goes_on(house, uninterrupted_pair):
     jobs.same(run, uninterrupted_pair, STEPS)
 
 
-PIPELINES = {
-    "zb_v": ["parallel.virtual_pipeline_size=2", "parallel.schedule=zb_v"],
-    "1f1b, recompute, tensor parallel": ["train.recompute=full", "train.micro_batch_size=2", "parallel.tensor_parallel_size=2"],
+STAGES = "parallel.pipeline_parallel_size=2"
+ELSEWHERE = {
+    "zb_v": (2, [STAGES, "parallel.virtual_pipeline_size=2", "parallel.schedule=zb_v"]),
+    "1f1b, recompute, tensor parallel": (
+        4,
+        [STAGES, "train.recompute=full", "train.micro_batch_size=2", "parallel.tensor_parallel_size=2"],
+    ),
+    "zero 1": (2, ["parallel.zero_stage=1", "train.micro_batch_size=2"]),
+    "zero 3, masters in halves": (
+        2,
+        ["parallel.zero_stage=3", "train.micro_batch_size=2", "train.precision=bf16", "optim.master=split"],
+    ),
+    "zero 2, pipeline": (4, [STAGES, "parallel.schedule=zb_h1", "parallel.zero_stage=2", "train.micro_batch_size=2"]),
 }
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_a_pipeline_goes_on_to_the_bit_and_its_weights_load_elsewhere(house, tmp_path, name):
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_layout_goes_on_to_the_bit_and_its_weights_load_elsewhere(house, tmp_path, name):
     """12 steps; again from the checkpoint after 6; then one process goes on from the weights alone."""
     model = ["model.num_layers=4", "train.steps=12", "checkpoint.save_every=6"]
-    size = 4 if "tensor" in name else 2
+    size, layout = ELSEWHERE[name]
 
     def line(run, *more):
         return ["train", str(house / "config.yaml"), f"log.dir={tmp_path / run}", *model, *more]
 
-    layout = ["parallel.pipeline_parallel_size=2", *PIPELINES[name]]
     (whole,) = jobs.commands(tmp_path / "job", [line("whole", *layout)], size)
     assert [answer.code for answer in whole] == [0] * size, whole
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
