@@ -54,7 +54,10 @@ def theirs(device: str) -> Callable[[], None]:
     tensors = [torch.nn.Parameter(torch.randn(shape, device=device)) for _, shape in shapes()]
     for tensor in tensors:
         tensor.grad = torch.randn_like(tensor)
-    groups = [{"params": [t for t in tensors if t.dim() > 1]}, {"params": [t for t in tensors if t.dim() == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [t for t in tensors if t.dim() > 1]},
+        {"params": [t for t in tensors if t.dim() == 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.1, fused=True).step
 
 

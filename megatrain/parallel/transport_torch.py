@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megatrain.parallel.transport import (
     REDUCTIONS,
@@ -35,6 +36,8 @@ _DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Red
 # Torch 2.13 renamed these two; 2.9 to 2.12 know the old names alone.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+LINGER_SECONDS = 0.5
+"""How long a rank that leaves waits for the others."""
 _MESSAGES, _BLOCKS = 0, 1
 """Tags on gloo: the caller's messages, and the blocks that collectives made of messages exchange."""
 
@@ -354,9 +357,10 @@ def _blocks(whole: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
 class TorchWorld(World):
     """All ranks of a job of several processes, over torch.distributed. One at a time in a process."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, timeout_seconds: float) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, timeout_seconds: float, store: Store | None = None) -> None:
         self.rank = rank
         self.size = size
+        self._store = store
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._groups: list[TorchGroup] = []
@@ -403,7 +407,7 @@ class TorchWorld(World):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (RuntimeError, ValueError) as error:
             raise TransportError(f"rank {rank} of {size} cannot start {backend} on {device}: {error}") from error
-        return cls(rank, size, device, timeout_seconds)
+        return cls(rank, size, device, timeout_seconds, store)
 
     def group(self, name: str, ranks: Sequence[int]) -> Group:
         """Make the group of `ranks`, ascending. Raises TransportError if the others do not make it within the timeout."""
@@ -421,8 +425,21 @@ class TorchWorld(World):
         self._groups.append(group)
         return group
 
+    def _linger(self) -> None:
+        """Wait until all ranks leave, for LINGER_SECONDS at most."""
+        deadline, mine, store = time.monotonic() + LINGER_SECONDS, 1, self._store
+        with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
+            while store is not None and store.add("leaving", mine) < self.size and time.monotonic() < deadline:
+                mine = 0
+                time.sleep(0.005)
+
     def close(self) -> None:
-        """Leave the job: release every group made here. Ranks that still wait for this one get an error."""
+        """Leave the job: release every group made here. Ranks that still wait for this one get an error.
+
+        Waits a moment for ranks that are about to leave too: a connection that is closed early takes along what the other side has
+        not read yet, and it would report a lost connection instead of what all ranks failed of.
+        """
+        self._linger()
         self._watch.close()
         for group in self._groups:
             group.process_group = None  # connections close when the last reference goes

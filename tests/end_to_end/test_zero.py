@@ -1,14 +1,17 @@
 """ZeRO trains to the same numbers as one process, whatever it is combined with; and a world of one changes nothing."""
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from zero_grid import COVERING, GLOO, POINTS, STEPS, TRIPLES, compare, config_of, reference, shape_of
 
+from megatrain.models.objective import Loss, NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import simulate, spawn
 from megatrain.testing.trace import trace_run
+from megatrain.training import train_step
 
 
 def name(point):
@@ -68,3 +71,39 @@ def test_masters_in_halves_train_as_whole_ones_do(stage):
     assert whole.losses == halves.losses and whole.grad_norms == halves.grad_norms
     for name, weight in whole.weights.items():
         assert weight.dtype == torch.float32 and torch.equal(weight, halves.weights[name])
+
+
+@dataclass(frozen=True)
+class NoNumberOn(NextToken):
+    """Next token, but at step 1 the loss of one replica is not a number."""
+
+    replica: int
+    place: int
+
+    def __call__(self, head, hidden, batch):
+        loss = super().__call__(head, hidden, batch)
+        bad = batch.step == 1 and self.place == self.replica
+        return Loss(loss.total * math.nan, loss.correct) if bad else loss
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_replica_without_a_number_makes_all_ranks_skip(stage):
+    point = (stage, ("1f1b", 1, 2), (1, False), 2, 3, True, "none", 500)
+
+    def rank(ctx):
+        kept = []
+
+        def steps(run):
+            reports = [train_step(run)]
+            before = {name: tensor.clone() for name, (_, tensor) in run.optimizer.tensors()["weights"].items()}
+            reports.append(train_step(run))
+            after = run.optimizer.tensors()["weights"]
+            assert all(torch.equal(before[name], after[name][1]) for name in before)
+            reports.append(train_step(run))
+            kept.extend(reports)
+
+        trace_run(ctx, config_of(point), 1, objective=NoNumberOn(1, ctx.dp.rank), prepare=steps)
+        return [(r.skipped, math.isfinite(r.loss), r.step) for r in kept]
+
+    expected = [(False, True, 1), (True, False, 2), (False, True, 3)]
+    assert simulate(shape_of(point), rank) == [expected] * 4
