@@ -85,6 +85,8 @@ class Verifier:
     def check(self, layout: Layout, processes: bool = False) -> dict[str, float]:
         """Largest deviation of each kind. Raises Disagreement, or whatever ended the run."""
         config = layout.apply(self.config)
+        if processes:
+            config = _fewer_micro_batches(config, layout)
         if self._reference_trace is None:
             return self._check_bf16(layout, config, processes)
         traces = self._run(layout, config, self.steps, processes)
@@ -115,6 +117,14 @@ class Verifier:
                 )
         worst = max(abs(o.losses[0] - a.losses[0]) / abs(a.losses[0]) for o, (_, a) in zip(others, self._alone, strict=True))
         return {"loss": worst}
+
+
+def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
+    """The same batches in about as many micro-batches as the pipeline has stages: messages between processes are slow."""
+    micro, share = config.train.micro_batch_size, config.train.global_batch_size // layout.dp
+    while share // micro > max(2, layout.pp) and share % (2 * micro) == 0:
+        micro *= 2
+    return replace(config, train=replace(config.train, micro_batch_size=micro))
 
 
 def lean_trace(ctx: ParallelContext, config: Config, steps: int) -> Trace:
