@@ -9,9 +9,7 @@ The last rank to arrive at a collective carries it out for everyone, in rank ord
 Results are therefore the same bits on every rank and on every run. Calls are matched by their number in the group, messages by
 their order between two ranks; whatever does not match fails the whole world at once, as does a rank that dies, and a world in
 which every rank waits. A rank is one thread: another thread of the same rank must not wait while the first does.
-
-Ranks that ask for it (`begin_turn`) compute in turns, one at a time, and pass on when they wait: every operation of torch lets go of
-the interpreter's lock and takes it again, and with eight threads that want it a step takes three times as long.
+Ranks that ask for it compute in turns (`transport_turns.py`) and pass on when they wait.
 """
 
 from __future__ import annotations
@@ -36,10 +34,9 @@ from megatrain.parallel.transport import (
     check_place,
     check_reduction,
 )
+from megatrain.parallel.transport_turns import Turns
 
 _NOTHING = torch.empty(0)
-_TURN_SECONDS = 0.2
-"""How often a rank that waits for its turn looks whether the world has failed."""
 
 
 class _Part:
@@ -115,23 +112,11 @@ class _Job:
         self.waiting: dict[int, tuple[_Round, _Part]] = {}
         self.ended: dict[int, BaseException | None] = {}
         self.failure = ""
-        self._turn = threading.Lock()
-        self._in_turn: int | None = None
+        self.turns = Turns()
 
     def begin_turn(self, rank: int) -> None:
-        """Wait until no other rank computes in turns; once the world has failed, nobody waits."""
-        while not self._turn.acquire(timeout=_TURN_SECONDS):
-            if self.failure:
-                return
-        self._in_turn = rank
-
-    def end_turn(self, rank: int) -> bool:
-        """Let another rank compute; whether this one was in turn."""
-        if self._in_turn != rank:
-            return False
-        self._in_turn = None
-        self._turn.release()
-        return True
+        """Wait for a turn; once the world has failed, nobody waits."""
+        self.turns.begin(rank, lambda: self.failure)
 
     # All methods below are called with the lock held.
 
@@ -201,7 +186,7 @@ class _MemoryHandle(Handle):
         """Block until the call is done."""
         if not self._round.done:
             group = self._part.group
-            in_turn = group.job.end_turn(group.world_rank)
+            in_turn = group.job.turns.end(group.world_rank)
             with group.job.lock:
                 group.job.wait(group.world_rank, self._round, self._part)
             if in_turn:
@@ -453,7 +438,7 @@ class MemoryWorld(World):
 
     def leave(self, error: BaseException | None = None) -> None:
         """Say that this rank has returned or, with `error`, died: ranks that wait for it get a TransportError at once."""
-        self._job.end_turn(self.rank)
+        self._job.turns.end(self.rank)
         with self._job.lock:
             self._job.ended[self.rank] = error
             if error is not None:
