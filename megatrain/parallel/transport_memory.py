@@ -8,8 +8,8 @@ The last rank to arrive at a collective carries it out for everyone, in rank ord
 
 Results are therefore the same bits on every rank and on every run. Calls are matched by their number in the group, messages by
 their order between two ranks; whatever does not match fails the whole world at once, as does a rank that dies, and a world in
-which every rank waits. A rank is one thread: another thread of the same rank must not wait while the first does.
-Ranks that ask for it compute in turns (`transport_turns.py`) and pass on when they wait.
+which every rank waits. A rank is one thread: another thread of the same rank must not wait while the first does. Ranks that ask for it
+compute in turns (`transport_turns.py`).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class _Job:
         self.turns = Turns()
 
     def begin_turn(self, rank: int) -> None:
-        """Wait for a turn; once the world has failed, nobody waits."""
+        """Wait for a turn, unless the world has failed."""
         self.turns.begin(rank, lambda: self.failure)
 
     # All methods below are called with the lock held.
@@ -185,12 +185,12 @@ class _MemoryHandle(Handle):
     def wait(self) -> None:
         """Block until the call is done."""
         if not self._round.done:
-            group = self._part.group
-            in_turn = group.job.turns.end(group.world_rank)
-            with group.job.lock:
-                group.job.wait(group.world_rank, self._round, self._part)
+            job, rank = self._part.group.job, self._part.group.world_rank
+            in_turn = job.turns.end(rank)
+            with job.lock:
+                job.wait(rank, self._round, self._part)
             if in_turn:
-                group.job.begin_turn(group.world_rank)
+                job.begin_turn(rank)
 
     def done(self) -> bool:
         """Whether all parts have met."""
@@ -433,7 +433,7 @@ class MemoryWorld(World):
         return MemoryGroup(self._job, meeting, members, self.rank)
 
     def begin_turn(self) -> None:
-        """Compute in turns with the other ranks that do, from now on and until `leave`."""
+        """Compute in turns with the other ranks that do, until `leave`."""
         self._job.begin_turn(self.rank)
 
     def leave(self, error: BaseException | None = None) -> None:
