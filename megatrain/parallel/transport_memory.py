@@ -114,10 +114,6 @@ class _Job:
         self.failure = ""
         self.turns = Turns()
 
-    def begin_turn(self, rank: int) -> None:
-        """Wait for a turn, unless the world has failed."""
-        self.turns.begin(rank, lambda: self.failure)
-
     # All methods below are called with the lock held.
 
     def check(self) -> None:
@@ -190,7 +186,7 @@ class _MemoryHandle(Handle):
             with job.lock:
                 job.wait(rank, self._round, self._part)
             if in_turn:
-                job.begin_turn(rank)
+                job.turns.begin(rank, lambda: job.failure)
 
     def done(self) -> bool:
         """Whether all parts have met."""
@@ -434,7 +430,7 @@ class MemoryWorld(World):
 
     def begin_turn(self) -> None:
         """Compute in turns with the other ranks that do, until `leave`."""
-        self._job.begin_turn(self.rank)
+        self._job.turns.begin(self.rank, lambda: self._job.failure)
 
     def leave(self, error: BaseException | None = None) -> None:
         """Say that this rank has returned or, with `error`, died: ranks that wait for it get a TransportError at once."""
