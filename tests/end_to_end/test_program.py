@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import jobs
 import pytest
@@ -17,6 +19,7 @@ from megatrain.evaluate import evaluate
 from megatrain.models.batch import AttentionMask, MicroBatch
 from megatrain.models.objective import Loss, NextToken
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.program import Watch
 from megatrain.testing import simulate
 from megatrain.testing.trace import RandomSamples, mesh_shape
 from megatrain.training import assemble, train_step
@@ -344,3 +347,43 @@ class FirstPlaces(NextToken):
 
     def __call__(self, head, hidden, batch):
         return super().__call__(head, hidden, self.counted(batch))
+
+
+# --- data parallelism -------------------------------------------------------------------------------------------------------
+
+
+def test_copies_are_compared_every_so_many_steps(house, tmp_path, monkeypatch):
+    at = []
+    run = megatrain.build(tree(house, tmp_path, train={"audit_every": 3}))
+    monkeypatch.setattr("megatrain.program.audit", lambda flat, optimizer, ctx: at.append(run.step))
+    assert megatrain.train(run)
+    assert at == [3, 6]
+    run.loader.close()
+
+
+@pytest.mark.parametrize(
+    ("stage", "dp", "micro_batch_size", "expected"),
+    [
+        (1, 2, 2, []),
+        (3, 1, 2, ["parallel.zero_stage=3 changes nothing: there is one replica"]),
+        (2, 2, 8, []),
+        (2, 2, 2, [r"zero_stage=2 with 4 micro-batches on a rank moves [\d.]+ MB a step over the data axis, 2.5x of stage 1"]),
+        (3, 2, 8, [r"zero_stage=3 with 1 micro-batches on a rank moves [\d.]+ MB a step .* 1.5x of stage 1"]),
+    ],
+)
+def test_what_is_wasteful_is_said_with_the_figure(stage, dp, micro_batch_size, expected):
+    config = config_of((1, False, dp, 4), (True, 101, 1, 0.1, "fp32"))
+    config = replace(
+        config,
+        parallel=replace(config.parallel, zero_stage=stage),
+        train=replace(config.train, micro_batch_size=micro_batch_size),
+    )
+
+    def notes(ctx):
+        t = config.train
+        with Loader(RandomSamples(101, 16), t.global_batch_size, t.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
+            run = assemble(config, ctx, loader, 101)
+            return Watch._notes(SimpleNamespace(config=config, job=run))
+
+    for said in simulate(mesh_shape(config, dp), notes):
+        assert len(said) == len(expected) and all(re.search(e, s) for e, s in zip(expected, said, strict=True)), said

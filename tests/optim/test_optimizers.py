@@ -9,7 +9,7 @@ from reference_schedules import reference_rates
 from megatrain.config.schema import OptimConfig
 from megatrain.optim.clip import clip_divisor, local_squared_norm
 from megatrain.optim.mixed_precision import Optimizer
-from megatrain.optim.schedule import learning_rate
+from megatrain.optim.schedule import learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import MeshShape, ParallelContext
@@ -132,3 +132,21 @@ def test_clipping_divides_by_at_least_one():
     norms = torch.tensor([0.5, 2.0], dtype=torch.float64)
     assert clip_divisor(norms, 1.0).tolist() == [1.0, pytest.approx(2.000001, abs=1e-12)]
     assert clip_divisor(norms, 0.0).tolist() == [1.0, 1.0]
+
+
+def test_weight_decay_follows_the_samples():
+    config = OptimConfig(weight_decay=0.1, weight_decay_end=0.5)
+    assert [weight_decay(config, step * 8, 8, 5) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    assert weight_decay(OptimConfig(weight_decay=0.1), 80, 8, 5) == 0.1
+
+
+def test_a_decay_of_its_own_for_a_step():
+    weights = []
+    for decay in (None, 0.5):
+        (parameter,) = parameters(torch.float64)[:1]
+        flat = flat_of([parameter])
+        optimizer = Optimizer(flat, OptimConfig(name="adamw", weight_decay=0.1))
+        before = parameter.detach().clone()
+        optimizer.step(1.0, torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0), decay)
+        weights.append((parameter.detach() / before).mean().item())
+    assert weights == pytest.approx([0.9, 0.5])

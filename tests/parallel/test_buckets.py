@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.parallel.buckets import ALIGNMENT, Unit, make_buckets
+from megatrain.parallel.buckets import ALIGNMENT, Unit, make_buckets, traffic
 from megatrain.parallel.param import Parameter, ParamSpec
 
 
@@ -108,3 +108,9 @@ def test_every_element_has_one_place_and_one_owner(sizes, shards, largest, by_un
         if largest > 300 or len(bucket.parameters) == 1:
             continue
         assert sum(p.numel() for p in bucket.parameters) <= largest or not bucket.decay
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(0, 8), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * (4 + 2 * 2))])
+def test_bytes_over_the_data_axis(stage, expected):
+    """Of the table in zero.py: BF16 weights, float32 gradients, 3 micro-batches, 4 ranks."""
+    assert traffic(1000, 4, stage, 3, 2, 4) == expected * 1000 * 3 // 4
