@@ -166,7 +166,7 @@ class Decoder:
 
     def _empty_cache(self, block: Block) -> KeyValueCache:
         build = self.chunks[0].build
-        head_dim = build.config.head_dim
+        head_dim = build.config.head_size
         return KeyValueCache(1, block.attention.key_heads, self.capacity, head_dim, build.dtype, build.device)
 
 

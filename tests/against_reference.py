@@ -53,6 +53,10 @@ def reference_of(config: Config) -> ReferenceRun:
         bias=m.bias,
         tied_embeddings=m.tied_embeddings,
         explicit_softmax=True,
+        head_dim=m.head_dim,
+        qkv_bias=m.qkv_bias,
+        qk_norm=m.qk_norm,
+        embedding_norm=m.embedding_norm,
     ).to(dtype)
     model.load_logical(start)
     loader = Loader(RandomSamples(m.vocab_size, m.seq_length, t.seed), t.global_batch_size, t.micro_batch_size, 0, 1)

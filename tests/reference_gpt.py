@@ -42,13 +42,27 @@ def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
 class Attention(nn.Module):
     """Causal self-attention with `groups` key/value heads."""
 
-    def __init__(self, hidden: int, heads: int, groups: int, bias: bool, rope_theta: float | None, explicit: bool) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        groups: int,
+        bias: bool,
+        rope_theta: float | None,
+        explicit: bool,
+        width: int | None = None,
+        qkv_bias: bool | None = None,
+        head_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        self.width = hidden // heads
+        self.width = width or hidden // heads
+        qkv_bias = bias if qkv_bias is None else qkv_bias
         self.heads, self.groups, self.rope_theta, self.explicit = heads, groups, rope_theta, explicit
-        self.query = nn.Linear(hidden, heads * self.width, bias=bias)
-        self.key = nn.Linear(hidden, groups * self.width, bias=bias)
-        self.value = nn.Linear(hidden, groups * self.width, bias=bias)
+        self.query = nn.Linear(hidden, heads * self.width, bias=qkv_bias)
+        self.key = nn.Linear(hidden, groups * self.width, bias=qkv_bias)
+        self.value = nn.Linear(hidden, groups * self.width, bias=qkv_bias)
+        self.query_norm = head_norm(self.width) if head_norm else nn.Identity()
+        self.key_norm = head_norm(self.width) if head_norm else nn.Identity()
         self.output = nn.Linear(heads * self.width, hidden, bias=bias)
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,6 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
+        q, k = self.query_norm(q), self.key_norm(k)
         if self.rope_theta is not None:
             q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
         k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
@@ -118,27 +133,36 @@ class ReferenceGPT(nn.Module):
         bias: bool = True,
         tied_embeddings: bool = True,
         explicit_softmax: bool = False,
+        head_dim: int | None = None,
+        qkv_bias: bool | None = None,
+        qk_norm: bool = False,
+        embedding_norm: bool = False,
     ) -> None:
         super().__init__()
         groups = num_query_groups or num_attention_heads
-        theta = {"learned": None, "rope": rope_theta}[position]
+        theta = {"learned": None, "none": None, "rope": rope_theta}[position]
 
-        def make_norm() -> nn.Module:
+        def make_norm(width: int = hidden_size) -> nn.Module:
             if norm == "rmsnorm":
-                return nn.RMSNorm(hidden_size, eps=norm_eps)
-            return {"layernorm": nn.LayerNorm}[norm](hidden_size, eps=norm_eps, bias=bias)
+                return nn.RMSNorm(width, eps=norm_eps)
+            return {"layernorm": nn.LayerNorm}[norm](width, eps=norm_eps, bias=bias)
+
+        head_norm = make_norm if qk_norm else None
 
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         self.positions = nn.Embedding(seq_length, hidden_size) if position == "learned" else None
         self.layers = nn.ModuleList(
             Block(
                 make_norm(),
-                Attention(hidden_size, num_attention_heads, groups, bias, theta, explicit_softmax),
+                Attention(
+                    hidden_size, num_attention_heads, groups, bias, theta, explicit_softmax, head_dim, qkv_bias, head_norm
+                ),
                 make_norm(),
                 MLP(hidden_size, ffn_hidden_size, activation, bias),
             )
             for _ in range(num_layers)
         )
+        self.embedding_norm = make_norm() if embedding_norm else nn.Identity()
         self.final_norm = make_norm()
         self.head = None if tied_embeddings else nn.Linear(hidden_size, vocab_size, bias=False)
 
@@ -146,6 +170,7 @@ class ReferenceGPT(nn.Module):
         x = self.tokens(tokens)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.shape[1]]
+        x = self.embedding_norm(x)
         x = x * masks("embedding").to(x)
         for i, block in enumerate(self.layers):
             x = block(x, masks(f"layers.{i}.attention").to(x), masks(f"layers.{i}.mlp").to(x))
@@ -155,7 +180,7 @@ class ReferenceGPT(nn.Module):
         """Logical name and parameter of every weight; a tied head appears once, as the embedding."""
         renamed = {"tokens.weight": "embedding.tokens", "positions.weight": "embedding.positions"}
         for name, parameter in self.named_parameters():
-            yield renamed.get(name, name), parameter
+            yield renamed.get(name, name).replace("embedding_norm.", "embedding.norm."), parameter
 
     def load_logical(self, state: dict[str, torch.Tensor]) -> None:
         """Copy all weights in; `state` has exactly the logical names and shapes."""

@@ -30,7 +30,8 @@ class ModelConfig:
     init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.")
     num_layers: int = knob(8, "Number of transformer blocks.")
     hidden_size: int = knob(512, "Width h of the residual stream.")
-    num_attention_heads: int = knob(8, "Query heads a; the head dimension is hidden_size / num_attention_heads.")
+    num_attention_heads: int = knob(8, "Query heads a.")
+    head_dim: int | None = knob(None, "Width d of one attention head; null means hidden_size / num_attention_heads.")
     num_query_groups: int | None = knob(
         None, "Key/value heads (grouped-query attention, arXiv:2305.13245); null means num_attention_heads, 1 is multi-query."
     )
@@ -50,6 +51,9 @@ class ModelConfig:
     )
     rope_theta: float = knob(10000.0, "Base of the rotary frequencies.")
     bias: bool = knob(True, "Biases in the linear layers and, with layernorm, in the norms.")
+    qkv_bias: bool | None = knob(None, "Biases of queries, keys and values; null means as `bias` (Qwen2 has them there alone).")
+    qk_norm: bool = knob(False, "Normalise every head's queries and keys, over d (arXiv:2302.05442; Qwen3, arXiv:2505.09388).")
+    embedding_norm: bool = knob(False, "Normalise the sum of token and position embeddings (BLOOM, arXiv:2211.05100).")
     tied_embeddings: bool = knob(True, "The output head shares the token embedding (arXiv:1608.05859).")
     dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches.")
     init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights.")
@@ -58,9 +62,14 @@ class ModelConfig:
     )
 
     @property
-    def head_dim(self) -> int:
+    def head_size(self) -> int:
         """Width d of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def qkv_biased(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def query_groups(self) -> int:

@@ -29,7 +29,7 @@ DEFERRED = (
     Deferred("model.preset", (None,), "published shapes come in a later release; give the shape key by key"),
     Deferred("model.init_from", (None,), "starting from given weights comes in a later release"),
     Deferred("model.norm_placement", ("pre",), "other placements of the norms come in a later release"),
-    Deferred("model.position", ("learned", "rope"), "other position encodings come in a later release"),
+    Deferred("model.position", ("learned", "rope", "none"), "other position encodings come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
     Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
     Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
@@ -42,8 +42,8 @@ LATER_WRITERS = ("wandb", "mlflow")
 """What `log.to` takes, now and later."""
 
 POSITIVE = (
-    *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")),
-    *(f"model.{name}" for name in ("seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
+    *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "head_dim", "num_query_groups")),
+    *(f"model.{name}" for name in ("ffn_hidden_size", "seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
     *(
         f"parallel.{name}"
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
@@ -153,7 +153,7 @@ def _require_data(config: Config) -> None:
 
 def _require_heads(model: ModelConfig) -> None:
     hidden, heads, groups = model.hidden_size, model.num_attention_heads, model.query_groups
-    if hidden % heads:
+    if model.head_dim is None and hidden % heads:
         raise ConfigError(
             f"model.hidden_size={hidden} is not a multiple of model.num_attention_heads={heads}. Use model.hidden_size="
             f"{choices(_multiples(hidden, heads))}, or model.num_attention_heads={choices(_nearest(_divisors(hidden), heads))}."
@@ -163,11 +163,16 @@ def _require_heads(model: ModelConfig) -> None:
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}. "
             f"Use model.num_query_groups={choices(_divisors(heads))}."
         )
-    if model.position == "rope" and model.head_dim % 2:
+    if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
+        fits = choices(_multiples(model.head_dim, 2))
+        raise ConfigError(
+            f"model.position=rope turns pairs of numbers, but model.head_dim={model.head_dim}. Use model.head_dim={fits}."
+        )
+    if model.position == "rope" and model.head_size % 2:
         even = [count for count in _divisors(hidden) if hidden // count % 2 == 0]
         fits = f"model.num_attention_heads={choices(_nearest(even, heads))}" if even else "an even model.hidden_size"
         raise ConfigError(
-            f"model.position=rope turns pairs of numbers, but the head dimension is {model.head_dim} "
+            f"model.position=rope turns pairs of numbers, but the head dimension is {model.head_size} "
             f"(model.hidden_size={hidden} / model.num_attention_heads={heads}). Use {fits}."
         )
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from megatrain.kernels.attention import attention
 from megatrain.models.batch import MicroBatch
-from megatrain.models.layers import Build
+from megatrain.models.layers import Build, Norm
 from megatrain.models.position import Rotary
 from megatrain.models.recompute import Remake
 from megatrain.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -40,7 +40,7 @@ class Attention(nn.Module):
     def __init__(self, name: str, build: Build) -> None:
         super().__init__()
         config = build.config
-        h, d = config.hidden_size, config.head_dim
+        h, d = config.hidden_size, config.head_size
         shared = build.linears
         width, groups = config.num_attention_heads * d, config.query_groups
         outputs = [
@@ -48,10 +48,13 @@ class Attention(nn.Module):
             (f"{name}.key", groups * d, groups),
             (f"{name}.value", groups * d, groups),
         ]
-        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init, **shared)
+        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init, **{**shared, "bias": config.qkv_biased})
         self.output = RowParallelLinear(
             f"{name}.output", width, h, config.num_attention_heads, build.tp, init=build.residual_init, **shared
         )
+        # Every rank of tp sees other heads, so the gradients of these norms are partial sums.
+        self.query_norm = Norm(f"{name}.query_norm", build, d, "tp") if config.qk_norm else None
+        self.key_norm = Norm(f"{name}.key_norm", build, d, "tp") if config.qk_norm else None
         self.rotary = Rotary(build) if config.position == "rope" else None
         self.head_dim = d
 
@@ -65,9 +68,12 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape. remake: makes x again, so that it is not kept."""
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, batch.postponed, remake))  # each [s, b, heads, d]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         if self.rotary is not None:
             q, k = self.rotary(batch, q, k)
-            v = v.contiguous()  # else it would keep the unrotated q and k alive, which lie in the same storage
+            if self.query_norm is None:  # norms keep their inputs anyway
+                v = v.contiguous()  # else it would keep the unrotated q and k alive, which lie in the same storage
         if cache is not None:
             k, v = cache.extend(k, v)
         return self.output(attention(q, k, v, causal=batch.mask.causal), batch.postponed)

@@ -27,7 +27,7 @@ from megatrain.parallel.tensor_parallel import (
 
 
 class Embedding(nn.Module):
-    """Token embedding plus learned positions, with dropout."""
+    """Token embedding plus learned positions, normalised where asked for, with dropout."""
 
     def __init__(self, vocab_size: int, build: Build) -> None:
         super().__init__()
@@ -44,6 +44,7 @@ class Embedding(nn.Module):
         )
         learned = build.config.position == "learned"
         self.positions = LearnedPositions("embedding.positions", build) if learned else None
+        self.norm = Norm("embedding.norm", build) if build.config.embedding_norm else None
         self.dropout = Dropout(build, "embedding")
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
@@ -51,6 +52,8 @@ class Embedding(nn.Module):
         x = self.tokens(batch.tokens)
         if self.positions is not None:
             x = self.positions(x, batch)
+        if self.norm is not None:
+            x = self.norm(x)
         return self.dropout(x, batch)
 
 

@@ -69,12 +69,13 @@ class Build:
 
 
 class Norm(nn.Module):
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over h; statistics in at least float32."""
+    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim; statistics in at least float32."""
 
-    def __init__(self, name: str, build: Build) -> None:
+    def __init__(self, name: str, build: Build, width: int | None = None, partial: str | None = None) -> None:
+        """width: of what is normalised, h by default; partial: the axis over which the gradients of its parameters are partial sums."""
         super().__init__()
-        config, partial = build.config, build.replicated_partial
-        size = (config.hidden_size,)
+        config, partial = build.config, partial or build.replicated_partial
+        size = (width or config.hidden_size,)
         weight = ParamSpec(f"{name}.weight", size, None, partial, decay=False, init=Init("constant", 1.0))
         bias = ParamSpec(f"{name}.bias", size, None, partial, decay=False, init=Init("constant", 0.0))
         self.weight = make_parameters([weight], build.tp, build.dtype, build.device)[0]

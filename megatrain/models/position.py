@@ -62,7 +62,7 @@ class Rotary(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         config = build.config
-        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
+        frequencies = config.rope_theta ** -(torch.arange(0, config.head_size, 2, dtype=torch.float64) / config.head_size)
         angles = torch.arange(config.seq_length, dtype=torch.float64)[:, None] * frequencies
         # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
         for name, table in (("cos", angles.cos()), ("sin", angles.sin())):

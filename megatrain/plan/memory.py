@@ -34,6 +34,7 @@ def layer_activation_bytes(
         input of both norms                    2 / (t)     [the sequence is whole, without 1/t, without sequence parallelism]
         outputs of both norms                  2 / (t)     not under selective
         q, k, v and the attention's output     (2 + 2 g/a) / t
+        q and k before their norms, if any         (1 + g/a) / t
         angles of rope                         2 (d/2) / h
         before the activation                  n (f/h) / t
         after it (gated: and the act of gate)  n (f/h) / t  not under selective; relu keeps its output alone
@@ -46,12 +47,14 @@ def layer_activation_bytes(
         return stream * element_bytes
     keeps = recompute == "none"
     key_heads = max(model.query_groups / ranks, 1.0)
-    heads = (2 * model.num_attention_heads / ranks + 2 * key_heads) * model.head_dim * tokens
-    angles = tokens * model.head_dim if model.position == "rope" else 0
+    again = 1 if model.qk_norm else 0
+    heads = ((2 + again) * model.num_attention_heads / ranks + (2 + again) * key_heads) * model.head_size * tokens
+    angles = tokens * model.head_size if model.position == "rope" else 0
     inner = tokens * model.ffn_size / ranks * (2 if model.gated else 1)
     both = keeps and model.activation != "relu"
     elements = stream * (4 if keeps else 2) + heads + angles + inner * (2 if both else 1)
-    statistics = 2 * rows * (2 if model.norm == "layernorm" else 1)
+    normalised = 2 * rows + again * tokens * (model.num_attention_heads / ranks + key_heads)
+    statistics = normalised * (2 if model.norm == "layernorm" else 1)
     return elements * element_bytes + statistics * STATISTICS_BYTES
 
 

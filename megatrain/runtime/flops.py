@@ -41,12 +41,14 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     """Logical parameters of a pre-norm GPT, with biases, norms and learned positions; without padding, and a tied head once."""
     h, query, key, f = _widths(model)
     matrices = _block_matrices(model)
-    linear_biases = (query + 2 * key + h) + (f * (2 if model.gated else 1) + h) if model.bias else 0
-    norm = h * (2 if model.norm == "layernorm" and model.bias else 1)
-    blocks = model.num_layers * (matrices + linear_biases + 2 * norm)
+    biases = h + (f * (2 if model.gated else 1) + h) if model.bias else 0
+    biases += query + 2 * key if model.qkv_biased else 0
+    each = 2 if model.norm == "layernorm" and model.bias else 1
+    norm, head_norms = h * each, (2 * model.head_size * each if model.qk_norm else 0)
+    blocks = model.num_layers * (matrices + biases + 2 * norm + head_norms)
     positions = model.seq_length * h if model.position == "learned" else 0
     embeddings = vocab_size * h * (1 if model.tied_embeddings else 2)
-    return embeddings + positions + blocks + norm
+    return embeddings + positions + blocks + norm + (norm if model.embedding_norm else 0)
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> tuple[float, float]:
@@ -85,7 +87,7 @@ def hardware_flops_per_token(
 
 def _widths(model: ModelConfig) -> tuple[int, int, int, int]:
     """h, a d (queries), g d (keys, and as many values), f."""
-    d = model.head_dim
+    d = model.head_size
     return model.hidden_size, model.num_attention_heads * d, model.query_groups * d, model.ffn_size
 
 
@@ -98,7 +100,7 @@ def _block_matrices(model: ModelConfig) -> int:
 def _attention(model: ModelConfig, causal_half: bool) -> float:
     """Forward FLOPs per token of one layer's two attention products."""
     keys = model.seq_length / 2 if causal_half else model.seq_length
-    return 4 * model.num_attention_heads * model.head_dim * keys
+    return 4 * model.num_attention_heads * model.head_size * keys
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def shrunk(config: Config) -> Config:
     heads = min(heads, model.num_attention_heads)
     ratio = model.num_attention_heads // model.query_groups
     groups = max(1, heads // ratio)
-    head_dim = min(model.head_dim, 8)
+    head_dim = min(model.head_size, 8)
     hidden = heads * head_dim
     ffn = model.ffn_hidden_size
     vocab = model.vocab_size

@@ -247,7 +247,7 @@ LATER = [
     ("model.preset", "gpt2_124m", "published shapes"),
     ("model.init_from", "DIR", "starting from given weights"),
     *(("model.norm_placement", value, "other placements") for value in ("post", "deepnorm", "sandwich")),
-    *(("model.position", value, "other position encodings") for value in ("alibi", "none", "learned_2d", "rope_2d")),
+    *(("model.position", value, "other position encodings") for value in ("alibi", "learned_2d", "rope_2d")),
     ("parallel.context_parallel_size", 2, "context parallelism"),
     ("parallel.expert_parallel_size", 2, "mixtures of experts"),
     ("optim.name", "muon", "Muon"),

@@ -22,6 +22,8 @@ MODELS = {
     "dropout": replace(BASE, dropout=0.1, bias=False),
     "llama": replace(BASE, position="rope", norm="rmsnorm", activation="swiglu", bias=False, num_query_groups=2),
     "relu": replace(BASE, activation="relu", position="rope"),
+    "normalised heads": replace(BASE, qk_norm=True, num_query_groups=2, head_dim=24),
+    "normalised heads, turned": replace(BASE, qk_norm=True, norm="rmsnorm", position="rope", bias=False),
     "geglu": replace(BASE, activation="geglu", ffn_hidden_size=192, num_query_groups=1),
 }
 
