@@ -10,7 +10,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Norm
 from megatrain.models.position import Rotary
 from megatrain.models.recompute import Remake
-from megatrain.parallel.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
 
 
 class KeyValueCache:
@@ -42,13 +42,14 @@ class Attention(nn.Module):
         config = build.config
         h, d = config.hidden_size, config.head_size
         shared = build.linears
+        qkv: Linears = {**shared, "bias": config.qkv_biased}
         width, groups = config.num_attention_heads * d, config.query_groups
         outputs = [
             (f"{name}.query", width, config.num_attention_heads),
             (f"{name}.key", groups * d, groups),
             (f"{name}.value", groups * d, groups),
         ]
-        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init, **{**shared, "bias": config.qkv_biased})
+        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init, **qkv)
         self.output = RowParallelLinear(
             f"{name}.output", width, h, config.num_attention_heads, build.tp, init=build.residual_init, **shared
         )

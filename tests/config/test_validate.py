@@ -149,6 +149,11 @@ def test_what_is_accepted(world_size, values):
             "model.num_attention_heads=5). Use an even model.hidden_size.",
         ),
         (
+            1,
+            {"model__position": "rope", "model__head_dim": 5},
+            "model.position=rope turns pairs of numbers, but model.head_dim=5. Use model.head_dim=4 or 6.",
+        ),
+        (
             2,
             {"train__global_batch_size": 30},
             "train.global_batch_size=30 is not a multiple of train.micro_batch_size=4 x 2 data-parallel replicas = 8. "
