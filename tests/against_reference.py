@@ -57,6 +57,7 @@ def reference_of(config: Config) -> ReferenceRun:
         qkv_bias=m.qkv_bias,
         qk_norm=m.qk_norm,
         embedding_norm=m.embedding_norm,
+        logit_softcap=m.logit_softcap,
     ).to(dtype)
     model.load_logical(start)
     loader = Loader(RandomSamples(m.vocab_size, m.seq_length, t.seed), t.global_batch_size, t.micro_batch_size, 0, 1)

@@ -137,8 +137,10 @@ class ReferenceGPT(nn.Module):
         qkv_bias: bool | None = None,
         qk_norm: bool = False,
         embedding_norm: bool = False,
+        logit_softcap: float = 0.0,
     ) -> None:
         super().__init__()
+        self.logit_softcap = logit_softcap
         groups = num_query_groups or num_attention_heads
         theta = {"learned": None, "none": None, "rope": rope_theta}[position]
 
@@ -174,7 +176,8 @@ class ReferenceGPT(nn.Module):
         x = x * masks("embedding").to(x)
         for i, block in enumerate(self.layers):
             x = block(x, masks(f"layers.{i}.attention").to(x), masks(f"layers.{i}.mlp").to(x))
-        return F.linear(self.final_norm(x), self.tokens.weight if self.head is None else self.head.weight)
+        logits = F.linear(self.final_norm(x), self.tokens.weight if self.head is None else self.head.weight)
+        return logits if not self.logit_softcap else self.logit_softcap * (logits / self.logit_softcap).tanh()
 
     def logical(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Logical name and parameter of every weight; a tied head appears once, as the embedding."""

@@ -55,6 +55,9 @@ class ModelConfig:
     qk_norm: bool = knob(False, "Normalise every head's queries and keys, over d (arXiv:2302.05442; Qwen3, arXiv:2505.09388).")
     embedding_norm: bool = knob(False, "Normalise the sum of token and position embeddings (BLOOM, arXiv:2211.05100).")
     tied_embeddings: bool = knob(True, "The output head shares the token embedding (arXiv:1608.05859).")
+    logit_softcap: float = knob(
+        0.0, "c: logits become c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2); 0 leaves them."
+    )
     dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches.")
     init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights.")
     scale_residual_init: bool = knob(

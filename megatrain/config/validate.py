@@ -53,6 +53,7 @@ POSITIVE = (
     *(f"log.{name}" for name in ("every", "peak_tflops")),
 )
 NOT_NEGATIVE = (
+    "model.logit_softcap",
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
     *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every")),
     *(f"checkpoint.{name}" for name in ("save_every", "keep")),

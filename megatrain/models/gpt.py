@@ -68,7 +68,9 @@ class Head(nn.Module):
 
     def local_logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
-        return vocab_parallel_logits(self.norm(x), self.weight, self.build.tp, self.build.sequence_parallel)
+        logits = vocab_parallel_logits(self.norm(x), self.weight, self.build.tp, self.build.sequence_parallel)
+        cap = self.build.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def forward(self, x: torch.Tensor, objective: Objective, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """[s/t or s, b, h] -> what the objective makes of them: (summed loss, weight predicted right)."""

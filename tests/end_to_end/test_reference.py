@@ -26,6 +26,7 @@ SWITCHES = {
     "no biases of q, k, v": {"qkv_bias": False},
     "normalised queries and keys": {"qk_norm": True, "num_query_groups": 2},
     "normalised queries and keys, rms": {"qk_norm": True, "norm": "rmsnorm", "position": "rope", "head_dim": 12},
+    "capped logits": {"logit_softcap": 0.5, "tied_embeddings": False},
     "embedding norm": {"embedding_norm": True, "dropout": 0.1},
     "llama": {
         "norm": "rmsnorm",

@@ -25,6 +25,7 @@ SWITCHES = {
     "normalised queries and keys": {"qk_norm": True},
     "normalised queries and keys, rms": {"qk_norm": True, "norm": "rmsnorm", "position": "rope", "tied_embeddings": False},
     "multi-query, normalised": {"qk_norm": True, "num_query_groups": 1},
+    "capped logits": {"logit_softcap": 0.5},
     "embedding norm": {"embedding_norm": True},
 }
 LAYOUTS = ["tp2", "tp4-sp", "tp2-sp-pp2-zb_v-dp2-zero3", "pp2-interleaved-dp2-zero2", "tp2-dp2-zero1"]
