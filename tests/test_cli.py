@@ -93,7 +93,6 @@ def test_help_lists_what_is_and_what_is_not_in_this_release(capsys):
 
 def test_every_verb_of_the_interface_is_known():
     promised = {
-        "verify",
         "ngram",
         "import",
         "export",

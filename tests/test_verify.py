@@ -119,7 +119,7 @@ CHOSEN = [
 
 @pytest.fixture(scope="module")
 def verifier():
-    return verify.Verifier(SMALL, 3, "fp64")
+    return verify.Verifier(SMALL, 2, "fp64")
 
 
 @pytest.mark.parametrize("layout", CHOSEN, ids=str)
@@ -127,13 +127,14 @@ def test_every_pair_of_values_agrees(verifier, layout):
     assert max(verifier.check(layout).values()) < 1e-8
 
 
+@pytest.mark.slow
 def test_halves_of_masters_are_compared_to_the_bit():
     verifier = verify.Verifier(SMALL, 2, "bf16")
     verifier.check(Layout.parse("tp2-sp-dp2-zero3-split"))
 
 
 def test_ranks_that_report_different_numbers_disagree(verifier):
-    traces = [verifier._reference_trace, replace(verifier._reference_trace, losses=[1.0, 2.0, 3.0])]
+    traces = [verifier._reference_trace, replace(verifier._reference_trace, losses=[1.0, 2.0])]
     with pytest.raises(Disagreement, match=r"step 0, losses: rank 1 reports 1\.0, rank 0"):
         verify._same_on_all_ranks(traces)
 

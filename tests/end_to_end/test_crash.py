@@ -207,7 +207,10 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
+FAST = ("zb_v", "1f1b, recompute, tensor parallel", "zero 3, masters in halves")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ELSEWHERE])
 def test_a_layout_goes_on_to_the_bit_and_its_weights_load_elsewhere(house, tmp_path, name):
     """12 steps; again from the checkpoint after 6; then one process goes on from the weights alone."""
     model = ["model.num_layers=4", "train.steps=12", "checkpoint.save_every=6"]

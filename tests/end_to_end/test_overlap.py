@@ -16,7 +16,7 @@ CONFIG = Config(
 )
 
 
-def measure(stage, overlap, delay, steps=5):
+def measure(stage, overlap, delay, steps=3):
     config = replace(CONFIG, parallel=replace(CONFIG.parallel, zero_stage=stage, overlap=overlap))
     return spawn(2, measured_overlap, config, steps, delay)
 
