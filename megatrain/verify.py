@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +34,7 @@ from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.agree import Trace, agree, agree_in_bf16
 from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
 from megatrain.testing.trace import round_weights, trace_run
+from megatrain.testing.worker import end_with_parent
 
 Precision = Literal["fp64", "fp32", "bf16"]
 
@@ -203,7 +205,7 @@ def verify(
         results: Iterable[Row] = map(check, planned)
         if (workers := min(os.cpu_count() or 1, len(planned))) > 1 and not processes:
             # Simulated ranks share one interpreter's lock, and so one core: a process for each core.
-            pool = ProcessPoolExecutor(workers, get_context("spawn"))
+            pool = ProcessPoolExecutor(workers, get_context("spawn"), _end_with, (os.getpid(),))
             stack.callback(pool.shutdown, cancel_futures=True)
             on_threads = [pair for pair in planned if not pair[1]]
             results = chain(pool.map(check, on_threads), map(check, [pair for pair in planned if pair[1]]))
@@ -211,6 +213,11 @@ def verify(
             rows.append(row)
             tell(row, len(rows), len(planned))
     return rows
+
+
+def _end_with(parent: int) -> None:
+    """Have this worker end when the process that started it does, however that ends."""
+    threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
 
 
 @lru_cache(maxsize=1)

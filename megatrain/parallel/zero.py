@@ -28,8 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import proxy
 
 import torch
+from torch import nn
 
 from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce, start_all_reduce, start_gather_into, start_scatter_sum_into
@@ -70,14 +72,16 @@ class FlatParameters(FlatBuffers):
         homes = {p: held for held in self.held for p in held.bucket.parameters}
         self._of_chunk = {c: [h for h in self.held if h.bucket.chunk == c] for c in {u.chunk for u in units}}
         self._of_unit = [list(dict.fromkeys(homes[p] for p in unit.parameters)) for unit in units]
-        for held in self.trained:
+        me = proxy(self)  # what parameters and modules hold must not keep the buffers alive when the run has gone
+        for number, held in enumerate(self.trained):
             for parameter in held.bucket.parameters:
-                parameter.open_gradient = partial(self._open, held)
+                parameter.open_gradient = partial(_open, me, number)
         self.zero_grad()
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_move_gradient)
-        for index in range(len(units)):
-            self._hook(index)
+        for index, unit in enumerate(units):
+            if unit.module is not None:
+                _hook(unit.module, me, index)
 
     # --- a step, as the executor and the units tell it --------------------------------------------------------------------
 
@@ -114,13 +118,6 @@ class FlatParameters(FlatBuffers):
         if self.units[index].source or not (torch.is_grad_enabled() and output.requires_grad):
             return output
         return _Tell.apply(output, lambda: self._use(index))
-
-    def _hook(self, index: int) -> None:
-        """Have enter and leave called around a unit's module."""
-        module = self.units[index].module
-        if module is not None:
-            module.register_forward_pre_hook(lambda _, given: (self.enter(index, given[0]), *given[1:]))
-            module.register_forward_hook(lambda _, _given, made: _first(made, lambda y: self.leave(index, y)))
 
     def _end_backward(self, index: int) -> None:
         """The gradient of a unit's input is there; so are those of its weights, unless they were postponed."""
@@ -201,8 +198,9 @@ class FlatParameters(FlatBuffers):
             held.reduced = False
             self._place_grads(held)
 
-    def _open(self, held: Held) -> None:
-        """A gradient of the bucket is about to be added. Raises ValueError where the bucket has been reduced already."""
+    def _open(self, number: int) -> None:
+        """A gradient of a trained bucket is about to be added. Raises ValueError where the bucket has been reduced already."""
+        held = self.trained[number]
         if held.reduced:
             names = ", ".join(p.spec.name for p in held.bucket.parameters[:3])
             raise ValueError(
@@ -277,6 +275,16 @@ class FlatParameters(FlatBuffers):
             tied = held.bucket.parameters[0].spec.tied
             if tied is not None:
                 all_reduce(there(held.own_grads), getattr(self.ctx, tied))
+
+
+def _open(flat: FlatParameters, number: int) -> None:
+    flat._open(number)
+
+
+def _hook(module: nn.Module, flat: FlatParameters, index: int) -> None:
+    """Have enter and leave called around a unit's module."""
+    module.register_forward_pre_hook(lambda _, given: (flat.enter(index, given[0]), *given[1:]))
+    module.register_forward_hook(lambda _, _given, made: _first(made, lambda y: flat.leave(index, y)))
 
 
 def _first(made: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

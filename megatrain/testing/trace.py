@@ -64,6 +64,7 @@ def trace_run(
             prepare(run)
         gradients = _keep_first_gradients(run)
         reports = [train_step(run) for _ in range(steps)]
+        vars(run.optimizer).pop("step", None)  # it holds the run, which would stay until the next collection of garbage
     weights, *states = (_whole_of_all(ctx, kind) for kind in run.optimizer.tensors().values())
     return Trace(
         losses=[r.loss for r in reports],

@@ -32,7 +32,7 @@ def main() -> None:
     number, rank, stacks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     pipe = Connection(number)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     with stacks.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         pipe.send("ready")
@@ -44,7 +44,7 @@ def main() -> None:
             pipe.send(_do(task, args, rank))
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """End this process when its parent does, even from inside a collective."""
     while os.getppid() == parent:
         time.sleep(1)

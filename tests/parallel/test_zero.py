@@ -1,5 +1,7 @@
 """What each ZeRO stage keeps, opens, gathers and lets go; exact bytes; frozen parameters; gradients that come too late."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -151,8 +153,8 @@ def test_opened_gradients_are_those_of_few_buckets():
         flat = run.flat
         real = flat._open
 
-        def open_(held):
-            real(held)
+        def open_(number):
+            real(number)
             most[0] = max(most[0], sum(h.grads is not None for h in flat.trained))
 
         flat._open = open_
@@ -160,6 +162,19 @@ def test_opened_gradients_are_those_of_few_buckets():
 
     for most, buckets in on_ranks(point(2, tied=False, micro_batches=3), watch):
         assert most[0] <= 6 < buckets  # of one layer, and of norms and biases
+
+
+def test_buffers_go_with_the_run_without_a_collection_of_garbage():
+    def one_run(ctx):
+        seen = []
+        trace_run(ctx, config_of(point(3)), 1, prepare=lambda run: seen.append(weakref.ref(run.flat)))
+        return seen[0]() is None
+
+    gc.disable()
+    try:
+        assert simulate(shape_of(point(3)), one_run) == [True, True]
+    finally:
+        gc.enable()
 
 
 # --- frozen parameters ----------------------------------------------------------------------------------------------------
