@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import cache
 from itertools import product
 
-from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from grid_model import grid_model
+
+from megatrain.config.schema import Config, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing.agree import Trace, agree
 from megatrain.testing.layouts import covering
@@ -29,19 +31,7 @@ FLOAT32 = [point for point in COVERING if point[1] > 1][::12]
 def config_of(point: tuple, precision: str = "fp64") -> Config:
     """The config of a point; 2 sequences a micro-batch. AdamW in float64, SGD in float32 (docs/numerics.md)."""
     (schedule, chunks), stages, micro_batches, tied, layers, (tp, sequence_parallel), dp = point
-    modern = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False, "ffn_hidden_size": 24}
-    model = ModelConfig(
-        num_layers=layers,
-        hidden_size=16,
-        num_attention_heads=4,
-        num_query_groups=2,
-        seq_length=8,
-        vocab_size=29,
-        tied_embeddings=tied,
-        dropout=0.1 if layers == 8 else 0.0,  # its counters take more time than so small a model
-        init_std=0.1,
-        **({} if tied else modern),
-    )
+    model = grid_model(layers, tied, dropout=layers == 8)
     parallel = ParallelConfig(
         tensor_parallel_size=tp,
         sequence_parallel=sequence_parallel,

@@ -30,7 +30,7 @@ def adam_step(
     if grads[0].dtype == torch.float64:  # the kernel takes a float32 divisor, which would cost half of the digits
         torch._foreach_div_(list(grads), grad_divisor)
         grad_divisor = torch.ones_like(grad_divisor)
-    # The kernel writes divided gradients back, a seventh of all traffic. On a CPU it costs nothing to see that there is no need.
+    # The kernel writes divided gradients back, an eighth of all traffic. On a CPU it costs nothing to see that there is no need.
     plain = not grad_divisor.is_cuda and float(grad_divisor) == 1 and float(skip) == 0
     kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(

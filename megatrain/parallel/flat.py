@@ -25,8 +25,6 @@ class Segment(NamedTuple):
     """A run of one parameter's elements in what this rank owns."""
 
     parameter: Parameter
-    first: int
-    """First of its elements, flattened."""
     gradient: torch.Tensor
     """[n] of them."""
 
@@ -143,8 +141,8 @@ class FlatBuffers:
         """The gradients that this rank owns, parameter by parameter."""
         for held in self.trained:
             gradient = there(held.own_grads)
-            for parameter, first, at, count in held.bucket.segments(held.own.start, held.own.stop):
-                yield Segment(parameter, first, gradient[at : at + count])
+            for parameter, _, at, count in held.bucket.segments(held.own.start, held.own.stop):
+                yield Segment(parameter, gradient[at : at + count])
 
     def whole(self, pieces: Sequence[torch.Tensor], frozen: bool = False) -> dict[str, tuple[ParamSpec, torch.Tensor]]:
         """Logical name -> (spec, this tensor-parallel rank's tensor), from what each rank owns of every bucket (collective).

@@ -27,6 +27,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ import torch
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Numbers made at a time: on a CPU the buffers (256 KiB each) should stay in the second-level cache, yet a torch call's
 work be well above the cost of making it (1 microsecond); on a GPU only memory is bounded."""
+
+_SMALL = 1 << 12
+"""Elements up to which a dropout mask on a CPU is remembered for its backward, and for ranks of the same process that drop the same:
+to make so few numbers is a matter of calls, some 20 of them."""
 
 _WORD = (1 << 32) - 1
 
@@ -104,8 +109,8 @@ def dropout(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: i
 
     Row r of x is position `first` + r of its sequence (sequence-parallel ranks pass where their part begins), and `samples`
     [b] int64, below 2^32, is the place of each sequence in the global batch: an element's fate depends on (key, sample, position, column)
-    and not on how sequences are grouped into micro-batches or spread over ranks. The backward makes the mask again; it is
-    never stored.
+    and not on how sequences are grouped into micro-batches or spread over ranks. The backward makes the mask again; but
+    for the smallest ones it is never stored.
     Raises ValueError on a probability outside [0, 1) or where `samples` do not fit `x`.
     """
     if not 0 <= p < 1:
@@ -134,6 +139,21 @@ class _Dropout(torch.autograd.Function):
 
 
 def _drop(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
+    """Dropout of `x` [s, b, h]."""
+    if x.numel() > _SMALL or x.device.type != "cpu":
+        return _drop_in_blocks(x, p, key, samples, first)
+    s, _, h = x.shape
+    return x * _small_mask(p, key, tuple(samples.tolist()), first, s, h) * (1 / (1 - p))
+
+
+@lru_cache(maxsize=1 << 10)
+def _small_mask(p: float, key: Key, samples: tuple[int, ...], first: int, s: int, h: int) -> torch.Tensor:
+    """Which elements of [s, b, h] stay: bool."""
+    ones = torch.ones(s, len(samples), h)
+    return _drop_in_blocks(ones, p, key, torch.tensor(samples), first) != 0
+
+
+def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
     """Dropout of `x` [s, b, h], a block of rows at a time. Each row (position, sample) has a key; its counter is the column."""
     s, b, h = x.shape
     a, c = _row_keys(key, samples.to(x.device), first, s)

@@ -88,21 +88,27 @@ class SharedSlots:
             os.close(descriptor)
         return path
 
-    def begin(self, finish: Callable[[], None]) -> int:
-        """Number of a new exchange, whose slot is free to be written; `finish` completes it, if that is left till then.
+    def take(self) -> int:
+        """Number of a new exchange; the one that had its slot before is finished, if that was left."""
+        number = self._exchanges
+        self._exchanges += 1
+        earlier = self._unfinished.pop(number - SLOTS, None)
+        if earlier is not None:
+            earlier()
+        return number
+
+    def left(self, number: int, finish: Callable[[], object]) -> None:
+        """Have an exchange finished by `finish`, if nobody has done so when its slot is needed again."""
+        self._unfinished[number] = finish
+
+    def claim(self, number: int, patient: bool = False) -> None:
+        """Wait until the slot of an exchange is free to be written. patient: sleep at once, do not look for a moment first.
 
         Raises TimeoutError if another rank never reads what lay in the slot, ConnectionError if that rank has ended.
         """
-        number = self._exchanges
-        self._exchanges += 1
-        earlier = self._unfinished.get(number - SLOTS)
-        if earlier is not None:
-            earlier()
         if number >= SLOTS:
-            for place in self._others():
-                self._await(self.place, _READ, place, number, f"has not read exchange {number - SLOTS}")
-        self._unfinished[number] = finish
-        return number
+            for place in self.others():
+                self._await(self.place, _READ, place, number, f"has not read exchange {number - SLOTS}", patient)
 
     def slot(self, place: int, number: int, index: int, like: torch.Tensor) -> torch.Tensor:
         """View of block `index`, of the shape and dtype of `like`, in the slot of exchange `number` in the file of `place`."""
@@ -112,18 +118,18 @@ class SharedSlots:
 
     def publish(self, number: int) -> None:
         """Say that this rank's blocks of exchange `number` lie in its slot."""
-        for place in self._others():
+        for place in self.others():
             self._libc.sem_post(self._semaphore(self.place, _PUBLISHED, place, number))
 
-    def receive(self, number: int) -> None:
-        """Wait until every other rank's blocks of exchange `number` lie in its slot, once. Raises as `begin` does."""
-        for place in self._others():
-            self._await(place, _PUBLISHED, self.place, number, f"has not come to exchange {number}")
+    def receive(self, number: int, patient: bool = False) -> None:
+        """Wait until every other rank's blocks of exchange `number` lie in its slot, once. patient and errors: as in `claim`."""
+        for place in self.others():
+            self._await(place, _PUBLISHED, self.place, number, f"has not come to exchange {number}", patient)
 
     def end(self, number: int) -> None:
         """Say that this rank has read all it wants of exchange `number`."""
         self._unfinished.pop(number, None)
-        for place in self._others():
+        for place in self.others():
             self._libc.sem_post(self._semaphore(place, _READ, self.place, number))
 
     def close(self) -> None:
@@ -133,7 +139,8 @@ class SharedSlots:
             os.close(file)
         self._files.clear()
 
-    def _others(self) -> list[int]:
+    def others(self) -> list[int]:
+        """The other places."""
         return [place for place in range(self.size) if place != self.place]
 
     def _semaphore(self, owner: int, kind: int, reader: int, number: int) -> int:
@@ -141,11 +148,11 @@ class SharedSlots:
         index = (kind * SLOTS + number % SLOTS) * self.size + reader
         return self._memory[owner].data_ptr() + index * _SEMAPHORE_BYTES
 
-    def _await(self, owner: int, kind: int, reader: int, number: int, problem: str) -> None:
+    def _await(self, owner: int, kind: int, reader: int, number: int, problem: str, patient: bool) -> None:
         """Take one from a semaphore. Raises TimeoutError or, if the other rank has ended, ConnectionError."""
         semaphore, other = self._semaphore(owner, kind, reader, number), reader if owner == self.place else owner
         start = time.monotonic()
-        while time.monotonic() < start + SPIN_SECONDS:
+        while not patient and time.monotonic() < start + SPIN_SECONDS:
             if self._libc.sem_trywait(semaphore) == 0:
                 return
         while not self._nap(semaphore):

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megatrain.parallel.transport import (
-    REDUCTIONS,
     Group,
     Handle,
     ReduceOp,
@@ -28,7 +27,7 @@ from megatrain.parallel.transport import (
     check_reduction,
     refuse,
 )
-from megatrain.parallel.transport_shared import SharedSlots, fits
+from megatrain.parallel.transport_exchange import Exchanges, reduce_in_order
 from megatrain.parallel.transport_store import meet_all, open_store
 from megatrain.parallel.transport_watch import Watch, Work
 
@@ -62,6 +61,13 @@ class _TorchHandle(Handle):
             raise self.failed(error) from error
         if work is not None:
             self._works.append(work)
+
+    def follow(self, start: Callable[[], Work]) -> None:
+        """Start an exchange through shared memory, and wait for it as for the others. Raises TransportError."""
+        try:
+            self._works.append(start())
+        except OSError as error:
+            raise self.failed(error) from error
 
     def then(self, finish: Callable[[], object]) -> None:
         """Have `finish` called when all works are done, by the thread that waits, after those given before."""
@@ -120,8 +126,7 @@ class TorchGroup(Group):
         self._watch = watch
         self._staged = self._gloo and device.type == "cuda"
         self._device_ids = None if self._gloo else [device.index or 0]
-        self._shared: SharedSlots | None = None
-        self._shared_tried = False
+        self._shared = Exchanges()
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """Reduce `tensor` over the group, in place; the same bits on every rank."""
@@ -139,9 +144,12 @@ class TorchGroup(Group):
         handle = _TorchHandle(self, "all_gather", part, near)
         if self._gloo:
             blocks = _blocks(near, self.size)
-            if not self._gather_shared(handle, blocks, part):
+            if not self._staged and self._shared.ready(self, 1, part):
+                handle.follow(lambda: self._shared.gather(blocks, part, blocking))
+            else:
                 self._swap(handle, {place: blocks[place] for place in self._others()}, dict.fromkeys(self._others(), part))
-            blocks[self.rank].copy_(part.detach())
+            if blocks[self.rank].data_ptr() != part.data_ptr():
+                blocks[self.rank].copy_(part.detach())
         else:
             handle.start(_all_gather_single, near, part, async_op=True)
         return self._given(handle, near, output, blocking)
@@ -156,11 +164,13 @@ class TorchGroup(Group):
         handle = _TorchHandle(self, f"reduce_scatter({op})", whole, near)
         if self._gloo:
             parts = dict(enumerate(_blocks(whole, self.size)))
-            if not self._scatter_shared(handle, near, parts, op):
+            if not self._staged and self._shared.ready(self, self.size - 1, near):
+                handle.follow(lambda: self._shared.reduce_scatter(near, parts, op, blocking))
+            else:
                 received = {place: torch.empty_like(near) for place in self._others()}
                 self._swap(handle, received, {place: parts[place] for place in self._others()})
                 parts.update(received)
-                handle.then(lambda: _reduce_in_order(near, [parts[place] for place in range(self.size)], op))
+                handle.then(lambda: reduce_in_order(near, [parts[place] for place in range(self.size)], op))
         else:
             handle.start(_reduce_scatter_single, near, whole, op=_DIST_OPS[op], async_op=True)
         return self._given(handle, near, output, blocking)
@@ -216,9 +226,7 @@ class TorchGroup(Group):
 
     def close(self) -> None:
         """Release the connections."""
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        self._shared.close()
         if self.process_group is not None:
             dist.destroy_process_group(self.process_group)
             self.process_group = None
@@ -247,105 +255,12 @@ class TorchGroup(Group):
         """Places to exchange blocks with, nearest first, so that not everybody talks to place 0 at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def _gather_shared(self, handle: _TorchHandle, blocks: Sequence[torch.Tensor], part: torch.Tensor) -> bool:
-        """all_gather through shared memory, where the ranks have it and the blocks are worth it."""
-        shared = self._shared_for(1, part)
-        if shared is None:
-            return False
-        number = self._claim(shared, handle)
-        shared.slot(self.rank, number, 0, part).copy_(part.detach())
-        shared.publish(number)
-
-        def read() -> None:
-            shared.receive(number)
-            for place in self._others():
-                blocks[place].copy_(shared.slot(place, number, 0, part))
-            shared.end(number)
-
-        handle.then(read)
-        return True
-
-    def _scatter_shared(self, handle: _TorchHandle, output: torch.Tensor, parts: dict[int, torch.Tensor], op: ReduceOp) -> bool:
-        """reduce_scatter through shared memory; the sum reads the other ranks' blocks where they lie."""
-        shared = self._shared_for(self.size - 1, output)
-        if shared is None:
-            return False
-        number = self._claim(shared, handle)
-        for place in self._others():
-            shared.slot(self.rank, number, place - (place > self.rank), output).copy_(parts[place])
-        shared.publish(number)
-
-        def read() -> None:
-            shared.receive(number)
-            index = {place: self.rank - (self.rank > place) for place in self._others()}
-            parts.update({place: shared.slot(place, number, i, output) for place, i in index.items()})
-            _reduce_in_order(output, [parts[place] for place in range(self.size)], op)
-            shared.end(number)
-
-        handle.then(read)
-        return True
-
-    def _claim(self, shared: SharedSlots, handle: _TorchHandle) -> int:
-        """A slot for the exchange of `handle`. Raises TransportError where another rank never lets go of it, or has ended."""
-        try:
-            return shared.begin(handle.wait)
-        except OSError as error:
-            raise handle.failed(error) from error
-
-    def _shared_for(self, blocks: int, block: torch.Tensor) -> SharedSlots | None:
-        """The shared memory for an exchange of so many blocks, set up when first needed; None where there is none, or it is no use."""
-        if self._staged or not fits(blocks, block.numel() * block.element_size()):
-            return None
-        if not self._shared_tried:
-            self._shared_tried = True
-            self._shared = self._open_shared()
-        return self._shared
-
-    def _open_shared(self) -> SharedSlots | None:
-        """Map every rank's file (collective); None where some rank cannot: another machine, or no room in /dev/shm."""
-        words = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
-        self.broadcast(words)
-        name = f"megatrain-{bytes(words.tolist()).hex()}"
-        mine: Path | None = None
-        shared: SharedSlots | None = None
-        with suppress(OSError):
-            mine = SharedSlots.create(name, self.rank, self.size)
-        try:
-            if self._all_agree(mine is not None):
-                files = [SharedSlots.path(name, place) for place in range(self.size)]
-                with suppress(OSError):
-                    shared = SharedSlots(self.rank, self.size, files, self.timeout_seconds)
-                if not self._all_agree(shared is not None):
-                    shared = None
-        finally:
-            if mine is not None:
-                mine.unlink()
-        return shared
-
-    def _all_agree(self, mine: bool) -> bool:
-        """Whether `mine` is true on every rank."""
-        votes = torch.tensor([int(mine)])
-        self.all_reduce(votes, "min")
-        return bool(votes.item())
-
     def _swap(self, handle: _TorchHandle, received: dict[int, torch.Tensor], sent: dict[int, torch.Tensor]) -> None:
         """Start to receive a block from, and send one to, every other place."""
         for place, block in received.items():
             handle.start(dist.irecv, block, group_src=place, tag=_BLOCKS)
         for place, block in sent.items():
             handle.start(dist.isend, block, group_dst=place, tag=_BLOCKS)
-
-
-def _reduce_in_order(output: torch.Tensor, parts: list[torch.Tensor], op: ReduceOp) -> None:
-    """Reduce the parts into `output`, which may be one of them."""
-    total = parts[0]
-    for part in parts[1:-1]:
-        total = REDUCTIONS[op](total, part)
-    with torch.no_grad():
-        if len(parts) > 1:
-            REDUCTIONS[op](total, parts[-1], out=output)
-        else:
-            output.copy_(total)
 
 
 def _blocks(whole: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
@@ -364,7 +279,7 @@ class TorchWorld(World):
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._groups: list[TorchGroup] = []
-        self._watch = Watch()
+        self._watch = Watch("megatrain-sends")
 
     @classmethod
     def connect(

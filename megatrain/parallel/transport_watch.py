@@ -1,4 +1,8 @@
-"""A thread that waits for gloo's sends, which cannot be asked whether they have ended: `is_completed` stays false until `wait`."""
+"""A thread that waits for works one after the other.
+
+It serves gloo's sends, which cannot be asked whether they have ended (`is_completed` stays false until `wait`), and exchanges through
+shared memory, of which waiting is the work.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ class Work(Protocol):
     """What is used of a call of torch.distributed."""
 
     def wait(self) -> object:
-        """Block until it has ended. Raises RuntimeError."""
+        """Block until it has ended. Raises RuntimeError or OSError."""
 
     def is_completed(self) -> bool:
         """Whether it has ended."""
@@ -23,18 +27,18 @@ class WatchedWork:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._ended = threading.Event()
-        self._error: RuntimeError | None = None
+        self._error: Exception | None = None
 
     def follow(self) -> None:
         """Wait for the call, as the thread does."""
         try:
             self._work.wait()
-        except RuntimeError as error:
+        except Exception as error:  # whoever waits gets it
             self._error = error
         self._ended.set()
 
     def wait(self) -> None:
-        """Block until the call has ended. Raises RuntimeError, which it ended with."""
+        """Block until the call has ended. Raises what it ended with."""
         self._ended.wait()
         if self._error is not None:
             raise self._error
@@ -47,15 +51,16 @@ class WatchedWork:
 class Watch:
     """The thread, started when it is first needed; it waits for one call after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._works: SimpleQueue[WatchedWork | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def watched(self, work: Work) -> WatchedWork:
         """Have a call waited for."""
         if self._thread is None:
-            # A daemon: a send that never ends must not keep a failed process from ending.
-            self._thread = threading.Thread(target=self._run, name="megatrain-sends", daemon=True)
+            # A daemon: a work that never ends must not keep a failed process from ending.
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         followed = WatchedWork(work)
         self._works.put(followed)

@@ -39,7 +39,7 @@ def exchange(ctx: ParallelContext, dtype: torch.dtype, hinder: bool) -> bool:
             assert torch.equal(mine, torch.stack(parts).sum(0) if size == 2 else sum(parts[1:], parts[0]))
     finally:
         SharedSlots.create = staticmethod(create)
-    return group._shared is not None
+    return group._shared._slots is not None
 
 
 def refuse(name: str, place: int, size: int) -> Path:
@@ -70,19 +70,22 @@ def pair(monkeypatch, tmp_path):
     return [SharedSlots(place, 2, files, timeout_seconds=0.3) for place in range(2)]
 
 
-def nothing() -> None:
-    pass
+def begin(side: SharedSlots) -> int:
+    """A new exchange, its slot free to be written."""
+    number = side.take()
+    side.claim(number)
+    return number
 
 
 def test_a_rank_that_never_reads_is_waited_for_no_longer_than_the_limit(pair):
     for _ in range(SLOTS):
-        pair[0].end(pair[0].begin(nothing))
+        pair[0].end(begin(pair[0]))
     with pytest.raises(TimeoutError, match=r"place 1 .* has not read exchange 0"):
-        pair[0].begin(nothing)
+        begin(pair[0])
 
 
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(pair):
-    number = pair[0].begin(nothing)
+    number = begin(pair[0])
     pair[0].publish(number)
     with pytest.raises(TimeoutError, match=r"place 1 .* has not come to exchange 0"):
         pair[0].receive(number)
@@ -91,11 +94,11 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(pair):
 def test_a_rank_that_has_ended_is_noticed_at_once_but_what_it_published_is_read(pair):
     pair[0]._timeout = 60
     for side in pair:
-        side.publish(side.begin(nothing))
+        side.publish(begin(side))
     pair[1].close()
     pair[0].receive(0)
     pair[0].end(0)
-    number = pair[0].begin(nothing)
+    number = begin(pair[0])
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=r"place 1 of the group has ended, and has not come to exchange 1"):
         pair[0].receive(number)
@@ -103,7 +106,7 @@ def test_a_rank_that_has_ended_is_noticed_at_once_but_what_it_published_is_read(
 
 
 def test_exchanges_may_be_received_in_any_order(pair):
-    numbers = [[side.begin(nothing) for _ in range(SLOTS)] for side in pair]
+    numbers = [[begin(side) for _ in range(SLOTS)] for side in pair]
     for number in numbers[1]:
         pair[1].slot(1, number, 0, torch.empty(4)).fill_(number)
         pair[1].publish(number)

@@ -1,0 +1,167 @@
+"""all_gather and reduce_scatter between the ranks of one machine, as exchanges of blocks through shared memory.
+
+A call that its caller waits for copies in the caller's thread. One that goes on beside the computation is given to a thread of the
+group's own, so that the caller is held for nothing but what is not there yet; small blocks are copied sooner than that thread
+wakes. Ranks decide alike, since they all call with the same sizes, but need not: exchanges are matched by number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from megatrain.parallel.transport import REDUCTIONS, Group, ReduceOp
+from megatrain.parallel.transport_shared import SharedSlots, fits
+from megatrain.parallel.transport_watch import Watch, Work
+
+BACKGROUND_BYTES = 1 << 18
+"""A block of so many is worth the thread."""
+
+
+class Exchanges:
+    """The exchanges of one rank of a group. Made with the group, set up when first needed."""
+
+    def __init__(self) -> None:
+        self._slots: SharedSlots | None = None
+        self._tried = False
+        self._thread = Watch("megatrain-exchanges")
+
+    def ready(self, group: Group, blocks: int, block: torch.Tensor) -> bool:
+        """Whether an exchange of so many blocks may go this way; sets up the shared memory when first asked (collective)."""
+        if not fits(blocks, block.numel() * block.element_size()):
+            return False
+        if not self._tried:
+            self._tried = True
+            self._slots = _open(group)
+        return self._slots is not None
+
+    def gather(self, blocks: Sequence[torch.Tensor], part: torch.Tensor, blocking: bool) -> Work:
+        """Start to fill `blocks` with every place's `part`. Raises OSError where another rank has ended, or never comes."""
+        slots = self._opened()
+
+        def write(number: int) -> None:
+            slots.slot(slots.place, number, 0, part).copy_(part.detach())
+
+        def read(number: int) -> None:
+            for place in slots.others():
+                blocks[place].copy_(slots.slot(place, number, 0, part))
+
+        return self._start(write, read, blocking or part.nbytes < BACKGROUND_BYTES)
+
+    def reduce_scatter(self, output: torch.Tensor, parts: dict[int, torch.Tensor], op: ReduceOp, blocking: bool) -> Work:
+        """Start to reduce this rank's part of each place into `output`, in the order of places; sums read where the blocks lie.
+
+        Raises OSError as `gather` does.
+        """
+        slots = self._opened()
+
+        def write(number: int) -> None:
+            for place in slots.others():
+                slots.slot(slots.place, number, place - (place > slots.place), output).copy_(parts[place])
+
+        def read(number: int) -> None:
+            index = {place: slots.place - (slots.place > place) for place in slots.others()}
+            all_parts = parts | {place: slots.slot(place, number, i, output) for place, i in index.items()}
+            reduce_in_order(output, [all_parts[place] for place in range(slots.size)], op)
+
+        return self._start(write, read, blocking or output.nbytes < BACKGROUND_BYTES)
+
+    def close(self) -> None:
+        """Let go of the memory; other ranks that wait for this one are told."""
+        self._thread.close()
+        if self._slots is not None:
+            self._slots.close()
+            self._slots = None
+
+    def _opened(self) -> SharedSlots:
+        if self._slots is None:
+            raise OSError("an exchange without shared memory")
+        return self._slots
+
+    def _start(self, write: Callable[[int], None], read: Callable[[int], None], here: bool) -> Work:
+        slots = self._opened()
+        number = slots.take()
+        exchange = _Exchange(slots, number, write, read, patient=not here)
+        if here:
+            exchange.begin()
+        work: Work = exchange if here else self._thread.watched(exchange)
+        slots.left(number, work.wait)
+        return work
+
+
+class _Exchange:
+    """One exchange as a work: `begin` offers this rank's blocks, `wait` takes the others'."""
+
+    def __init__(
+        self, slots: SharedSlots, number: int, write: Callable[[int], None], read: Callable[[int], None], patient: bool
+    ) -> None:
+        """patient: sleep at once where another rank must be waited for, rather than look for a moment first."""
+        self._slots, self._number, self._write, self._read, self._patient = slots, number, write, read, patient
+        self._begun = self._ended = False
+
+    def begin(self) -> None:
+        """Copy into the slot, once it is free. Raises OSError."""
+        self._begun = True
+        self._slots.claim(self._number, self._patient)
+        self._write(self._number)
+        self._slots.publish(self._number)
+
+    def wait(self) -> None:
+        """Take what the others offer, once. Raises OSError."""
+        if self._ended:
+            return
+        if not self._begun:
+            self.begin()
+        self._slots.receive(self._number, self._patient)
+        self._read(self._number)
+        self._slots.end(self._number)
+        self._ended = True
+
+    def is_completed(self) -> bool:
+        """Whether the result is there."""
+        return self._ended
+
+
+def reduce_in_order(output: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
+    """Reduce the parts into `output`, which may be one of them."""
+    total = parts[0]
+    for part in parts[1:-1]:
+        total = REDUCTIONS[op](total, part)
+    with torch.no_grad():
+        if len(parts) > 1:
+            REDUCTIONS[op](total, parts[-1], out=output)
+        else:
+            output.copy_(total)
+
+
+def _open(group: Group) -> SharedSlots | None:
+    """Map every rank's file (collective); None where some rank cannot: another machine, or no room in /dev/shm."""
+    words = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
+    group.broadcast(words)
+    name = f"megatrain-{bytes(words.tolist()).hex()}"
+    mine: Path | None = None
+    slots: SharedSlots | None = None
+    with suppress(OSError):
+        mine = SharedSlots.create(name, group.rank, group.size)
+    try:
+        if _all_agree(group, mine is not None):
+            files = [SharedSlots.path(name, place) for place in range(group.size)]
+            with suppress(OSError):
+                slots = SharedSlots(group.rank, group.size, files, group.timeout_seconds)
+            if not _all_agree(group, slots is not None):
+                slots = None
+    finally:
+        if mine is not None:
+            mine.unlink()
+    return slots
+
+
+def _all_agree(group: Group, mine: bool) -> bool:
+    """Whether `mine` is true on every rank."""
+    votes = torch.tensor([int(mine)])
+    group.all_reduce(votes, "min")
+    return bool(votes.item())
