@@ -25,7 +25,9 @@ BACKGROUND_BYTES = 1 << 18
 class Exchanges:
     """The exchanges of one rank of a group. Made with the group, set up when first needed."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float) -> None:
+        """timeout_seconds: how long to wait for another rank."""
+        self._timeout = timeout_seconds
         self._slots: SharedSlots | None = None
         self._tried = False
         self._thread = Watch("megatrain-exchanges")
@@ -36,7 +38,7 @@ class Exchanges:
             return False
         if not self._tried:
             self._tried = True
-            self._slots = _open(group)
+            self._slots = _open(group, self._timeout)
         return self._slots is not None
 
     def gather(self, blocks: Sequence[torch.Tensor], part: torch.Tensor, blocking: bool) -> Work:
@@ -138,7 +140,7 @@ def reduce_in_order(output: torch.Tensor, parts: Sequence[torch.Tensor], op: Red
             output.copy_(total)
 
 
-def _open(group: Group) -> SharedSlots | None:
+def _open(group: Group, timeout_seconds: float) -> SharedSlots | None:
     """Map every rank's file (collective); None where some rank cannot: another machine, or no room in /dev/shm."""
     words = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
     group.broadcast(words)
@@ -151,7 +153,7 @@ def _open(group: Group) -> SharedSlots | None:
         if _all_agree(group, mine is not None):
             files = [SharedSlots.path(name, place) for place in range(group.size)]
             with suppress(OSError):
-                slots = SharedSlots(group.rank, group.size, files, group.timeout_seconds)
+                slots = SharedSlots(group.rank, group.size, files, timeout_seconds)
             if not _all_agree(group, slots is not None):
                 slots = None
     finally:

@@ -61,7 +61,7 @@ class SharedSlots:
         maps = [mmap.mmap(file, _header_bytes(size) + SLOTS * SLOT_BYTES) for file in self._files]
         self._memory = [torch.frombuffer(memory, dtype=torch.uint8) for memory in maps]
         self._exchanges = 0
-        self._unfinished: dict[int, Callable[[], None]] = {}
+        self._unfinished: dict[int, Callable[[], object]] = {}
 
     @staticmethod
     def path(name: str, place: int) -> Path:

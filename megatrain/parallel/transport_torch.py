@@ -126,7 +126,7 @@ class TorchGroup(Group):
         self._watch = watch
         self._staged = self._gloo and device.type == "cuda"
         self._device_ids = None if self._gloo else [device.index or 0]
-        self._shared = Exchanges()
+        self._shared = Exchanges(timeout_seconds)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """Reduce `tensor` over the group, in place; the same bits on every rank."""
