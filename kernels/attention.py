@@ -1,66 +1,101 @@
-"""Causal attention on CPU, a block of queries at a time: matrix products over exactly the keys that a block may see.
+"""Attention, by the kernel that serves: on CPU a block of queries at a time, on GPUs torch's fused kernels.
 
-    keys ->   0   1   2   3        block i of the queries meets keys 0 .. end of block i, in one batched product for all heads;
-    block 0   x                    only the last piece, on the diagonal, needs a mask. Work and scratch memory: about half of
-    block 1   x   x                the square, and never the whole square at once.
+    keys ->   0   1   2   3        block i of the queries meets the keys that some of its queries may see, in one batched product
+    block 0   x                    for all heads; a mask is needed only where a span of keys ends inside the block. Work and scratch
+    block 1   x   x                memory: about half of the square when causal, a band with a window; never the square at once.
     block 2   x   x   x
     block 3   x   x   x   x        backward: the block's probabilities are computed again (FlashAttention, arXiv:2205.14135)
 
 torch's fused CPU kernel spends most of its time outside matrix products; this one takes 0.5x (BF16) and 0.9x (float32) of its
-time at [512, 4, 8, 64]. Scores are rounded to the inputs' dtype, as in Megatron's unfused core; the softmax is at least float32.
-On other devices, and where queries continue a cache, torch's fused attention serves.
+time at [512, 4, 8, 64]. Scores are rounded to the inputs' dtype, as in Megatron's unfused core; the softmax is at least float32
+unless asked otherwise. On CUDA causal attention is torch's fused kernel, other masks and ALiBi are FlexAttention
+(`flex_attention.py`); what neither has (dropout keyed by a token's place, a narrow softmax) is done here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
+from megatrain.kernels.flex_attention import flex
 
 BLOCK = 128
 """Queries in a block."""
 SCRATCH = 1 << 21
 """Largest number of scores at a time, so that they stay in a CPU's last cache."""
 
+Factors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of attention dropout: which of the b sequences [n], which of the a heads [n, r], places of queries [q] and of keys [k] -> factors
+of the probabilities [n, r, q, k], 0 or 1 / (1 - p)."""
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class Variant:
+    """What an attention does besides softmax(q k^T / sqrt(d)) v."""
+
+    mask: AttentionMask = CAUSAL
+    slopes: torch.Tensor | None = None
+    """[a] of ALiBi (arXiv:2108.12409): slope times (key's place - query's place) is added to the scores."""
+    dropout: Factors | None = None
+    wide_softmax: bool = True
+    """Softmax in at least float32; else in the dtype of the inputs."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether torch's fused causal kernel does this."""
+        return self.mask.only_causal and self.slopes is None and self.exact
+
+    @property
+    def exact(self) -> bool:
+        """Neither dropout nor a narrow softmax."""
+        return self.dropout is None and self.wide_softmax
+
+
+PLAIN = Variant()
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant = PLAIN) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v: q [s, b, a, d], k and v [n, b, g, d], g dividing a, -> [s, b, a d].
 
-    Head i of q uses head i // (a/g) of k and v. Causal: the queries are the last s of the n tokens, and see none after themselves.
+    Head i of q uses head i // (a/g) of k and v. The queries are the last s of the n tokens.
     """
-    if q.device.type == "cpu" and causal and q.shape[0] == k.shape[0]:
-        return _BlockAttention.apply(q, k, v).flatten(2)
-    return _fused(q, k, v, causal)
+    if variant.fused and (q.device.type == "cuda" or len(q) < len(k)):
+        return _fused(q, k, v)
+    if q.device.type == "cuda" and variant.exact and len(q) == len(k):
+        return flex(q, k, v, variant.mask, variant.slopes)
+    return _BlockAttention.apply(q, k, v, variant).flatten(2)
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
-    """torch's kernel, which wants [b, heads, s, d]."""
+def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """torch's causal kernel, which wants [b, heads, s, d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     queries, keys = q.shape[2], k.shape[2]
     mask = None
-    if causal and 1 < queries < keys:  # a prompt continued from a cache: the triangle is not square
+    if 1 < queries < keys:  # a prompt continued from a cache: the triangle is not square
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     y = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and queries == keys, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=q.shape[1] != k.shape[1]
     )
     return y.permute(2, 0, 1, 3).flatten(2)
 
 
 class _BlockAttention(torch.autograd.Function):
-    """q [s, b, a, d], k and v [s, b, g, d] -> [s, b, a, d]."""
+    """q [s, b, a, d], k and v [n, b, g, d] -> [s, b, a, d]."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> torch.Tensor:
         output = q.new_empty(q.shape)
         ctx.save_for_backward(q, k, v, output)
-        queries, target = _grouped(q, k.shape[2]), _grouped(output, k.shape[2])
-        keys, values = _grouped(k, k.shape[2]), _grouped(v, k.shape[2])
-        for part, start, end in _blocks(queries):
-            rows = _rows(queries, part, start, end)
-            p = _probabilities(rows, _rows(keys, part, 0, end), start)
-            target[part, :, start:end] = torch.bmm(p.to(q.dtype), _rows(values, part, 0, end)).unflatten(1, (-1, end - start))
+        ctx.variant = variant
+        queries, target, keys, values = (_grouped(x, k.shape[2]) for x in (q, output, k, v))
+        for block in _blocks(queries, keys, k.shape[2], variant):
+            p = block.dropped(block.probabilities(block.rows(queries), block.columns(keys)))
+            target[block.part, :, block.start : block.end] = block.by_head(torch.bmm(p.to(q.dtype), block.columns(values)))
         return output
 
     @staticmethod
@@ -68,20 +103,18 @@ class _BlockAttention(torch.autograd.Function):
         q, k, v, output = ctx.saved_tensors
         groups, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
         queries, keys, values, dout = (_grouped(x, groups) for x in (q, k, v, dy))
-        delta = (output * dy).sum(-1, dtype=wide, keepdim=True)  # [s, b, a, 1]
-        delta = _grouped(delta, groups)
+        delta = _grouped((output * dy).sum(-1, dtype=wide, keepdim=True), groups)
         dq = q.new_empty(q.shape)
-        dkeys, dvalues = (torch.zeros(x.shape, dtype=wide) for x in (keys, values))
-        for part, start, end in _blocks(queries):
-            rows, drows = _rows(queries, part, start, end), _rows(dout, part, start, end)
-            seen, dseen = _rows(keys, part, 0, end), _rows(values, part, 0, end)
-            p = _probabilities(rows, seen, start)
-            dp = torch.bmm(drows, dseen.transpose(1, 2)).to(wide)
-            dvalues[part, 0, :end] += torch.bmm(p.to(q.dtype).transpose(1, 2), drows)
-            scores = dp.sub_(_rows(delta, part, start, end)).mul_(p).mul_(q.shape[-1] ** -0.5).to(q.dtype)
-            _grouped(dq, groups)[part, :, start:end] = torch.bmm(scores, seen).unflatten(1, (-1, end - start))
-            dkeys[part, 0, :end] += torch.bmm(scores.transpose(1, 2), rows)
-        return dq, _ungrouped(dkeys, k), _ungrouped(dvalues, v)
+        dkeys, dvalues = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (keys, values))
+        for block in _blocks(queries, keys, groups, ctx.variant):
+            rows, drows, seen = block.rows(queries), block.rows(dout), block.columns(keys)
+            p = block.probabilities(rows, seen).to(wide)
+            dp = block.dropped(torch.bmm(drows, block.columns(values).transpose(1, 2)).to(wide))
+            block.add(dvalues, torch.bmm(block.dropped(p).to(q.dtype).transpose(1, 2), drows))
+            scores = dp.sub_(block.rows(delta)).mul_(p).mul_(q.shape[-1] ** -0.5).to(q.dtype)
+            _grouped(dq, groups)[block.part, :, block.start : block.end] = block.by_head(torch.bmm(scores, seen))
+            block.add(dkeys, torch.bmm(scores.transpose(1, 2), rows))
+        return dq, _ungrouped(dkeys, k), _ungrouped(dvalues, v), None
 
 
 def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -96,28 +129,96 @@ def _ungrouped(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.view(b, groups, s, d).permute(2, 0, 1, 3).to(like.dtype, memory_format=torch.contiguous_format)
 
 
-def _rows(x: torch.Tensor, part: slice, start: int, end: int) -> torch.Tensor:
-    """Rows start .. end of [b g, r, s, d], all r heads of a group behind one another: [part, r (end - start), d]."""
-    return x[part, :, start:end].flatten(1, 2)
+@dataclass(frozen=True)
+class _Block:
+    """Queries start .. end - 1 of the groups `part`, and the keys that they meet. `offset`: place of query 0 in the sequence."""
+
+    part: slice
+    start: int
+    end: int
+    spans: list[slice]
+    offset: int
+    heads: int
+    """Query heads of a group."""
+    groups: int
+    """Of a sequence."""
+    variant: Variant
+
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Of [b g, r, s, d] the block's queries, all r heads of a group behind one another: [n, r block, d]."""
+        return x[self.part, :, self.start : self.end].flatten(1, 2)
+
+    def by_head(self, y: torch.Tensor) -> torch.Tensor:
+        """[n, r block, d] -> [n, r, block, d]."""
+        return y.unflatten(1, (self.heads, -1))
+
+    def columns(self, x: torch.Tensor) -> torch.Tensor:
+        """Of keys or values [b g, 1, n, d] those that the block meets: [n, keys, d]."""
+        parts = [x[self.part, 0, span] for span in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def add(self, total: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add the gradient of `columns` to that of the keys or values, [b g, 1, n, d]."""
+        done = 0
+        for span in self.spans:
+            total[self.part, 0, span] += gradient[:, done : done + span.stop - span.start]
+            done += span.stop - span.start
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places in the sequence of the block's queries, and of its keys."""
+        queries = torch.arange(self.offset + self.start, self.offset + self.end, device=device)
+        return queries, torch.cat([torch.arange(span.start, span.stop, device=device) for span in self.spans])
+
+    def probabilities(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Softmax of the queries `rows` [n, r block, d] over `keys` [n, keys, d]: [n, r block, keys]."""
+        dtype = torch.promote_types(rows.dtype, torch.float32) if self.variant.wide_softmax else rows.dtype
+        scores = torch.bmm(rows, keys.transpose(1, 2)).to(dtype).mul_(rows.shape[-1] ** -0.5)
+        by_head = self.by_head(scores)
+        if self.variant.slopes is not None:
+            by_head += self._bias(self.variant.slopes.to(dtype))
+        if self.variant.mask.only_causal:  # only the end of the one span is not seen by all
+            corner = by_head[..., self.offset + self.start :]
+            size = self.end - self.start
+            corner.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=rows.device).triu(1), -torch.inf)
+        else:
+            by_head.masked_fill_(self._hidden(rows.device), -torch.inf)
+        return torch.softmax(scores, -1)
+
+    def dropped(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, r block, keys] times the factors of dropout."""
+        if self.variant.dropout is None:
+            return x
+        numbers = self._numbers(x.device)
+        heads = (numbers % self.groups)[:, None] * self.heads + torch.arange(self.heads, device=x.device)
+        factors = self.variant.dropout(numbers // self.groups, heads, *self.places(x.device))
+        return x * factors.flatten(1, 2).to(x.dtype)
+
+    def _bias(self, slopes: torch.Tensor) -> torch.Tensor:
+        """ALiBi: [n, r, block, keys]."""
+        queries, keys = self.places(slopes.device)
+        of_group = slopes.view(self.groups, self.heads)[self._numbers(slopes.device) % self.groups]
+        return of_group[:, :, None, None] * (keys[None, :] - queries[:, None]).to(slopes.dtype)
+
+    def _hidden(self, device: torch.device) -> torch.Tensor:
+        """Which keys are not seen: [block, keys], or with documents [n, 1, block, keys]."""
+        queries, keys = self.places(device)
+        if self.variant.mask.documents is None:
+            return ~self.variant.mask.allowed(queries, keys)
+        return ~self.variant.mask.allowed(queries, keys, self._numbers(device) // self.groups)[:, None]
+
+    def _numbers(self, device: torch.device) -> torch.Tensor:
+        """Which of the b g groups these are."""
+        return torch.arange(self.part.start, self.part.stop, device=device)
 
 
-def _blocks(queries: torch.Tensor) -> Iterator[tuple[slice, int, int]]:
-    """(which groups, first query, end) of every block of [b g, r, s, d]."""
+def _blocks(queries: torch.Tensor, keys: torch.Tensor, groups: int, variant: Variant) -> Iterator[_Block]:
+    """Every block of queries [b g, r, s, d] with the keys [b g, 1, n, d] that it meets, g of them a sequence."""
     count, heads, s, _ = queries.shape
+    n = keys.shape[2]
+    offset = n - s
     for start in range(0, s, BLOCK):
         end = min(start + BLOCK, s)
-        size = max(1, SCRATCH // (heads * (end - start) * end))
+        spans = variant.mask.spans(offset + start, offset + end, n)
+        size = max(1, SCRATCH // (heads * (end - start) * sum(span.stop - span.start for span in spans)))
         for first in range(0, count, size):
-            yield slice(first, min(first + size, count)), start, end
-
-
-def _probabilities(rows: torch.Tensor, keys: torch.Tensor, start: int) -> torch.Tensor:
-    """Causal softmax of the queries `rows` [n, r block, d], the first of them number `start`, over `keys` [n, end, d]."""
-    end = keys.shape[1]
-    block = end - start
-    scores = (
-        torch.bmm(rows, keys.transpose(1, 2)).to(torch.promote_types(rows.dtype, torch.float32)).mul_(rows.shape[-1] ** -0.5)
-    )
-    corner = scores.view(-1, block, end)[:, :, start:]
-    corner.masked_fill_(torch.ones(block, block, dtype=torch.bool).triu(1), -torch.inf)
-    return torch.softmax(scores, -1)
+            yield _Block(slice(first, min(first + size, count)), start, end, spans, offset, heads, groups, variant)

@@ -40,7 +40,7 @@ def evaluate(run: Run, global_batches: int = 0) -> Evaluation:
         chunk.eval()
     try:
         for batch in batches:
-            micro_batches = to_micro_batches(batch, run.step, ctx.device)
+            micro_batches = to_micro_batches(batch, run)
             executed = run_schedule(
                 stage, schedule_of(run.config, len(micro_batches), backward=False), micro_batches, scale=1.0
             )

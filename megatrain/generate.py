@@ -26,6 +26,7 @@ from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
 from megatrain.data.tokenizer import load_tokenizer
+from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
@@ -132,7 +133,7 @@ class Decoder:
             if len(ids) > self.capacity:
                 ids = ids[-max(1, self.capacity // 2) :]
             self._restart()
-        device, start = self.ctx.device, len(self.seen)
+        device, start, config = self.ctx.device, len(self.seen), self.chunks[0].build.config
         tokens = torch.tensor(ids, dtype=torch.int64, device=device)[:, None]
         batch = MicroBatch(
             tokens=tokens,
@@ -140,6 +141,7 @@ class Decoder:
             loss_weights=torch.zeros(tokens.shape, device=device),
             positions=torch.arange(start, start + len(ids), device=device)[:, None],
             samples=torch.zeros(1, dtype=torch.int64, device=device),
+            mask=causal_mask(config.window, config.sparse),
         )
         executed = run_schedule(self._stage(), self.schedule, [batch], scale=1.0)
         self.seen += ids

@@ -123,8 +123,11 @@ def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Lo
     """This rank's loader, and the held-out text if the config names any. Raises TokenStoreError."""
     data, train = config.data, config.train
     samples = build_samples(data.train, config.model.seq_length, train.seed, data.cache_dir, vocab_size)
-    held_out = build_held_out(data.valid, config.model.seq_length, vocab_size) if data.valid else None
-    return Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size), held_out
+    held_out = None
+    if data.valid:
+        held_out = build_held_out(data.valid, config.model.seq_length, vocab_size, data.isolate_documents)
+    sizes = (train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
+    return Loader(samples, *sizes, isolate_documents=data.isolate_documents), held_out
 
 
 def _prepare_torch(config: Config) -> None:

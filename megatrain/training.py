@@ -14,6 +14,7 @@ import torch
 
 from megatrain.config.schema import Config
 from megatrain.data.loader import Batch, HeldOut, Loader
+from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.objective import NextToken, Objective
@@ -112,6 +113,7 @@ def assemble(
         dtype=DTYPES[train.precision],
         seed=train.seed,
         recompute=train.recompute,
+        loss_chunk=train.loss_chunk,
     )
     check_whole(chunks, config, vocab_size, ctx)
     parallel = config.parallel
@@ -119,7 +121,9 @@ def assemble(
         units_of(chunks), ctx, stage=parallel.zero_stage, bucket_size=parallel.bucket_size, overlap=parallel.overlap
     )
     optimizer = Optimizer(flat, config.optim)
-    return Run(config, ctx, chunks, objective or NextToken(), flat, optimizer, loader, held_out)
+    return Run(
+        config, ctx, chunks, objective or NextToken(train.label_smoothing, train.z_loss), flat, optimizer, loader, held_out
+    )
 
 
 def units_of(chunks: list[GPT]) -> list[Unit]:
@@ -162,7 +166,7 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
 
 def train_step(run: Run) -> StepReport:
     """One optimizer update: tokens -> loss -> gradients -> parameters."""
-    micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run.step, run.ctx.device)
+    micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run)
     weight = global_weight(run, micro_batches)
     run.flat.zero_grad()
     schedule = schedule_of(run.config, len(micro_batches))
@@ -177,8 +181,9 @@ def train_step(run: Run) -> StepReport:
     return totals.report(run.step, lr)
 
 
-def to_micro_batches(batch: Batch, step: int, device: torch.device) -> list[MicroBatch]:
+def to_micro_batches(batch: Batch, run: Run) -> list[MicroBatch]:
     """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device."""
+    device = run.ctx.device
 
     def columns(array: Any) -> list[torch.Tensor]:
         """[m, b, s] -> m times [s, b]."""
@@ -192,7 +197,9 @@ def to_micro_batches(batch: Batch, step: int, device: torch.device) -> list[Micr
         torch.from_numpy(batch.places).to(device),
         strict=True,
     )
-    return [MicroBatch(*part, step=step) for part in parts]
+    documents = [None] * len(batch.tokens) if batch.documents is None else columns(batch.documents)
+    masks = [causal_mask(run.config.model.window, run.config.model.sparse, of) for of in documents]
+    return [MicroBatch(*part, step=run.step, mask=mask) for part, mask in zip(parts, masks, strict=True)]
 
 
 def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:

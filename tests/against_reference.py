@@ -1,10 +1,12 @@
 """Training by our single process and by the independent plain-PyTorch GPT, from the same weights and batches."""
 
+from typing import Any
+
 import torch
-from reference_gpt import ReferenceBatch, ReferenceGPT, ReferenceRun, reference_train
+from reference_gpt import ReferenceBatch, ReferenceGPT, ReferenceRun, Sight, make_rope, reference_train
 from reference_schedules import reference_rates
 
-from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from megatrain.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from megatrain.data.loader import Loader
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import ParallelContext
@@ -22,9 +24,11 @@ OPTIMIZERS = [
 ]
 
 
-def config_of(model: ModelConfig, optim: OptimConfig, precision: str, micro_batch_size: int = 2) -> Config:
-    train = TrainConfig(steps=STEPS, global_batch_size=4, micro_batch_size=micro_batch_size, precision=precision)
-    return Config(model=model, optim=optim, train=train)
+def config_of(model: ModelConfig, optim: OptimConfig, precision: str, micro_batch_size: int = 2, **others: Any) -> Config:
+    """others: keys of `train`, and `isolate_documents` of `data`."""
+    data = DataConfig(isolate_documents=others.pop("isolate_documents", False))
+    train = TrainConfig(steps=STEPS, global_batch_size=4, micro_batch_size=micro_batch_size, precision=precision, **others)
+    return Config(model=model, optim=optim, train=train, data=data)
 
 
 def reference_of(config: Config) -> ReferenceRun:
@@ -49,7 +53,6 @@ def reference_of(config: Config) -> ReferenceRun:
         norm_eps=m.norm_eps,
         activation=m.activation,
         position=m.position,
-        rope_theta=m.rope_theta,
         bias=m.bias,
         tied_embeddings=m.tied_embeddings,
         explicit_softmax=True,
@@ -58,22 +61,48 @@ def reference_of(config: Config) -> ReferenceRun:
         qk_norm=m.qk_norm,
         embedding_norm=m.embedding_norm,
         logit_softcap=m.logit_softcap,
+        rope=make_rope(
+            m.head_size,
+            m.rope_theta,
+            m.rope_fraction,
+            m.rope_interleaved,
+            m.rope_scaling,
+            m.rope_factor,
+            m.rope_original_length or m.seq_length / m.rope_factor,
+            (m.rope_low_freq_factor, m.rope_high_freq_factor),
+            (m.rope_beta_slow, m.rope_beta_fast),
+        )
+        if m.position == "rope"
+        else None,
+        sight=Sight(m.window, m.sparse, m.position == "alibi"),
+        norm_placement=m.norm_placement,
     ).to(dtype)
     model.load_logical(start)
     loader = Loader(RandomSamples(m.vocab_size, m.seq_length, t.seed), t.global_batch_size, t.micro_batch_size, 0, 1)
+    loader.isolate_documents = config.data.isolate_documents
     batches = [loader.build(step * t.global_batch_size) for step in range(t.steps)]
     steps = [
         [
-            ReferenceBatch(*(torch.from_numpy(a[i]) for a in (b.tokens, b.labels, b.loss_weights)))
+            ReferenceBatch(
+                *(torch.from_numpy(a[i]) for a in (b.tokens, b.labels, b.loss_weights, b.positions)),
+                None if b.documents is None else torch.from_numpy(b.documents[i]),
+            )
             for i in range(b.tokens.shape[0])
         ]
         for b in batches
     ]
 
+    def weights_mask(step, name, samples):
+        key, places = rng.key(t.seed, "attention dropout", step, name), torch.arange(m.seq_length)
+        heads = torch.arange(m.num_attention_heads).expand(len(samples), -1)
+        return rng.attention_dropout(m.attention_dropout, key, samples, heads, places, places)
+
     def masks(step, micro_batch):
         samples = torch.from_numpy(batches[step].places[micro_batch])
 
         def mask(site):
+            if site.endswith(".weights"):
+                return weights_mask(step, site.removesuffix(".weights"), samples)
             where = ("embedding",) if site == "embedding" else (int(site.split(".")[1]), site.split(".")[2])
             ones = torch.ones(m.seq_length, len(samples), m.hidden_size, dtype=dtype)
             return rng.dropout(ones, m.dropout, rng.key(t.seed, "dropout", step, *where), samples).transpose(0, 1)
@@ -91,6 +120,8 @@ def reference_of(config: Config) -> ReferenceRun:
         momentum=o.momentum,
         clip_grad=o.clip_grad,
         masks=masks,
+        label_smoothing=t.label_smoothing,
+        z_loss=t.z_loss,
     )
 
 

@@ -30,13 +30,98 @@ def undropped(site: str) -> torch.Tensor:
     return torch.ones(())
 
 
-def rotate(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Rotary embedding of x [b, a, s, d] at positions 0 .. s - 1: complex numbers x1 + i x2 (the halves) times e^(i m f)."""
-    s, d = x.shape[-2:]
-    frequencies = theta ** (-2 * torch.arange(d // 2, dtype=x.dtype, device=x.device) / d)
-    angles = torch.outer(torch.arange(s, dtype=x.dtype, device=x.device), frequencies)
-    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: `turns` [d/2 or fewer] radians of each pair a position."""
+
+    turns: Sequence[float]
+    interleaved: bool = False
+    magnitude: float = 1.0
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x [b, a, s, d] at positions [b, s]: complex numbers x1 + i x2 times e^(i m f), of the first pairs; the rest stays."""
+        turned, rest = x[..., : 2 * len(self.turns)], x[..., 2 * len(self.turns) :]
+        angles = positions[:, None, :, None].to(x.dtype) * torch.tensor(self.turns, dtype=x.dtype)
+        spin = torch.polar(torch.full_like(angles, self.magnitude), angles)
+        if self.interleaved:
+            turned = torch.view_as_real(torch.view_as_complex(turned.unflatten(-1, (-1, 2)).contiguous()) * spin).flatten(-2)
+        else:
+            complex_ = torch.complex(*turned.chunk(2, dim=-1)) * spin
+            turned = torch.cat([complex_.real, complex_.imag], dim=-1)
+        return torch.cat([turned, rest], dim=-1)
+
+
+def make_rope(
+    width: int,
+    theta: float,
+    fraction: float = 1.0,
+    interleaved: bool = False,
+    scaling: str = "none",
+    factor: float = 1.0,
+    original: float = 0.0,
+    low_high: tuple[float, float] = (1.0, 4.0),
+    slow_fast: tuple[float, float] = (1.0, 32.0),
+) -> Rope:
+    """Frequencies pair by pair, from the formulas of the papers."""
+    numbers = int(width * fraction) // 2 * 2
+    plain = [theta ** (-2 * i / numbers) for i in range(numbers // 2)]
+    if scaling == "none":
+        return Rope(plain, interleaved)
+    if scaling == "linear":
+        return Rope([f / factor for f in plain], interleaved)
+    if scaling == "llama3":
+        turns = []
+        for f in plain:
+            wavelength = 2 * math.pi / f
+            if wavelength < original / low_high[1]:
+                turns.append(f)
+            elif wavelength > original / low_high[0]:
+                turns.append(f / factor)
+            else:
+                smooth = (original / wavelength - low_high[0]) / (low_high[1] - low_high[0])
+                turns.append((1 - smooth) * f / factor + smooth * f)
+        return Rope(turns, interleaved)
+    bounds = [numbers * math.log(original / (r * 2 * math.pi)) / (2 * math.log(theta)) for r in reversed(slow_fast)]
+    low, high = max(math.floor(bounds[0]), 0), min(math.ceil(bounds[1]), numbers - 1)
+    high = high + 0.001 if low == high else high
+    gamma = [1 - min(max((i - low) / (high - low), 0), 1) for i in range(numbers // 2)]
+    turns = [(1 - g) * f / factor + g * f for g, f in zip(gamma, plain, strict=True)]
+    return Rope(turns, interleaved, 0.1 * math.log(factor) + 1)
+
+
+def slopes_of(heads: int) -> list[float]:
+    """ALiBi's slopes as the paper's repository computes them."""
+
+    def power_of_two(n: int) -> list[float]:
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+
+    if math.log2(heads).is_integer():
+        return power_of_two(heads)
+    closest = 2 ** math.floor(math.log2(heads))
+    return power_of_two(closest) + slopes_of(2 * closest)[0::2][: heads - closest]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys are seen, besides causality, and ALiBi."""
+
+    window: int | None = None
+    sparse: tuple[int, int, int] | None = None
+    alibi: bool = False
+
+    def bias(self, heads: int, documents: torch.Tensor) -> torch.Tensor:
+        """What is added to scores: [b, heads, s, s] for documents [b, s]."""
+        s = documents.shape[1]
+        q, k = torch.arange(s)[:, None], torch.arange(s)[None, :]
+        seen = (k <= q) & (documents[:, :, None] == documents[:, None, :])
+        if self.window is not None:
+            seen = seen & (q - k < self.window)
+        if self.sparse is not None:
+            block, near, everywhere = self.sparse
+            seen = seen & ((q // block - k // block < near) | (k // block < everywhere))
+        slopes = torch.tensor(slopes_of(heads) if self.alibi else [0.0] * heads, dtype=torch.float64)
+        return (slopes[:, None, None] * (k - q)).masked_fill(~seen[:, None], -math.inf)
 
 
 class Attention(nn.Module):
@@ -48,8 +133,9 @@ class Attention(nn.Module):
         heads: int,
         groups: int,
         bias: bool,
-        rope_theta: float | None,
+        rope: Rope | None,
         explicit: bool,
+        sight: Sight,
         width: int | None = None,
         qkv_bias: bool | None = None,
         head_norm: Callable[[int], nn.Module] | None = None,
@@ -57,7 +143,7 @@ class Attention(nn.Module):
         super().__init__()
         self.width = width or hidden // heads
         qkv_bias = bias if qkv_bias is None else qkv_bias
-        self.heads, self.groups, self.rope_theta, self.explicit = heads, groups, rope_theta, explicit
+        self.heads, self.groups, self.rope, self.explicit, self.sight = heads, groups, rope, explicit, sight
         self.query = nn.Linear(hidden, heads * self.width, bias=qkv_bias)
         self.key = nn.Linear(hidden, groups * self.width, bias=qkv_bias)
         self.value = nn.Linear(hidden, groups * self.width, bias=qkv_bias)
@@ -69,16 +155,15 @@ class Attention(nn.Module):
         """Columns to heads: [b, s, n d] to [b, n, s, d]."""
         return x.unflatten(-1, (-1, self.width)).transpose(1, 2)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, documents: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
         q, k, v = (self.split(layer(x)) for layer in (self.query, self.key, self.value))
         q, k = self.query_norm(q), self.key_norm(k)
-        if self.rope_theta is not None:
-            q, k = rotate(q, self.rope_theta), rotate(k, self.rope_theta)
+        if self.rope is not None:
+            q, k = self.rope(q, positions), self.rope(k, positions)
         k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
         if self.explicit:
-            scores = q @ k.transpose(-1, -2) / math.sqrt(self.width)
-            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-            mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.width) + self.sight.bias(self.heads, documents).to(x)
+            mixed = (scores.softmax(-1) * dropped.to(x)) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -101,14 +186,34 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block; `placement` of the norms: pre, post or sandwich."""
 
-    def __init__(self, attention_norm: nn.Module, attention: Attention, mlp_norm: nn.Module, mlp: MLP) -> None:
+    def __init__(self, make_norm: Callable[[], nn.Module], attention: Attention, mlp: MLP, placement: str) -> None:
         super().__init__()
-        self.attention_norm, self.attention, self.mlp_norm, self.mlp = attention_norm, attention, mlp_norm, mlp
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = make_norm(), attention, make_norm(), mlp
+        self.placement = placement
+        if placement == "sandwich":
+            self.attention_output_norm, self.mlp_output_norm = make_norm(), make_norm()
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor, mlp_mask: torch.Tensor) -> torch.Tensor:
-        x = x + attention_mask * self.attention(self.attention_norm(x))
+    def forward(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor,
+        mlp_mask: torch.Tensor,
+        positions: torch.Tensor,
+        documents: torch.Tensor,
+        dropped: torch.Tensor,
+    ) -> torch.Tensor:
+        def attend(y: torch.Tensor) -> torch.Tensor:
+            return self.attention(y, positions, documents, dropped)
+
+        if self.placement == "post":
+            x = self.attention_norm(x + attention_mask * attend(x))
+            return self.mlp_norm(x + mlp_mask * self.mlp(x))
+        if self.placement == "sandwich":
+            x = x + attention_mask * self.attention_output_norm(attend(self.attention_norm(x)))
+            return x + mlp_mask * self.mlp_output_norm(self.mlp(self.mlp_norm(x)))
+        x = x + attention_mask * attend(self.attention_norm(x))
         return x + mlp_mask * self.mlp(self.mlp_norm(x))
 
 
@@ -138,11 +243,15 @@ class ReferenceGPT(nn.Module):
         qk_norm: bool = False,
         embedding_norm: bool = False,
         logit_softcap: float = 0.0,
+        rope: Rope | None = None,
+        sight: Sight = Sight(),
+        norm_placement: str = "pre",
     ) -> None:
         super().__init__()
         self.logit_softcap = logit_softcap
         groups = num_query_groups or num_attention_heads
-        theta = {"learned": None, "none": None, "rope": rope_theta}[position]
+        if position == "rope" and rope is None:
+            rope = make_rope(head_dim or hidden_size // num_attention_heads, rope_theta)
 
         def make_norm(width: int = hidden_size) -> nn.Module:
             if norm == "rmsnorm":
@@ -155,27 +264,48 @@ class ReferenceGPT(nn.Module):
         self.positions = nn.Embedding(seq_length, hidden_size) if position == "learned" else None
         self.layers = nn.ModuleList(
             Block(
-                make_norm(),
+                make_norm,
                 Attention(
-                    hidden_size, num_attention_heads, groups, bias, theta, explicit_softmax, head_dim, qkv_bias, head_norm
+                    hidden_size,
+                    num_attention_heads,
+                    groups,
+                    bias,
+                    rope,
+                    explicit_softmax,
+                    sight,
+                    head_dim,
+                    qkv_bias,
+                    head_norm,
                 ),
-                make_norm(),
                 MLP(hidden_size, ffn_hidden_size, activation, bias),
+                norm_placement,
             )
             for _ in range(num_layers)
         )
         self.embedding_norm = make_norm() if embedding_norm else nn.Identity()
-        self.final_norm = make_norm()
+        self.final_norm = make_norm() if norm_placement != "post" else nn.Identity()
         self.head = None if tied_embeddings else nn.Linear(hidden_size, vocab_size, bias=False)
 
-    def forward(self, tokens: torch.Tensor, masks: Masks = undropped) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        masks: Masks = undropped,
+        positions: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        if documents is None:
+            documents = torch.zeros_like(tokens)
         x = self.tokens(tokens)
         if self.positions is not None:
-            x = x + self.positions.weight[: tokens.shape[1]]
+            x = x + self.positions(positions)
         x = self.embedding_norm(x)
         x = x * masks("embedding").to(x)
         for i, block in enumerate(self.layers):
-            x = block(x, masks(f"layers.{i}.attention").to(x), masks(f"layers.{i}.mlp").to(x))
+            sites = (f"layers.{i}.attention", f"layers.{i}.mlp")
+            dropped = masks(f"layers.{i}.attention.weights")
+            x = block(x, *(masks(site).to(x) for site in sites), positions, documents, dropped)
         logits = F.linear(self.final_norm(x), self.tokens.weight if self.head is None else self.head.weight)
         return logits if not self.logit_softcap else self.logit_softcap * (logits / self.logit_softcap).tanh()
 
@@ -212,6 +342,8 @@ class ReferenceBatch:
     tokens: torch.Tensor
     labels: torch.Tensor
     weights: torch.Tensor
+    positions: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
 
 
 @dataclass
@@ -258,6 +390,8 @@ def reference_train(
     momentum: float = 0.9,
     clip_grad: float = 1.0,
     masks: Callable[[int, int], Masks] | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> ReferenceRun:
     """Train on `steps`, lists of micro-batches, at `rates[step]`, dropout by `masks(step, micro_batch)`; clip_grad 0: none.
 
@@ -272,8 +406,11 @@ def reference_train(
         total = torch.stack([batch.weights.double().sum() for batch in micro_batches]).sum()
         loss_of_step = 0.0
         for index, batch in enumerate(micro_batches):
-            logits = model(batch.tokens, masks(step, index) if masks else undropped)
-            losses = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+            logits = model(batch.tokens, masks(step, index) if masks else undropped, batch.positions, batch.documents).flatten(
+                0, 1
+            )
+            losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none", label_smoothing=label_smoothing)
+            losses = losses + z_loss * logits.logsumexp(-1) ** 2
             loss = (losses * batch.weights.flatten().to(losses)).sum() / total.to(losses)
             loss.backward()
             loss_of_step += loss.item()

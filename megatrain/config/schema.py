@@ -47,9 +47,31 @@ class ModelConfig:
         "gelu_tanh", "MLP activation; swiglu and geglu are gated (arXiv:2002.05202)."
     )
     position: Literal["learned", "rope", "alibi", "none", "learned_2d", "rope_2d"] = knob(
-        "learned", "Position encoding; rope is arXiv:2104.09864, rotating halves."
+        "learned", "Position encoding; rope is arXiv:2104.09864, alibi arXiv:2108.12409."
     )
     rope_theta: float = knob(10000.0, "Base of the rotary frequencies.")
+    rope_fraction: float = knob(1.0, "Share of each head's numbers that is rotated (GPT-NeoX, arXiv:2204.06745: 0.25).")
+    rope_interleaved: bool = knob(False, "Pairs are neighbours (GPT-J) rather than the two halves (arXiv:2104.09864).")
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = knob(
+        "none", "Lower frequencies for longer texts: linear arXiv:2306.15595, llama3 arXiv:2407.21783, yarn arXiv:2309.00071."
+    )
+    rope_factor: float = knob(1.0, "rope_scaling: how much longer the texts are.")
+    rope_original_length: int | None = knob(
+        None, "rope_scaling: tokens of the first training's texts; null means seq_length / rope_factor."
+    )
+    rope_low_freq_factor: float = knob(1.0, "llama3: pairs with fewer waves than this in the original length are scaled whole.")
+    rope_high_freq_factor: float = knob(4.0, "llama3: pairs with more waves than this stay.")
+    rope_beta_fast: float = knob(32.0, "yarn: pairs with more turns than this in the original length stay.")
+    rope_beta_slow: float = knob(1.0, "yarn: pairs with fewer turns than this are scaled whole.")
+    window: int | None = knob(
+        None,
+        "Sliding window: keys that a query sees, its own included (arXiv:2004.05150; Mistral, arXiv:2310.06825); null is all.",
+    )
+    sparse_block: int | None = knob(
+        None, "Block-sparse attention: tokens of a block (arXiv:1904.10509; arXiv:2007.14062, section 2); null is dense."
+    )
+    sparse_local_blocks: int = knob(4, "Block-sparse attention: blocks up to its own that a query sees (arXiv:2007.14062).")
+    sparse_global_blocks: int = knob(1, "Block-sparse attention: first blocks that all queries see (arXiv:2007.14062).")
     bias: bool = knob(True, "Biases in the linear layers and, with layernorm, in the norms.")
     qkv_bias: bool | None = knob(None, "Biases of queries, keys and values; null means as `bias` (Qwen2 has them there alone).")
     qk_norm: bool = knob(False, "Normalise every head's queries and keys, over d (arXiv:2302.05442; Qwen3, arXiv:2505.09388).")
@@ -58,8 +80,18 @@ class ModelConfig:
     logit_softcap: float = knob(
         0.0, "c: logits become c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2); 0 leaves them."
     )
-    dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches.")
-    init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights.")
+    dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches (JMLR 15, 2014).")
+    attention_dropout: float = knob(
+        0.0, "Dropout probability of attention's weights (arXiv:1706.03762); on GPUs it takes the slow blockwise attention."
+    )
+    softmax_fp32: bool = knob(True, "Attention's softmax in float32 where the run is in bf16 (arXiv:1710.03740, section 3.3).")
+    residual_fp32: bool = knob(False, "Keep the residual stream in float32 where the run is in bf16 (arXiv:1710.03740).")
+    init: Literal["normal", "small", "fan_in"] = knob(
+        "normal",
+        "Standard deviation of the initial weights: init_std, sqrt(2 / 5h) (arXiv:1910.05895), or 1 / sqrt(inputs) of each matrix.",
+    )
+    init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights (GPT-2).")
+    embedding_init_std: float | None = knob(None, "Standard deviation of the embeddings; null means as `init` says.")
     scale_residual_init: bool = knob(
         True, "Divide init_std by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2)."
     )
@@ -68,6 +100,21 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width d of one attention head."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotated(self) -> int:
+        """Numbers r of each head that rope rotates, an even number."""
+        return int(self.head_size * self.rope_fraction) // 2 * 2
+
+    @property
+    def sparse(self) -> tuple[int, int, int] | None:
+        """(tokens of a block, local blocks, global blocks) of block-sparse attention."""
+        return None if self.sparse_block is None else (self.sparse_block, self.sparse_local_blocks, self.sparse_global_blocks)
+
+    @property
+    def original_length(self) -> float:
+        """Tokens of the texts that the rotary frequencies were first trained on."""
+        return self.seq_length / self.rope_factor if self.rope_original_length is None else self.rope_original_length
 
     @property
     def qkv_biased(self) -> bool:
@@ -132,6 +179,10 @@ class DataConfig:
 
     train: tuple[CorpusConfig, ...] = knob((), "Training corpora: a list of {path, weight}; a plain string is a list of one.")
     valid: tuple[CorpusConfig, ...] = knob((), "Held-out corpora, as `train`; may be left out.")
+    isolate_documents: bool = knob(
+        False,
+        "Documents packed in one sample do not see each other, and positions count from each one's start (arXiv:2407.21783).",
+    )
     tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.")
     cache_dir: str | None = knob(None, "Where sample indices are cached; null means `index_cache` beside each store.")
 
@@ -175,6 +226,15 @@ class TrainConfig:
         "bf16", "bf16: BF16 weights with FP32 masters and FP32 gradient accumulation; fp64 is for checks on CPU."
     )
     recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
+    label_smoothing: float = knob(
+        0.0, "Share of the target's probability that is spread over the vocabulary, in training (arXiv:1512.00567, section 7)."
+    )
+    z_loss: float = knob(
+        0.0, "Weight of the squared log of the softmax's sum, in training (PaLM, arXiv:2204.02311, section 5)."
+    )
+    loss_chunk: int = knob(
+        0, "Tokens of a micro-batch whose logits exist at a time; made again in the backward (arXiv:2411.09009). 0 means all."
+    )
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
     audit_every: int = knob(

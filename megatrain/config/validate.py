@@ -28,8 +28,8 @@ DEFERRED = (
     Deferred("model.family", ("gpt",), "GLM comes in a later release"),
     Deferred("model.preset", (None,), "published shapes come in a later release; give the shape key by key"),
     Deferred("model.init_from", (None,), "starting from given weights comes in a later release"),
-    Deferred("model.norm_placement", ("pre",), "other placements of the norms come in a later release"),
-    Deferred("model.position", ("learned", "rope", "none"), "other position encodings come in a later release"),
+    Deferred("model.norm_placement", ("pre", "post", "sandwich"), "DeepNorm comes in a later release"),
+    Deferred("model.position", ("learned", "rope", "alibi", "none"), "positions in two dimensions come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
     Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
     Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
@@ -44,6 +44,9 @@ LATER_WRITERS = ("wandb", "mlflow")
 POSITIVE = (
     *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "head_dim", "num_query_groups")),
     *(f"model.{name}" for name in ("ffn_hidden_size", "seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
+    *(f"model.{name}" for name in ("rope_fraction", "rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")),
+    *(f"model.{name}" for name in ("rope_beta_fast", "rope_beta_slow", "window", "sparse_block", "sparse_local_blocks")),
+    "model.embedding_init_std",
     *(
         f"parallel.{name}"
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
@@ -54,11 +57,12 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "model.logit_softcap",
+    "model.sparse_global_blocks",
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
-    *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every")),
+    *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every", "z_loss", "loss_chunk")),
     *(f"checkpoint.{name}" for name in ("save_every", "keep")),
 )
-BELOW_ONE = ("model.dropout", "optim.betas", "optim.momentum")
+BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
 """In [0, 1)."""
 NOT_EMPTY = ("data.tokenizer", "data.cache_dir", "checkpoint.dir", "checkpoint.resume", "log.dir")
 
@@ -77,6 +81,7 @@ def validate(config: Config, world_size: int) -> None:
 def validate_layout(config: Config, world_size: int) -> None:
     """Hold the rules of the model's shape and its layout alone. Raises ConfigError."""
     _require_heads(config.model)
+    _require_rope(config.model)
     _require_tensor_split(config.model, config.parallel, world_size)
     _require_layer_split(config.model, config.parallel)
     _require_world(config, world_size)
@@ -122,7 +127,8 @@ def _require_ranges(config: Config) -> None:
         (POSITIVE, "must be greater than 0", lambda number: number > 0),
         (NOT_NEGATIVE, "must be 0 or more", lambda number: number >= 0),
         (BELOW_ONE, "must lie in [0, 1)", lambda number: 0 <= number < 1),
-        (("optim.decay_fraction",), "must be at most 1", lambda number: number <= 1),
+        (("optim.decay_fraction", "model.rope_fraction"), "must be at most 1", lambda number: number <= 1),
+        (("model.rope_factor",), "must be 1 or more", lambda number: number >= 1),
         (("train.seed",), "must be less than 2^63", lambda number: number < 1 << 63),
         (NOT_EMPTY, "must not be empty text", bool),
     )
@@ -164,18 +170,36 @@ def _require_heads(model: ModelConfig) -> None:
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}. "
             f"Use model.num_query_groups={choices(_divisors(heads))}."
         )
-    if model.position == "rope" and model.head_dim is not None and model.head_dim % 2:
+
+
+def _require_rope(model: ModelConfig) -> None:
+    """Rotary embeddings turn pairs, and their scalings need an order."""
+    if model.position != "rope":
+        return
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    if model.head_dim is not None and model.head_dim % 2:
         fits = choices(_multiples(model.head_dim, 2))
         raise ConfigError(
             f"model.position=rope turns pairs of numbers, but model.head_dim={model.head_dim}. Use model.head_dim={fits}."
         )
-    if model.position == "rope" and model.head_size % 2:
+    if model.head_size % 2:
         even = [count for count in _divisors(hidden) if hidden // count % 2 == 0]
         fits = f"model.num_attention_heads={choices(_nearest(even, heads))}" if even else "an even model.hidden_size"
         raise ConfigError(
             f"model.position=rope turns pairs of numbers, but the head dimension is {model.head_size} "
             f"(model.hidden_size={hidden} / model.num_attention_heads={heads}). Use {fits}."
         )
+    if model.rotated < 2:
+        raise ConfigError(
+            f"model.rope_fraction={model.rope_fraction} of a head dimension of {model.head_size} is less than one pair. "
+            f"Use model.rope_fraction={2 / model.head_size:g} or more."
+        )
+    for low, high in (("rope_low_freq_factor", "rope_high_freq_factor"), ("rope_beta_slow", "rope_beta_fast")):
+        if getattr(model, low) >= getattr(model, high):
+            raise ConfigError(
+                f"model.{low}={getattr(model, low)} must be less than model.{high}={getattr(model, high)}. "
+                f"Use model.{low}={getattr(model, high) / 4:g}."
+            )
 
 
 def _require_tensor_split(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:

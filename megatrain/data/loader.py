@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -34,6 +34,9 @@ class Samples(Protocol):
     def sample(self, n: int) -> npt.NDArray[np.int64]:
         """Tokens [seq_length + 1] of sample n >= 0."""
 
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """[seq_length + 1] number of each token's document within sample n, not falling; asked for where documents are isolated."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -49,6 +52,8 @@ class Batch:
     """[m, b, s] place of each token in its sequence."""
     places: npt.NDArray[np.int64]
     """[m, b] place of each sequence in the global batch."""
+    documents: npt.NDArray[np.int64] | None = None
+    """[m, b, s] number of each token's document in its sequence, where documents are isolated from each other."""
 
 
 def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:
@@ -80,6 +85,19 @@ def _batch(
 def _positions(places: npt.NDArray[np.int64], seq_length: int) -> npt.NDArray[np.int64]:
     """[m, b, s] 0..s-1 in each sequence."""
     return np.broadcast_to(np.arange(seq_length, dtype=np.int64), (*places.shape, seq_length)).copy()
+
+
+def _isolated(batch: Batch, numbers: npt.NDArray[np.int64]) -> Batch:
+    """The batch with its documents, `numbers` [m, b, s + 1], apart from each other."""
+    documents, following = numbers[..., :-1], numbers[..., 1:]
+    starts = np.diff(documents, axis=-1, prepend=documents[..., :1] - 1) > 0
+    first = np.maximum.accumulate(np.where(starts, batch.positions, 0), axis=-1)
+    return replace(
+        batch,
+        positions=batch.positions - first,
+        loss_weights=batch.loss_weights * (documents == following),
+        documents=np.ascontiguousarray(documents),
+    )
 
 
 class _Pending:
@@ -115,11 +133,21 @@ class _Pending:
 class Loader:
     """One data-parallel rank's batches, the next one prepared while the caller works on this one.
 
-    `global_batch_size` and `micro_batch_size` count sequences. Raises ValueError when they do not divide.
+    `global_batch_size` and `micro_batch_size` count sequences. isolate_documents: positions count from the start of each document, and
+    its last token, whose label is another document's first, does not count. Raises ValueError when sizes do not divide.
     """
 
-    def __init__(self, samples: Samples, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> None:
-        self.samples = samples
+    def __init__(
+        self,
+        samples: Samples,
+        global_batch_size: int,
+        micro_batch_size: int,
+        dp_rank: int,
+        dp_size: int,
+        *,
+        isolate_documents: bool = False,
+    ) -> None:
+        self.samples, self.isolate_documents = samples, isolate_documents
         self.global_batch_size = global_batch_size
         self.places = batch_places(global_batch_size, micro_batch_size, dp_rank, dp_size)
         self._pending: _Pending | None = None
@@ -144,7 +172,11 @@ class Loader:
         rows = np.stack([self.samples.sample(consumed + int(place)) for place in self.places.flat])
         rows = rows.reshape(*self.places.shape, -1)
         positions = _positions(self.places, rows.shape[-1] - 1)
-        return _batch(rows, np.ones(positions.shape, np.float32), positions, self.places)
+        batch = _batch(rows, np.ones(positions.shape, np.float32), positions, self.places)
+        if not self.isolate_documents:
+            return batch
+        numbers = np.stack([self.samples.document_numbers(consumed + int(place)) for place in self.places.flat])
+        return _isolated(batch, numbers.reshape(rows.shape))
 
     def close(self) -> None:
         """Waits for the background thread; the loader can still be used afterwards."""
@@ -173,6 +205,11 @@ class BlendedSamples:
         corpus, place = self.blend.place(n)
         return self.corpora[corpus].sample(place)
 
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """[seq_length + 1] number of each token's document within sample n."""
+        corpus, place = self.blend.place(n)
+        return self.corpora[corpus].document_numbers(place)
+
 
 def build_samples(
     corpora: Sequence[CorpusConfig],
@@ -200,8 +237,10 @@ class HeldOut:
     large store at the batch).
     """
 
-    def __init__(self, stores: Sequence[TokenStore], seq_length: int, vocab_size: int | None = None) -> None:
-        self.stores, self.seq_length = tuple(stores), seq_length
+    def __init__(
+        self, stores: Sequence[TokenStore], seq_length: int, vocab_size: int | None = None, isolate_documents: bool = False
+    ) -> None:
+        self.stores, self.seq_length, self.isolate_documents = tuple(stores), seq_length, isolate_documents
         counts = [max(-(-(store.tokens - 1) // seq_length), 0) for store in stores]
         if not sum(counts):
             names = ", ".join(store.prefix for store in stores) or "data.valid"
@@ -211,6 +250,7 @@ class HeldOut:
         within = np.concatenate([np.arange(count) for count in counts])
         order = np.argsort((within + 0.5) / np.asarray(counts)[owner], kind="stable")
         self._owner, self._within = owner[order], within[order]
+        self._ends = [np.cumsum(store.document_lengths()) for store in self.stores] if isolate_documents else []
 
     def __len__(self) -> int:
         return int(self._owner.size)
@@ -226,10 +266,17 @@ class HeldOut:
         tokens[: piece.size] = piece
         return tokens, piece.size - 1
 
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """[seq_length + 1] number of each token's document within sample n; made with isolate_documents."""
+        corpus, begin = int(self._owner[n]), int(self._within[n]) * self.seq_length
+        return np.searchsorted(self._ends[corpus], np.arange(begin, begin + self.seq_length + 1), side="right")
 
-def build_held_out(corpora: Sequence[CorpusConfig], seq_length: int, vocab_size: int | None = None) -> HeldOut:
+
+def build_held_out(
+    corpora: Sequence[CorpusConfig], seq_length: int, vocab_size: int | None = None, isolate_documents: bool = False
+) -> HeldOut:
     """The held-out text of `data.valid`. Raises TokenStoreError as `HeldOut` and `TokenStore` do."""
-    return HeldOut([TokenStore(corpus.path) for corpus in corpora], seq_length, vocab_size)
+    return HeldOut([TokenStore(corpus.path) for corpus in corpora], seq_length, vocab_size, isolate_documents)
 
 
 def evaluation_batches(
@@ -245,10 +292,14 @@ def evaluation_batches(
     batches = -(-len(held_out) // global_batch_size)
     for number in range(min(batches, limit) if limit else batches):
         rows = np.zeros((places.size, held_out.seq_length + 1), np.int64)
+        numbers = np.zeros_like(rows)
         labelled = np.zeros(places.size, np.int64)
         for row, place in enumerate(places.flat):
             sample = number * global_batch_size + int(place)
             if sample < len(held_out):
                 rows[row], labelled[row] = held_out.sample(sample)
+                if held_out.isolate_documents:
+                    numbers[row] = held_out.document_numbers(sample)
         weights = (positions < labelled.reshape(*places.shape, 1)).astype(np.float32)
-        yield _batch(rows.reshape(*places.shape, -1), weights, positions.copy(), places)
+        batch = _batch(rows.reshape(*places.shape, -1), weights, positions.copy(), places)
+        yield _isolated(batch, numbers.reshape(*places.shape, -1)) if held_out.isolate_documents else batch

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from megatrain.kernels.attention import attention
+from megatrain.kernels.attention import Factors, Variant, attention
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Norm
-from megatrain.models.position import Rotary
+from megatrain.models.position import alibi_slopes
 from megatrain.models.recompute import Remake
+from megatrain.models.rope import Rotary
+from megatrain.parallel import rng
 from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
 
 
@@ -37,8 +39,11 @@ class KeyValueCache:
 class Attention(nn.Module):
     """q|k|v, attention within each of this rank's heads, output matrix; heads are split over tp."""
 
+    slopes: torch.Tensor | None
+
     def __init__(self, name: str, build: Build) -> None:
         super().__init__()
+        self.name, self.build = name, build
         config = build.config
         h, d = config.hidden_size, config.head_size
         shared = build.linears
@@ -49,15 +54,21 @@ class Attention(nn.Module):
             (f"{name}.key", groups * d, groups),
             (f"{name}.value", groups * d, groups),
         ]
-        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init, **qkv)
+        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init(h), **qkv)
         self.output = RowParallelLinear(
-            f"{name}.output", width, h, config.num_attention_heads, build.tp, init=build.residual_init, **shared
+            f"{name}.output", width, h, config.num_attention_heads, build.tp, init=build.residual_init(width), **shared
         )
         # Every rank of tp sees other heads, so the gradients of these norms are partial sums.
         self.query_norm = Norm(f"{name}.query_norm", build, d, "tp") if config.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", build, d, "tp") if config.qk_norm else None
         self.rotary = Rotary(build) if config.position == "rope" else None
         self.head_dim = d
+        heads = config.num_attention_heads // build.tp.size
+        self.first_head = build.tp.rank * heads
+        slopes = alibi_slopes(config.num_attention_heads)[self.first_head : self.first_head + heads]
+        wide = torch.promote_types(build.dtype, torch.float32)
+        mine = torch.tensor(slopes, dtype=wide, device=build.device) if config.position == "alibi" else None
+        self.register_buffer("slopes", mine, persistent=False)
 
     @property
     def key_heads(self) -> int:
@@ -77,4 +88,17 @@ class Attention(nn.Module):
                 v = v.contiguous()  # else it would keep the unrotated q and k alive, which lie in the same storage
         if cache is not None:
             k, v = cache.extend(k, v)
-        return self.output(attention(q, k, v, causal=batch.mask.causal), batch.postponed)
+        variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32)
+        return self.output(attention(q, k, v, variant), batch.postponed)
+
+    def _dropout(self, batch: MicroBatch) -> Factors | None:
+        """Dropout of attention's weights, keyed by (sample, head, query, key): the same under every layout."""
+        p = self.build.config.attention_dropout
+        if p == 0 or not self.training:
+            return None
+        key = rng.key(self.build.seed, "attention dropout", batch.step, self.name)
+
+        def factors(sequences: torch.Tensor, heads: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            return rng.attention_dropout(p, key, batch.samples[sequences], heads + self.first_head, queries, keys)
+
+        return factors

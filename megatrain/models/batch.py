@@ -6,14 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
 from megatrain.parallel.weights import Postponed
-
-
-@dataclass(frozen=True)
-class AttentionMask:
-    """Which keys a query may see, as one value. Causal: key position <= query position."""
-
-    causal: bool = True
 
 
 @dataclass(frozen=True)
@@ -32,6 +26,7 @@ class MicroBatch:
     """[b] int64 place of each sequence in the global batch of this step: what dropout is keyed by."""
     step: int = 0
     """Optimizer step, from 0: what dropout is keyed by."""
-    mask: AttentionMask = AttentionMask()
+    mask: AttentionMask = CAUSAL
+    """Which keys a query may see."""
     postponed: Postponed | None = None
     """Where linear layers put weight gradients that wait for their turn (split backward); None: they compute them at once."""

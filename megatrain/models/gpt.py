@@ -18,10 +18,12 @@ from megatrain.models.transformer import Stack
 from megatrain.parallel.collectives import gathered
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter, initialise
-from megatrain.parallel.tensor_parallel import (
+from megatrain.parallel.vocabulary import (
+    Target,
     VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
+    capped,
     vocab_parallel_logits,
+    vocab_parallel_loss,
     vocab_parameter,
 )
 
@@ -31,13 +33,14 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab_size: int, build: Build) -> None:
         super().__init__()
+        self.build = build
         self.tokens = VocabParallelEmbedding(
             "embedding.tokens",
             vocab_size,
             build.config.hidden_size,
             build.tp,
             sequence_parallel=build.sequence_parallel,
-            init=build.init,
+            init=build.embedding_init,
             dtype=build.dtype,
             device=build.device,
             tied=build.tied_over,
@@ -48,8 +51,8 @@ class Embedding(nn.Module):
         self.dropout = Dropout(build, "embedding")
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Tokens [s, b] -> [s/t or s, b, h]."""
-        x = self.tokens(batch.tokens)
+        """Tokens [s, b] -> [s/t or s, b, h], of the residual stream's dtype."""
+        x = self.tokens(batch.tokens).to(self.build.residual_dtype)
         if self.positions is not None:
             x = self.positions(x, batch)
         if self.norm is not None:
@@ -63,23 +66,33 @@ class Head(nn.Module):
     def __init__(self, vocab_size: int, build: Build, tied: Parameter | None) -> None:
         super().__init__()
         self.build, self.vocab_size = build, vocab_size
-        self.norm = Norm("final_norm", build)
+        # With post-norm blocks the last one's output is normalised already.
+        self.norm = Norm("final_norm", build) if build.config.norm_placement != "post" else None
         self.weight = _head_weight(vocab_size, build) if tied is None else tied
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        """[s/t or s, b, h] -> what the output matrix is multiplied with."""
+        return (x if self.norm is None else self.norm(x)).to(self.build.dtype)
 
     def local_logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
-        logits = vocab_parallel_logits(self.norm(x), self.weight, self.build.tp, self.build.sequence_parallel)
-        cap = self.build.config.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        logits = vocab_parallel_logits(self.normed(x), self.weight, self.build.tp, self.build.sequence_parallel)
+        return capped(logits, self.build.config.logit_softcap)
 
     def forward(self, x: torch.Tensor, objective: Objective, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """[s/t or s, b, h] -> what the objective makes of them: (summed loss, weight predicted right)."""
         loss = objective(self, x, batch)
         return loss.total, loss.correct
 
-    def cross_entropy(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def cross_entropy(
+        self, x: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """[s/t or s, b, h], labels [s, b] -> (loss [s, b] in nats, whether the label had the largest logit [s, b])."""
-        return vocab_parallel_cross_entropy(self.local_logits(x), labels, self.weight, self.build.tp)
+        build = self.build
+        target = Target(label_smoothing, z_loss, build.config.logit_softcap)
+        return vocab_parallel_loss(
+            self.normed(x), labels, self.weight, build.tp, build.sequence_parallel, target, build.loss_chunk
+        )
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> whole logits [s, b, v] without padding, on every rank; no gradient."""
@@ -91,11 +104,10 @@ class Head(nn.Module):
 
 def _head_weight(vocab_size: int, build: Build) -> Parameter:
     """The head's own matrix, or its copy of the embedding's."""
-    name = "embedding.tokens" if build.config.tied_embeddings else "head.weight"
-    tied = build.tied_over if build.config.tied_embeddings else None
-    return vocab_parameter(
-        name, vocab_size, build.config.hidden_size, build.tp, build.init, build.dtype, build.device, tied=tied
-    )
+    h, of = build.config.hidden_size, (vocab_size, build.config.hidden_size, build.tp)
+    if build.config.tied_embeddings:
+        return vocab_parameter("embedding.tokens", *of, build.embedding_init, build.dtype, build.device, tied=build.tied_over)
+    return vocab_parameter("head.weight", *of, build.init(h), build.dtype, build.device)
 
 
 class GPT(nn.Module):
@@ -131,7 +143,7 @@ class GPT(nn.Module):
         rows, sequences = batch.tokens.shape
         build = self.build
         rows //= build.tp.size if build.sequence_parallel else 1
-        return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.dtype, device=build.device)
+        return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.residual_dtype, device=build.device)
 
     def units(self) -> list[nn.Module]:
         """What is used at one time, in the order of the forward pass: embedding, blocks, head."""
@@ -154,13 +166,14 @@ def build_gpt(
     dtype: torch.dtype,
     seed: int,
     recompute: Literal["none", "selective", "full"] = "none",
+    loss_chunk: int = 0,
 ) -> list[GPT]:
     """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
 
     pieces: the layers of each virtual stage; homes: the stage where each lies.
     """
     apart = config.tied_embeddings and homes[0] != homes[-1]
-    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, recompute, "ends" if apart else None)
+    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, recompute, "ends" if apart else None, loss_chunk)
     chunks: list[GPT] = []
     for virtual, layers in enumerate(pieces):
         if homes[virtual] == ctx.pp.rank:

@@ -36,17 +36,30 @@ class Build:
     recompute: Literal["none", "selective", "full"] = "none"
     tied_over: str | None = None
     """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
+    loss_chunk: int = 0
+    """Tokens of a micro-batch whose logits exist at a time; 0: all."""
 
-    @property
-    def init(self) -> Init:
-        """Of weights that read the residual stream."""
-        return Init("normal", self.config.init_std)
-
-    @property
-    def residual_init(self) -> Init:
-        """Of weights that write into the residual stream: 2 per block, so their sum keeps its variance (GPT-2, section 2.3)."""
+    def init(self, inputs: int) -> Init:
+        """Of weights that read the residual stream; inputs: of the matrix."""
         c = self.config
-        return Init("normal", c.init_std / (2 * c.num_layers) ** 0.5 if c.scale_residual_init else c.init_std)
+        std = {"normal": c.init_std, "small": (2 / (5 * c.hidden_size)) ** 0.5, "fan_in": inputs**-0.5}[c.init]
+        return Init("normal", std)
+
+    def residual_init(self, inputs: int) -> Init:
+        """Of weights that write into the residual stream: 2 per block, so their sum keeps its variance (GPT-2, section 2.3)."""
+        plain = self.init(inputs)
+        return Init("normal", plain.value / (2 * self.config.num_layers) ** 0.5) if self.config.scale_residual_init else plain
+
+    @property
+    def embedding_init(self) -> Init:
+        """Of token and position embeddings, which are looked up: their one input is a token."""
+        c = self.config
+        return self.init(c.hidden_size) if c.embedding_init_std is None else Init("normal", c.embedding_init_std)
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of the residual stream."""
+        return torch.promote_types(self.dtype, torch.float32) if self.config.residual_fp32 else self.dtype
 
     @property
     def replicated_partial(self) -> str | None:
@@ -87,7 +100,8 @@ class Norm(nn.Module):
         """[..., h] -> [..., h]."""
         if self.rms:
             return rms_norm(x, self.weight, self.eps)
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class Dropout(nn.Module):
@@ -124,8 +138,8 @@ class MLP(nn.Module):
         h, f = config.hidden_size, config.ffn_size
         shared = build.linears
         inner = ("gate", "up") if config.gated else ("up",)
-        self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init, **shared)
-        self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init, **shared)
+        self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init(h), **shared)
+        self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init(f), **shared)
         self.activation = config.activation
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None = None) -> torch.Tensor:

@@ -23,7 +23,13 @@ class Loss:
 class Scorer(Protocol):
     """What an objective may ask of a model's head."""
 
-    def cross_entropy(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def training(self) -> bool:
+        """Whether the model is being trained, not judged."""
+
+    def cross_entropy(
+        self, x: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and labels [s, b] -> (loss [s, b] in nats, correct [s, b])."""
 
 
@@ -39,7 +45,10 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class NextToken:
-    """Cross-entropy of the label at every position, weighted by loss_weights."""
+    """Cross-entropy of the label at every position, weighted by loss_weights; smoothing and z-loss in training alone."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
 
     def weight(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of the loss weights: the number of tokens that count."""
@@ -47,6 +56,7 @@ class NextToken:
 
     def __call__(self, head: Scorer, hidden: torch.Tensor, batch: MicroBatch) -> Loss:
         """Weighted sum over the micro-batch."""
-        loss, correct = head.cross_entropy(hidden, batch.labels)
+        regular = (self.label_smoothing, self.z_loss) if head.training else ()
+        loss, correct = head.cross_entropy(hidden, batch.labels, *regular)
         weights = batch.loss_weights.to(loss.dtype)
         return Loss((loss * weights).sum(), (correct * weights).sum().detach())

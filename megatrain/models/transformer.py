@@ -14,18 +14,26 @@ from megatrain.models.recompute import Remake, recomputed
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
+    """Transformer block: attention, then MLP, each a branch beside the residual stream x. model.norm_placement says where norms are:
+
+    pre        x + dropout(branch(norm(x)))              GPT-2 (arXiv:2002.04745)
+    post       norm(x + dropout(branch(x)))              the first Transformer (arXiv:1706.03762)
+    sandwich   x + dropout(norm(branch(norm(x))))        CogView (arXiv:2105.13290, section 2.4), Gemma 2
+    """
 
     def __init__(self, index: int, build: Build) -> None:
         super().__init__()
-        name = f"layers.{index}"
+        name, self.placement = f"layers.{index}", build.config.norm_placement
+        sandwich = self.placement == "sandwich"
         self.attention_norm = Norm(f"{name}.attention_norm", build)
         self.attention = Attention(f"{name}.attention", build)
+        self.attention_output_norm = Norm(f"{name}.attention_output_norm", build) if sandwich else None
         self.attention_dropout = Dropout(build, index, "attention")
         self.mlp_norm = Norm(f"{name}.mlp_norm", build)
         self.mlp = MLP(f"{name}.mlp", build)
+        self.mlp_output_norm = Norm(f"{name}.mlp_output_norm", build) if sandwich else None
         self.mlp_dropout = Dropout(build, index, "mlp")
-        self.recompute = build.recompute
+        self.recompute, self.dtype = build.recompute, build.dtype
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
@@ -34,14 +42,24 @@ class Block(nn.Module):
         return self._forward(x, batch, cache)
 
     def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
-        y = self.attention(self.attention_norm(x), batch, cache, self._again(self.attention_norm, x))
-        x = x + self.attention_dropout(y, batch)
-        y = self.mlp(self.mlp_norm(x), batch, self._again(self.mlp_norm, x))
-        return x + self.mlp_dropout(y, batch)
+        y = self.attention(self._before(self.attention_norm, x), batch, cache, self._again(self.attention_norm, x))
+        y = y if self.attention_output_norm is None else self.attention_output_norm(y)
+        x = self._after(x + self.attention_dropout(y, batch), self.attention_norm)
+        y = self.mlp(self._before(self.mlp_norm, x), batch, self._again(self.mlp_norm, x))
+        y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
+        return self._after(x + self.mlp_dropout(y, batch), self.mlp_norm)
+
+    def _before(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        """What a branch reads of the residual stream."""
+        return (x if self.placement == "post" else norm(x)).to(self.dtype)
+
+    def _after(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """The residual stream behind a branch."""
+        return norm(x) if self.placement == "post" else x
 
     def _again(self, norm: Norm, x: torch.Tensor) -> Remake | None:
-        """How to make a norm's output again, where it is not to be kept."""
-        return (lambda: norm(x)) if self.recompute == "selective" else None
+        """How to make what a branch reads again, where it is not to be kept."""
+        return (lambda: self._before(norm, x)) if self.recompute == "selective" else None
 
 
 class Stack(nn.Module):

@@ -122,6 +122,22 @@ def dropout(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: i
     return _Dropout.apply(x, p, key, samples, first)
 
 
+def attention_dropout(
+    p: float, key: Key, samples: torch.Tensor, heads: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """Factors 0, with probability `p`, or 1 / (1 - p) of attention's weights: float32 [n, r, q, k].
+
+    samples [n] and heads [n, r]: whose weights, by place in the global batch and number in the whole model; queries [q], keys [k]:
+    their places in the sequence. A weight's fate depends on (key, sample, head, query, key) alone.
+    """
+    a, c = _descend(samples.to(torch.int32), *_descend_from_zero(key))
+    a, c = _descend(heads.to(torch.int32), a[:, None], c[:, None])
+    a, c = _descend(queries.to(torch.int32), a[..., None], c[..., None])
+    words = keys.to(torch.int32).expand(*a.shape, len(keys)).clone()
+    _number(words, torch.empty_like(words), a[..., None], c[..., None])
+    return (words >= _threshold(p)).to(torch.float32).mul_(1 / (1 - p))
+
+
 class _Dropout(torch.autograd.Function):
     """Dropout is linear and its own transpose: backward is forward on the gradient."""
 
@@ -162,7 +178,7 @@ def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, 
     height = max(1, min(_block(x.device) // max(h, 1), s * b))
     columns = torch.arange(h, dtype=torch.int32, device=x.device)
     words, scratch = (torch.empty(height, h, dtype=torch.int32, device=x.device) for _ in range(2))
-    threshold = round(p * (1 << 32)) - (1 << 31)  # of 2^32 signed words, p 2^32 lie below it
+    threshold = _threshold(p)
     for row in range(0, s * b, height):
         part = slice(row, min(row + height, s * b))
         counters = columns.expand(part.stop - row, h)
@@ -170,6 +186,11 @@ def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, 
         keep = torch.ge(block, threshold, out=output[part])  # 1 or 0 in the dtype of x: no mask beside the output
         keep.mul_(rows[part]).mul_(1 / (1 - p))
     return output.view(s, b, h)
+
+
+def _threshold(p: float) -> int:
+    """Of 2^32 signed words, p 2^32 lie below it."""
+    return round(p * (1 << 32)) - (1 << 31)
 
 
 def _row_keys(key: Key, samples: torch.Tensor, first: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:

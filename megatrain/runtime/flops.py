@@ -10,9 +10,9 @@ with a heads of width d (a d = h) in L layers. Input embeddings are looked up, n
 softmax are left out, as everywhere in the field (PaLM, arXiv:2204.02311 appendix B; Megatron, arXiv:2104.04473 section 5.1).
 
 **Causal attention counts half here**: a query meets its own and earlier keys only, k = s/2 on average, and this is what a
-causal kernel computes. PaLM, nanoGPT, llm-foundry, torchtitan and Megatron up to 2024 count k = s (`causal_half=False`), which
-flatters long sequences; comparing with their MFU needs their count. For 8 layers of h = 512 at s = 512 and a vocabulary of 8192
-theirs is 7% higher.
+causal kernel computes (with a window or sparse blocks, the keys that are seen). PaLM, nanoGPT, llm-foundry, torchtitan and
+Megatron up to 2024 count k = s (`causal_half=False`), which flatters long sequences; comparing with their MFU needs their count.
+For 8 layers of h = 512 at s = 512 and a vocabulary of 8192 theirs is 7% higher.
 
 Hardware FLOPs add what recomputation does again, so HFU = MFU where nothing is recomputed.
 """
@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels.attention_mask import causal_mask, keys_seen
 from megatrain.kernels.matmul import matmul
 
 Recompute = Literal["none", "selective", "full"]
@@ -38,17 +39,19 @@ BACKWARD = 2
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
-    """Logical parameters of a pre-norm GPT, with biases, norms and learned positions; without padding, and a tied head once."""
+    """Logical parameters of a GPT, with biases, norms and learned positions; without padding, and a tied head once."""
     h, query, key, f = _widths(model)
     matrices = _block_matrices(model)
     biases = h + (f * (2 if model.gated else 1) + h) if model.bias else 0
     biases += query + 2 * key if model.qkv_biased else 0
     each = 2 if model.norm == "layernorm" and model.bias else 1
     norm, head_norms = h * each, (2 * model.head_size * each if model.qk_norm else 0)
-    blocks = model.num_layers * (matrices + biases + 2 * norm + head_norms)
+    norms = 4 if model.norm_placement == "sandwich" else 2
+    blocks = model.num_layers * (matrices + biases + norms * norm + head_norms)
     positions = model.seq_length * h if model.position == "learned" else 0
     embeddings = vocab_size * h * (1 if model.tied_embeddings else 2)
-    return embeddings + positions + blocks + norm + (norm if model.embedding_norm else 0)
+    others = (model.norm_placement != "post") + model.embedding_norm  # the final norm, and that of the embedding
+    return embeddings + positions + blocks + others * norm
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> tuple[float, float]:
@@ -99,7 +102,7 @@ def _block_matrices(model: ModelConfig) -> int:
 
 def _attention(model: ModelConfig, causal_half: bool) -> float:
     """Forward FLOPs per token of one layer's two attention products."""
-    keys = model.seq_length / 2 if causal_half else model.seq_length
+    keys = keys_seen(causal_mask(model.window, model.sparse), model.seq_length) if causal_half else model.seq_length
     return 4 * model.num_attention_heads * model.head_size * keys
 
 

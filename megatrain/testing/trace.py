@@ -34,6 +34,11 @@ class RandomSamples:
         start = hash64(hash64(self.seed + 1) ^ n)
         return np.array([hash64(start + i) % self.vocab_size for i in range(self.seq_length + 1)], dtype=np.int64)
 
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """Documents of 3 tokens on average."""
+        start = hash64(hash64(self.seed + 2) ^ n)
+        return np.cumsum([i > 0 and hash64(start + i) % 3 == 0 for i in range(self.seq_length + 1)], dtype=np.int64)
+
 
 def mesh_shape(config: Config, data_parallel_size: int = 1) -> MeshShape:
     """The mesh that `config.parallel` describes, with so many replicas."""
@@ -58,7 +63,8 @@ def trace_run(
         raise ValueError("model.vocab_size is null, and a traced run has no tokenizer to ask. Set model.vocab_size=101.")
     samples = RandomSamples(vocab_size, config.model.seq_length, config.train.seed)
     train = config.train
-    with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
+    sizes = (train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
+    with Loader(samples, *sizes, isolate_documents=config.data.isolate_documents) as loader:
         run = assemble(config, ctx, loader, vocab_size, objective=objective)
         if prepare is not None:
             prepare(run)

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional
 
 from megatrain.kernels import attention as kernel
-from megatrain.kernels.attention import attention
+from megatrain.kernels.attention import PLAIN, Variant, attention
+from megatrain.kernels.attention_mask import AttentionMask
 
 
 def written_out(q, k, v):
@@ -35,7 +36,7 @@ def test_values_and_gradients(monkeypatch, s, b, a, g, block, scratch):
     monkeypatch.setattr(kernel, "BLOCK", block)
     monkeypatch.setattr(kernel, "SCRATCH", scratch)
     q, k, v = inputs(s, b, a, g, 8)
-    ours, theirs = attention(q, k, v, causal=True), written_out(q, k, v)
+    ours, theirs = attention(q, k, v), written_out(q, k, v)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     weights = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for mine, reference in zip(
@@ -49,7 +50,7 @@ def test_values_and_gradients(monkeypatch, s, b, a, g, block, scratch):
 def test_strided_inputs():
     fused = torch.randn(10, 2, 3 * 4 * 8, dtype=torch.float64)
     q, k, v = (x.unflatten(-1, (4, 8)) for x in fused.split(32, dim=-1))
-    torch.testing.assert_close(attention(q, k, v, causal=True), written_out(q, k, v), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attention(q, k, v), written_out(q, k, v), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -62,21 +63,21 @@ def test_queries_that_continue_a_cache(s, n, causal):
         k2, v2 = (x.repeat_interleave(2, dim=2) for x in (k, v))
         scores = torch.einsum("sbad,nbad->basn", widened, k2) / 8**0.5
         reference = torch.einsum("basn,nbad->sbad", torch.softmax(scores, -1), v2).flatten(2)[n - s :]
-    torch.testing.assert_close(attention(q, k, v, causal=causal), reference, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attention(q, k, v, Variant(AttentionMask(causal=causal))), reference, rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_are_the_derivatives(monkeypatch):
     monkeypatch.setattr(kernel, "BLOCK", 2)
     monkeypatch.setattr(kernel, "SCRATCH", 12)
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, causal=True), inputs(5, 2, 4, 2, 3))
+    assert torch.autograd.gradcheck(attention, inputs(5, 2, 4, 2, 3))
 
 
 @pytest.mark.parametrize("pieces", [(7, 1, 1), (1, 4, 4), (3, 6), (9,)])
 def test_pieces_of_a_prompt_are_the_prompt(pieces):
     q, k, v = (x.detach() for x in inputs(9, 2, 4, 2, 8))
     ends = [sum(pieces[: i + 1]) for i in range(len(pieces))]
-    parts = [attention(q[end - n : end], k[:end], v[:end], causal=True) for n, end in zip(pieces, ends, strict=True)]
-    torch.testing.assert_close(torch.cat(parts), attention(q, k, v, causal=True), rtol=1e-12, atol=1e-12)
+    parts = [attention(q[end - n : end], k[:end], v[:end]) for n, end in zip(pieces, ends, strict=True)]
+    torch.testing.assert_close(torch.cat(parts), attention(q, k, v), rtol=1e-12, atol=1e-12)
 
 
 def test_bfloat16_is_about_as_exact_as_torchs_own_kernel():
@@ -93,7 +94,7 @@ def test_bfloat16_is_about_as_exact_as_torchs_own_kernel():
         return [y, *torch.autograd.grad((y * scale.to(y.dtype)).sum(), given)]
 
     exact = results(written_out, exact_inputs)
-    ours = results(lambda q, k, v: attention(q, k, v, causal=True), (q, k, v))
+    ours = results(attention, (q, k, v))
     theirs = results(fused, (q, k, v))
     for name, mine, other, truth in zip(("y", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
         error, allowed = ((x.double() - truth).square().mean().sqrt() for x in (mine, other))
@@ -115,7 +116,7 @@ def test_never_the_whole_square(monkeypatch, groups):
     monkeypatch.setattr(torch, "bmm", product)
     q, k, v = inputs(s, 2, 4, groups, 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
-        y = attention(q, k, v, causal=True)
+        y = attention(q, k, v)
     y.sum().backward()
     assert max(sizes) <= limit < s * s
     assert max(saved) == q.numel(), "the backward keeps inputs and output alone"
@@ -123,6 +124,7 @@ def test_never_the_whole_square(monkeypatch, groups):
 
 def test_no_more_scores_at_a_time_than_the_limit(monkeypatch):
     monkeypatch.setattr(kernel, "SCRATCH", 40_000)
-    queries = torch.empty(12, 1, 300, 8)
-    for part, start, end in kernel._blocks(queries):
-        assert (part.stop - part.start) * (end - start) * end <= 40_000 or part.stop - part.start == 1
+    x = torch.empty(12, 1, 300, 8)
+    for block in kernel._blocks(x, x, 12, PLAIN):
+        groups = block.part.stop - block.part.start
+        assert groups * (block.end - block.start) * block.end <= 40_000 or groups == 1

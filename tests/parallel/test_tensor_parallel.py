@@ -19,14 +19,16 @@ from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
 from megatrain.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
-    VocabParallelEmbedding,
     column_linear,
+)
+from megatrain.parallel.transport import Handle, World
+from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder, Wrapper
+from megatrain.parallel.vocabulary import (
+    VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
     vocab_parallel_logits,
     vocab_parameter,
 )
-from megatrain.parallel.transport import Handle, World
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder, Wrapper
 from megatrain.parallel.weights import joined, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,21 +120,33 @@ class GptSamples:
 
     def sample(self, n: int) -> npt.NDArray[np.int64]:
         """Tokens [seq_length + 1] of sample n, counted from the start of training, n >= 0."""
-        epoch, place = divmod(n, self.samples_per_epoch)
-        index = self.epoch_index(epoch)
-        position, begin = (int(x) for x in index.starts[index.shuffle[place]])
         tokens = np.empty(self.seq_length + 1, np.int64)
         filled = 0
-        while filled < tokens.size:
-            first, end = self.store.document_bounds(int(index.documents[position]))
-            first += begin
-            end = min(end, first + tokens.size - filled)
+        for first, end in self._pieces(n):
             if self._checked_vocab is not None and end > first:
                 self.store.check_ids(first, end, self._checked_vocab)
             tokens[filled : filled + end - first] = self.store.data[first:end]
             filled += end - first
-            position, begin = position + 1, 0
         return tokens
+
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """[seq_length + 1] which document each token of sample n belongs to, counted within the sample, rising."""
+        lengths = [end - first for first, end in self._pieces(n)]
+        return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+
+    def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
+        """(first, end) in the store of every document's part of sample n."""
+        epoch, place = divmod(n, self.samples_per_epoch)
+        index = self.epoch_index(epoch)
+        position, begin = (int(x) for x in index.starts[index.shuffle[place]])
+        left = self.seq_length + 1
+        while left:
+            first, end = self.store.document_bounds(int(index.documents[position]))
+            first += begin
+            end = min(end, first + left)
+            yield first, end
+            left -= end - first
+            position, begin = position + 1, 0
 
     def epoch_index(self, epoch: int) -> EpochIndex:
         """The index of an epoch: from memory, from the cache, or built."""

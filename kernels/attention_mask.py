@@ -1,0 +1,104 @@
+"""Which keys a query may see, as one value that every attention kernel reads.
+
+    causal     no key after the query
+    window     of w: the query's own key and the w - 1 before it (sliding window: Longformer, arXiv:2004.05150; Mistral 7B,
+               arXiv:2310.06825)
+    sparse     blocks of tokens: a query sees its own block and some before it (local), and the first ones of the text (global)
+               (Child et al., arXiv:1904.10509; BigBird, arXiv:2007.14062, section 2)
+    documents  only keys of the query's own document, where several are packed in one sequence
+
+They hold together: a key is seen if all of them allow it. Kernels ask for `spans`, the keys that a block of queries may see at all,
+and for `allowed`, the exceptions inside. A dense mask of a whole sequence is never made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockSparse:
+    """Local and global blocks."""
+
+    block: int
+    """Tokens in a block."""
+    local_blocks: int
+    """Blocks that a query sees up to its own, which is one of them."""
+    global_blocks: int
+    """Blocks at the beginning that all queries see."""
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """One value for all that a mask can be. All parts but `documents` are the same for every sequence."""
+
+    causal: bool = True
+    window: int | None = None
+    sparse: BlockSparse | None = None
+    documents: torch.Tensor | None = None
+    """[s, b] int64 number of each token's document, not falling along the sequence."""
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether nothing but causality is asked for."""
+        return self.causal and self.window is None and self.sparse is None and self.documents is None
+
+    def spans(self, start: int, end: int, keys: int) -> list[slice]:
+        """The keys, of `keys`, that some query of start .. end - 1 may see: disjoint, rising."""
+        first, last = 0, end if self.causal else keys
+        if self.window is not None:
+            first = max(0, start - self.window + 1)
+            if not self.causal:
+                last = min(keys, end + self.window - 1)
+        if self.documents is not None:
+            first = max(first, _first_of_document(self.documents, start))
+        if self.sparse is None:
+            return [slice(first, last)]
+        block = self.sparse.block
+        near = max(first, (start // block - self.sparse.local_blocks + 1) * block)
+        everywhere = min(self.sparse.global_blocks * block, last)
+        if near <= everywhere:
+            return [slice(first, last)]
+        return [span for span in (slice(first, everywhere), slice(near, last)) if span.start < span.stop]
+
+    def allowed(self, queries: torch.Tensor, keys: torch.Tensor, sequences: torch.Tensor | None = None) -> torch.Tensor:
+        """Whether each of `queries` [q] may see each of `keys` [k], both places in the sequence: bool [q, k].
+
+        With documents [n, q, k], for each of `sequences` [n] (default: all).
+        """
+        q, k = queries[:, None], keys[None, :]
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool, device=queries.device)
+        if self.causal:
+            seen &= k <= q
+        if self.window is not None:
+            seen &= (q - k).abs() < self.window
+        if self.sparse is not None:
+            near = q // self.sparse.block - k // self.sparse.block < self.sparse.local_blocks
+            seen &= near | (k < self.sparse.global_blocks * self.sparse.block)
+        if self.documents is None:
+            return seen
+        of = self.documents if sequences is None else self.documents[:, sequences]
+        return seen & (of[queries].t()[:, :, None] == of[keys].t()[:, None, :])
+
+
+CAUSAL = AttentionMask()
+
+
+def causal_mask(
+    window: int | None, sparse: tuple[int, int, int] | None, documents: torch.Tensor | None = None
+) -> AttentionMask:
+    """A language model's mask. sparse: (tokens of a block, local blocks, global blocks); documents: [s, b], where several are packed."""
+    return AttentionMask(True, window, None if sparse is None else BlockSparse(*sparse), documents)
+
+
+def _first_of_document(documents: torch.Tensor, start: int) -> int:
+    """First place, in any sequence, of a document that goes on at `start`."""
+    return int((documents[: start + 1] < documents[start]).sum(0).min())
+
+
+def keys_seen(mask: AttentionMask, length: int) -> float:
+    """How many keys a query of a sequence of `length` sees on average, documents aside; its own key counts half, as in s/2."""
+    places = torch.linspace(0, length - 1, min(length, 512)).round().long()
+    return float(mask.allowed(places, torch.arange(length)).sum(1, dtype=torch.float64).mean()) - 0.5

@@ -1,0 +1,68 @@
+"""Masked and biased attention on GPUs: torch's FlexAttention, which compiles one fused kernel a kind of mask and skips empty blocks.
+
+The mask is never dense: FlexAttention asks `_visible` for blocks of 128 x 128 (Dong et al., arXiv:2412.05496).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from megatrain.kernels.attention_mask import AttentionMask
+
+
+def flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, slopes: torch.Tensor | None = None
+) -> torch.Tensor:
+    """q [s, b, a, d], k and v [s, b, g, d] -> [s, b, a d], under a mask, with ALiBi of `slopes` [a]."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    blocks = _blocks_of(mask, q) if mask.documents is not None else _static_blocks(mask, q.shape[2], q.device)
+    function = _function(q.device.type)
+    bias = None if slopes is None else _alibi(slopes)
+    y = function(q, k, v, score_mod=bias, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    return y.permute(2, 0, 1, 3).flatten(2)
+
+
+@cache
+def _function(device_type: str) -> Any:
+    """Compiled on a GPU; elsewhere torch's own reference, which makes the whole square of scores: for tests."""
+    return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
+
+
+def _alibi(slopes: torch.Tensor) -> Callable[..., torch.Tensor]:
+    def add(score: torch.Tensor, _b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return score + slopes[h] * (k - q)
+
+    return add
+
+
+@lru_cache(maxsize=16)
+def _static_blocks(mask: AttentionMask, length: int, device: torch.device) -> BlockMask:
+    """Which blocks a mask without documents leaves, made once."""
+    return create_block_mask(_visible(mask), None, None, length, length, device=device)
+
+
+def _blocks_of(mask: AttentionMask, q: torch.Tensor) -> BlockMask:
+    """Which blocks the documents of a batch leave."""
+    return create_block_mask(_visible(mask), q.shape[0], None, q.shape[2], q.shape[2], device=q.device)
+
+
+def _visible(mask: AttentionMask) -> Callable[..., torch.Tensor]:
+    """The mask as a function of (sequence, head, query, key)."""
+
+    def visible(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        seen = k <= q if mask.causal else k == k  # noqa: PLR0124 - a tensor of True
+        if mask.window is not None:
+            seen = seen & (q - k < mask.window) & (k - q < mask.window)
+        if mask.sparse is not None:
+            near = q // mask.sparse.block - k // mask.sparse.block < mask.sparse.local_blocks
+            seen = seen & (near | (k < mask.sparse.global_blocks * mask.sparse.block))
+        if mask.documents is not None:
+            seen = seen & (mask.documents[q, b] == mask.documents[k, b])
+        return seen
+
+    return visible

@@ -1,0 +1,122 @@
+"""Rotary position embedding (Su et al., arXiv:2104.09864): pairs of numbers of each query and key turn with the token's position.
+
+    pair i of position m turns by the angle m f_i, f_i = theta^(-2i/r) for the first r = rope_fraction d numbers of a head
+
+so the product of a query and a key depends on how far apart they are. Which numbers make a pair is a matter of convention: the two
+halves of the r numbers (GPT-NeoX, LLaMA on Hugging Face), or neighbours (rope_interleaved: GPT-J, GLM, LLaMA's own weights).
+
+Longer texts than those of the first training need lower frequencies (`rope_scaling`), by the factor F = rope_factor:
+
+    linear   f / F: positions are interpolated (arXiv:2306.15595)
+    llama3   f where the wave is short against the original length, f / F where it is long, and a blend between (arXiv:2407.21783,
+             as published with Llama 3.1)
+    yarn     the same idea, blended by how often a pair turns within the original length, and cosines and sines are multiplied by
+             0.1 log F + 1 (arXiv:2309.00071)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatrain.config.schema import ModelConfig
+from megatrain.models.batch import MicroBatch
+from megatrain.models.layers import Build
+
+
+def frequencies(config: ModelConfig) -> torch.Tensor:
+    """Radians by which each pair turns from one position to the next: float64 [r/2]."""
+    rotated = config.rotated
+    plain = config.rope_theta ** -(torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+    slow = plain / config.rope_factor
+    if config.rope_scaling == "none":
+        return plain
+    if config.rope_scaling == "linear":
+        return slow
+    kept = _kept_by_wavelength(config, plain) if config.rope_scaling == "llama3" else _kept_by_turns(config)
+    return slow * (1 - kept) + plain * kept
+
+
+def magnitude(config: ModelConfig) -> float:
+    """What cosines and sines are multiplied by: YaRN's correction of the softmax's temperature (section 3.3)."""
+    return 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" and config.rope_factor > 1 else 1.0
+
+
+def _kept_by_wavelength(config: ModelConfig, plain: torch.Tensor) -> torch.Tensor:
+    """Share of each frequency that stays, 0 to 1, by the number of waves in the original length (Llama 3.1)."""
+    waves = config.original_length * plain / (2 * math.pi)
+    few, many = config.rope_low_freq_factor, config.rope_high_freq_factor
+    return ((waves - few) / (many - few)).clamp(0, 1)
+
+
+def _kept_by_turns(config: ModelConfig) -> torch.Tensor:
+    """Share of each frequency that stays, 0 to 1: a ramp over the pairs between those that turn often and seldom (YaRN, section 3.2)."""
+    rotated = config.rotated
+
+    def pair_that_turns(times: float) -> float:
+        return rotated * math.log(config.original_length / (times * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(pair_that_turns(config.rope_beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(config.rope_beta_slow)), rotated - 1)
+    pairs = torch.arange(rotated // 2, dtype=torch.float64)
+    return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation is orthogonal (times the magnitude): its backward is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        return rotate(dy, cos, -sin, ctx.interleaved), None, None, None
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Turn the first r numbers of the last dim of `x` [..., d] by cos and sin [..., r/2]; the others stay. No gradient."""
+    pairs = cos.shape[-1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x1, x2 = _pairs(x, pairs, interleaved)
+    y1, y2 = _pairs(y, pairs, interleaved)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+    if 2 * pairs < x.shape[-1]:
+        y[..., 2 * pairs :] = x[..., 2 * pairs :]
+    return y
+
+
+def _pairs(x: torch.Tensor, pairs: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the first and of the second numbers of all pairs."""
+    if interleaved:
+        return x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+    return x[..., :pairs], x[..., pairs : 2 * pairs]
+
+
+class Rotary(nn.Module):
+    """The tables of cosines and sines [seq_length, r/2], and the rotation."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        self.interleaved = config.rope_interleaved
+        angles = torch.arange(config.seq_length, dtype=torch.float64)[:, None] * frequencies(config)
+        # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
+        for name, exact in (("cos", angles.cos()), ("sin", angles.sin())):
+            table = (exact * magnitude(config)).to(device=build.device, dtype=build.dtype)
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotate each of `heads` [s, b, a, d] by its token's position (below seq_length)."""
+        cos, sin = self.cos[batch.positions].unsqueeze(2), self.sin[batch.positions].unsqueeze(2)
+        return tuple(_Rotate.apply(x, cos, sin, self.interleaved) for x in heads)
