@@ -316,7 +316,7 @@ def compare(config: Config, data: Path, run: Path, steps: int) -> None:
     samples = build_samples(corpora["train"], seq_length, config.train.seed)
     counts = count_pairs(consumed_rows(samples, steps * config.train.global_batch_size), vocabulary)
     evaluated = config.train.eval_batches * config.train.global_batch_size  # 0: all of it
-    contexts, labels = held_out_pairs(build_held_out(corpora["valid"], seq_length), evaluated)
+    contexts, labels = held_out_pairs(build_held_out(corpora["valid"], seq_length)[""], evaluated)
     bigram = interpolated_bigram(counts, contexts, labels).cross_entropy
     losses = {"unigram": unigram_entropy(counts, labels).own_entropy, "bigram": bigram, "model": evaluations[-1]["valid_loss"]}
     publish(run / "comparison.json", json.dumps({**losses, "steps": steps}))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from megatrain.data.loader import evaluation_batches
+from megatrain.data.loader import HeldOut, evaluation_batches
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Run, schedule_of, stage_of, to_micro_batches
@@ -21,35 +21,48 @@ class Evaluation:
     accuracy: float
     """Share of the tokens predicted right."""
     tokens: int
+    sets: dict[str, Evaluation] = field(default_factory=dict)
+    """Of each validation set, by name."""
 
 
 def evaluate(run: Run, global_batches: int = 0) -> Evaluation:
-    """Mean loss over the run's held-out text, or its first `global_batches` global batches; no dropout, no gradients.
+    """Mean loss over the run's held-out text, or the first `global_batches` global batches of each set; no dropout, no gradients.
 
     Raises ValueError where the run has no held-out text.
     """
-    if run.held_out is None:
+    if not run.held_out:
         raise ValueError("there is nothing to evaluate on: data.valid is empty. Give it the prefix of a held-out token store.")
-    ctx, train = run.ctx, run.config.train
-    batches = evaluation_batches(
-        run.held_out, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, global_batches
-    )
-    stage = stage_of(run)
-    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # loss, tokens right, tokens
     for chunk in run.chunks:
         chunk.eval()
     try:
-        for batch in batches:
-            micro_batches = to_micro_batches(batch, run)
-            executed = run_schedule(
-                stage, schedule_of(run.config, len(micro_batches), backward=False), micro_batches, scale=1.0
-            )
-            weight = torch.stack([run.objective.weight(m) for m in micro_batches]).sum().double()
-            sums += torch.stack([executed.loss, executed.statistics[0], weight * float(ctx.pp.rank == 0)])
+        sums = torch.stack([_sums(run, held_out, global_batches) for held_out in run.held_out.values()])
     finally:
         for chunk in run.chunks:
             chunk.train()
     # Tensor-parallel ranks hold the same sums; losses come from the last stage, tokens from the first.
-    loss, right, tokens = all_reduce(sums * float(ctx.tp.rank == 0), ctx.world).tolist()
+    rows = all_reduce(sums * float(run.ctx.tp.rank == 0), run.ctx.world).tolist()
+    sets = {name: _mean(*row) for name, row in zip(run.held_out, rows, strict=True)}
+    together = _mean(*(sum(column) for column in zip(*rows, strict=True)))
+    return Evaluation(together.loss, together.accuracy, together.tokens, sets)
+
+
+def _sums(run: Run, held_out: HeldOut, global_batches: int) -> torch.Tensor:
+    """This rank's sums over a set: (loss, tokens right, tokens), float64 [3]."""
+    ctx, train = run.ctx, run.config.train
+    batches = evaluation_batches(
+        held_out, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, global_batches
+    )
+    stage = stage_of(run)
+    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
+    for batch in batches:
+        micro_batches = to_micro_batches(batch, run)
+        schedule = schedule_of(run.config, len(micro_batches), backward=False)
+        executed = run_schedule(stage, schedule, micro_batches, scale=1.0)
+        weight = torch.stack([run.objective.weight(m) for m in micro_batches]).sum().double()
+        sums += torch.stack([executed.loss, executed.statistics[0], weight * float(ctx.pp.rank == 0)])
+    return sums
+
+
+def _mean(loss: float, right: float, tokens: float) -> Evaluation:
     weight = max(tokens, SMALLEST_WEIGHT)
     return Evaluation(loss / weight, right / weight, round(tokens))

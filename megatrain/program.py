@@ -6,12 +6,13 @@ train    step, log, evaluate, save, until done or told to stop
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from megatrain.checkpoint import load as checkpoint_load
 from megatrain.checkpoint import save as checkpoint_save
 from megatrain.checkpoint.manifest import WEIGHTS, LocalTensor
 from megatrain.checkpoint.together import CheckpointError
+from megatrain.config.budget import budget_of
 from megatrain.config.load import Loaded, dump, from_dict, load
 from megatrain.config.schema import Config, ParallelConfig
 from megatrain.config.source import ConfigError
@@ -30,6 +32,7 @@ from megatrain.data.tokenizer import load_tokenizer
 from megatrain.evaluate import evaluate
 from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
+from megatrain.optim.clip import part_norms
 from megatrain.optim.mixed_precision import StateTensors
 from megatrain.parallel.buckets import traffic
 from megatrain.parallel.mesh import MeshShape, ParallelContext
@@ -83,7 +86,8 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
         vocab_size = vocabulary(config)
         loader, held_out = open_data(config, ctx, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
-    job = Job(**vars(run), session=session, config_text=text)
+    parts = {item.name: getattr(run, item.name) for item in fields(run)}
+    job = Job(**parts, session=session, config_text=text)
     job.resumed_from = resume(job)
     return job
 
@@ -119,14 +123,12 @@ def vocabulary(config: Config) -> int:
     return given or size
 
 
-def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, HeldOut | None]:
-    """This rank's loader, and the held-out text if the config names any. Raises TokenStoreError."""
-    data, train = config.data, config.train
-    samples = build_samples(data.train, config.model.seq_length, train.seed, data.cache_dir, vocab_size)
-    held_out = None
-    if data.valid:
-        held_out = build_held_out(data.valid, config.model.seq_length, vocab_size, data.isolate_documents)
-    sizes = (train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
+def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, dict[str, HeldOut]]:
+    """This rank's loader, and the validation sets by name. Raises TokenStoreError."""
+    data = config.data
+    samples = build_samples(data.train, config.model.seq_length, config.train.seed, data.cache_dir, vocab_size)
+    held_out = build_held_out(data.valid, config.model.seq_length, vocab_size, data.isolate_documents)
+    sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     return Loader(samples, *sizes, isolate_documents=data.isolate_documents), held_out
 
 
@@ -149,6 +151,7 @@ def save(job: Job) -> Path:
         "step": job.step,
         "tokens": job.consumed_samples * config.model.seq_length,
         "updates": int(job.optimizer.updates.item()),
+        "loss_scale": job.loss_scale.state(),
     }
     directory = Path(config.checkpoint_dir)
     return checkpoint_save.save(
@@ -178,6 +181,7 @@ def resume(job: Job) -> Path | None:
         progress = checkpoint_load.load(path, _stored(tensors), job.ctx, check=own is None).progress
         job.consumed_samples, job.step = progress["samples"], progress["step"]
         job.optimizer.updates.fill_(progress["updates"])
+        job.loss_scale.restore(progress.get("loss_scale", job.loss_scale.state()))
     job.optimizer.restore(tensors)
     return path
 
@@ -212,27 +216,28 @@ def _newest_whole(job: Job, directory: Path) -> Path | None:
 
 
 def train(job: Job) -> bool:
-    """Train until train.steps are done (True), or until some rank is told to stop and a checkpoint is saved (False)."""
-    config = job.config
+    """Train until all steps are done (True), or until some rank is told to stop and a checkpoint is saved (False)."""
+    config, limits = job.config, Limits(job.config)
     with _open_log(job) as log:
         watch = Watch(job, log)
         with Guard(job.session, config.train.hang_timeout_seconds, watch.guard_event) as guard:
-            job.stop_requested = lambda: guard.stop_requested
+            job.stop_requested = lambda: guard.stop_requested or limits.reached()
             return _loop(job, watch, guard)
 
 
 def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
     config = job.config
     watch.start()
-    while job.step < config.train.steps:
+    while job.step < job.budget.steps:
+        job.before_update = watch.norms if _due(job.step + 1, config.log.norms_every) else None
         began = time.perf_counter()
         report = train_step(job)
         guard.tick()
         watch.step(report, time.perf_counter() - began)
-        last = job.step == config.train.steps
+        last = job.step == job.budget.steps
         if _due(job.step, config.train.audit_every):
             audit(job.flat, job.optimizer, job.ctx)
-        if job.held_out is not None and (last or _due(job.step, config.train.eval_every)):
+        if job.held_out and (last or _due(job.step, config.train.eval_every)):
             watch.evaluate()
         if last or report.stop or _due(job.step, config.checkpoint.save_every):
             watch.save()
@@ -241,6 +246,19 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
             return False
     watch.finished()
     return True
+
+
+class Limits:
+    """When a run stops by itself before its last step: after a time, or when a file appears."""
+
+    def __init__(self, config: Config) -> None:
+        minutes = config.train.exit_after_minutes
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._file = None if config.train.exit_file is None else Path(config.train.exit_file)
+
+    def reached(self) -> bool:
+        """Whether it is time; asked once a step."""
+        return time.monotonic() >= self._deadline or (self._file is not None and self._file.exists())
 
 
 def _due(step: int, every: int) -> bool:
@@ -256,7 +274,7 @@ def _open_log(job: Job) -> Any:
         with job.session.together("opening the log"):
             log = RunLog(
                 config.log.dir,
-                total_steps=config.train.steps,
+                total_steps=job.budget.steps,
                 sequence_length=config.model.seq_length,
                 rank=rank,
                 world_size=job.session.world.size,
@@ -324,10 +342,9 @@ class Watch:
         if self.job.resumed_from is not None:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
-        if job.step >= config.train.steps:
-            self.log.say(
-                f"nothing to do: step {job.step} of train.steps={config.train.steps} is done. Raise train.steps to go on."
-            )
+        if job.step >= job.budget.steps:
+            key = "steps" if config.train.tokens is None else "tokens"
+            self.log.say(f"nothing to do: step {job.step} of {job.budget.steps} is done. Raise train.{key} to go on.")
 
     def _notes(self) -> list[str]:
         """What is legal and wasteful in this layout, with the figure."""
@@ -351,8 +368,10 @@ class Watch:
 
     def step(self, report: StepReport, seconds: float) -> None:
         """Write one step's row."""
-        train = self.config.train
-        tokens_per_second = train.global_batch_size * self.config.model.seq_length / seconds
+        tokens_per_second = report.samples * self.config.model.seq_length / seconds
+        scale = float(self.job.loss_scale.scale) if self.job.loss_scale.dynamic else None
+        if report.overflow and scale is not None:
+            self.log.say(f"step {report.step} overflowed and changed nothing; the loss scale is {scale:g} now")
         self.log.step(
             StepRow(
                 step=report.step,
@@ -368,15 +387,23 @@ class Watch:
                 hfu=self.speed.hfu(tokens_per_second),
                 memory_peak_bytes=peak_memory_bytes(self.job.session.device),
                 skipped=report.skipped,
+                loss_scale=scale,
             )
         )
+
+    def norms(self, run: Run) -> None:
+        """Write the norms of gradients and weights of each part (collective)."""
+        self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
 
     def evaluate(self) -> None:
         """Evaluate, write the row and redraw the picture."""
         began = time.perf_counter()
         result = evaluate(self.job, self.config.train.eval_batches)
         seconds = time.perf_counter() - began
-        self.log.evaluation(EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds))
+        losses = {name: of.loss for name, of in result.sets.items() if name}
+        self.log.evaluation(
+            EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds, losses)
+        )
         self.log.draw()
 
     def save(self) -> None:

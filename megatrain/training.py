@@ -6,12 +6,13 @@ One path serves every layout: a laptop's single process is a mesh of size 1, gra
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 
+from megatrain.config.budget import Budget, budget_of
 from megatrain.config.schema import Config
 from megatrain.data.loader import Batch, HeldOut, Loader
 from megatrain.kernels.attention_mask import causal_mask
@@ -20,6 +21,7 @@ from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.objective import NextToken, Objective
 from megatrain.models.split import ranges_of, split_layers
 from megatrain.optim.clip import clip_divisor, local_squared_norm
+from megatrain.optim.loss_scale import LossScale
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
@@ -32,7 +34,7 @@ from megatrain.parallel.weights import Postponed
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.flops import forward_flops, parameter_count
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 """train.precision -> dtype of the parameters and activations."""
 
 SMALLEST_WEIGHT = 1e-8
@@ -51,7 +53,8 @@ class Run:
     flat: FlatParameters
     optimizer: Optimizer
     loader: Loader
-    held_out: HeldOut | None = None
+    held_out: dict[str, HeldOut] = field(default_factory=dict)
+    """Validation sets by name."""
     consumed_samples: int = 0
     """Sequences of the whole job that the weights have seen: the one number a run is resumed from."""
     step: int = 0
@@ -60,18 +63,26 @@ class Run:
     """Whether this rank was told to stop; asked once a step."""
     observe: Observer | None = None
     """Told of every instruction of the pipeline when it has run, for measurements."""
+    before_update: Callable[[Run], None] | None = None
+    """Called once gradients are whole, and before the optimizer uses them up."""
+
+    def __post_init__(self) -> None:
+        self.loss_scale = LossScale(self.config.train, self.ctx.device)
 
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        train = self.config.train
-        return learning_rate(self.config.optim, self.consumed_samples, train.global_batch_size, train.steps)
+        return learning_rate(self.config.optim, self.consumed_samples, self.budget.full, self.budget.whole_batches)
 
     @property
     def weight_decay(self) -> float:
         """Weight decay of the next update."""
-        train = self.config.train
-        return weight_decay(self.config.optim, self.consumed_samples, train.global_batch_size, train.steps)
+        return weight_decay(self.config.optim, self.consumed_samples, self.budget.full, self.budget.whole_batches)
+
+    @property
+    def budget(self) -> Budget:
+        """The samples of each update, and how many updates there are."""
+        return budget_of(self.config)
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,12 @@ class StepReport:
     grad_norm: float
     """Global L2 norm before clipping."""
     learning_rate: float
+    samples: int
+    """Sequences of the global batch."""
     skipped: bool
-    """The loss or the gradient was not finite, and nothing was changed."""
+    """Nothing was changed: the loss or the gradient was not finite, or train.skip_steps said so."""
+    overflow: bool
+    """The loss or the gradient was not finite."""
     stop: bool
     """Some rank was told to stop."""
 
@@ -100,7 +115,7 @@ def assemble(
     vocab_size: int,
     *,
     objective: Objective | None = None,
-    held_out: HeldOut | None = None,
+    held_out: dict[str, HeldOut] | None = None,
 ) -> Run:
     """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
     train = config.train
@@ -121,9 +136,8 @@ def assemble(
         units_of(chunks), ctx, stage=parallel.zero_stage, bucket_size=parallel.bucket_size, overlap=parallel.overlap
     )
     optimizer = Optimizer(flat, config.optim)
-    return Run(
-        config, ctx, chunks, objective or NextToken(train.label_smoothing, train.z_loss), flat, optimizer, loader, held_out
-    )
+    objective = objective or NextToken(label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+    return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out or {})
 
 
 def units_of(chunks: list[GPT]) -> list[Unit]:
@@ -166,19 +180,23 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
 
 def train_step(run: Run) -> StepReport:
     """One optimizer update: tokens -> loss -> gradients -> parameters."""
+    size = run.budget.batch_size(run.consumed_samples)
     micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run)
     weight = global_weight(run, micro_batches)
     run.flat.zero_grad()
     schedule = schedule_of(run.config, len(micro_batches))
-    executed = run_schedule(stage_of(run), schedule, micro_batches, scale=1 / weight)
+    executed = run_schedule(stage_of(run), schedule, micro_batches, scale=run.loss_scale.scale / weight)
     run.flat.reduce()
     totals = sum_totals(run, executed, weight)
-    divisor = clip_divisor(totals.grad_norm, run.config.optim.clip_grad)
-    lr = run.lr
-    run.optimizer.step(lr, divisor, totals.skip, run.weight_decay)
-    run.consumed_samples += run.config.train.global_batch_size
+    divisor = clip_divisor(totals.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
+    if run.before_update is not None:
+        run.before_update(run)
+    lr, left_out = run.lr, float(run.step + 1 in run.config.train.skip_steps)
+    run.optimizer.step(lr, divisor, totals.overflow.clamp_min(left_out), run.weight_decay)
+    run.loss_scale.update(totals.overflow)
+    run.consumed_samples += size
     run.step += 1
-    return totals.report(run.step, lr)
+    return totals.report(run.step, lr, size, left_out=left_out > 0)
 
 
 def to_micro_batches(batch: Batch, run: Run) -> list[MicroBatch]:
@@ -248,15 +266,15 @@ class Totals:
     loss: torch.Tensor
     accuracy: torch.Tensor
     grad_norm: torch.Tensor
-    skip: torch.Tensor
-    """Scalar 0 or 1."""
+    overflow: torch.Tensor
+    """Scalar 0 or 1: the loss or the gradient is not finite."""
     stop: torch.Tensor
 
-    def report(self, step: int, lr: float) -> StepReport:
+    def report(self, step: int, lr: float, samples: int, *, left_out: bool) -> StepReport:
         """Bring the numbers to the host: the one synchronisation of a step."""
-        numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.skip, self.stop]).tolist()
-        loss, accuracy, grad_norm, skip, stop = numbers
-        return StepReport(step, loss, accuracy, grad_norm, lr, skipped=skip > 0, stop=stop > 0)
+        numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.overflow, self.stop]).tolist()
+        loss, accuracy, grad_norm, overflow, stop = numbers
+        return StepReport(step, loss, accuracy, grad_norm, lr, samples, left_out or overflow > 0, overflow > 0, stop > 0)
 
 
 def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
@@ -274,4 +292,4 @@ def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
     )
     squared_norm, loss, correct, stops = all_reduce(message, ctx.world)
     finite = torch.isfinite(squared_norm) & torch.isfinite(loss)
-    return Totals(loss / weight, correct / weight, squared_norm.sqrt(), (~finite).double(), stops)
+    return Totals(loss / weight, correct / weight, squared_norm.sqrt() / run.loss_scale.scale, (~finite).double(), stops)

@@ -21,6 +21,7 @@ class Text:
     """Held-out samples of which the last has 3 labels that count."""
 
     seq_length = SEQ
+    isolate_documents = False
 
     def __init__(self, samples):
         self.samples = samples
@@ -46,7 +47,7 @@ def config_of(ctx):
 
 def run_of(ctx, text):
     loader = Loader(RandomSamples(V, SEQ), 4, 2, ctx.dp.rank, ctx.dp.size)
-    return assemble(config_of(ctx), ctx, loader, V, held_out=text)
+    return assemble(config_of(ctx), ctx, loader, V, held_out={"": text} if text else None)
 
 
 def evaluated(ctx, text, limit=0):

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
+from megatrain.config.presets import PRESETS
 from megatrain.config.schema import Config, CorpusConfig, Document
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
 
@@ -73,6 +74,7 @@ def load(path: str | FilePath, overrides: Iterable[str] = ()) -> Loaded:
     tree = read_file(path)
     _normalize_sections(tree)
     _apply_overrides(tree, overrides)
+    _apply_preset(tree)
     config = _build(tree)
     origins = {knob.key: tree.places.get((knob.section, knob.name), DEFAULT) for knob in knobs()}
     return Loaded(config, origins)
@@ -84,6 +86,7 @@ def from_dict(tree: Config | Document) -> Config:
         tree = dataclasses.asdict(tree)
     source = Tree(tree)
     _normalize_sections(source)
+    _apply_preset(source)
     return _build(source)
 
 
@@ -191,6 +194,22 @@ def _replace(tree: Tree, path: tuple[str, str], new: Tree) -> None:
     tree.root.setdefault(section, {})[name] = new.root
 
 
+def _apply_preset(tree: Tree) -> None:
+    """Put the keys of model.preset where the config has none of its own. Raises ConfigError for a name that is not known."""
+    model = tree.root.setdefault("model", {})
+    name = model.get("preset")
+    if not isinstance(name, str):
+        return
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+        did_you_mean = f" Did you mean {near[0]}?" if near else ""
+        _fail(tree, ("model", "preset"), f"is {name!r}; expected one of {', '.join(PRESETS)}.{did_you_mean}")
+    for key, value in PRESETS[name].items():
+        if key not in model:
+            model[key] = value
+            tree.places["model", key] = f"preset {name}"
+
+
 # --- values -------------------------------------------------------------------------------------------------------------------
 
 
@@ -257,8 +276,9 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
     if items[0] is CorpusConfig and isinstance(value, str):
         value = [value]
     if items[0] is CorpusConfig and isinstance(value, Mapping):
-        names = "" if "path" in value else " Several named validation sets are not in this release."
-        _fail(tree, path, f"is a mapping; expected a list of {{path, weight}}, as [{{path: PREFIX, weight: 1.0}}].{names}")
+        if path == ("data", "valid") and "path" not in value:
+            return _named_sets(tree, path, kind, value)
+        _fail(tree, path, "is a mapping; expected a list of {path, weight}, as [{path: PREFIX, weight: 1.0}].")
     if not isinstance(value, (list, tuple)):
         scalar = isinstance(value, (str, int)) and items[-1] is Ellipsis
         _fail(tree, path, f"is {_describe(value)}; expected {type_name(kind)}.{f' Write [{value}].' if scalar else ''}")
@@ -267,6 +287,16 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
     if len(items) != len(value):
         _fail(tree, path, f"has {len(value)} values, expected {len(items)}: {type_name(kind)}.")
     return tuple(_convert(tree, (*path, i), item, part) for i, (item, part) in enumerate(zip(items, value, strict=True)))
+
+
+def _named_sets(tree: Tree, path: Path, kind: Any, value: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Validation sets {name: corpora} as one list, in which each corpus has the name of its set."""
+    corpora: list[CorpusConfig] = []
+    for name, members in value.items():
+        if not name:
+            _fail(tree, path, "names a validation set with empty text. Use for example {web: PREFIX, code: PREFIX}.")
+        corpora += [dataclasses.replace(corpus, set=name) for corpus in _tuple(tree, (*path, name), kind, members)]
+    return tuple(corpora)
 
 
 def _corpus(tree: Tree, path: Path, value: Any) -> CorpusConfig:
@@ -344,7 +374,8 @@ def _suggest_key(path: Path, name: str, known: list[str]) -> str:
 def _render(value: Any) -> str:
     """A value as YAML on one line."""
     if isinstance(value, CorpusConfig):
-        return f"{{path: {_render(value.path)}, weight: {_render(value.weight)}}}"
+        name = f", set: {_render(value.set)}" if value.set else ""
+        return f"{{path: {_render(value.path)}, weight: {_render(value.weight)}{name}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_render, value))}]"
     plain = not isinstance(value, str) or _reads_as_itself(value)

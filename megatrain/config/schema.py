@@ -26,7 +26,9 @@ class ModelConfig:
     """The logical model: shapes and switches, independent of any layout."""
 
     family: Literal["gpt", "glm"] = knob("gpt", "Model family.")
-    preset: str | None = knob(None, "Name of a published shape; explicit keys win over it.")
+    preset: str | None = knob(
+        None, "Name of a published shape (config/presets.py lists them); explicit keys win over its keys."
+    )
     init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.")
     num_layers: int = knob(8, "Number of transformer blocks.")
     hidden_size: int = knob(512, "Width h of the residual stream.")
@@ -171,6 +173,7 @@ class CorpusConfig:
 
     path: str = knob("", "Prefix of the .bin/.idx pair.")
     weight: float = knob(1.0, "Share of the samples, relative to the other corpora of the list.")
+    set: str = knob("", "data.valid: name of the validation set; a mapping of names to lists is the same.")
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,9 @@ class DataConfig:
     """Where tokens come from."""
 
     train: tuple[CorpusConfig, ...] = knob((), "Training corpora: a list of {path, weight}; a plain string is a list of one.")
-    valid: tuple[CorpusConfig, ...] = knob((), "Held-out corpora, as `train`; may be left out.")
+    valid: tuple[CorpusConfig, ...] = knob(
+        (), "Held-out corpora, as `train`, or a mapping of names to such lists: several validation sets."
+    )
     isolate_documents: bool = knob(
         False,
         "Documents packed in one sample do not see each other, and positions count from each one's start (arXiv:2407.21783).",
@@ -218,8 +223,13 @@ class TrainConfig:
     """The run: how long, how much at a time, in what precision."""
 
     steps: int = knob(1000, "Optimizer updates.")
-    tokens: float | None = knob(None, "Token budget instead of steps.")
+    tokens: float | None = knob(None, "Token budget instead of steps: the last update is the one that reaches it.")
     global_batch_size: int = knob(32, "Sequences per optimizer update, over all ranks.")
+    batch_ramp: tuple[int, int, int] | None = knob(
+        None,
+        "[start, increment, samples]: begin with batches of `start` and grow to global_batch_size over so many samples "
+        "(arXiv:2005.14165, appendix B).",
+    )
     micro_batch_size: int = knob(4, "Sequences per forward pass of one rank.")
     seed: int = knob(1234, "Seed of weights, data order and dropout.")
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = knob(
@@ -235,6 +245,18 @@ class TrainConfig:
     loss_chunk: int = knob(
         0, "Tokens of a micro-batch whose logits exist at a time; made again in the backward (arXiv:2411.09009). 0 means all."
     )
+    skip_steps: tuple[int, ...] = knob(
+        (),
+        "Steps, from 1, whose batch is consumed without an update: where a loss spiked before (PaLM, arXiv:2204.02311, section 5.1).",
+    )
+    loss_scale: float = knob(
+        65536.0, "fp16: first scale of the loss, so that small gradients do not vanish (arXiv:1710.03740)."
+    )
+    loss_scale_window: int = knob(1000, "fp16: updates without an overflow after which the scale doubles.")
+    loss_scale_hysteresis: int = knob(2, "fp16: overflows, without such a window between, after which the scale halves.")
+    loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.")
+    exit_after_minutes: float | None = knob(None, "Stop after this time with a checkpoint and exit code 75, as on a signal.")
+    exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.")
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
     audit_every: int = knob(
@@ -266,6 +288,9 @@ class LogConfig:
 
     dir: str = knob("runs/demo", "Run directory.")
     every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.")
+    norms_every: int = knob(
+        0, "Steps between rows with the norms of gradients and weights of each part of the model; 0 means never."
+    )
     to: tuple[str, ...] = knob(("tensorboard",), "Extra writers: tensorboard.")
     peak_tflops: float | None = knob(
         None, "Peak TFLOP/s of one device, for MFU; null means the published peak of a known GPU, and a measured matmul on CPU."

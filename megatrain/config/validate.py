@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from megatrain.config.budget import budget_of
 from megatrain.config.load import ConfigError, knobs
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 
@@ -26,15 +27,12 @@ class Deferred:
 
 DEFERRED = (
     Deferred("model.family", ("gpt",), "GLM comes in a later release"),
-    Deferred("model.preset", (None,), "published shapes come in a later release; give the shape key by key"),
     Deferred("model.init_from", (None,), "starting from given weights comes in a later release"),
     Deferred("model.norm_placement", ("pre", "post", "sandwich"), "DeepNorm comes in a later release"),
     Deferred("model.position", ("learned", "rope", "alibi", "none"), "positions in two dimensions come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
     Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
     Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
-    Deferred("train.tokens", (None,), "a token budget comes in a later release; give train.steps"),
-    Deferred("train.precision", ("bf16", "fp32", "fp64"), "loss scaling for FP16 comes in a later release"),
 )
 
 WRITERS = ("tensorboard",)
@@ -45,14 +43,16 @@ POSITIVE = (
     *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "head_dim", "num_query_groups")),
     *(f"model.{name}" for name in ("ffn_hidden_size", "seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
     *(f"model.{name}" for name in ("rope_fraction", "rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")),
-    *(f"model.{name}" for name in ("rope_beta_fast", "rope_beta_slow", "window", "sparse_block", "sparse_local_blocks")),
+    *(f"model.{name}" for name in ("rope_beta_fast", "rope_beta_slow", "rope_factor", "window", "sparse_block", "sparse_local_blocks")),
     "model.embedding_init_std",
     *(
         f"parallel.{name}"
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
     ),
     *(f"optim.{name}" for name in ("lr", "eps", "decay_fraction")),
-    *(f"train.{name}" for name in ("steps", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),
+    *(f"train.{name}" for name in ("steps", "tokens", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),
+    *(f"train.{name}" for name in ("batch_ramp", "skip_steps", "loss_scale", "loss_scale_window", "loss_scale_hysteresis")),
+    *(f"train.{name}" for name in ("loss_scale_min", "exit_after_minutes")),
     *(f"log.{name}" for name in ("every", "peak_tflops")),
 )
 NOT_NEGATIVE = (
@@ -61,10 +61,11 @@ NOT_NEGATIVE = (
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
     *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every", "z_loss", "loss_chunk")),
     *(f"checkpoint.{name}" for name in ("save_every", "keep")),
+    "log.norms_every",
 )
 BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
 """In [0, 1)."""
-NOT_EMPTY = ("data.tokenizer", "data.cache_dir", "checkpoint.dir", "checkpoint.resume", "log.dir")
+NOT_EMPTY = ("data.tokenizer", "data.cache_dir", "checkpoint.dir", "checkpoint.resume", "log.dir", "train.exit_file")
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -278,36 +279,57 @@ def _require_world(config: Config, world_size: int) -> None:
 
 
 def _require_batches(config: Config, world_size: int) -> None:
-    batch, micro = config.train.global_batch_size, config.train.micro_batch_size
-    replicas = config.data_parallel_size(world_size)
-    if batch % (micro * replicas):
-        fits = _nearest(_divisors(batch // replicas), micro) if batch % replicas == 0 else []
-        smaller = f", or train.micro_batch_size={choices(fits)}" if fits else ""
+    train, replicas = config.train, config.data_parallel_size(world_size)
+    _require_multiple("train.global_batch_size", train.global_batch_size, train.micro_batch_size, replicas)
+    if train.batch_ramp is None:
+        return
+    start, increment, _ = train.batch_ramp
+    if start > train.global_batch_size:
         raise ConfigError(
-            f"train.global_batch_size={batch} is not a multiple of train.micro_batch_size={micro} x {replicas} "
-            f"data-parallel replicas = {micro * replicas}. "
-            f"Use train.global_batch_size={choices(_multiples(batch, micro * replicas))}{smaller}."
+            f"train.batch_ramp={show(train.batch_ramp)} begins above train.global_batch_size={train.global_batch_size}. "
+            f"Use train.batch_ramp={show((train.micro_batch_size * replicas, increment, train.batch_ramp[2]))}."
         )
+    _require_multiple("train.batch_ramp[0]", start, train.micro_batch_size, replicas)
+    _require_multiple("train.batch_ramp[1]", increment, train.micro_batch_size, replicas)
+
+
+def _require_multiple(what: str, batch: int, micro: int, replicas: int) -> None:
+    """Every batch is dealt out in whole micro-batches to all replicas."""
+    if batch % (micro * replicas) == 0:
+        return
+    fits = _nearest(_divisors(batch // replicas), micro) if batch % replicas == 0 else []
+    smaller = f", or train.micro_batch_size={choices(fits)}" if fits else ""
+    raise ConfigError(
+        f"{what}={batch} is not a multiple of train.micro_batch_size={micro} x {replicas} "
+        f"data-parallel replicas = {micro * replicas}. "
+        f"Use {what}={choices(_multiples(batch, micro * replicas))}{smaller}."
+    )
 
 
 def _require_learning_rates(config: Config) -> None:
-    optim, steps = config.optim, config.train.steps
+    optim, steps, tokens = config.optim, budget_of(config).steps, config.train.tokens
+    what = f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
     if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
     if optim.warmup_steps >= steps:
         raise ConfigError(
-            f"optim.warmup_steps={optim.warmup_steps} is not less than train.steps={steps}. "
+            f"optim.warmup_steps={optim.warmup_steps} is not less than {what}. "
             f"Use optim.warmup_steps={steps // 10}, or more steps."
         )
     if optim.lr_schedule == "wsd" and optim.warmup_steps + optim.decay_fraction * steps > steps:
         raise ConfigError(
-            f"the last optim.decay_fraction={optim.decay_fraction} of train.steps={steps} begins before "
+            f"the last optim.decay_fraction={optim.decay_fraction} of {what} begins before "
             f"optim.warmup_steps={optim.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
             f"optim.warmup_steps={int(steps - optim.decay_fraction * steps)}."
         )
 
 
 def _require_device(config: Config) -> None:
+    if config.train.precision == "fp16" and config.optim.master == "split":
+        raise ConfigError(
+            "optim.master=split keeps the 16 bits that a BF16 parameter lacks, but train.precision=fp16. "
+            "Use optim.master=fp32, or train.precision=bf16."
+        )
     device, backend = config.parallel.device, config.parallel.backend
     if config.train.precision == "fp64" and device == "cuda":
         raise ConfigError(

@@ -13,7 +13,7 @@ so any data-parallel size trains on the same sequences, and each carries its pla
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -133,14 +133,15 @@ class _Pending:
 class Loader:
     """One data-parallel rank's batches, the next one prepared while the caller works on this one.
 
-    `global_batch_size` and `micro_batch_size` count sequences. isolate_documents: positions count from the start of each document, and
-    its last token, whose label is another document's first, does not count. Raises ValueError when sizes do not divide.
+    `global_batch_size` and `micro_batch_size` count sequences; the first may be a function of the samples consumed.
+    isolate_documents: positions count from the start of each document, and its last token, whose label is another document's first,
+    does not count. Raises ValueError when sizes do not divide.
     """
 
     def __init__(
         self,
         samples: Samples,
-        global_batch_size: int,
+        global_batch_size: int | Callable[[int], int],
         micro_batch_size: int,
         dp_rank: int,
         dp_size: int,
@@ -148,9 +149,14 @@ class Loader:
         isolate_documents: bool = False,
     ) -> None:
         self.samples, self.isolate_documents = samples, isolate_documents
-        self.global_batch_size = global_batch_size
-        self.places = batch_places(global_batch_size, micro_batch_size, dp_rank, dp_size)
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+        self.batch_size = global_batch_size if callable(global_batch_size) else lambda _: global_batch_size
+        self.places(0)  # a size that does not divide is an error at once
         self._pending: _Pending | None = None
+
+    def places(self, consumed: int) -> npt.NDArray[np.int64]:
+        """[m, b] this rank's places in the global batch after `consumed` samples."""
+        return batch_places(self.batch_size(consumed), self.micro_batch_size, self.dp_rank, self.dp_size)
 
     def batch(self, consumed: int) -> Batch:
         """The batch after `consumed` samples of the whole run (all ranks), and starts on the one after it.
@@ -162,20 +168,21 @@ class Loader:
             pending.wait()
             pending = None
         batch = pending.result() if pending is not None else self.build(consumed)
-        self._pending = _Pending(self, consumed + self.global_batch_size)
+        self._pending = _Pending(self, consumed + self.batch_size(consumed))
         return batch
 
     def build(self, consumed: int) -> Batch:
         """The batch after `consumed` samples, built in the calling thread."""
         if consumed < 0:
             raise ValueError(f"a run cannot have consumed {consumed} samples")
-        rows = np.stack([self.samples.sample(consumed + int(place)) for place in self.places.flat])
-        rows = rows.reshape(*self.places.shape, -1)
-        positions = _positions(self.places, rows.shape[-1] - 1)
-        batch = _batch(rows, np.ones(positions.shape, np.float32), positions, self.places)
+        places = self.places(consumed)
+        rows = np.stack([self.samples.sample(consumed + int(place)) for place in places.flat])
+        rows = rows.reshape(*places.shape, -1)
+        positions = _positions(places, rows.shape[-1] - 1)
+        batch = _batch(rows, np.ones(positions.shape, np.float32), positions, places)
         if not self.isolate_documents:
             return batch
-        numbers = np.stack([self.samples.document_numbers(consumed + int(place)) for place in self.places.flat])
+        numbers = np.stack([self.samples.document_numbers(consumed + int(place)) for place in places.flat])
         return _isolated(batch, numbers.reshape(rows.shape))
 
     def close(self) -> None:
@@ -274,9 +281,12 @@ class HeldOut:
 
 def build_held_out(
     corpora: Sequence[CorpusConfig], seq_length: int, vocab_size: int | None = None, isolate_documents: bool = False
-) -> HeldOut:
-    """The held-out text of `data.valid`. Raises TokenStoreError as `HeldOut` and `TokenStore` do."""
-    return HeldOut([TokenStore(corpus.path) for corpus in corpora], seq_length, vocab_size, isolate_documents)
+) -> dict[str, HeldOut]:
+    """The held-out text of `data.valid`, by name of the set. Raises TokenStoreError as `HeldOut` and `TokenStore` do."""
+    stores: dict[str, list[TokenStore]] = {}
+    for corpus in corpora:
+        stores.setdefault(corpus.set, []).append(TokenStore(corpus.path))
+    return {name: HeldOut(of, seq_length, vocab_size, isolate_documents) for name, of in stores.items()}
 
 
 def evaluation_batches(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -47,8 +47,8 @@ class Objective(Protocol):
 class NextToken:
     """Cross-entropy of the label at every position, weighted by loss_weights; smoothing and z-loss in training alone."""
 
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
+    label_smoothing: float = field(default=0.0, kw_only=True)
+    z_loss: float = field(default=0.0, kw_only=True)
 
     def weight(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of the loss weights: the number of tokens that count."""

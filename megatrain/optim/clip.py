@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.zero import FlatParameters
 
@@ -32,3 +33,28 @@ def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:
     if clip_grad == 0:
         return torch.ones_like(norm)
     return ((norm + 1e-6) / clip_grad).clamp_min(1.0)
+
+
+PARTS = ("embedding", "attention", "mlp", "norm", "head")
+"""Of a model, for reports; biases belong to their matrices' part."""
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter's logical name belongs to."""
+    if name.startswith(("embedding.tokens", "embedding.positions")):
+        return "embedding"
+    return next(
+        (part for part, mark in (("norm", "norm"), ("attention", ".attention."), ("mlp", ".mlp.")) if mark in name), "head"
+    )
+
+
+def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Part -> (norm of its gradients, norm of its weights), over the whole model (collective over the world; before the update)."""
+    squares = torch.zeros(len(PARTS), 2, dtype=torch.float64, device=ctx.device)
+    for segment in flat.segments():
+        if (flat.stage > 0 or ctx.dp_cp.rank == 0) and segment.parameter.spec.owned(ctx):
+            row = squares[PARTS.index(part_of(segment.parameter.spec.name))]
+            row += torch.stack([x.double().square().sum() for x in (segment.gradient, segment.weight)])
+    gradients, weights = all_reduce(squares, ctx.world).sqrt().unbind(1)
+    rows = torch.stack([gradients / loss_scale, weights], 1).tolist()
+    return {part: (gradient, weight) for part, (gradient, weight) in zip(PARTS, rows, strict=True) if weight > 0}

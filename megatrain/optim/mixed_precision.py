@@ -77,8 +77,10 @@ class Masters:
 
     def write(self, part: slice, values: torch.Tensor) -> None:
         """Let the elements that `read` gave, changed, be the masters, and the parameters their rounded copy."""
-        if self.masters is not None:
+        if self.masters is not None and self.weights.dtype == torch.bfloat16:
             round_to_bf16(self.weights[part], values)
+        elif self.masters is not None:
+            self.weights[part].copy_(values)
         elif self.low is not None:
             split_float(self.weights[part], self.low[part], values)
 

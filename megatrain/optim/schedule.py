@@ -7,7 +7,7 @@ import math
 from megatrain.config.schema import OptimConfig
 
 
-def weight_decay(config: OptimConfig, consumed_samples: int, samples_per_step: int, total_steps: int) -> float:
+def weight_decay(config: OptimConfig, consumed_samples: int, samples_per_step: int, total_steps: float) -> float:
     """Decay of the update that comes after `consumed_samples`: linear from weight_decay to weight_decay_end, constant without."""
     if config.weight_decay_end is None:
         return config.weight_decay
@@ -15,7 +15,7 @@ def weight_decay(config: OptimConfig, consumed_samples: int, samples_per_step: i
     return config.weight_decay + (config.weight_decay_end - config.weight_decay) * progress
 
 
-def learning_rate(config: OptimConfig, consumed_samples: int, samples_per_step: int, total_steps: int) -> float:
+def learning_rate(config: OptimConfig, consumed_samples: int, samples_per_step: int, total_steps: float) -> float:
     """Rate of the update that comes after `consumed_samples`, of `total_steps` steps of `samples_per_step`.
 
     Linear warm-up over `warmup_steps` (the first update has lr / warmup_steps, not 0), then `lr_schedule` from lr to min_lr:

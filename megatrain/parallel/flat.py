@@ -27,6 +27,8 @@ class Segment(NamedTuple):
     parameter: Parameter
     gradient: torch.Tensor
     """[n] of them."""
+    weight: torch.Tensor
+    """[n], the elements themselves."""
 
 
 @dataclass(eq=False)
@@ -142,7 +144,7 @@ class FlatBuffers:
         for held in self.trained:
             gradient = there(held.own_grads)
             for parameter, _, at, count in held.bucket.segments(held.own.start, held.own.stop):
-                yield Segment(parameter, gradient[at : at + count])
+                yield Segment(parameter, gradient[at : at + count], held.own_weights[at : at + count])
 
     def whole(self, pieces: Sequence[torch.Tensor], frozen: bool = False) -> dict[str, tuple[ParamSpec, torch.Tensor]]:
         """Logical name -> (spec, this tensor-parallel rank's tensor), from what each rank owns of every bucket (collective).

@@ -18,7 +18,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +58,9 @@ class StepRow:
     memory_peak_bytes: int
     """Largest so far on this rank."""
     skipped: bool = False
-    """The gradient was not finite and the weights were left alone."""
+    """The weights were left alone: the gradient was not finite, or train.skip_steps said so."""
+    loss_scale: float | None = None
+    """Of the next step, in fp16."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class EvaluationRow:
     tokens: int
     """Training tokens consumed before it."""
     eval_seconds: float
+    valid_losses: dict[str, float] = field(default_factory=dict)
+    """Of each named validation set."""
 
 
 IN_FLIGHT_SECONDS = 0.05
@@ -218,6 +222,15 @@ class RunLog:
             self._try("tensorboard", self._tensorboard.evaluation, asdict(row))
         self.say(evaluation_lines(row))
 
+    def norms(self, step: int, parts: Mapping[str, tuple[float, float]]) -> None:
+        """Record the norms of gradients and weights of each part of the model, before the update `step`."""
+        if self._rank != 0:
+            return
+        named = {f"{kind}-norm/{part}": pair[i] for part, pair in parts.items() for i, kind in enumerate(("grad", "weight"))}
+        self._append(self._metrics, {"norms_of_step": step, **named})
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.scalars, step, named)
+
     def event(self, kind: EventKind, step: int | None = None, rank: int | None = None, **fields: Any) -> None:
         """Append an event; any rank may, and `rank` names the one that is the cause. Threads may call it."""
         record: dict[str, Any] = {
@@ -316,8 +329,12 @@ def evaluation_lines(row: EvaluationRow) -> str:
     ]
     if row.valid_token_accuracy is not None:
         parts.append(f"token accuracy: {100 * row.valid_token_accuracy:.2f}%")
-    line = " | ".join(parts) + " |"
-    return "\n".join(("-" * len(line), line, "-" * len(line)))
+    lines = [" | ".join(parts) + " |"]
+    lines += [
+        f"{name}: lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} |" for name, loss in row.valid_losses.items()
+    ]
+    rule = "-" * max(map(len, lines))
+    return "\n".join((rule, *lines, rule))
 
 
 def perplexity(loss: float) -> float:

@@ -47,7 +47,7 @@ class TensorBoard:
 
     def step(self, row: Row) -> None:
         """One update. Raises OSError where the disk is full."""
-        self._scalars(
+        self.scalars(
             row["step"],
             {
                 **_training(row),
@@ -62,7 +62,7 @@ class TensorBoard:
 
     def evaluation(self, row: Row) -> None:
         """One evaluation. Raises OSError where the disk is full."""
-        self._scalars(row["step"], _validation(row))
+        self.scalars(row["step"], _validation(row))
         self._over_samples(row, _validation(row))
 
     def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
@@ -81,9 +81,10 @@ class TensorBoard:
         return int(row["tokens"]) // self._sequence_length
 
     def _over_samples(self, row: Row, values: Mapping[str, float | None]) -> None:
-        self._scalars(self._samples(row), {f"{tag} vs samples": value for tag, value in values.items()})
+        self.scalars(self._samples(row), {f"{tag} vs samples": value for tag, value in values.items()})
 
-    def _scalars(self, at: int, values: Mapping[str, float | None]) -> None:
+    def scalars(self, at: int, values: Mapping[str, float | None]) -> None:
+        """Points of curves at a step; null is left out. Raises OSError where the disk is full."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
         self._write(Event(wall_time=time.time(), step=at, summary=Summary(value=points)))
 
@@ -100,9 +101,11 @@ class TensorBoard:
 
 def _training(row: Row) -> dict[str, float | None]:
     """What Megatron draws over steps and over samples; null where metrics.jsonl has null."""
-    return {"lm loss": row["loss"], "grad-norm": row["grad_norm"], "learning-rate": row["learning_rate"]}
+    values = {"lm loss": row["loss"], "grad-norm": row["grad_norm"], "learning-rate": row["learning_rate"]}
+    return values | {"loss-scale": row.get("loss_scale")}
 
 
 def _validation(row: Row) -> dict[str, float | None]:
     loss = row["valid_loss"]
-    return {"lm loss validation": loss, "lm loss validation ppl": None if loss is None else perplexity(loss)}
+    together = {"lm loss validation": loss, "lm loss validation ppl": None if loss is None else perplexity(loss)}
+    return together | {f"lm loss validation/{name}": of for name, of in row.get("valid_losses", {}).items()}

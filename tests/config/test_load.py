@@ -135,7 +135,9 @@ def test_override_values(write, key, text, value):
         ("log: {to: tensorboard}", ["log.to is the text 'tensorboard'; expected list of text. Write [tensorboard]."]),
         ("data: {train: 3}", ["data.train is the integer 3; expected list of {path, weight}."]),
         ("data: {train: {path: a}}", ["data.train is a mapping; expected a list"]),
-        ("data: {valid: {a: [b]}}", ["data.valid is a mapping", "Several named validation sets are not in this release."]),
+        ("data: {train: {a: [b]}}", ["data.train is a mapping", "expected a list of {path, weight}"]),
+        ("data: {valid: {a: 3}}", ["data.valid.a is the integer 3", "expected list of {path, weight}"]),
+        ("data: {valid: {'': [b]}}", ["data.valid names a validation set with empty text"]),
         (
             "data:\n  train:\n  - a\n  - wieght: 2\n    path: a",
             ["c.yaml:4: data.train[1].wieght is an unknown key", "data.train[1].weight?"],
@@ -282,7 +284,7 @@ def values(kind):
     """Any value of a field's type, in the plain form of YAML."""
     parts = typing.get_args(kind)
     if kind is CorpusConfig:
-        return st.text() | st.fixed_dictionaries({"path": st.text()}, optional={"weight": values(float)})
+        return st.text() | st.fixed_dictionaries({"path": st.text()}, optional={"weight": values(float), "set": st.text()})
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(parts)
     if typing.get_origin(kind) is tuple:
@@ -301,11 +303,26 @@ def values(kind):
 trees = st.fixed_dictionaries(
     {
         section: st.fixed_dictionaries(
-            {}, optional={knob.name: values(knob.kind) for knob in knobs() if knob.section == section}
+            {},
+            optional={
+                knob.name: values(knob.kind)
+                for knob in knobs()
+                if knob.section == section
+                and knob.key != "model.preset"  # explicit keys win, so an override of it changes nothing
+            },
         )
         for section in [item.name for item in dataclasses.fields(Config)]
     }
 )
+
+
+def test_named_validation_sets():
+    named = from_dict({"data": {"valid": {"web": ["a", {"path": "b", "weight": 2.0}], "code": "c"}}}).data.valid
+    assert [(corpus.set, corpus.path, corpus.weight) for corpus in named] == [
+        ("web", "a", 1.0),
+        ("web", "b", 2.0),
+        ("code", "c", 1.0),
+    ]
 
 
 @settings(max_examples=40, deadline=None)

@@ -164,14 +164,14 @@ def test_evaluation_predicts_each_token_once_in_order(tmp_path_factory, tokens, 
 
 
 def test_evaluation_is_limited_by_batches(corpora):
-    held_out = build_held_out(corpora, S, vocab_size=1000)
+    held_out = build_held_out(corpora, S, vocab_size=1000)[""]
     assert len(list(evaluation_batches(held_out, 4, 2, 0, 2, limit=3))) == 3
     assert len(list(evaluation_batches(held_out, 4, 2, 0, 2, limit=10**6))) == -(-len(held_out) // 4)
 
 
 def test_an_evaluation_cut_short_sees_every_set(tmp_path):
     sets = (CorpusConfig(write(tmp_path / "big", range(600))), CorpusConfig(write(tmp_path / "small", range(1000, 1100))))
-    held_out = build_held_out(sets, S)
+    held_out = build_held_out(sets, S)[""]
     first = [int(held_out.sample(n)[0][0]) for n in range(14)]
     assert sum(token >= 1000 for token in first) == 2
     assert [t for t in first if t < 1000] == sorted(t for t in first if t < 1000)
@@ -181,7 +181,8 @@ def test_held_out_text_needs_two_tokens(tmp_path):
     with pytest.raises(TokenStoreError, match="2 tokens"):
         HeldOut([TokenStore(write(tmp_path / "v", [1]))], S)
     with pytest.raises(TokenStoreError, match=r"data\.valid"):
-        build_held_out((), S)
+        HeldOut([], S)
+    assert build_held_out((), S) == {}
 
 
 def test_held_out_ids_are_checked(tmp_path, monkeypatch):

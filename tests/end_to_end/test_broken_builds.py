@@ -8,7 +8,7 @@ from against_reference import config_of as reference_config
 from layout_grid import STEPS, compare, config_of, shape_of
 
 from megatrain.models import attention
-from megatrain.parallel import tensor_parallel, zero
+from megatrain.parallel import vocabulary, zero
 from megatrain.testing import Disagreement, simulate
 from megatrain.testing.trace import trace_run
 
@@ -26,14 +26,14 @@ def test_a_missing_reduction_of_norm_gradients_under_sequence_parallelism(monkey
 
 
 def test_a_tied_gradient_counted_twice(monkeypatch):
-    real = tensor_parallel.add_matmul
+    real = vocabulary.add_matmul
 
     def twice_for_the_head(out, a, b):
         real(out, a, b)
         if out.shape == (BASE.vocab_size, BASE.hidden_size):
             real(out, a, b)
 
-    monkeypatch.setattr(tensor_parallel, "add_matmul", twice_for_the_head)
+    monkeypatch.setattr(vocabulary, "add_matmul", twice_for_the_head)
     with pytest.raises(Disagreement, match=r"embedding\.tokens|grad"):
         check(reference_config(BASE, OPTIMIZERS[0], "fp64"))
 
@@ -62,6 +62,6 @@ def local_weight(run, micro_batches):
 
 def test_queries_and_keys_swapped(monkeypatch):
     real = attention.attention
-    monkeypatch.setattr(attention, "attention", lambda q, k, v, *, causal: real(k, q, v, causal=causal))
+    monkeypatch.setattr(attention, "attention", lambda q, k, v, variant: real(k, q, v, variant))
     with pytest.raises(Disagreement):
         check(reference_config(BASE, OPTIMIZERS[0], "fp64"))

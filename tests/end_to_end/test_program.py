@@ -159,7 +159,7 @@ def test_evaluation_is_the_mean_over_every_held_out_token(house, tmp_path):
     config = tree(house, tmp_path, train={"precision": "fp64"}, model={"dropout": 0.1})
     run = megatrain.build(config)
     megatrain.train_step(run)
-    held_out = build_held_out(run.config.data.valid, 16)
+    held_out = build_held_out(run.config.data.valid, 16)[""]
     losses, tokens = 0.0, 0
     for n in range(len(held_out)):
         sample, labelled = held_out.sample(n)

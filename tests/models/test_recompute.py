@@ -9,7 +9,7 @@ from torch.nn import functional
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.kernels import matmul as kernel
 from megatrain.models.recompute import gated, recomputed
-from megatrain.parallel import tensor_parallel, weights
+from megatrain.parallel import tensor_parallel, vocabulary, weights
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
@@ -82,6 +82,8 @@ def products(monkeypatch):
 
     for name in ("linear", "matmul", "add_matmul"):
         assert hasattr(kernel, name)
+        spy(vocabulary, name)
+    for name in ("linear", "matmul"):
         spy(tensor_parallel, name)
     spy(weights, "add_matmul")
     return counts

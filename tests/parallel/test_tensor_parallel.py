@@ -12,7 +12,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 from megatrain.models.transformer import Block
-from megatrain.parallel import tensor_parallel, weights
+from megatrain.parallel import tensor_parallel, vocabulary, weights
 from megatrain.parallel.buckets import Unit
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
@@ -388,7 +388,7 @@ class _OrderedWorld(World):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What rank 0 does, in order: collectives, and work by the functions of tensor_parallel.py."""
+    """What rank 0 does, in order: collectives, and work by the functions of tensor_parallel.py and vocabulary.py."""
     noted = []
 
     def spy(module, name):
@@ -401,8 +401,10 @@ def events(monkeypatch):
 
         monkeypatch.setattr(module, name, noting)
 
-    for name in ("matmul", "add_matmul", "add_bias_gradient"):
+    for name in ("matmul", "add_bias_gradient"):
         spy(tensor_parallel, name)
+    for name in ("matmul", "add_matmul"):
+        spy(vocabulary, name)
     spy(weights, "add_matmul")
     return noted
 
