@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from reference_gpt import ReferenceBatch, ReferenceGPT, reference_train, rotate
+from reference_gpt import ReferenceBatch, ReferenceGPT, make_rope, reference_train
 from reference_schedules import reference_rates
 from torch import nn
 
@@ -94,15 +94,16 @@ def test_the_future_is_not_seen(position):
 def test_rope_is_relative_and_rotates_halves():
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(8, dtype=torch.float64, generator=generator).expand(1, 1, 12, 8) for _ in range(2))
-    scores = (rotate(q, 100.0) @ rotate(k, 100.0).transpose(-1, -2))[0, 0]
+    rope, places = make_rope(8, 100.0), torch.arange(12)[None]
+    scores = (rope(q, places) @ rope(k, places).transpose(-1, -2))[0, 0]
     for distance in range(-5, 6):
         line = scores.diagonal(distance)
         torch.testing.assert_close(line, line[:1].expand_as(line), rtol=1e-12, atol=1e-12)
     assert not torch.isclose(scores[0, 0], scores[1, 0])
     angle = 3 * 100.0 ** (-2 / 8)
     x1, x2 = q[0, 0, 0, 1], q[0, 0, 0, 5]
-    assert rotate(q, 100.0)[0, 0, 3, 1].item() == pytest.approx((x1 * math.cos(angle) - x2 * math.sin(angle)).item(), rel=1e-12)
-    assert rotate(q, 100.0)[0, 0, 3, 5].item() == pytest.approx((x2 * math.cos(angle) + x1 * math.sin(angle)).item(), rel=1e-12)
+    assert rope(q, places)[0, 0, 3, 1].item() == pytest.approx((x1 * math.cos(angle) - x2 * math.sin(angle)).item(), rel=1e-12)
+    assert rope(q, places)[0, 0, 3, 5].item() == pytest.approx((x2 * math.cos(angle) + x1 * math.sin(angle)).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu"])

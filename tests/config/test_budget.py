@@ -1,0 +1,65 @@
+"""The samples of each update: ramps, token budgets, and what both say about how long a run is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatrain.config.budget import Budget, budget_of
+from megatrain.config.schema import Config, ModelConfig, TrainConfig
+
+
+def config(**train):
+    return Config(model=ModelConfig(seq_length=10), train=TrainConfig(global_batch_size=16, **train))
+
+
+def sizes(budget):
+    """Of every update."""
+    found, consumed = [], 0
+    for _ in range(budget.steps):
+        found.append(budget.batch_size(consumed))
+        consumed += found[-1]
+    return found
+
+
+def test_without_a_ramp_all_updates_are_alike():
+    budget = budget_of(config(steps=5))
+    assert sizes(budget) == [16] * 5
+    assert budget.whole_batches == 5
+
+
+def test_a_ramp_grows_evenly_over_its_samples():
+    budget = budget_of(config(steps=12, batch_ramp=(4, 4, 48)))
+    assert sizes(budget) == [4, 4, 4, 4, 8, 8, 12, 12, 16, 16, 16, 16]  # each size for a third of 48 samples, then the full one
+    assert budget.whole_batches == sum(sizes(budget)) / 16
+
+
+def test_a_token_budget_ends_with_the_update_that_reaches_it():
+    assert budget_of(config(tokens=1600.0)).steps == 10
+    assert budget_of(config(tokens=1601.0)).steps == 11
+    assert budget_of(config(tokens=1.0)).steps == 1
+    assert sizes(budget_of(config(tokens=500.0, batch_ramp=(4, 4, 48)))) == [4, 4, 4, 4, 8, 8, 12, 12]
+
+
+@given(
+    full=st.integers(1, 40),
+    start=st.integers(1, 40),
+    increment=st.integers(1, 50),
+    samples=st.integers(0, 400),
+    steps=st.integers(0, 60),
+)
+def test_sums_and_their_inverse(full, start, increment, samples, steps):
+    budget = Budget(full, min(start, full), increment, samples, steps)
+    each = sizes(budget)
+    assert budget.consumed(steps) == sum(each)
+    assert each == sorted(each)
+    assert all(min(start, full) <= size <= full for size in each)
+    assert budget.steps_to(sum(each)) == steps
+    if steps:
+        assert budget.steps_to(sum(each) - each[-1] + 1) == steps
+        assert budget.steps_to(sum(each) + 1) == steps + 1
+
+
+def test_a_ramp_that_jumps_over_the_full_batch_stops_there():
+    budget = budget_of(config(steps=4, batch_ramp=(10, 10, 20)))
+    assert sizes(budget) == [10, 10, 16, 16]
+    assert budget.batch_size(10**9) == pytest.approx(16)
