@@ -1,29 +1,42 @@
 """One rank's part of a cross-entropy over a split vocabulary: what each row of logits contributes, and its gradient, in place.
 
-    forward    top = largest logit, total = sum of exp(x - top), label's logit; the logits become exp(x - top)
-    backward   the exponentials become factor exp(x - top) - spread, and at the label what the caller says
+    forward    top = largest logit, total = sum of exp(x - top), label's logit
+    backward   the logits become factor exp(x - top) - spread, and at the label what the caller says
 
-What the ranks then tell each other is in `parallel/vocabulary.py`. Statistics are in at least float32.
+What the ranks tell each other in between is in `parallel/vocabulary.py`. Statistics are in at least float32. The reference turns logits
+into their exponentials at once, which spares the backward an exp and two passes; Triton's forward only reads, in one pass.
 """
 
 from __future__ import annotations
 
 import torch
 
+from megatrain.kernels.dispatch import Kernels, jit, next_power, tl, use_triton
+
+BLOCK = 4096
+"""Ids that a Triton program takes at a time."""
+
 
 def statistics_of(
-    logits: torch.Tensor, local: torch.Tensor, here: torch.Tensor, *, with_sum: bool = False
+    logits: torch.Tensor, local: torch.Tensor, here: torch.Tensor, *, with_sum: bool = False, kernels: Kernels = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Turn logits [n, v_local] into exp(x - largest of the row), in place.
+    """Of each row of logits [n, v_local] its largest value, the sum of exp(x - largest), the label's logit (0 where it is not
+    `here`), and the sum of its logits where asked for: [n] each.
 
-    Returns of each row its largest value, the sum of its exponentials, the label's logit (0 where it is not `here`), and the sum of its
-    logits where asked for: [n] each. A rank without any id of a tiny vocabulary contributes -inf and 0.
+    `logits` belong to `gradient_of` afterwards. A rank without any id of a tiny vocabulary contributes -inf and 0.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     top = torch.full((logits.shape[0],), -torch.inf, dtype=dtype, device=logits.device)
     total, label = torch.zeros_like(top), torch.zeros_like(top)
     added = torch.zeros_like(top) if with_sum else None
-    if logits.shape[1] == 0:
+    if logits.numel() == 0:
+        return top, total, label, added
+    if use_triton(kernels, logits.device):
+        columns = logits.shape[1]
+        _statistics_kernel[(logits.shape[0],)](
+            logits, local, here, top, total, label, total if added is None else added, logits.stride(0), COLUMNS=columns,
+            WITH_SUM=with_sum, BLOCK=min(BLOCK, next_power(columns)), num_warps=8,
+        )  # fmt: skip
         return top, total, label, added
     for block in _row_blocks(logits):
         x = logits[block].to(dtype)
@@ -38,24 +51,87 @@ def statistics_of(
 
 
 def gradient_of(
-    exponentials: torch.Tensor,
+    logits: torch.Tensor,
+    top: torch.Tensor,
     factor: torch.Tensor,
     spread: torch.Tensor | None,
     local: torch.Tensor,
     here: torch.Tensor,
     label: torch.Tensor,
+    *,
+    kernels: Kernels = "auto",
 ) -> None:
-    """Turn exponentials [n, v_local] into factor [n] times themselves minus spread [n], and `label` [n] in column `local` if `here`."""
-    if exponentials.shape[1] == 0:
+    """Turn what `statistics_of` left of logits [n, v_local] into factor exp(x - top) - spread, and `label` in column `local` if `here`.
+
+    All others: [n].
+    """
+    if logits.numel() == 0:
         return
-    exponentials.mul_(factor[:, None].to(exponentials.dtype))
+    if use_triton(kernels, logits.device):
+        columns = logits.shape[1]
+        _gradient_kernel[(logits.shape[0],)](
+            logits, top, factor, factor if spread is None else spread, local, here, label, logits.stride(0), COLUMNS=columns,
+            SPREAD=spread is not None, BLOCK=min(BLOCK, next_power(columns)), num_warps=8,
+        )  # fmt: skip
+        return
+    logits.mul_(factor[:, None].to(logits.dtype))
     if spread is not None:
-        exponentials.sub_(spread[:, None].to(exponentials.dtype))
-    others = exponentials.gather(1, local[:, None])
-    exponentials.scatter_(1, local[:, None], torch.where(here[:, None], label[:, None].to(exponentials.dtype), others))
+        logits.sub_(spread[:, None].to(logits.dtype))
+    others = logits.gather(1, local[:, None])
+    logits.scatter_(1, local[:, None], torch.where(here[:, None], label[:, None].to(logits.dtype), others))
 
 
 def _row_blocks(rows: torch.Tensor) -> list[slice]:
     """Blocks of rows whose float32 copies stay in a CPU's cache; one block on a GPU."""
     size = rows.shape[0] if rows.is_cuda else max(1, 2**19 // max(1, rows.shape[1]))
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
+
+
+# --- Triton ---------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _statistics_kernel(
+    logits, local, here, top, total, label, added, stride, COLUMNS: tl.constexpr, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    offsets = tl.arange(0, BLOCK)
+    highest = tl.full((), -float("inf"), tl.float32)
+    exponentials = tl.full((), 0.0, tl.float32)
+    plain = tl.full((), 0.0, tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        inside = start + offsets < COLUMNS
+        x = tl.load(line + start + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(highest, tl.max(x, 0))
+        exponentials = exponentials * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
+        highest = higher
+        if WITH_SUM:
+            plain += tl.sum(tl.where(inside, x, 0.0), 0)
+    tl.store(top + row, highest)
+    tl.store(total + row, exponentials)
+    if WITH_SUM:
+        tl.store(added + row, plain)
+    mine = tl.load(here + row)
+    value = tl.load(line + tl.load(local + row)).to(tl.float32)
+    tl.store(label + row, tl.where(mine, value, 0.0))
+
+
+@jit
+def _gradient_kernel(
+    logits, top, factor, spread, local, here, label, stride, COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    offsets = tl.arange(0, BLOCK)
+    highest, times = tl.load(top + row).to(tl.float32), tl.load(factor + row).to(tl.float32)
+    column = tl.where(tl.load(here + row), tl.load(local + row), -1)
+    value = tl.load(label + row).to(tl.float32)
+    for start in range(0, COLUMNS, BLOCK):
+        at = start + offsets
+        x = tl.load(line + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
+        g = tl.exp(x - highest) * times
+        if SPREAD:
+            g -= tl.load(spread + row).to(tl.float32)
+        g = tl.where(at == column, value, g)
+        tl.store(line + at, g.to(logits.dtype.element_ty), mask=at < COLUMNS)

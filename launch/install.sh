@@ -106,7 +106,11 @@ log="$venv/install.log"
 pip_install_or_fail setuptools # pinned, and used to build megatrain itself: no second download for an isolated build
 install_torch
 echo "installing megatrain and its pinned packages"
-pip_install_or_fail --no-build-isolation -e "$root${extra:+[$extra]}"
+pins=()
+if "$venv/bin/python" -c "import torch; raise SystemExit('+cpu' not in torch.__version__)" >/dev/null 2>&1; then
+    pins=(-c "$root/launch/constraints-cpu.txt")
+fi
+pip_install_or_fail --no-build-isolation ${pins[@]+"${pins[@]}"} -e "$root${extra:+[$extra]}"
 printf '%s\n' "$wanted" >"$stamp"
 if [ -n "$extra" ]; then
     printf '%s\n' "$wanted" >"$venv/megatrain-installed" # the extras include the rest

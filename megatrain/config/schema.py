@@ -235,6 +235,10 @@ class TrainConfig:
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = knob(
         "bf16", "bf16: BF16 weights with FP32 masters and FP32 gradient accumulation; fp64 is for checks on CPU."
     )
+    kernels: Literal["auto", "triton", "reference"] = knob(
+        "auto",
+        "Implementation of norms, rotation, gates and losses: auto is Triton on CUDA, else plain PyTorch (kernels/dispatch.py).",
+    )
     recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
     label_smoothing: float = knob(
         0.0, "Share of the target's probability that is spread over the vocabulary, in training (arXiv:1512.00567, section 7)."

@@ -43,7 +43,10 @@ POSITIVE = (
     *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "head_dim", "num_query_groups")),
     *(f"model.{name}" for name in ("ffn_hidden_size", "seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
     *(f"model.{name}" for name in ("rope_fraction", "rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")),
-    *(f"model.{name}" for name in ("rope_beta_fast", "rope_beta_slow", "rope_factor", "window", "sparse_block", "sparse_local_blocks")),
+    *(
+        f"model.{name}"
+        for name in ("rope_beta_fast", "rope_beta_slow", "rope_factor", "window", "sparse_block", "sparse_local_blocks")
+    ),
     "model.embedding_init_std",
     *(
         f"parallel.{name}"

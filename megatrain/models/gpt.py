@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels.dispatch import Kernels
 from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Dropout, Norm
@@ -91,7 +92,7 @@ class Head(nn.Module):
         build = self.build
         target = Target(label_smoothing, z_loss, build.config.logit_softcap)
         return vocab_parallel_loss(
-            self.normed(x), labels, self.weight, build.tp, build.sequence_parallel, target, build.loss_chunk
+            self.normed(x), labels, self.weight, build.tp, build.sequence_parallel, target, build.loss_chunk, build.kernels
         )
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
@@ -167,13 +168,16 @@ def build_gpt(
     seed: int,
     recompute: Literal["none", "selective", "full"] = "none",
     loss_chunk: int = 0,
+    kernels: Kernels = "auto",
 ) -> list[GPT]:
     """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
 
     pieces: the layers of each virtual stage; homes: the stage where each lies.
     """
     apart = config.tied_embeddings and homes[0] != homes[-1]
-    build = Build(config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, recompute, "ends" if apart else None, loss_chunk)
+    build = Build(
+        config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, recompute, "ends" if apart else None, loss_chunk, kernels
+    )
     chunks: list[GPT] = []
     for virtual, layers in enumerate(pieces):
         if homes[virtual] == ctx.pp.rank:

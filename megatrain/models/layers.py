@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
-from megatrain.kernels.rms_norm import rms_norm
+from megatrain.kernels.dispatch import Kernels
+from megatrain.kernels.gated import GATES, gated
+from megatrain.kernels.norm import add_norm, norm
 from megatrain.models.batch import MicroBatch
-from megatrain.models.recompute import Remake, gated
+from megatrain.models.recompute import Remake
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec
@@ -38,6 +40,8 @@ class Build:
     """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
     loss_chunk: int = 0
     """Tokens of a micro-batch whose logits exist at a time; 0: all."""
+    kernels: Kernels = "auto"
+    """Which implementation of an operation serves (kernels/dispatch.py)."""
 
     def init(self, inputs: int) -> Init:
         """Of weights that read the residual stream; inputs: of the matrix."""
@@ -94,14 +98,15 @@ class Norm(nn.Module):
         self.weight = make_parameters([weight], build.tp, build.dtype, build.device)[0]
         has_bias = config.norm == "layernorm" and config.bias
         self.bias = make_parameters([bias], build.tp, build.dtype, build.device)[0] if has_bias else None
-        self.rms, self.eps = config.norm == "rmsnorm", config.norm_eps
+        self.rms, self.eps, self.kernels = config.norm == "rmsnorm", config.norm_eps, build.kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., h]."""
-        if self.rms:
-            return rms_norm(x, self.weight, self.eps)
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return norm(x, self.weight, self.bias, self.eps, rms=self.rms, kernels=self.kernels)
+
+    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual), both [..., h]."""
+        return add_norm(x, residual, self.weight, self.bias, self.eps, rms=self.rms, kernels=self.kernels)
 
 
 class Dropout(nn.Module):
@@ -126,7 +131,6 @@ _PLAIN: dict[str, _Activation] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-_GATES: dict[str, _Activation] = {"swiglu": functional.silu, "geglu": functional.gelu}
 
 
 class MLP(nn.Module):
@@ -140,7 +144,7 @@ class MLP(nn.Module):
         inner = ("gate", "up") if config.gated else ("up",)
         self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init(h), **shared)
         self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init(f), **shared)
-        self.activation = config.activation
+        self.activation, self.kernels = config.activation, build.kernels
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape. remake: makes x again, so that neither it nor the activation is kept."""
@@ -151,8 +155,7 @@ class MLP(nn.Module):
 
     def _activate(self, inner: tuple[torch.Tensor, ...], keep: bool) -> torch.Tensor:
         """One or two [s, b, f/t] -> [s, b, f/t]. keep: whether what the backward reads twice may be kept."""
-        if self.activation not in _GATES:
+        if self.activation not in GATES:
             return _PLAIN[self.activation](inner[0])
         gate, up = inner
-        activation = _GATES[self.activation]
-        return activation(gate) * up if keep else gated(gate, up, activation)
+        return gated(gate, up, self.activation, keep=keep, kernels=self.kernels)

@@ -41,29 +41,3 @@ class _Recomputed(torch.autograd.Function):
             x = x.detach().requires_grad_()
             torch.autograd.backward(ctx.function(x), dy)
         return x.grad, None
-
-
-class _Gated(torch.autograd.Function):
-    """activation(gate) * up, of which gate and up are kept, and activation(gate) is not."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activation(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            gate = gate.detach().requires_grad_()
-            act = ctx.activation(gate)
-        (dgate,) = torch.autograd.grad(act, gate, dy * up)
-        return dgate, dy * act.detach(), None
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """activation(gate) * up, keeping its two arguments alone."""
-    return _Gated.apply(gate, up, activation)

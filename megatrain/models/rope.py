@@ -17,12 +17,12 @@ Longer texts than those of the first training need lower frequencies (`rope_scal
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels.rotary import rotary
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 
@@ -65,41 +65,6 @@ def _kept_by_turns(config: ModelConfig) -> torch.Tensor:
     return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotation is orthogonal (times the magnitude): its backward is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return rotate(x, cos, sin, interleaved)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        cos, sin = ctx.saved_tensors
-        return rotate(dy, cos, -sin, ctx.interleaved), None, None, None
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Turn the first r numbers of the last dim of `x` [..., d] by cos and sin [..., r/2]; the others stay. No gradient."""
-    pairs = cos.shape[-1]
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    x1, x2 = _pairs(x, pairs, interleaved)
-    y1, y2 = _pairs(y, pairs, interleaved)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    if 2 * pairs < x.shape[-1]:
-        y[..., 2 * pairs :] = x[..., 2 * pairs :]
-    return y
-
-
-def _pairs(x: torch.Tensor, pairs: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the first and of the second numbers of all pairs."""
-    if interleaved:
-        return x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
-    return x[..., :pairs], x[..., pairs : 2 * pairs]
-
-
 class Rotary(nn.Module):
     """The tables of cosines and sines [seq_length, r/2], and the rotation."""
 
@@ -109,7 +74,7 @@ class Rotary(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         config = build.config
-        self.interleaved = config.rope_interleaved
+        self.interleaved, self.kernels = config.rope_interleaved, build.kernels
         angles = torch.arange(config.seq_length, dtype=torch.float64)[:, None] * frequencies(config)
         # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
         for name, exact in (("cos", angles.cos()), ("sin", angles.sin())):
@@ -118,5 +83,5 @@ class Rotary(nn.Module):
 
     def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Rotate each of `heads` [s, b, a, d] by its token's position (below seq_length)."""
-        cos, sin = self.cos[batch.positions].unsqueeze(2), self.sin[batch.positions].unsqueeze(2)
-        return tuple(_Rotate.apply(x, cos, sin, self.interleaved) for x in heads)
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        return tuple(rotary(x, cos, sin, interleaved=self.interleaved, kernels=self.kernels) for x in heads)

@@ -44,18 +44,22 @@ class Block(nn.Module):
     def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
         y = self.attention(self._before(self.attention_norm, x), batch, cache, self._again(self.attention_norm, x))
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
-        x = self._after(x + self.attention_dropout(y, batch), self.attention_norm)
-        y = self.mlp(self._before(self.mlp_norm, x), batch, self._again(self.mlp_norm, x))
+        h, x = self._between(x, self.attention_dropout(y, batch))
+        y = self.mlp(h.to(self.dtype), batch, self._again(self.mlp_norm, x))
         y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
-        return self._after(x + self.mlp_dropout(y, batch), self.mlp_norm)
+        x = x + self.mlp_dropout(y, batch)
+        return self.mlp_norm(x) if self.placement == "post" else x
 
     def _before(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
         """What a branch reads of the residual stream."""
         return (x if self.placement == "post" else norm(x)).to(self.dtype)
 
-    def _after(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """The residual stream behind a branch."""
-        return norm(x) if self.placement == "post" else x
+    def _between(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the second branch reads, and the residual stream there, of the stream and the first branch's output."""
+        if self.placement == "post":
+            x = self.attention_norm(x + y)
+            return x, x
+        return self.mlp_norm.after_adding(x, y)
 
     def _again(self, norm: Norm, x: torch.Tensor) -> Remake | None:
         """How to make what a branch reads again, where it is not to be kept."""

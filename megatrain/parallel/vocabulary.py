@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
+from megatrain.kernels.dispatch import Kernels
 from megatrain.kernels.matmul import add_matmul, linear, matmul
 from megatrain.parallel.collectives import (
     Done,
@@ -164,6 +165,8 @@ class _Rows:
     """[n] int64 number of the label among this rank's ids, 0 where it is another rank's."""
     here: torch.Tensor
     """[n] bool, whether the label is this rank's."""
+    top: torch.Tensor
+    """[n] largest of this rank's logits."""
     to_probability: torch.Tensor
     """[n] what this rank's exponentials are multiplied by."""
     entropy: torch.Tensor
@@ -173,13 +176,13 @@ class _Rows:
 
 
 def _reduce_rows(
-    logits: torch.Tensor, labels: torch.Tensor, first: int, vocab_size: int, tp: Axis, target: Target
+    logits: torch.Tensor, labels: torch.Tensor, first: int, vocab_size: int, tp: Axis, target: Target, kernels: Kernels
 ) -> tuple[_Rows, torch.Tensor, torch.Tensor]:
     """Logits [n, v_local], turned into their exponentials in place, labels [n] -> (rows, loss [n], correct [n])."""
     local = labels - first
     here = (local >= 0) & (local < logits.shape[1])
     local = torch.where(here, local, 0)
-    top, total, label, added = statistics_of(logits, local, here, with_sum=target.label_smoothing > 0)
+    top, total, label, added = statistics_of(logits, local, here, with_sum=target.label_smoothing > 0, kernels=kernels)
     highest = all_reduce(top.clone(), tp, "max")
     share = torch.exp(top - highest)
     sums = all_reduce(torch.stack([total * share, label] if added is None else [total * share, label, added]), tp)
@@ -191,11 +194,13 @@ def _reduce_rows(
         loss = loss + target.label_smoothing * (label - sums[2] / vocab_size)
     if target.z_loss:
         loss = loss + target.z_loss * log_sum.square()
-    return _Rows(local, here, share / total, entropy, log_sum), loss, label >= highest
+    return _Rows(local, here, top, share / total, entropy, log_sum), loss, label >= highest
 
 
-def _gradient(exponentials: torch.Tensor, rows: _Rows, dloss: torch.Tensor, vocab_size: int, target: Target) -> None:
-    """Turn the exponentials [n, v_local] of `_reduce_rows` into the gradient of the logits, in place; dloss [n]."""
+def _gradient(
+    logits: torch.Tensor, rows: _Rows, dloss: torch.Tensor, vocab_size: int, target: Target, kernels: Kernels
+) -> None:
+    """Turn what `_reduce_rows` left of logits [n, v_local] into the gradient of the logits, in place; dloss [n]."""
     scale = dloss.to(rows.to_probability.dtype)
     of_sum, smoothed = scale, target.label_smoothing * scale
     # p - 1 of the label from the loss: of a rounded p near 1 little would be left.
@@ -206,7 +211,8 @@ def _gradient(exponentials: torch.Tensor, rows: _Rows, dloss: torch.Tensor, voca
     spread = smoothed / vocab_size if target.label_smoothing else None
     if spread is not None:
         label = label + smoothed - spread
-    gradient_of(exponentials, rows.to_probability * of_sum, spread, rows.local, rows.here, label)
+    factor = rows.to_probability * of_sum
+    gradient_of(logits, rows.top, factor, spread, rows.local, rows.here, label, kernels=kernels)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -214,21 +220,28 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, first: int, vocab_size: int, tp: Axis, target: Target
+        ctx: Any,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        first: int,
+        vocab_size: int,
+        tp: Axis,
+        target: Target,
+        kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         flat = logits.detach().flatten(0, 1)
-        rows, loss, correct = _reduce_rows(flat, labels.flatten(), first, vocab_size, tp, target)
+        rows, loss, correct = _reduce_rows(flat, labels.flatten(), first, vocab_size, tp, target, kernels)
         ctx.save_for_backward(flat, *vars(rows).values())
-        ctx.rest = logits.shape, vocab_size, target
+        ctx.rest = logits.shape, vocab_size, target, kernels
         ctx.mark_non_differentiable(correct)
         return loss.view(labels.shape), correct.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, dloss: torch.Tensor, _dcorrect: torch.Tensor) -> Any:
-        shape, vocab_size, target = ctx.rest
+        shape, *rest = ctx.rest
         flat, *rows = ctx.saved_tensors
-        _gradient(flat, _Rows(*rows), dloss.flatten(), vocab_size, target)
-        return flat.view(shape), None, None, None, None, None
+        _gradient(flat, _Rows(*rows), dloss.flatten(), *rest)
+        return flat.view(shape), None, None, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -278,6 +291,7 @@ class _Head:
     target: Target
     chunk: int
     """Tokens whose logits exist at a time."""
+    kernels: Kernels
 
     def chunks(self, flat: torch.Tensor) -> list[slice]:
         """The tokens [n, h] in chunks."""
@@ -289,7 +303,7 @@ class _Head:
         """x [n, h], labels [n] -> ((exponentials, rows, slope of the cap), loss [n], correct [n])."""
         logits = capped(linear(x, weight[: self.ids]), self.target.softcap)
         slope = 1 - (logits / self.target.softcap).square() if self.target.softcap else logits.new_ones(())
-        rows, loss, correct = _reduce_rows(logits, labels, self.first, self.vocab_size, self.tp, self.target)
+        rows, loss, correct = _reduce_rows(logits, labels, self.first, self.vocab_size, self.tp, self.target, self.kernels)
         return (logits, rows, slope), loss, correct
 
     def gradient_of_logits(
@@ -297,12 +311,17 @@ class _Head:
     ) -> tuple[torch.Tensor, int]:
         """(gradient of the uncapped logits [n, ids], ids)."""
         (logits, rows, slope), _, _ = self.rows_of(x, weight, labels)
-        _gradient(logits, rows, dloss, self.vocab_size, self.target)
+        _gradient(logits, rows, dloss, self.vocab_size, self.target, self.kernels)
         return (logits.mul_(slope) if self.target.softcap else logits), self.ids
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, weight: Parameter, tp: Axis, target: Target = CROSS_ENTROPY
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weight: Parameter,
+    tp: Axis,
+    target: Target = CROSS_ENTROPY,
+    kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy over logits that stay split: [s, b, v_local], labels [s, b] -> (loss [s, b] in nats, correct [s, b] bool).
 
@@ -310,7 +329,7 @@ def vocab_parallel_cross_entropy(
     logit. `correct`: no logit is larger than the label's. `logits` are used up: do not read them afterwards.
     """
     first, _ = _vocab_range(weight, tp)
-    return _CrossEntropy.apply(logits, labels, first, weight.spec.shape[0], tp, target)
+    return _CrossEntropy.apply(logits, labels, first, weight.spec.shape[0], tp, target, kernels)
 
 
 def vocab_parallel_loss(
@@ -321,6 +340,7 @@ def vocab_parallel_loss(
     sequence_parallel: bool,
     target: Target = CROSS_ENTROPY,
     chunk: int = 0,
+    kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Head and loss in one: x [s/t or s, b, h], labels [s, b] -> (loss [s, b] in nats, correct [s, b] bool).
 
@@ -328,9 +348,9 @@ def vocab_parallel_loss(
     """
     if not chunk:
         logits = capped(vocab_parallel_logits(x, weight, tp, sequence_parallel), target.softcap)
-        return vocab_parallel_cross_entropy(logits, labels, weight, tp, target)
+        return vocab_parallel_cross_entropy(logits, labels, weight, tp, target, kernels)
     first, last = _vocab_range(weight, tp)
-    head = _Head(tp, sequence_parallel, first, last - first, weight.spec.shape[0], target, chunk)
+    head = _Head(tp, sequence_parallel, first, last - first, weight.spec.shape[0], target, chunk, kernels)
     return _LinearCrossEntropy.apply(x, weight, labels, head)
 
 

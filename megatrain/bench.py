@@ -1,0 +1,185 @@
+"""`megatrain bench`: how fast a config trains here, on random tokens: one line of JSON, alone or under torchrun.
+
+Steps are timed as they are; then a few more are taken apart into phases, with the device waited for in between, so that phases are
+exact and steps are not slowed down. MFU counts model FLOPs as `runtime/flops.py` says: causal attention at half.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+
+from megatrain.config.load import load
+from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.validate import validate
+from megatrain.data.loader import Loader
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.schedules import Instruction
+from megatrain.program import mesh_shape, require_schedule, vocabulary
+from megatrain.runtime.distributed import Launch, Session, connect
+from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
+from megatrain.runtime.memory import tune_allocator
+from megatrain.runtime.metrics import peak_memory_bytes
+from megatrain.testing.trace import RandomSamples
+from megatrain.training import DTYPES, Run, assemble, train_step
+
+PHASES = ("data", "forward", "backward", "reduce", "optimizer")
+PROFILED = 2
+"""Steps in a profile."""
+_ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
+
+
+def bench(session: Session, config: Config, steps: int, warmup: int, profile: Path | None = None) -> dict[str, Any]:
+    """Train `config` on random tokens and measure (collective); the numbers, of rank 0.
+
+    steps: timed, after `warmup` untimed ones, and as many again in phases. profile: where rank 0 writes a Chrome trace of two more.
+    Raises ConfigError.
+    """
+    config = replace(config, data=replace(config.data, train=_ANY_DATA))
+    validate(config, session.world.size)
+    require_schedule(config)
+    vocab_size = vocabulary(config)
+    ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
+    samples, train = RandomSamples(vocab_size, config.model.seq_length), config.train
+    with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
+        run = assemble(config, ctx, loader, vocab_size)
+        for _ in range(warmup):
+            train_step(run)
+        seconds = [_timed(run) for _ in range(steps)]
+        phases = _phases(run, steps)
+        if profile is not None:
+            _profile(run, profile if session.rank == 0 else None)
+    return _report(run, seconds, phases, session)
+
+
+def _timed(run: Run) -> float:
+    """Seconds of one step; its report has waited for the device."""
+    began = time.perf_counter()
+    train_step(run)
+    run.flat.settle()
+    _wait(run)
+    return time.perf_counter() - began
+
+
+def _wait(run: Run) -> None:
+    if run.ctx.device.type == "cuda":
+        torch.cuda.synchronize(run.ctx.device)
+
+
+def _phases(run: Run, steps: int) -> dict[str, float]:
+    """Median seconds of each phase of a step; the rest of a step (weights, totals) is in none."""
+    seen: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for _ in range(steps):
+        spent = dict.fromkeys(PHASES, 0.0)
+        with _watched(run, spent):
+            train_step(run)
+            run.flat.settle()
+        for phase, seconds in spent.items():
+            seen[phase].append(seconds)
+    return {phase: statistics.median(values) for phase, values in seen.items()}
+
+
+@contextmanager
+def _watched(run: Run, spent: dict[str, float]) -> Iterator[None]:
+    """Add the seconds of each phase to `spent`; the device is waited for at both ends of each."""
+
+    def timing(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            _wait(run)
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            _wait(run)
+            spent[phase] += time.perf_counter() - began
+            return result
+
+        return timed
+
+    def observe(instruction: Instruction, began: float, ended: float) -> None:
+        _wait(run)  # what was started in this instruction belongs to it
+        late = time.monotonic() - ended
+        spent["forward" if instruction.kind == "forward" else "backward"] += ended - began + late
+
+    whole = {"data": (run.loader, "batch"), "reduce": (run.flat, "reduce"), "optimizer": (run.optimizer, "step")}
+    for phase, (owner, name) in whole.items():
+        setattr(owner, name, timing(phase, getattr(owner, name)))
+    run.observe = observe
+    try:
+        yield
+    finally:
+        run.observe = None
+        for owner, name in whole.values():
+            delattr(owner, name)  # the method of the class shows again
+
+
+def _profile(run: Run, path: Path | None) -> None:
+    """A Chrome trace of a few steps, for chrome://tracing or Perfetto; all ranks take them."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if run.ctx.device.type == "cuda" else [])
+    with profiled(activities=activities) as profiler:
+        for _ in range(PROFILED):
+            train_step(run)
+        _wait(run)
+    if path is not None:
+        profiler.export_chrome_trace(str(path))
+
+
+def _report(run: Run, seconds: Sequence[float], phases: dict[str, float], session: Session) -> dict[str, Any]:
+    config, vocab_size = run.config, run.chunks[0].vocab_size
+    model, parallel, train = config.model, config.parallel, config.train
+    speed = Speed(
+        model_flops_per_token(model, vocab_size),
+        hardware_flops_per_token(model, vocab_size, train.recompute),
+        session.world.size,
+        peak_flops(session.device, DTYPES[train.precision], config.log.peak_tflops),
+    )
+    median = statistics.median(seconds)
+    tokens_per_second = train.global_batch_size * model.seq_length / median
+    return {
+        "tokens_per_second": tokens_per_second,
+        "tflops_per_device": speed.tflops_per_device(tokens_per_second),
+        "mfu": speed.mfu(tokens_per_second),
+        "hfu": speed.hfu(tokens_per_second),
+        "memory": peak_memory_bytes(session.device),
+        "step_seconds": median,
+        "phases": phases,
+        "steps": len(seconds),
+        "parameters": parameter_count(model, vocab_size),
+        "peak": speed.peak.note,
+        "precision": train.precision,
+        "world_size": session.world.size,
+        "layout": {
+            "tensor_parallel_size": parallel.tensor_parallel_size,
+            "sequence_parallel": parallel.sequence_parallel,
+            "pipeline_parallel_size": parallel.pipeline_parallel_size,
+            "schedule": parallel.schedule,
+            "data_parallel_size": run.ctx.dp.size,
+            "zero_stage": parallel.zero_stage,
+        },
+        "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def main(path: str, overrides: Sequence[str], steps: int, warmup: int, profile: str | None) -> int:
+    """`megatrain bench`: rank 0 prints the line. Returns 0. Raises ConfigError, LaunchError or TransportError."""
+    tune_allocator()
+    config = load(path, overrides).config
+    session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
+    try:
+        report = bench(session, config, steps, warmup, None if profile is None else Path(profile))
+        if session.rank == 0:
+            sys.stdout.write(json.dumps(report) + "\n")
+    finally:
+        session.close()
+    return 0

@@ -1,0 +1,151 @@
+"""Triton's kernels against their references in float64: values, gradients, odd shapes, strided inputs; interpreted without a GPU."""
+
+import pytest
+import torch
+
+from megatrain.kernels import dispatch
+from megatrain.kernels.cross_entropy import gradient_of, statistics_of
+from megatrain.kernels.gated import gated
+from megatrain.kernels.norm import add_norm, norm
+from megatrain.kernels.rotary import rotary
+
+pytest.importorskip("triton")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+BANDS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Relative to the largest value: a few roundings of the dtype."""
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return x.to(DEVICE, dtype).requires_grad_()
+
+
+def exactly(*tensors):
+    """The same numbers in float64."""
+    return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def close(mine, exact, dtype):
+    for ours, theirs in zip(mine, exact, strict=True):
+        error = (ours.double() - theirs).abs().max()
+        assert error <= BANDS[dtype] * theirs.abs().max().clamp_min(1e-3), float(error)
+
+
+def compare(function, given, dtype):
+    """Values and gradients of `function(*given, kernels=...)`, Triton against the reference in float64."""
+    sides = []
+    for tensors, kernels in ((given, "triton"), (exactly(*given), "reference")):
+        results = function(*tensors, kernels=kernels)
+        results = [results] if isinstance(results, torch.Tensor) else list(results)
+        scales = [torch.randn(r.shape, generator=torch.Generator().manual_seed(7)).to(r) for r in results]
+        total = sum((r * s).sum() for r, s in zip(results, scales, strict=True))
+        grads = torch.autograd.grad(total, [t for t in tensors if t.requires_grad])
+        sides.append((*results, *grads))
+    close(*sides, dtype)
+
+
+@pytest.mark.parametrize("dtype", BANDS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 33), (70, 1, 256), (5, 7, 1000)], ids=str)
+@pytest.mark.parametrize("rms", [True, False], ids=["rmsnorm", "layernorm"])
+def test_norm(rms, shape, dtype):
+    x, weight, bias = (
+        numbers(*shape, dtype=dtype),
+        numbers(shape[-1], seed=1, dtype=dtype),
+        numbers(shape[-1], seed=2, dtype=dtype),
+    )
+    given = (x, weight) if rms else (x, weight, bias)
+
+    def alone(x, weight, bias=None, kernels="auto"):
+        return norm(x, weight, bias, 1e-5, rms=rms, kernels=kernels)
+
+    compare(alone, given, dtype)
+    residual = numbers(*shape, seed=3, dtype=dtype)
+
+    def added(x, residual, weight, bias=None, kernels="auto"):
+        return add_norm(x, residual, weight, bias, 1e-5, rms=rms, kernels=kernels)
+
+    compare(added, (x, residual, *given[1:]), dtype)
+
+
+def test_norm_without_a_bias_and_of_which_one_result_is_used():
+    x, residual, weight = numbers(6, 2, 40), numbers(6, 2, 40, seed=1), numbers(40, seed=2)
+    compare(lambda x, w, kernels: norm(x, w, None, 1e-5, rms=False, kernels=kernels), (x, weight), torch.float32)
+    compare(
+        lambda x, r, w, kernels: add_norm(x, r, w, None, 1e-5, rms=True, kernels=kernels)[0],
+        (x, residual, weight),
+        torch.float32,
+    )
+
+
+def test_norm_of_strided_rows():
+    wide = numbers(5, 3, 80)
+    compare(
+        lambda x, w, kernels: norm(x[..., :40], w, None, 1e-5, rms=True, kernels=kernels),
+        (wide, numbers(40, seed=1)),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("dtype", BANDS, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "neighbours"])
+@pytest.mark.parametrize(("heads", "d", "pairs"), [(1, 2, 1), (3, 10, 5), (4, 16, 3), (5, 24, 12)])
+def test_rotary(heads, d, pairs, interleaved, dtype):
+    angles = numbers(7, 2, pairs, seed=1).detach()
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def turned(x, cos, sin, kernels):
+        return rotary(x, cos, sin, interleaved=interleaved, kernels=kernels)
+
+    compare(turned, (numbers(7, 2, heads, d, dtype=dtype), *tables), dtype)
+
+
+def test_rotary_of_a_part_of_one_matmuls_output():
+    fused = numbers(6, 2, 3 * 4 * 8)
+    angles = numbers(6, 2, 4, seed=1).detach()
+
+    def turned(fused, cos, sin, kernels):
+        return rotary(fused.split(32, -1)[1].unflatten(-1, (4, 8)), cos, sin, interleaved=False, kernels=kernels)
+
+    compare(turned, (fused, angles.cos(), angles.sin()), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", BANDS, ids=str)
+@pytest.mark.parametrize("kind", ["swiglu", "geglu"])
+@pytest.mark.parametrize("width", [1, 33, 1500])
+def test_gated(width, kind, dtype):
+    both = numbers(4, 3, 2 * width, dtype=dtype)
+    compare(lambda x, kernels: gated(*x.split(width, -1), kind, kernels=kernels), (both,), dtype)
+    compare(lambda x, kernels: gated(*x.chunk(2, 0), kind, kernels=kernels), (both,), dtype)
+
+
+@pytest.mark.parametrize("dtype", BANDS, ids=str)
+@pytest.mark.parametrize("with_sum", [False, True], ids=["", "smoothed"])
+@pytest.mark.parametrize("columns", [1, 29, 5000])
+def test_cross_entropy(columns, with_sum, dtype):
+    rows = 9
+    logits = numbers(rows, columns, dtype=dtype).detach() * 3
+    local = torch.arange(rows, device=DEVICE) % columns
+    here = torch.arange(rows, device=DEVICE) % 3 > 0
+    factor, spread, label = (numbers(rows, seed=s).detach() for s in (1, 2, 3))
+    sides = []
+    for x, kernels in ((logits.clone(), "triton"), (logits.double(), "reference")):
+        found = [t for t in statistics_of(x, local, here, with_sum=with_sum, kernels=kernels) if t is not None]
+        gradient_of(
+            x, found[0], factor.to(found[0].dtype), spread.to(found[0].dtype) if with_sum else None, local, here,
+            label.to(found[0].dtype), kernels=kernels,
+        )  # fmt: skip
+        sides.append((*found, x))
+    close(*sides, dtype)
+
+
+def test_asking_for_what_cannot_be(monkeypatch):
+    cpu = torch.device("cpu")
+    assert not dispatch.use_triton("auto", cpu) and not dispatch.use_triton("reference", DEVICE)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=r"train\.kernels=triton cannot be: Triton has no cpu\. Use train\.kernels=auto"):
+        dispatch.use_triton("triton", cpu)
+    monkeypatch.setattr(dispatch, "triton", None)
+    with pytest.raises(ValueError, match=r"Triton is not installed: pip install 'megatrain\[gpu\]'"):
+        dispatch.use_triton("triton", cpu)
+    assert not dispatch.use_triton("auto", torch.device("cuda"))

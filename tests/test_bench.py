@@ -1,0 +1,61 @@
+"""`megatrain bench`: one line of JSON whose parts add up, alone and on two ranks; and its profile."""
+
+import json
+
+import jobs
+import pytest
+
+from megatrain.config.load import load
+from megatrain.runtime.flops import model_flops_per_token
+
+ARGUMENTS = [
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.num_attention_heads=2",
+    "model.seq_length=32",
+    "model.vocab_size=101",
+]
+ARGUMENTS += [
+    "train.global_batch_size=8",
+    "train.micro_batch_size=2",
+    "train.precision=fp32",
+    "log.peak_tflops=0.5",
+    "--steps",
+    "3",
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "bench.yaml"
+    path.write_text("parallel: {device: cpu}\n")
+    return path
+
+
+def test_one_line_whose_numbers_belong_together(config, tmp_path):
+    trace = tmp_path / "trace.json"
+    (ended,) = jobs.commands([["bench", str(config), *ARGUMENTS, "--profile", str(trace)]])
+    assert (ended.code, ended.err) == (0, "")
+    (line,) = ended.out.splitlines()
+    row = json.loads(line)
+    assert {"tokens_per_second", "tflops_per_device", "mfu", "hfu", "memory", "phases"} <= set(row)
+    assert row["tokens_per_second"] == pytest.approx(8 * 32 / row["step_seconds"])
+    model = load(config, [a for a in ARGUMENTS if "=" in a]).config.model
+    assert row["tflops_per_device"] == pytest.approx(model_flops_per_token(model, 101) * row["tokens_per_second"] / 1e12)
+    assert row["mfu"] == row["hfu"] == pytest.approx(row["tflops_per_device"] / 0.5)
+    assert list(row["phases"]) == ["data", "forward", "backward", "reduce", "optimizer"]
+    assert all(seconds > 0 for seconds in row["phases"].values())
+    assert sum(row["phases"].values()) < 3 * row["step_seconds"]
+    assert row["memory"] > 10e6
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any("_ColumnLinear" in name for name in names)
+
+
+def test_under_a_launcher_rank_0_speaks_for_all(config):
+    more = ["parallel.tensor_parallel_size=2", "train.recompute=full"]
+    pair = jobs.commands([["bench", str(config), *ARGUMENTS, *more]], ranks=2)
+    rows = [ended.out.splitlines() for ended in pair[0]] if isinstance(pair[0], list) else [e.out.splitlines() for e in pair]
+    assert sorted(map(len, rows)) == [0, 1]
+    row = json.loads(max(rows, key=len)[0])
+    assert row["world_size"] == 2 and row["layout"]["tensor_parallel_size"] == 2
+    assert row["hfu"] > row["mfu"]
