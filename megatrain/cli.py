@@ -30,7 +30,6 @@ LATER = {
     "eval": "benchmarks of a model",
     "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
-    "bench": "tokens per second, MFU and memory as one line of JSON",
     "quantize": "INT8 and INT4 weights",
     "prune": "sparse weights",
     "doctor": "what this machine can do",
@@ -48,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(words)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else WRONG_USE
-    if argv is None and words[:1] == ["train"]:  # a program of its own: before torch is imported and memory is taken
+    if argv is None and words[:1] in (
+        ["train"],
+        ["bench"],
+    ):  # a program of its own: before torch is imported and memory is taken
         _restart_with_better_allocator()
     try:
         return int(arguments.run(arguments))
@@ -152,6 +154,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from megatrain.bench import main as bench
+
+    return bench(arguments.config, arguments.overrides, arguments.steps, arguments.warmup, arguments.profile)
+
+
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
     from megatrain.data.tokenizer import train_tokenizer
 
@@ -216,6 +224,7 @@ def _parser() -> _Parser:
     _add_generate(verbs)
     _add_plan(verbs)
     _add_verify(verbs)
+    _add_bench(verbs)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
@@ -294,6 +303,20 @@ def _add_verify(verbs: _Verbs) -> None:
     parser.add_argument("--processes", action="store_true", help="run every layout on gloo processes, not on simulated ranks")
     parser.add_argument("--shrink", action="store_true", help="verify a small model of the same structure")
     parser.add_argument("--json", metavar="OUT", help="write every row there")
+
+
+def _add_bench(verbs: _Verbs) -> None:
+    example = (
+        "megatrain bench launch/configs/gpt_30m.yaml\n"
+        "  torchrun --nproc-per-node 2 -m megatrain bench run.yaml parallel.tensor_parallel_size=2 --profile trace.json"
+    )
+    what = "train on random tokens and print tokens per second, MFU, memory and phases as one line of JSON"
+    parser = _add_verb(verbs, "bench", _bench, what, example)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; no data is needed, but model.vocab_size or a tokenizer")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="steps to time (default 10)")
+    parser.add_argument("--warmup", type=_positive, default=3, metavar="N", help="steps before (default 3)")
+    parser.add_argument("--profile", metavar="JSON", help="write a Chrome trace of two more steps there")
 
 
 def _add_data_tokenizer(stages: _Verbs) -> None:

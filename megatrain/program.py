@@ -343,8 +343,11 @@ class Watch:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
         if job.step >= job.budget.steps:
-            key = "steps" if config.train.tokens is None else "tokens"
-            self.log.say(f"nothing to do: step {job.step} of {job.budget.steps} is done. Raise train.{key} to go on.")
+            tokens, steps = config.train.tokens, job.budget.steps
+            which, key = (
+                (f"train.steps={steps}", "steps") if tokens is None else (f"{steps} (train.tokens={tokens:g})", "tokens")
+            )
+            self.log.say(f"nothing to do: step {job.step} of {which} is done. Raise train.{key} to go on.")
 
     def _notes(self) -> list[str]:
         """What is legal and wasteful in this layout, with the figure."""

@@ -16,6 +16,7 @@ from megatrain.config.budget import Budget, budget_of
 from megatrain.config.schema import Config
 from megatrain.data.loader import Batch, HeldOut, Loader
 from megatrain.kernels.attention_mask import causal_mask
+from megatrain.kernels.compiled import require_compiler
 from megatrain.kernels.dispatch import use_triton
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
@@ -121,6 +122,8 @@ def assemble(
     """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
     train = config.train
     use_triton(train.kernels, ctx.device)  # an error now, and not in the first step
+    if train.compile == "block":
+        require_compiler(ctx.device)
     chunks = build_gpt(
         config.model,
         vocab_size,
@@ -132,6 +135,7 @@ def assemble(
         recompute=train.recompute,
         loss_chunk=train.loss_chunk,
         kernels=train.kernels,
+        compile=train.compile == "block",
     )
     check_whole(chunks, config, vocab_size, ctx)
     parallel = config.parallel

@@ -142,19 +142,21 @@ class Job:
             process.wait()
 
 
-def start(folder: Path, words: Sequence[str] | Sequence[Sequence[str]], size: int = 1, port: int | None = None) -> Job:
-    """Start `megatrain train WORDS` with `size` ranks; `words` may be a list for each rank."""
+def start(
+    folder: Path, words: Sequence[str] | Sequence[Sequence[str]], size: int = 1, port: int | None = None, verb: str = "train"
+) -> Job:
+    """Start `megatrain VERB WORDS` with `size` ranks; `words` may be a list for each rank."""
     each = [list(words)] * size if all(isinstance(word, str) for word in words) else [list(w) for w in words]
     port = free_port() if port is None else port
     job = Job(folder)
     for rank in range(size):
-        job.start([sys.executable, "-m", "megatrain", "train", *each[rank]], environment(rank, size, port))
+        job.start([sys.executable, "-m", "megatrain", verb, *each[rank]], environment(rank, size, port))
     return job
 
 
-def train(folder: Path, *words: str, size: int = 1, seconds: float = SECONDS) -> list[Ended]:
-    """Run `megatrain train WORDS` with `size` ranks to its end."""
-    with start(folder, words, size) as job:
+def train(folder: Path, *words: str, size: int = 1, seconds: float = SECONDS, verb: str = "train") -> list[Ended]:
+    """Run `megatrain train WORDS` (or another verb) with `size` ranks to its end."""
+    with start(folder, words, size, verb=verb) as job:
         return job.finish(seconds)
 
 

@@ -34,7 +34,7 @@ def config(tmp_path):
 
 def test_one_line_whose_numbers_belong_together(config, tmp_path):
     trace = tmp_path / "trace.json"
-    (ended,) = jobs.commands([["bench", str(config), *ARGUMENTS, "--profile", str(trace)]])
+    (ended,) = jobs.train(tmp_path / "job", str(config), *ARGUMENTS, "--profile", str(trace), verb="bench")
     assert (ended.code, ended.err) == (0, "")
     (line,) = ended.out.splitlines()
     row = json.loads(line)
@@ -51,10 +51,11 @@ def test_one_line_whose_numbers_belong_together(config, tmp_path):
     assert any("_ColumnLinear" in name for name in names)
 
 
-def test_under_a_launcher_rank_0_speaks_for_all(config):
+def test_under_a_launcher_rank_0_speaks_for_all(config, tmp_path):
     more = ["parallel.tensor_parallel_size=2", "train.recompute=full"]
-    pair = jobs.commands([["bench", str(config), *ARGUMENTS, *more]], ranks=2)
-    rows = [ended.out.splitlines() for ended in pair[0]] if isinstance(pair[0], list) else [e.out.splitlines() for e in pair]
+    pair = jobs.train(tmp_path / "job", str(config), *ARGUMENTS, *more, size=2, verb="bench")
+    assert [ended.code for ended in pair] == [0, 0]
+    rows = [ended.out.splitlines() for ended in pair]
     assert sorted(map(len, rows)) == [0, 1]
     row = json.loads(max(rows, key=len)[0])
     assert row["world_size"] == 2 and row["layout"]["tensor_parallel_size"] == 2

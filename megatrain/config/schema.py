@@ -239,6 +239,10 @@ class TrainConfig:
         "auto",
         "Implementation of norms, rotation, gates and losses: auto is Triton on CUDA, else plain PyTorch (kernels/dispatch.py).",
     )
+    compile: Literal["none", "block"] = knob(
+        "none",
+        "block: torch.compile what lies between a block's matrix products (kernels/compiled.py); on CPU it needs a C++ compiler.",
+    )
     recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
     label_smoothing: float = knob(
         0.0, "Share of the target's probability that is spread over the vocabulary, in training (arXiv:1512.00567, section 7)."

@@ -169,6 +169,7 @@ def build_gpt(
     recompute: Literal["none", "selective", "full"] = "none",
     loss_chunk: int = 0,
     kernels: Kernels = "auto",
+    compile: bool = False,
 ) -> list[GPT]:
     """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
 
@@ -176,7 +177,17 @@ def build_gpt(
     """
     apart = config.tied_embeddings and homes[0] != homes[-1]
     build = Build(
-        config, ctx.tp, sequence_parallel, dtype, ctx.device, seed, recompute, "ends" if apart else None, loss_chunk, kernels
+        config,
+        ctx.tp,
+        sequence_parallel,
+        dtype,
+        ctx.device,
+        seed,
+        recompute,
+        "ends" if apart else None,
+        loss_chunk,
+        kernels,
+        compile,
     )
     chunks: list[GPT] = []
     for virtual, layers in enumerate(pieces):

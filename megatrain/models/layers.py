@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels import compiled
 from megatrain.kernels.dispatch import Kernels
 from megatrain.kernels.gated import GATES, gated
 from megatrain.kernels.norm import add_norm, norm
@@ -42,6 +43,8 @@ class Build:
     """Tokens of a micro-batch whose logits exist at a time; 0: all."""
     kernels: Kernels = "auto"
     """Which implementation of an operation serves (kernels/dispatch.py)."""
+    compile: bool = False
+    """Whether what lies between matrix products is compiled (kernels/compiled.py)."""
 
     def init(self, inputs: int) -> Init:
         """Of weights that read the residual stream; inputs: of the matrix."""
@@ -98,15 +101,23 @@ class Norm(nn.Module):
         self.weight = make_parameters([weight], build.tp, build.dtype, build.device)[0]
         has_bias = config.norm == "layernorm" and config.bias
         self.bias = make_parameters([bias], build.tp, build.dtype, build.device)[0] if has_bias else None
-        self.rms, self.eps, self.kernels = config.norm == "rmsnorm", config.norm_eps, build.kernels
+        settings: dict[str, Any] = {"eps": config.norm_eps, "rms": config.norm == "rmsnorm"}
+        self.alone: Callable[..., Any] = functools.partial(norm, kernels=build.kernels, **settings)
+        self.added: Callable[..., Any] = functools.partial(add_norm, kernels=build.kernels, **settings)
+        if build.compile:
+            purpose = name.rsplit(".", 1)[-1]
+            self.alone = compiled.compiled(compiled.norm, purpose, **settings)
+            self.added = compiled.compiled(compiled.add_norm, purpose, **settings)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., h]."""
-        return norm(x, self.weight, self.bias, self.eps, rms=self.rms, kernels=self.kernels)
+        y: torch.Tensor = self.alone(x, self.weight, self.bias)
+        return y
 
     def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual), both [..., h]."""
-        return add_norm(x, residual, self.weight, self.bias, self.eps, rms=self.rms, kernels=self.kernels)
+        both: tuple[torch.Tensor, torch.Tensor] = self.added(x, residual, self.weight, self.bias)
+        return both
 
 
 class Dropout(nn.Module):
@@ -128,7 +139,7 @@ class Dropout(nn.Module):
 _Activation = Callable[[torch.Tensor], torch.Tensor]
 _PLAIN: dict[str, _Activation] = {
     "gelu": functional.gelu,
-    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
 
@@ -145,6 +156,7 @@ class MLP(nn.Module):
         self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init(h), **shared)
         self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init(f), **shared)
         self.activation, self.kernels = config.activation, build.kernels
+        self.fused = compiled.compiled(compiled.activation, "mlp", kind=config.activation) if build.compile else None
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape. remake: makes x again, so that neither it nor the activation is kept."""
@@ -155,6 +167,8 @@ class MLP(nn.Module):
 
     def _activate(self, inner: tuple[torch.Tensor, ...], keep: bool) -> torch.Tensor:
         """One or two [s, b, f/t] -> [s, b, f/t]. keep: whether what the backward reads twice may be kept."""
+        if self.fused is not None:
+            return self.fused(*inner)
         if self.activation not in GATES:
             return _PLAIN[self.activation](inner[0])
         gate, up = inner

@@ -17,11 +17,13 @@ Longer texts than those of the first training need lower frequencies (`rope_scal
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
 from megatrain.config.schema import ModelConfig
+from megatrain.kernels import compiled
 from megatrain.kernels.rotary import rotary
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
@@ -74,7 +76,9 @@ class Rotary(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         config = build.config
-        self.interleaved, self.kernels = config.rope_interleaved, build.kernels
+        settings = {"interleaved": config.rope_interleaved}
+        plain = partial(rotary, kernels=build.kernels, **settings)
+        self.turn = compiled.compiled(compiled.rotary, "rotary", **settings) if build.compile else plain
         angles = torch.arange(config.seq_length, dtype=torch.float64)[:, None] * frequencies(config)
         # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
         for name, exact in (("cos", angles.cos()), ("sin", angles.sin())):
@@ -84,4 +88,4 @@ class Rotary(nn.Module):
     def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Rotate each of `heads` [s, b, a, d] by its token's position (below seq_length)."""
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
-        return tuple(rotary(x, cos, sin, interleaved=self.interleaved, kernels=self.kernels) for x in heads)
+        return tuple(self.turn(x, cos, sin) for x in heads)
