@@ -27,7 +27,6 @@ LATER = {
     "import": "Hugging Face directories in",
     "export": "Hugging Face directories out",
     "checkpoint": "what is in a checkpoint, is it whole",
-    "eval": "benchmarks of a model",
     "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
     "quantize": "INT8 and INT4 weights",
@@ -160,6 +159,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return bench(arguments.config, arguments.overrides, arguments.steps, arguments.warmup, arguments.profile)
 
 
+def _eval(arguments: argparse.Namespace) -> int:
+    from megatrain.eval_checkpoint import main as evaluate
+
+    return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
+
+
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
     from megatrain.data.tokenizer import train_tokenizer
 
@@ -225,6 +230,7 @@ def _parser() -> _Parser:
     _add_plan(verbs)
     _add_verify(verbs)
     _add_bench(verbs)
+    _add_eval(verbs)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
@@ -317,6 +323,20 @@ def _add_bench(verbs: _Verbs) -> None:
     parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="steps to time (default 10)")
     parser.add_argument("--warmup", type=_positive, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--profile", metavar="JSON", help="write a Chrome trace of two more steps there")
+
+
+def _add_eval(verbs: _Verbs) -> None:
+    example = "megatrain eval runs/demo/checkpoints data.valid='{web: data/web, code: data/code}'"
+    what = "print loss, perplexity, bits per byte and token accuracy of a checkpoint on held-out text, set by set"
+    parser = _add_verb(verbs, "eval", _eval, what, example)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or the directory of a run's checkpoints (the newest)")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="other data, layout, train.micro_batch_size or train.eval_batches than the run's (default: all of data.valid)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
 def _add_data_tokenizer(stages: _Verbs) -> None:

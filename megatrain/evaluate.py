@@ -9,7 +9,7 @@ import torch
 from megatrain.data.loader import HeldOut, evaluation_batches
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.pipeline_parallel import run_schedule
-from megatrain.training import SMALLEST_WEIGHT, Run, schedule_of, stage_of, to_micro_batches
+from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Evaluation:
     """Of each validation set, by name."""
 
 
-def evaluate(run: Run, global_batches: int = 0) -> Evaluation:
+def evaluate(run: Model, global_batches: int = 0) -> Evaluation:
     """Mean loss over the run's held-out text, or the first `global_batches` global batches of each set; no dropout, no gradients.
 
     Raises ValueError where the run has no held-out text.
@@ -46,7 +46,7 @@ def evaluate(run: Run, global_batches: int = 0) -> Evaluation:
     return Evaluation(together.loss, together.accuracy, together.tokens, sets)
 
 
-def _sums(run: Run, held_out: HeldOut, global_batches: int) -> torch.Tensor:
+def _sums(run: Model, held_out: HeldOut, global_batches: int) -> torch.Tensor:
     """This rank's sums over a set: (loss, tokens right, tokens), float64 [3]."""
     ctx, train = run.ctx, run.config.train
     batches = evaluation_batches(

@@ -234,6 +234,11 @@ def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
 
     Raises CheckpointError where it is damaged or does not fit its own config.
     """
+    return Decoder(load_chunks(path, config, ctx), ctx, schedule_of(config, 1, backward=False))
+
+
+def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
+    """This rank's part of a checkpoint's model as `load_decoder` has it, for evaluation."""
     vocab_size = _vocab_size(read_manifest(path))
     chunks = build_gpt(
         config.model,
@@ -245,7 +250,7 @@ def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
         seed=config.train.seed,
     )
     load(path, {WEIGHTS: {p.spec.name: LocalTensor(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
-    return Decoder([chunk.eval() for chunk in chunks], ctx, schedule_of(config, 1, backward=False))
+    return [chunk.eval() for chunk in chunks]
 
 
 def _vocab_size(manifest: Manifest) -> int:
@@ -281,7 +286,8 @@ def _encode(codec: Codec, prompt: str, vocab_size: int) -> list[int]:
     return ids
 
 
-def _say_damaged(path: Path, reason: str) -> None:
+def say_damaged(path: Path, reason: str) -> None:
+    """Tell of a checkpoint that is not whole, when another one is taken."""
     sys.stderr.write(f"megatrain: passed over {path}: {reason}\n")
 
 
@@ -291,7 +297,7 @@ def main(arguments: Arguments) -> int:
     Raises CheckpointError, ConfigError or ValueError, with what to change.
     """
 
-    path = find(Path(arguments.checkpoint), _say_damaged)
+    path = find(Path(arguments.checkpoint), say_damaged)
     launch = Launch.from_environment(os.environ)
     config = laid_out(saved_config(path), arguments.overrides, launch.world_size)
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)

@@ -30,7 +30,7 @@ from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter
-from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Stage, run_schedule
+from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Parameters, Resident, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.weights import Postponed
 from megatrain.parallel.zero import FlatParameters
@@ -44,32 +44,48 @@ SMALLEST_WEIGHT = 1e-8
 
 
 @dataclass
-class Run:
-    """Everything that one training run is made of, on this rank."""
+class Model:
+    """A model on this rank, and what it takes to compute a loss with it."""
 
     config: Config
     ctx: ParallelContext
     chunks: list[GPT]
     """This rank's virtual stages of the model, in order; one without pipelining."""
     objective: Objective
+    held_out: dict[str, HeldOut] = field(default_factory=dict, kw_only=True)
+    """Validation sets by name."""
+    step: int = field(default=0, kw_only=True)
+    """Batches consumed; each was applied or skipped."""
+    observe: Observer | None = field(default=None, kw_only=True)
+    """Told of every instruction of the pipeline when it has run, for measurements."""
+
+    @property
+    def parameters(self) -> Parameters:
+        """Where the executor finds the weights: here, whole."""
+        return Resident()
+
+
+@dataclass
+class Run(Model):
+    """Everything that one training run is made of, on this rank."""
+
     flat: FlatParameters
     optimizer: Optimizer
     loader: Loader
-    held_out: dict[str, HeldOut] = field(default_factory=dict)
-    """Validation sets by name."""
     consumed_samples: int = 0
     """Sequences of the whole job that the weights have seen: the one number a run is resumed from."""
-    step: int = 0
-    """Batches consumed; each was applied or skipped."""
     stop_requested: Callable[[], bool] = bool
     """Whether this rank was told to stop; asked once a step."""
-    observe: Observer | None = None
-    """Told of every instruction of the pipeline when it has run, for measurements."""
     before_update: Callable[[Run], None] | None = None
     """Called once gradients are whole, and before the optimizer uses them up."""
 
     def __post_init__(self) -> None:
         self.loss_scale = LossScale(self.config.train, self.ctx.device)
+
+    @property
+    def parameters(self) -> Parameters:
+        """Where the executor finds the weights: in flat buffers, perhaps in shards."""
+        return self.flat
 
     @property
     def lr(self) -> float:
@@ -144,7 +160,7 @@ def assemble(
     )
     optimizer = Optimizer(flat, config.optim)
     objective = objective or NextToken(label_smoothing=train.label_smoothing, z_loss=train.z_loss)
-    return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out or {})
+    return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out=held_out or {})
 
 
 def units_of(chunks: list[GPT]) -> list[Unit]:
@@ -206,7 +222,7 @@ def train_step(run: Run) -> StepReport:
     return totals.report(run.step, lr, size, left_out=left_out > 0)
 
 
-def to_micro_batches(batch: Batch, run: Run) -> list[MicroBatch]:
+def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
     """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device."""
     device = run.ctx.device
 
@@ -233,7 +249,7 @@ def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
     return all_reduce(torch.stack(weights).sum().double(), run.ctx.dp_cp).clamp_min(SMALLEST_WEIGHT)
 
 
-def stage_of(run: Run) -> Stage:
+def stage_of(run: Model) -> Stage:
     """This rank's share of the pipeline, as the executor sees it."""
     ctx, head = run.ctx, run.chunks[-1].head
 
@@ -253,7 +269,7 @@ def stage_of(run: Run) -> Stage:
         ctx.receives,
         ctx.device,
         observe=run.observe,
-        parameters=run.flat,
+        parameters=run.parameters,
     )
 
 

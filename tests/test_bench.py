@@ -35,7 +35,7 @@ def config(tmp_path):
 def test_one_line_whose_numbers_belong_together(config, tmp_path):
     trace = tmp_path / "trace.json"
     (ended,) = jobs.train(tmp_path / "job", str(config), *ARGUMENTS, "--profile", str(trace), verb="bench")
-    assert (ended.code, ended.err) == (0, "")
+    assert ended.code == 0, ended.err  # the profiler writes there too
     (line,) = ended.out.splitlines()
     row = json.loads(line)
     assert {"tokens_per_second", "tflops_per_device", "mfu", "hfu", "memory", "phases"} <= set(row)

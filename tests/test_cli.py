@@ -97,10 +97,8 @@ def test_every_verb_of_the_interface_is_known():
         "import",
         "export",
         "checkpoint",
-        "eval",
         "serve",
         "find-lr",
-        "bench",
         "quantize",
         "prune",
     }

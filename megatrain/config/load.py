@@ -90,6 +90,14 @@ def from_dict(tree: Config | Document) -> Config:
     return _build(source)
 
 
+def load_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """A config with some values replaced by `section.key=value`. Raises ConfigError."""
+    tree = Tree(dataclasses.asdict(config))
+    _normalize_sections(tree)
+    _apply_overrides(tree, overrides)
+    return _build(tree)
+
+
 def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
     """YAML of every value of `config`, each with its origin as a comment; `load` makes an equal config of it.
 

@@ -17,6 +17,7 @@ Longer texts than those of the first training need lower frequencies (`rope_scal
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -76,9 +77,10 @@ class Rotary(nn.Module):
     def __init__(self, build: Build) -> None:
         super().__init__()
         config = build.config
-        settings = {"interleaved": config.rope_interleaved}
-        plain = partial(rotary, kernels=build.kernels, **settings)
-        self.turn = compiled.compiled(compiled.rotary, "rotary", **settings) if build.compile else plain
+        interleaved = config.rope_interleaved
+        self.turn: Callable[..., torch.Tensor] = partial(rotary, kernels=build.kernels, interleaved=interleaved)
+        if build.compile:
+            self.turn = compiled.compiled(compiled.rotary, "rotary", interleaved=interleaved)
         angles = torch.arange(config.seq_length, dtype=torch.float64)[:, None] * frequencies(config)
         # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
         for name, exact in (("cos", angles.cos()), ("sin", angles.sin())):
