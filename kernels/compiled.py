@@ -28,6 +28,11 @@ def require_compiler(device: torch.device) -> None:
             "train.compile=block needs a C++ compiler, and there is none. Install one (Debian, Ubuntu: apt install g++), "
             "or use train.compile=none."
         )
+    if device.type == "cpu" and " " in torch.__file__:
+        raise ValueError(
+            f"train.compile=block: torch.compile cannot link against a PyTorch whose path has a blank ({torch.__file__}). "
+            "Put the virtual environment elsewhere (MEGATRAIN_VENV=/path/without/blanks), or use train.compile=none."
+        )
 
 
 @cache

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
+from plain_llama import PlainLlama
 from torch import nn
 
 
@@ -72,7 +73,7 @@ class PlainGPT(nn.Module):
 
 
 def train_step(
-    model: PlainGPT,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     tokens: torch.Tensor,
     autocast: torch.autocast,
@@ -94,7 +95,7 @@ def train_step(
     return total.item()
 
 
-def make_optimizer(model: PlainGPT) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     """Fused AdamW with nanoGPT's settings: only matrices decay."""
     parameters = list(model.parameters())
     groups = [
@@ -120,6 +121,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--seq-length", type=int, default=512, help="tokens")
     parser.add_argument("--clip", type=float, default=1.0, help="largest gradient norm; 0: no clipping")
+    parser.add_argument("--kind", choices=("gpt", "llama"), default="gpt", help="llama: plain_llama.py")
+    parser.add_argument("--groups", type=int, default=8, help="key/value heads of a llama")
+    parser.add_argument("--ffn", type=int, default=14336, help="inner width of a llama's MLP")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the whole model")
     parser.add_argument("--seed", type=int, default=1234)
     return parser.parse_args()
 
@@ -130,8 +135,11 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = PlainGPT(args.layers, args.hidden, args.heads, args.vocab, args.seq_length).to(args.device)
-    optimizer = make_optimizer(model)
+    shape_of_model = (args.layers, args.hidden, args.heads, args.vocab, args.seq_length)
+    with torch.device(args.device):
+        made = PlainLlama(*shape_of_model, args.groups, args.ffn) if args.kind == "llama" else PlainGPT(*shape_of_model)
+    optimizer = make_optimizer(made)
+    model = torch.compile(made) if args.compile else made
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
     shape = (args.micro_batches, args.micro_batch_size, args.seq_length + 1)
     seconds = []
@@ -146,9 +154,11 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
     tokens_per_step = args.micro_batches * args.micro_batch_size * args.seq_length
     report = {
-        "program": "plain_gpt",
+        "program": f"plain_{args.kind}",
         "precision": args.precision,
         "device": args.device,
+        "compile": args.compile,
+        "memory": torch.cuda.max_memory_allocated() if args.device != "cpu" else None,
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens_per_step": tokens_per_step,

@@ -228,7 +228,8 @@ class Session:
             else f"{size} ranks ({self.launch.local_world_size} on this node) by {self.launch.launcher}"
         )
         over = "" if self.backend == "none" else f" over {self.backend}"
-        return f"{ranks} on {self.device.type}{over}, {self.threads}"
+        staged = " through pinned host memory" if self.backend == "gloo" and self.device.type == "cuda" else ""
+        return f"{ranks} on {self.device.type}{over}{staged}, {self.threads}"
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:

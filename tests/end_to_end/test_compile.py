@@ -79,6 +79,15 @@ def test_without_a_compiler_the_package_is_named(monkeypatch):
         trace_run(ParallelContext.single(), config(compile="block"), 1)
 
 
+def test_a_path_with_a_blank_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "__file__", "/my venv/torch/__init__.py")
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: "/usr/bin/g++")
+    with pytest.raises(
+        ValueError, match=r"path has a blank \(/my venv/torch/__init__.py\)\. Put the virtual environment elsewhere"
+    ):
+        trace_run(ParallelContext.single(), config(compile="block"), 1)
+
+
 def test_nothing_is_compiled_unless_asked_for(monkeypatch):
-    monkeypatch.setattr(torch, "compile", None)
+    monkeypatch.setattr(torch, "compile", None)  # calling it would fail
     trace_run(ParallelContext.single(), config(), 1)

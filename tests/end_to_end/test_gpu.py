@@ -1,0 +1,87 @@
+"""On a GPU: the numbers of the CPU, under every switch that takes another kernel there, and several ranks on one GPU over gloo."""
+
+import jobs
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+MODEL = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 64, "vocab_size": 101, "init_std": 0.1}
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "position": "rope",
+    "num_query_groups": 2,
+    "bias": False,
+    "tied_embeddings": False,
+}
+SWITCHES = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "dropout": {"dropout": 0.1},
+    "window": {**LLAMA, "window": 17},
+    "sparse": {"sparse_block": 16, "sparse_local_blocks": 2},
+    "alibi": {"position": "alibi"},
+    "attention dropout": {"attention_dropout": 0.1},
+}
+WAYS = {"triton": {"kernels": "triton"}, "reference": {"kernels": "reference"}, "compiled": {"compile": "block"}}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return jobs.write_store(tmp_path_factory.mktemp("gpu") / "data")
+
+
+def losses(store, folder, size=1, parallel=None, model=None, **train):
+    """Of every step of a small run."""
+    tree = jobs.tiny(store, folder / "run", model={**MODEL, **(model or {})}, optim={"name": "sgd", "lr": 0.1}, train=train)
+    tree["parallel"] = parallel or {"device": "cuda"}
+    config = jobs.write_config(folder / "config.yaml", tree)
+    for ended in jobs.train(folder / "job", str(config), size=size, seconds=120):
+        assert ended.code == 0, ended.err
+    return [row["loss"] for row in jobs.rows(folder / "run").values()]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(store, tmp_path_factory):
+    """The losses of a switch on the CPU, once."""
+    found = {}
+
+    def of(switch):
+        if switch not in found:
+            folder = tmp_path_factory.mktemp("cpu")
+            found[switch] = losses(store, folder, parallel={"device": "cpu"}, model=SWITCHES[switch])
+        return found[switch]
+
+    return of
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_has_the_losses_of_the_cpu(store, tmp_path, on_cpu, switch):
+    assert losses(store, tmp_path, model=SWITCHES[switch]) == pytest.approx(on_cpu(switch), rel=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_kind_of_kernel_has_the_losses_of_the_cpu(store, tmp_path, on_cpu, way):
+    assert losses(store, tmp_path, model=LLAMA, **WAYS[way]) == pytest.approx(on_cpu("llama"), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_are_near(store, tmp_path, on_cpu, precision):
+    assert losses(store, tmp_path, model=LLAMA, precision=precision) == pytest.approx(on_cpu("llama"), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_parallel_size": 2, "sequence_parallel": True},
+        {"pipeline_parallel_size": 2, "schedule": "zb_h1"},
+        {"zero_stage": 2},
+        {"zero_stage": 3},
+    ],
+    ids=str,
+)
+def test_two_ranks_on_one_gpu_agree_with_one_process(store, tmp_path, on_cpu, layout):
+    parallel = {"device": "cuda", "backend": "gloo", **layout}
+    assert losses(store, tmp_path, size=2, parallel=parallel, model=SWITCHES["llama"]) == pytest.approx(
+        on_cpu("llama"), rel=1e-4
+    )
