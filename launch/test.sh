@@ -38,6 +38,10 @@ if ! command -v c++ >/dev/null 2>&1 && ! command -v g++ >/dev/null 2>&1 && ! com
     compiler="not compiler"
     echo "NOTE: no C++ compiler here: the tests marked 'compiler' are left out (Debian, Ubuntu: sudo apt install g++)"
 fi
+if [ "${python#* }" != "$python" ]; then
+    compiler="not compiler"
+    echo "NOTE: torch.compile cannot link against a PyTorch whose path has a blank: the tests marked 'compiler' are left out"
+fi
 marks=""
 for mark in "$slow" "$gpu" "$compiler"; do
     if [ -n "$mark" ]; then marks="${marks:+$marks and }$mark"; fi
