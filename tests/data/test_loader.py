@@ -194,3 +194,57 @@ def test_held_out_ids_are_checked(tmp_path, monkeypatch):
     held_out.sample(0)
     with pytest.raises(TokenStoreError, match="token id 99 at token 99"):
         held_out.sample(len(held_out) - 1)
+
+
+# --- isolated documents ---------------------------------------------------------------------------------------------------
+
+
+def test_isolated_documents_count_from_their_start_and_do_not_predict_each_other(tmp_path):
+    """Documents of 4 tokens, whose first is a multiple of 4: each position is the token's place in its document's part."""
+    corpora = (CorpusConfig(write(tmp_path / "c", range(400), length=4)),)
+    with Loader(build_samples(corpora, S, seed=5), 8, 4, 0, 1, isolate_documents=True) as loader:
+        for consumed in (0, 8, 480):
+            batch = loader.build(consumed)
+            for row, positions, numbers, labels, weights in zip(
+                *(a.reshape(-1, S) for a in (batch.tokens, batch.positions, batch.documents, batch.labels, batch.loss_weights)),
+                strict=True,
+            ):
+                starts = [i for i in range(S) if i == 0 or row[i] // 4 != row[i - 1] // 4 or row[i] != row[i - 1] + 1]
+                for i in range(S):
+                    start = max(s for s in starts if s <= i)
+                    assert positions[i] == i - start
+                    assert numbers[i] == numbers[start]
+                    assert weights[i] == float(labels[i] == row[i] + 1 and labels[i] // 4 == row[i] // 4)
+                assert (np.diff(numbers) >= 0).all()
+
+
+def test_without_isolation_nothing_is_said_of_documents(corpora):
+    with Loader(build_samples(corpora, S, seed=5), 8, 4, 0, 1) as loader:
+        assert loader.build(0).documents is None
+
+
+def test_isolated_held_out_documents(tmp_path):
+    store = TokenStore(write(tmp_path / "v", range(20), length=7))
+    (batch,) = evaluation_batches(HeldOut([store], S, isolate_documents=True), 4, 4, 0, 1)
+    tokens, numbers, weights = (a.reshape(-1, S) for a in (batch.tokens, batch.documents, batch.loss_weights))
+    assert (numbers[:3] == tokens[:3] // 7).all()
+    assert weights[:3].astype(bool).tolist() == [
+        [(t + 1) // 7 == t // 7 and t < 19 for t in row] for row in tokens[:3].tolist()
+    ]
+    assert weights[3].tolist() == [1.0, 0, 0, 0, 0, 0]  # 18 is followed by 19, and that is all
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=3, max_size=12))
+def test_a_ramp_gives_every_sample_once_and_in_order(sizes):
+    ends = np.cumsum([0, *sizes])
+
+    def size(consumed):
+        return sizes[int(np.searchsorted(ends, consumed, side="right")) - 1] if consumed < ends[-1] else 1
+
+    loader, seen, consumed = Loader(Numbered(), size, 1, 0, 1), [], 0
+    for expected in sizes:
+        batch = loader.build(consumed)
+        assert len(batch.places) == expected
+        seen += batch.tokens[:, 0, 0].tolist()
+        consumed += expected
+    assert seen == list(range(sum(sizes)))
