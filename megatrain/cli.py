@@ -250,14 +250,18 @@ def _add_verb(
     return parser
 
 
+def _add_config(parser: argparse.ArgumentParser, what: str = "the run; every key is in docs/config.md") -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help=what)
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+
+
 def _add_train(verbs: _Verbs) -> None:
     example = (
         "megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX optim.lr=1e-3\n"
         "  torchrun --nproc-per-node 2 -m megatrain train launch/configs/gpt_tiny.yaml parallel.tensor_parallel_size=2"
     )
     parser = _add_verb(verbs, "train", _train, "train a model; alone, under torchrun or under srun", example)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; every key is in docs/config.md")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    _add_config(parser)
 
 
 def _add_generate(verbs: _Verbs) -> None:
@@ -284,8 +288,7 @@ def _add_plan(verbs: _Verbs) -> None:
     example = "megatrain plan launch/configs/gpt_pipeline.yaml --timeline timeline.png parallel.schedule=zb_h1"
     what = "what a step of a run will look like: its pipeline's timeline and idle shares; starts nothing"
     parser = _add_verb(verbs, "plan", _plan, what, example)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; every key is in docs/config.md")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    _add_config(parser)
     parser.add_argument("--devices", type=_positive, metavar="N", help="how many there are (default: those of one replica)")
     parser.add_argument("--timeline", metavar="PNG", help="draw the timeline there")
 
@@ -297,8 +300,7 @@ def _add_verify(verbs: _Verbs) -> None:
     )
     what = "train a few steps under many layouts and compare every number with those of one process"
     parser = _add_verb(verbs, "verify", _verify, what, example)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; tokens are random, only the vocabulary's size is read")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    _add_config(parser, "the run; tokens are random, only the vocabulary's size is read")
     parser.add_argument(
         "--layouts", default="all", metavar="all|LIST", help="every legal one on 1, 2, 4 and 8 ranks, or names joined by commas"
     )
@@ -318,8 +320,7 @@ def _add_bench(verbs: _Verbs) -> None:
     )
     what = "train on random tokens and print tokens per second, MFU, memory and phases as one line of JSON"
     parser = _add_verb(verbs, "bench", _bench, what, example)
-    parser.add_argument("config", metavar="CONFIG.yaml", help="the run; no data is needed, but model.vocab_size or a tokenizer")
-    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    _add_config(parser, "the run; no data is needed, but model.vocab_size or a tokenizer")
     parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="steps to time (default 10)")
     parser.add_argument("--warmup", type=_positive, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--profile", metavar="JSON", help="write a Chrome trace of two more steps there")

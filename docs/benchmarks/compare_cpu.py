@@ -2,14 +2,18 @@
 
     python docs/benchmarks/compare_cpu.py single --precision fp32                # one process, against plain PyTorch
     python docs/benchmarks/compare_cpu.py single --precision bf16 --as-people-run-it
+    python docs/benchmarks/compare_cpu.py single --precision fp32 --compile      # both compiled
+    python docs/benchmarks/compare_cpu.py single --precision bf16 --vocab 50304 --loss-chunk 256
+    python docs/benchmarks/compare_cpu.py single --against transformers          # Hugging Face's GPT-2 (pip install transformers)
     python docs/benchmarks/compare_cpu.py tensor-parallel --precision bf16       # tp 2 + sequence parallel, against two lone processes
     python docs/benchmarks/compare_cpu.py pipeline --micro-batches 8 --steps 1   # two stages, against two lone processes
     python docs/benchmarks/compare_cpu.py replicas --zero 1 --against ddp --micro-batch-size 2 --micro-batches 4
     python docs/benchmarks/compare_cpu.py replicas --zero 3 --against fsdp2 --micro-batch-size 2 --micro-batches 4
 
 `single`: megatrain and plain_gpt.py (nanoGPT's design, fused AdamW; bf16 is autocast there and BF16 weights with FP32 masters
-here), both with megatrain's allocator settings, or, --as-people-run-it, each as it comes. `tensor-parallel`: two
-single-thread processes that share one model, against two such processes that train one each without talking to each other.
+here), both with megatrain's allocator settings, or, --as-people-run-it, each as it comes; with the peak memory of each.
+`tensor-parallel`: two single-thread processes that share one model, against two such processes that train one each without talking to
+each other.
 `pipeline`: the same with two stages (--schedule); beside it, what is to be expected: 1 less the step bubble that the simulator gives
 for the measured time of each instruction.
 `replicas`: two single-thread processes, each with its half of the micro-batches, at a ZeRO stage, against torch's DDP (gradients summed
@@ -31,7 +35,7 @@ import sys
 import time
 from pathlib import Path
 
-WORKERS = ("plain", "ours", "shared", "staged", "replica", "ddp", "fsdp2")
+WORKERS = ("plain", "transformers", "ours", "shared", "staged", "replica", "ddp", "fsdp2")
 SHAPE = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512, "vocab_size": 8192}
 
 
@@ -68,7 +72,12 @@ class Side:
                 args.schedule,
                 "--zero",
                 str(args.zero),
+                "--vocab",
+                str(args.vocab),
+                "--loss-chunk",
+                str(args.loss_chunk),
             ]
+            command += ["--compile"] if args.compile else []
             command += ["--tuned"] if tuned else []
             self.workers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
@@ -104,11 +113,41 @@ def plain_worker(args: argparse.Namespace) -> None:
     import plain_gpt
     import torch
 
-    model = plain_gpt.PlainGPT(8, 512, 8, SHAPE["vocab_size"], SHAPE["seq_length"])
-    optimizer = plain_gpt.make_optimizer(model)
+    made = (
+        transformers_gpt2(args)
+        if args.what == "transformers"
+        else plain_gpt.PlainGPT(8, 512, 8, args.vocab, SHAPE["seq_length"])
+    )
+    optimizer = plain_gpt.make_optimizer(made)
+    model = torch.compile(made) if args.compile else made
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16")
-    tokens = torch.randint(SHAPE["vocab_size"], (1, args.micro_batch_size, SHAPE["seq_length"] + 1))
-    serve(lambda: plain_gpt.train_step(model, optimizer, tokens, autocast, 1.0))
+    tokens = torch.randint(args.vocab, (1, args.micro_batch_size, SHAPE["seq_length"] + 1))
+    serve(lambda: plain_gpt.train_step(model, optimizer, tokens, autocast, 1.0), peak_mebibytes)
+
+
+def transformers_gpt2(args: argparse.Namespace):
+    """Hugging Face's GPT-2 of the same shape, without dropout: tokens and labels [b, s] to the mean loss."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise SystemExit("transformers is not installed: pip install transformers") from None
+    import torch
+
+    settings = {"n_layer": 8, "n_embd": 512, "n_head": 8, "n_positions": SHAPE["seq_length"], "vocab_size": args.vocab}
+    config = GPT2Config(
+        **settings, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa"
+    )
+
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = GPT2LMHeadModel(config)
+
+        def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = self.model(tokens).logits
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    return Loss()
 
 
 def peer_worker(args: argparse.Namespace) -> None:
@@ -171,10 +210,16 @@ def our_worker(args: argparse.Namespace) -> None:
     size = 1 if args.what == "ours" else args.size
     sequences = args.micro_batch_size * args.micro_batches
     config = Config(
-        model=ModelConfig(activation="gelu", **SHAPE),
+        model=ModelConfig(activation="gelu", **{**SHAPE, "vocab_size": args.vocab}),
         parallel=ParallelConfig(**layout_of(args), device="cpu"),
         optim=OptimConfig(),
-        train=TrainConfig(global_batch_size=sequences, micro_batch_size=args.micro_batch_size, precision=args.precision),
+        train=TrainConfig(
+            global_batch_size=sequences,
+            micro_batch_size=args.micro_batch_size,
+            precision=args.precision,
+            compile="block" if args.compile else "none",
+            loss_chunk=args.loss_chunk,
+        ),
     )
     env = {
         key: str(value)
@@ -183,11 +228,11 @@ def our_worker(args: argparse.Namespace) -> None:
     env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port), OMP_NUM_THREADS=str(args.threads))
     session = connect(Launch.from_environment(env if size > 1 else {}), config.parallel, 120.0, env)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, size), session.device)
-    samples = RandomSamples(SHAPE["vocab_size"], SHAPE["seq_length"])
+    samples = RandomSamples(args.vocab, SHAPE["seq_length"])
     loader = Loader(samples, sequences, args.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     batch = loader.build(0)
     loader.batch = lambda consumed: batch  # tokens are not what is measured here
-    run = assemble(config, ctx, loader, SHAPE["vocab_size"])
+    run = assemble(config, ctx, loader, args.vocab)
     spans: dict[str, list[float]] = {}
 
     def observe(instruction, start: float, end: float) -> None:
@@ -195,7 +240,9 @@ def our_worker(args: argparse.Namespace) -> None:
 
     run.observe = observe
     spans_or_memory = (
-        peak_mebibytes if args.what == "replica" else lambda: json.dumps({k: statistics.median(t) for k, t in spans.items()})
+        peak_mebibytes
+        if args.what in ("replica", "ours")
+        else lambda: json.dumps({k: statistics.median(t) for k, t in spans.items()})
     )
     serve(lambda: train_step(run), spans_or_memory)
 
@@ -220,7 +267,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Interleaved rounds of both sides."""
     together = not args.as_people_run_it
     if args.what == "single":
-        sides = {"megatrain": Side("ours", 1, args, tuned=True), "plain": Side("plain", 1, args, tuned=together)}
+        sides = {"megatrain": Side("ours", 1, args, tuned=True), args.against: Side(args.against, 1, args, tuned=together)}
     elif args.what == "replicas":
         sides = {"megatrain": Side("replica", 2, args, tuned=True), args.against: Side(args.against, 2, args, tuned=together)}
     else:
@@ -234,7 +281,7 @@ def measure(args: argparse.Namespace) -> dict:
             seconds[name].append(side.go(args.steps))
     answers = sides["megatrain"].answers
     memory = {}
-    if args.what == "replicas":
+    if args.what in ("replicas", "single"):
         memory = {name: round(max(json.loads(a)["peak_mib"] for a in side.answers)) for name, side in sides.items()}
     for side in sides.values():
         side.close()
@@ -255,7 +302,9 @@ def measure(args: argparse.Namespace) -> dict:
         "ratio_min": round(ratios[0], 3),
         "ratio_max": round(ratios[-1], 3),
         "pairs": args.pairs,
-        **({"zero_stage": args.zero, "peak_mib_of_a_rank": memory} if memory else {}),
+        **({"zero_stage": args.zero} if args.what == "replicas" else {}),
+        **({"peak_mib_of_a_rank": memory} if memory else {}),
+        **({"compile": args.compile, "vocab": args.vocab, "loss_chunk": args.loss_chunk} if args.what == "single" else {}),
         **({"schedule": args.schedule, "expected": round(expected_of(args, answers), 3)} if args.what == "pipeline" else {}),
     }
 
@@ -274,7 +323,14 @@ def main() -> None:
         help=f"{', '.join(WORKERS)} are workers",
     )
     parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=1, help="stage of the replicas")
-    parser.add_argument("--against", choices=("ddp", "fsdp2"), default="ddp", help="what replicas are compared with")
+    parser.add_argument(
+        "--against",
+        choices=("plain", "transformers", "ddp", "fsdp2"),
+        help="what `single` (default plain) or `replicas` (default ddp) is compared with",
+    )
+    parser.add_argument("--compile", action="store_true", help="single: both sides under torch.compile")
+    parser.add_argument("--vocab", type=int, default=SHAPE["vocab_size"])
+    parser.add_argument("--loss-chunk", type=int, default=0, help="megatrain's train.loss_chunk")
     parser.add_argument("--schedule", default="1f1b", help="of the pipeline")
     parser.add_argument("--micro-batches", type=int, default=1, help="a step's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -289,6 +345,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.against = args.against or {"single": "plain", "replicas": "ddp"}.get(args.what)
     if args.what not in WORKERS:
         os.environ["OMP_NUM_THREADS"] = str(args.threads if args.what == "single" else 1)
         print(json.dumps(measure(args)))
@@ -301,7 +358,7 @@ def main() -> None:
         from megatrain.runtime.memory import tune_allocator
 
         tune_allocator()
-    if args.what == "plain":
+    if args.what in ("plain", "transformers"):
         plain_worker(args)
     elif args.what in ("ddp", "fsdp2"):
         peer_worker(args)

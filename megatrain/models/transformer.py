@@ -42,28 +42,28 @@ class Block(nn.Module):
         return self._forward(x, batch, cache)
 
     def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
-        y = self.attention(self._before(self.attention_norm, x), batch, cache, self._again(self.attention_norm, x))
+        post = self.placement == "post"
+        h = (x if post else self.attention_norm(x)).to(self.dtype)
+        y = self.attention(h, batch, cache, None if post else self._again(self.attention_norm, x))
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
-        h, x = self._between(x, self.attention_dropout(y, batch))
-        y = self.mlp(h.to(self.dtype), batch, self._again(self.mlp_norm, x))
+        h, x, again = self._between(x, self.attention_dropout(y, batch))
+        y = self.mlp(h.to(self.dtype), batch, again)
         y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
         x = x + self.mlp_dropout(y, batch)
-        return self.mlp_norm(x) if self.placement == "post" else x
+        return self.mlp_norm(x) if post else x
 
-    def _before(self, norm: Norm, x: torch.Tensor) -> torch.Tensor:
-        """What a branch reads of the residual stream."""
-        return (x if self.placement == "post" else norm(x)).to(self.dtype)
-
-    def _between(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the second branch reads, and the residual stream there, of the stream and the first branch's output."""
+    def _between(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Remake | None]:
+        """Of the stream and the first branch's output: what the second reads, the stream there, how to make the first of these again."""
         if self.placement == "post":
-            x = self.attention_norm(x + y)
-            return x, x
-        return self.mlp_norm.after_adding(x, y)
+            total = x + y
+            x = self.attention_norm(total)
+            return x, x, self._again(self.attention_norm, total)
+        h, x = self.mlp_norm.after_adding(x, y)
+        return h, x, self._again(self.mlp_norm, x)
 
     def _again(self, norm: Norm, x: torch.Tensor) -> Remake | None:
-        """How to make what a branch reads again, where it is not to be kept."""
-        return (lambda: self._before(norm, x)) if self.recompute == "selective" else None
+        """How to make a norm's output again, where it is not to be kept."""
+        return (lambda: norm(x).to(self.dtype)) if self.recompute == "selective" else None
 
 
 class Stack(nn.Module):

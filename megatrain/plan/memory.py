@@ -35,7 +35,8 @@ def layer_activation_bytes(
         outputs of both norms                  2 / (t)     not under selective
         q, k, v and the attention's output     (2 + 2 g/a) / t
         q and k before their norms, if any         (1 + g/a) / t
-        angles of rope                         2 (d/2) / h
+        angles of rope                         r / h       r of d numbers are rotated
+        inputs of sandwich's output norms      2 / (t)
         before the activation                  n (f/h) / t
         after it (gated: and the act of gate)  n (f/h) / t  not under selective; relu keeps its output alone
     """
@@ -49,11 +50,14 @@ def layer_activation_bytes(
     key_heads = max(model.query_groups / ranks, 1.0)
     again = 1 if model.qk_norm else 0
     heads = ((2 + again) * model.num_attention_heads / ranks + (2 + again) * key_heads) * model.head_size * tokens
-    angles = tokens * model.head_size if model.position == "rope" else 0
+    angles = tokens * model.rotated if model.position == "rope" else 0
+    outer = 2 if model.norm_placement == "sandwich" else 0
     inner = tokens * model.ffn_size / ranks * (2 if model.gated else 1)
     both = keeps and model.activation != "relu"
-    elements = stream * (4 if keeps else 2) + heads + angles + inner * (2 if both else 1)
-    normalised = 2 * rows + again * tokens * (model.num_attention_heads / ranks + key_heads)
+    # With post-norm the input of attention is the output of the block before, whose norm's input is not here.
+    beside = 2 if keeps else int(model.norm_placement == "post")
+    elements = stream * (2 + beside + outer) + heads + angles + inner * (2 if both else 1)
+    normalised = (2 + outer) * rows + again * tokens * (model.num_attention_heads / ranks + key_heads)
     statistics = normalised * (2 if model.norm == "layernorm" else 1)
     return elements * element_bytes + statistics * STATISTICS_BYTES
 

@@ -24,6 +24,9 @@ MODELS = {
     "relu": replace(BASE, activation="relu", position="rope"),
     "normalised heads": replace(BASE, qk_norm=True, num_query_groups=2, head_dim=24),
     "normalised heads, turned": replace(BASE, qk_norm=True, norm="rmsnorm", position="rope", bias=False),
+    "sandwich": replace(BASE, norm_placement="sandwich"),
+    "post-norm": replace(BASE, norm_placement="post"),
+    "a part of each head": replace(BASE, position="rope", rope_fraction=0.5),
     "geglu": replace(BASE, activation="geglu", ffn_hidden_size=192, num_query_groups=1),
 }
 
