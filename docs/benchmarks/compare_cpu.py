@@ -304,9 +304,25 @@ def measure(args: argparse.Namespace) -> dict:
         "pairs": args.pairs,
         **({"zero_stage": args.zero} if args.what == "replicas" else {}),
         **({"peak_mib_of_a_rank": memory} if memory else {}),
+        **(arithmetic(args, speed) if args.what == "single" else {}),
         **({"compile": args.compile, "vocab": args.vocab, "loss_chunk": args.loss_chunk} if args.what == "single" else {}),
         **({"schedule": args.schedule, "expected": round(expected_of(args, answers), 3)} if args.what == "pipeline" else {}),
     }
+
+
+def arithmetic(args: argparse.Namespace, speed: dict[str, float]) -> dict:
+    """GFLOP/s of each side (model FLOPs, causal attention at half), and the share of a matmul's measured here, at this precision."""
+    import torch
+
+    from megatrain.config.schema import ModelConfig
+    from megatrain.runtime.flops import model_flops_per_token, peak_flops
+
+    torch.set_num_threads(args.threads)
+    model = ModelConfig(activation="gelu", **{**SHAPE, "vocab_size": args.vocab})
+    peak = peak_flops(torch.device("cpu"), torch.bfloat16 if args.precision == "bf16" else torch.float32).flops
+    gflops = {name: model_flops_per_token(model, args.vocab) * tokens / 1e9 for name, tokens in speed.items()}
+    shares = {name: round(1e9 * value / peak, 3) for name, value in gflops.items()}
+    return {"gflops": {name: round(value) for name, value in gflops.items()}, "share_of_matmul_peak": shares}
 
 
 def len_other(args: argparse.Namespace) -> int:
