@@ -63,20 +63,22 @@ class AttentionMask:
             return [slice(first, last)]
         return [span for span in (slice(first, everywhere), slice(near, last)) if span.start < span.stop]
 
+    def sees(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Whether queries at places `q` may see keys at places `k`, documents aside: bool, of their broadcast shape."""
+        seen = k <= q if self.causal else (k - q) == (k - q)
+        if self.window is not None:
+            seen = seen & ((q - k).abs() < self.window)
+        if self.sparse is not None:
+            near = q // self.sparse.block - k // self.sparse.block < self.sparse.local_blocks
+            seen = seen & (near | (k < self.sparse.global_blocks * self.sparse.block))
+        return seen
+
     def allowed(self, queries: torch.Tensor, keys: torch.Tensor, sequences: torch.Tensor | None = None) -> torch.Tensor:
         """Whether each of `queries` [q] may see each of `keys` [k], both places in the sequence: bool [q, k].
 
         With documents [n, q, k], for each of `sequences` [n] (default: all).
         """
-        q, k = queries[:, None], keys[None, :]
-        seen = torch.ones(len(queries), len(keys), dtype=torch.bool, device=queries.device)
-        if self.causal:
-            seen &= k <= q
-        if self.window is not None:
-            seen &= (q - k).abs() < self.window
-        if self.sparse is not None:
-            near = q // self.sparse.block - k // self.sparse.block < self.sparse.local_blocks
-            seen &= near | (k < self.sparse.global_blocks * self.sparse.block)
+        seen = self.sees(queries[:, None], keys[None, :])
         if self.documents is None:
             return seen
         of = self.documents if sequences is None else self.documents[:, sequences]

@@ -16,9 +16,8 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from megatrain.kernels.gated import GATES
+from megatrain.kernels.gated import GATES, PLAIN
 
 
 def require_compiler(device: torch.device) -> None:
@@ -80,8 +79,4 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 def activation(*inner: torch.Tensor, kind: str) -> torch.Tensor:
     """An MLP's activation of one tensor, or gate and up."""
-    if kind in GATES:
-        return GATES[kind](inner[0]) * inner[1]
-    if kind == "relu":
-        return functional.relu(inner[0])
-    return functional.gelu(inner[0], approximate="tanh" if kind == "gelu_tanh" else "none")
+    return GATES[kind](inner[0]) * inner[1] if kind in GATES else PLAIN[kind](inner[0])

@@ -55,12 +55,7 @@ def _visible(mask: AttentionMask) -> Callable[..., torch.Tensor]:
     """The mask as a function of (sequence, head, query, key)."""
 
     def visible(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        seen = k <= q if mask.causal else k == k  # noqa: PLR0124 - a tensor of True
-        if mask.window is not None:
-            seen = seen & (q - k < mask.window) & (k - q < mask.window)
-        if mask.sparse is not None:
-            near = q // mask.sparse.block - k // mask.sparse.block < mask.sparse.local_blocks
-            seen = seen & (near | (k < mask.sparse.global_blocks * mask.sparse.block))
+        seen = mask.sees(q, k)
         if mask.documents is not None:
             seen = seen & (mask.documents[q, b] == mask.documents[k, b])
         return seen

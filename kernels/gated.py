@@ -7,6 +7,7 @@ geglu    gelu(g) u      d/dg gelu = Phi(g) + g phi(g), the exact one
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from torch.nn import functional
 
 from megatrain.kernels.dispatch import Kernels, jit, tl, use_triton
 
+PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+"""Activations without a gate."""
 GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"swiglu": functional.silu, "geglu": functional.gelu}
 BLOCK = 1024
 """Elements that one Triton program takes."""

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
 from megatrain.config.load import load
-from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.schema import Config
 from megatrain.config.validate import validate
 from megatrain.data.loader import Loader
 from megatrain.parallel.mesh import ParallelContext
@@ -32,13 +32,12 @@ from megatrain.runtime.distributed import Launch, Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import peak_memory_bytes
-from megatrain.testing.trace import RandomSamples
+from megatrain.testing.trace import ANY_DATA, RandomSamples
 from megatrain.training import DTYPES, Run, assemble, train_step
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 PROFILED = 2
 """Steps in a profile."""
-_ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
 
 
 def bench(session: Session, config: Config, steps: int, warmup: int, profile: Path | None = None) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     steps: timed, after `warmup` untimed ones, and as many again in phases. profile: where rank 0 writes a Chrome trace of two more.
     Raises ConfigError.
     """
-    config = replace(config, data=replace(config.data, train=_ANY_DATA))
+    config = replace(config, data=replace(config.data, train=ANY_DATA))
     validate(config, session.world.size)
     require_schedule(config)
     vocab_size = vocabulary(config)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatrain.config.load import load
-from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
 from megatrain.parallel.mesh import ParallelContext
@@ -33,7 +33,7 @@ from megatrain.runtime.progress import person_watching
 from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.agree import Trace, agree, agree_in_bf16
 from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
-from megatrain.testing.trace import round_weights, trace_run
+from megatrain.testing.trace import ANY_DATA, round_weights, trace_run
 from megatrain.testing.worker import end_with_parent
 
 Precision = Literal["fp64", "fp32", "bf16"]
@@ -45,7 +45,6 @@ SEEDS = 12
 """Runs that a bfloat16 comparison takes (docs/numerics.md)."""
 LARGE = 20_000_000
 """Parameters from which on a config is too large for many layouts on one machine."""
-_ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
 SECONDS = 300.0
 """Limit of one layout."""
 
@@ -249,7 +248,7 @@ def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
     if shrink:
         config = shrunk(config)
     alone = Layout().apply(config)
-    validate(alone if alone.data.train else replace(alone, data=replace(alone.data, train=_ANY_DATA)), 1)
+    validate(alone if alone.data.train else replace(alone, data=replace(alone.data, train=ANY_DATA)), 1)
     require_schedule(alone)
     return config
 

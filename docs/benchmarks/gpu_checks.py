@@ -1,6 +1,6 @@
 """What one GPU does with megatrain, in one JSON and one Markdown table: kernels against the memory's speed, models against plain PyTorch.
 
-    python docs/benchmarks/gpu_checks.py --output runs/gpu_checks                  # an H100 or H200, about 6 minutes
+    python docs/benchmarks/gpu_checks.py --output runs/gpu_checks                  # on a GPU; no figure of it exists yet
     python docs/benchmarks/gpu_checks.py --output runs/gpu_checks --smoke          # seconds, tiny shapes, any machine: only that it runs
 
 `launch/gpu_checks.sh` runs the tests marked `gpu` first, and then this. Kernels: time, the share of the measured copy speed (or matmul

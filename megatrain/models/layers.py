@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
 from megatrain.kernels import compiled
 from megatrain.kernels.dispatch import Kernels
-from megatrain.kernels.gated import GATES, gated
+from megatrain.kernels.gated import GATES, PLAIN, gated
 from megatrain.kernels.norm import add_norm, norm
 from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake
@@ -136,14 +135,6 @@ class Dropout(nn.Module):
         return rng.dropout(x, p, key, batch.samples, self.build.first_position(x.shape[0]))
 
 
-_Activation = Callable[[torch.Tensor], torch.Tensor]
-_PLAIN: dict[str, _Activation] = {
-    "gelu": functional.gelu,
-    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
-    "relu": functional.relu,
-}
-
-
 class MLP(nn.Module):
     """down(act(up(x))), or down(act(gate(x)) * up(x)) for gated activations (arXiv:2002.05202)."""
 
@@ -170,6 +161,6 @@ class MLP(nn.Module):
         if self.fused is not None:
             return self.fused(*inner)
         if self.activation not in GATES:
-            return _PLAIN[self.activation](inner[0])
+            return PLAIN[self.activation](inner[0])
         gate, up = inner
         return gated(gate, up, self.activation, keep=keep, kernels=self.kernels)

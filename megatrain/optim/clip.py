@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 
 from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.flat import Segment
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.zero import FlatParameters
+
+
+def _counts(segment: Segment, flat: FlatParameters, ctx: ParallelContext) -> bool:
+    """Whether this rank is the one, of those that own these elements, that counts them."""
+    return (flat.stage > 0 or ctx.dp_cp.rank == 0) and segment.parameter.spec.owned(ctx)
 
 
 def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tensor:
@@ -17,8 +23,7 @@ def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tens
     may update what another one skips.
     """
     segments = list(flat.segments())
-    alone = flat.stage > 0 or ctx.dp_cp.rank == 0
-    counts = torch.tensor([float(alone and s.parameter.spec.owned(ctx)) for s in segments], dtype=torch.float64)
+    counts = torch.tensor([float(_counts(s, flat, ctx)) for s in segments], dtype=torch.float64)
     if not segments:
         return torch.zeros((), dtype=torch.float64, device=ctx.device)
     squares = torch.stack(torch._foreach_norm([s.gradient for s in segments])).double().square()
@@ -52,7 +57,7 @@ def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Ten
     """Part -> (norm of its gradients, norm of its weights), over the whole model (collective over the world; before the update)."""
     squares = torch.zeros(len(PARTS), 2, dtype=torch.float64, device=ctx.device)
     for segment in flat.segments():
-        if (flat.stage > 0 or ctx.dp_cp.rank == 0) and segment.parameter.spec.owned(ctx):
+        if _counts(segment, flat, ctx):
             row = squares[PARTS.index(part_of(segment.parameter.spec.name))]
             row += torch.stack([x.double().square().sum() for x in (segment.gradient, segment.weight)])
     gradients, weights = all_reduce(squares, ctx.world).sqrt().unbind(1)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatrain.config.schema import Config
+from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.loader import Loader
 from megatrain.data.samples.gpt import hash64
 from megatrain.models.objective import Objective
@@ -21,6 +21,9 @@ from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.testing.agree import Trace
 from megatrain.training import Run, assemble, train_step
+
+ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
+"""data.train of a run on random tokens, for the rules between knobs."""
 
 
 class RandomSamples:
