@@ -43,7 +43,7 @@ class Variant:
     """[a] of ALiBi (arXiv:2108.12409): slope times (key's place - query's place) is added to the scores."""
     dropout: Factors | None = None
     wide_softmax: bool = True
-    """Softmax in at least float32; else in the dtype of the inputs."""
+    """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
 
     @property
     def fused(self) -> bool:
@@ -89,36 +89,46 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> torch.Tensor:
-        output = q.new_empty(q.shape)
-        ctx.save_for_backward(q, k, v, output)
+        ctx.save_for_backward(q, k, v)
         ctx.variant = variant
-        queries, target, keys, values = (_grouped(x, k.shape[2]) for x in (q, output, k, v))
+        output = q.new_empty(q.shape)
+        queries, keys, values = (_grouped(x, k.shape[2]).contiguous() for x in (q, k, v))
+        target = _grouped(output, k.shape[2])
         for block in _blocks(queries, keys, k.shape[2], variant):
             p = block.dropped(block.probabilities(block.rows(queries), block.columns(keys)))
-            target[block.part, :, block.start : block.end] = block.by_head(torch.bmm(p.to(q.dtype), block.columns(values)))
+            target[block.part, :, block.start : block.end] = block.by_head(torch.bmm(p, block.columns(values)))
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        q, k, v, output = ctx.saved_tensors
-        groups, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
-        queries, keys, values, dout = (_grouped(x, groups) for x in (q, k, v, dy))
-        delta = _grouped((output * dy).sum(-1, dtype=wide, keepdim=True), groups)
+        q, k, v = ctx.saved_tensors
+        groups, wide, scale = k.shape[2], torch.promote_types(q.dtype, torch.float32), q.shape[-1] ** -0.5
+        queries, keys, values, dout = (_grouped(x, groups).contiguous() for x in (q, k, v, dy))
         dq = q.new_empty(q.shape)
+        dqueries = _grouped(dq, groups)
         dkeys, dvalues = (torch.zeros(x.shape, dtype=wide, device=q.device) for x in (keys, values))
         for block in _blocks(queries, keys, groups, ctx.variant):
             rows, drows, seen = block.rows(queries), block.rows(dout), block.columns(keys)
-            p = block.probabilities(rows, seen).to(wide)
-            dp = block.dropped(torch.bmm(drows, block.columns(values).transpose(1, 2)).to(wide))
-            block.add(dvalues, torch.bmm(block.dropped(p).to(q.dtype).transpose(1, 2), drows))
-            scores = dp.sub_(block.rows(delta)).mul_(p).mul_(q.shape[-1] ** -0.5).to(q.dtype)
-            _grouped(dq, groups)[block.part, :, block.start : block.end] = block.by_head(torch.bmm(scores, seen))
-            block.add(dkeys, torch.bmm(scores.transpose(1, 2), rows))
+            p = block.probabilities(rows, seen)
+            dp = block.dropped(torch.bmm(drows, block.columns(values).transpose(1, 2)))
+            block.add(dvalues, torch.bmm(block.dropped(p).transpose(1, 2), drows))
+            dscores = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p (dp - sum of dp p), in one pass
+            dqueries[block.part, :, block.start : block.end] = block.by_head(_scaled_product(scale, dscores, seen))
+            block.add(dkeys, _scaled_product(scale, dscores.transpose(1, 2), rows))
         return dq, _ungrouped(dkeys, k), _ungrouped(dvalues, v), None
 
 
+def _scaled_product(scale: float, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """scale a b, of a [n, i, j] and b [n, j, k], scaled before it is rounded: [n, i, k]."""
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return out.baddbmm_(a, b, beta=0, alpha=scale)
+
+
 def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """[s, b, heads, d] -> a view [b g, heads/g, s, d] where the strides allow, else a copy; each group shares one key head."""
+    """[s, b, heads, d] -> a view [b g, heads/g, s, d] where the strides allow, else a copy; each group shares one key head.
+
+    What is multiplied is made contiguous: with BF16 on CPU, torch copies any other operand element by element, and at every product.
+    """
     s, b, heads, d = x.shape
     return x.unflatten(2, (groups, heads // groups)).permute(1, 2, 3, 0, 4).reshape(b * groups, heads // groups, s, d)
 
@@ -170,19 +180,20 @@ class _Block:
         return queries, torch.cat([torch.arange(span.start, span.stop, device=device) for span in self.spans])
 
     def probabilities(self, rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Softmax of the queries `rows` [n, r block, d] over `keys` [n, keys, d]: [n, r block, keys]."""
-        dtype = torch.promote_types(rows.dtype, torch.float32) if self.variant.wide_softmax else rows.dtype
-        scores = torch.bmm(rows, keys.transpose(1, 2)).to(dtype).mul_(rows.shape[-1] ** -0.5)
+        """Softmax of the queries `rows` [n, r block, d] over `keys` [n, keys, d], in their dtype: [n, r block, keys]."""
+        scores = _scaled_product(rows.shape[-1] ** -0.5, rows, keys.transpose(1, 2))
+        if self.variant.slopes is not None and self.variant.wide_softmax:
+            scores = scores.to(torch.promote_types(rows.dtype, torch.float32))
         by_head = self.by_head(scores)
         if self.variant.slopes is not None:
-            by_head += self._bias(self.variant.slopes.to(dtype))
+            by_head += self._bias(self.variant.slopes.to(scores.dtype))
         if self.variant.mask.only_causal:  # only the end of the one span is not seen by all
             corner = by_head[..., self.offset + self.start :]
             size = self.end - self.start
-            corner.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=rows.device).triu(1), -torch.inf)
+            corner += corner.new_full((size, size), -torch.inf).triu(1)
         else:
             by_head.masked_fill_(self._hidden(rows.device), -torch.inf)
-        return torch.softmax(scores, -1)
+        return torch.softmax(scores, -1).to(rows.dtype)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, r block, keys] times the factors of dropout."""
@@ -191,7 +202,7 @@ class _Block:
         numbers = self._numbers(x.device)
         heads = (numbers % self.groups)[:, None] * self.heads + torch.arange(self.heads, device=x.device)
         factors = self.variant.dropout(numbers // self.groups, heads, *self.places(x.device))
-        return x * factors.flatten(1, 2).to(x.dtype)
+        return (x * factors.flatten(1, 2)).to(x.dtype)
 
     def _bias(self, slopes: torch.Tensor) -> torch.Tensor:
         """ALiBi: [n, r, block, keys]."""

@@ -38,15 +38,19 @@ def statistics_of(
             WITH_SUM=with_sum, BLOCK=min(BLOCK, next_power(columns)), num_warps=8,
         )  # fmt: skip
         return top, total, label, added
-    for block in _row_blocks(logits):
-        x = logits[block].to(dtype)
+    blocks = _row_blocks(logits)
+    wide = None if dtype == logits.dtype else torch.empty_like(logits[blocks[0]], dtype=dtype)
+    for block in blocks:
+        x = logits[block]
+        x = x if wide is None else wide[: len(x)].copy_(x)
         label[block] = x.gather(1, local[block, None]).squeeze(1) * here[block]
         if added is not None:
             added[block] = x.sum(1)
         top[block] = x.amax(1)
-        x = x.sub_(top[block, None]).exp_()  # where the dtype is the same, x is the block itself
+        x = x.sub_(top[block, None]).exp_()
         total[block] = x.sum(1)
-        logits[block] = x
+        if wide is not None:
+            logits[block] = x
     return top, total, label, added
 
 
@@ -77,8 +81,8 @@ def gradient_of(
     logits.mul_(factor[:, None].to(logits.dtype))
     if spread is not None:
         logits.sub_(spread[:, None].to(logits.dtype))
-    others = logits.gather(1, local[:, None])
-    logits.scatter_(1, local[:, None], torch.where(here[:, None], label[:, None].to(logits.dtype), others))
+    rows = torch.arange(logits.shape[0], device=logits.device)
+    logits[rows, local] = torch.where(here, label.to(logits.dtype), logits[rows, local])  # scatter_ would copy all logits
 
 
 def _row_blocks(rows: torch.Tensor) -> list[slice]:

@@ -49,8 +49,11 @@ def add_weight_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor, x:
 
 
 def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> list[torch.Tensor | None]:
-    """Accumulate the sum of dy [tokens, out] over tokens into the parameters' joined main_grad, or return it piecewise."""
-    return _accumulate(parameters, lambda out: out.add_(dy.sum(0, dtype=out.dtype)), lambda: dy.sum(0))
+    """Accumulate the sum of dy [tokens, out] over tokens into the parameters' joined main_grad, or return it piecewise.
+
+    Like a product, it is added up in float32 and comes in the dtype of dy: asked for another, torch on CPU copies all of dy first.
+    """
+    return _accumulate(parameters, lambda out: out.add_(dy.sum(0)), lambda: dy.sum(0))
 
 
 def _accumulate(

@@ -111,7 +111,7 @@ def test_pieces_of_a_prompt_are_the_prompt(mask, pieces):
 
 def test_a_narrow_softmax_is_nearly_the_wide_one():
     q, k, v = (x.detach().bfloat16() for x in inputs())
-    wide, narrow = (attention(q, k, v, Variant(wide_softmax=wide)) for wide in (True, False))
+    wide, narrow = (attention(q, k, v, Variant(slopes=SLOPES, wide_softmax=wide)) for wide in (True, False))
     assert not torch.equal(wide, narrow)
     torch.testing.assert_close(wide, narrow, rtol=0.05, atol=0.05)
 
@@ -128,13 +128,13 @@ def test_spans_cover_what_is_seen_and_little_more(mask):
 
 
 def test_a_window_of_a_long_text_makes_no_large_products(monkeypatch):
-    sizes, bmm = [], torch.bmm
+    sizes, scaled = [], kernel._scaled_product
 
-    def product(a, b):
+    def product(scale, a, b):
         sizes.append((*a.shape[:2], b.shape[2]))
-        return bmm(a, b)
+        return scaled(scale, a, b)
 
-    monkeypatch.setattr(torch, "bmm", product)
+    monkeypatch.setattr(kernel, "_scaled_product", product)
     q = torch.randn(6000, 1, 1, 4)
     attention(q, q, q, Variant(AttentionMask(window=64)))
     assert max(shape[-1] for shape in sizes if shape[-1] != 4) <= 128 + 64

@@ -122,6 +122,28 @@ def test_onednn_serves_float32_alone(onednn, dtype, size, served):
         assert ("mkldnn::_linear_pointwise" in ran.names) == (onednn and served)
 
 
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize(("rows", "biased"), [(4, True), (4, False), (0, True)])
+def test_onednn_adds_the_bias_of_bf16(monkeypatch, has, rows, biased):
+    monkeypatch.setattr(kernel, "_onednn_has_bf16", lambda: has)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((rows, 3, 8), (5, 8), (5,)))
+    with Operators() as ran:
+        y = linear(x, weight, bias if biased else None)
+    assert ("mkldnn::_linear_pointwise" in ran.names) == (has and rows > 0 and biased)
+    exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=2**-8)
+
+
+def test_a_product_is_added_to_a_wider_tensor_in_blocks(monkeypatch):
+    monkeypatch.setattr(kernel, "WIDENED", 10)
+    torch.manual_seed(0)
+    a, b, out = torch.randn(7, 6).bfloat16(), torch.randn(6, 3).bfloat16(), torch.randn(7, 3)
+    expected = out + (a @ b).float()
+    add_matmul(out, a, b)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("available", "capability", "cpu", "prefer"),
     [
