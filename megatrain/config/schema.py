@@ -86,7 +86,9 @@ class ModelConfig:
     attention_dropout: float = knob(
         0.0, "Dropout probability of attention's weights (arXiv:1706.03762); on GPUs it takes the slow blockwise attention."
     )
-    softmax_fp32: bool = knob(True, "ALiBi is added in float32 in a bf16 run; a softmax is float32 inside anyway (arXiv:1710.03740, 3.3).")
+    softmax_fp32: bool = knob(
+        True, "ALiBi is added in float32 in a bf16 run; a softmax is float32 inside anyway (arXiv:1710.03740, 3.3)."
+    )
     residual_fp32: bool = knob(False, "Keep the residual stream in float32 where the run is in bf16 (arXiv:1710.03740).")
     init: Literal["normal", "small", "fan_in"] = knob(
         "normal",
