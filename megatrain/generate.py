@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from megatrain.checkpoint.load import find, load
-from megatrain.checkpoint.manifest import WEIGHTS, LocalTensor, Manifest, read_manifest
+from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import Config
@@ -34,6 +34,7 @@ from megatrain.models.transformer import Block
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
+from megatrain.parallel.portion import Portion
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.weights import Postponed
 from megatrain.program import mesh_shape, require_schedule
@@ -249,7 +250,7 @@ def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
         dtype=torch.float32,
         seed=config.train.seed,
     )
-    load(path, {WEIGHTS: {p.spec.name: LocalTensor(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
+    load(path, {WEIGHTS: {p.spec.name: Portion.whole(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
     return [chunk.eval() for chunk in chunks]
 
 

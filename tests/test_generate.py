@@ -5,8 +5,7 @@ import sys
 import pytest
 import torch
 
-from megatrain.checkpoint.manifest import LocalTensor
-from megatrain.checkpoint.save import save
+from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
 from megatrain.config.source import ConfigError
@@ -14,6 +13,7 @@ from megatrain.generate import Choice, Decoder, continuation, laid_out, load_dec
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.portion import Portion
 from megatrain.program import mesh_shape
 from megatrain.testing import simulate
 
@@ -50,8 +50,8 @@ def saved(directory, config, layout=ONE, dtype=torch.float32):
 
     def write(ctx):
         parameters = model_of(config, ctx).logical_parameters()
-        weights = {p.spec.name: LocalTensor(p.spec, p.detach().to(dtype)) for p in parameters}
-        return save(directory / "checkpoints", 5, {"weights": weights}, ctx, {}, dump(config))
+        weights = {p.spec.name: Portion.whole(p.spec, p.detach().to(dtype)) for p in parameters}
+        return save(directory / "checkpoints", Contents(5, {}, dump(config)), {"weights": weights}, ctx)
 
     return simulate(layout, write)[0]
 
@@ -285,8 +285,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
 
     def write(ctx):
         model = whole_gpt(config.model, 50, ctx)
-        weights = {p.spec.name: LocalTensor(p.spec, p.detach()) for p in model.logical_parameters()}
-        return save(tmp_path / "checkpoints", 5, {"weights": weights}, ctx, {}, dump(config))
+        weights = {p.spec.name: Portion.whole(p.spec, p) for p in model.logical_parameters()}
+        return save(tmp_path / "checkpoints", Contents(5, {}, dump(config)), {"weights": weights}, ctx)
 
     simulate(1, write)
     with pytest.raises(ValueError, match="made token 98 of the prompt, and the checkpoint's vocabulary has 50 tokens"):

@@ -1,7 +1,8 @@
-"""Load a checkpoint: find the newest that verifies, and fill this rank's tensors with the slices they need.
+"""Load a checkpoint: find the newest that verifies, and fill this rank's elements with what they need, under any layout.
 
-Both sides of a load are boxes of a logical tensor: the pieces that lie in files (`Manifest.pieces`) and the slice that this
-rank holds (`ParamSpec.slices`). Where two boxes meet, elements are copied; nothing else is read, since files are memory-mapped:
+Both sides of a load are runs of elements of a slice of a logical tensor: the pieces that lie in files (`Manifest.pieces`) and the
+portions that this rank holds. A run is a few boxes; where boxes of the two sides meet, elements are copied out of the memory-mapped file,
+and only blocks in which such elements lie are read and verified:
 
     saved under tp 2:   file 0 rows 0-5 | file 1 rows 6-9        wanted by place 1 of tp 4: rows 3-5  ->  file 0, its rows 3-5
 """
@@ -10,87 +11,124 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from megatrain.checkpoint import boxes
+from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.manifest import (
     MANIFEST,
     WEIGHTS,
     FileRow,
-    LocalTensor,
-    LocalTensors,
     Manifest,
-    box_numel,
     check_file,
-    check_parts,
+    check_portions,
     dtype_of,
-    intersect,
-    layout_of,
+    open_file,
     read_manifest,
-    verify_file,
-    within,
 )
-from megatrain.checkpoint.save import catalogue
-from megatrain.checkpoint.together import (
-    CheckpointError,
-    ContentError,
-    DamagedCheckpointError,
-    LayoutError,
-    together,
-)
+from megatrain.checkpoint.tensor_file import TensorFile
+from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.parallel.consensus import broadcast_text, gather_texts
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion, Portions, axis_of, logical_numel
 
 OnDamaged = Callable[[Path, str], None]
 """Told of a damaged checkpoint that was passed over: its path, and what is wrong with it. Called on every rank."""
-
-_WEIGHTS_ALONE = "checkpoint.weights_only=true, checkpoint.resume=PATH of the checkpoint, and another checkpoint.dir"
-"""What to set to take the weights of a checkpoint and nothing else."""
 
 _SHOWN = 4
 """How many names an error lists."""
 
 
-class _Copy(NamedTuple):
-    """One copy out of a file."""
+class _Source(NamedTuple):
+    """Elements of one tensor of one file that a rank needs."""
 
+    row: FileRow
     name: str
-    """Logical name: the key in the file."""
-    stored_shape: tuple[int, ...]
-    """Shape the file must have under that name."""
+    numel: int
+    """Elements that the file must hold under that name."""
     dtype: torch.dtype
     """Dtype the file must have under that name."""
-    source: tuple[slice, ...]
-    """What to read of the stored tensor."""
-    target: torch.Tensor
-    """View of the rank's tensor to fill, of the shape of `source`."""
+    shape: tuple[int, ...]
+    """Of the slice that the file holds a run of."""
+    first: int
+    """Of that run."""
+    boxes: list[tuple[boxes.Box, boxes.Box]]
+    """What to copy: a box of the slice in the file, and the same elements as a box of the rank's slice."""
+
+    def ranges(self, start: int) -> Iterator[tuple[int, int]]:
+        """Bytes of the file, of which the tensor begins at `start`."""
+        for box, _ in self.boxes:
+            first, stop = boxes.reach(self.shape, box)
+            yield start + (first - self.first) * self.dtype.itemsize, start + (stop - self.first) * self.dtype.itemsize
 
 
-def newest(directory: Path, ctx: ParallelContext | None = None, on_damaged: OnDamaged | None = None) -> Path | None:
-    """The newest checkpoint of `directory` that verifies, the same on every rank; None if there is none (collective).
+class _Target(NamedTuple):
+    """A portion of this rank and where its numbers come from."""
 
-    Every byte is checked, once in the world: the files of a checkpoint are dealt out over the ranks. A damaged one is passed
-    over, never touched.
-    """
-    ctx = ParallelContext.single() if ctx is None else ctx
-    found = "[]"
-    with together(ctx):
-        if ctx.world.rank == 0:
-            found = json.dumps([(path.name, reason) for path, _, reason in catalogue(Path(directory))])
-    for name, known in json.loads(broadcast_text(found, ctx.world.group, ctx.device)):
-        path, reason = Path(directory) / name, known
+    portion: Portion
+    shape: tuple[int, ...]
+    """Of the rank's slice, without padding."""
+    stop: int
+    """The element behind the last logical one of the portion."""
+    sources: list[_Source]
+
+
+def newest(directory: Path, on_damaged: OnDamaged | None = None) -> Path | None:
+    """The newest checkpoint of `directory` whose every byte is right, or None; for one process. A damaged one is passed over."""
+    for path, _, known in catalogue(Path(directory)):
+        reason = known
         if not reason:
             try:
-                verify(path, ctx)
+                verify(path)
             except CheckpointError as error:
                 reason = str(error)
         if not reason:
             return path
         if on_damaged is not None:
             on_damaged(path, reason)
+    return None
+
+
+def load_newest(
+    directory: Path,
+    portions: Portions,
+    ctx: ParallelContext,
+    on_damaged: OnDamaged | None = None,
+    accept: Callable[[Path, Manifest], None] | None = None,
+) -> tuple[Path, Manifest] | None:
+    """Load the newest checkpoint of `directory` that is whole (collective); None where there is none at all.
+
+    Ranks verify what they read, so that together they verify all that is loaded, in one pass. A damaged checkpoint is passed over,
+    never touched. `accept` may refuse one by raising. Raises CheckpointError where there are checkpoints and none is whole: a run
+    that has lost its past must not begin anew by itself.
+    """
+    found = "[]"
+    with together(ctx):
+        if ctx.world.rank == 0:
+            found = json.dumps([(path.name, reason) for path, _, reason in catalogue(Path(directory))])
+    damaged: list[str] = []
+    for name, known in json.loads(broadcast_text(found, ctx.world.group, ctx.device)):
+        path, reason = Path(directory) / name, known
+        if not reason:
+            try:
+                with together(ctx):
+                    if accept is not None:
+                        accept(path, read_manifest(path))
+                return path, load(path, portions, ctx)
+            except DamagedCheckpointError as error:
+                reason = str(error)
+        damaged.append(f"{name}: {reason}")
+        if on_damaged is not None:
+            on_damaged(path, reason)
+    if damaged:
+        raise CheckpointError(
+            f"none of the {len(damaged)} checkpoints in {directory} is whole (the newest: {damaged[0]}). "
+            "Put a whole copy of one back, or begin anew with checkpoint.resume=never, which leaves them where they are."
+        )
     return None
 
 
@@ -103,7 +141,7 @@ def verify(path: Path, ctx: ParallelContext | None = None) -> None:
     with together(ctx):
         manifest = read_manifest(path)
         for row in manifest.files[ctx.world.rank :: ctx.world.size]:
-            verify_file(path, row, manifest.block_bytes)
+            open_file(path, row, manifest.block_bytes).verify_all()
 
 
 def find(path: Path, on_damaged: OnDamaged | None = None) -> Path:
@@ -124,36 +162,36 @@ def find(path: Path, on_damaged: OnDamaged | None = None) -> Path:
     )
 
 
-def load(path: Path, tensors: LocalTensors, ctx: ParallelContext, *, check: bool = True) -> Manifest:
-    """Fill this rank's tensors in place from the checkpoint at `path` (collective over the world) and return its manifest.
+def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = True) -> Manifest:
+    """Fill what this rank holds from the checkpoint at `path` (collective over the world) and return its manifest.
 
-    `tensors`: kind -> logical name -> spec and tensor of shape `spec.local_shape(axis size)`, on any device; padding becomes
-    zero. Kinds that the checkpoint has and `tensors` has not are left alone. Weights load under any layout, and are cast to the
-    dtype of the tensor given; the other kinds load under the layout they were saved with, in the dtype they were saved in.
-    `check`: compare the checksums of the files that this rank reads before anything is filled; False where `newest` just did.
+    Under any layout; numbers are cast to the dtype of the elements given, padding becomes zero, and kinds that the checkpoint has and
+    `portions` has not are left alone. `check`: compare the checksums of the blocks that this rank reads before it fills anything.
 
-    Raises, on every rank, DamagedCheckpointError, ContentError (tensors missing, too many, other shapes or dtypes) or
-    LayoutError; nothing is filled then, unless a file turns out to be damaged while it is read.
+    Raises, on every rank, DamagedCheckpointError or ContentError (tensors missing, too many, of other shapes); nothing is filled then.
     """
     with together(ctx):
         manifest = read_manifest(path)
-        check_parts(tensors, ctx)
-        _check_layout(manifest, tensors, ctx)
-    for kind in tensors:
-        wanted = gather_texts(json.dumps(list(tensors[kind])), ctx.pp.group, ctx.device)
+        check_portions(portions, ctx)
+        _check_kinds(manifest, portions)
+    for kind in portions:
+        names = set(portions[kind])
+        for axis in (ctx.dp_cp, ctx.pp):
+            names = {
+                name for text in gather_texts(json.dumps(sorted(names)), axis.group, ctx.device) for name in json.loads(text)
+            }
         with together(ctx):
-            _check_names(manifest, kind, {name for text in wanted for name in json.loads(text)})
-    with together(ctx):
-        plans = {kind: _plan(manifest, kind, parts, ctx) for kind, parts in tensors.items()}
-        for row, _ in (step for plan in plans.values() for step in plan):
-            verify_file(path, row, manifest.block_bytes) if check else check_file(path, row)
-    with together(ctx), torch.no_grad():
-        for parts in tensors.values():
-            for part in parts.values():
-                _zero_padding(part, ctx)
-        for plan in plans.values():
-            for row, copies in plan:
-                _copy_from(path / row.name, copies)
+            _check_names(manifest, kind, names)
+    with ExitStack() as opened:
+        with together(ctx):
+            targets = _targets(manifest, portions, ctx)
+            files = {row.name: opened.enter_context(open_file(path, row, manifest.block_bytes)) for row in _rows(targets)}
+            _check_entries(files, targets)
+            if check:
+                _verify(files, targets)
+        with together(ctx), torch.no_grad():
+            for target in targets:
+                _fill(target, files)
     return manifest
 
 
@@ -162,35 +200,25 @@ def read_weights(path: Path, *, check: bool = True) -> dict[str, torch.Tensor]:
     manifest = read_manifest(path)
     for row in manifest.files:
         check_file(path, row)  # before memory is taken for what they should hold
-    whole = {
-        name: LocalTensor(stored.spec, torch.empty(stored.spec.shape, dtype=dtype_of(stored.dtypes[WEIGHTS])))
+    tensors = {
+        name: torch.empty(stored.spec.shape, dtype=dtype_of(stored.dtypes[WEIGHTS]))
         for name, stored in manifest.tensors.items()
         if WEIGHTS in stored.dtypes
     }
-    load(path, {WEIGHTS: whole}, ParallelContext.single(), check=check)
-    return {name: part.tensor for name, part in whole.items()}
+    wanted = {name: Portion.whole(manifest.tensors[name].spec, tensor) for name, tensor in tensors.items()}
+    load(path, {WEIGHTS: wanted}, ParallelContext.single(), check=check)
+    return tensors
 
 
-def _check_layout(manifest: Manifest, tensors: LocalTensors, ctx: ParallelContext) -> None:
-    """Raise ContentError for a kind that is not there, LayoutError for optimizer state of another layout."""
-    for kind in tensors:
+def _check_kinds(manifest: Manifest, portions: Portions) -> None:
+    """Raise ContentError for a kind that is not there."""
+    for kind in portions:
         if kind not in manifest.kinds:
             raise ContentError(
-                f"the checkpoint of step {manifest.step} holds {', '.join(manifest.kinds)}, but no {kind}. "
-                "Was it saved with another optim.name or train.precision?"
+                f"the checkpoint of step {manifest.step} holds {', '.join(manifest.kinds)}, but no {kind}. Was it saved with "
+                "another optim.name? To take its weights alone: checkpoint.weights_only=true, checkpoint.resume=PATH of the "
+                "checkpoint, and another checkpoint.dir."
             )
-    here, states = layout_of(ctx), [kind for kind in tensors if kind != WEIGHTS]
-    if states and manifest.layout != here:
-        raise LayoutError(
-            f"the checkpoint of step {manifest.step} was saved under {_describe(manifest.layout)}, and this run has "
-            f"{_describe(here)}: optimizer state ({', '.join(states)}) loads under the layout it was saved with. "
-            f"Use that layout to go on, or start from the weights alone, which load under any, with {_WEIGHTS_ALONE}."
-        )
-
-
-def _describe(layout: Any) -> str:
-    """tp=2, dp=1, ... for messages."""
-    return ", ".join(f"{axis}={getattr(layout, axis)}" for axis in ("tp", "cp", "dp", "pp", "ep"))
 
 
 def _check_names(manifest: Manifest, kind: str, wanted: Collection[str]) -> None:
@@ -209,72 +237,84 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
-def _plan(manifest: Manifest, kind: str, parts: Any, ctx: ParallelContext) -> list[tuple[FileRow, list[_Copy]]]:
-    """What to copy from which file for one kind. Raises ContentError where shapes or dtypes do not fit."""
-    problems = [problem for name, part in parts.items() if (problem := _misfit(manifest, kind, name, part))]
+def _targets(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> list[_Target]:
+    """What to copy from where. Raises ContentError where shapes or dtypes do not fit."""
+    given = [(kind, name, portion) for kind, named in portions.items() for name, portion in named.items()]
+    problems = [problem for kind, name, portion in given if (problem := _misfit(manifest, kind, name, portion))]
     if problems:
         raise ContentError(f"{len(problems)} tensors do not fit the config: " + "; ".join(problems[:_SHOWN]))
-    plan: dict[str, tuple[FileRow, list[_Copy]]] = {}
-    for name, part in parts.items():
-        for row, copy in _copies(manifest, kind, name, part, ctx):
-            plan.setdefault(row.name, (row, []))[1].append(copy)
-    return list(plan.values())
+    return [_target(manifest, kind, name, portion, ctx) for kind, name, portion in given]
 
 
-def _misfit(manifest: Manifest, kind: str, name: str, part: LocalTensor) -> str:
+def _misfit(manifest: Manifest, kind: str, name: str, portion: Portion) -> str:
     """Why a stored tensor cannot fill the one given; "" if it can."""
     stored = manifest.tensors[name]
-    if stored.spec.shape != part.spec.shape:
-        return f"{name}: the checkpoint has {list(stored.spec.shape)}, the config gives {list(part.spec.shape)}"
-    have, want = dtype_of(stored.dtypes[kind]), part.tensor.dtype
-    if have != want and (kind != WEIGHTS or not (have.is_floating_point and want.is_floating_point)):
-        return f"{kind} of {name}: the checkpoint has {have}, this run {want} (train.precision)"
+    if stored.spec.shape != portion.spec.shape:
+        return f"{name}: the checkpoint has {list(stored.spec.shape)}, the config gives {list(portion.spec.shape)}"
+    have, want = dtype_of(stored.dtypes[kind]), portion.elements.dtype
+    if have != want and not (have.is_floating_point and want.is_floating_point):
+        return f"{kind} of {name}: the checkpoint has {have}, this run {want}"
     return ""
 
 
-def _copies(
-    manifest: Manifest, kind: str, name: str, part: LocalTensor, ctx: ParallelContext
-) -> Iterator[tuple[FileRow, _Copy]]:
-    """The copies that fill one tensor."""
-    wanted = _local_box(part, ctx)
+def _target(manifest: Manifest, kind: str, name: str, portion: Portion, ctx: ParallelContext) -> _Target:
+    """Where the elements of one portion come from."""
+    axis = axis_of(portion.spec, ctx)
+    mine = portion.spec.slices(axis.size, axis.rank)
+    shape = tuple(s.stop - s.start for s in mine)
+    stop = min(portion.first + portion.count, logical_numel(portion.spec, axis))
+    wanted = [boxes.moved(box, mine) for box in boxes.of_run(shape, portion.first, stop)]  # of the logical tensor
     dtype = dtype_of(manifest.tensors[name].dtypes[kind])
-    for place, box in manifest.pieces(name):
-        shared = intersect(box, wanted)
-        if box_numel(shared):
-            shape = tuple(side.stop - side.start for side in box)
-            target = part.tensor.detach()[within(shared, wanted)]
-            yield manifest.row(kind, place), _Copy(name, shape, dtype, within(shared, box), target)
+    found: dict[tuple[int, ...], _Source] = {}
+    for want in wanted:
+        for place, stored, first, end in manifest.pieces(name, want):
+            there = tuple(s.stop - s.start for s in stored)
+            key = tuple(place.values())
+            for box in boxes.of_run(there, first, end):
+                shared = boxes.intersect(boxes.moved(box, stored), want)
+                if boxes.numel(shared):
+                    if key not in found:
+                        found[key] = _Source(manifest.row(kind, place), name, end - first, dtype, there, first, [])
+                    found[key].boxes.append((boxes.within(shared, stored), boxes.within(shared, mine)))
+    return _Target(portion, shape, stop, list(found.values()))
 
 
-def _local_box(part: LocalTensor, ctx: ParallelContext) -> tuple[slice, ...]:
-    """The box of the logical tensor that this rank holds."""
-    axis = ctx.tp if part.spec.split is None else getattr(ctx, part.spec.split.axis)
-    return part.spec.slices(axis.size, axis.rank)
+def _rows(targets: list[_Target]) -> list[FileRow]:
+    """The files that are needed, each once."""
+    return list({source.row.name: source.row for target in targets for source in target.sources}.values())
 
 
-def _zero_padding(part: LocalTensor, ctx: ParallelContext) -> None:
-    """Set to zero what lies behind the logical elements of a padded dim."""
-    split = part.spec.split
-    if split is not None and split.pad:
-        mine = _local_box(part, ctx)[split.dim]
-        used = mine.stop - mine.start
-        tensor = part.tensor.detach()
-        tensor.narrow(split.dim, used, tensor.shape[split.dim] - used).zero_()
+def _check_entries(files: dict[str, TensorFile], targets: list[_Target]) -> None:
+    """Raise DamagedCheckpointError where a file does not hold what the manifest says."""
+    for source in (source for target in targets for source in target.sources):
+        file = files[source.row.name]
+        entry = file.entries.get(source.name)
+        if entry is None:
+            raise DamagedCheckpointError(f"{file.path} has no {source.name}, which {MANIFEST} says it holds")
+        if entry.shape != (source.numel,) or entry.dtype != source.dtype:
+            raise DamagedCheckpointError(
+                f"{file.path}: {source.name} is {list(entry.shape)} of {entry.dtype}, {MANIFEST} says [{source.numel}] of {source.dtype}"
+            )
 
 
-def _copy_from(file: Path, copies: list[_Copy]) -> None:
-    """Read slices of one memory-mapped file. Raises DamagedCheckpointError where it is not what the manifest says."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            for copy in copies:
-                view = stored.get_slice(copy.name)
-                if tuple(view.get_shape()) != copy.stored_shape:
-                    raise DamagedCheckpointError(
-                        f"{file}: {copy.name} is {view.get_shape()}, {MANIFEST} says {list(copy.stored_shape)}"
-                    )
-                data = view[copy.source] if copy.source else stored.get_tensor(copy.name)
-                if data.dtype != copy.dtype:
-                    raise DamagedCheckpointError(f"{file}: {copy.name} is {data.dtype}, {MANIFEST} says {copy.dtype}")
-                copy.target.copy_(data)
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be read: {error}") from error
+def _verify(files: dict[str, TensorFile], targets: list[_Target]) -> None:
+    """Compare the checksums of what will be read."""
+    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+    for source in (source for target in targets for source in target.sources):
+        ranges[source.row.name].extend(source.ranges(files[source.row.name].entries[source.name].start))
+    for name, file in files.items():
+        file.verify(ranges[name])
+
+
+def _fill(target: _Target, files: dict[str, TensorFile]) -> None:
+    """Copy what one portion needs."""
+    portion = target.portion
+    everything = slice(0, portion.count)
+    values = portion.elements.read(everything)
+    values[target.stop - portion.first if target.stop > portion.first else 0 :] = 0
+    for source in target.sources:
+        stored = files[source.row.name].tensor(source.name)
+        for there, here in source.boxes:
+            to = boxes.view(values, target.shape, portion.first, here)
+            to.copy_(boxes.view(stored, source.shape, source.first, there))
+    portion.elements.write(everything, values)

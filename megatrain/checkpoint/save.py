@@ -1,224 +1,323 @@
-"""Save the state of a run: every logical element once, published by one atomic rename.
+"""Save a checkpoint so that a crash at any moment leaves a whole one behind.
 
-    .saving_step_00000200/   every writing rank writes and fsyncs its shards
-                             rank 0 writes manifest.json last, fsyncs, and renames
-    step_00000200/           from here on the checkpoint is whole
-    latest                   "step_00000200", replaced atomically after the rename
+    every rank     copies what it owns, block by block (writing.py); the loop goes on
+    its thread     .saving_step_00000200/exp_avg-tp00000-pp00000-dp00003.safetensors, ... , fsync, rank-00003.json: rows of the manifest
+    rank 0's       when every rank has left such a row: manifest.json, fsync, rename to step_00000200, `latest`
 
-A crash at any point leaves the older checkpoints and `latest` as they were; what it leaves behind has a name that starts with
-a dot and is removed by `tidy`, at the next start or save.
-
-Who writes: the ranks of the first replica (place 0 of dp_cp), each the elements it owns (`ParamSpec.owned`), without padding.
+Of data ranks each writes its shard of every slice, whatever the ZeRO stage, so nothing is gathered and all disks and links are used.
+The threads meet in the directory and not in collectives, which the training steps meanwhile need.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import platform
-import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
+from megatrain.checkpoint.directory import SAVING, appear, prune, sync, tidy_here, write_file
 from megatrain.checkpoint.manifest import (
-    LATEST,
     MANIFEST,
-    PLACE_AXES,
-    STEP_NAME,
+    PLACES,
     FileRow,
-    LocalTensor,
-    LocalTensors,
     Manifest,
     StoredTensor,
-    box_numel,
     check_file,
-    check_parts,
+    check_portions,
     file_name,
-    hash_file,
     layout_of,
-    read_manifest,
     row_from_json,
     step_name,
     tensor_from_json,
     tensor_to_json,
 )
+from megatrain.checkpoint.tensor_file import BLOCK_BYTES
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
+from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
 from megatrain.parallel.consensus import gather_texts
-from megatrain.parallel.mesh import Axis, ParallelContext
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Elements, Portion, Portions, Window, axis_of, logical_numel
 
-_SAVING, _REMOVING, _REPLACED, _LATEST_DRAFT = ".saving_", ".removing_", ".replaced_", ".latest_draft"
-
-
-def save(
-    directory: Path,
-    step: int,
-    tensors: LocalTensors,
-    ctx: ParallelContext,
-    progress: Mapping[str, Any],
-    config_text: str,
-    keep: int = 0,
-) -> Path:
-    """Write the checkpoint of `step` (collective over the world) and return its directory, `directory`/step_XXXXXXXX.
-
-    `tensors`: kind -> logical name -> what this rank stores; every rank of the first replica gives its own, the others may give
-    the same or nothing. `progress` is plain JSON. `keep`: how many of the newest checkpoints stay, 0 for all. A checkpoint of
-    the same step is replaced; if it is damaged, it is kept as damaged_step_XXXXXXXX.
-
-    Raises CheckpointError on every rank if any rank fails (full disk, no permission ...); older checkpoints are then as before.
-    """
-    directory = Path(directory)
-    final = directory / step_name(step)
-    work = directory / (_SAVING + final.name)
-    writes, leads = ctx.dp_cp.rank == 0, ctx.world.rank == 0
-    try:
-        with together(ctx):
-            if leads:
-                directory.mkdir(parents=True, exist_ok=True)
-                _tidy(directory)
-                work.mkdir()
-        contribution = ""
-        with together(ctx):
-            if writes:
-                contribution = json.dumps(_write_shards(work, tensors, ctx))
-        contributions = gather_texts(contribution, ctx.mp.group, ctx.device) if writes else []
-        with together(ctx):
-            if leads:
-                _publish(work, final, _manifest(step, contributions, ctx, progress, config_text))
-                if keep:
-                    _prune(directory, keep, final.name)
-    except CheckpointError:
-        if leads:
-            with suppress(OSError):  # the first error is the one to tell; the next start tidies again
-                _tidy(directory)
-        raise
-    return final
+DEFAULT_STAGING_BYTES = 16 * 2**30
+_LOOK_SECONDS = 0.02
+"""Between two looks for what the other ranks have left."""
+_PATIENCE_SECONDS = 30.0
+"""How long a run that ends waits for what other ranks still write."""
 
 
-def tidy(directory: Path, ctx: ParallelContext) -> None:
-    """Clear away what crashed saves left in `directory` and let `latest` name the newest checkpoint again (collective).
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds besides numbers."""
 
-    To be called at the start of a run that owns the directory: what another process is just saving there would be lost.
-    """
-    with together(ctx):
-        if ctx.world.rank == 0 and Path(directory).is_dir():
-            _tidy(Path(directory))
-            whole = [path for path, _, reason in catalogue(Path(directory)) if not reason]
-            if whole and _latest(Path(directory)) != whole[0].name:
-                _point_latest(whole[0])
+    step: int
+    progress: Mapping[str, Any]
+    """The run's own state, plain JSON."""
+    config: str
+    """The resolved config, as text."""
 
 
-def catalogue(directory: Path) -> list[tuple[Path, Manifest | None, str]]:
-    """Checkpoints of a directory, newest first: path, manifest, and "" or why it is not whole as far as names and sizes tell.
+class Saver:
+    """Saves the checkpoints of one run into one directory, one at a time."""
 
-    Newest is what was published last (`saved_at`; the directory's own time where the manifest cannot be read), not the largest
-    step: a run that went back and saved again continues from there.
-    """
-    found = []
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if not (STEP_NAME.fullmatch(path.name) and path.is_dir()):
-            continue
-        manifest, reason = None, ""
+    def __init__(
+        self,
+        directory: Path,
+        ctx: ParallelContext,
+        *,
+        keep: int = 0,
+        keep_every: int = 0,
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        block_bytes: int = BLOCK_BYTES,
+        on_saved: Callable[[Path, int, float], None] | None = None,
+        on_failed: Callable[[int, str], None] | None = None,
+    ) -> None:
+        """keep: how many of the newest stay, 0 for all; keep_every: steps whose multiples stay as well, 0 for none.
+
+        staging_bytes: of host memory for what is being written. on_saved(path, step, seconds), on_failed(step, message): called
+        on rank 0, from the thread that writes.
+        """
+        self.directory, self.ctx, self.keep, self.keep_every = Path(directory), ctx, keep, keep_every
+        self.writer = Writer(Staging(staging_bytes, ctx.device, block_bytes))
+        self._on_saved, self._on_failed = on_saved, on_failed
+        self._written: Future[None] | None = None
+        """This rank's share of the save under way."""
+        self._published: Future[None] | None = None
+        """All of it; on rank 0."""
+        self._patience_ends = math.inf
+
+    def save(self, contents: Contents, portions: Portions, *, wait: bool = True) -> Path:
+        """Save what the ranks hold as directory/step_XXXXXXXX (collective over the world) and return that.
+
+        Unless `wait`, returns as soon as everything is copied. A checkpoint of the same step is replaced; if it is damaged, it is
+        kept as damaged_step_XXXXXXXX. Waits for the save before this one.
+
+        Raises CheckpointError on every rank where this save, or the one before, fails on any (full disk, no permission ...);
+        older checkpoints are then as before.
+        """
+        self.finish()
+        began = time.perf_counter()
+        final = self.directory / step_name(contents.step)
+        work = self.directory / (SAVING + final.name)
+        leads = self.ctx.world.rank == 0
         try:
-            manifest = read_manifest(path)
-            for row in manifest.files:
-                check_file(path, row)
-        except DamagedCheckpointError as error:
-            reason = str(error)
-        when = path.stat().st_mtime if manifest is None else manifest.saved_at
-        found.append((when, path.name, path, manifest, reason))
-    return [(path, manifest, reason) for _, _, path, manifest, reason in sorted(found, key=lambda f: f[:2], reverse=True)]
+            with together(self.ctx):
+                check_portions(portions, self.ctx)
+                files = _plan(work, portions, self.ctx)
+                json.dumps(contents.progress, allow_nan=False)
+            sizes = gather_texts(str(sum(file.size for file in files.values())), self.ctx.world.group, self.ctx.device)
+            with together(self.ctx):
+                if leads:
+                    _make_room(work, sum(map(int, sizes)))
+            with together(self.ctx):
+                self._stage(work, files)
+        except CheckpointError:
+            if leads:
+                _clear(self.directory)
+            raise
+        written = self.writer.then(lambda failure: _settle(work, files, portions, self.ctx, failure))
+        self._written = written
+        if leads:
+            self._published = self.writer.then(lambda _: self._conclude(work, final, contents, began, written))
+        if wait:
+            self.finish()
+        return final
+
+    def finish(self) -> None:
+        """Wait for the save under way (collective). Raises CheckpointError on every rank where it has failed on any."""
+        written, published = self._written, self._published
+        self._written = self._published = None
+        with together(self.ctx):
+            pass  # every rank has given its thread the work that rank 0's waits for
+        with together(self.ctx):
+            futures.wait([future for future in (written, published) if future is not None])
+            if written is not None:
+                written.result()
+        with together(self.ctx):
+            if published is not None:
+                published.result()
+
+    def close(self) -> None:
+        """End the thread. What is under way is written, unless another rank has not done its part by then."""
+        self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
+        self.writer.close()
+
+    def _stage(self, work: Path, files: Mapping[str, PlannedFile]) -> None:
+        """Copy what this rank owns, and let the thread write it."""
+        if not work.is_dir():
+            raise CheckpointError(
+                f"{work} is not there, and rank 0 has just made it. Set checkpoint.dir to a directory that all nodes share."
+            )
+        self.writer.begin()
+        for file in files.values():
+            self.writer.write(file)
+
+    def _conclude(self, work: Path, final: Path, contents: Contents, began: float, written: Future[None]) -> None:
+        """Publish when all ranks have written, or clear away what they wrote; runs in the thread of rank 0."""
+        try:
+            written.result()
+            _publish(work, final, contents, self._rows_of_all(work), self.ctx, self.writer.staging.block_bytes)
+            if self.keep:
+                prune(self.directory, self.keep, self.keep_every, final.name)
+        except Exception as error:
+            _clear(self.directory)
+            if self._on_failed is not None:
+                self._on_failed(contents.step, str(error))
+            raise
+        if self._on_saved is not None:
+            self._on_saved(final, contents.step, time.perf_counter() - began)
+
+    def _rows_of_all(self, work: Path) -> list[dict[str, Any]]:
+        """What each rank has left, in their order, when all have. Raises CheckpointError where one has failed."""
+        rows: list[dict[str, Any]] = []
+        failed: list[str] = []
+        while len(rows) + len(failed) < self.ctx.world.size:
+            left = work / f"rank-{len(rows) + len(failed):05d}"
+            if left.with_suffix(".json").is_file():
+                rows.append(json.loads(left.with_suffix(".json").read_text()))
+            elif left.with_suffix(".failed").is_file():
+                failed.append(left.with_suffix(".failed").read_text())
+            elif time.monotonic() > self._patience_ends or not work.is_dir():
+                raise CheckpointError(f"rank {len(rows) + len(failed)} has not written its part of {work} to the end")
+            else:
+                time.sleep(_LOOK_SECONDS)
+        if failed:  # told when no rank writes here any more
+            raise CheckpointError(failed[0])
+        return rows
 
 
-def _write_shards(work: Path, tensors: LocalTensors, ctx: ParallelContext) -> dict[str, Any]:
-    """Write this rank's files and return its part of the manifest as JSON: the rows, and from place 0 of tp the tensors."""
-    check_parts(tensors, ctx)
-    tensors = {kind: {name: p for name, p in parts.items() if not _is_copy(p, ctx)} for kind, parts in tensors.items()}
-    work.mkdir(
-        parents=True, exist_ok=True
-    )  # not there only where nodes do not share the directory; rank 0 then misses the files
-    place = {axis: getattr(ctx, axis).rank for axis in PLACE_AXES}
-    rows = []
-    for kind, parts in tensors.items():
-        shard = {name: data for name, part in parts.items() if (data := _owned_data(part, ctx)) is not None}
-        if shard:
-            rows.append(asdict(_write_shard(work / file_name(kind, place), kind, place, shard)))
-    _sync(work)
-    return {"files": rows, "tensors": _describe(tensors, ctx.pp.rank) if ctx.tp.rank == 0 else []}
+def save(directory: Path, contents: Contents, portions: Portions, ctx: ParallelContext, keep: int = 0) -> Path:
+    """Save one checkpoint and return its directory, as `Saver.save` does (collective over the world)."""
+    saver = Saver(directory, ctx, keep=keep)
+    try:
+        return saver.save(contents, portions)
+    finally:
+        saver.close()
 
 
-def _is_copy(part: LocalTensor, ctx: ParallelContext) -> bool:
-    """Whether another stage writes this tied tensor."""
-    return part.spec.tied is not None and getattr(ctx, part.spec.tied).rank > 0
+def _plan(work: Path, portions: Portions, ctx: ParallelContext) -> dict[str, PlannedFile]:
+    """The file of each kind of which this rank owns something."""
+    files: dict[str, PlannedFile] = {}
+    for kind, named in portions.items():
+        runs = {name: run for name, portion in named.items() if (run := _owned(portion, ctx)) is not None}
+        if runs:
+            files[kind] = PlannedFile(work / file_name(kind, _place(ctx)), runs)
+    return files
 
 
-def _owned_data(part: LocalTensor, ctx: ParallelContext) -> torch.Tensor | None:
-    """The logical elements that this rank writes, contiguous on the CPU, copied only where they must be; None for none."""
-    spec, tensor = part
-    axis: Axis = ctx.tp if spec.split is None else getattr(ctx, spec.split.axis)
-    box = spec.slices(axis.size, axis.rank)
-    if not spec.owned(ctx) or not box_numel(box):
+def _place(ctx: ParallelContext) -> dict[str, int]:
+    return {name: getattr(ctx, axis).rank for name, axis in PLACES.items()}
+
+
+def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | None:
+    """The elements that this rank writes, and how many; None for none. Raises ValueError where it does not hold them."""
+    spec = portion.spec
+    if not spec.owned(ctx):
         return None
-    data = tensor.detach()
-    if spec.split is not None:
-        mine = box[spec.split.dim]
-        data = data.narrow(spec.split.dim, 0, mine.stop - mine.start)
-    return data.cpu().contiguous()
+    first, stop = portion.cut.run(logical_numel(spec, axis_of(spec, ctx)), ctx.dp_cp.rank)
+    if first >= stop:
+        return None
+    if first < portion.first or stop > portion.first + portion.count:
+        raise ValueError(
+            f"{spec.name}: this rank is to write elements {first} to {stop} and holds {portion.first} to "
+            f"{portion.first + portion.count}"
+        )
+    return Window(portion.elements, first - portion.first), stop - first
 
 
-def _describe(tensors: LocalTensors, stage: int) -> list[dict[str, Any]]:
-    """Rows of the manifest's `tensors`. Raises ValueError where two kinds disagree about a spec."""
+def _make_room(work: Path, need: int) -> None:
+    """Make the directory to write `need` bytes in. Raises CheckpointError where the disk has fewer."""
+    directory = work.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    tidy_here(directory)
+    free = shutil.disk_usage(directory).free
+    if need > free:
+        raise CheckpointError(
+            f"the checkpoint needs {need:,} bytes, and the disk of {directory} has {free:,} free; nothing was written, and older "
+            "checkpoints are as they were. Make room, lower checkpoint.keep, or set checkpoint.dir to another disk."
+        )
+    work.mkdir()
+
+
+def _settle(
+    work: Path, files: Mapping[str, PlannedFile], portions: Portions, ctx: ParallelContext, failure: BaseException | None
+) -> None:
+    """Leave for rank 0 what this rank has written, or why it has not; runs in the thread."""
+    left = work / f"rank-{ctx.world.rank:05d}"
+    try:
+        if failure is not None:
+            raise failure
+        rows = [asdict(FileRow(f.path.name, kind, _place(ctx), f.size, tuple(f.blocks))) for kind, f in files.items()]
+        row = {"files": rows, "tensors": _describe(files, portions, ctx.pp.rank)}
+        write_file(left.with_suffix(".draft"), json.dumps(row).encode())
+        left.with_suffix(".draft").replace(left.with_suffix(".json"))
+    except Exception as error:
+        with suppress(OSError):  # the one that is raised is the one to tell
+            for file in files.values():
+                file.path.unlink(missing_ok=True)  # so that there is room for a few bytes
+            left.with_suffix(".draft").write_text(f"rank {ctx.world.rank}: {error}")
+            left.with_suffix(".draft").replace(left.with_suffix(".failed"))
+        raise
+
+
+def _describe(files: Mapping[str, PlannedFile], portions: Portions, stage: int) -> list[dict[str, Any]]:
+    """Rows of the manifest's `tensors` for what this rank writes. Raises ValueError where two kinds disagree about a tensor."""
     stored: dict[str, StoredTensor] = {}
-    for kind, parts in tensors.items():
-        for name, (spec, tensor) in parts.items():
-            known = stored.get(name, StoredTensor(spec, stage, {}))
-            if known.spec != spec:
-                raise ValueError(f"{name} has the spec {spec} in {kind}, and {known.spec} in {', '.join(known.dtypes)}")
-            stored[name] = StoredTensor(spec, stage, {**known.dtypes, kind: str(tensor.dtype).removeprefix("torch.")})
+    for kind, file in files.items():
+        for name in file.runs:
+            portion = portions[kind][name]
+            dtype = str(portion.elements.dtype).removeprefix("torch.")
+            _merge(stored, StoredTensor(portion.spec, stage, {kind: dtype}, portion.cut))
     return [tensor_to_json(tensor) for tensor in stored.values()]
 
 
-def _write_shard(file: Path, kind: str, place: dict[str, int], shard: dict[str, torch.Tensor]) -> FileRow:
-    """Write one safetensors file to the disk and return its row. Raises CheckpointError that says how much room was needed."""
-    need = sum(data.nbytes for data in shard.values())
-    try:
-        save_file(shard, file)
-        _sync(file)
-        return FileRow(file.name, kind, place, file.stat().st_size, hash_file(file))
-    except Exception as error:  # safetensors reports a full disk as an error of its own, which is no OSError
-        free = shutil.disk_usage(file.parent).free
-        raise CheckpointError(
-            f"cannot write {file}: {error}. It needs {need:,} bytes, and the disk has {free:,} free. Older checkpoints are as "
-            "they were. Make room, lower checkpoint.keep, or set checkpoint.dir to another disk."
-        ) from error
+def _merge(stored: dict[str, StoredTensor], tensor: StoredTensor) -> None:
+    """Add what is known of a tensor. Raises ValueError where it was described otherwise."""
+    known = stored.setdefault(tensor.spec.name, tensor)
+    same = known._replace(dtypes={}) == tensor._replace(dtypes={})
+    if not same or any(known.dtypes.get(kind, dtype) != dtype for kind, dtype in tensor.dtypes.items()):
+        raise ValueError(
+            f"{tensor.spec.name} is stored as {tensor} and as {known}; a copy on another stage must say that it is `tied`"
+        )
+    stored[tensor.spec.name] = known._replace(dtypes={**known.dtypes, **tensor.dtypes})
 
 
-def _manifest(step: int, contributions: list[str], ctx: ParallelContext, progress: Mapping[str, Any], config: str) -> Manifest:
-    """Join what the writing ranks sent."""
-    parts = [json.loads(text) for text in contributions]
-    stored = [tensor_from_json(row) for part in parts for row in part["tensors"]]
-    tensors = {tensor.spec.name: tensor for tensor in stored}
-    if len(tensors) != len(stored):
-        raise ValueError("two pipeline stages write a tensor of the same name; a copy must say over which axis it is `tied`")
-    return Manifest(
-        step=step,
-        saved_at=time.time(),
-        progress=progress,
-        layout=layout_of(ctx),
-        files=tuple(row_from_json(row) for part in parts for row in part["files"]),
-        tensors=tensors,
-        config=config,
-        versions={name: _version(name) for name in ("megatrain", "torch", "safetensors")}
-        | {"python": platform.python_version()},
+def _publish(
+    work: Path, final: Path, contents: Contents, rows: list[dict[str, Any]], ctx: ParallelContext, block_bytes: int
+) -> None:
+    """Make the written files a checkpoint: manifest, rename, `latest`."""
+    tensors: dict[str, StoredTensor] = {}
+    for row in (row for part in rows for row in part["tensors"]):
+        _merge(tensors, tensor_from_json(row))
+    files = tuple(row_from_json(row) for part in rows for row in part["files"])
+    for file in files:
+        try:
+            check_file(work, file)
+        except DamagedCheckpointError as error:
+            raise CheckpointError(f"{error}. Another rank has just written it: do all nodes share {final.parent}?") from error
+    for left in work.glob("rank-*"):
+        left.unlink()
+    versions = {name: _version(name) for name in ("megatrain", "torch")} | {"python": platform.python_version()}
+    manifest = Manifest(
+        contents.step, time.time(), contents.progress, layout_of(ctx), files, tensors, contents.config, versions, block_bytes
     )
+    write_file(work / MANIFEST, manifest.to_bytes())
+    sync(work)
+    appear(work, final)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what a failed save has left; what cannot be removed is removed at the next start."""
+    with suppress(OSError):
+        tidy_here(directory)
 
 
 def _version(package: str) -> str:
@@ -226,101 +325,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # a source tree on the path, not installed
         return "unknown"
-
-
-def _publish(work: Path, final: Path, manifest: Manifest) -> None:
-    """Make the written files a checkpoint: manifest, rename, `latest`."""
-    for row in manifest.files:
-        try:
-            check_file(work, row)
-        except DamagedCheckpointError as error:
-            raise CheckpointError(
-                f"{error}. Another rank has just written it: do all nodes share {final.parent}? "
-                "Set checkpoint.dir to a directory that they share."
-            ) from error
-    _write_text(work / MANIFEST, manifest.to_bytes())
-    _sync(work)
-    replaced = _set_aside(final) if final.is_dir() else None
-    work.rename(final)
-    _sync(final.parent)
-    _point_latest(final)
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _set_aside(final: Path) -> Path | None:
-    """Make room for a checkpoint of the same step; return what to remove afterwards: the old one, unless it is damaged."""
-    if _latest(final.parent) == final.name:
-        (final.parent / LATEST).unlink()  # it would name nothing between the two renames
-    if _whole(final):
-        aside = final.with_name(_REPLACED + final.name)
-        final.rename(aside)
-        return aside
-    names = (f"damaged_{final.name}" + (f"_{i}" if i else "") for i in range(10**6))
-    final.rename(next(path for path in map(final.with_name, names) if not path.exists()))
-    return None
-
-
-def _whole(path: Path) -> bool:
-    """Whether names and sizes of a checkpoint are right."""
-    try:
-        for row in read_manifest(path).files:
-            check_file(path, row)
-    except DamagedCheckpointError:
-        return False
-    return True
-
-
-def _latest(directory: Path) -> str:
-    """What `latest` names; "" if there is no such file."""
-    file = directory / LATEST
-    return file.read_text(errors="replace").strip() if file.is_file() else ""
-
-
-def _point_latest(checkpoint: Path) -> None:
-    """Let `latest` name a checkpoint."""
-    draft = checkpoint.with_name(_LATEST_DRAFT)
-    _write_text(draft, f"{checkpoint.name}\n".encode())
-    draft.replace(checkpoint.with_name(LATEST))
-    _sync(checkpoint.parent)
-
-
-def _prune(directory: Path, keep: int, newest: str) -> None:
-    """Remove all but the `keep` newest checkpoints. Damaged ones are neither counted nor removed."""
-    whole = [path for path, _, reason in catalogue(directory) if not reason and path.name != newest]
-    for path in whole[keep - 1 :]:
-        doomed = path.with_name(_REMOVING + path.name)
-        path.rename(doomed)  # at once: a kill half-way through the removal must not leave a checkpoint that looks damaged
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _tidy(directory: Path) -> None:
-    """Remove or restore what crashed saves left: every name that starts with a dot and is ours."""
-    for path in list(directory.iterdir()):
-        name = re.sub(r"^\.[a-z]+_", "", path.name)
-        if path.name == _LATEST_DRAFT:
-            path.unlink()
-        elif not STEP_NAME.fullmatch(name):
-            continue
-        elif path.name == _REPLACED + name and not path.with_name(name).exists():
-            path.rename(path.with_name(name))
-            _point_latest(path.with_name(name))
-        elif path.name in (_SAVING + name, _REMOVING + name, _REPLACED + name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_text(file: Path, data: bytes) -> None:
-    """Write a small file and wait until the disk has it."""
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

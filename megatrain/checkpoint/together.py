@@ -24,11 +24,7 @@ class ContentError(CheckpointError):
     """A whole checkpoint of another model: tensors are missing, too many, or of another shape or dtype."""
 
 
-class LayoutError(CheckpointError):
-    """A whole checkpoint of this model whose optimizer state was saved under a layout that cannot be loaded here."""
-
-
-_KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, DamagedCheckpointError, ContentError, LayoutError)
+_KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, DamagedCheckpointError, ContentError)
 
 
 @contextmanager

@@ -284,11 +284,21 @@ class CheckpointConfig:
     dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.")
     save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.")
     keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.")
+    keep_every: int = knob(0, "Checkpoints of steps that are multiples of this stay as well; 0: none.")
+    asynchronous: bool = knob(
+        True, "Train on while a checkpoint is written; a step waits only for a copy of what its rank saves."
+    )
+    staging_gib: float = knob(
+        16.0, "GiB of host memory a rank may take for that copy; where it saves more, the step waits for the disk."
+    )
     resume: str = knob("auto", "auto (the newest whole checkpoint, if any), never, or the path of a checkpoint.")
     weights_only: bool = knob(
         False,
         "Start from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew. Later starts go on "
         "from checkpoints of the run itself.",
+    )
+    accept_changes: tuple[Literal["model", "tokenizer", "data"], ...] = knob(
+        (), "What may be another than when the checkpoint was saved; else such a change is refused."
     )
 
 

@@ -57,13 +57,14 @@ POSITIVE = (
     *(f"train.{name}" for name in ("batch_ramp", "skip_steps", "loss_scale", "loss_scale_window", "loss_scale_hysteresis")),
     *(f"train.{name}" for name in ("loss_scale_min", "exit_after_minutes")),
     *(f"log.{name}" for name in ("every", "peak_tflops")),
+    "checkpoint.staging_gib",
 )
 NOT_NEGATIVE = (
     "model.logit_softcap",
     "model.sparse_global_blocks",
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
     *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every", "z_loss", "loss_chunk")),
-    *(f"checkpoint.{name}" for name in ("save_every", "keep")),
+    *(f"checkpoint.{name}" for name in ("save_every", "keep", "keep_every")),
     "log.norms_every",
 )
 BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")

@@ -24,6 +24,7 @@ from megatrain.optim.adamw import adam_step
 from megatrain.optim.sgd import sgd_step
 from megatrain.parallel.flat import Held
 from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.portion import Cut, Elements, Plain, Portion, Window
 from megatrain.parallel.zero import FlatParameters
 
 StateTensors = dict[str, dict[str, tuple[ParamSpec, torch.Tensor]]]
@@ -59,6 +60,11 @@ class Masters:
         self.low = torch.zeros_like(self.weights, dtype=torch.int16) if apart and master == "split" else None
         self.masters = self.weights.to(wide) if apart and master == "fp32" else None
         self.wide = wide
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+        return self.wide if self.low is not None or self.masters is not None else self.weights.dtype
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +135,7 @@ class Optimizer:
     def tensors(self) -> StateTensors:
         """Everything a checkpoint needs: weights at master precision (frozen ones too), and the states (collective).
 
-        At ZeRO stage 0 without BF16 these are views, else copies: give them to `restore` when they have been changed.
+        For tests and comparisons: whole tensors, at ZeRO stage 0 without BF16 views, else copies. `portions` has what lies here.
         """
         everything = slice(None)
         weights = {id(held): m.read(everything) for held, m in zip(self.flat.trained, self.masters, strict=True)}
@@ -137,23 +143,31 @@ class Optimizer:
         found = {"weights": self.flat.whole(pieces, frozen=True)}
         return found | {kind: self.flat.whole(pieces) for kind, pieces in self.states.items()}
 
-    def restore(self, tensors: StateTensors) -> None:
-        """Take over the tensors of the kinds given (as `tensors` returns them), and make the parameters their rounded copy."""
-        flat, everything = self.flat, slice(None)
-        weights = tensors.get("weights")
-        if weights is not None:
-            masters = {id(held): m for held, m in zip(flat.trained, self.masters, strict=True)}
-            for held in flat.held:
-                mine = masters.get(id(held))
-                values = held.own_weights if mine is None else mine.read(everything)
-                flat.keep_own(values, held, weights)
-                if mine is not None:
-                    mine.write(everything, values)
-                flat.publish(held)
-        for kind, pieces in self.states.items():
-            for held, piece in zip(flat.trained, pieces, strict=True):
-                if kind in tensors:
-                    flat.keep_own(piece, held, tensors[kind])
+    def portions(self) -> dict[str, dict[str, Portion]]:
+        """What this rank owns of the kinds that `tensors` has, where it lies; to be followed by `refresh` when it was changed."""
+        flat = self.flat
+        trained = {id(held): index for index, held in enumerate(flat.trained)}
+        found: dict[str, dict[str, Portion]] = {kind: {} for kind in ("weights", *self.states)}
+        for held in flat.held:
+            index = trained.get(id(held))
+            elements: dict[str, Elements] = {"weights": Plain(held.own_weights)}
+            if index is not None:
+                elements = {kind: Plain(pieces[index]) for kind, pieces in self.states.items()}
+                elements["weights"] = self.masters[index]
+            bucket = held.bucket
+            starts = dict(zip(bucket.parameters, bucket.starts, strict=True))
+            for parameter, first, at, count in bucket.segments(held.own.start, held.own.stop):
+                cut = Cut(starts[parameter], bucket.shard)
+                for kind, of_bucket in elements.items():
+                    portion = Portion(parameter.spec, first, count, Window(of_bucket, at), cut)
+                    found[kind][parameter.spec.name] = portion
+        order = [p.spec.name for unit in flat.units for p in unit.parameters]
+        return {kind: {name: named[name] for name in order if name in named} for kind, named in found.items()}
+
+    def refresh(self) -> None:
+        """Let other ranks have what was written into `portions`."""
+        for held in self.flat.held:
+            self.flat.publish(held)
 
 
 def _apply(config: OptimConfig, weights: torch.Tensor, grads: torch.Tensor, states: list[torch.Tensor], update: Update) -> None:

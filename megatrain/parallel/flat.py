@@ -161,12 +161,6 @@ class FlatBuffers:
             found |= {p.spec.name: (p.spec, view) for p, view in self._views(held, everything)}
         return {p.spec.name: found[p.spec.name] for unit in self.units for p in unit.parameters if p.spec.name in found}
 
-    def keep_own(self, piece: torch.Tensor, held: Held, tensors: dict[str, tuple[ParamSpec, torch.Tensor]]) -> None:
-        """Fill what this rank owns of a bucket from whole tensors, as `whole` gives them."""
-        for parameter, first, at, count in held.bucket.segments(held.own.start, held.own.stop):
-            tensor = tensors[parameter.spec.name][1]
-            piece[at : at + count].copy_(tensor.reshape(-1)[first : first + count])
-
 
 def there(value: Any) -> Any:
     """A value that must not be None. Raises ValueError."""

@@ -31,7 +31,9 @@ from megatrain.runtime.progress import StepBar, person_watching
 if TYPE_CHECKING:
     from megatrain.runtime.tensorboard import TensorBoard
 
-EventKind = Literal["start", "resume", "save", "spike", "rollback", "skip_data", "hang", "death", "signal", "end"]
+EventKind = Literal[
+    "start", "resume", "save", "save_failed", "spike", "rollback", "skip_data", "hang", "death", "signal", "end"
+]
 
 
 @dataclass(frozen=True)

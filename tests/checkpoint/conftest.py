@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatrain.checkpoint.manifest import LocalTensor
-from megatrain.checkpoint.save import save
+from megatrain.checkpoint.load import load
+from megatrain.checkpoint.save import Contents, save
 from megatrain.parallel.param import Init, ParamSpec, Split
+from megatrain.parallel.portion import Cut, Plain, Portion
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 PADDING = 777.0
@@ -36,23 +37,46 @@ class State:
         """What a rank stores before a load: nan everywhere."""
         shapes = {spec: spec.local_shape(ctx.tp.size) for spec in self.specs}
         return {
-            kind: {spec.name: LocalTensor(spec, torch.full(shape, torch.nan, dtype=dtype)) for spec, shape in shapes.items()}
-            for kind in kinds
+            kind: {spec.name: torch.full(shape, torch.nan, dtype=dtype) for spec, shape in shapes.items()} for kind in kinds
         }
 
     def local(self, ctx, kinds=KINDS, dtype=torch.float32, padding=PADDING):
         """What a rank stores: its slice of the logical tensors, padding filled with a number that must never be seen again."""
         parts = self.empty(ctx, kinds, dtype)
         for kind, tensors in parts.items():
-            for name, (spec, tensor) in tensors.items():
-                tensor.fill_(padding)
-                mine = self.logical(kind, name, dtype)[spec.slices(ctx.tp.size, ctx.tp.rank)]
+            for spec in self.specs:
+                tensor = tensors[spec.name].fill_(padding)
+                mine = self.logical(kind, spec.name, dtype)[spec.slices(ctx.tp.size, ctx.tp.rank)]
                 tensor[tuple(slice(0, n) for n in mine.shape)] = mine
         return parts
 
-    def save(self, ctx, directory: Path, step=200, keep=0, **more):
+    def portions(self, tensors, ctx, sharded=False):
+        """The portions of such tensors: whole, or (sharded) a data rank's part of one flat row of all of them."""
+        shards = ctx.dp_cp.size
+        total = sum(t.numel() for t in tensors["weights" if "weights" in tensors else next(iter(tensors))].values())
+        shard = -(-total // shards)
+        found = {}
+        for kind, named in tensors.items():
+            found[kind], start = {}, 0
+            for spec in self.specs:
+                tensor = named[spec.name]
+                cut = Cut(start, shard)
+                first, stop = cut.run(tensor.numel(), ctx.dp_cp.rank) if sharded else (0, tensor.numel())
+                if first < stop:
+                    run = Plain(tensor.view(-1)[first:stop])
+                    found[kind][spec.name] = Portion(spec, first, stop - first, run, cut)
+                start += tensor.numel()
+        return found
+
+    def save(self, ctx, directory: Path, step=200, keep=0, sharded=False, **more):
         """Save this state."""
-        return save(directory, step, self.local(ctx, **more), ctx, {"samples": 32 * step}, "model: {}\n", keep)
+        portions = self.portions(self.local(ctx, **more), ctx, sharded)
+        return save(directory, Contents(step, {"samples": 32 * step}, "model: {}\n"), portions, ctx, keep)
+
+    def load(self, path, ctx, kinds=KINDS, dtype=torch.float32):
+        """Load into empty tensors and return them and the manifest."""
+        got = self.empty(ctx, kinds, dtype)
+        return got, load(path, self.portions(got, ctx), ctx)
 
 
 @pytest.fixture
@@ -65,9 +89,9 @@ def assert_same(got, want):
     assert got.keys() == want.keys()
     for kind in want:
         assert got[kind].keys() == want[kind].keys()
-        for name, (_, tensor) in want[kind].items():
-            assert tensor.dtype == got[kind][name].tensor.dtype
-            assert torch.equal(got[kind][name].tensor, tensor), (kind, name)
+        for name, tensor in want[kind].items():
+            assert tensor.dtype == got[kind][name].dtype
+            assert torch.equal(got[kind][name], tensor), (kind, name)
 
 
 @pytest.fixture

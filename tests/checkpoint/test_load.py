@@ -5,43 +5,86 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatrain.checkpoint.load import find, load, newest, read_weights, verify
-from megatrain.checkpoint.manifest import LocalTensor, file_name, hash_file, read_manifest
-from megatrain.checkpoint.save import save
-from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, LayoutError
+from megatrain.checkpoint.load import find, load, load_newest, newest, read_weights, verify
+from megatrain.checkpoint.manifest import file_name, read_manifest
+from megatrain.checkpoint.save import Contents, save
+from megatrain.checkpoint.tensor_file import hash_block
+from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec, Split
+from megatrain.parallel.portion import Plain, Portion, Window
 from megatrain.testing import simulate
 
 SINGLE = ParallelContext.single()
 LAYOUTS = [MeshShape(tp=tp, dp=dp) for tp in (1, 2, 4, 8) for dp in (1, 2)] + [MeshShape(tp=2, cp=2)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_a_state_comes_back_to_the_bit(tmp_path, state, same, layout):
-    def round_trip(ctx):
-        path = state.save(ctx, tmp_path)
-        got = state.empty(ctx)
-        manifest = load(path, got, ctx)
+THERE = [*LAYOUTS, MeshShape(dp=3), MeshShape(tp=4, dp=3)]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("here", LAYOUTS, ids=str)
+def test_a_state_comes_back_to_the_bit_under_any_layout(tmp_path, state, same, here, sharded):
+    path = simulate(here, lambda ctx: state.save(ctx, tmp_path, sharded=sharded))[0]
+
+    def check(ctx):
+        got, manifest = state.load(path, ctx)
         same(got, state.local(ctx, padding=0.0))
         return manifest.progress
 
-    assert simulate(layout, round_trip) == [{"samples": 6400}] * layout.world
+    for there in THERE:
+        assert simulate(there, check) == [{"samples": 6400}] * there.world
 
 
-@pytest.mark.parametrize("there", [1, 2, 4, 8, 3], ids=lambda tp: f"to{tp}")
-@pytest.mark.parametrize("here", [1, 2, 4, 8], ids=lambda tp: f"from{tp}")
-def test_weights_load_under_any_tensor_parallel_layout(tmp_path, state, same, here, there):
-    if there == 3:  # only the padded and the whole tensors can be cut in three
-        state.specs = tuple(spec for spec in state.specs if spec.split is None or spec.split.pad)
-    path = simulate(MeshShape(tp=here), state.save, tmp_path)[0]
+@pytest.mark.parametrize("there", [MeshShape(), MeshShape(dp=2), MeshShape(tp=2, dp=3), MeshShape(tp=4)], ids=str)
+def test_shards_load_into_shards(tmp_path, state, same, there):
+    path = simulate(MeshShape(tp=2, dp=2), lambda ctx: state.save(ctx, tmp_path, sharded=True))[0]
 
     def check(ctx):
-        got = state.empty(ctx, ["weights"])
-        load(path, got, ctx)
-        same(got, state.local(ctx, ["weights"], padding=0.0))
+        got, want = state.empty(ctx), state.local(ctx, padding=0.0)
+        mine = state.portions(got, ctx, sharded=True)
+        load(path, mine, ctx)
+        for kind, named in state.portions(want, ctx, sharded=True).items():
+            for name, portion in named.items():
+                assert torch.equal(mine[kind][name].elements.tensor, portion.elements.tensor), (kind, name)
+        return sum(tensor.isnan().sum() for named in got.values() for tensor in named.values())
 
-    simulate(MeshShape(tp=there, dp=2), check)
+    untouched = simulate(there, check)
+    assert (min(untouched) > 0) == (there.dp > 1)
+
+
+def test_padding_of_a_first_dim_alone_is_possible(tmp_path):
+    bad = Portion.whole(ParamSpec("w", (2, 3), Split(1, 3, pad=True)), torch.zeros(2, 3))
+    with pytest.raises(CheckpointError, match="w is padded along dim 1; only the first dim"):
+        save(tmp_path, Contents(1, {}, ""), {"weights": {"w": bad}}, SINGLE)
+
+
+def test_elements_that_are_not_views_are_written_back(tmp_path, state):
+    """As masters in halves are, which are joined to be read and cut again."""
+
+    class Halved:
+        def __init__(self, tensor):
+            self.half = tensor / 2
+            self.dtype = tensor.dtype
+
+        def read(self, part):
+            return self.half[part] * 2
+
+        def write(self, part, values):
+            self.half[part] = values / 2
+
+    spec = ParamSpec("w", (5, 3), Split(0, 5, pad=True))
+    whole = torch.arange(15.0)
+    path = save(tmp_path, Contents(1, {}, ""), {"weights": {"w": Portion.whole(spec, whole.view(5, 3))}}, SINGLE)
+
+    def check(ctx):
+        held = Halved(torch.full((10,), torch.nan))
+        mine = Portion(spec, 1, 8, Window(held, 1), Portion.whole(spec, torch.zeros(9)).cut)
+        load(path, {"weights": {"w": mine}}, ctx)
+        return (held.half * 2).tolist()
+
+    first, second = simulate(MeshShape(tp=2), check)
+    assert first[1:9] == list(range(1, 9)) and second[1:9] == [10.0, 11, 12, 13, 14, 0, 0, 0]
 
 
 def test_every_element_is_written_once(tmp_path, state):
@@ -64,45 +107,30 @@ def test_whole_weights_in_one_process(tmp_path, state, dtype):
         assert tensor.dtype == dtype and torch.equal(tensor, state.logical("weights", name, dtype))
 
 
-def test_weights_are_cast_to_the_dtype_asked_for(tmp_path, state):
+@pytest.mark.parametrize("kind", ["weights", "exp_avg"])
+def test_numbers_are_cast_to_the_dtype_asked_for(tmp_path, state, kind):
     path = state.save(SINGLE, tmp_path)
-    got = state.empty(SINGLE, ["weights"], torch.bfloat16)
-    load(path, got, SINGLE)
-    for name, part in got["weights"].items():
-        assert torch.equal(part.tensor, state.logical("weights", name).bfloat16())
+    got, _ = state.load(path, SINGLE, [kind], torch.bfloat16)
+    for name, tensor in got[kind].items():
+        assert torch.equal(tensor, state.logical(kind, name).bfloat16())
 
 
 def test_tensors_that_are_views_and_parameters_are_filled_in_place(tmp_path):
     spec = ParamSpec("w", (4, 4), Split(0, 4))
     flat = torch.nn.Parameter(torch.arange(32.0))
-    tensors = {"weights": {"w": LocalTensor(spec, flat.view(8, 4)[2:6])}}
-    path = save(tmp_path, 1, tensors, SINGLE, {}, "")
+    tensors = {"weights": {"w": Portion.whole(spec, flat.view(8, 4)[2:6])}}
+    path = save(tmp_path, Contents(1, {}, ""), tensors, SINGLE)
     want = flat.detach().clone()
     flat.data[8:24] = 0
     load(path, tensors, SINGLE)
     assert torch.equal(flat, want) and flat.grad_fn is None
 
 
-@pytest.mark.parametrize("there", [MeshShape(tp=4), MeshShape(tp=1), MeshShape(tp=2, dp=2)], ids=str)
-def test_optimizer_state_of_another_layout_is_refused(tmp_path, state, there):
-    path = simulate(MeshShape(tp=2), state.save, tmp_path)[0]
-
-    def attempt(ctx):
-        got = state.empty(ctx)
-        with pytest.raises(
-            LayoutError, match=rf"saved under tp=2, .* this run has tp={there.tp}, .*exp_avg, exp_avg_sq.*weights alone"
-        ):
-            load(path, got, ctx)
-        assert all(tensor.isnan().all() for parts in got.values() for _, tensor in parts.values())
-
-    simulate(there, attempt)
-
-
 def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path, state):
     path = state.save(SINGLE, tmp_path)
     state.specs = (ParamSpec("embedding.tokens", (13, 6), Split(0, 13, pad=True)), *state.specs[1:])
     with pytest.raises(ContentError, match=r"embedding.tokens: the checkpoint has \[11, 6\], the config gives \[13, 6\]"):
-        load(path, state.empty(SINGLE, ["weights"]), SINGLE)
+        state.load(path, SINGLE, ["weights"])
 
 
 def test_missing_and_surplus_tensors_are_named(tmp_path, state):
@@ -110,29 +138,27 @@ def test_missing_and_surplus_tensors_are_named(tmp_path, state):
     whole = state.specs
     state.specs = whole[1:]
     with pytest.raises(ContentError, match=r"has, and the config does not give, 1 of 7 tensors of weights: embedding.tokens"):
-        load(path, state.empty(SINGLE, ["weights"]), SINGLE)
+        state.load(path, SINGLE, ["weights"])
     state.specs = (*whole, ParamSpec("layers.1.mlp.up.bias", (3,)))
     with pytest.raises(ContentError, match=r"lacks 1 of 8 tensors of weights: layers.1.mlp.up.bias"):
-        load(path, state.empty(SINGLE, ["weights"]), SINGLE)
+        state.load(path, SINGLE, ["weights"])
 
 
 def test_a_kind_that_was_not_saved_is_named(tmp_path, state):
     path = state.save(SINGLE, tmp_path)
     with pytest.raises(ContentError, match=r"holds weights, exp_avg, exp_avg_sq, but no momentum.*optim.name"):
-        load(path, state.empty(SINGLE, ["weights", "momentum"]), SINGLE)
+        state.load(path, SINGLE, ["weights", "momentum"])
 
 
-def test_optimizer_state_is_not_cast(tmp_path, state):
+def test_what_does_not_fit_its_spec_is_refused(tmp_path, state):
     path = state.save(SINGLE, tmp_path)
-    with pytest.raises(ContentError, match=r"exp_avg of .*: the checkpoint has torch.float32, this run torch.bfloat16"):
-        load(path, state.empty(SINGLE, ["exp_avg"], torch.bfloat16), SINGLE)
-
-
-def test_a_tensor_that_does_not_fit_its_spec_is_refused(tmp_path, state):
-    path = state.save(SINGLE, tmp_path)
-    bad = {"weights": {"w": LocalTensor(ParamSpec("w", (4,)), torch.zeros(5))}}
-    with pytest.raises(ContentError, match=r"the rank stores \[5\], and the spec of 'w' gives \[4\]"):
-        load(path, bad, SINGLE)
+    good = Portion.whole(ParamSpec("w", (4,)), torch.zeros(4))
+    for first, name in ((1, "w"), (-1, "w"), (0, "v")):
+        bad = Portion(good.spec, first, 4, Plain(torch.zeros(4)), good.cut)
+        with pytest.raises(
+            ContentError, match=rf"{name}: the rank gives elements {first} to {first + 4}, and the slice of 'w' has 4"
+        ):
+            load(path, {"weights": {name: bad}}, SINGLE)
 
 
 def flip(file):
@@ -156,13 +182,13 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_named_on_all_ranks_and_nothing_is_filled(tmp_path, state, damage):
     path = simulate(MeshShape(tp=2), state.save, tmp_path)[0]
-    DAMAGES[damage](path / "exp_avg-tp00001-pp00000.safetensors")
+    DAMAGES[damage](path / "exp_avg-tp00001-pp00000-dp00000.safetensors")
 
     def attempt(ctx):
         got = state.empty(ctx)
-        with pytest.raises(DamagedCheckpointError, match=r"^rank 1: .*exp_avg-tp00001-pp00000\.safetensors"):
-            load(path, got, ctx)
-        assert all(tensor.isnan().all() for parts in got.values() for _, tensor in parts.values())
+        with pytest.raises(DamagedCheckpointError, match=r"^rank 1: .*exp_avg-tp00001-pp00000-dp00000\.safetensors"):
+            load(path, state.portions(got, ctx), ctx)
+        assert all(tensor.isnan().all() for named in got.values() for tensor in named.values())
 
     simulate(MeshShape(tp=2), attempt)
 
@@ -176,19 +202,46 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, state, damage):
         flip(tmp_path / "step_00000300/manifest.json")
         name = "manifest.json"
     else:
-        name = "weights-tp00001-pp00000.safetensors"
+        name = "weights-tp00001-pp00000-dp00000.safetensors"
         DAMAGES[damage](tmp_path / "step_00000300" / name)
     before = sorted((tmp_path / "step_00000300").iterdir())
 
     def search(ctx):
         told = []
-        return newest(tmp_path, ctx, lambda path, reason: told.append((path, reason))), told
+        path, manifest = load_newest(
+            tmp_path, state.portions(state.empty(ctx), ctx), ctx, lambda path, reason: told.append((path, reason))
+        )
+        assert manifest.step == 200
+        return path, told
 
     seen = simulate(layout, search)
     assert seen == [seen[0]] * 4
     path, [(damaged, reason)] = seen[0]
-    assert path == tmp_path / "step_00000200" and damaged == tmp_path / "step_00000300" and name in reason
+    assert path == newest(tmp_path) == tmp_path / "step_00000200" and damaged == tmp_path / "step_00000300" and name in reason
     assert sorted(damaged.iterdir()) == before
+
+
+def test_a_run_that_has_lost_its_past_does_not_begin_anew(tmp_path, state):
+    for step in (100, 200):
+        flip(state.save(SINGLE, tmp_path, step) / "manifest.json")
+
+    def attempt(ctx):
+        with pytest.raises(
+            CheckpointError, match=r"none of the 2 checkpoints .* is whole \(the newest: step_00000200: .*manifest"
+        ):
+            load_newest(tmp_path, state.portions(state.empty(ctx), ctx), ctx)
+
+    simulate(2, attempt)
+
+
+def test_a_checkpoint_that_is_not_accepted_is_not_passed_over(tmp_path, state):
+    state.save(SINGLE, tmp_path)
+
+    def refuse(path, manifest):
+        raise ContentError(f"{manifest.step} is not mine")
+
+    with pytest.raises(ContentError, match="200 is not mine"):
+        load_newest(tmp_path, state.portions(state.empty(SINGLE), SINGLE), SINGLE, accept=refuse)
 
 
 def test_no_checkpoint_is_none(tmp_path, state):
@@ -200,7 +253,7 @@ def test_no_checkpoint_is_none(tmp_path, state):
     told = []
     assert newest(tmp_path, on_damaged=lambda path, reason: told.append(path.name)) is None
     assert told == ["step_00000100"]
-    assert simulate(2, lambda ctx: newest(tmp_path, ctx)) == [None, None]
+    assert load_newest(tmp_path / "nowhere", {}, SINGLE) is None
 
 
 def test_newest_means_saved_last_and_not_largest_step(tmp_path, state):
@@ -224,7 +277,7 @@ def test_verify_deals_files_out_and_misses_none(tmp_path, state):
 @pytest.mark.parametrize("lie", ["shape", "dtype", "name"])
 def test_a_shard_with_other_contents_than_the_manifest_says_is_refused(tmp_path, state, lie):
     path = state.save(SINGLE, tmp_path)
-    file = path / file_name("weights", {"tp": 0, "pp": 0})
+    file = path / file_name("weights", {"tp": 0, "pp": 0, "dp": 0})
     held = load_file(file)
     tensor = held.pop("embedding.tokens")
     if lie == "shape":
@@ -236,12 +289,13 @@ def test_a_shard_with_other_contents_than_the_manifest_says_is_refused(tmp_path,
     save_file(held, file)
     manifest = read_manifest(path)
     files = tuple(
-        replace(r, bytes=file.stat().st_size, blocks=hash_file(file)) if r.name == file.name else r for r in manifest.files
+        replace(r, bytes=file.stat().st_size, blocks=(hash_block(file.read_bytes()),)) if r.name == file.name else r
+        for r in manifest.files
     )
     (path / "manifest.json").write_bytes(replace(manifest, files=files).to_bytes())
     verify(path)
     with pytest.raises(DamagedCheckpointError, match=r"weights-.*embedding.tokens"):
-        load(path, state.empty(SINGLE, ["weights"]), SINGLE)
+        state.load(path, SINGLE, ["weights"])
 
 
 def test_a_person_may_name_a_run_a_folder_or_a_step(tmp_path, state):

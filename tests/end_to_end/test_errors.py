@@ -57,15 +57,16 @@ WRONG = {
     "damaged checkpoints": (["checkpoint.dir=DAMAGED"], "checkpoint.resume=never"),
 }
 ON_TWO_RANKS = {
-    "optimizer state of another layout": (
-        ["checkpoint.resume=SAVED", "parallel.tensor_parallel_size=2"],
-        "checkpoint.weights_only=true",
-    ),
+    "another model": (["checkpoint.resume=SAVED", "model.norm_eps=1e-3"], "checkpoint.accept_changes=[model]"),
+    "another order of the data": (["checkpoint.resume=SAVED", "train.seed=99"], "checkpoint.accept_changes=[data]"),
     "NCCL on CPUs": (["parallel.backend=nccl"], "parallel.backend=nccl needs"),
 }
 ON_ONE_RANK = {
     "optimizer of another kind": (["checkpoint.resume=SAVED", "optim.name=sgd"], "optim.name"),
-    "another precision": (["checkpoint.resume=SAVED", "train.precision=fp64"], "train.precision"),
+    "another tokenizer": (
+        ["checkpoint.resume=SAVED", "data.tokenizer=bytes", "model.vocab_size=261"],
+        "accept_changes=[tokenizer]",
+    ),
 }
 
 

@@ -69,7 +69,7 @@ def test_files_of_a_run(house, tmp_path):
     assert [event["event"] for event in jobs.events(run)] == ["start", "save", "save", "save", "end"]
     assert [event["step"] for event in jobs.events(run)] == [0, 3, 6, 8, 8]
     checkpoints = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert checkpoints == ["latest", "step_00000006", "step_00000008"]
+    assert checkpoints == [".lock", "latest", "step_00000006", "step_00000008"]
     assert (run / "checkpoints/latest").read_text() == "step_00000008\n"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     (file,) = (run / "tensorboard").iterdir()

@@ -1,0 +1,189 @@
+"""safetensors files, read through a memory map and written in blocks, with the checksum of each block.
+
+The format is that of the safetensors library (https://github.com/huggingface/safetensors), which reads what is written here: eight
+bytes of header length, a JSON header, the data. The library writes and reads whole tensors; a checkpoint wants to hash every block of
+64 MiB as it is written, and to read (and verify) of a file of many gigabytes only the blocks that a rank needs.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+from megatrain.checkpoint.together import DamagedCheckpointError
+
+BLOCK_BYTES = 64 * 2**20
+"""Files are hashed in blocks of this many bytes, so that a reader can verify only what it reads."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""The format's names of dtypes."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000
+"""Bytes; the library's own limit."""
+_HASHERS = 2
+"""Threads that verify blocks at a time."""
+
+
+class Entry(NamedTuple):
+    """One tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Byte of the file at which it begins."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def header_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry], int]:
+    """Header of a file of tensors (name, dtype, shape), where each lies, and the bytes of the whole file.
+
+    Wide dtypes come first, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
+    rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in ordered:
+        start, end = end, end + prod(shape) * dtype.itemsize
+        rows[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(rows, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    entries = {name: Entry(dtype, shape, data + rows[name]["data_offsets"][0]) for name, dtype, shape in ordered}
+    return len(text).to_bytes(8, "little") + text, entries, data + end
+
+
+def hash_block(data: Any) -> str:
+    """XXH3-128 of a block, 32 hex digits."""
+    return str(xxhash.xxh3_128_hexdigest(data))
+
+
+class TensorFile:
+    """A safetensors file under a memory map. Raises DamagedCheckpointError, which names it, for whatever is wrong with it."""
+
+    def __init__(self, path: Path, size: int | None = None, blocks: Sequence[str] = (), block_bytes: int = BLOCK_BYTES) -> None:
+        """size, blocks: the bytes that it must have, and the checksum of each block, where these are known."""
+        self.path, self.blocks, self.block_bytes = path, blocks, block_bytes
+        self.size = check_plain(path, size)
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # never written: torch wants it writable
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+        self._verified: set[int] = set()
+        if blocks:
+            self.verify([(0, min(8, self.size))])
+        length = int.from_bytes(self._map[:8], "little")
+        if self.size < 8 or length > min(self.size - 8, _LONGEST_HEADER):
+            raise DamagedCheckpointError(f"{path}: its header claims {length} bytes, and the file has {self.size}")
+        if blocks:
+            self.verify([(0, 8 + length)])
+        try:
+            self.entries = _entries(self._map[8 : 8 + length], 8 + length, self.size)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise DamagedCheckpointError(f"{path}: its header cannot be used: {error}") from error
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.entries = {}  # the map goes with the last tensor that looks at it
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, not copied; not verified either. Not to be written to."""
+        entry = self.entries[name]
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.start % entry.dtype.itemsize:  # files of other programs may be so
+            return torch.frombuffer(bytearray(self._map[entry.start : entry.start + entry.nbytes]), dtype=entry.dtype).view(
+                entry.shape
+            )
+        flat = torch.frombuffer(self._map, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start)
+        return flat.view(entry.shape)
+
+    def verify(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Compare the checksums of the blocks that hold these ranges of bytes, each block once."""
+        wanted = {index for start, end in ranges for index in range(start // self.block_bytes, -(-end // self.block_bytes))}
+        new = sorted(wanted - self._verified)
+        view = memoryview(self._map)
+        pieces = [view[i * self.block_bytes : min((i + 1) * self.block_bytes, self.size)] for i in new]
+        if len(pieces) > 1:
+            with ThreadPoolExecutor(_HASHERS) as pool:
+                found = list(pool.map(hash_block, pieces))
+        else:
+            found = [hash_block(piece) for piece in pieces]
+        for index, have in zip(new, found, strict=True):
+            if have != self.blocks[index]:
+                start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
+                raise DamagedCheckpointError(
+                    f"{self.path} is damaged between bytes {start} and {end}: its XXH3-128 is {have}, "
+                    f"and the manifest says {self.blocks[index]}"
+                )
+        self._verified |= wanted
+
+    def verify_all(self) -> None:
+        """Compare the checksum of every block."""
+        self.verify([(0, self.size)])
+
+
+def check_plain(file: Path, size: int | None = None) -> int:
+    """The size of a file in bytes. Raises DamagedCheckpointError unless it is a plain file (no link) of the size that is expected."""
+    try:
+        found = file.lstat()
+    except OSError as error:
+        raise DamagedCheckpointError(f"{file} is missing: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise DamagedCheckpointError(f"{file} is a link or no plain file; a checkpoint holds its files itself")
+    if size is not None and found.st_size != size:
+        raise DamagedCheckpointError(f"{file} has {found.st_size} bytes, and the manifest says {size}")
+    return found.st_size
+
+
+def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
+    """The tensors of a header. Raises ValueError, TypeError or KeyError where it contradicts itself or the file's size."""
+    rows = json.loads(text, object_pairs_hook=unique_keys)
+    rows.pop("__metadata__", None)
+    entries: dict[str, Entry] = {}
+    for name, row in rows.items():
+        start, end = row["data_offsets"]
+        shape = tuple(row["shape"])
+        if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+            raise ValueError(f"{name!r} has sizes that are no sizes")
+        entry = Entry(DTYPES[row["dtype"]], shape, data + start)
+        if end - start != entry.nbytes or data + end > size:
+            raise ValueError(f"{name!r} claims bytes {start} to {end} for the shape {list(shape)} in a file of {size}")
+        entries[name] = entry
+    return entries
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    """A JSON object; a key that appears twice is an error, since readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"a key appears twice among {[key for key, _ in pairs][:8]}")
+    return found

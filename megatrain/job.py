@@ -1,0 +1,30 @@
+"""A run in a process: what the training program holds besides the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatrain.checkpoint.directory import Claim
+from megatrain.runtime.distributed import Session
+from megatrain.training import Run
+
+
+@dataclass(kw_only=True)
+class Job(Run):
+    """A run, and the process that it lives in."""
+
+    session: Session
+    config_text: str
+    """The resolved config with the origin of each value."""
+    claim: Claim = field(default_factory=lambda: Claim(None))
+    """Of the directory of its checkpoints."""
+    resumed_from: Path | None = None
+    changes: list[str] = field(default_factory=list)
+    """What in the config is not as it was when the checkpoint was saved."""
+
+    def close(self) -> None:
+        """Give back what the job holds of the machine."""
+        self.claim.release()
+        self.loader.close()
+        self.session.close()

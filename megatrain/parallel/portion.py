@@ -1,0 +1,129 @@
+"""What one rank holds of a logical tensor: a run of elements of its slice, wherever these lie in memory.
+
+    logical tensor --(ParamSpec: tensor parallelism)--> a rank's slice --(Cut: flat buffers, ZeRO)--> a run of its elements
+
+A slice is counted row by row; padding lies behind the logical elements, since only the first dim of a tensor is ever padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple, Protocol
+
+import torch
+
+from megatrain.parallel.mesh import Axis, ParallelContext
+from megatrain.parallel.param import ParamSpec
+
+
+class Elements(Protocol):
+    """Numbers behind one another that can be read and written in parts."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `read` gives."""
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Elements [n], a view of them where there is one; to be changed in place and given to `write`."""
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Let what `read` gave, changed, be the elements."""
+
+
+class Plain(NamedTuple):
+    """The elements of a tensor [n]."""
+
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return self.tensor.dtype
+
+    def read(self, part: slice) -> torch.Tensor:
+        """A view."""
+        return self.tensor[part]
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Nothing to do: `values` is a view."""
+
+
+class Window(NamedTuple):
+    """Elements from place `start` of others on."""
+
+    elements: Elements
+    start: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the others."""
+        return self.elements.dtype
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Elements [n]."""
+        return self.elements.read(self._there(part))
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Let what `read` gave, changed, be the elements."""
+        self.elements.write(self._there(part), values)
+
+    def _there(self, part: slice) -> slice:
+        return slice(self.start + part.start, self.start + part.stop)
+
+
+class Cut(NamedTuple):
+    """How the ranks of the data axis share the elements of one slice: those that lie in a row of shards from `start` on."""
+
+    start: int
+    """Place of the slice's first element in the row of shards (in its bucket, parallel/buckets.py)."""
+    shard: int
+    """Elements of a shard; data rank r has the r-th."""
+
+    def run(self, numel: int, place: int) -> tuple[int, int]:
+        """Half-open range of a slice's `numel` elements that lies in shard `place`; empty where stop <= start."""
+        first = max(place * self.shard - self.start, 0)
+        return first, max(first, min((place + 1) * self.shard - self.start, numel))
+
+    def places(self, first: int, stop: int) -> range:
+        """Shards that the elements first .. stop - 1 lie in."""
+        return (
+            range((self.start + first) // self.shard, (self.start + stop - 1) // self.shard + 1) if stop > first else range(0)
+        )
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Elements first .. first + count - 1 of this rank's slice of a logical tensor, padding included."""
+
+    spec: ParamSpec
+    first: int
+    count: int
+    elements: Elements
+    """`count` of them."""
+    cut: Cut
+    """Who of the data ranks writes which of them to a checkpoint."""
+
+    @classmethod
+    def whole(cls, spec: ParamSpec, tensor: torch.Tensor) -> Portion:
+        """All of a rank's slice, a contiguous tensor of shape `spec.local_shape(axis size)`, written by the first data rank."""
+        flat = tensor.detach().view(-1)
+        return cls(spec, 0, flat.numel(), Plain(flat), Cut(0, max(1, flat.numel())))
+
+
+Portions = Mapping[str, Mapping[str, Portion]]
+"""Kind of numbers ("weights", "exp_avg", ...) -> logical name -> what this rank holds."""
+
+
+def axis_of(spec: ParamSpec, ctx: ParallelContext) -> Axis:
+    """The axis that a logical tensor is split over; tp for one that is not."""
+    found: Axis = ctx.tp if spec.split is None else getattr(ctx, spec.split.axis)
+    return found
+
+
+def logical_numel(spec: ParamSpec, axis: Axis) -> int:
+    """Elements of this rank's slice without padding. Raises ValueError where padding does not lie behind them."""
+    if spec.split is not None and spec.split.pad and spec.split.dim != 0:
+        raise ValueError(f"{spec.name} is padded along dim {spec.split.dim}; only the first dim of a tensor can be")
+    return prod(s.stop - s.start for s in spec.slices(axis.size, axis.rank))

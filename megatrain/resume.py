@@ -1,0 +1,150 @@
+"""Going on from a checkpoint: which one, whether it is of this run, and what of the config has changed since.
+
+A run goes on from the newest checkpoint of its directory that is whole. Layout, schedule, batch and optimizer settings may be others
+than they were; another model, tokenizer or training text is refused unless checkpoint.accept_changes names it, since a loss curve
+that changes its subject half-way looks like any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from megatrain.checkpoint.load import load, load_newest
+from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
+from megatrain.checkpoint.together import ContentError, together
+from megatrain.config.schema import Config
+from megatrain.job import Job
+from megatrain.training import Run
+
+_LOOKED_AT = 2**20
+"""Bytes of a token store's index that tell it from others."""
+_SUBJECTS = ("model", "tokenizer", "data")
+"""What must not change unasked."""
+_NO_MATTER = {"model.init_from", "model.preset", "data.tokenizer", "data.train", "data.valid", "data.cache_dir"}
+"""Keys of these subjects that say where something is, or how a run that is new begins; contents are compared by themselves."""
+
+
+def progress_of(run: Run) -> dict[str, Any]:
+    """The run's own state in a checkpoint."""
+    config = run.config
+    return {
+        "samples": run.consumed_samples,
+        "step": run.step,
+        "tokens": run.consumed_samples * config.model.seq_length,
+        "updates": int(run.optimizer.updates.item()),
+        "loss_scale": run.loss_scale.state(),
+        "identity": identity_of(config),
+    }
+
+
+def identity_of(config: Config) -> dict[str, Any]:
+    """What the training text and the tokenizer are, wherever their files lie."""
+    tokenizer = config.data.tokenizer
+    return {
+        "data": [[_store_identity(Path(corpus.path)), corpus.weight] for corpus in config.data.train],
+        "tokenizer": _file_identity(Path(tokenizer)) if tokenizer not in (None, "bytes") else tokenizer,
+    }
+
+
+def _store_identity(prefix: Path) -> str:
+    """Of a token store: its sizes and the beginning of its index."""
+    index, tokens = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
+    with index.open("rb") as file:
+        return f"{index.stat().st_size}-{tokens.stat().st_size}-{xxhash.xxh3_128_hexdigest(file.read(_LOOKED_AT))}"
+
+
+def _file_identity(path: Path) -> str:
+    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
+
+
+def resume(job: Job) -> None:
+    """Bring a run to where the checkpoint that `checkpoint.resume` means has left it, if there is one (collective).
+
+    With checkpoint.weights_only, a run that has no checkpoint of its own yet starts from the weights at that path.
+    """
+    checkpoint = job.config.checkpoint
+    if checkpoint.resume == "never":
+        return
+    portions, ctx = job.optimizer.portions(), job.ctx
+
+    def accept(path: Path, manifest: Manifest) -> None:
+        _require_same_subject(path, manifest, job.config)
+
+    if checkpoint.resume == "auto" or checkpoint.weights_only:
+        found = load_newest(Path(job.config.checkpoint_dir), portions, ctx, lambda path, why: _tell(job, path, why), accept)
+        if found is not None:
+            _go_on(job, *found)
+            return
+    if checkpoint.resume == "auto":
+        return
+    path = Path(checkpoint.resume)
+    if checkpoint.weights_only:
+        load(path, {WEIGHTS: portions[WEIGHTS]}, ctx)
+        job.optimizer.refresh()
+        job.resumed_from = path
+        return
+    with together(ctx):
+        accept(path, read_manifest(path))
+    _go_on(job, path, load(path, portions, ctx))
+
+
+def _tell(job: Job, path: Path, reason: str) -> None:
+    if job.session.rank == 0:
+        print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
+    """Take over what a loaded checkpoint says of the run."""
+    progress = manifest.progress
+    job.changes = [f"{key}: {was} -> {now}" for key, was, now in changes(manifest, job.config)]
+    job.optimizer.refresh()
+    job.consumed_samples, job.step = progress["samples"], progress["step"]
+    job.optimizer.updates.fill_(progress["updates"])
+    job.loss_scale.restore(progress.get("loss_scale", job.loss_scale.state()))
+    job.resumed_from = path
+
+
+def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of the config that are not as they were when a checkpoint was saved, with the value then and now."""
+    was = yaml.safe_load(manifest.config)
+    was = was if isinstance(was, dict) else {}
+    now = yaml.safe_load(yaml.safe_dump(_plain(asdict(config))))
+    for section, values in now.items():
+        before = was.get(section) or {}
+        for key, value in values.items():
+            if key not in before or _plain(before[key]) != value:
+                yield f"{section}.{key}", before.get(key, "not there"), value
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _require_same_subject(path: Path, manifest: Manifest, config: Config) -> None:
+    """Raise ContentError where model, tokenizer or training text are others than they were, and nobody has asked for that."""
+    accepted = set(config.checkpoint.accept_changes)
+    was, now = manifest.progress.get("identity", {}), identity_of(config)
+    different = {
+        subject: f"{was[subject]} -> {now[subject]}" for subject in now if subject in was and was[subject] != now[subject]
+    }
+    for key, before, after in changes(manifest, config):
+        section = key.partition(".")[0]
+        if (section in _SUBJECTS and key not in _NO_MATTER) or key == "train.seed":
+            subject = "data" if key == "train.seed" else section
+            different[subject] = f"{key}: {before} -> {after}"
+    for subject, what in different.items():
+        if subject not in accepted:
+            raise ContentError(
+                f"{path} is of another {subject} than this config: {what}. Use the same, or another checkpoint.dir to begin anew; to "
+                f"go on with the change, checkpoint.accept_changes=[{', '.join(sorted(accepted | {subject}))}]."
+            )

@@ -1,0 +1,178 @@
+"""What is written about a run while it goes on: log lines, events, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from megatrain.checkpoint.save import Contents, Saver
+from megatrain.evaluate import evaluate
+from megatrain.job import Job
+from megatrain.optim.clip import part_norms
+from megatrain.parallel.buckets import traffic
+from megatrain.resume import progress_of
+from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
+from megatrain.runtime.metrics import EvaluationRow, RunLog, StepRow, peak_memory_bytes
+from megatrain.training import DTYPES, Run, StepReport
+
+PREEMPTED = "preempted"
+"""File in log.dir that says: stopped early, with a checkpoint; start me again."""
+
+
+class Watch:
+    """What is written about a run while it goes on; every rank has one, and rank 0's speaks."""
+
+    def __init__(self, job: Job, log: RunLog) -> None:
+        self.job, self.log, self.config = job, log, job.config
+        checkpoint = self.config.checkpoint
+        self.saver = Saver(
+            Path(self.config.checkpoint_dir),
+            job.ctx,
+            keep=checkpoint.keep,
+            keep_every=checkpoint.keep_every,
+            staging_bytes=int(checkpoint.staging_gib * 2**30),
+            on_saved=self._saved,
+            on_failed=self._save_failed,
+        )
+        model, vocab_size = self.config.model, job.chunks[0].vocab_size
+        self.speed = Speed(
+            model_flops_per_token(model, vocab_size),
+            hardware_flops_per_token(model, vocab_size, self.config.train.recompute),
+            job.session.world.size,
+            peak_flops(job.session.device, DTYPES[self.config.train.precision], self.config.log.peak_tflops),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens consumed so far by the whole job."""
+        return self.job.consumed_samples * self.config.model.seq_length
+
+    def start(self) -> None:
+        """Say what begins, and where it comes from."""
+        job, config = self.job, self.config
+        size = parameter_count(config.model, job.chunks[0].vocab_size)
+        ctx = job.ctx
+        parallel = config.parallel
+        sequence = " + sequence parallel" if parallel.sequence_parallel else ""
+        chunks = f" x {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size > 1 else ""
+        zero = f" (zero {parallel.zero_stage})" if ctx.dp.size > 1 else ""
+        layout = f"tp {ctx.tp.size}{sequence}, pp {ctx.pp.size}{chunks} ({parallel.schedule}), dp {ctx.dp.size}{zero}"
+        self.log.say(self.job.session.describe())
+        self.log.say(
+            f"model: {size:,} parameters | layout: {layout} | precision {config.train.precision} | "
+            f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
+        )
+        for note in self._notes():
+            self.log.say(note)
+        if self.job.resumed_from is not None:
+            self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
+        for change in job.changes:
+            self.log.say(f"changed since then: {change}")
+        self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
+        if job.step >= job.budget.steps:
+            tokens, steps = config.train.tokens, job.budget.steps
+            which, key = (
+                (f"train.steps={steps}", "steps") if tokens is None else (f"{steps} (train.tokens={tokens:g})", "tokens")
+            )
+            self.log.say(f"nothing to do: step {job.step} of {which} is done. Raise train.{key} to go on.")
+
+    def _notes(self) -> list[str]:
+        """What is legal and wasteful in this layout, with the figure."""
+        config, flat, replicas = self.config, self.job.flat, self.job.ctx.dp_cp.size
+        asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
+        if replicas == 1:
+            return [f"parallel.zero_stage={asked} changes nothing: there is one replica"] if asked > 1 else []
+        micro_batches //= self.job.ctx.dp.size
+        elements = sum(held.bucket.size for held in flat.trained)
+
+        def moved(stage: int) -> int:
+            sizes = flat.dtype.itemsize, flat.wide.itemsize
+            return traffic(elements, replicas, stage, micro_batches, *sizes)
+
+        if asked < 2 or moved(asked) <= moved(1):
+            return []
+        return [
+            f"parallel.zero_stage={asked} with {micro_batches} micro-batches on a rank moves {moved(asked) / 1e6:,.1f} MB a step over "
+            f"the data axis, {moved(asked) / moved(1):.1f}x of stage 1: fewer and larger micro-batches (train.micro_batch_size) move less"
+        ]
+
+    def step(self, report: StepReport, seconds: float) -> None:
+        """Write one step's row."""
+        tokens_per_second = report.samples * self.config.model.seq_length / seconds
+        scale = float(self.job.loss_scale.scale) if self.job.loss_scale.dynamic else None
+        if report.overflow and scale is not None:
+            self.log.say(f"step {report.step} overflowed and changed nothing; the loss scale is {scale:g} now")
+        self.log.step(
+            StepRow(
+                step=report.step,
+                loss=report.loss,
+                token_accuracy=report.accuracy,
+                grad_norm=report.grad_norm,
+                learning_rate=report.learning_rate,
+                tokens=self.tokens,
+                tokens_per_second=tokens_per_second,
+                step_seconds=seconds,
+                tflops_per_device=self.speed.tflops_per_device(tokens_per_second),
+                mfu=self.speed.mfu(tokens_per_second),
+                hfu=self.speed.hfu(tokens_per_second),
+                memory_peak_bytes=peak_memory_bytes(self.job.session.device),
+                skipped=report.skipped,
+                loss_scale=scale,
+            )
+        )
+
+    def norms(self, run: Run) -> None:
+        """Write the norms of gradients and weights of each part (collective)."""
+        self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
+
+    def evaluate(self) -> None:
+        """Evaluate, write the row and redraw the picture."""
+        began = time.perf_counter()
+        result = evaluate(self.job, self.config.train.eval_batches)
+        seconds = time.perf_counter() - began
+        losses = {name: of.loss for name, of in result.sets.items() if name}
+        self.log.evaluation(
+            EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds, losses)
+        )
+        self.log.draw()
+
+    def save(self, *, wait: bool) -> None:
+        """Save a checkpoint; with `wait`, until it is on the disk, else until it is copied."""
+        job = self.job
+        contents = Contents(job.step, progress_of(job), job.config_text)
+        self.saver.save(contents, job.optimizer.portions(), wait=wait or not self.config.checkpoint.asynchronous)
+
+    def _saved(self, path: Path, step: int, seconds: float) -> None:
+        self.log.event("save", step, path=str(path), seconds=round(seconds, 3))
+
+    def _save_failed(self, step: int, message: str) -> None:
+        self.log.event("save_failed", step, message=message)
+        self.log.say(f"the checkpoint of step {step} could not be saved: {message}")
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.saver.close()
+
+    def guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
+        """Record what ended the run; called from a thread of the guard, on any rank."""
+        self.log.event(kind, self.job.step, rank=rank, message=message)
+
+    def stopped(self) -> None:
+        """Say that the run was told to stop and is saved, and leave the marker that launch scripts look for."""
+        if self.job.session.rank == 0:
+            Path(self.config.log.dir, PREEMPTED).touch()
+        self._event("signal")
+        self.log.say(f"stopped at step {self.job.step} with a checkpoint saved; the same command goes on from there")
+
+    def finished(self) -> None:
+        """Last picture and event."""
+        self.log.draw()
+        self._event("end")
+
+    def _event(self, kind: Any, **fields: Any) -> None:
+        if self.job.session.rank == 0:
+            self.log.event(kind, self.job.step, **fields)

@@ -1,0 +1,107 @@
+"""Files are those of the safetensors library, and nothing that one claims is believed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatrain.checkpoint.tensor_file import DTYPES, TensorFile, hash_block, header_of
+from megatrain.checkpoint.together import DamagedCheckpointError
+from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
+from megatrain.parallel.portion import Plain
+
+FLOATS = (torch.bfloat16, torch.float64, torch.float16, torch.float32)
+
+
+def tensors():
+    torch.manual_seed(0)
+    named = {f"t{i}": torch.randn(3 + i).to(dtype) for i, dtype in enumerate(FLOATS)}
+    return {**named, "nothing": torch.empty(0), "bytes": torch.arange(5, dtype=torch.uint8), "é": torch.ones(1)}
+
+
+@pytest.mark.parametrize("block_bytes", [8, 64, 2**20])
+def test_the_library_reads_what_is_written_here(tmp_path, block_bytes):
+    named = tensors()
+    writer = Writer(Staging(0, torch.device("cpu"), block_bytes))
+    file = PlannedFile(tmp_path / "x.safetensors", {n: (Plain(t), t.numel()) for n, t in named.items()})
+    writer.write(file)
+    writer.close()
+    got = load_file(file.path)
+    assert got.keys() == named.keys() and all(torch.equal(got[n], t) for n, t in named.items())
+    data = file.path.read_bytes()
+    assert len(data) == file.size
+    assert file.blocks == [hash_block(data[i : i + block_bytes]) for i in range(0, len(data), block_bytes)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+def test_what_the_library_writes_is_read_here(tmp_path, dtype):
+    want = {"a.b": torch.randn(3, 4).to(dtype), "scalar": torch.tensor(1).to(dtype), "empty": torch.empty(2, 0, dtype=dtype)}
+    save_file(want, tmp_path / "x.safetensors", {"format": "pt", "more": "text"})
+    with TensorFile(tmp_path / "x.safetensors") as file:
+        assert file.entries.keys() == want.keys()
+        for name, tensor in want.items():
+            got = file.tensor(name)
+            assert got.dtype == dtype and got.shape == tensor.shape
+            assert torch.equal(got.contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+
+
+def test_a_tensor_that_is_not_aligned_is_read(tmp_path):
+    rows = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+    }
+    write(tmp_path / "x.safetensors", rows, b"\7" + torch.tensor([1.5, -2.0]).numpy().tobytes())
+    assert TensorFile(tmp_path / "x.safetensors").tensor("b").tolist() == [1.5, -2.0]
+
+
+def write(path, rows, data=bytes(64), length=None):
+    text = rows if isinstance(rows, bytes) else json.dumps(rows).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+
+
+def row(**changes):
+    return {"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16], **changes}}
+
+
+BAD = {
+    "a header longer than the file": (row(), {"length": 10**6}),
+    "a header of 2**63 bytes": (row(), {"length": 2**63}),
+    "no JSON": (b"{", {}),
+    "a list": ([], {}),
+    "a name twice": (b'{"w": {}, "w": {}}', {}),
+    "no dtype": ({"w": {"shape": [4], "data_offsets": [0, 16]}}, {}),
+    "an unknown dtype": (row(dtype="F31"), {}),
+    "an absurd shape": (row(shape=[2**62, 2**62]), {}),
+    "a negative shape": (row(shape=[-4]), {}),
+    "a shape of text": (row(shape=["4"]), {}),
+    "bytes that do not fit the shape": (row(data_offsets=[0, 12]), {}),
+    "bytes behind the end": (row(data_offsets=[64, 80]), {}),
+    "bytes before the start": (row(data_offsets=[-16, 0]), {}),
+    "three offsets": (row(data_offsets=[0, 8, 16]), {}),
+    "deep nesting": (b"[" * 10**5, {}),
+    "a row that is no row": ({"w": 5}, {}),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_is_refused(tmp_path, case):
+    rows, more = BAD[case]
+    write(tmp_path / "x.safetensors", rows, **more)
+    with pytest.raises(DamagedCheckpointError, match=r"x\.safetensors: its header"):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_a_file_too_short_for_a_header_is_refused(tmp_path, size):
+    (tmp_path / "x.safetensors").write_bytes(bytes(size))
+    with pytest.raises(DamagedCheckpointError, match=r"x\.safetensors"):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_the_header_is_verified_before_it_is_believed(tmp_path):
+    header, _, size = header_of([("w", torch.float32, (4,))])
+    data = header + bytes(16)
+    (tmp_path / "x.safetensors").write_bytes(data.replace(b"F32", b"I32"))
+    with pytest.raises(DamagedCheckpointError, match="is damaged between bytes 0 and"):
+        TensorFile(tmp_path / "x.safetensors", size, [hash_block(data)])
