@@ -3,6 +3,7 @@
     run = megatrain.build("config.yaml")       # or a Config, or a plain tree
     megatrain.train_step(run)                  # one update at a time, or
     megatrain.train(run)                       # the whole loop
+    model = megatrain.load("runs/demo")        # a plain module from a checkpoint or a Hugging Face directory
 
 The names are imported when they are first used, so that `import megatrain` is cheap.
 """
@@ -12,13 +13,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "train", "train_step"]
+__all__ = ["build", "load", "train", "train_step"]
 
 if TYPE_CHECKING:
+    from megatrain.plain import load
     from megatrain.program import build, train
     from megatrain.training import train_step
 
-_HOMES = {"build": "megatrain.program", "train": "megatrain.program", "train_step": "megatrain.training"}
+_HOMES = {
+    "build": "megatrain.program",
+    "load": "megatrain.plain",
+    "train": "megatrain.program",
+    "train_step": "megatrain.training",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import validate
 from megatrain.data.loader import Loader
+from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, require_schedule, vocabulary
@@ -173,7 +174,7 @@ def _report(run: Run, seconds: Sequence[float], phases: dict[str, float], sessio
 def main(path: str, overrides: Sequence[str], steps: int, warmup: int, profile: str | None) -> int:
     """`megatrain bench`: rank 0 prints the line. Returns 0. Raises ConfigError, LaunchError or TransportError."""
     tune_allocator()
-    config = load(path, overrides).config
+    config = load(path, overrides, shapes_of).config
     session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
     try:
         report = bench(session, config, steps, warmup, None if profile is None else Path(profile))

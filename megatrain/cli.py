@@ -7,14 +7,16 @@ use; 75 stopped early with a checkpoint saved: a scheduler should start the run 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import megatrain
+from megatrain.arguments import positive, probability, temperature
 
+_CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 LATER = {
@@ -24,9 +26,6 @@ LATER = {
     "data filter": "keep documents by quality",
     "data prepare": "all stages from one config",
     "ngram": "Kneser-Ney n-gram models",
-    "import": "Hugging Face directories in",
-    "export": "Hugging Face directories out",
-    "checkpoint": "what is in a checkpoint, is it whole",
     "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
     "quantize": "INT8 and INT4 weights",
@@ -128,8 +127,6 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from megatrain.plan.timeline import main as plan
 
     png = None if arguments.timeline is None else Path(arguments.timeline)
@@ -137,8 +134,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from megatrain.verify import main as verify
 
     return verify(
@@ -163,6 +158,36 @@ def _eval(arguments: argparse.Namespace) -> int:
     from megatrain.eval_checkpoint import main as evaluate
 
     return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megatrain.exchange import import_hf
+
+    return import_hf(arguments.source, arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megatrain.exchange import export_hf
+
+    return export_hf(arguments.checkpoint, arguments.out, arguments.like, arguments.dtype)
+
+
+def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
+    from megatrain.exchange import inspect
+
+    return inspect(arguments.checkpoint, arguments.json)
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from megatrain.exchange import verify_all
+
+    return verify_all(arguments.checkpoint)
+
+
+def _checkpoint_convert(arguments: argparse.Namespace) -> int:
+    from megatrain.exchange import convert
+
+    return convert(arguments.checkpoint, arguments.out, arguments.weights_only, arguments.dtype)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
@@ -231,6 +256,7 @@ def _parser() -> _Parser:
     _add_verify(verbs)
     _add_bench(verbs)
     _add_eval(verbs)
+    _add_exchange(verbs)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
@@ -267,20 +293,20 @@ def _add_train(verbs: _Verbs) -> None:
 def _add_generate(verbs: _Verbs) -> None:
     example = 'megatrain generate runs/demo/checkpoints --prompt "def main" --max-tokens 100 --temperature 0.8'
     parser = _add_verb(verbs, "generate", _generate, "continue a text with a trained model", example)
-    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or the directory of a run's checkpoints (the newest)")
+    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
     parser.add_argument(
         "overrides", metavar="parallel.key=value", nargs="*", help="the layout, under torchrun (default: one process)"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    parser.add_argument("--max-tokens", type=_positive, default=64, metavar="N", help="tokens to add (default 64)")
+    parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default 64)")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the samples (default 1234)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or `bytes` (default: the one of the run)")
     how = parser.add_argument_group("how the next token is chosen")
     how.add_argument("--greedy", action="store_true", help="the most probable one; goes with none of the following")
-    how.add_argument("--temperature", type=_temperature, metavar="T", help="divides the logits before sampling (default 1.0)")
-    how.add_argument("--top-k", type=_positive, metavar="K", help="sample among the K most probable (default: all)")
+    how.add_argument("--temperature", type=temperature, metavar="T", help="divides the logits before sampling (default 1.0)")
+    how.add_argument("--top-k", type=positive, metavar="K", help="sample among the K most probable (default: all)")
     how.add_argument(
-        "--top-p", type=_probability, metavar="P", help="sample among the fewest that together have P (default: all)"
+        "--top-p", type=probability, metavar="P", help="sample among the fewest that together have P (default: all)"
     )
 
 
@@ -289,7 +315,7 @@ def _add_plan(verbs: _Verbs) -> None:
     what = "what a step of a run will look like: its pipeline's timeline and idle shares; starts nothing"
     parser = _add_verb(verbs, "plan", _plan, what, example)
     _add_config(parser)
-    parser.add_argument("--devices", type=_positive, metavar="N", help="how many there are (default: those of one replica)")
+    parser.add_argument("--devices", type=positive, metavar="N", help="how many there are (default: those of one replica)")
     parser.add_argument("--timeline", metavar="PNG", help="draw the timeline there")
 
 
@@ -304,7 +330,7 @@ def _add_verify(verbs: _Verbs) -> None:
     parser.add_argument(
         "--layouts", default="all", metavar="all|LIST", help="every legal one on 1, 2, 4 and 8 ranks, or names joined by commas"
     )
-    parser.add_argument("--steps", type=_positive, default=5, metavar="K", help="steps of each layout (default 5)")
+    parser.add_argument("--steps", type=positive, default=5, metavar="K", help="steps of each layout (default 5)")
     parser.add_argument(
         "--precision", choices=("fp64", "fp32", "bf16"), default="fp64", help="fp64 finds faults, the others show their noise"
     )
@@ -321,8 +347,8 @@ def _add_bench(verbs: _Verbs) -> None:
     what = "train on random tokens and print tokens per second, MFU, memory and phases as one line of JSON"
     parser = _add_verb(verbs, "bench", _bench, what, example)
     _add_config(parser, "the run; no data is needed, but model.vocab_size or a tokenizer")
-    parser.add_argument("--steps", type=_positive, default=10, metavar="N", help="steps to time (default 10)")
-    parser.add_argument("--warmup", type=_positive, default=3, metavar="N", help="steps before (default 3)")
+    parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps to time (default 10)")
+    parser.add_argument("--warmup", type=positive, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--profile", metavar="JSON", help="write a Chrome trace of two more steps there")
 
 
@@ -330,7 +356,7 @@ def _add_eval(verbs: _Verbs) -> None:
     example = "megatrain eval runs/demo/checkpoints data.valid='{web: data/web, code: data/code}'"
     what = "print loss, perplexity, bits per byte and token accuracy of a checkpoint on held-out text, set by set"
     parser = _add_verb(verbs, "eval", _eval, what, example)
-    parser.add_argument("checkpoint", metavar="CKPT", help="a checkpoint, or the directory of a run's checkpoints (the newest)")
+    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
     parser.add_argument(
         "overrides",
         metavar="section.key=value",
@@ -340,11 +366,46 @@ def _add_eval(verbs: _Verbs) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 
+def _add_exchange(verbs: _Verbs) -> None:
+    """Verbs about directories of weights: import, export, checkpoint inspect / verify / convert."""
+    what = "make a checkpoint of a Hugging Face directory (training may start from that as it is: model.init_from)"
+    parser = _add_verb(verbs, "import", _import, what, "megatrain import ~/models/qwen3-0.6b runs/qwen3")
+    parser.add_argument("source", metavar="HF_DIR", type=Path, help="it holds config.json and safetensors files")
+    parser.add_argument("out", metavar="OUT", type=Path, help="run directory; the checkpoint is OUT/checkpoints/step_00000000")
+    what = "make a Hugging Face directory of a checkpoint"
+    parser = _add_verb(verbs, "export", _export, what, "megatrain export runs/demo/checkpoints ~/models/demo --dtype bfloat16")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help=_CHECKPOINT)
+    parser.add_argument("out", metavar="HF_DIR", type=Path, help="a directory that is empty or not there yet")
+    parser.add_argument("--like", metavar="DIR", type=Path, help="take config.json and tokenizer files from there")
+    _add_dtype(parser)
+    what = "what is in a checkpoint, is it whole"
+    checkpoint = verbs.add_parser("checkpoint", help=what, description=what, example="megatrain checkpoint verify runs/demo")
+    stages = checkpoint.add_subparsers(metavar="WHAT", required=True, parser_class=_Parser)
+    inspect = _add_verb(stages, "inspect", _checkpoint_inspect, "print what is in it", "megatrain checkpoint inspect runs/demo")
+    inspect.add_argument("--json", action="store_true", help="as one JSON object")
+    verify = _add_verb(stages, "verify", _checkpoint_verify, "check every byte", "megatrain checkpoint verify runs/demo")
+    what, example = (
+        "write it again, one file a kind",
+        "megatrain checkpoint convert runs/demo out --weights-only --dtype bfloat16",
+    )
+    convert = _add_verb(stages, "convert", _checkpoint_convert, what, example)
+    for stage in (inspect, verify, convert):
+        stage.add_argument("checkpoint", metavar="CKPT", type=Path, help=_CHECKPOINT)
+    convert.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints to write it in")
+    convert.add_argument("--weights-only", action="store_true", help="leave the optimizer's states out")
+    _add_dtype(convert)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    names = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtype", choices=names, help="of the weights (default: as they are stored)")
+
+
 def _add_data_tokenizer(stages: _Verbs) -> None:
     example = "megatrain data tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer.json"
     parser = _add_verb(stages, "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on text", example)
     _add_input(parser)
-    parser.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="entries, special tokens included")
+    parser.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
     parser.add_argument("--output", required=True, metavar="TOKENIZER.json", help="the file to write")
 
 
@@ -356,7 +417,7 @@ def _add_data_tokenize(stages: _Verbs) -> None:
     _add_input(parser)
     parser.add_argument("--tokenizer", required=True, metavar="bytes|TOKENIZER.json", help="`bytes`, or a file of `tokenizers`")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the two files to write")
-    parser.add_argument("--workers", type=_positive, default=1, metavar="N", help="processes; any number writes the same bytes")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes; any number writes the same bytes")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
 
 
@@ -371,30 +432,3 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
     )
-
-
-def _positive(text: str) -> int:
-    """An integer of 1 or more."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _temperature(text: str) -> float:
-    """A number above 0."""
-    return _number(text, lambda number: 0 < number < math.inf, "a number above 0; for the most probable token use --greedy")
-
-
-def _probability(text: str) -> float:
-    """A number in (0, 1]."""
-    return _number(text, lambda number: 0 < number <= 1, "a probability above 0 and at most 1")
-
-
-def _number(text: str, holds: Callable[[float], bool], what: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not holds(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number

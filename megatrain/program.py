@@ -25,6 +25,7 @@ from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
 from megatrain.data.loader import HeldOut, Loader, build_held_out, build_samples
 from megatrain.data.tokenizer import load_tokenizer
+from megatrain.init_from import shapes_of
 from megatrain.job import Job
 from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
@@ -46,7 +47,7 @@ def build(
 
     Raises ConfigError, LaunchError, TransportError, TokenStoreError or CheckpointError, on every rank at once.
     """
-    loaded = load(config, overrides) if isinstance(config, (str, Path)) else Loaded(from_dict(config), {})
+    loaded = load(config, overrides, shapes_of) if isinstance(config, (str, Path)) else Loaded(from_dict(config, shapes_of), {})
     config, text = loaded.config, dump(loaded.config, loaded.origins)
     session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
     try:

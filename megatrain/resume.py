@@ -16,10 +16,12 @@ from typing import Any
 import xxhash
 import yaml
 
+from megatrain.checkpoint.hf_files import is_hf
 from megatrain.checkpoint.load import load, load_newest
-from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
+from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import ContentError, together
 from megatrain.config.schema import Config
+from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.training import Run
 
@@ -67,27 +69,34 @@ def _file_identity(path: Path) -> str:
 def resume(job: Job) -> None:
     """Bring a run to where the checkpoint that `checkpoint.resume` means has left it, if there is one (collective).
 
-    With checkpoint.weights_only, a run that has no checkpoint of its own yet starts from the weights at that path.
+    A run that has no checkpoint of its own yet starts from the weights at that path with checkpoint.weights_only, or where the path
+    is a directory of Hugging Face, or else from those of model.init_from, if it is given.
     """
+    checkpoint, init_from = job.config.checkpoint, job.config.model.init_from
+    if checkpoint.resume != "never":
+        _resume(job)
+    if job.resumed_from is None and init_from is not None:
+        start_from(job, Path(init_from))
+
+
+def _resume(job: Job) -> None:
     checkpoint = job.config.checkpoint
-    if checkpoint.resume == "never":
-        return
     portions, ctx = job.optimizer.portions(), job.ctx
 
     def accept(path: Path, manifest: Manifest) -> None:
         _require_same_subject(path, manifest, job.config)
 
-    if checkpoint.resume == "auto" or checkpoint.weights_only:
+    path = Path(checkpoint.resume)
+    weights_only = checkpoint.weights_only or is_hf(path)
+    if checkpoint.resume == "auto" or weights_only:
         found = load_newest(Path(job.config.checkpoint_dir), portions, ctx, lambda path, why: _tell(job, path, why), accept)
         if found is not None:
             _go_on(job, *found)
             return
     if checkpoint.resume == "auto":
         return
-    path = Path(checkpoint.resume)
-    if checkpoint.weights_only:
-        load(path, {WEIGHTS: portions[WEIGHTS]}, ctx)
-        job.optimizer.refresh()
+    if weights_only:
+        start_from(job, path)
         job.resumed_from = path
         return
     with together(ctx):

@@ -26,6 +26,7 @@ from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
+from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import require_schedule, vocabulary
 from megatrain.runtime.flops import parameter_count
@@ -243,7 +244,7 @@ def row_of(config: Config, steps: int, precision: Precision, layout: tuple[Layou
 
 def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
     """The config of a file, with the size of its vocabulary, in one process and small if asked for. Raises ConfigError."""
-    config = load(path, overrides).config
+    config = load(path, overrides, shapes_of).config
     config = replace(config, model=replace(config.model, vocab_size=vocabulary(config)))
     if shrink:
         config = shrunk(config)

@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -6,6 +8,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before megatrain's kernels are imported
 
 import pytest
+
+# `python -m pytest` puts the checkout first on the path, where its folder kernels/ would hide a package that transformers looks for.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parents[1]]
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = {"__init__", "buckets", "collectives", "consensus", "flat", "mesh", "param", "rng", "schedules", "simulator"}
-SUPPORT |= {"transport", "vocabulary", "weights"}
+SUPPORT |= {"portion", "transport", "vocabulary", "weights"}
 """Files of parallel/ that are no dimension of parallelism (and `transport_*`): dimensions may import them."""
 
 

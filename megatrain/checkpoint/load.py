@@ -34,7 +34,7 @@ from megatrain.checkpoint.tensor_file import TensorFile
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.parallel.consensus import broadcast_text, gather_texts
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.portion import Portion, Portions, axis_of, logical_numel
+from megatrain.parallel.portion import Cut, Plain, Portion, Portions, axis_of, logical_numel
 
 OnDamaged = Callable[[Path, str], None]
 """Told of a damaged checkpoint that was passed over: its path, and what is wrong with it. Called on every rank."""
@@ -208,6 +208,31 @@ def read_weights(path: Path, *, check: bool = True) -> dict[str, torch.Tensor]:
     wanted = {name: Portion.whole(manifest.tensors[name].spec, tensor) for name, tensor in tensors.items()}
     load(path, {WEIGHTS: wanted}, ParallelContext.single(), check=check)
     return tensors
+
+
+class StoredElements:
+    """All elements of one kind of a logical tensor of a checkpoint, read when they are asked for. For one process."""
+
+    def __init__(self, path: Path, manifest: Manifest, kind: str, name: str) -> None:
+        self._path, self._manifest, self._kind, self._name = path, manifest, kind, name
+        self.dtype = dtype_of(manifest.tensors[name].dtypes[kind])
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Elements [n]; a copy."""
+        values = torch.empty(part.stop - part.start, dtype=self.dtype)
+        spec = self._manifest.tensors[self._name].spec
+        portion = Portion(spec, part.start, values.numel(), Plain(values), Cut(0, max(1, spec.numel)))
+        target = _target(self._manifest, self._kind, self._name, portion, ParallelContext.single())
+        with ExitStack() as opened:
+            rows = {source.row.name: source.row for source in target.sources}.values()
+            files = {row.name: opened.enter_context(open_file(self._path, row, self._manifest.block_bytes)) for row in rows}
+            _check_entries(files, [target])
+            _fill(target, files)
+        return values
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Not to be done. Raises CheckpointError."""
+        raise CheckpointError(f"{self._path} is only read")
 
 
 def _check_kinds(manifest: Manifest, portions: Portions) -> None:

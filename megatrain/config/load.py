@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
@@ -29,6 +29,9 @@ from megatrain.config.schema import Config, CorpusConfig, Document
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
 
 __all__ = ["ConfigError", "Loaded", "dump", "from_dict", "knobs", "load", "type_name"]
+
+Shapes = Callable[[str], Mapping[str, Any]]
+"""Value of model.init_from -> the keys of `model` that come with it."""
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -69,24 +72,29 @@ def knobs() -> Iterator[Knob]:
             yield Knob(section, item.name, kind, getattr(defaults, item.name), item.metadata["doc"])
 
 
-def load(path: str | FilePath, overrides: Iterable[str] = ()) -> Loaded:
-    """The config of a YAML file, changed by `section.key=value` overrides. Raises ConfigError."""
+def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | None = None) -> Loaded:
+    """The config of a YAML file, changed by `section.key=value` overrides. Raises ConfigError.
+
+    shapes: reads the keys of `model` that come with model.init_from, which this room cannot.
+    """
     tree = read_file(path)
     _normalize_sections(tree)
     _apply_overrides(tree, overrides)
     _apply_preset(tree)
+    _apply_shapes(tree, shapes)
     config = _build(tree)
     origins = {knob.key: tree.places.get((knob.section, knob.name), DEFAULT) for knob in knobs()}
     return Loaded(config, origins)
 
 
-def from_dict(tree: Config | Document) -> Config:
+def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
     """The config of a tree {section: {key: value}}, or of a Config made by hand, checked like a file. Raises ConfigError."""
     if isinstance(tree, Config):
         tree = dataclasses.asdict(tree)
     source = Tree(tree)
     _normalize_sections(source)
     _apply_preset(source)
+    _apply_shapes(source, shapes)
     return _build(source)
 
 
@@ -216,6 +224,18 @@ def _apply_preset(tree: Tree) -> None:
         if key not in model:
             model[key] = value
             tree.places["model", key] = f"preset {name}"
+
+
+def _apply_shapes(tree: Tree, shapes: Shapes | None) -> None:
+    """Put the keys that come with model.init_from where the config has none of its own."""
+    model = tree.root.setdefault("model", {})
+    path = model.get("init_from")
+    if shapes is None or not isinstance(path, str):
+        return
+    for key, value in shapes(path).items():
+        if key not in model:
+            model[key] = value
+            tree.places["model", key] = f"init_from {path}"
 
 
 # --- values -------------------------------------------------------------------------------------------------------------------

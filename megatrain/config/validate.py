@@ -27,7 +27,6 @@ class Deferred:
 
 DEFERRED = (
     Deferred("model.family", ("gpt",), "GLM comes in a later release"),
-    Deferred("model.init_from", (None,), "starting from given weights comes in a later release"),
     Deferred("model.norm_placement", ("pre", "post", "sandwich"), "DeepNorm comes in a later release"),
     Deferred("model.position", ("learned", "rope", "alibi", "none"), "positions in two dimensions come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
@@ -69,7 +68,15 @@ NOT_NEGATIVE = (
 )
 BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
 """In [0, 1)."""
-NOT_EMPTY = ("data.tokenizer", "data.cache_dir", "checkpoint.dir", "checkpoint.resume", "log.dir", "train.exit_file")
+NOT_EMPTY = (
+    "model.init_from",
+    "data.tokenizer",
+    "data.cache_dir",
+    "checkpoint.dir",
+    "checkpoint.resume",
+    "log.dir",
+    "train.exit_file",
+)
 
 
 def validate(config: Config, world_size: int) -> None:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import validate
+from megatrain.init_from import shapes_of
 from megatrain.parallel.schedules import Kind
 from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
 from megatrain.program import require_schedule, vocabulary
@@ -155,7 +156,7 @@ def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | N
 
     devices: how many there are; None: as many as one replica needs.
     """
-    config = load(path, overrides).config
+    config = load(path, overrides, shapes_of).config
     p = config.parallel
     replica = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
     timeline = plan_timeline(config, devices or replica)

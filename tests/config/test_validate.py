@@ -283,7 +283,6 @@ def test_every_number_of_the_schema_has_a_bound():
 
 LATER = [
     ("model.family", "glm", "GLM comes in a later release"),
-    ("model.init_from", "DIR", "starting from given weights"),
     ("model.norm_placement", "deepnorm", "DeepNorm"),
     *(("model.position", value, "positions in two dimensions") for value in ("learned_2d", "rope_2d")),
     ("parallel.context_parallel_size", 2, "context parallelism"),

@@ -1,0 +1,211 @@
+"""`megatrain import`, `export` and `checkpoint`: what is in a directory of weights, and from one form into another.
+
+Tensors are read where they are needed and not before, so that a model larger than memory passes through.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatrain.checkpoint import boxes
+from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
+from megatrain.checkpoint.hf_files import (
+    COMPANION_FOLDER,
+    Weights,
+    check,
+    export,
+    is_hf,
+    keep_companions,
+    model_keys,
+    read_config,
+)
+from megatrain.checkpoint.load import StoredElements, find, verify
+from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_manifest
+from megatrain.checkpoint.save import Contents, Saver
+from megatrain.checkpoint.together import CheckpointError
+from megatrain.config.load import dump, from_dict
+from megatrain.models.gpt import build_gpt
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.portion import Cut, Elements, Portion
+
+SINGLE = ParallelContext.single()
+
+
+class HFElements:
+    """The elements of a logical tensor in a file of Hugging Face, as they are."""
+
+    def __init__(self, weights: Weights, part: Part, shape: tuple[int, ...]) -> None:
+        self._weights, self._part, self._shape = weights, part, shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored tensor."""
+        return self._weights.tensor(self._part.stored).dtype
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Elements [n]."""
+        stored = self._weights.tensor(self._part.stored)
+        return torch.cat([self._part.read(stored, box).reshape(-1) for box in boxes.of_run(self._shape, part.start, part.stop)])
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Not to be done. Raises CheckpointError."""
+        raise CheckpointError("a directory of Hugging Face is only read")
+
+
+class Cast:
+    """Elements in another dtype."""
+
+    def __init__(self, elements: Elements, dtype: torch.dtype) -> None:
+        self._elements, self.dtype = elements, dtype
+
+    def read(self, part: slice) -> torch.Tensor:
+        """Elements [n]."""
+        return self._elements.read(part).to(self.dtype)
+
+    def write(self, part: slice, values: torch.Tensor) -> None:
+        """Not to be done. Raises CheckpointError."""
+        raise CheckpointError("elements that are cast are only read")
+
+
+class WholeTensors(Mapping[str, torch.Tensor]):
+    """The weights of a checkpoint by logical name, each read when it is asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self._path, self._manifest = path, manifest
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [name for name, tensor in self._manifest.tensors.items() if WEIGHTS in tensor.dtypes]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        spec = self._manifest.tensors[name].spec
+        return StoredElements(self._path, self._manifest, WEIGHTS, name).read(slice(0, spec.numel)).view(spec.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _portion(spec: ParamSpec, elements: Elements) -> Portion:
+    return Portion(spec, 0, spec.numel, elements, Cut(0, max(1, spec.numel)))
+
+
+def _write(out: Path, contents: Contents, portions: Mapping[str, Mapping[str, Portion]]) -> Path:
+    """One checkpoint, written a block at a time."""
+    saver = Saver(out, SINGLE, staging_bytes=1)
+    try:
+        return saver.save(contents, portions)
+    finally:
+        saver.close()
+
+
+def import_hf(source: Path, out: Path) -> int:
+    """`megatrain import HF_DIR OUT`."""
+    if not is_hf(source):
+        raise CheckpointError(f"{source} has no config.json: it is not a directory of Hugging Face")
+    config = from_dict({"model": {**model_keys(source), "init_from": str(source)}, "log": {"dir": str(out)}})
+    model, vocab_size = config.model, config.model.vocab_size or 0
+    with torch.device("meta"):
+        ctx = ParallelContext.single("meta")
+        gpt = build_gpt(
+            model, vocab_size, ctx, [range(model.num_layers)], [0], sequence_parallel=False, dtype=torch.float32, seed=0
+        )[0]
+    specs = {p.spec.name: p.spec for p in gpt.logical_parameters()}
+    family = FAMILIES[read_config(source)["model_type"]]
+    weights = Weights(source, family)
+    parts = parts_of(family, {name: spec.shape for name, spec in specs.items()}, model)
+    check(weights, parts, tied=model.tied_embeddings)
+    portions = {name: _portion(spec, HFElements(weights, parts[name], spec.shape)) for name, spec in specs.items()}
+    progress = {"samples": 0, "step": 0, "tokens": 0, "updates": 0}
+    path = _write(out / "checkpoints", Contents(0, progress, dump(config)), {WEIGHTS: portions})
+    keep_companions(source, out / "checkpoints")
+    print(f"{path}: {sum(spec.numel for spec in specs.values()):,} parameters from {source}")  # noqa: T201
+    return 0
+
+
+def export_hf(checkpoint: Path, out: Path, like: Path | None, dtype: str | None) -> int:
+    """`megatrain export CKPT HF_DIR`."""
+    path = find(checkpoint)
+    manifest = read_manifest(path)
+    config = from_dict(yaml.safe_load(manifest.config))
+    stored = manifest.tensors.get("embedding.tokens")
+    if stored is None:
+        raise CheckpointError(f"{path} has no embedding.tokens: it is not a language model's")
+    companions = path.parent / COMPANION_FOLDER
+    like = like or (companions if is_hf(companions) else None)
+    verify(path)
+    weights = WholeTensors(path, manifest)
+    kind = export(out, config.model, stored.spec.shape[0], weights, like=like, dtype=None if dtype is None else dtype_of(dtype))
+    print(f"{out}: {kind}, from {path}")  # noqa: T201
+    return 0
+
+
+def inspect(checkpoint: Path, as_json: bool) -> int:
+    """`megatrain checkpoint inspect`."""
+    path = find(checkpoint)
+    manifest = read_manifest(path)
+    numel = sum(tensor.spec.numel for tensor in manifest.tensors.values())
+    said: dict[str, Any] = {
+        "path": str(path),
+        "step": manifest.step,
+        "progress": {key: value for key, value in manifest.progress.items() if key != "identity"},
+        "layout": {axis: getattr(manifest.layout, axis) for axis in ("tp", "cp", "dp", "pp", "ep")},
+        "tensors": len(manifest.tensors),
+        "parameters": numel,
+        "kinds": {
+            kind: sorted({t.dtypes[kind] for t in manifest.tensors.values() if kind in t.dtypes}) for kind in manifest.kinds
+        },
+        "files": len(manifest.files),
+        "bytes": sum(row.bytes for row in manifest.files),
+        "versions": dict(manifest.versions),
+    }
+    print(json.dumps(said) if as_json else "\n".join(f"{key:12} {value}" for key, value in said.items()))  # noqa: T201
+    return 0
+
+
+def verify_all(checkpoint: Path) -> int:
+    """`megatrain checkpoint verify`: every byte of one checkpoint, or of all in a directory."""
+    path = Path(checkpoint)
+    found = (
+        [path]
+        if (path / "manifest.json").exists()
+        else sorted(p for d in (path, path / "checkpoints") for p in d.glob("step_*"))
+    )
+    if not found:
+        raise CheckpointError(f"{path} holds no checkpoint")
+    damaged = 0
+    for each in found:
+        try:
+            verify(each)
+            print(f"{each}: whole")  # noqa: T201
+        except CheckpointError as error:
+            damaged += 1
+            print(f"{each}: DAMAGED: {error}")  # noqa: T201
+    return 1 if damaged else 0
+
+
+def convert(checkpoint: Path, out: Path, weights_only: bool, dtype: str | None) -> int:
+    """`megatrain checkpoint convert`: the same numbers in one file a kind, perhaps the weights alone or in another dtype."""
+    path = find(checkpoint)
+    manifest = read_manifest(path)
+    verify(path)
+    portions: dict[str, dict[str, Portion]] = {}
+    for name, tensor in manifest.tensors.items():
+        for kind in tensor.dtypes:
+            if kind == WEIGHTS or not weights_only:
+                stored: Elements = StoredElements(path, manifest, kind, name)
+                elements = Cast(stored, dtype_of(dtype)) if dtype is not None and kind == WEIGHTS else stored
+                portions.setdefault(kind, {})[name] = _portion(tensor.spec, elements)
+    made = _write(out, Contents(manifest.step, manifest.progress, manifest.config), portions)
+    print(f"{made}: {', '.join(portions)} from {path}")  # noqa: T201
+    return 0
