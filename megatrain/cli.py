@@ -144,6 +144,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.processes,
         arguments.shrink,
+        arguments.resume,
         None if arguments.json is None else Path(arguments.json),
     )
 
@@ -336,6 +337,9 @@ def _add_verify(verbs: _Verbs) -> None:
     )
     parser.add_argument("--processes", action="store_true", help="run every layout on gloo processes, not on simulated ranks")
     parser.add_argument("--shrink", action="store_true", help="verify a small model of the same structure")
+    parser.add_argument(
+        "--resume", action="store_true", help="save and resume every run half-way, also from and to one process"
+    )
     parser.add_argument("--json", metavar="OUT", help="write every row there")
 
 

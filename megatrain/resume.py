@@ -42,8 +42,23 @@ def progress_of(run: Run) -> dict[str, Any]:
         "tokens": run.consumed_samples * config.model.seq_length,
         "updates": int(run.optimizer.updates.item()),
         "loss_scale": run.loss_scale.state(),
-        "identity": identity_of(config),
     }
+
+
+def restore(run: Run, path: Path) -> Manifest:
+    """Bring a run to where the checkpoint at `path` has left off (collective). Raises CheckpointError on every rank."""
+    manifest = load(path, run.optimizer.portions(), run.ctx)
+    take_over(run, manifest)
+    return manifest
+
+
+def take_over(run: Run, manifest: Manifest) -> None:
+    """Go on from a checkpoint whose tensors the optimizer's portions hold (collective)."""
+    progress = manifest.progress
+    run.optimizer.refresh()
+    run.consumed_samples, run.step = progress["samples"], progress["step"]
+    run.optimizer.updates.fill_(progress["updates"])
+    run.loss_scale.restore(progress.get("loss_scale", run.loss_scale.state()))
 
 
 def identity_of(config: Config) -> dict[str, Any]:
@@ -111,12 +126,8 @@ def _tell(job: Job, path: Path, reason: str) -> None:
 
 def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     """Take over what a loaded checkpoint says of the run."""
-    progress = manifest.progress
     job.changes = [f"{key}: {was} -> {now}" for key, was, now in changes(manifest, job.config)]
-    job.optimizer.refresh()
-    job.consumed_samples, job.step = progress["samples"], progress["step"]
-    job.optimizer.updates.fill_(progress["updates"])
-    job.loss_scale.restore(progress.get("loss_scale", job.loss_scale.state()))
+    take_over(job, manifest)
     job.resumed_from = path
 
 

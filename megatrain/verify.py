@@ -34,6 +34,7 @@ from megatrain.runtime.progress import person_watching
 from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.agree import Trace, agree, agree_in_bf16
 from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
+from megatrain.testing.resumed import Resumption, half_of
 from megatrain.testing.trace import ANY_DATA, round_weights, trace_run
 from megatrain.testing.worker import end_with_parent
 
@@ -66,12 +67,13 @@ class Row:
 class Verifier:
     """Runs layouts of one config and holds them against the single process."""
 
-    def __init__(self, config: Config, steps: int, precision: Precision) -> None:
-        """Train the reference. config: as the user gave it, its layout aside."""
+    def __init__(self, config: Config, steps: int, precision: Precision, resume: bool = False) -> None:
+        """Train the reference. config: as the user gave it, its layout aside; resume: interrupt every run half-way."""
         optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
         self.config = Layout().apply(replace(config, optim=optim, train=train))
         self.steps, self.precision = steps, precision
+        self._resume = Resumption(self.config, steps, precision) if resume else None
         self._alone = [self._reference(seed) for seed in range(SEEDS)] if precision == "bf16" else []
         self._reference_trace = None if self._alone else trace_run(ParallelContext.single(), self.config, steps)
 
@@ -89,9 +91,11 @@ class Verifier:
         config = layout.apply(self.config)
         if processes:
             config = _fewer_micro_batches(config, layout)
+        if self._resume is not None:
+            return self._resume.check(layout, config, partial(self._run, layout, processes=processes), self._reference_trace)
         if self._reference_trace is None:
             return self._check_bf16(layout, config, processes)
-        traces = self._run(layout, config, self.steps, processes)
+        traces = self._run(layout, lean_trace, config, self.steps, processes=processes)
         largest: dict[str, float] = {}
         for trace in (trace for trace in traces if trace.weights):
             for kind, value in agree(self._reference_trace, trace, optimizer=config.optim.name).items():
@@ -99,20 +103,23 @@ class Verifier:
         _same_on_all_ranks(traces)
         return largest
 
-    def _run(self, layout: Layout, config: Config, steps: int, processes: bool) -> list[Trace]:
+    def _run(self, layout: Layout, work: Callable[..., Trace], *given: Any, processes: bool) -> list[Trace]:
         run = spawn if processes else simulate
-        return run(layout.shape, lean_trace, config, steps, timeout_seconds=SECONDS)
+        return run(layout.shape, work, *given, timeout_seconds=SECONDS)
 
     def _check_bf16(self, layout: Layout, config: Config, processes: bool) -> dict[str, float]:
         others = []
         for seed in range(SEEDS):
-            traces = self._run(layout, self._seeded(config, seed), 1, processes)
+            traces = self._run(layout, lean_trace, self._seeded(config, seed), 1, processes=processes)
             _same_on_all_ranks(traces)
             others.append(traces[0])
         agree_in_bf16([exact for exact, _ in self._alone], [alone for _, alone in self._alone], others)
         if layout.master == "split":
             whole = replace(layout, master="fp32")
-            ours, theirs = (self._run(way, way.apply(self.config), self.steps, processes)[0] for way in (layout, whole))
+            ours, theirs = (
+                self._run(way, lean_trace, way.apply(self.config), self.steps, processes=processes)[0]
+                for way in (layout, whole)
+            )
             if (ours.losses, ours.grad_norms) != (theirs.losses, theirs.grad_norms):
                 raise Disagreement(
                     f"optim.master=split gives the losses {ours.losses}, and optim.master=fp32 {theirs.losses}: not the same bits"
@@ -191,15 +198,17 @@ def verify(
     steps: int = 5,
     precision: Precision = "fp64",
     processes: bool = False,
+    resume: bool = False,
     tell: Callable[[Row, int, int], None] = lambda row, done, total: None,
 ) -> list[Row]:
     """Train `config` under many layouts and compare each with one process; one row a layout, in the order in which they ran.
 
-    layouts: `all`, or names joined by commas. tell: called with every row, how many are done, and of how many.
+    layouts: `all`, or names joined by commas. resume: every run is saved and gone on with half-way, under its own layout to the bit,
+    and between it and one process. tell: called with every row, how many are done, and of how many.
     Raises ConfigError for a layout that the config cannot have.
     """
     planned, _ = plan_rows(config, layouts, precision, processes)
-    check = partial(row_of, config, steps, precision)
+    check = partial(row_of, config, steps, precision, resume)
     rows: list[Row] = []
     with ExitStack() as stack:
         results: Iterable[Row] = map(check, planned)
@@ -221,14 +230,14 @@ def _end_with(parent: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _verifier(config: Config, steps: int, precision: Precision) -> Verifier:
-    return Verifier(config, steps, precision)
+def _verifier(config: Config, steps: int, precision: Precision, resume: bool) -> Verifier:
+    return Verifier(config, steps, precision, resume)
 
 
-def row_of(config: Config, steps: int, precision: Precision, layout: tuple[Layout, bool]) -> Row:
+def row_of(config: Config, steps: int, precision: Precision, resume: bool, layout: tuple[Layout, bool]) -> Row:
     """Check one (layout, on processes)."""
     row = Row(str(layout[0]), "processes" if layout[1] else "threads", 0.0)
-    verifier, began = _verifier(config, steps, precision), time.monotonic()
+    verifier, began = _verifier(config, steps, precision, resume), time.monotonic()
     try:
         row.deviations = verifier.check(*layout)
     except Disagreement as error:
@@ -262,22 +271,29 @@ def main(
     precision: Precision,
     processes: bool,
     shrink: bool,
+    resume: bool,
     report: Path | None,
 ) -> int:
     """`megatrain verify`: exit code 0 where every layout agrees, 1 otherwise."""
     config = prepared(path, overrides, shrink)
+    if resume and steps < 2:
+        raise ConfigError(f"--resume interrupts a run half-way, and --steps {steps} has no half. Use --steps 2 or more.")
     planned, left_out = plan_rows(config, layouts, precision, processes)
     size = parameter_count(config.model, config.model.vocab_size or 0)
     print(
         f"{len(planned)} layouts, {steps} steps each in {precision}, of {size:,} parameters "
         f"({sum(not on for _, on in planned)} on simulated ranks, {sum(on for _, on in planned)} on processes)"
     )
+    if resume:
+        print(
+            f"each is saved after {half_of(steps)} steps and gone on with by a new run: under its own layout, and to and from one process"
+        )
     if size > LARGE:
         print("this is a large model for so many runs on one machine: --shrink verifies a small one of the same structure")
     if left_out:
         print(f"{len(left_out)} layouts are not legal for this config, such as {left_out[0]}")
     with _table() as tell:
-        rows = verify(config, layouts, steps, precision, processes, tell)
+        rows = verify(config, layouts, steps, precision, processes, resume, tell)
     failed = [row for row in rows if row.problem]
     _summarise(rows, failed)
     if report is not None:

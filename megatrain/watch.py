@@ -12,7 +12,7 @@ from megatrain.evaluate import evaluate
 from megatrain.job import Job
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
-from megatrain.resume import progress_of
+from megatrain.resume import identity_of, progress_of
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
 from megatrain.runtime.metrics import EvaluationRow, RunLog, StepRow, peak_memory_bytes
 from megatrain.training import DTYPES, Run, StepReport
@@ -26,6 +26,7 @@ class Watch:
 
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config = job, log, job.config
+        self._identity = identity_of(self.config)
         checkpoint = self.config.checkpoint
         self.saver = Saver(
             Path(self.config.checkpoint_dir),
@@ -141,7 +142,8 @@ class Watch:
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint; with `wait`, until it is on the disk, else until it is copied."""
         job = self.job
-        contents = Contents(job.step, progress_of(job), job.config_text)
+        progress = {**progress_of(job), "identity": self._identity}
+        contents = Contents(job.step, progress, job.config_text)
         self.saver.save(contents, job.optimizer.portions(), wait=wait or not self.config.checkpoint.asynchronous)
 
     def _saved(self, path: Path, step: int, seconds: float) -> None:

@@ -12,7 +12,7 @@ from megatrain import cli, verify
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.parallel.zero import FlatParameters
-from megatrain.testing import Disagreement
+from megatrain.testing import Disagreement, resumed
 from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
 
 SMALL = Config(
@@ -186,3 +186,25 @@ def test_layouts_that_cannot_be(tmp_path, layouts, said):
     with pytest.raises(ConfigError, match=said.replace("(", r"\(")):
         verify.plan_rows(SMALL, layouts, "fp64", processes=False)
     assert cli.main(["verify", str(write(tmp_path)), "--layouts", layouts]) == 1
+
+
+def test_the_verb_resumes(tmp_path, capsys):
+    words = ["verify", str(write(tmp_path)), "--layouts", "tp2,dp2-zero2", "--steps", "3", "--resume"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "saved after 1 steps" in said and "2 of 2 layouts agree with one process" in said
+    assert cli.main([*words[:-2], "1", "--resume"]) == 1
+    assert "--resume interrupts a run half-way, and --steps 1 has no half" in capsys.readouterr().err
+
+
+def test_a_run_that_forgets_is_found_when_it_is_resumed(monkeypatch):
+    real = resumed.restore
+
+    def forgetful(run, path):
+        real(run, path)
+        run.optimizer.updates.fill_(0)
+
+    monkeypatch.setattr(resumed, "restore", forgetful)
+    monkeypatch.setattr(verify.os, "cpu_count", lambda: 1)
+    (row,) = verify.verify(SMALL, "tp2", steps=3, resume=True)
+    assert "resumed under its own layout: losses are" in row.problem

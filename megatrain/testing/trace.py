@@ -56,10 +56,12 @@ def trace_run(
     *,
     objective: Objective | None = None,
     prepare: Callable[[Run], None] | None = None,
+    between: Callable[[int, Run], Run] | None = None,
 ) -> Trace:
     """Take `steps` steps of `config` on random tokens (it must give model.vocab_size); the whole logical trace, on every rank.
 
-    `prepare` is called with the run before the first step. Collective over the world of `ctx`.
+    `prepare` is called with the run before the first step; `between` before each,
+    and gives the run to go on with. Collective over the world of `ctx`.
     """
     vocab_size = config.model.vocab_size
     if vocab_size is None:
@@ -71,8 +73,13 @@ def trace_run(
         run = assemble(config, ctx, loader, vocab_size, objective=objective)
         if prepare is not None:
             prepare(run)
-        gradients = _keep_first_gradients(run)
-        reports = [train_step(run) for _ in range(steps)]
+        gradients: dict[str, torch.Tensor] = {}
+        reports = []
+        for step in range(steps):
+            run = run if between is None else between(step, run)
+            if step == 0:
+                _keep_first_gradients(run, gradients)
+            reports.append(train_step(run))
         vars(run.optimizer).pop("step", None)  # it holds the run, which would stay until the next collection of garbage
     weights, *states = (_whole_of_all(ctx, kind) for kind in run.optimizer.tensors().values())
     return Trace(
@@ -93,9 +100,8 @@ def round_weights(run: Run) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def _keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
-    """A dict that fills with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
-    gradients: dict[str, torch.Tensor] = {}
+def _keep_first_gradients(run: Run, gradients: dict[str, torch.Tensor]) -> None:
+    """Let a dict fill with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
     update = run.optimizer.step
 
     def step(*given: Any) -> None:
@@ -106,7 +112,6 @@ def _keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
         update(*given)
 
     run.optimizer.step = step  # type: ignore[method-assign, assignment]
-    return gradients
 
 
 def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, torch.Tensor]]) -> dict[str, torch.Tensor]:

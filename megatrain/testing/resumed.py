@@ -1,0 +1,105 @@
+"""Runs that are interrupted: saved after some steps, and gone on with by another run, under the same layout or another."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from megatrain.checkpoint.save import Contents, save
+from megatrain.config.load import dump
+from megatrain.config.schema import Config
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.resume import progress_of, restore
+from megatrain.testing.agree import Disagreement, Trace, agree
+from megatrain.testing.layouts import Layout
+from megatrain.testing.trace import trace_run
+from megatrain.training import Run, assemble
+
+
+def interrupted(ctx: ParallelContext, config: Config, steps: int, at: int, folder: Path) -> Trace:
+    """The trace of `steps` steps, of which the first `at` are another run's: it saves into `folder`, and a new one goes on."""
+
+    def between(step: int, run: Run) -> Run:
+        if step != at:
+            return run
+        path = save(folder, Contents(at, progress_of(run), dump(config)), run.optimizer.portions(), ctx)
+        return _from(run, path)
+
+    return trace_run(ctx, config, steps, between=between)
+
+
+def continued(ctx: ParallelContext, config: Config, steps: int, at: int, path: Path) -> Trace:
+    """The trace of steps `at` to `steps`, from the checkpoint at `path`; without gradients, whose first ones it does not have."""
+    trace = trace_run(ctx, config, steps - at, between=lambda step, run: run if step else _from(run, path))
+    return replace(trace, gradients={})
+
+
+def _from(run: Run, path: Path) -> Run:
+    """A new run of the same config, brought to where the checkpoint has left off."""
+    fresh = assemble(run.config, run.ctx, run.loader, run.chunks[0].vocab_size, objective=run.objective)
+    for named in fresh.optimizer.portions().values():
+        for portion in named.values():  # what is not loaded is to be seen
+            everything = slice(0, portion.count)
+            portion.elements.write(everything, portion.elements.read(everything).fill_(float("nan")))
+    restore(fresh, path)
+    return fresh
+
+
+def last_steps(trace: Trace, at: int) -> Trace:
+    """What `continued` is to be compared with."""
+    return replace(trace, losses=trace.losses[at:], grad_norms=trace.grad_norms[at:], gradients={})
+
+
+def require_same_bits(one: Trace, other: Trace, what: str) -> None:
+    """Raise Disagreement where two traces are not the same to the last bit."""
+    for name in ("losses", "grad_norms"):
+        if getattr(one, name) != getattr(other, name):
+            raise Disagreement(f"{what}: {name} are {getattr(other, name)}, and without an interruption {getattr(one, name)}")
+    kinds = {"gradients": (one.gradients, other.gradients), "weights": (one.weights, other.weights)}
+    kinds |= {kind: (states, other.states[kind]) for kind, states in one.states.items()}
+    for kind, (mine, others) in kinds.items():
+        for name, tensor in mine.items():
+            if not bool((tensor == others[name]).all()):
+                raise Disagreement(f"{what}: {kind} of {name} are not the same bits as without an interruption")
+
+
+def half_of(steps: int) -> int:
+    """After how many steps a run is interrupted."""
+    return max(1, steps // 2)
+
+
+class Resumption:
+    """Interrupts runs of one config half-way, and holds what comes of them against runs that were not."""
+
+    def __init__(self, config: Config, steps: int, precision: str) -> None:
+        """Leave the checkpoint of one process. config: of one process."""
+        self.config, self.steps, self.at, self.precision = config, steps, half_of(steps), precision
+        self._folder = TemporaryDirectory(prefix="megatrain-verify-")
+        self._single = Path(self._folder.name, "one-process")
+        interrupted(ParallelContext.single(), config, steps, self.at, self._single)
+
+    def check(
+        self, layout: Layout, config: Config, run: Callable[..., list[Trace]], reference: Trace | None
+    ) -> dict[str, float]:
+        """Largest deviation of each kind. Raises Disagreement.
+
+        config: of the layout; run: what to do on every rank and what with -> a trace of each. reference: of one process,
+        None in bfloat16, where only the layout's own bits are compared.
+        """
+        mine = Path(self._folder.name, str(layout))
+        plain, again = run(trace_run, config, self.steps)[0], run(interrupted, config, self.steps, self.at, mine)[0]
+        require_same_bits(plain, again, "resumed under its own layout")
+        if reference is None:
+            return {"loss": 0.0}
+        name, rest = config.optim.name, last_steps(reference, self.at)
+        step = f"step_{self.at:08d}"
+        back = continued(ParallelContext.single(), self.config, self.steps, self.at, mine / step)
+        there = run(continued, config, self.steps, self.at, self._single / step)[0]
+        largest = agree(reference, again, optimizer=name)
+        for other in (back, there):
+            largest |= {kind: max(value, largest[kind]) for kind, value in agree(rest, other, optimizer=name).items()}
+        shutil.rmtree(mine)
+        return largest
