@@ -118,7 +118,7 @@ class Saver:
                 if leads:
                     _make_room(work, sum(map(int, sizes)))
             with together(self.ctx):
-                self._stage(work, files)
+                self._stage(work, files, wait)
         except CheckpointError:
             if leads:
                 _clear(self.directory)
@@ -150,15 +150,15 @@ class Saver:
         self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
         self.writer.close()
 
-    def _stage(self, work: Path, files: Mapping[str, PlannedFile]) -> None:
+    def _stage(self, work: Path, files: Mapping[str, PlannedFile], wait: bool) -> None:
         """Copy what this rank owns, and let the thread write it."""
         if not work.is_dir():
             raise CheckpointError(
                 f"{work} is not there, and rank 0 has just made it. Set checkpoint.dir to a directory that all nodes share."
             )
-        self.writer.begin()
-        for file in files.values():
-            self.writer.write(file)
+        with self.writer.copying(first=not wait):
+            for file in files.values():
+                self.writer.write(file)
 
     def _conclude(self, work: Path, final: Path, contents: Contents, began: float, written: Future[None]) -> None:
         """Publish when all ranks have written, or clear away what they wrote; runs in the thread of rank 0."""

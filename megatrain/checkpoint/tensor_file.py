@@ -12,6 +12,7 @@ import mmap
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,8 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
 """Bytes; the library's own limit."""
+_MADV_POPULATE_READ = 22
+"""Linux 5.14 and later; Python has no name for it."""
 _HASHERS = 2
 """Threads that verify blocks at a time."""
 
@@ -130,6 +133,7 @@ class TensorFile:
         """Compare the checksums of the blocks that hold these ranges of bytes, each block once."""
         wanted = {index for start, end in ranges for index in range(start // self.block_bytes, -(-end // self.block_bytes))}
         new = sorted(wanted - self._verified)
+        self._populate(new)
         view = memoryview(self._map)
         pieces = [view[i * self.block_bytes : min((i + 1) * self.block_bytes, self.size)] for i in new]
         if len(pieces) > 1:
@@ -145,6 +149,13 @@ class TensorFile:
                     f"and the manifest says {self.blocks[index]}"
                 )
         self._verified |= wanted
+
+    def _populate(self, blocks: Sequence[int]) -> None:
+        """Have the system map blocks in one go; where it cannot, each page is mapped when it is first touched."""
+        with suppress(OSError, ValueError):
+            for index in blocks:
+                start = index * self.block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                self._map.madvise(_MADV_POPULATE_READ, start, min(self.block_bytes, self.size - start))
 
     def verify_all(self) -> None:
         """Compare the checksum of every block."""

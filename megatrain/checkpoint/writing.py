@@ -5,15 +5,22 @@
 
 Where the buffer takes all that a rank saves, the loop waits for one copy; where it is smaller, for the disk as well. The blocks are
 those of which the manifest holds checksums, and they are kept for the next save.
+
+Blocks go to the disk past the page cache (O_DIRECT), where the file system can: a checkpoint is written once and, if all goes well, never
+read, and copying it into memory that something else could use costs more than the disk does.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import mmap
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +29,10 @@ import torch
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, Entry, hash_block, header_of
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.parallel.portion import Elements
+
+PAGE = 4096
+"""Bytes that writes past the page cache are multiples of."""
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass
@@ -53,15 +64,22 @@ class Staging:
         self._free: list[torch.Tensor] = []
         self._given = threading.Condition()
 
-    def take(self) -> torch.Tensor:
-        """A block, uint8; waits for one where all are in use."""
+    def take(self, needed: Callable[[], None]) -> torch.Tensor:
+        """A block, uint8; waits for one where all are in use, and says before that it is `needed`."""
         with self._given:
             while not self._free and self._made >= self._most:
+                needed()
                 self._given.wait()
             if self._free:
                 return self._free.pop()
             self._made += 1
-        return torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        if self._pinned:
+            return torch.empty(self.block_bytes, dtype=torch.uint8, pin_memory=True)
+        pages = mmap.mmap(-1, self.block_bytes)  # begins at a page, as O_DIRECT asks for
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a kernel without huge pages
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.uint8)
 
     def give(self, block: torch.Tensor) -> None:
         """Take a block back."""
@@ -77,10 +95,21 @@ class Writer:
         self.staging = staging
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._failure: BaseException | None = None
+        self._may_write = threading.Event()
 
-    def begin(self) -> None:
-        """Forget what went wrong with earlier files."""
+    @contextmanager
+    def copying(self, *, first: bool) -> Iterator[None]:
+        """Around the `write` of the files of one save. first: the thread begins when all is copied, or the blocks are used up,
+        since it would take memory bandwidth from the copy."""
         self._failure = None
+        if first:
+            self._may_write.clear()
+        else:
+            self._may_write.set()
+        try:
+            yield
+        finally:
+            self._may_write.set()
 
     def write(self, file: PlannedFile) -> None:
         """Copy all of a file into blocks and let the thread write them; returns when all is copied.
@@ -88,12 +117,12 @@ class Writer:
         Raises CheckpointError where the file cannot be made. What goes wrong later is what `then` tells.
         """
         try:
-            descriptor = os.open(file.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            descriptor = self._open(file)
         except OSError as error:
             raise _cannot_write(file, error) from error
         file.blocks = [""] * -(-file.size // self.staging.block_bytes)
         for index in range(len(file.blocks)):
-            block = self.staging.take()
+            block = self.staging.take(self._may_write.set)
             start = index * self.staging.block_bytes
             length = min(self.staging.block_bytes, file.size - start)
             try:
@@ -113,14 +142,21 @@ class Writer:
         """End the thread when it has done what it was given."""
         self._pool.shutdown()
 
+    def _open(self, file: PlannedFile) -> int:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        if self.staging.block_bytes % PAGE == 0 and _DIRECT:
+            with suppress(OSError):
+                return os.open(file.path, flags | _DIRECT, 0o666)
+            file.path.unlink(missing_ok=True)  # the file system made it before it refused
+        return os.open(file.path, flags, 0o666)
+
     def _write_block(self, file: PlannedFile, descriptor: int, index: int, block: torch.Tensor, length: int) -> None:
         try:
+            self._may_write.wait()
             if self._failure is None:
-                view = block.numpy().data[:length]
-                file.blocks[index] = hash_block(view)
-                done, start = 0, index * self.staging.block_bytes
-                while done < length:
-                    done += os.pwrite(descriptor, view[done:], start + done)
+                whole = block.numpy().data
+                file.blocks[index] = hash_block(whole[:length])
+                _write_at(descriptor, whole, length, index * self.staging.block_bytes)
         except BaseException as error:
             self._fail(file, error)
         finally:
@@ -129,6 +165,7 @@ class Writer:
     def _finish(self, file: PlannedFile, descriptor: int) -> None:
         try:
             if self._failure is None:
+                os.ftruncate(descriptor, file.size)  # what was written past the cache is whole pages
                 os.fsync(descriptor)
         except BaseException as error:
             self._fail(file, error)
@@ -138,6 +175,21 @@ class Writer:
     def _fail(self, file: PlannedFile, error: BaseException) -> None:
         if self._failure is None:
             self._failure = _cannot_write(file, error) if isinstance(error, OSError) else error
+
+
+def _write_at(descriptor: int, block: memoryview, length: int, start: int) -> None:
+    """Write `length` bytes of a block at place `start` of a file; whole pages where it is open past the page cache."""
+    direct = bool(_DIRECT and fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT)
+    wanted = min(-(-length // PAGE) * PAGE, len(block)) if direct else length
+    done = 0
+    while done < wanted:
+        try:
+            done += os.pwrite(descriptor, block[done:wanted], start + done)
+        except OSError as error:
+            if not (direct and error.errno == errno.EINVAL):
+                raise
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT)
+            direct, wanted = False, length  # a file system that takes the flag and then not the write
 
 
 def _cannot_write(file: PlannedFile, error: OSError) -> CheckpointError:
