@@ -50,6 +50,8 @@ class HFElements:
         """Of the stored tensor."""
         return self._weights.tensor(self._part.stored).dtype
 
+    direct = False
+
     def read(self, part: slice) -> torch.Tensor:
         """Elements [n]."""
         stored = self._weights.tensor(self._part.stored)
@@ -65,6 +67,8 @@ class Cast:
 
     def __init__(self, elements: Elements, dtype: torch.dtype) -> None:
         self._elements, self.dtype = elements, dtype
+
+    direct = False
 
     def read(self, part: slice) -> torch.Tensor:
         """Elements [n]."""

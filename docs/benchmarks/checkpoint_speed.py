@@ -2,7 +2,7 @@
 
     python docs/benchmarks/checkpoint_speed.py --folder /tmp          # GPT-2 124M: weights and two moments in float32, 1.49 GB
 
-Both sides wait for the disk (fsync). megatrain's also makes a checksum of every byte it saves and verifies every byte that it loads.
+Both sides wait for the disk (fsync). megatrain's also makes a checksum of every byte it saves and verifies every byte it loads.
 Saves: until everything is on the disk. Loads: from the page cache. Stall: how long a training loop waits for an asynchronous save to take its copy (DCP with a
 stager that is kept, of the second save on). Slowed: a loop of matrix products while that save is under way, against alone.
 Prints one JSON line.
@@ -57,7 +57,8 @@ class Ours:
     def __init__(self, folder: Path, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
         self.folder = folder / "megatrain"
         self.portions = {
-            kind: {n: Portion.whole(ParamSpec(n, tuple(t.shape)), t) for n, t in named.items()} for kind, named in tensors.items()
+            kind: {n: Portion.whole(ParamSpec(n, tuple(t.shape)), t) for n, t in named.items()}
+            for kind, named in tensors.items()
         }
         self.saver = Saver(self.folder, CTX, keep=1)
         self.step = 0
@@ -133,7 +134,9 @@ def warm(folder: Path) -> None:
 
 def done(side: Any) -> Callable[[], bool]:
     """Whether a side's save under way has ended."""
-    return (lambda: side.saver._published.done()) if isinstance(side, Ours) else (lambda: side.pending.done())
+    future = side.saver._published if isinstance(side, Ours) else side.pending
+    ended: Callable[[], bool] = future.done
+    return ended
 
 
 def main() -> None:
@@ -147,8 +150,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = args.folder / "checkpoint_speed"
     tensors = state()
-    sides = {"megatrain": Ours(folder, tensors), "dcp": Theirs(folder, tensors, 1), "dcp, 2 threads": Theirs(folder, tensors, 2)}
-    took: dict[str, dict[str, list[float]]] = {what: {name: [] for name in sides} for what in ("save", "load", "stall", "slowed")}
+    sides = {
+        "megatrain": Ours(folder, tensors),
+        "dcp": Theirs(folder, tensors, 1),
+        "dcp, 2 threads": Theirs(folder, tensors, 2),
+    }
+    took: dict[str, dict[str, list[float]]] = {
+        what: {name: [] for name in sides} for what in ("save", "load", "stall", "slowed")
+    }
     a = torch.randn(1024, 1024)
     try:
         for pair in range(args.pairs + 1):
@@ -167,12 +176,19 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     median = {what: {name: round(statistics.median(v), 3) for name, v in of.items()} for what, of in took.items()}
     ratios = {
-        f"{what}, {name}": [round(f([t / o for t, o in zip(took[what][name], took[what]["megatrain"], strict=True)]), 2) for f in (statistics.median, min, max)]
+        f"{what}, {name}": [
+            round(f([t / o for t, o in zip(took[what][name], took[what]["megatrain"], strict=True)]), 2)
+            for f in (statistics.median, min, max)
+        ]
         for what in ("save", "load", "stall")
         for name in list(sides)[1:]
     }
     numbers = sum(t.nbytes for named in tensors.values() for t in named.values())
-    print(json.dumps({"bytes": numbers, "pairs": args.pairs, "median": median, "ratio, theirs to ours (median, min, max)": ratios}))
+    print(
+        json.dumps(
+            {"bytes": numbers, "pairs": args.pairs, "median": median, "ratio, theirs to ours (median, min, max)": ratios}
+        )
+    )
 
 
 if __name__ == "__main__":

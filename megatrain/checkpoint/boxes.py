@@ -70,3 +70,9 @@ def reach(shape: tuple[int, ...], box: Box) -> tuple[int, int]:
     for n, part in zip(shape, box, strict=True):
         first, last = first * n + part.start, last * n + part.stop - 1
     return first, last + 1
+
+
+def span(shape: tuple[int, ...], several: list[Box]) -> tuple[int, int]:
+    """The first element of several boxes and the one behind the last, counted row by row."""
+    ends = [reach(shape, box) for box in several]
+    return min(first for first, _ in ends), max(stop for _, stop in ends)

@@ -30,7 +30,7 @@ from megatrain.checkpoint.manifest import (
     open_file,
     read_manifest,
 )
-from megatrain.checkpoint.tensor_file import TensorFile
+from megatrain.checkpoint.tensor_file import Move, TensorFile
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.parallel.consensus import broadcast_text, gather_texts
 from megatrain.parallel.mesh import ParallelContext
@@ -166,9 +166,10 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
     """Fill what this rank holds from the checkpoint at `path` (collective over the world) and return its manifest.
 
     Under any layout; numbers are cast to the dtype of the elements given, padding becomes zero, and kinds that the checkpoint has and
-    `portions` has not are left alone. `check`: compare the checksums of the blocks that this rank reads before it fills anything.
+    `portions` has not are left alone. `check`: compare the checksums of all blocks that this rank reads.
 
-    Raises, on every rank, DamagedCheckpointError or ContentError (tensors missing, too many, of other shapes); nothing is filled then.
+    Raises, on every rank, ContentError (tensors missing, too many, of other shapes), before anything is filled, or
+    DamagedCheckpointError; what was to be filled then holds anything.
     """
     with together(ctx):
         manifest = read_manifest(path)
@@ -187,11 +188,16 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
             targets = _targets(manifest, portions, ctx)
             files = {row.name: opened.enter_context(open_file(path, row, manifest.block_bytes)) for row in _rows(targets)}
             _check_entries(files, targets)
+        with together(ctx), torch.no_grad():
+            rows = [target for target in targets if check and _in_rows(target)]
+            moved = {id(target) for target in rows}
+            for name, moves in _moves(rows, files).items():
+                files[name].move(moves)
             if check:
                 _verify(files, targets)
-        with together(ctx), torch.no_grad():
             for target in targets:
-                _fill(target, files)
+                if id(target) not in moved:
+                    _fill(target, files)
     return manifest
 
 
@@ -216,6 +222,8 @@ class StoredElements:
     def __init__(self, path: Path, manifest: Manifest, kind: str, name: str) -> None:
         self._path, self._manifest, self._kind, self._name = path, manifest, kind, name
         self.dtype = dtype_of(manifest.tensors[name].dtypes[kind])
+
+    direct = False
 
     def read(self, part: slice) -> torch.Tensor:
         """Elements [n]; a copy."""
@@ -322,9 +330,39 @@ def _check_entries(files: dict[str, TensorFile], targets: list[_Target]) -> None
             )
 
 
+def _in_rows(target: _Target) -> bool:
+    """Whether all that a portion needs lies in the file as in this process's memory, byte by byte and row by row."""
+    elements = target.portion.elements
+    if not elements.direct or elements.read(slice(0, 0)).is_cuda or target.stop <= target.portion.first:
+        return False
+    for source in target.sources:
+        count = sum(boxes.numel(box) for box, _ in source.boxes)
+        there = boxes.span(source.shape, [box for box, _ in source.boxes])
+        here = boxes.span(target.shape, [box for _, box in source.boxes])
+        if source.dtype != elements.dtype or not (there[1] - there[0] == here[1] - here[0] == count):
+            return False
+    return True
+
+
+def _moves(targets: list[_Target], files: dict[str, TensorFile]) -> dict[str, list[Move]]:
+    """By file, the bytes of such portions; what lies behind their logical elements becomes zero."""
+    found: dict[str, list[Move]] = {}
+    for target in targets:
+        portion = target.portion
+        values = portion.elements.read(slice(0, portion.count))
+        values[target.stop - portion.first :] = 0
+        size = values.element_size()
+        for source in target.sources:
+            first, stop = boxes.span(source.shape, [box for box, _ in source.boxes])
+            here = boxes.span(target.shape, [box for _, box in source.boxes])[0] - portion.first
+            start = files[source.row.name].entries[source.name].start + (first - source.first) * size
+            found.setdefault(source.row.name, []).append(Move(start, (stop - first) * size, values.data_ptr() + here * size))
+    return found
+
+
 def _verify(files: dict[str, TensorFile], targets: list[_Target]) -> None:
     """Compare the checksums of what will be read."""
-    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in files}
+    ranges = {name: [(0, file.header_bytes)] for name, file in files.items()}
     for source in (source for target in targets for source in target.sources):
         ranges[source.row.name].extend(source.ranges(files[source.row.name].entries[source.name].start))
     for name, file in files.items():

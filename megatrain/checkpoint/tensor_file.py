@@ -7,6 +7,7 @@ bytes of header length, a JSON header, the data. The library writes and reads wh
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import stat
@@ -45,6 +46,8 @@ _LONGEST_HEADER = 100_000_000
 """Bytes; the library's own limit."""
 _MADV_POPULATE_READ = 22
 """Linux 5.14 and later; Python has no name for it."""
+_PIECE_BYTES = 2**18
+"""What is copied and hashed at a time: it fits a core's own cache."""
 _HASHERS = 2
 """Threads that verify blocks at a time."""
 
@@ -86,11 +89,22 @@ def hash_block(data: Any) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
+class Move(NamedTuple):
+    """Bytes of a file on their way into memory; no two of one file share any."""
+
+    start: int
+    """In the file."""
+    nbytes: int
+    target: int
+    """Address."""
+
+
 class TensorFile:
     """A safetensors file under a memory map. Raises DamagedCheckpointError, which names it, for whatever is wrong with it."""
 
     def __init__(self, path: Path, size: int | None = None, blocks: Sequence[str] = (), block_bytes: int = BLOCK_BYTES) -> None:
-        """size, blocks: the bytes that it must have, and the checksum of each block, where these are known."""
+        """size, blocks: the bytes that it must have, and the checksum of each block, where these are known. Nothing is verified
+        yet, the header neither: what it says is checked against the file's size, and used to find what to verify."""
         self.path, self.blocks, self.block_bytes = path, blocks, block_bytes
         self.size = check_plain(path, size)
         try:
@@ -99,13 +113,10 @@ class TensorFile:
         except (OSError, ValueError) as error:
             raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
         self._verified: set[int] = set()
-        if blocks:
-            self.verify([(0, min(8, self.size))])
         length = int.from_bytes(self._map[:8], "little")
         if self.size < 8 or length > min(self.size - 8, _LONGEST_HEADER):
             raise DamagedCheckpointError(f"{path}: its header claims {length} bytes, and the file has {self.size}")
-        if blocks:
-            self.verify([(0, 8 + length)])
+        self.header_bytes = 8 + length
         try:
             self.entries = _entries(self._map[8 : 8 + length], 8 + length, self.size)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -129,26 +140,51 @@ class TensorFile:
         flat = torch.frombuffer(self._map, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start)
         return flat.view(entry.shape)
 
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy bytes into memory and compare the checksums of their blocks on the way, a little at a time, so that what is hashed is
+        still in the cache. Where this raises, the memory holds anything."""
+        self._blocks({i for m in moves for i in self._blocks_of(m.start, m.start + m.nbytes)}, sorted(moves))
+
     def verify(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Compare the checksums of the blocks that hold these ranges of bytes, each block once."""
-        wanted = {index for start, end in ranges for index in range(start // self.block_bytes, -(-end // self.block_bytes))}
-        new = sorted(wanted - self._verified)
-        self._populate(new)
+        self._blocks({i for start, end in ranges for i in self._blocks_of(start, end)} - self._verified, [])
+
+    def _blocks_of(self, start: int, end: int) -> range:
+        return range(start // self.block_bytes, -(-end // self.block_bytes))
+
+    def _blocks(self, blocks: set[int], moves: list[Move]) -> None:
+        """Hash blocks, copy what lies in them, and compare."""
+        ordered = sorted(blocks)
+        self._populate(ordered)
         view = memoryview(self._map)
-        pieces = [view[i * self.block_bytes : min((i + 1) * self.block_bytes, self.size)] for i in new]
-        if len(pieces) > 1:
+        base = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() if moves else 0
+
+        def one(index: int) -> str:
+            start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
+            digest, at = xxhash.xxh3_128(), start
+            for first, nbytes, target in moves:
+                for piece in range(max(first, start), min(first + nbytes, end), _PIECE_BYTES):
+                    stop = min(piece + _PIECE_BYTES, first + nbytes, end)
+                    digest.update(view[at:piece])
+                    ctypes.memmove(target + piece - first, base + piece, stop - piece)
+                    digest.update(view[max(at, piece) : stop])
+                    at = stop
+            digest.update(view[at:end])
+            return digest.hexdigest()
+
+        if len(ordered) > 1:
             with ThreadPoolExecutor(_HASHERS) as pool:
-                found = list(pool.map(hash_block, pieces))
+                found = list(pool.map(one, ordered))
         else:
-            found = [hash_block(piece) for piece in pieces]
-        for index, have in zip(new, found, strict=True):
+            found = [one(index) for index in ordered]
+        for index, have in zip(ordered, found, strict=True):
             if have != self.blocks[index]:
                 start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
                 raise DamagedCheckpointError(
                     f"{self.path} is damaged between bytes {start} and {end}: its XXH3-128 is {have}, "
                     f"and the manifest says {self.blocks[index]}"
                 )
-        self._verified |= wanted
+        self._verified |= blocks
 
     def _populate(self, blocks: Sequence[int]) -> None:
         """Have the system map blocks in one go; where it cannot, each page is mapped when it is first touched."""

@@ -67,6 +67,11 @@ class Masters:
         return self.wide if self.low is not None or self.masters is not None else self.weights.dtype
 
     @property
+    def direct(self) -> bool:
+        """Whether the parameters are their own masters, and `read` gives views of them."""
+        return self.masters is None and self.low is None
+
+    @property
     def nbytes(self) -> int:
         """Bytes besides the parameters."""
         return sum(buffer.nbytes for buffer in (self.low, self.masters) if buffer is not None)

@@ -25,6 +25,10 @@ class Elements(Protocol):
     def dtype(self) -> torch.dtype:
         """Of what `read` gives."""
 
+    @property
+    def direct(self) -> bool:
+        """Whether `read` gives views, so that there is nothing to `write`."""
+
     def read(self, part: slice) -> torch.Tensor:
         """Elements [n], a view of them where there is one; to be changed in place and given to `write`."""
 
@@ -41,6 +45,11 @@ class Plain(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of the tensor."""
         return self.tensor.dtype
+
+    @property
+    def direct(self) -> bool:
+        """Yes."""
+        return True
 
     def read(self, part: slice) -> torch.Tensor:
         """A view."""
@@ -60,6 +69,11 @@ class Window(NamedTuple):
     def dtype(self) -> torch.dtype:
         """Of the others."""
         return self.elements.dtype
+
+    @property
+    def direct(self) -> bool:
+        """As the others."""
+        return self.elements.direct
 
     def read(self, part: slice) -> torch.Tensor:
         """Elements [n]."""

@@ -100,9 +100,10 @@ def test_a_file_too_short_for_a_header_is_refused(tmp_path, size):
         TensorFile(tmp_path / "x.safetensors")
 
 
-def test_the_header_is_verified_before_it_is_believed(tmp_path):
+def test_the_header_is_under_a_checksum_too(tmp_path):
     header, _, size = header_of([("w", torch.float32, (4,))])
     data = header + bytes(16)
     (tmp_path / "x.safetensors").write_bytes(data.replace(b"F32", b"I32"))
+    file = TensorFile(tmp_path / "x.safetensors", size, [hash_block(data)])
     with pytest.raises(DamagedCheckpointError, match="is damaged between bytes 0 and"):
-        TensorFile(tmp_path / "x.safetensors", size, [hash_block(data)])
+        file.verify([(0, file.header_bytes)])
