@@ -6,7 +6,7 @@
     block 2   x   x   x
     block 3   x   x   x   x        backward: the block's probabilities are computed again (FlashAttention, arXiv:2205.14135)
 
-torch's fused CPU kernel spends most of its time outside matrix products; this one takes 0.5x (BF16) and 0.9x (float32) of its
+torch's fused CPU kernel spends most of its time outside matrix products; this one takes 0.4x (BF16) and 0.8x (float32) of its
 time at [512, 4, 8, 64]. Scores are rounded to the inputs' dtype, as in Megatron's unfused core; the softmax is at least float32
 unless asked otherwise. On CUDA causal attention is torch's fused kernel, other masks and ALiBi are FlexAttention
 (`flex_attention.py`); what neither has (dropout keyed by a token's place, a narrow softmax) is done here.

@@ -3,8 +3,9 @@
     python docs/benchmarks/checkpoint_speed.py --folder /tmp          # GPT-2 124M: weights and two moments in float32, 1.49 GB
 
 Both sides wait for the disk (fsync). megatrain's also makes a checksum of every byte it saves and verifies every byte it loads.
-Saves: until everything is on the disk. Loads: from the page cache. Stall: how long a training loop waits for an asynchronous save to take its copy (DCP with a
-stager that is kept, of the second save on). Slowed: a loop of matrix products while that save is under way, against alone.
+Saves: until everything is on the disk. Loads: from the page cache. Stall: how long a training loop waits for an asynchronous save to
+take its copy (DCP with a stager that is kept, of the second save on). Slowed: a loop of matrix products while that save is under way,
+against alone.
 Prints one JSON line.
 """
 
@@ -132,6 +133,12 @@ def warm(folder: Path) -> None:
                     pass
 
 
+def for_a_second() -> Callable[[], bool]:
+    """Whether a second has passed since this was called."""
+    end = time.perf_counter() + 1
+    return lambda: time.perf_counter() > end
+
+
 def done(side: Any) -> Callable[[], bool]:
     """Whether a side's save under way has ended."""
     future = side.saver._published if isinstance(side, Ours) else side.pending
@@ -165,7 +172,7 @@ def main() -> None:
                 row = {"save": seconds(side.save)}
                 warm(side.folder)
                 row["load"] = seconds(side.load)
-                alone = products(a, lambda end=time.perf_counter() + 1: time.perf_counter() > end)
+                alone = products(a, for_a_second())
                 row["stall"] = seconds(side.save, wait=False)
                 row["slowed"] = products(a, done(side)) / alone
                 side.finish()

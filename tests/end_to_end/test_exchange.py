@@ -1,0 +1,92 @@
+"""The verbs about weights, and runs that start from given ones, as people type them."""
+
+import json
+
+import jobs
+import pytest
+
+from megatrain import cli
+
+pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
+from hf_models import tensors_of, write
+
+
+@pytest.fixture
+def house(tmp_path):
+    """Data of a vocabulary of 101, and a config without a model section."""
+    jobs.write_store(tmp_path / "data")
+    tree = jobs.tiny(tmp_path / "data", tmp_path / "run", train={"steps": 3, "precision": "fp32"})
+    tree["model"] = {"seq_length": 16}
+    jobs.write_config(tmp_path / "config.yaml", tree)
+    return tmp_path
+
+
+def run(house, *words):
+    """`megatrain train` in a process of its own."""
+    (ended,) = jobs.train(house / "job", str(house / "config.yaml"), *words)
+    return ended
+
+
+def test_a_run_starts_from_hugging_face_and_goes_back_there(house, capsys):
+    source = write("qwen3", house / "hf")
+    (source / "tokenizer.json").write_text("{}")
+    ended = run(house, f"model.init_from={source}")
+    assert ended.code == 0, ended.err
+    config = (house / "run/config.yaml").read_text()
+    assert f"num_layers: 3  # init_from {source}" in config and "seq_length: 16  # " in config
+    assert cli.main(["export", str(house / "run"), str(house / "back")]) == 0
+    new, old = tensors_of(house / "back"), tensors_of(source)
+    assert new.keys() == old.keys() and all(new[n].shape == old[n].shape and not new[n].equal(old[n]) for n in new)
+    assert (house / "back/tokenizer.json").read_text() == "{}"
+    again = run(house, f"model.init_from={source}", "train.steps=5", "optim.lr=3e-3")
+    assert again.code == 0 and "resumed from" in again.out
+    assert "changed since then: optim.lr: 0.01 -> 0.003" in again.out
+    assert "changed since then: train.steps: 3 -> 5" in again.out
+
+
+def test_a_run_starts_from_a_checkpoint_with_its_shapes(house):
+    assert cli.main(["import", str(write("gpt2", house / "hf")), str(house / "imported")]) == 0
+    ended = run(house, f"model.init_from={house / 'imported'}", "model.seq_length=64", "train.steps=3")
+    assert ended.code == 0, ended.err
+    assert "hidden_size: 48  # init_from" in (house / "run/config.yaml").read_text()
+
+
+def test_resume_takes_a_directory_of_hugging_face(house):
+    source = write("llama", house / "hf")
+    ended = run(house, f"model.init_from={source}", f"checkpoint.resume={source}", "train.steps=3")
+    assert ended.code == 0, ended.err
+    assert f"resumed from {source} at step 0" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.init_from=nowhere"], "model.init_from=nowhere: no whole checkpoint in nowhere"),
+        (["model.init_from=HF", "model.num_layers=2"], "has, and the model section does not give, "),
+        (["model.init_from=HF", "model.hidden_size=96"], "and the model gives"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(house, words, message):
+    source = str(write("llama", house / "hf"))
+    ended = run(house, *(word.replace("HF", source) for word in words))
+    assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
+
+
+def test_what_is_in_a_checkpoint_and_is_it_whole(house, capsys):
+    assert cli.main(["import", str(write("bloom", house / "hf")), str(house / "run")]) == 0
+    capsys.readouterr()
+    assert cli.main(["checkpoint", "inspect", str(house / "run"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["step"] == 0 and said["kinds"] == {"weights": ["float32"]} and said["parameters"] == 89_856
+    assert cli.main(["checkpoint", "verify", str(house / "run")]) == 0
+    assert "step_00000000: whole" in capsys.readouterr().out
+    file = next((house / "run/checkpoints/step_00000000").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert cli.main(["checkpoint", "verify", str(house / "run")]) == 1
+    assert "DAMAGED" in capsys.readouterr().out
+    for words in (["checkpoint", "verify", str(house / "nowhere")], ["import", str(house), str(house / "x")]):
+        assert cli.main(words) == 1
+    assert cli.main(["export", str(house / "run"), str(house / "back")]) == 1
+    assert not (house / "back").exists()
