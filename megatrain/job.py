@@ -20,6 +20,8 @@ class Job(Run):
     claim: Claim = field(default_factory=lambda: Claim(None))
     """Of the directory of its checkpoints."""
     resumed_from: Path | None = None
+    damaged: list[str] = field(default_factory=list)
+    """Checkpoints that were passed over, with what is wrong with them."""
     changes: list[str] = field(default_factory=list)
     """What in the config is not as it was when the checkpoint was saved."""
 

@@ -120,6 +120,7 @@ def _resume(job: Job) -> None:
 
 
 def _tell(job: Job, path: Path, reason: str) -> None:
+    job.damaged.append(f"{path}: {reason}")
     if job.session.rank == 0:
         print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
 

@@ -69,6 +69,8 @@ class Watch:
             self.log.say(note)
         if self.job.resumed_from is not None:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
+        for reason in job.damaged:
+            self._event("damaged_checkpoint", message=reason)
         for change in job.changes:
             self.log.say(f"changed since then: {change}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))

@@ -30,7 +30,7 @@ from megatrain.checkpoint.manifest import (
     open_file,
     read_manifest,
 )
-from megatrain.checkpoint.tensor_file import Move, TensorFile
+from megatrain.checkpoint.tensor_file import Move, TensorFile, move
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.parallel.consensus import broadcast_text, gather_texts
 from megatrain.parallel.mesh import ParallelContext
@@ -189,15 +189,13 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
             files = {row.name: opened.enter_context(open_file(path, row, manifest.block_bytes)) for row in _rows(targets)}
             _check_entries(files, targets)
         with together(ctx), torch.no_grad():
-            rows = [target for target in targets if check and _in_rows(target)]
-            moved = {id(target) for target in rows}
-            for name, moves in _moves(rows, files).items():
-                files[name].move(moves)
+            rest = targets
             if check:
+                moves, rest = _moves(targets, files)
+                move([(files[name], of) for name, of in moves.items()])
                 _verify(files, targets)
-            for target in targets:
-                if id(target) not in moved:
-                    _fill(target, files)
+            for target in rest:
+                _fill(target, files)
     return manifest
 
 
@@ -330,34 +328,42 @@ def _check_entries(files: dict[str, TensorFile], targets: list[_Target]) -> None
             )
 
 
-def _in_rows(target: _Target) -> bool:
-    """Whether all that a portion needs lies in the file as in this process's memory, byte by byte and row by row."""
-    elements = target.portion.elements
-    if not elements.direct or elements.read(slice(0, 0)).is_cuda or target.stop <= target.portion.first:
-        return False
+def _moves(targets: list[_Target], files: dict[str, TensorFile]) -> tuple[dict[str, list[Move]], list[_Target]]:
+    """By file, the bytes of the portions that lie in files as in this process's memory, row by row; and the other portions.
+
+    What lies behind the logical elements of the former becomes zero.
+    """
+    found: dict[str, list[Move]] = {name: [] for name in files}
+    rest: list[_Target] = []
+    for target in targets:
+        moves = _in_rows(target, files)
+        if moves is None:
+            rest.append(target)
+            continue
+        portion = target.portion
+        if target.stop < portion.first + portion.count:
+            portion.elements.read(slice(target.stop - portion.first, portion.count)).zero_()
+        for source, of in zip(target.sources, moves, strict=True):
+            found[source.row.name].append(of)
+    return found, rest
+
+
+def _in_rows(target: _Target, files: dict[str, TensorFile]) -> list[Move] | None:
+    """The bytes of each source of a portion, where all of them lie in the file as in this process's memory; else None."""
+    portion, elements = target.portion, target.portion.elements
+    if not elements.direct or target.stop <= portion.first:
+        return None
+    values = elements.read(slice(0, portion.count))
+    size, moves = values.element_size(), []
     for source in target.sources:
         count = sum(boxes.numel(box) for box, _ in source.boxes)
-        there = boxes.span(source.shape, [box for box, _ in source.boxes])
-        here = boxes.span(target.shape, [box for _, box in source.boxes])
-        if source.dtype != elements.dtype or not (there[1] - there[0] == here[1] - here[0] == count):
-            return False
-    return True
-
-
-def _moves(targets: list[_Target], files: dict[str, TensorFile]) -> dict[str, list[Move]]:
-    """By file, the bytes of such portions; what lies behind their logical elements becomes zero."""
-    found: dict[str, list[Move]] = {}
-    for target in targets:
-        portion = target.portion
-        values = portion.elements.read(slice(0, portion.count))
-        values[target.stop - portion.first :] = 0
-        size = values.element_size()
-        for source in target.sources:
-            first, stop = boxes.span(source.shape, [box for box, _ in source.boxes])
-            here = boxes.span(target.shape, [box for _, box in source.boxes])[0] - portion.first
-            start = files[source.row.name].entries[source.name].start + (first - source.first) * size
-            found.setdefault(source.row.name, []).append(Move(start, (stop - first) * size, values.data_ptr() + here * size))
-    return found
+        first, stop = boxes.span(source.shape, [box for box, _ in source.boxes])
+        here, end = boxes.span(target.shape, [box for _, box in source.boxes])
+        if values.is_cuda or source.dtype != values.dtype or not stop - first == end - here == count:
+            return None
+        start = files[source.row.name].entries[source.name].start + (first - source.first) * size
+        moves.append(Move(start, count * size, values.data_ptr() + (here - portion.first) * size))
+    return moves
 
 
 def _verify(files: dict[str, TensorFile], targets: list[_Target]) -> None:

@@ -11,7 +11,7 @@ import ctypes
 import json
 import mmap
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from math import prod
@@ -46,6 +46,8 @@ _LONGEST_HEADER = 100_000_000
 """Bytes; the library's own limit."""
 _MADV_POPULATE_READ = 22
 """Linux 5.14 and later; Python has no name for it."""
+_LIBC = ctypes.CDLL(None)
+"""For madvise without the interpreter's lock, since it may wait for the disk."""
 _PIECE_BYTES = 2**18
 """What is copied and hashed at a time: it fits a core's own cache."""
 _HASHERS = 2
@@ -140,27 +142,25 @@ class TensorFile:
         flat = torch.frombuffer(self._map, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start)
         return flat.view(entry.shape)
 
-    def move(self, moves: Sequence[Move]) -> None:
-        """Copy bytes into memory and compare the checksums of their blocks on the way, a little at a time, so that what is hashed is
-        still in the cache. Where this raises, the memory holds anything."""
-        self._blocks({i for m in moves for i in self._blocks_of(m.start, m.start + m.nbytes)}, sorted(moves))
-
     def verify(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Compare the checksums of the blocks that hold these ranges of bytes, each block once."""
-        self._blocks({i for start, end in ranges for i in self._blocks_of(start, end)} - self._verified, [])
+        _go_through([(self, self.blocks_of(ranges) - self._verified, [])])
 
-    def _blocks_of(self, start: int, end: int) -> range:
-        return range(start // self.block_bytes, -(-end // self.block_bytes))
+    def verify_all(self) -> None:
+        """Compare the checksum of every block."""
+        self.verify([(0, self.size)])
 
-    def _blocks(self, blocks: set[int], moves: list[Move]) -> None:
-        """Hash blocks, copy what lies in them, and compare."""
-        ordered = sorted(blocks)
-        self._populate(ordered)
-        view = memoryview(self._map)
-        base = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr() if moves else 0
+    def blocks_of(self, ranges: Iterable[tuple[int, int]]) -> set[int]:
+        """The blocks that hold these ranges of bytes."""
+        return {i for start, end in ranges for i in range(start // self.block_bytes, -(-end // self.block_bytes))}
+
+    def hasher(self, moves: Sequence[Move]) -> Callable[[int], str]:
+        """What hashes a block and copies what of it is to be moved, a little at a time: what is hashed is then in the cache."""
+        view, base = memoryview(self._map), torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
 
         def one(index: int) -> str:
             start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
+            _populate(base + start, end - start)
             digest, at = xxhash.xxh3_128(), start
             for first, nbytes, target in moves:
                 for piece in range(max(first, start), min(first + nbytes, end), _PIECE_BYTES):
@@ -172,30 +172,43 @@ class TensorFile:
             digest.update(view[at:end])
             return digest.hexdigest()
 
-        if len(ordered) > 1:
-            with ThreadPoolExecutor(_HASHERS) as pool:
-                found = list(pool.map(one, ordered))
-        else:
-            found = [one(index) for index in ordered]
-        for index, have in zip(ordered, found, strict=True):
-            if have != self.blocks[index]:
-                start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
-                raise DamagedCheckpointError(
-                    f"{self.path} is damaged between bytes {start} and {end}: its XXH3-128 is {have}, "
-                    f"and the manifest says {self.blocks[index]}"
-                )
-        self._verified |= blocks
+        return one
 
-    def _populate(self, blocks: Sequence[int]) -> None:
-        """Have the system map blocks in one go; where it cannot, each page is mapped when it is first touched."""
-        with suppress(OSError, ValueError):
-            for index in blocks:
-                start = index * self.block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-                self._map.madvise(_MADV_POPULATE_READ, start, min(self.block_bytes, self.size - start))
+    def compare(self, index: int, have: str) -> None:
+        """Raise unless a block has the checksum that it should have."""
+        if have != self.blocks[index]:
+            start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
+            raise DamagedCheckpointError(
+                f"{self.path} is damaged between bytes {start} and {end}: its XXH3-128 is {have}, "
+                f"and the manifest says {self.blocks[index]}"
+            )
+        self._verified.add(index)
 
-    def verify_all(self) -> None:
-        """Compare the checksum of every block."""
-        self.verify([(0, self.size)])
+
+def move(moves: Sequence[tuple[TensorFile, Sequence[Move]]]) -> None:
+    """Copy bytes of files into memory and compare the checksums of their blocks on the way.
+
+    Raises DamagedCheckpointError; the memory then holds anything.
+    """
+    _go_through([(file, file.blocks_of((m.start, m.start + m.nbytes) for m in of), sorted(of)) for file, of in moves])
+
+
+def _go_through(work: Sequence[tuple[TensorFile, set[int], Sequence[Move]]]) -> None:
+    """Hash blocks of files, copy what lies in them, and compare; two at a time."""
+    tasks: list[tuple[TensorFile, int, Callable[[int], str]]] = []
+    for file, blocks, moves in work:
+        hasher = file.hasher(moves)
+        tasks += [(file, index, hasher) for index in sorted(blocks)]
+    with ThreadPoolExecutor(_HASHERS) as pool:
+        found = list(pool.map(lambda task: task[2](task[1]), tasks))
+    for (file, index, _), have in zip(tasks, found, strict=True):
+        file.compare(index, have)
+
+
+def _populate(address: int, length: int) -> None:
+    """Have the system map memory in one go; where it cannot, each page is mapped when it is first touched."""
+    start = address // mmap.PAGESIZE * mmap.PAGESIZE
+    _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), _MADV_POPULATE_READ)
 
 
 def check_plain(file: Path, size: int | None = None) -> int:

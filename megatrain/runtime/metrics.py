@@ -32,7 +32,18 @@ if TYPE_CHECKING:
     from megatrain.runtime.tensorboard import TensorBoard
 
 EventKind = Literal[
-    "start", "resume", "save", "save_failed", "spike", "rollback", "skip_data", "hang", "death", "signal", "end"
+    "start",
+    "resume",
+    "damaged_checkpoint",
+    "save",
+    "save_failed",
+    "spike",
+    "rollback",
+    "skip_data",
+    "hang",
+    "death",
+    "signal",
+    "end",
 ]
 
 

@@ -90,3 +90,17 @@ def test_what_is_in_a_checkpoint_and_is_it_whole(house, capsys):
         assert cli.main(words) == 1
     assert cli.main(["export", str(house / "run"), str(house / "back")]) == 1
     assert not (house / "back").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_an_event(house):
+    tree = ["checkpoint.save_every=1", "model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=4"]
+    assert run(house, *tree, "model.vocab_size=101").code == 0
+    newest = house / "run/checkpoints/step_00000003"
+    file = next(newest.glob("exp_avg_sq*"))
+    file.write_bytes(file.read_bytes()[:-1])
+    again = run(house, *tree, "model.vocab_size=101")
+    assert again.code == 0 and "passing over the damaged checkpoint" in again.err
+    told = [event for event in jobs.events(house / "run") if event["event"] in ("resume", "damaged_checkpoint")]
+    assert [event["event"] for event in told] == ["damaged_checkpoint", "resume"]
+    assert file.name in told[0]["message"] and told[1]["checkpoint"].endswith("step_00000002")
+    assert (house / "run/checkpoints/damaged_step_00000003" / file.name).exists()
