@@ -13,7 +13,6 @@ import mmap
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
