@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from megatrain.checkpoint import boxes
+from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
 from megatrain.checkpoint.hf_files import (
     COMPANION_FOLDER,
@@ -105,12 +106,13 @@ def _portion(spec: ParamSpec, elements: Elements) -> Portion:
 
 
 def _write(out: Path, contents: Contents, portions: Mapping[str, Mapping[str, Portion]]) -> Path:
-    """One checkpoint, written a block at a time."""
-    saver = Saver(out, SINGLE, staging_bytes=1)
+    """One checkpoint, written a block at a time. Raises CheckpointError where a run saves in that directory."""
+    held, saver = claim(out, SINGLE), Saver(out, SINGLE, staging_bytes=1)
     try:
         return saver.save(contents, portions)
     finally:
         saver.close()
+        held.release()
 
 
 def import_hf(source: Path, out: Path) -> int:

@@ -136,12 +136,12 @@ def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]
     """Keys of the config that are not as they were when a checkpoint was saved, with the value then and now."""
     was = yaml.safe_load(manifest.config)
     was = was if isinstance(was, dict) else {}
-    now = yaml.safe_load(yaml.safe_dump(_plain(asdict(config))))
+    now, defaults = _plain(asdict(config)), _plain(asdict(Config()))
     for section, values in now.items():
-        before = was.get(section) or {}
+        before = defaults[section] | (was.get(section) or {})  # a key that an older release did not have was at its default
         for key, value in values.items():
-            if key not in before or _plain(before[key]) != value:
-                yield f"{section}.{key}", before.get(key, "not there"), value
+            if _plain(before[key]) != value:
+                yield f"{section}.{key}", before[key], value
 
 
 def _plain(value: Any) -> Any:

@@ -104,3 +104,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_an_event(house):
     assert [event["event"] for event in told] == ["damaged_checkpoint", "resume"]
     assert file.name in told[0]["message"] and told[1]["checkpoint"].endswith("step_00000002")
     assert (house / "run/checkpoints/damaged_step_00000003" / file.name).exists()
+
+
+def test_changes_are_told_by_value_and_a_new_key_is_none(house):
+    from megatrain.checkpoint.manifest import Manifest
+    from megatrain.config.load import dump, from_dict
+    from megatrain.parallel.mesh import MeshShape
+    from megatrain.resume import changes
+
+    was = from_dict({"model": {"dropout": 0.1}, "optim": {"betas": [0.9, 0.99]}})
+    text = "".join(line for line in dump(was).splitlines(keepends=True) if "rope_theta" not in line)
+    manifest = Manifest(1, 0.0, {}, MeshShape(), (), {}, text)
+    assert list(changes(manifest, was)) == []
+    now = from_dict({"model": {"rope_theta": 5e5}, "optim": {"betas": [0.9, 0.99]}})
+    assert list(changes(manifest, now)) == [("model.rope_theta", 10000.0, 5e5), ("model.dropout", 0.1, 0.0)]
