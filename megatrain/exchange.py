@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.directory import claim
@@ -32,6 +31,7 @@ from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_mani
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
+from megatrain.generate import saved_config, vocab_size_of
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
@@ -143,15 +143,12 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None, dtype: str | None)
     """`megatrain export CKPT HF_DIR`."""
     path = find(checkpoint)
     manifest = read_manifest(path)
-    config = from_dict(yaml.safe_load(manifest.config))
-    stored = manifest.tensors.get("embedding.tokens")
-    if stored is None:
-        raise CheckpointError(f"{path} has no embedding.tokens: it is not a language model's")
+    model, vocab_size = saved_config(path).model, vocab_size_of(manifest)
     companions = path.parent / COMPANION_FOLDER
     like = like or (companions if is_hf(companions) else None)
     verify(path)
     weights = WholeTensors(path, manifest)
-    kind = export(out, config.model, stored.spec.shape[0], weights, like=like, dtype=None if dtype is None else dtype_of(dtype))
+    kind = export(out, model, vocab_size, weights, like=like, dtype=None if dtype is None else dtype_of(dtype))
     print(f"{out}: {kind}, from {path}")  # noqa: T201
     return 0
 

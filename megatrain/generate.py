@@ -240,7 +240,7 @@ def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
 
 def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
     """This rank's part of a checkpoint's model as `load_decoder` has it, for evaluation."""
-    vocab_size = _vocab_size(read_manifest(path))
+    vocab_size = vocab_size_of(read_manifest(path))
     chunks = build_gpt(
         config.model,
         vocab_size,
@@ -254,7 +254,8 @@ def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
     return [chunk.eval() for chunk in chunks]
 
 
-def _vocab_size(manifest: Manifest) -> int:
+def vocab_size_of(manifest: Manifest) -> int:
+    """Tokens of the vocabulary of a checkpoint's model. Raises CheckpointError where it is no language model's."""
     stored = manifest.tensors.get(EMBEDDING)
     if stored is None:
         raise CheckpointError(f"the checkpoint of step {manifest.step} has no {EMBEDDING}: it is not a language model's")

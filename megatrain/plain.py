@@ -9,23 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from torch import nn
 
 from megatrain.checkpoint.hf_files import is_hf, load_hf, model_keys
 from megatrain.checkpoint.load import find
 from megatrain.checkpoint.load import load as load_checkpoint
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
-from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import ModelConfig
+from megatrain.generate import saved_config, vocab_size_of
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, build_gpt
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Portion
-
-EMBEDDING = "embedding.tokens"
 
 
 class PlainModel(nn.Module):
@@ -64,12 +61,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
         load_hf(path, model, portions, {name: portion.spec.shape for name, portion in portions.items()}, ctx)
         return PlainModel(gpt, model).eval()
     path = find(path)
-    manifest = read_manifest(path)
-    stored = manifest.tensors.get(EMBEDDING)
-    if stored is None:
-        raise CheckpointError(f"{path} has no {EMBEDDING}: it is not a language model's")
-    model = from_dict(yaml.safe_load(manifest.config)).model
-    gpt = _empty(model, stored.spec.shape[0], ctx, dtype)
+    model = saved_config(path).model
+    gpt = _empty(model, vocab_size_of(read_manifest(path)), ctx, dtype)
     load_checkpoint(path, {WEIGHTS: _portions(gpt)}, ctx)
     return PlainModel(gpt, model).eval()
 

@@ -220,27 +220,33 @@ def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.d
 def _write_weights(
     out: Path, rows: list[Any], weights: Mapping[str, torch.Tensor], heads: int, dtype: torch.dtype | None, shard_bytes: int
 ) -> torch.dtype:
-    """Write the stored tensors in files of at most `shard_bytes`; return the dtype of the last one."""
-    sizes = [sum(weights[n].numel() * (dtype or weights[n].dtype).itemsize for n in row.of) for row in rows]
-    shards: list[list[int]] = [[]]
-    for index, size in enumerate(sizes):
-        if shards[-1] and sum(sizes[i] for i in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(index)
+    """Write the stored tensors in files of at most `shard_bytes`, each read once; return the dtype of the last one."""
+    shards: list[list[str]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def write() -> None:
+        save_file(tensors, out / f"{len(shards)}.part", {"format": "pt"})
+        shards.append(list(tensors))
+        tensors.clear()
+
+    for row in rows:
+        made = joined(row, [weights[name] for name in row.of], heads)
+        made = made if dtype is None else made.to(dtype)
+        if tensors and sum(t.nbytes for t in tensors.values()) + made.nbytes > shard_bytes:
+            write()
+        tensors[row.name] = made
+        total += made.nbytes
+    write()
     where: dict[str, str] = {}
-    wrote = torch.float32
-    for number, shard in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for row in (rows[i] for i in shard):
-            made = joined(row, [weights[name] for name in row.of], heads)
-            tensors[row.name] = made if dtype is None else made.to(dtype)
-            wrote, where[row.name] = tensors[row.name].dtype, file
-        save_file(tensors, out / file, {"format": "pt"})
+    for number, names in enumerate(shards):  # how many there are is known only now
+        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"{number}.part").rename(out / file)
+        where |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        listed = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
+        listed = {"metadata": {"total_size": total}, "weight_map": where}
         (out / INDEX).write_text(json.dumps(listed, indent=2) + "\n")
-    return wrote
+    return made.dtype
 
 
 def keep_companions(source: Path, directory: Path) -> None:
