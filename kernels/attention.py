@@ -40,7 +40,7 @@ class Variant:
 
     mask: AttentionMask = CAUSAL
     slopes: torch.Tensor | None = None
-    """[a] of ALiBi (arXiv:2108.12409): slope times (key's place - query's place) is added to the scores."""
+    """[a] of ALiBi (arXiv:2108.12409): slope times the distance of key and query is taken from the scores."""
     dropout: Factors | None = None
     wide_softmax: bool = True
     """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
@@ -187,12 +187,13 @@ class _Block:
         by_head = self.by_head(scores)
         if self.variant.slopes is not None:
             by_head += self._bias(self.variant.slopes.to(scores.dtype))
-        if self.variant.mask.only_causal:  # only the end of the one span is not seen by all
-            corner = by_head[..., self.offset + self.start :]
+        certain = self.variant.mask.seen_by_all(self.offset + self.start)  # of the one span, which then begins at key 0
+        corner = by_head[..., certain:]
+        if self.variant.mask.only_causal:
             size = self.end - self.start
             corner += corner.new_full((size, size), -torch.inf).triu(1)
-        else:
-            by_head.masked_fill_(self._hidden(rows.device), -torch.inf)
+        elif corner.shape[-1]:
+            corner.masked_fill_(self._hidden(rows.device, certain), -torch.inf)
         return torch.softmax(scores, -1).to(rows.dtype)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
@@ -208,14 +209,14 @@ class _Block:
         """ALiBi: [n, r, block, keys]."""
         queries, keys = self.places(slopes.device)
         of_group = slopes.view(self.groups, self.heads)[self._numbers(slopes.device) % self.groups]
-        return of_group[:, :, None, None] * (keys[None, :] - queries[:, None]).to(slopes.dtype)
+        return of_group[:, :, None, None] * -(keys[None, :] - queries[:, None]).abs().to(slopes.dtype)
 
-    def _hidden(self, device: torch.device) -> torch.Tensor:
-        """Which keys are not seen: [block, keys], or with documents [n, 1, block, keys]."""
+    def _hidden(self, device: torch.device, first: int) -> torch.Tensor:
+        """Which keys from number `first` on are not seen: [block, keys], or where sequences differ [n, 1, block, keys]."""
         queries, keys = self.places(device)
-        if self.variant.mask.documents is None:
-            return ~self.variant.mask.allowed(queries, keys)
-        return ~self.variant.mask.allowed(queries, keys, self._numbers(device) // self.groups)[:, None]
+        if self.variant.mask.uniform:
+            return ~self.variant.mask.allowed(queries, keys[first:])
+        return ~self.variant.mask.allowed(queries, keys[first:], self._numbers(device) // self.groups)[:, None]
 
     def _numbers(self, device: torch.device) -> torch.Tensor:
         """Which of the b g groups these are."""

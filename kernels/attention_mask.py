@@ -6,6 +6,8 @@
     sparse     blocks of tokens: a query sees its own block and some before it (local), and the first ones of the text (global)
                (Child et al., arXiv:1904.10509; BigBird, arXiv:2007.14062, section 2)
     documents  only keys of the query's own document, where several are packed in one sequence
+    prefix     the first keys are seen by all queries, also by earlier ones (GLM, arXiv:2103.10360, section 2.1: part A is seen by all
+               of the text, part B from left to right); with documents, those of the query's own document
 
 They hold together: a key is seen if all of them allow it. Kernels ask for `spans`, the keys that a block of queries may see at all,
 and for `allowed`, the exceptions inside. A dense mask of a whole sequence is never made.
@@ -32,22 +34,29 @@ class BlockSparse:
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """One value for all that a mask can be. All parts but `documents` are the same for every sequence."""
+    """One value for all that a mask can be. All parts but `documents` and `prefix` are the same for every sequence."""
 
     causal: bool = True
     window: int | None = None
     sparse: BlockSparse | None = None
     documents: torch.Tensor | None = None
     """[s, b] int64 number of each token's document, not falling along the sequence."""
+    prefix: torch.Tensor | None = None
+    """[b] int64 number of first keys that every query sees; or [s, b] the place before which a query at each place sees all keys."""
 
     @property
     def only_causal(self) -> bool:
         """Whether nothing but causality is asked for."""
-        return self.causal and self.window is None and self.sparse is None and self.documents is None
+        return self.causal and self.uniform and self.window is None and self.sparse is None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether it is the same for every sequence."""
+        return self.documents is None and self.prefix is None
 
     def spans(self, start: int, end: int, keys: int) -> list[slice]:
         """The keys, of `keys`, that some query of start .. end - 1 may see: disjoint, rising."""
-        first, last = 0, end if self.causal else keys
+        first, last = 0, self._last(start, end, keys)
         if self.window is not None:
             first = max(0, start - self.window + 1)
             if not self.causal:
@@ -63,9 +72,30 @@ class AttentionMask:
             return [slice(first, last)]
         return [span for span in (slice(first, everywhere), slice(near, last)) if span.start < span.stop]
 
-    def sees(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Whether queries at places `q` may see keys at places `k`, documents aside: bool, of their broadcast shape."""
+    def _last(self, start: int, end: int, keys: int) -> int:
+        """Behind the last key that some query of start .. end - 1 may see."""
+        if not self.causal:
+            return keys
+        if self.prefix is None:
+            return end
+        of = self.prefix if self.prefix.dim() == 1 else self.prefix[start:end]
+        return min(keys, max(end, int(of.max())))
+
+    def seen_by_all(self, start: int) -> int:
+        """So many first keys are seen by every query from place `start` on, in every sequence."""
+        if self.window is not None or self.sparse is not None or self.documents is not None or not self.causal:
+            return 0
+        common = 0 if self.prefix is None or self.prefix.dim() > 1 else int(self.prefix.min())
+        return max(start, common)
+
+    def sees(self, q: torch.Tensor, k: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
+        """Whether queries at places `q` may see keys at places `k`, documents aside: bool, of their broadcast shape.
+
+        prefix: that of each query.
+        """
         seen = k <= q if self.causal else (k - q) == (k - q)
+        if prefix is not None:
+            seen = seen | (k < prefix)
         if self.window is not None:
             seen = seen & ((q - k).abs() < self.window)
         if self.sparse is not None:
@@ -76,23 +106,34 @@ class AttentionMask:
     def allowed(self, queries: torch.Tensor, keys: torch.Tensor, sequences: torch.Tensor | None = None) -> torch.Tensor:
         """Whether each of `queries` [q] may see each of `keys` [k], both places in the sequence: bool [q, k].
 
-        With documents [n, q, k], for each of `sequences` [n] (default: all).
+        Where it is not uniform [n, q, k], for each of `sequences` [n] (default: all).
         """
-        seen = self.sees(queries[:, None], keys[None, :])
+        if self.uniform:
+            return self.sees(queries[:, None], keys[None, :])
+        of = slice(None) if sequences is None else sequences
+        prefix = (
+            None
+            if self.prefix is None
+            else (self.prefix[of, None] if self.prefix.dim() == 1 else self.prefix[queries][:, of].t())
+        )
+        seen = self.sees(queries[:, None], keys[None, :], None if prefix is None else prefix[:, :, None])
         if self.documents is None:
             return seen
-        of = self.documents if sequences is None else self.documents[:, sequences]
-        return seen & (of[queries].t()[:, :, None] == of[keys].t()[:, None, :])
+        documents = self.documents[:, of]
+        return seen & (documents[queries].t()[:, :, None] == documents[keys].t()[:, None, :])
 
 
 CAUSAL = AttentionMask()
 
 
 def causal_mask(
-    window: int | None, sparse: tuple[int, int, int] | None, documents: torch.Tensor | None = None
+    window: int | None,
+    sparse: tuple[int, int, int] | None,
+    documents: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
 ) -> AttentionMask:
-    """A language model's mask. sparse: (tokens of a block, local blocks, global blocks); documents: [s, b], where several are packed."""
-    return AttentionMask(True, window, None if sparse is None else BlockSparse(*sparse), documents)
+    """A language model's mask. sparse: (tokens of a block, local blocks, global blocks); documents, prefix: as `AttentionMask` has them."""
+    return AttentionMask(True, window, None if sparse is None else BlockSparse(*sparse), documents, prefix)
 
 
 def _first_of_document(documents: torch.Tensor, start: int) -> int:

@@ -20,7 +20,7 @@ def flex(
 ) -> torch.Tensor:
     """q [s, b, a, d], k and v [s, b, g, d] -> [s, b, a d], under a mask, with ALiBi of `slopes` [a]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    blocks = _blocks_of(mask, q) if mask.documents is not None else _static_blocks(mask, q.shape[2], q.device)
+    blocks = _static_blocks(mask, q.shape[2], q.device) if mask.uniform else _blocks_of(mask, q)
     function = _function(q.device.type)
     bias = None if slopes is None else _alibi(slopes)
     y = function(q, k, v, score_mod=bias, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
@@ -35,27 +35,38 @@ def _function(device_type: str) -> Any:
 
 def _alibi(slopes: torch.Tensor) -> Callable[..., torch.Tensor]:
     def add(score: torch.Tensor, _b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return score + slopes[h] * (k - q)
+        return score - slopes[h] * (k - q).abs()
 
     return add
 
 
 @lru_cache(maxsize=16)
 def _static_blocks(mask: AttentionMask, length: int, device: torch.device) -> BlockMask:
-    """Which blocks a mask without documents leaves, made once."""
+    """Which blocks a mask that is the same for all sequences leaves, made once."""
     return create_block_mask(_visible(mask), None, None, length, length, device=device)
 
 
+_latest: list[tuple[AttentionMask, BlockMask]] = []
+"""Of the micro-batches at hand: every layer asks for the blocks of the same mask."""
+
+
 def _blocks_of(mask: AttentionMask, q: torch.Tensor) -> BlockMask:
-    """Which blocks the documents of a batch leave."""
-    return create_block_mask(_visible(mask), q.shape[0], None, q.shape[2], q.shape[2], device=q.device)
+    """Which blocks the documents and prefixes of a batch leave."""
+    for known, blocks in _latest:
+        if known is mask:
+            return blocks
+    made = create_block_mask(_visible(mask), q.shape[0], None, q.shape[2], q.shape[2], device=q.device)
+    _latest.append((mask, made))
+    del _latest[:-16]
+    return made
 
 
 def _visible(mask: AttentionMask) -> Callable[..., torch.Tensor]:
     """The mask as a function of (sequence, head, query, key)."""
 
     def visible(b: torch.Tensor, _h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        seen = mask.sees(q, k)
+        prefix = None if mask.prefix is None else (mask.prefix[b] if mask.prefix.dim() == 1 else mask.prefix[q, b])
+        seen = mask.sees(q, k, prefix)
         if mask.documents is not None:
             seen = seen & (mask.documents[q, b] == mask.documents[k, b])
         return seen

@@ -27,8 +27,9 @@ from running import Failed, call, interrupt, key, once, publish, say, step, verb
 from megatrain.config.load import load
 from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.baselines import consumed_rows, count_pairs, held_out_pairs, interpolated_bigram, unigram_entropy
+from megatrain.data.held_out import build_held_out
 from megatrain.data.indexed import TokenStore
-from megatrain.data.loader import build_held_out, build_samples
+from megatrain.data.loader import build_samples
 from megatrain.data.prepare import stdlib_corpus
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.runtime.metrics import read_metrics

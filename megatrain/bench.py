@@ -33,7 +33,7 @@ from megatrain.runtime.distributed import Launch, Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import peak_memory_bytes
-from megatrain.testing.trace import ANY_DATA, RandomSamples
+from megatrain.testing.trace import ANY_DATA, random_source
 from megatrain.training import DTYPES, Run, assemble, train_step
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
@@ -52,8 +52,8 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     require_schedule(config)
     vocab_size = vocabulary(config)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
-    samples, train = RandomSamples(vocab_size, config.model.seq_length), config.train
-    with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
+    (samples, compose), train = random_source(config, vocab_size), config.train
+    with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, compose=compose) as loader:
         run = assemble(config, ctx, loader, vocab_size)
         for _ in range(warmup):
             train_step(run)

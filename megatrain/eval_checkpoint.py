@@ -19,13 +19,14 @@ from megatrain.checkpoint.load import find
 from megatrain.config.load import load_overrides
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
-from megatrain.data.loader import HeldOut, build_held_out
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.data.held_out import Evaluated
+from megatrain.data.sources import open_sources
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate import Evaluation, evaluate
 from megatrain.generate import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.models.objective import NextToken
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import mesh_shape
+from megatrain.program import mesh_shape, tokenizer_of
 from megatrain.runtime.distributed import Launch, connect
 from megatrain.runtime.metrics import perplexity
 from megatrain.training import Model
@@ -53,7 +54,7 @@ def settled(saved: Config, overrides: Sequence[str], world_size: int) -> Config:
     return laid_out(replace(config, train=every), layout, world_size)
 
 
-def bytes_per_token(held_out: HeldOut, tokenizer: Tokenizer) -> float:
+def bytes_per_token(held_out: Evaluated, tokenizer: Tokenizer) -> float:
     """Bytes of text that a token of a validation set stands for, on average."""
     tokens = size = 0
     for store in held_out.stores:
@@ -68,9 +69,11 @@ def bytes_per_token(held_out: HeldOut, tokenizer: Tokenizer) -> float:
     return size / max(tokens, 1)
 
 
-def row_of(name: str, result: Evaluation, held_out: HeldOut, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def row_of(name: str, result: Evaluation, held_out: Evaluated, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """One set's numbers; bits_per_byte is null where there is no tokenizer to tell."""
-    per_token = 0.0 if tokenizer is None else bytes_per_token(held_out, tokenizer)
+    # Of a text with blanks only a part is predicted, of unknown bytes.
+    per_token = bytes_per_token(held_out, tokenizer) if tokenizer is not None and result.cloze_accuracy is None else 0.0
+    cloze = {} if result.cloze_accuracy is None else {"cloze_accuracy": result.cloze_accuracy}
     return {
         "set": name or "valid",
         "loss": result.loss,
@@ -78,6 +81,7 @@ def row_of(name: str, result: Evaluation, held_out: HeldOut, tokenizer: Tokenize
         "bits_per_byte": result.loss / math.log(2) / per_token if per_token else None,
         "token_accuracy": result.accuracy,
         "tokens": result.tokens,
+        **cloze,
     }
 
 
@@ -91,10 +95,8 @@ def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
         ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, launch.world_size), session.device)
         chunks = load_chunks(path, config, ctx)
         with session.together("opening the data"):
-            sets = build_held_out(
-                config.data.valid, config.model.seq_length, chunks[0].vocab_size, config.data.isolate_documents
-            )
-            tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+            tokenizer = tokenizer_of(config)
+            _, _, sets = open_sources(config, chunks[0].vocab_size, tokenizer, train=False)
         model = Model(config, ctx, chunks, NextToken(), held_out=sets)
         result = evaluate(model, config.train.eval_batches)
         if session.rank == 0:
@@ -109,7 +111,10 @@ def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
 def line_of(row: dict[str, Any]) -> str:
     """A row for people."""
     bits = "unknown (no data.tokenizer)" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
+    special = f"bits per byte {bits}"
+    if "cloze_accuracy" in row:
+        special = f"blanks filled right {100 * row['cloze_accuracy']:.2f}%"
     return (
-        f"{row['set']}: loss {row['loss']:.4f} nats | perplexity {row['perplexity']:.4f} | bits per byte {bits} | "
+        f"{row['set']}: loss {row['loss']:.4f} nats | perplexity {row['perplexity']:.4f} | {special} | "
         f"token accuracy {100 * row['token_accuracy']:.2f}% | {row['tokens']:,} tokens"
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatrain.data.loader import HeldOut, evaluation_batches
+from megatrain.data.held_out import Evaluated, evaluation_batches
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
@@ -21,6 +21,8 @@ class Evaluation:
     accuracy: float
     """Share of the tokens predicted right."""
     tokens: int
+    cloze_accuracy: float | None = None
+    """Share of the blanks of which every token is predicted right; None where there are no blanks."""
     sets: dict[str, Evaluation] = field(default_factory=dict)
     """Of each validation set, by name."""
 
@@ -43,26 +45,26 @@ def evaluate(run: Model, global_batches: int = 0) -> Evaluation:
     rows = all_reduce(sums * float(run.ctx.tp.rank == 0), run.ctx.world).tolist()
     sets = {name: _mean(*row) for name, row in zip(run.held_out, rows, strict=True)}
     together = _mean(*(sum(column) for column in zip(*rows, strict=True)))
-    return Evaluation(together.loss, together.accuracy, together.tokens, sets)
+    return replace(together, sets=sets)
 
 
-def _sums(run: Model, held_out: HeldOut, global_batches: int) -> torch.Tensor:
-    """This rank's sums over a set: (loss, tokens right, tokens), float64 [3]."""
+def _sums(run: Model, held_out: Evaluated, global_batches: int) -> torch.Tensor:
+    """This rank's sums over a set: (loss, tokens right, blanks right, blanks, tokens), float64 [5]."""
     ctx, train = run.ctx, run.config.train
     batches = evaluation_batches(
         held_out, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, global_batches
     )
     stage = stage_of(run)
-    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)
+    sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)
     for batch in batches:
         micro_batches = to_micro_batches(batch, run)
         schedule = schedule_of(run.config, len(micro_batches), backward=False)
         executed = run_schedule(stage, schedule, micro_batches, scale=1.0)
         weight = torch.stack([run.objective.weight(m) for m in micro_batches]).sum().double()
-        sums += torch.stack([executed.loss, executed.statistics[0], weight * float(ctx.pp.rank == 0)])
+        sums += torch.cat([executed.sums, weight[None] * float(ctx.pp.rank == 0)])
     return sums
 
 
-def _mean(loss: float, right: float, tokens: float) -> Evaluation:
+def _mean(loss: float, right: float, filled: float, blanks: float, tokens: float) -> Evaluation:
     weight = max(tokens, SMALLEST_WEIGHT)
-    return Evaluation(loss / weight, right / weight, round(tokens))
+    return Evaluation(loss / weight, right / weight, round(tokens), filled / blanks if blanks else None)

@@ -23,8 +23,11 @@ from megatrain.config.load import Loaded, dump, from_dict, load
 from megatrain.config.schema import Config, ParallelConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
-from megatrain.data.loader import HeldOut, Loader, build_held_out, build_samples
-from megatrain.data.tokenizer import load_tokenizer
+from megatrain.data.held_out import Evaluated
+from megatrain.data.loader import Loader
+from megatrain.data.samples.sentinels import resolve
+from megatrain.data.sources import open_sources
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.init_from import shapes_of
 from megatrain.job import Job
 from megatrain.models.objective import Objective
@@ -100,22 +103,31 @@ def vocabulary(config: Config) -> int:
                 "model.vocab_size and data.tokenizer are both null. Set one: data.tokenizer=PATH, or model.vocab_size=8192."
             )
         return given
-    size = load_tokenizer(config.data.tokenizer).vocab_size
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    size, sentinels = tokenizer.vocab_size, ""
+    if config.data.objective == "glm":
+        largest = max(vars(resolve(config.data.glm, tokenizer, None)[0]).values())
+        size, sentinels = max(size, largest + 1), " and of GLM's blanks"
     if given is not None and given < size:
         raise ConfigError(
-            f"model.vocab_size={given} is smaller than the {size} tokens of data.tokenizer={config.data.tokenizer}. "
+            f"model.vocab_size={given} is smaller than the {size} tokens of data.tokenizer={config.data.tokenizer}{sentinels}. "
             f"Use model.vocab_size={size}, or leave it out."
         )
     return given or size
 
 
-def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, dict[str, HeldOut]]:
-    """This rank's loader, and the validation sets by name. Raises TokenStoreError."""
-    data = config.data
-    samples = build_samples(data.train, config.model.seq_length, config.train.seed, data.cache_dir, vocab_size)
-    held_out = build_held_out(data.valid, config.model.seq_length, vocab_size, data.isolate_documents)
+def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, dict[str, Evaluated]]:
+    """This rank's loader, and what is evaluated, by name. Raises TokenStoreError."""
+    source, samples, judged = open_sources(config, vocab_size, tokenizer_of(config))
+    if samples is None:
+        raise ConfigError("data.train is empty")
     sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
-    return Loader(samples, *sizes, isolate_documents=data.isolate_documents), held_out
+    return Loader(samples, *sizes, compose=source.compose), judged
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+    """The tokenizer of a config, if it has one. Raises TokenizerError."""
+    return None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
 
 
 def _prepare_torch(config: Config) -> None:

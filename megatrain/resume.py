@@ -136,12 +136,19 @@ def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]
     """Keys of the config that are not as they were when a checkpoint was saved, with the value then and now."""
     was = yaml.safe_load(manifest.config)
     was = was if isinstance(was, dict) else {}
-    now, defaults = _plain(asdict(config)), _plain(asdict(Config()))
-    for section, values in now.items():
-        before = defaults[section] | (was.get(section) or {})  # a key that an older release did not have was at its default
-        for key, value in values.items():
-            if _plain(before[key]) != value:
-                yield f"{section}.{key}", before[key], value
+    before = dict(_leaves(asdict(Config()))) | dict(_leaves(was))  # a key that an older release did not have was at its default
+    for key, value in _leaves(asdict(config)):
+        if before[key] != value:
+            yield key, before[key], value
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key` or `section.group.key` of every value of a config."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, _plain(value)
 
 
 def _plain(value: Any) -> Any:

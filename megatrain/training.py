@@ -14,13 +14,15 @@ import torch
 
 from megatrain.config.budget import Budget, budget_of
 from megatrain.config.schema import Config
-from megatrain.data.loader import Batch, HeldOut, Loader
+from megatrain.data.batches import Batch
+from megatrain.data.held_out import Evaluated
+from megatrain.data.loader import Loader
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.kernels.compiled import require_compiler
 from megatrain.kernels.dispatch import use_triton
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
-from megatrain.models.objective import NextToken, Objective
+from megatrain.models.objective import Mixture, NextToken, Objective
 from megatrain.models.split import ranges_of, split_layers
 from megatrain.optim.clip import clip_divisor, local_squared_norm
 from megatrain.optim.loss_scale import LossScale
@@ -52,7 +54,7 @@ class Model:
     chunks: list[GPT]
     """This rank's virtual stages of the model, in order; one without pipelining."""
     objective: Objective
-    held_out: dict[str, HeldOut] = field(default_factory=dict, kw_only=True)
+    held_out: dict[str, Evaluated] = field(default_factory=dict, kw_only=True)
     """Validation sets by name."""
     step: int = field(default=0, kw_only=True)
     """Batches consumed; each was applied or skipped."""
@@ -133,7 +135,7 @@ def assemble(
     vocab_size: int,
     *,
     objective: Objective | None = None,
-    held_out: dict[str, HeldOut] | None = None,
+    held_out: dict[str, Evaluated] | None = None,
 ) -> Run:
     """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
     train = config.train
@@ -159,8 +161,17 @@ def assemble(
         units_of(chunks), ctx, stage=parallel.zero_stage, bucket_size=parallel.bucket_size, overlap=parallel.overlap
     )
     optimizer = Optimizer(flat, config.optim)
-    objective = objective or NextToken(label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+    objective = objective or objective_of(config)
     return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out=held_out or {})
+
+
+def objective_of(config: Config) -> Objective:
+    """The objective of a config: next tokens of whatever samples its data section makes."""
+    train, mix = config.train, config.data.glm.objective_mix
+    if config.data.objective == "glm" and mix.mode == "weighted":
+        shares = (mix.blank, mix.sentence, mix.document)
+        return Mixture(shares=shares, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+    return NextToken(label_smoothing=train.label_smoothing, z_loss=train.z_loss)
 
 
 def units_of(chunks: list[GPT]) -> list[Unit]:
@@ -205,21 +216,23 @@ def train_step(run: Run) -> StepReport:
     """One optimizer update: tokens -> loss -> gradients -> parameters."""
     size = run.budget.batch_size(run.consumed_samples)
     micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run)
-    weight = global_weight(run, micro_batches)
+    totals = global_weights(run, micro_batches)
+    weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
+    micro_batches = [replace(m, totals=totals) for m in micro_batches]
     run.flat.zero_grad()
     schedule = schedule_of(run.config, len(micro_batches))
     executed = run_schedule(stage_of(run), schedule, micro_batches, scale=run.loss_scale.scale / weight)
     run.flat.reduce()
-    totals = sum_totals(run, executed, weight)
-    divisor = clip_divisor(totals.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
+    sums = sum_totals(run, executed, weight)
+    divisor = clip_divisor(sums.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
     if run.before_update is not None:
         run.before_update(run)
     lr, left_out = run.lr, float(run.step + 1 in run.config.train.skip_steps)
-    run.optimizer.step(lr, divisor, totals.overflow.clamp_min(left_out), run.weight_decay)
-    run.loss_scale.update(totals.overflow)
+    run.optimizer.step(lr, divisor, sums.overflow.clamp_min(left_out), run.weight_decay)
+    run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
-    return totals.report(run.step, lr, size, left_out=left_out > 0)
+    return sums.report(run.step, lr, size, left_out=left_out > 0)
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
@@ -230,6 +243,12 @@ def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
         """[m, b, s] -> m times [s, b]."""
         return list(torch.from_numpy(array).to(device, non_blocking=True).transpose(1, 2).contiguous())
 
+    def perhaps(array: Any) -> list[Any]:
+        """[m, b, s] or [m, b] -> m times [s, b] or [b]; m times None for none."""
+        if array is None:
+            return [None] * len(batch.tokens)
+        return columns(array) if array.ndim == 3 else list(torch.from_numpy(array).to(device))
+
     parts = zip(
         columns(batch.tokens),
         columns(batch.labels),
@@ -238,15 +257,19 @@ def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
         torch.from_numpy(batch.places).to(device),
         strict=True,
     )
-    documents = [None] * len(batch.tokens) if batch.documents is None else columns(batch.documents)
-    masks = [causal_mask(run.config.model.window, run.config.model.sparse, of) for of in documents]
-    return [MicroBatch(*part, step=run.step, mask=mask) for part, mask in zip(parts, masks, strict=True)]
+    model, seen = run.config.model, zip(perhaps(batch.documents), perhaps(batch.prefix), strict=True)
+    masks = [causal_mask(model.window, model.sparse, documents, prefix) for documents, prefix in seen]
+    others = zip(masks, perhaps(batch.block_positions), perhaps(batch.kinds), strict=True)
+    return [
+        MicroBatch(*part, step=run.step, mask=mask, block_positions=inside, kinds=kinds)
+        for part, (mask, inside, kinds) in zip(parts, others, strict=True)
+    ]
 
 
-def global_weight(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
-    """What the global batch's summed loss is divided by: float64 scalar."""
-    weights = [run.objective.weight(m) for m in micro_batches]
-    return all_reduce(torch.stack(weights).sum().double(), run.ctx.dp_cp).clamp_min(SMALLEST_WEIGHT)
+def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
+    """The objective's weights of the global batch, whose sum its loss is divided by: float64 scalar or [n]."""
+    weights = torch.stack([run.objective.weight(m) for m in micro_batches])
+    return all_reduce(weights.sum(0).double(), run.ctx.dp_cp)
 
 
 def stage_of(run: Model) -> Stage:
@@ -254,11 +277,11 @@ def stage_of(run: Model) -> Stage:
     ctx, head = run.ctx, run.chunks[-1].head
 
     def loss(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(summed loss, statistics [1]: weight predicted right)."""
+        """(summed loss, statistics [3]: weight predicted right, blanks filled right, blanks)."""
         if head is None:
             raise ValueError("only the last virtual stage of a pipeline ends in a loss")
-        total, correct = head(hidden, run.objective, micro_batch)
-        return total, correct[None]
+        total, correct, blanks = head(hidden, run.objective, micro_batch)
+        return total, torch.cat([correct[None].double(), blanks])
 
     return Stage(
         ctx.pp.rank,
@@ -268,6 +291,7 @@ def stage_of(run: Model) -> Stage:
         ctx.sends,
         ctx.receives,
         ctx.device,
+        statistics=3,
         observe=run.observe,
         parameters=run.parameters,
     )

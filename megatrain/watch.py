@@ -137,7 +137,9 @@ class Watch:
         seconds = time.perf_counter() - began
         losses = {name: of.loss for name, of in result.sets.items() if name}
         self.log.evaluation(
-            EvaluationRow(self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds, losses)
+            EvaluationRow(
+                self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds, losses, result.cloze_accuracy
+            )
         )
         self.log.draw()
 

@@ -11,7 +11,7 @@ from megatrain.data.loader import Loader
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.agree import Trace, agree
-from megatrain.testing.trace import RandomSamples, trace_run
+from megatrain.testing.trace import random_source, trace_run
 
 STEPS = 5
 BASE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=12, vocab_size=101, init_std=0.1)
@@ -78,8 +78,8 @@ def reference_of(config: Config) -> ReferenceRun:
         norm_placement=m.norm_placement,
     ).to(dtype)
     model.load_logical(start)
-    loader = Loader(RandomSamples(m.vocab_size, m.seq_length, t.seed), t.global_batch_size, t.micro_batch_size, 0, 1)
-    loader.isolate_documents = config.data.isolate_documents
+    samples, compose = random_source(config, m.vocab_size)
+    loader = Loader(samples, t.global_batch_size, t.micro_batch_size, 0, 1, compose=compose)
     batches = [loader.build(step * t.global_batch_size) for step in range(t.steps)]
     steps = [
         [

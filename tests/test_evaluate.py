@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from megatrain.data.held_out import HeldOut
 from megatrain.data.loader import Loader
 from megatrain.evaluate import evaluate
 from megatrain.models.batch import MicroBatch
@@ -17,7 +18,7 @@ from megatrain.training import assemble, train_step
 SEQ, V = 8, 29
 
 
-class Text:
+class Text(HeldOut):
     """Held-out samples of which the last has 3 labels that count."""
 
     seq_length = SEQ

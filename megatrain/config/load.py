@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import yaml
 
-from megatrain.config.presets import PRESETS
+from megatrain.config.keys import fields_of, is_optional, knobs, type_name
+from megatrain.config.presets import FAMILIES, PRESETS
 from megatrain.config.schema import Config, CorpusConfig, Document
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
 
-__all__ = ["ConfigError", "Loaded", "dump", "from_dict", "knobs", "load", "type_name"]
+__all__ = ["ConfigError", "Loaded", "dump", "from_dict", "load"]
 
 Shapes = Callable[[str], Mapping[str, Any]]
 """Value of model.init_from -> the keys of `model` that come with it."""
@@ -46,32 +45,6 @@ class Loaded:
     """For every `section.key`: `file:line`, `command line` or `default`."""
 
 
-@dataclass(frozen=True)
-class Knob:
-    """One field of one section of the schema."""
-
-    section: str
-    name: str
-    kind: Any
-    """The field's type."""
-    default: Any
-    doc: str
-
-    @property
-    def key(self) -> str:
-        """`section.name`."""
-        return f"{self.section}.{self.name}"
-
-
-def knobs() -> Iterator[Knob]:
-    """Every knob of the schema, in its order."""
-    for section, cls in _fields(Config).items():
-        defaults = cls()
-        for item in dataclasses.fields(cls):
-            kind = _fields(cls)[item.name]
-            yield Knob(section, item.name, kind, getattr(defaults, item.name), item.metadata["doc"])
-
-
 def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | None = None) -> Loaded:
     """The config of a YAML file, changed by `section.key=value` overrides. Raises ConfigError.
 
@@ -82,8 +55,9 @@ def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | N
     _apply_overrides(tree, overrides)
     _apply_preset(tree)
     _apply_shapes(tree, shapes)
+    _apply_family(tree)
     config = _build(tree)
-    origins = {knob.key: tree.places.get((knob.section, knob.name), DEFAULT) for knob in knobs()}
+    origins = {knob.key: tree.places.get(knob.path, DEFAULT) for knob in knobs()}
     return Loaded(config, origins)
 
 
@@ -95,6 +69,7 @@ def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
     _normalize_sections(source)
     _apply_preset(source)
     _apply_shapes(source, shapes)
+    _apply_family(source)
     return _build(source)
 
 
@@ -112,42 +87,16 @@ def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
     Without an origin a value is `default` where it equals the default, and else `python`.
     """
     lines = ["# The whole configuration; each comment says where the value comes from."]
-    section = None
+    group: tuple[str, ...] = ()
     for knob in knobs():
-        if knob.section != section:
-            section = knob.section
-            lines.append(f"{section}:")
-        value = getattr(getattr(config, knob.section), knob.name)
+        within = knob.path[:-1]
+        lines += [f"{'  ' * n}{within[n]}:" for n in range(len(within)) if within[: n + 1] != group[: n + 1]]
+        group, value = within, knob.of(config)
         origin = (origins or {}).get(knob.key, DEFAULT if value == knob.default else "python")
         # A file name may hold a line break, which would end the comment.
-        lines.append(f"  {knob.name}: {_render(value)}  # {origin if origin.isprintable() else ascii(origin)}")
+        shown = origin if origin.isprintable() else ascii(origin)
+        lines.append(f"{'  ' * len(within)}{knob.path[-1]}: {_render(value)}  # {shown}")
     return "\n".join(lines) + "\n"
-
-
-def type_name(kind: Any) -> str:
-    """A field's type in words: `integer or null`, `one of pre, post`, `list of text`."""
-    names = {int: "integer", float: "number", bool: "true or false", str: "text", CorpusConfig: "{path, weight}"}
-    if kind in names:
-        return names[kind]
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, parts))
-    if _is_optional(kind):
-        return f"{type_name(parts[0])} or null"
-    if parts[-1] is Ellipsis:
-        return f"list of {type_name(parts[0])}"
-    return "list [" + ", ".join(type_name(part) for part in parts) + "]"
-
-
-@functools.cache
-def _fields(cls: Any) -> dict[str, Any]:
-    """Field name -> resolved type of a dataclass."""
-    hints = typing.get_type_hints(cls)
-    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
-
-
-def _is_optional(kind: Any) -> bool:
-    return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 # --- sections and overrides ---------------------------------------------------------------------------------------------------
@@ -155,7 +104,7 @@ def _is_optional(kind: Any) -> bool:
 
 def _normalize_sections(tree: Tree) -> None:
     """Make the root a mapping of known sections to mappings; null (a section whose keys are commented out) becomes empty."""
-    sections = _fields(Config)
+    sections = fields_of(Config)
     if not isinstance(tree.root, Mapping):
         place = tree.place(()) or "config"
         found = _describe(tree.root)
@@ -185,57 +134,78 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
         _replace(tree, path, value)
 
 
-def _read_override(text: str) -> tuple[tuple[str, str], Tree]:
-    """`section.key=value` as (section, key) and the tree of the value."""
+def _read_override(text: str) -> tuple[tuple[str, ...], Tree]:
+    """`section.key=value`, or `section.group.key=value`, as (section, ..., key) and the tree of the value."""
     key, equals, value = text.partition("=")
     section, _, name = key.strip().partition(".")
     here = f"{COMMAND_LINE}: {text!r}"
     if not equals:
         raise ConfigError(f"{here} has no `=`. Write section.key=value, for example optim.lr=1e-3.")
-    if section not in _fields(Config):
+    if section not in fields_of(Config):
         raise ConfigError(f"{here}: {section!r} is an unknown section. {_suggest_section(section)}")
-    if not name or "." in name:
+    *groups, last = name.split(".")
+    inner = fields_of(Config)[section]
+    for group in groups:
+        inner = fields_of(inner).get(group) if inner is not None else None
+        inner = inner if dataclasses.is_dataclass(inner) else None
+    if not name or inner is None:
         what = "goes deeper than a key" if name else "is a whole section"
         example = f"{section}.{name.partition('.')[0] or 'key'}=value"
         raise ConfigError(f"{here}: {key} {what}. Set one key at a time, as {example}.")
-    path = (section, name)
+    path = (section, *groups, last)
     return path, read_text(value, here, lambda mark: here, root=path)
 
 
-def _replace(tree: Tree, path: tuple[str, str], new: Tree) -> None:
-    """Put the value of `new`, whose paths begin with `path`, in the place of what `tree` has at `path` (section, key)."""
+def _replace(tree: Tree, path: tuple[str, ...], new: Tree) -> None:
+    """Put the value of `new`, whose paths begin with `path`, in the place of what `tree` has at `path` (section, ..., key)."""
     tree.places = {at: place for at, place in tree.places.items() if at[: len(path)] != path} | new.places
     tree.places[path] = COMMAND_LINE
-    section, name = path
-    tree.root.setdefault(section, {})[name] = new.root
+    *groups, name = path
+    target = tree.root
+    for number, group in enumerate(groups):
+        if not isinstance(target.setdefault(group, {}), dict):
+            _fail(
+                tree,
+                tuple(groups[: number + 1]),
+                f"is {_describe(target[group])}, not a mapping, so {dotted(path)} cannot be set",
+            )
+        target = target[group]
+    target[name] = new.root
 
 
 def _apply_preset(tree: Tree) -> None:
     """Put the keys of model.preset where the config has none of its own. Raises ConfigError for a name that is not known."""
-    model = tree.root.setdefault("model", {})
-    name = model.get("preset")
+    name = tree.root.setdefault("model", {}).get("preset")
     if not isinstance(name, str):
         return
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         did_you_mean = f" Did you mean {near[0]}?" if near else ""
         _fail(tree, ("model", "preset"), f"is {name!r}; expected one of {', '.join(PRESETS)}.{did_you_mean}")
-    for key, value in PRESETS[name].items():
-        if key not in model:
-            model[key] = value
-            tree.places["model", key] = f"preset {name}"
+    _fill_model(tree, PRESETS[name], f"preset {name}")
 
 
 def _apply_shapes(tree: Tree, shapes: Shapes | None) -> None:
     """Put the keys that come with model.init_from where the config has none of its own."""
-    model = tree.root.setdefault("model", {})
-    path = model.get("init_from")
-    if shapes is None or not isinstance(path, str):
-        return
-    for key, value in shapes(path).items():
+    path = tree.root.setdefault("model", {}).get("init_from")
+    if shapes is not None and isinstance(path, str):
+        _fill_model(tree, shapes(path), f"init_from {path}")
+
+
+def _apply_family(tree: Tree) -> None:
+    """Put the keys that come with model.family where nothing else gives them."""
+    family = tree.root.setdefault("model", {}).get("family")
+    if isinstance(family, str):
+        _fill_model(tree, FAMILIES.get(family, {}), f"family {family}")
+
+
+def _fill_model(tree: Tree, keys: Mapping[str, Any], origin: str) -> None:
+    """Put keys of the model section where it has none of its own."""
+    model = tree.root["model"]
+    for key, value in keys.items():
         if key not in model:
             model[key] = value
-            tree.places["model", key] = f"init_from {path}"
+            tree.places["model", key] = origin
 
 
 # --- values -------------------------------------------------------------------------------------------------------------------
@@ -244,14 +214,14 @@ def _apply_shapes(tree: Tree, shapes: Shapes | None) -> None:
 def _build(tree: Tree) -> Config:
     """The config of a tree that passed `_normalize_sections`."""
     sections = {
-        section: _dataclass(tree, (section,), cls, tree.root.get(section, {})) for section, cls in _fields(Config).items()
+        section: _dataclass(tree, (section,), cls, tree.root.get(section, {})) for section, cls in fields_of(Config).items()
     }
     return Config(**sections)
 
 
 def _dataclass(tree: Tree, path: Path, cls: Any, values: Mapping[str, Any]) -> Any:
     """An instance of `cls` from a mapping of its fields. Raises ConfigError for an unknown key."""
-    kinds = _fields(cls)
+    kinds = fields_of(cls)
     for name in values:
         if name not in kinds:
             _fail(tree, (*path, name), f"is an unknown key. {_suggest_key(path, str(name), list(kinds))}")
@@ -260,13 +230,13 @@ def _dataclass(tree: Tree, path: Path, cls: Any, values: Mapping[str, Any]) -> A
 
 def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
     """`value` as the type of its field. Raises ConfigError where it has another."""
-    expected = type_name(kind)
-    if _is_optional(kind):
+    expected = kind
+    if is_optional(kind):
         if value is None:
             return None
         kind = typing.get_args(kind)[0]
-    if kind is CorpusConfig:
-        return _corpus(tree, path, value)
+    if dataclasses.is_dataclass(kind):
+        return _corpus(tree, path, value) if kind is CorpusConfig else _group(tree, path, kind, value)
     if typing.get_origin(kind) is Literal:
         return _literal(tree, path, typing.get_args(kind), value)
     if typing.get_origin(kind) is tuple:
@@ -274,8 +244,15 @@ def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
     if kind is float:
         return _float(tree, path, value)
     if type(value) is not kind:  # exactly: a bool is an int to isinstance
-        _fail(tree, path, f"is {_describe(value)}; expected {expected}.{_hint(kind, value)}")
+        _fail(tree, path, f"is {_describe(value)}; expected {type_name(expected)}.{_hint(kind, value)}")
     return value
+
+
+def _group(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
+    """A mapping of keys within a section; null (all of them commented out) is an empty one."""
+    if value is not None and not isinstance(value, Mapping):
+        _fail(tree, path, f"is {_describe(value)}, not a mapping. Write its keys indented below `{path[-1]}:`.")
+    return _dataclass(tree, path, kind, value or {})
 
 
 def _float(tree: Tree, path: Path, value: Any) -> float:
@@ -377,7 +354,7 @@ def _hint(kind: Any, value: Any) -> str:
 
 def _suggest_section(name: str) -> str:
     """What may have been meant by an unknown section: a section of a similar name, or a key that lost its section."""
-    sections = list(_fields(Config))
+    sections = list(fields_of(Config))
     if near := difflib.get_close_matches(name, sections, n=1):
         return f"Did you mean {near[0]}? Sections: {', '.join(sections)}."
     if owner := [knob.section for knob in knobs() if knob.name == name]:

@@ -73,6 +73,33 @@ def _bloom(layers: int, hidden: int, heads: int) -> Shape:
     }
 
 
+def _glm1(layers: int, hidden: int, heads: int, positions: int = 512, vocab: int = 30592) -> Shape:
+    """GLM (arXiv:2103.10360): positions in two dimensions, learned, one more of them than tokens."""
+    return {
+        "family": "glm",
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "seq_length": positions,
+        "vocab_size": vocab,
+        "position": "learned_2d",
+        "dropout": 0.1,
+        "attention_dropout": 0.1,
+    }
+
+
+def _chatglm(layers: int, vocab: int, seq_length: int, **others: Any) -> Shape:
+    """ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, in THUDM's files: LLaMA's block, of which half of each head is rotated, by neighbours."""
+    shape = {"family": "glm", "qkv_bias": True, "rope_fraction": 0.5, "rope_interleaved": True, "head_dim": 128}
+    return _llama(layers, 4096, 32, 2, 13696, seq_length, vocab, **shape, **others)
+
+
+_DEEPNORM: Shape = {"family": "glm", "norm_placement": "deepnorm", "init": "xavier", "embedding_grad_scale": 0.1}
+"""ChatGLM-6B and GLM-130B (arXiv:2210.02414, sections 2.1 and 3.3)."""
+
+FAMILIES: dict[str, Shape] = {"gpt": {}, "glm": {"position": "learned_2d"}}
+"""model.family -> the keys that it gives where neither the config nor a preset does."""
+
 PRESETS: dict[str, Shape] = {
     "gpt2_124m": _gpt(12, 768, 12),
     "gpt2_355m": _gpt(24, 1024, 16),
@@ -106,5 +133,34 @@ PRESETS: dict[str, Shape] = {
     "bloom_3b": _bloom(30, 2560, 32),
     "bloom_7b1": _bloom(30, 4096, 32),
     "bloom_176b": _bloom(70, 14336, 112),
+    "glm_base": _glm1(12, 768, 12),
+    "glm_large": _glm1(24, 1024, 16),
+    "glm_410m": _glm1(30, 1024, 16),
+    "glm_515m": _glm1(30, 1152, 18),
+    "glm_2b": _glm1(36, 2048, 32, 1024, 50304),
+    "glm_10b": _glm1(48, 4096, 64, 1024, 50304),
+    "chatglm_6b": {
+        **_DEEPNORM,
+        "num_layers": 28,
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "seq_length": 2048,
+        "vocab_size": 130528,
+        "position": "rope_2d",
+    },
+    "glm_130b": {
+        **_DEEPNORM,
+        "num_layers": 70,
+        "hidden_size": 12288,
+        "num_attention_heads": 96,
+        "ffn_hidden_size": 32768,
+        "seq_length": 2048,
+        "vocab_size": 150528,
+        "activation": "geglu",
+        "position": "rope",
+    },
+    "chatglm2_6b": _chatglm(28, 65024, 32768),
+    "chatglm3_6b": _chatglm(28, 65024, 8192),
+    "glm4_9b": _chatglm(40, 151552, 131072, rope_theta=5e6, norm_eps=1.5625e-7),
 }
 """Mistral 7B is its first version (arXiv:2310.06825), the one with a window."""

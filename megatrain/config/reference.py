@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatrain.config.load import Knob, knobs, type_name
+from megatrain.config.keys import Knob, knobs, type_name
 from megatrain.config.schema import Config
 from megatrain.config.validate import DEFERRED, LATER_WRITERS, choices, show
 

@@ -8,24 +8,17 @@ these objects is in `load.py`; the rules between knobs (and what a later release
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-T = TypeVar("T")
-
-
-def knob(default: T, doc: str) -> T:
-    """A config field with its default and its documentation (shown in docs/config.md)."""
-    if isinstance(default, (list, dict)):
-        value = default
-        return field(default_factory=lambda: type(value)(value), metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
+from megatrain.config.glm import GlmConfig
+from megatrain.config.knob import knob
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The logical model: shapes and switches, independent of any layout."""
 
-    family: Literal["gpt", "glm"] = knob("gpt", "Model family.")
+    family: Literal["gpt", "glm"] = knob("gpt", "Model family; glm has learned_2d positions where `position` is not given.")
     preset: str | None = knob(
         None, "Name of a published shape (config/presets.py lists them); explicit keys win over its keys."
     )
@@ -45,15 +38,24 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = knob("layernorm", "Normalisation (arXiv:1607.06450; RMSNorm arXiv:1910.07467).")
     norm_eps: float = knob(1e-5, "Added to the variance inside every norm.")
     norm_placement: Literal["pre", "post", "deepnorm", "sandwich"] = knob("pre", "Where the norms sit in a block.")
+    deepnorm_alpha: float | None = knob(
+        None, "deepnorm: factor of the residual (arXiv:2203.00555); null means sqrt(2 num_layers), as in GLM-130B."
+    )
     activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu"] = knob(
         "gelu_tanh", "MLP activation; swiglu and geglu are gated (arXiv:2002.05202)."
     )
     position: Literal["learned", "rope", "alibi", "none", "learned_2d", "rope_2d"] = knob(
-        "learned", "Position encoding; rope is arXiv:2104.09864, alibi arXiv:2108.12409."
+        "learned",
+        "Position encoding; rope is arXiv:2104.09864, alibi arXiv:2108.12409, learned_2d and rope_2d have a second position within "
+        "a blank (GLM, arXiv:2103.10360, section 2.2; ChatGLM-6B).",
     )
     rope_theta: float = knob(10000.0, "Base of the rotary frequencies.")
     rope_fraction: float = knob(1.0, "Share of each head's numbers that is rotated (GPT-NeoX, arXiv:2204.06745: 0.25).")
     rope_interleaved: bool = knob(False, "Pairs are neighbours (GPT-J) rather than the two halves (arXiv:2104.09864).")
+    rope_angle_dtype: Literal["fp32", "fp16"] = knob(
+        "fp32",
+        "fp16: angles are rounded as in the training of ChatGLM-6B, for its released weights alone; else they are exact.",
+    )
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = knob(
         "none", "Lower frequencies for longer texts: linear arXiv:2306.15595, llama3 arXiv:2407.21783, yarn arXiv:2309.00071."
     )
@@ -90,14 +92,23 @@ class ModelConfig:
         True, "ALiBi is added in float32 in a bf16 run; a softmax is float32 inside anyway (arXiv:1710.03740, 3.3)."
     )
     residual_fp32: bool = knob(False, "Keep the residual stream in float32 where the run is in bf16 (arXiv:1710.03740).")
-    init: Literal["normal", "small", "fan_in"] = knob(
+    init: Literal["normal", "small", "fan_in", "xavier"] = knob(
         "normal",
-        "Standard deviation of the initial weights: init_std, sqrt(2 / 5h) (arXiv:1910.05895), or 1 / sqrt(inputs) of each matrix.",
+        "Standard deviation of the initial weights: init_std, sqrt(2 / 5h) (arXiv:1910.05895), or of each matrix 1 / sqrt(inputs), or "
+        "sqrt(2 / (inputs + outputs)), with embeddings of init_std (GLM-130B).",
     )
     init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights (GPT-2).")
     embedding_init_std: float | None = knob(None, "Standard deviation of the embeddings; null means as `init` says.")
     scale_residual_init: bool = knob(
-        True, "Divide init_std by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2)."
+        True,
+        "Divide the deviation by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2), and with deepnorm for "
+        "those of values and of the MLP's first matrices (GLM-130B).",
+    )
+    embedding_grad_scale: float = knob(
+        1.0, "Factor of the token embedding's gradient, against loss spikes (GLM-130B: 0.1; arXiv:2210.02414, section 3.3)."
+    )
+    embedding_grad_steps: tuple[int, int] | None = knob(
+        None, "[hold, rise]: embedding_grad_scale for so many steps, then linearly to 1 over so many; null keeps it."
     )
 
     @property
@@ -106,9 +117,40 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.position in ("rope", "rope_2d")
+
+    @property
+    def two_dimensional(self) -> bool:
+        """Whether a token has a second position, within a blank."""
+        return self.position in ("learned_2d", "rope_2d")
+
+    @property
+    def position_rows(self) -> int:
+        """Positions that there are: with a second one, 0 stands for no blank."""
+        return self.seq_length + self.two_dimensional
+
+    @property
     def rotated(self) -> int:
-        """Numbers r of each head that rope rotates, an even number."""
-        return int(self.head_size * self.rope_fraction) // 2 * 2
+        """Numbers r of each head, or with rope_2d of each half of it, that are rotated; an even number."""
+        size = self.head_size // 2 if self.position == "rope_2d" else self.head_size
+        return int(size * self.rope_fraction) // 2 * 2
+
+    @property
+    def residual_scale(self) -> float:
+        """What the residual stream is multiplied by where a branch is added to it."""
+        if self.norm_placement != "deepnorm":
+            return 1.0
+        return (2 * self.num_layers) ** 0.5 if self.deepnorm_alpha is None else self.deepnorm_alpha
+
+    def embedding_grad(self, step: int) -> float:
+        """Factor of the token embedding's gradient in a step, from 0."""
+        if self.embedding_grad_steps is None:
+            return self.embedding_grad_scale
+        hold, rise = self.embedding_grad_steps
+        share = min(max((step - hold) / max(rise, 1), 0.0), 1.0)
+        return self.embedding_grad_scale + (1 - self.embedding_grad_scale) * share
 
     @property
     def sparse(self) -> tuple[int, int, int] | None:
@@ -190,6 +232,10 @@ class DataConfig:
         False,
         "Documents packed in one sample do not see each other, and positions count from each one's start (arXiv:2407.21783).",
     )
+    objective: Literal["next_token", "glm"] = knob(
+        "next_token", "What a sample teaches: each next token, or to fill blanks (GLM, arXiv:2103.10360), as `glm` says."
+    )
+    glm: GlmConfig = field(default_factory=GlmConfig)
     tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.")
     cache_dir: str | None = knob(None, "Where sample indices are cached; null means `index_cache` beside each store.")
 

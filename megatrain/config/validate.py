@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatrain.config.budget import budget_of
-from megatrain.config.load import ConfigError, knobs
+from megatrain.config.keys import knobs
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
+from megatrain.config.source import ConfigError
+from megatrain.config.validate_glm import require_glm
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,6 @@ class Deferred:
 
 
 DEFERRED = (
-    Deferred("model.family", ("gpt",), "GLM comes in a later release"),
-    Deferred("model.norm_placement", ("pre", "post", "sandwich"), "DeepNorm comes in a later release"),
-    Deferred("model.position", ("learned", "rope", "alibi", "none"), "positions in two dimensions come in a later release"),
     Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
     Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
     Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
@@ -46,7 +45,7 @@ POSITIVE = (
         f"model.{name}"
         for name in ("rope_beta_fast", "rope_beta_slow", "rope_factor", "window", "sparse_block", "sparse_local_blocks")
     ),
-    "model.embedding_init_std",
+    *(f"model.{name}" for name in ("embedding_init_std", "deepnorm_alpha", "embedding_grad_scale")),
     *(
         f"parallel.{name}"
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
@@ -56,18 +55,31 @@ POSITIVE = (
     *(f"train.{name}" for name in ("batch_ramp", "skip_steps", "loss_scale", "loss_scale_window", "loss_scale_hysteresis")),
     *(f"train.{name}" for name in ("loss_scale_min", "exit_after_minutes")),
     *(f"log.{name}" for name in ("every", "peak_tflops")),
+    *(f"data.glm.blank.{name}" for name in ("poisson_lambda", "min_span", "max_span")),
+    *("data.glm.document.max_ratio", "data.glm.text_length"),
     "checkpoint.staging_gib",
 )
+PROBABILITIES = ("blank.single_span_prob", "blank.decoder_noise_prob", "document.suffix_prob", "short_seq_prob")
+"""Of `data.glm`, in [0, 1]."""
 NOT_NEGATIVE = (
-    "model.logit_softcap",
-    "model.sparse_global_blocks",
+    *(f"model.{name}" for name in ("logit_softcap", "sparse_global_blocks", "embedding_grad_steps")),
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
     *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every", "z_loss", "loss_chunk")),
     *(f"checkpoint.{name}" for name in ("save_every", "keep", "keep_every")),
+    *(f"data.glm.objective_mix.{name}" for name in ("blank", "sentence", "document")),
+    *(f"data.glm.tokens.{name}" for name in ("cls", "eos", "mask", "gmask", "smask", "sop", "eop", "noise")),
+    *("data.glm.blank.min_gap", "data.glm.document.min_ratio", "data.glm.document.reserve_tokens"),
+    *(f"data.glm.{name}" for name in PROBABILITIES),
     "log.norms_every",
 )
 BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
+FRACTIONS = ("data.glm.blank.mask_ratio", "data.glm.sentence.mask_ratio")
+"""In (0, 1)."""
 """In [0, 1)."""
+AT_MOST_ONE = (
+    *("optim.decay_fraction", "model.rope_fraction", "model.embedding_grad_scale"),
+    *(f"data.glm.{name}" for name in (*PROBABILITIES, "document.min_ratio", "document.max_ratio")),
+)
 NOT_EMPTY = (
     "model.init_from",
     "data.tokenizer",
@@ -84,6 +96,7 @@ def validate(config: Config, world_size: int) -> None:
     _require_released(config)
     _require_ranges(config)
     _require_data(config)
+    require_glm(config, _values(config), {knob.key: knob.default for knob in knobs()})
     validate_layout(config, world_size)
     _require_batches(config, world_size)
     _require_learning_rates(config)
@@ -109,12 +122,14 @@ def show(value: Any) -> str:
     """A value as it is written in a config."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(show, value))}]"
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value).replace("\n", "\\n")
 
 
 def _values(config: Config) -> dict[str, Any]:
     """`section.key` -> value."""
-    return {knob.key: getattr(getattr(config, knob.section), knob.name) for knob in knobs()}
+    return {knob.key: knob.of(config) for knob in knobs()}
 
 
 def _require_released(config: Config) -> None:
@@ -139,7 +154,8 @@ def _require_ranges(config: Config) -> None:
         (POSITIVE, "must be greater than 0", lambda number: number > 0),
         (NOT_NEGATIVE, "must be 0 or more", lambda number: number >= 0),
         (BELOW_ONE, "must lie in [0, 1)", lambda number: 0 <= number < 1),
-        (("optim.decay_fraction", "model.rope_fraction"), "must be at most 1", lambda number: number <= 1),
+        (FRACTIONS, "must lie in (0, 1)", lambda number: 0 < number < 1),
+        (AT_MOST_ONE, "must be at most 1", lambda number: number <= 1),
         (("model.rope_factor",), "must be 1 or more", lambda number: number >= 1),
         (("train.seed",), "must be less than 2^63", lambda number: number < 1 << 63),
         (NOT_EMPTY, "must not be empty text", bool),
@@ -186,25 +202,29 @@ def _require_heads(model: ModelConfig) -> None:
 
 def _require_rope(model: ModelConfig) -> None:
     """Rotary embeddings turn pairs, and their scalings need an order."""
-    if model.position != "rope":
+    if not model.rotary:
         return
     hidden, heads = model.hidden_size, model.num_attention_heads
-    if model.head_dim is not None and model.head_dim % 2:
-        fits = choices(_multiples(model.head_dim, 2))
-        raise ConfigError(
-            f"model.position=rope turns pairs of numbers, but model.head_dim={model.head_dim}. Use model.head_dim={fits}."
+    unit = 4 if model.two_dimensional else 2
+    what = f"model.position={model.position} turns pairs of numbers{' in each half of a head' if unit == 4 else ''}"
+    if model.head_dim is not None and model.head_dim % unit:
+        fits = choices(_multiples(model.head_dim, unit))
+        raise ConfigError(f"{what}, but model.head_dim={model.head_dim}. Use model.head_dim={fits}.")
+    if model.head_size % unit:
+        even = [count for count in _divisors(hidden) if hidden // count % unit == 0]
+        fits = (
+            f"model.num_attention_heads={choices(_nearest(even, heads))}"
+            if even
+            else ("an even model.hidden_size" if unit == 2 else "a model.hidden_size that 4 divides")
         )
-    if model.head_size % 2:
-        even = [count for count in _divisors(hidden) if hidden // count % 2 == 0]
-        fits = f"model.num_attention_heads={choices(_nearest(even, heads))}" if even else "an even model.hidden_size"
         raise ConfigError(
-            f"model.position=rope turns pairs of numbers, but the head dimension is {model.head_size} "
+            f"{what}, but the head dimension is {model.head_size} "
             f"(model.hidden_size={hidden} / model.num_attention_heads={heads}). Use {fits}."
         )
     if model.rotated < 2:
         raise ConfigError(
             f"model.rope_fraction={model.rope_fraction} of a head dimension of {model.head_size} is less than one pair. "
-            f"Use model.rope_fraction={2 / model.head_size:g} or more."
+            f"Use model.rope_fraction={unit / model.head_size:g} or more."
         )
     for low, high in (("rope_low_freq_factor", "rope_high_freq_factor"), ("rope_beta_slow", "rope_beta_fast")):
         if getattr(model, low) >= getattr(model, high):

@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
     def divisible(self) -> bool:
         """Whether text may be cut before a blank or a newline that follows a visible character without changing any id."""
 
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token of this name; None where there is none."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
 
@@ -61,6 +64,10 @@ class ByteTokenizer:
     vocab_size = SMALLEST_VOCAB
     eod: int | None = BYTE_VALUES
     divisible = True
+
+    def special_id(self, name: str) -> int | None:
+        """Only the end of a document has a name."""
+        return BYTE_VALUES if name == END_OF_TEXT else None
 
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
@@ -91,6 +98,11 @@ class JsonTokenizer:
         self.eod: int | None = library.token_to_id(END_OF_TEXT)
         self.divisible = _divisible(json.loads(library.to_str()))
         self._dtype = best_dtype(self.vocab_size)
+        self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
+
+    def special_id(self, name: str) -> int | None:
+        """Id of a special token of the file."""
+        return self._special.get(name)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

@@ -54,14 +54,14 @@ class Attention(nn.Module):
             (f"{name}.key", groups * d, groups),
             (f"{name}.value", groups * d, groups),
         ]
-        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=build.init(h), **qkv)
-        self.output = RowParallelLinear(
-            f"{name}.output", width, h, config.num_attention_heads, build.tp, init=build.residual_init(width), **shared
-        )
+        inits = [build.init(h, width), build.init(h, groups * d), build.branch_init(h, groups * d)]
+        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=inits, **qkv)
+        init = build.residual_init(width, h)
+        self.output = RowParallelLinear(f"{name}.output", width, h, config.num_attention_heads, build.tp, init=init, **shared)
         # Every rank of tp sees other heads, so the gradients of these norms are partial sums.
         self.query_norm = Norm(f"{name}.query_norm", build, d, "tp") if config.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", build, d, "tp") if config.qk_norm else None
-        self.rotary = Rotary(build) if config.position == "rope" else None
+        self.rotary = Rotary(build) if config.rotary else None
         self.head_dim = d
         heads = config.num_attention_heads // build.tp.size
         self.first_head = build.tp.rank * heads

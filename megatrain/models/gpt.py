@@ -12,7 +12,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.kernels.dispatch import Kernels
 from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
-from megatrain.models.layers import Build, Dropout, Norm
+from megatrain.models.layers import Build, Dropout, Norm, scaled_gradient
 from megatrain.models.objective import Objective
 from megatrain.models.position import LearnedPositions
 from megatrain.models.transformer import Stack
@@ -46,16 +46,21 @@ class Embedding(nn.Module):
             device=build.device,
             tied=build.tied_over,
         )
-        learned = build.config.position == "learned"
+        learned = build.config.position in ("learned", "learned_2d")
         self.positions = LearnedPositions("embedding.positions", build) if learned else None
+        two = build.config.position == "learned_2d"
+        self.block_positions = LearnedPositions("embedding.block_positions", build) if two else None
         self.norm = Norm("embedding.norm", build) if build.config.embedding_norm else None
         self.dropout = Dropout(build, "embedding")
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Tokens [s, b] -> [s/t or s, b, h], of the residual stream's dtype."""
-        x = self.tokens(batch.tokens).to(self.build.residual_dtype)
+        x = scaled_gradient(self.tokens(batch.tokens), self.build.config.embedding_grad(batch.step))
+        x = x.to(self.build.residual_dtype)
         if self.positions is not None:
-            x = self.positions(x, batch)
+            x = self.positions(x, batch.positions)
+        if self.block_positions is not None:
+            x = self.block_positions(x, batch.second_positions)
         if self.norm is not None:
             x = self.norm(x)
         return self.dropout(x, batch)
@@ -80,10 +85,13 @@ class Head(nn.Module):
         logits = vocab_parallel_logits(self.normed(x), self.weight, self.build.tp, self.build.sequence_parallel)
         return capped(logits, self.build.config.logit_softcap)
 
-    def forward(self, x: torch.Tensor, objective: Objective, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """[s/t or s, b, h] -> what the objective makes of them: (summed loss, weight predicted right)."""
+    def forward(
+        self, x: torch.Tensor, objective: Objective, batch: MicroBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[s/t or s, b, h] -> what the objective makes of them: (summed loss, weight predicted right, [2] blanks right and blanks)."""
         loss = objective(self, x, batch)
-        return loss.total, loss.correct
+        none = torch.zeros(2, dtype=torch.float64, device=x.device)
+        return loss.total, loss.correct, none if loss.blanks is None else loss.blanks
 
     def cross_entropy(
         self, x: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
@@ -108,7 +116,7 @@ def _head_weight(vocab_size: int, build: Build) -> Parameter:
     h, of = build.config.hidden_size, (vocab_size, build.config.hidden_size, build.tp)
     if build.config.tied_embeddings:
         return vocab_parameter("embedding.tokens", *of, build.embedding_init, build.dtype, build.device, tied=build.tied_over)
-    return vocab_parameter("head.weight", *of, build.init(h), build.dtype, build.device)
+    return vocab_parameter("head.weight", *of, build.init(h, vocab_size), build.dtype, build.device)
 
 
 class GPT(nn.Module):

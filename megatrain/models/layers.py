@@ -45,22 +45,34 @@ class Build:
     compile: bool = False
     """Whether what lies between matrix products is compiled (kernels/compiled.py)."""
 
-    def init(self, inputs: int) -> Init:
-        """Of weights that read the residual stream; inputs: of the matrix."""
+    def init(self, inputs: int, outputs: int) -> Init:
+        """Of weights that read the residual stream; inputs, outputs: of the matrix."""
         c = self.config
-        std = {"normal": c.init_std, "small": (2 / (5 * c.hidden_size)) ** 0.5, "fan_in": inputs**-0.5}[c.init]
+        std = {
+            "normal": c.init_std,
+            "small": (2 / (5 * c.hidden_size)) ** 0.5,
+            "fan_in": inputs**-0.5,
+            "xavier": (2 / (inputs + outputs)) ** 0.5,
+        }[c.init]
         return Init("normal", std)
 
-    def residual_init(self, inputs: int) -> Init:
+    def residual_init(self, inputs: int, outputs: int) -> Init:
         """Of weights that write into the residual stream: 2 per block, so their sum keeps its variance (GPT-2, section 2.3)."""
-        plain = self.init(inputs)
+        plain = self.init(inputs, outputs)
         return Init("normal", plain.value / (2 * self.config.num_layers) ** 0.5) if self.config.scale_residual_init else plain
+
+    def branch_init(self, inputs: int, outputs: int) -> Init:
+        """Of values and of what comes before the activation: DeepNorm scales them too (arXiv:2203.00555, figure 2)."""
+        scaled = self.config.norm_placement == "deepnorm"
+        return self.residual_init(inputs, outputs) if scaled else self.init(inputs, outputs)
 
     @property
     def embedding_init(self) -> Init:
         """Of token and position embeddings, which are looked up: their one input is a token."""
         c = self.config
-        return self.init(c.hidden_size) if c.embedding_init_std is None else Init("normal", c.embedding_init_std)
+        if c.embedding_init_std is not None:
+            return Init("normal", c.embedding_init_std)
+        return Init("normal", c.init_std) if c.init == "xavier" else self.init(c.hidden_size, c.hidden_size)
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -144,8 +156,9 @@ class MLP(nn.Module):
         h, f = config.hidden_size, config.ffn_size
         shared = build.linears
         inner = ("gate", "up") if config.gated else ("up",)
-        self.inner = ColumnParallelLinear([(f"{name}.{n}", f, f) for n in inner], h, build.tp, init=build.init(h), **shared)
-        self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init(f), **shared)
+        outputs = [(f"{name}.{n}", f, f) for n in inner]
+        self.inner = ColumnParallelLinear(outputs, h, build.tp, init=build.branch_init(h, f), **shared)
+        self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init(f, h), **shared)
         self.activation, self.kernels = config.activation, build.kernels
         self.fused = compiled.compiled(compiled.activation, "mlp", kind=config.activation) if build.compile else None
 
@@ -164,3 +177,20 @@ class MLP(nn.Module):
             return PLAIN[self.activation](inner[0])
         gate, up = inner
         return gated(gate, up, self.activation, keep=keep, kernels=self.kernels)
+
+
+def scaled_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
+    """x, whose gradient is multiplied: factor x + (1 - factor) x held constant (GLM-130B, arXiv:2210.02414, section 3.3)."""
+    scaled: torch.Tensor = x if factor == 1 else _ScaledGradient.apply(x, factor)
+    return scaled
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        return dy * ctx.factor, None

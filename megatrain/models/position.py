@@ -6,26 +6,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build
 from megatrain.parallel.param import ParamSpec
 from megatrain.parallel.weights import make_parameters
 
 
 class LearnedPositions(nn.Module):
-    """One vector per position, [seq_length, h], whole on every rank."""
+    """One vector per position, [positions, h], whole on every rank."""
 
     def __init__(self, name: str, build: Build) -> None:
         super().__init__()
         self.build = build
-        shape = (build.config.seq_length, build.config.hidden_size)
+        shape = (build.config.position_rows, build.config.hidden_size)
         spec = ParamSpec(name, shape, None, build.replicated_partial, init=build.embedding_init)
         self.weight = make_parameters([spec], build.tp, build.dtype, build.device)[0]
 
-    def forward(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """Add to token embeddings x [s/t or s, b, h] the vectors of this rank's rows."""
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Add to token embeddings x [s/t or s, b, h] the vectors of this rank's rows of `positions` [s, b]."""
         first = self.build.first_position(x.shape[0])
-        return x + functional.embedding(batch.positions[first : first + x.shape[0]], self.weight)
+        return x + functional.embedding(positions[first : first + x.shape[0]], self.weight)
 
 
 def alibi_slopes(heads: int) -> list[float]:

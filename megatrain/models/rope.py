@@ -5,6 +5,9 @@
 so the product of a query and a key depends on how far apart they are. Which numbers make a pair is a matter of convention: the two
 halves of the r numbers (GPT-NeoX, LLaMA on Hugging Face), or neighbours (rope_interleaved: GPT-J, GLM, LLaMA's own weights).
 
+In two dimensions (`rope_2d`: ChatGLM-6B) the first half of a head turns with the token's position, the second half with its place in
+the blank; each half is rotated as a head of its own.
+
 Longer texts than those of the first training need lower frequencies (`rope_scaling`), by the factor F = rope_factor:
 
     linear   f / F: positions are interpolated (arXiv:2306.15595)
@@ -69,7 +72,7 @@ def _kept_by_turns(config: ModelConfig) -> torch.Tensor:
 
 
 class Rotary(nn.Module):
-    """The tables of cosines and sines [seq_length, r/2], and the rotation."""
+    """The tables of cosines and sines [positions, r/2], and the rotation."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -81,13 +84,30 @@ class Rotary(nn.Module):
         self.turn: Callable[..., torch.Tensor] = partial(rotary, kernels=build.kernels, interleaved=interleaved)
         if build.compile:
             self.turn = compiled.compiled(compiled.rotary, "rotary", interleaved=interleaved)
-        angles = torch.arange(config.seq_length, dtype=torch.float64)[:, None] * frequencies(config)
+        self.halves = 2 if config.position == "rope_2d" else 1
+        angles = _angles(config)
         # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
         for name, exact in (("cos", angles.cos()), ("sin", angles.sin())):
             table = (exact * magnitude(config)).to(device=build.device, dtype=build.dtype)
             self.register_buffer(name, table, persistent=False)
 
     def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rotate each of `heads` [s, b, a, d] by its token's position (below seq_length)."""
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
-        return tuple(self.turn(x, cos, sin) for x in heads)
+        """Rotate each of `heads` [s, b, a, d] by its token's positions."""
+        positions = (batch.positions,) if self.halves == 1 else (batch.positions, batch.second_positions)
+        tables = [(self.cos[of], self.sin[of]) for of in positions]
+        return tuple(self._rotate(x, tables) for x in heads)
+
+    def _rotate(self, x: torch.Tensor, tables: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """[s, b, a, d] -> the same shape."""
+        if self.halves == 1:
+            return self.turn(x, *tables[0])
+        parts = x.chunk(self.halves, -1)
+        return torch.cat([self.turn(part, *of) for part, of in zip(parts, tables, strict=True)], -1)
+
+
+def _angles(config: ModelConfig) -> torch.Tensor:
+    """[positions, r/2] float64: exact, or rounded as ChatGLM-6B's own code did while it was trained."""
+    positions, turns = torch.arange(config.position_rows, dtype=torch.float64)[:, None], frequencies(config)
+    if config.rope_angle_dtype == "fp16":
+        return (positions.half() * turns.half()).double()
+    return positions * turns

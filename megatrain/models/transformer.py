@@ -19,6 +19,7 @@ class Block(nn.Module):
     pre        x + dropout(branch(norm(x)))              GPT-2 (arXiv:2002.04745)
     post       norm(x + dropout(branch(x)))              the first Transformer (arXiv:1706.03762)
     sandwich   x + dropout(norm(branch(norm(x))))        CogView (arXiv:2105.13290, section 2.4), Gemma 2
+    deepnorm   alpha y + dropout(branch(y)), y = norm(x)   DeepNet (arXiv:2203.00555), as GLM-130B writes it: x itself passes no norm by
     """
 
     def __init__(self, index: int, build: Build) -> None:
@@ -34,6 +35,7 @@ class Block(nn.Module):
         self.mlp_output_norm = Norm(f"{name}.mlp_output_norm", build) if sandwich else None
         self.mlp_dropout = Dropout(build, index, "mlp")
         self.recompute, self.dtype = build.recompute, build.dtype
+        self.alpha = build.config.residual_scale
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
@@ -43,14 +45,19 @@ class Block(nn.Module):
 
     def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
         post = self.placement == "post"
-        h = (x if post else self.attention_norm(x)).to(self.dtype)
-        y = self.attention(h, batch, cache, None if post else self._again(self.attention_norm, x))
+        h = x if post else self.attention_norm(x)
+        y = self.attention(h.to(self.dtype), batch, cache, None if post else self._again(self.attention_norm, x))
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
-        h, x, again = self._between(x, self.attention_dropout(y, batch))
+        stream = h if self.placement == "deepnorm" else x
+        h, stream, again = self._between(stream, self.attention_dropout(y, batch))
         y = self.mlp(h.to(self.dtype), batch, again)
         y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
-        x = x + self.mlp_dropout(y, batch)
+        x = self._sum(stream, self.mlp_dropout(y, batch))
         return self.mlp_norm(x) if post else x
+
+    def _sum(self, stream: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The residual stream with a branch's output."""
+        return stream + y if self.alpha == 1 else torch.add(y, stream, alpha=self.alpha)
 
     def _between(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Remake | None]:
         """Of the stream and the first branch's output: what the second reads, the stream there, how to make the first of these again."""
@@ -58,6 +65,10 @@ class Block(nn.Module):
             total = x + y
             x = self.attention_norm(total)
             return x, x, self._again(self.attention_norm, total)
+        if self.placement == "deepnorm":
+            total = self._sum(x, y)
+            x = self.mlp_norm(total)
+            return x, x, self._again(self.mlp_norm, total)
         h, x = self.mlp_norm.after_adding(x, y)
         return h, x, self._again(self.mlp_norm, x)
 

@@ -189,7 +189,8 @@ class ColumnParallelLinear(nn.Module):
     """Several outputs of one input, each split over the ranks by output columns: q|k|v by heads, gate|up by columns.
 
     `outputs` is a list of (logical name, out features, indivisible units): out features are cut into units (heads); an output
-    with fewer units than ranks is replicated over neighbouring ranks, and its gradient summed over them.
+    with fewer units than ranks is replicated over neighbouring ranks, and its gradient summed over them. `init`: of all of them,
+    or of each.
     """
 
     def __init__(
@@ -200,18 +201,19 @@ class ColumnParallelLinear(nn.Module):
         *,
         bias: bool,
         sequence_parallel: bool,
-        init: Init,
+        init: Init | Sequence[Init],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
         weights, biases = [], []
-        for name, size, units in outputs:
+        inits = [init] * len(outputs) if isinstance(init, Init) else init
+        for (name, size, units), of in zip(outputs, inits, strict=True):
             split = Split(0, units)
             # Replicas of one key head serve different query heads: their gradients are partial sums.
             partial = "tp" if split.copies(tp.size) > 1 else None
-            weights.append(ParamSpec(f"{name}.weight", (size, in_features), split, partial, init=init))
+            weights.append(ParamSpec(f"{name}.weight", (size, in_features), split, partial, init=of))
             biases.append(ParamSpec(f"{name}.bias", (size,), split, partial, decay=False, init=Init("constant", 0.0)))
         self.weights = nn.ParameterList(make_parameters(weights, tp, dtype, device))
         self.biases = nn.ParameterList(make_parameters(biases, tp, dtype, device) if bias else [])

@@ -50,7 +50,7 @@ def layer_activation_bytes(
     key_heads = max(model.query_groups / ranks, 1.0)
     again = 1 if model.qk_norm else 0
     heads = ((2 + again) * model.num_attention_heads / ranks + (2 + again) * key_heads) * model.head_size * tokens
-    angles = tokens * model.rotated if model.position == "rope" else 0
+    angles = tokens * model.rotated * (1 + model.two_dimensional) if model.rotary else 0
     outer = 2 if model.norm_placement == "sandwich" else 0
     inner = tokens * model.ffn_size / ranks * (2 if model.gated else 1)
     both = keeps and model.activation != "relu"

@@ -48,7 +48,8 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
     norm, head_norms = h * each, (2 * model.head_size * each if model.qk_norm else 0)
     norms = 4 if model.norm_placement == "sandwich" else 2
     blocks = model.num_layers * (matrices + biases + norms * norm + head_norms)
-    positions = model.seq_length * h if model.position == "learned" else 0
+    tables = {"learned": 1, "learned_2d": 2}.get(model.position, 0)
+    positions = tables * model.position_rows * h
     embeddings = vocab_size * h * (1 if model.tied_embeddings else 2)
     others = (model.norm_placement != "post") + model.embedding_norm  # the final norm, and that of the embedding
     return embeddings + positions + blocks + others * norm

@@ -91,6 +91,8 @@ class EvaluationRow:
     eval_seconds: float
     valid_losses: dict[str, float] = field(default_factory=dict)
     """Of each named validation set."""
+    cloze_accuracy: float | None = None
+    """Share of the blanks of which every token is predicted right; None where there are none."""
 
 
 IN_FLIGHT_SECONDS = 0.05

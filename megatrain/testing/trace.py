@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,11 @@ import numpy.typing as npt
 import torch
 
 from megatrain.config.schema import Config, CorpusConfig
+from megatrain.data.batches import Compose
+from megatrain.data.draws import hash64
 from megatrain.data.loader import Loader
-from megatrain.data.samples.gpt import hash64
+from megatrain.data.samples.sentinels import NAMES
+from megatrain.data.sources import source_of
 from megatrain.models.objective import Objective
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.consensus import gather_texts
@@ -29,8 +32,9 @@ ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
 class RandomSamples:
     """Endless random samples: tokens [seq_length + 1] below `vocab_size`, a pure function of (seed, n)."""
 
-    def __init__(self, vocab_size: int, seq_length: int, seed: int = 0) -> None:
-        self.vocab_size, self.seq_length, self.seed = vocab_size, seq_length, seed
+    def __init__(self, vocab_size: int, seq_length: int, seed: int = 0, document_length: int = 3) -> None:
+        """document_length: tokens of a document, on average."""
+        self.vocab_size, self.seq_length, self.seed, self.document_length = vocab_size, seq_length, seed, document_length
 
     def sample(self, n: int) -> npt.NDArray[np.int64]:
         """Tokens of sample n."""
@@ -38,9 +42,11 @@ class RandomSamples:
         return np.array([hash64(start + i) % self.vocab_size for i in range(self.seq_length + 1)], dtype=np.int64)
 
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """Documents of 3 tokens on average."""
+        """Which of the documents each token belongs to."""
         start = hash64(hash64(self.seed + 2) ^ n)
-        return np.cumsum([i > 0 and hash64(start + i) % 3 == 0 for i in range(self.seq_length + 1)], dtype=np.int64)
+        return np.cumsum(
+            [i > 0 and hash64(start + i) % self.document_length == 0 for i in range(self.seq_length + 1)], dtype=np.int64
+        )
 
 
 def mesh_shape(config: Config, data_parallel_size: int = 1) -> MeshShape:
@@ -66,10 +72,10 @@ def trace_run(
     vocab_size = config.model.vocab_size
     if vocab_size is None:
         raise ValueError("model.vocab_size is null, and a traced run has no tokenizer to ask. Set model.vocab_size=101.")
-    samples = RandomSamples(vocab_size, config.model.seq_length, config.train.seed)
+    samples, compose = random_source(config, vocab_size)
     train = config.train
     sizes = (train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
-    with Loader(samples, *sizes, isolate_documents=config.data.isolate_documents) as loader:
+    with Loader(samples, *sizes, compose=compose) as loader:
         run = assemble(config, ctx, loader, vocab_size, objective=objective)
         if prepare is not None:
             prepare(run)
@@ -91,6 +97,39 @@ def trace_run(
         learning_rate=config.optim.lr,
         dtype=config.train.precision,
     )
+
+
+def random_source(config: Config, vocab_size: int) -> tuple[RandomSamples, Compose]:
+    """Random text of a config, and what becomes of it; every seventh token ends a sentence."""
+    source = source_of(config, vocab_size, AnyTokens(vocab_size), closed=False)
+    length = 3 if config.data.objective == "next_token" else max(3, source.sample_length // 2)
+    return RandomSamples(source.text_vocab, source.sample_length, config.train.seed, length), source.compose
+
+
+class AnyTokens:
+    """A tokenizer of random tokens, of which GLM's special ones are the last."""
+
+    eod: int | None = None
+    divisible = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size - len(NAMES)
+
+    def special_id(self, name: str) -> int | None:
+        """None has a name."""
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        """Nothing."""
+        return []
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+        """Nothing."""
+        return [np.zeros(0, np.int64) for _ in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """A full stop for every seventh id."""
+        return "".join("." if number % 7 == 0 else "x" for number in ids)
 
 
 def round_weights(run: Run) -> None:

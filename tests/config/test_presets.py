@@ -46,12 +46,27 @@ PUBLISHED = {
     "bloom_3b": 3_002_557_440,
     "bloom_7b1": 7_069_016_064,
     "bloom_176b": 176_247_271_424,
+    "glm_10b": 9_880_682_496,
+    "chatglm_6b": 6_173_286_400,  # the embedding once
+    "chatglm2_6b": 6_243_584_000,
+    "chatglm3_6b": 6_243_584_000,
+    "glm4_9b": 9_399_951_360,
 }
 """As the model cards and the numbers of elements in the published weights say."""
+ABOUT = {
+    "gpt3_175b": (174_600e6, 1e-3),  # arXiv:2005.14165, table D.1
+    "glm_base": (110e6, 1e-2),  # arXiv:2103.10360, section 3.1, and the model cards
+    "glm_large": (335e6, 1e-2),
+    "glm_410m": (410e6, 1e-2),
+    "glm_515m": (515e6, 1e-2),
+    "glm_2b": (2e9, 5e-2),
+    "glm_130b": (130e9, 2e-2),  # arXiv:2210.02414
+}
+"""Rounded where they were published."""
 
 
 def test_every_preset_is_checked():
-    assert set(PRESETS) == {*PUBLISHED, "gpt3_175b"}
+    assert set(PRESETS) == {*PUBLISHED, *ABOUT}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -69,7 +84,8 @@ def test_parameter_counts_of_built_models(name):
     if name in PUBLISHED:
         assert built == PUBLISHED[name]
     else:
-        assert built == pytest.approx(174_600e6, rel=1e-3)  # arXiv:2005.14165, table D.1, in millions
+        published, within = ABOUT[name]
+        assert built == pytest.approx(published, rel=within)
 
 
 def test_explicit_keys_win(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatrain.config.load import ConfigError, from_dict, knobs
-from megatrain.config.validate import BELOW_ONE, DEFERRED, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, choices, validate
+from megatrain.config.keys import knobs
+from megatrain.config.load import ConfigError, from_dict
+from megatrain.config.validate import BELOW_ONE, DEFERRED, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, choices, validate
 
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 
@@ -18,8 +19,11 @@ def check(world_size=1, **values):
     """Validate the default config with `section__key=value` changed."""
     tree = {section: dict(keys) for section, keys in BASE.items()}
     for key, value in values.items():
-        section, _, name = key.partition("__")
-        tree.setdefault(section, {})[name] = value
+        *groups, name = key.split("__")
+        inner = tree
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[name] = value
     validate(from_dict(tree), world_size)
 
 
@@ -257,6 +261,7 @@ NUMBERS = [
     *((key, 0, "must be greater than 0") for key in POSITIVE),
     *((key, -1, "must be 0 or more") for key in NOT_NEGATIVE),
     *((key, bad, r"must lie in \[0, 1\)") for key in BELOW_ONE for bad in (-0.1, 1)),
+    *((key, bad, r"must lie in \(0, 1\)") for key in FRACTIONS for bad in (0, 1)),
     *((key, "", "must not be empty text") for key in NOT_EMPTY),
 ]
 
@@ -268,13 +273,14 @@ def test_each_number_has_its_bounds(key, bad, rule):
         "parallel.layer_split": [bad],
         "train.batch_ramp": [bad, 8, 8],
         "train.skip_steps": [bad],
+        "model.embedding_grad_steps": [bad, 8],
     }.get(key, bad)
     assert re.match(rf"{re.escape(key)}=.* {rule}\. Use for example ", refusal(**{key.replace(".", "__"): value}))
 
 
 def test_every_number_of_the_schema_has_a_bound():
     deferred = {rule.key for rule in DEFERRED}
-    bounded = {*POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *deferred}
+    bounded = {*POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *FRACTIONS, *deferred}
     for knob in knobs():
         listed = get_origin(knob.kind) is Literal  # the type itself says which numbers there are
         if not listed and (type(knob.default) in (int, float) or re.search(r"\b(int|float)\b", str(knob.kind))):
@@ -282,9 +288,6 @@ def test_every_number_of_the_schema_has_a_bound():
 
 
 LATER = [
-    ("model.family", "glm", "GLM comes in a later release"),
-    ("model.norm_placement", "deepnorm", "DeepNorm"),
-    *(("model.position", value, "positions in two dimensions") for value in ("learned_2d", "rope_2d")),
     ("parallel.context_parallel_size", 2, "context parallelism"),
     ("parallel.expert_parallel_size", 2, "mixtures of experts"),
     ("optim.name", "muon", "Muon"),

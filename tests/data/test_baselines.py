@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatrain.data import baselines
 from megatrain.data.baselines import consumed_rows, count_pairs, held_out_pairs, interpolated_bigram, unigram_entropy
+from megatrain.data.held_out import HeldOut, evaluation_batches
 from megatrain.data.indexed import TokenStore, TokenStoreWriter
-from megatrain.data.loader import HeldOut, evaluation_batches
 
 rows_of = st.integers(1, 6).flatmap(
     lambda s: st.lists(st.lists(st.integers(0, 5), min_size=s + 1, max_size=s + 1), min_size=1, max_size=12)

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatrain.config.schema import CorpusConfig
+from megatrain.data.batches import batch_places, isolated_documents
+from megatrain.data.held_out import HeldOut, build_held_out, evaluation_batches
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
-from megatrain.data.loader import HeldOut, Loader, batch_places, build_held_out, build_samples, evaluation_batches
+from megatrain.data.loader import Loader, build_samples
 
 S = 6
 
@@ -202,7 +204,7 @@ def test_held_out_ids_are_checked(tmp_path, monkeypatch):
 def test_isolated_documents_count_from_their_start_and_do_not_predict_each_other(tmp_path):
     """Documents of 4 tokens, whose first is a multiple of 4: each position is the token's place in its document's part."""
     corpora = (CorpusConfig(write(tmp_path / "c", range(400), length=4)),)
-    with Loader(build_samples(corpora, S, seed=5), 8, 4, 0, 1, isolate_documents=True) as loader:
+    with Loader(build_samples(corpora, S, seed=5), 8, 4, 0, 1, compose=isolated_documents) as loader:
         for consumed in (0, 8, 480):
             batch = loader.build(consumed)
             for row, positions, numbers, labels, weights in zip(

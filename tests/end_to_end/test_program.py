@@ -14,7 +14,8 @@ from layout_grid import config_of
 
 import megatrain
 from megatrain.config.load import from_dict, load
-from megatrain.data.loader import Loader, build_held_out
+from megatrain.data.held_out import build_held_out
+from megatrain.data.loader import Loader
 from megatrain.evaluate import evaluate
 from megatrain.models.batch import AttentionMask, MicroBatch
 from megatrain.models.objective import Loss, NextToken

@@ -10,6 +10,8 @@ from megatrain.kernels.flex_attention import flex
 
 S, B, A, G, D = 37, 3, 4, 2, 8
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 20 + [2] * 12, [0] * 37, [0] + [3] * 30 + [4] * 6]).t()
+OWN_PREFIX = torch.tensor([[3] * 5 + [11] * 20 + [25] * 12, [30] * 37, [0] + [31] * 30 + [37] * 6]).t()
+"""Of the query's own document: none of it, some, all."""
 MASKS = {
     "causal": AttentionMask(),
     "all": AttentionMask(causal=False),
@@ -23,15 +25,20 @@ MASKS = {
     "documents": AttentionMask(documents=DOCUMENTS),
     "documents and window": AttentionMask(window=9, documents=DOCUMENTS),
     "documents and sparse": AttentionMask(sparse=BlockSparse(4, 2, 1), documents=DOCUMENTS),
+    "prefix": AttentionMask(prefix=torch.tensor([0, 14, 37])),
+    "prefix of nothing": AttentionMask(prefix=torch.zeros(3, dtype=torch.int64)),
+    "prefix in documents": AttentionMask(documents=DOCUMENTS, prefix=OWN_PREFIX),
+    "prefix and window": AttentionMask(window=9, prefix=torch.tensor([20, 5, 30])),
 }
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.01], dtype=torch.float64)
 
 
 def seen(mask, q, k, b):
     """Whether query q of sequence b may see key k, from the definitions."""
+    prefix = -1 if mask.prefix is None else mask.prefix[b] if mask.prefix.dim() == 1 else mask.prefix[q, b]
     return all(
         [
-            not mask.causal or k <= q,
+            not mask.causal or k <= q or bool(k < prefix),
             mask.window is None or abs(q - k) < mask.window,
             mask.sparse is None
             or k // mask.sparse.block < mask.sparse.global_blocks
@@ -47,7 +54,7 @@ def written_out(q, k, v, variant, factors=None):
     scores = torch.einsum("sbad,nbad->basn", q, k) / q.shape[-1] ** 0.5
     if variant.slopes is not None:
         places = torch.arange(S, dtype=torch.float64)
-        scores = scores + variant.slopes[:, None, None] * (places[None, :] - places[:, None])
+        scores = scores - variant.slopes[:, None, None] * (places[None, :] - places[:, None]).abs()
     allowed = torch.tensor([[[seen(variant.mask, i, j, b) for j in range(S)] for i in range(S)] for b in range(B)])
     p = torch.softmax(scores.masked_fill(~allowed[:, None], -torch.inf), -1)
     return torch.einsum("basn,nbad->sbad", p if factors is None else p * factors, v).flatten(2)
@@ -107,6 +114,28 @@ def test_pieces_of_a_prompt_are_the_prompt(mask, pieces):
     ends = [sum(pieces[: i + 1]) for i in range(len(pieces))]
     parts = [attention(q[end - n : end], k[:end], v[:end], variant) for n, end in zip(pieces, ends, strict=True)]
     torch.testing.assert_close(torch.cat(parts), attention(q, k, v, variant), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("pieces", [(30, 7), (20, 10, 1, 1, 5)])
+def test_what_follows_a_prefix_comes_in_pieces(pieces):
+    q, k, v = (x.detach() for x in inputs())
+    variant = Variant(AttentionMask(prefix=torch.tensor([20, 3, 11])))
+    ends = [sum(pieces[: i + 1]) for i in range(len(pieces))]
+    parts = [attention(q[end - n : end], k[:end], v[:end], variant) for n, end in zip(pieces, ends, strict=True)]
+    torch.testing.assert_close(torch.cat(parts), attention(q, k, v, variant), rtol=1e-12, atol=1e-12)
+
+
+def test_a_long_prefix_makes_no_square_of_scores(monkeypatch):
+    sizes, scaled = [], kernel._scaled_product
+
+    def product(scale, a, b):
+        sizes.append(a.shape[0] * a.shape[1] * b.shape[2])
+        return scaled(scale, a, b)
+
+    monkeypatch.setattr(kernel, "_scaled_product", product)
+    q = torch.randn(5000, 2, 1, 4)
+    attention(q, q, q, Variant(AttentionMask(prefix=torch.tensor([4000, 300]))))
+    assert max(sizes) <= kernel.SCRATCH
 
 
 def test_a_narrow_softmax_is_nearly_the_wide_one():

@@ -146,7 +146,7 @@ def test_the_gradient_of_a_rotation_is_the_rotation_back():
 def test_learned_positions_are_looked_up_not_counted():
     layer = filled(LearnedPositions("p", build()))
     x = numbers(0, 2, B, H)
-    torch.testing.assert_close(layer(x, batch(2, 3)), x + layer.weight[3:5, None])
+    torch.testing.assert_close(layer(x, batch(2, 3).positions), x + layer.weight[3:5, None])
 
 
 class Plain:

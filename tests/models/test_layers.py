@@ -114,5 +114,5 @@ def test_the_mlp_is_its_formula(activation):
 
 
 def test_what_writes_into_the_residual_stream_starts_smaller():
-    assert build().init(3).value == 0.5 and build().residual_init(3).value == 0.5 / 2
-    assert build(scale_residual_init=False).residual_init(3).value == 0.5
+    assert build().init(3, 5).value == 0.5 and build().residual_init(3, 5).value == 0.5 / 2
+    assert build(scale_residual_init=False).residual_init(3, 5).value == 0.5

@@ -9,10 +9,6 @@ in another shuffled order (Megatron's document, sample and shuffle index):
 
 So every token of an epoch is an input exactly once, except a tail shorter than a sample, which differs from epoch to epoch. A
 document longer than a sample goes on in the next one. Epochs never end: sample n belongs to epoch n // samples_per_epoch.
-
-The permutations sort 64-bit hashes of a counter (splitmix64, Steele et al., OOPSLA 2014). The hash is a bijection, so no two
-keys are equal and every sorting algorithm gives the same order. numpy's generators are not used because numpy does not promise
-the same stream in its next release (NEP 19).
 """
 
 from __future__ import annotations
@@ -26,35 +22,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.data.draws import permutation
 from megatrain.data.indexed import TokenStore, TokenStoreError
 from megatrain.data.samples.cache import Arrays, cached_arrays
 
-MASK = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
 DOCUMENTS, SAMPLES = 1, 2
 """What a permutation is for: part of its key."""
 SMALL_INDEX = 1 << 12
 """An index of fewer rows takes less time to compute than its files take to open, and is not cached."""
 KEPT_EPOCHS = 2
 """Two, because the prefetched batch may lie in the next epoch."""
-
-
-def hash64(value: int) -> int:
-    """splitmix64's finaliser: a bijection of 64-bit integers."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
-    return value ^ (value >> 31)
-
-
-def permutation(count: int, *key: int) -> npt.NDArray[np.int64]:
-    """[count] a permutation of 0..count-1, a pure function of `key`, the same on every machine and numpy release."""
-    state = 0
-    for part in key:
-        state = hash64((state + GOLDEN + part) & MASK)
-    values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(state)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(values ^ (values >> np.uint64(31)))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatrain.data.draws import permutation
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
 from megatrain.data.samples import gpt
-from megatrain.data.samples.gpt import GptSamples, build_epoch, permutation
+from megatrain.data.samples.gpt import GptSamples, build_epoch
 
 
 def store_of(prefix, lengths):

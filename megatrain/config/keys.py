@@ -1,0 +1,89 @@
+"""Every key of the schema, with its type, default and documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatrain.config.schema import Config, CorpusConfig
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One value of one section of the schema."""
+
+    path: tuple[str, ...]
+    """Section, groups within it, name."""
+    kind: Any
+    """The field's type."""
+    default: Any
+    doc: str
+
+    @property
+    def section(self) -> str:
+        """Of the config."""
+        return self.path[0]
+
+    @property
+    def name(self) -> str:
+        """Within the section: `name`, or `group.name`."""
+        return ".".join(self.path[1:])
+
+    @property
+    def key(self) -> str:
+        """`section.name`."""
+        return ".".join(self.path)
+
+    def of(self, config: Config) -> Any:
+        """The value that a config has here."""
+        return operator.attrgetter(self.key)(config)
+
+
+def knobs() -> Iterator[Knob]:
+    """Every knob of the schema, in its order."""
+    for section, cls in fields_of(Config).items():
+        yield from _knobs_of((section,), cls)
+
+
+def _knobs_of(path: tuple[str, ...], cls: Any) -> Iterator[Knob]:
+    """Those of a section, or of a group within one."""
+    defaults = cls()
+    for item in dataclasses.fields(cls):
+        kind, here = fields_of(cls)[item.name], (*path, item.name)
+        if dataclasses.is_dataclass(kind):
+            yield from _knobs_of(here, kind)
+        else:
+            yield Knob(here, kind, getattr(defaults, item.name), item.metadata["doc"])
+
+
+def type_name(kind: Any) -> str:
+    """A field's type in words: `integer or null`, `one of pre, post`, `list of text`."""
+    names = {int: "integer", float: "number", bool: "true or false", str: "text", CorpusConfig: "{path, weight}"}
+    if kind in names:
+        return names[kind]
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, parts))
+    if is_optional(kind):
+        return f"{type_name(parts[0])} or null"
+    if parts[-1] is Ellipsis:
+        return f"list of {type_name(parts[0])}"
+    return "list [" + ", ".join(type_name(part) for part in parts) + "]"
+
+
+@functools.cache
+def fields_of(cls: Any) -> dict[str, Any]:
+    """Field name -> resolved type of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    return {item.name: hints[item.name] for item in dataclasses.fields(cls)}
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether a type is one that may be None."""
+    return typing.get_origin(kind) in (types.UnionType, typing.Union)

@@ -1,0 +1,58 @@
+"""The rules of `data.glm`: numbers that contradict, and keys that would have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatrain.config.schema import Config
+from megatrain.config.source import ConfigError
+
+PREFIX = "data.glm."
+
+
+def require_glm(config: Config, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise ConfigError at the first rule broken. values, defaults: of every key of the schema."""
+    if config.data.objective != "glm":
+        for key, value in values.items():
+            if key.startswith(PREFIX) and value != defaults[key]:
+                raise ConfigError(
+                    f"{key}={value} has no effect, since data.objective={config.data.objective}. Use data.objective=glm."
+                )
+        return
+    glm, train = config.data.glm, config.train
+    mix, blank, document = glm.objective_mix, glm.blank, glm.document
+    shares = {"blank": mix.blank, "sentence": mix.sentence, "document": mix.document}
+    present = sum(share > 0 for share in shares.values())
+    if not present:
+        raise ConfigError("data.glm.objective_mix has no share above 0. Use for example data.glm.objective_mix.blank=1.")
+    if mix.mode == "weighted" and train.global_batch_size < present:
+        raise ConfigError(
+            f"data.glm.objective_mix.mode=weighted puts each of {present} objectives into every batch, but train.global_batch_size="
+            f"{train.global_batch_size}. Use train.global_batch_size={present} or more."
+        )
+    if mix.mode == "weighted" and glm.loss_norm == "microbatch" and train.micro_batch_size < present:
+        raise ConfigError(
+            f"data.glm.loss_norm=microbatch takes means within micro-batches, and data.glm.objective_mix.mode=weighted needs {present} "
+            f"sequences in each, but train.micro_batch_size={train.micro_batch_size}. Use train.micro_batch_size={present}."
+        )
+    if mix.sentence > 0 and config.data.tokenizer is None:
+        raise ConfigError(
+            f"data.glm.objective_mix.sentence={mix.sentence} needs to know which tokens end a sentence, and data.tokenizer is null. Use "
+            "data.tokenizer=PATH, or data.glm.objective_mix.sentence=0."
+        )
+    if blank.min_span > blank.max_span:
+        raise ConfigError(
+            f"data.glm.blank.min_span={blank.min_span} is above data.glm.blank.max_span={blank.max_span}. Use "
+            f"data.glm.blank.min_span={blank.max_span} or less."
+        )
+    if document.min_ratio > document.max_ratio:
+        raise ConfigError(
+            f"data.glm.document.min_ratio={document.min_ratio} is above data.glm.document.max_ratio={document.max_ratio}. Use "
+            f"data.glm.document.min_ratio={document.max_ratio} or less."
+        )
+    if glm.text_length is not None and glm.text_length > config.model.seq_length - 2:
+        raise ConfigError(
+            f"data.glm.text_length={glm.text_length} leaves no room for sentinels in model.seq_length={config.model.seq_length}. Use "
+            f"data.glm.text_length={config.model.seq_length - 2} or less, or null."
+        )

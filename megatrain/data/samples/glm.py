@@ -1,0 +1,293 @@
+"""GLM samples: texts with blanks, a pure function of (seed, sample), so that every visit masks anew and a run resumes exactly.
+
+A text is [CLS], the tokens of a document and its eos, and further documents in the same way, `text_length` tokens at most; the rest of
+seq_length is room for the sentinels of its blanks. Which objective it serves, and what else GLM's code draws once a batch, is a function of
+(seed, samples consumed before the step, micro-batch), the same under every layout.
+
+Every micro-batch has one shape [b, seq_length]. A sample whose blanks do not fit keeps its text with loss weights of 0. Short texts, and
+documents that are to be isolated, lie behind one another in a row, each with parts A and B of its own, and do not see each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.config.glm import GlmConfig
+from megatrain.data.batches import Batch, Samples
+from megatrain.data.draws import Draws
+from megatrain.data.samples.infilling import (
+    Laid,
+    Rules,
+    Sentinels,
+    chosen_sentences,
+    continue_text,
+    fill_blanks,
+    sentences_of,
+)
+from megatrain.data.samples.spans import Ids, Spans, blanks_of, documents_of, length_moments, place
+
+KINDS = ("blank", "sentence", "document")
+"""Objectives, by their number in `Batch.kinds`."""
+OF_BATCH, OF_SAMPLE = 11, 12
+"""What a stream of draws is for: part of its key."""
+SHORTEST = 32
+"""Tokens of the shortest short text."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is made of texts."""
+
+    config: GlmConfig
+    ids: Sentinels
+    seq_length: int
+    seed: int
+    sentence_ends: npt.NDArray[np.bool_] | None = None
+    """[vocabulary] whether a token ends a sentence."""
+    isolate: bool = False
+    """Each document is a text of its own."""
+    two_dimensional: bool = True
+    closed: bool = True
+    """Documents of the stores end in eos; else it is put there."""
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text, with [CLS]."""
+        return text_length(self.config, self.seq_length)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several texts that do not see each other."""
+        return self.isolate or self.config.short_seq_prob > 0
+
+    @property
+    def rules(self) -> Rules:
+        """How parts are numbered and ordered."""
+        c = self.config
+        return Rules(c.shuffle_spans, c.position_dim1 == "original_start", c.position_dim2, False, c.blank.decoder_noise_prob)
+
+
+def text_length(config: GlmConfig, seq_length: int) -> int:
+    """The longest text whose blanks take no more than seq_length with their sentinels, but for one draw in some ten thousand."""
+    if config.text_length is not None:
+        return config.text_length
+    mix = config.objective_mix
+    ratio = max([config.blank.mask_ratio * (mix.blank > 0), config.sentence.mask_ratio * (mix.sentence > 0)])
+    mean, variance = length_moments(config.blank)
+
+    def room(size: int) -> float:
+        spans = ratio * size / mean
+        return 2 * max(1.0, math.ceil(spans + 1 + 4 * math.sqrt(spans * variance) / mean))
+
+    return max((n for n in range(1, seq_length - 1) if n + room(n) <= seq_length), default=0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is drawn once for a micro-batch."""
+
+    kind: int
+    single: bool = False
+    short: int = 0
+    """Tokens of a short text; 0: texts stay whole."""
+    span: int = 0
+    """Tokens of the document objective's span; 0: each sample draws its own."""
+
+
+class GlmBatches:
+    """From samples of text to a batch: a `Compose`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        mix = plan.config.objective_mix
+        self.shares = np.array([mix.blank, mix.sentence, mix.document])
+
+    def __call__(self, samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
+        """The batch of samples consumed + places [m, b]."""
+        rows: list[list[Laid]] = []
+        kinds: list[int] = []
+        for of_micro_batch in places:
+            numbers = [consumed + int(place) for place in of_micro_batch]
+            texts = [self.text(samples, n) for n in numbers]
+            key = self.plan.seed, OF_BATCH, consumed, int(of_micro_batch[0]) // places.shape[1]
+            choice = self.choose(Draws(*key), [sum(len(d) for d in text) for text in texts])
+            for n, at, text in zip(numbers, of_micro_batch, texts, strict=True):
+                draws = Draws(self.plan.seed, OF_SAMPLE, n)
+                kind = self._kind(draws, int(at), choice)
+                kinds.append(kind)
+                rows.append(self.lay_out(draws, text, replace(choice, kind=kind)))
+        return assembled(rows, kinds, places, self.plan)
+
+    def text(self, samples: Samples, n: int) -> list[Ids]:
+        """The documents of sample n, each with its [CLS], at most text_length tokens together."""
+        left = self.plan.text_length
+        tokens, numbers = samples.sample(n)[: left - 1], samples.document_numbers(n)[:left]
+        return self.documents(tokens, numbers)
+
+    def documents(self, tokens: Ids, numbers: Ids) -> list[Ids]:
+        """Tokens [n] whose documents have `numbers` [n + 1], or [n] at the end of a store -> documents as `text` has them."""
+        ids, left, found = self.plan.ids, self.plan.text_length, []
+        cuts = np.flatnonzero(np.diff(numbers)) + 1
+        for number, piece in enumerate(np.split(tokens, cuts[cuts < tokens.size])):
+            ended = not self.plan.closed and number < cuts.size
+            document = np.concatenate([[ids.cls], piece, [ids.eos] if ended else []]).astype(np.int64)[:left]
+            left -= document.size
+            if document.size > 1:
+                found.append(document)
+        return found
+
+    def choose(self, draws: Draws, sizes: Sequence[int]) -> Choice:
+        """What is drawn for a micro-batch whose texts have so many tokens."""
+        config = self.plan.config
+        short, single, kind, length = draws.uniform(4)
+        cut = 0
+        if short < config.short_seq_prob:
+            cut = draws.between(SHORTEST, max(SHORTEST, self.plan.text_length - 2))
+        if single < config.blank.single_span_prob:
+            return Choice(0, single=True, short=cut)
+        chosen = self._drawn(kind)
+        if config.document.length_granularity == "sample" or cut or self.plan.isolate:
+            return Choice(chosen, short=cut)
+        return Choice(chosen, span=self._span(length, min(sizes), max(sizes)))
+
+    def _drawn(self, number: float) -> int:
+        """An objective by its share, for a number in [0, 1)."""
+        return int(np.searchsorted(np.cumsum(self.shares / self.shares.sum()), number, side="right").clip(max=2))
+
+    def _kind(self, draws: Draws, at: int, choice: Choice) -> int:
+        """The objective of the sample at a place of the global batch."""
+        config = self.plan.config
+        if config.objective_mix.mode == "weighted":
+            present = np.flatnonzero(self.shares)
+            return int(present[at % present.size])
+        if config.objective_granularity == "sample" and not choice.single:
+            return self._drawn(draws.one())
+        return choice.kind
+
+    def _span(self, number: float, shortest: int, longest: int) -> int:
+        """Length of the document objective's span, for a number in [0, 1)."""
+        document = self.plan.config.document
+        least = max(1, int(document.min_ratio * shortest))
+        most = max(least, min(int(document.max_ratio * longest), longest - document.reserve_tokens))
+        return least + int(number * (most - least + 1))
+
+    # --- one row ----------------------------------------------------------------------------------------------------------
+
+    def lay_out(self, draws: Draws, documents: Sequence[Ids], choice: Choice) -> list[Laid]:
+        """The texts of a row that find room in it, laid out; a text without a placement is left with no loss."""
+        room, found = self.plan.seq_length, []
+        for text in self._texts(documents, choice.short):
+            laid = self._laid(draws, text, choice)
+            if laid is None or len(laid) > room:
+                kept = text[:room]
+                weights, zeros = np.zeros(kept.size, np.float32), np.zeros(kept.size, np.int64)
+                laid = Laid(kept, kept, weights, np.arange(kept.size), zeros, kept.size)
+            if len(laid):
+                found.append(laid)
+            room -= len(laid)
+        return found
+
+    def _texts(self, documents: Sequence[Ids], short: int) -> list[Ids]:
+        """What is laid out by itself: all documents together, each, or short pieces of them all."""
+        if self.plan.isolate and not short:
+            return list(documents)
+        if not documents:
+            return []
+        whole = np.concatenate(documents)
+        return self._short_texts(whole, short) if short else [whole]
+
+    def _short_texts(self, text: Ids, size: int) -> list[Ids]:
+        """Pieces of a text of `size` tokens at most, each with a [CLS], ending with a sentence where that costs less than half."""
+        cls, begin, found = self.plan.ids.cls, 1, []
+        for _ in range(max(1, (self.plan.text_length - 1) // size)):
+            end = min(begin + size - 1, text.size)
+            if end < text.size and self.plan.sentence_ends is not None:
+                stops = np.flatnonzero(self.plan.sentence_ends[text[begin:end]] | (text[begin:end] == self.plan.ids.eos))
+                if stops.size and stops[-1] + 1 > (end - begin) // 2:
+                    end = begin + int(stops[-1]) + 1
+            if end <= begin:
+                break
+            found.append(np.append(cls, text[begin:end]))
+            begin = end
+        return found
+
+    def _laid(self, draws: Draws, text: Ids, choice: Choice) -> Laid | None:
+        """A text with the blanks of its objective; None where there is no placement."""
+        config, ids, rules = self.plan.config, self.plan.ids, self.plan.rules
+        if KINDS[choice.kind] == "document":
+            return self._long_blank(draws, text, choice.span)
+        if KINDS[choice.kind] == "sentence":
+            if self.plan.sentence_ends is None:
+                raise ValueError("the sentence objective needs a table of the tokens that end sentences")
+            sentences = sentences_of(text, self.plan.sentence_ends, ids.cls, ids.eos)
+            spans = chosen_sentences(draws, sentences, int(config.sentence.mask_ratio * text.size))
+            mask, rules = ids.smask, replace(rules, noise=0.0)
+        else:
+            spans = blanks_of(draws, config.blank, text, documents_of(text, ids.cls, ids.eos), single=choice.single)
+            mask = ids.mask
+        return None if spans is None or not spans.starts.size else fill_blanks(draws, text, spans, mask, ids, rules)
+
+    def _long_blank(self, draws: Draws, text: Ids, span: int) -> Laid | None:
+        """The end of a text, or a long span within it, is to be written."""
+        config, ids = self.plan.config, self.plan.ids
+        rules = replace(self.plan.rules, counts_on=not self.plan.two_dimensional, noise=0.0)
+        most = text.size - config.document.reserve_tokens
+        length = min(span or self._span(draws.one(), text.size, text.size), most)
+        if length < 1:
+            return None
+        documents = documents_of(text, ids.cls, ids.eos)
+        if len(documents) != 1 or draws.one() < config.document.suffix_prob:
+            return continue_text(text, text.size - length, ids.gmask, ids, rules)
+        spans: Spans | None = place(draws, config.blank, documents, np.array([length]))
+        return None if spans is None else fill_blanks(draws, text, spans, ids.gmask, ids, rules)
+
+
+def assembled(rows: Sequence[Sequence[Laid]], kinds: Sequence[int], places: npt.NDArray[np.int64], plan: Plan) -> Batch:
+    """Rows of laid-out texts as a batch, padded with zeros on the right."""
+    shape = (len(rows), plan.seq_length)
+    tokens, targets, positions, block_positions, documents, prefix = (np.zeros(shape, np.int64) for _ in range(6))
+    weights = np.zeros(shape, np.float32)
+    for row, texts in enumerate(rows):
+        begin = 0
+        for number, text in enumerate(texts):
+            here = row, slice(begin, begin + len(text))
+            tokens[here], targets[here], weights[here] = text.tokens, text.targets, text.weights
+            positions[here], block_positions[here] = text.positions, text.block_positions
+            documents[here], prefix[here] = number, begin + text.sep
+            begin += len(text)
+        documents[row, begin:], prefix[row, begin:] = len(texts), 0
+
+    def dealt(array: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return array.reshape(*places.shape, -1)
+
+    loss_weights = weights.reshape(*places.shape, -1)
+    of = np.array(kinds, np.int64).reshape(places.shape)
+    if plan.config.loss_norm == "microbatch":
+        loss_weights = _normalised(loss_weights, of if plan.config.objective_mix.mode == "weighted" else np.zeros_like(of))
+    seps = np.array([texts[0].sep if texts else 0 for texts in rows], np.int64)
+    return Batch(
+        dealt(tokens),
+        dealt(targets),
+        loss_weights,
+        dealt(positions),
+        places,
+        documents=dealt(documents) if plan.packed else None,
+        block_positions=dealt(block_positions),
+        prefix=dealt(prefix) if plan.packed else seps.reshape(places.shape),
+        kinds=of,
+    )
+
+
+def _normalised(weights: npt.NDArray[np.float32], groups: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Weights [m, b, s] that sum to 1 over each group of sequences [m, b] of a micro-batch, or to 0."""
+    result = weights.copy()
+    for group in np.unique(groups):
+        mine = (groups == group)[:, :, None]
+        sums = (weights * mine).sum((1, 2), keepdims=True, dtype=np.float64)
+        result = np.where(mine, weights / np.maximum(sums, 1), result).astype(np.float32)
+    return result

@@ -1,0 +1,133 @@
+"""What a config's `data` section trains and judges on: samples of text, and what becomes of them, by `data.objective`.
+
+next_token    seq_length + 1 tokens; each is predicted from those before it
+glm           text_length tokens; blanks are predicted from what is around them (docs/glm.md)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.config.schema import Config
+from megatrain.data.batches import Batch, Compose, isolated_documents, next_token
+from megatrain.data.draws import Draws
+from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
+from megatrain.data.indexed import TokenStore
+from megatrain.data.loader import BlendedSamples, build_samples
+from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, assembled
+from megatrain.data.samples.infilling import Laid
+from megatrain.data.samples.sentinels import resolve, sentence_ends
+from megatrain.data.tokenizer import Tokenizer
+
+LOOKED_AT = 1024
+"""Documents of a store that tell whether its documents end in eos."""
+JUDGED = 13
+"""What a stream of draws is for: held-out text."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """How text becomes batches."""
+
+    compose: Compose
+    sample_length: int
+    """Tokens of a sample, less the one that it shares with the next."""
+    text_vocab: int
+    """Ids of text are below."""
+    judged: Callable[[HeldOut], dict[str, Evaluated]]
+    """Held-out text -> what is evaluated on it, by name."""
+
+
+def source_of(config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, closed: bool = True) -> Source:
+    """The source of a config. closed: documents of its stores end in eos. Raises ValueError for what no text fits."""
+    data, seq_length = config.data, config.model.seq_length
+    if data.objective == "next_token":
+        compose = isolated_documents if data.isolate_documents else next_token
+        return Source(compose, seq_length, vocab_size, lambda held_out: {"": held_out})
+    ids, text_vocab = resolve(data.glm, tokenizer, vocab_size)
+    ends = None if tokenizer is None else sentence_ends(tokenizer, vocab_size, data.glm.sentence.end_chars, ids.eos)
+    plan = Plan(
+        data.glm, ids, seq_length, config.train.seed, ends, data.isolate_documents, config.model.two_dimensional, closed
+    )
+    if plan.text_length < 8:
+        raise ValueError(
+            f"model.seq_length={seq_length} leaves room for {plan.text_length} tokens of text beside the sentinels of its blanks. "
+            "Use model.seq_length=64 or more."
+        )
+    return Source(GlmBatches(plan), plan.text_length - 1, text_vocab, lambda held_out: _by_objective(held_out, plan))
+
+
+def open_sources(
+    config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, train: bool = True
+) -> tuple[Source, BlendedSamples | None, dict[str, Evaluated]]:
+    """The source of a config, its training samples (unless not asked for), and what is evaluated, by name.
+
+    Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError.
+    """
+    data = config.data
+    paths = [corpus.path for corpus in (*(data.train if train else ()), *data.valid)]
+    closed = data.objective != "glm" or _closed(paths, resolve(data.glm, tokenizer, vocab_size)[0].eos)
+    source = source_of(config, vocab_size, tokenizer, closed=closed)
+    samples = None
+    if train:
+        samples = build_samples(data.train, source.sample_length, config.train.seed, data.cache_dir, source.text_vocab)
+    isolate = data.isolate_documents or data.objective == "glm"
+    sets = build_held_out(data.valid, source.sample_length, source.text_vocab, isolate)
+    judged = {_joined(name, kind): of for name, held_out in sets.items() for kind, of in source.judged(held_out).items()}
+    return source, samples, judged
+
+
+def _joined(name: str, kind: str) -> str:
+    return f"{name}_{kind}" if name and kind else name or kind
+
+
+def _closed(paths: Sequence[str], eos: int) -> bool:
+    """Whether documents end in eos; of those that were looked at, all do or none does. Raises ValueError where it is mixed."""
+    ended: dict[bool, str] = {}
+    for path in paths:
+        store = TokenStore(path)
+        for number in range(min(store.documents, LOOKED_AT)):
+            first, end = store.document_bounds(number)
+            if end > first:
+                ended.setdefault(bool(store.data[end - 1] == eos), path)
+    if len(ended) > 1:
+        raise ValueError(
+            f"documents of {ended[True]} end in the token {eos}, and some of {ended[False]} do not. Tokenize all with --append-eod, "
+            "or all without."
+        )
+    return True in ended
+
+
+def _by_objective(held_out: HeldOut, plan: Plan) -> dict[str, Evaluated]:
+    """Held-out text with the blanks of each objective that the mix has."""
+    mix = plan.config.objective_mix
+    return {kind: GlmHeldOut(held_out, plan, number) for number, kind in enumerate(KINDS) if getattr(mix, kind) > 0}
+
+
+class GlmHeldOut:
+    """Held-out text with the blanks of one objective: the same blanks at every evaluation."""
+
+    def __init__(self, held_out: HeldOut, plan: Plan, kind: int) -> None:
+        """held_out: made with isolate_documents, of text_length - 1 tokens a sample."""
+        config = replace(plan.config, short_seq_prob=0.0, blank=replace(plan.config.blank, decoder_noise_prob=0.0))
+        self.held_out, self.kind, self.stores = held_out, kind, held_out.stores
+        self.plan = replace(plan, config=replace(config, loss_norm="global_tokens"))
+        self._batches = GlmBatches(self.plan)
+
+    def __len__(self) -> int:
+        return len(self.held_out)
+
+    def batch(self, first: int, places: npt.NDArray[np.int64]) -> Batch:
+        """Samples first + places [m, b]; those past the end have loss weight 0."""
+        rows = [self._row(first + int(place)) if first + int(place) < len(self) else [] for place in places.flat]
+        return assembled(rows, [self.kind] * len(rows), places, self.plan)
+
+    def _row(self, n: int) -> list[Laid]:
+        tokens, labelled = self.held_out.sample(n)
+        size = min(labelled + 1, self.plan.text_length - 1)
+        documents = self._batches.documents(tokens[:size], self.held_out.document_numbers(n)[: size + 1])
+        return self._batches.lay_out(Draws(self.plan.seed, JUDGED, self.kind, n), documents, Choice(self.kind))
