@@ -119,6 +119,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         return _complain(
             f"error: --greedy takes the most probable token, so {given[0]} means nothing. Leave one out.", WRONG_USE
         )
+    if arguments.beams > 1 and (
+        given := [name for name, value in sampling.items() if value is not None] + ["--greedy"] * arguments.greedy
+    ):
+        return _complain(
+            f"error: --beams {arguments.beams} looks for the most probable text, so {given[0]} means nothing. Leave one out.",
+            WRONG_USE,
+        )
     if arguments.temperature is None:
         arguments.temperature = 1.0
     from megatrain.generate import main as generate
@@ -298,7 +305,9 @@ def _add_generate(verbs: _Verbs) -> None:
     parser.add_argument(
         "overrides", metavar="parallel.key=value", nargs="*", help="the layout, under torchrun (default: one process)"
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="the text to continue; a GLM fills its [MASK], [sMASK] and [gMASK]"
+    )
     parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default 64)")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the samples (default 1234)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or `bytes` (default: the one of the run)")
@@ -308,6 +317,12 @@ def _add_generate(verbs: _Verbs) -> None:
     how.add_argument("--top-k", type=positive, metavar="K", help="sample among the K most probable (default: all)")
     how.add_argument(
         "--top-p", type=probability, metavar="P", help="sample among the fewest that together have P (default: all)"
+    )
+    how.add_argument(
+        "--beams", type=positive, default=1, metavar="N", help="beam search for the most probable text, N side by side"
+    )
+    how.add_argument(
+        "--length-penalty", type=float, default=0.0, metavar="A", help="beams: above 0 favours longer texts (arXiv:1609.08144)"
     )
 
 

@@ -23,12 +23,12 @@ from megatrain.data.held_out import Evaluated
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate import Evaluation, evaluate
-from megatrain.generate import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.models.objective import NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape, tokenizer_of
 from megatrain.runtime.distributed import Launch, connect
 from megatrain.runtime.metrics import perplexity
+from megatrain.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.training import Model
 
 COUNTED_TOKENS = 1 << 22

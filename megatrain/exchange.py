@@ -16,6 +16,7 @@ import torch
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
+from megatrain.checkpoint.hf_config import kind_from
 from megatrain.checkpoint.hf_files import (
     COMPANION_FOLDER,
     Weights,
@@ -31,11 +32,11 @@ from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_mani
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
-from megatrain.generate import saved_config, vocab_size_of
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.parallel.portion import Cut, Elements, Portion
+from megatrain.trained import saved_config, vocab_size_of
 
 SINGLE = ParallelContext.single()
 
@@ -127,7 +128,7 @@ def import_hf(source: Path, out: Path) -> int:
             model, vocab_size, ctx, [range(model.num_layers)], [0], sequence_parallel=False, dtype=torch.float32, seed=0
         )[0]
     specs = {p.spec.name: p.spec for p in gpt.logical_parameters()}
-    family = FAMILIES[read_config(source)["model_type"]]
+    family = FAMILIES[kind_from(read_config(source))]
     weights = Weights(source, family)
     parts = parts_of(family, {name: spec.shape for name, spec in specs.items()}, model)
     check(weights, parts, tied=model.tied_embeddings)

@@ -9,13 +9,15 @@ from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
 from megatrain.config.source import ConfigError
-from megatrain.generate import Choice, Decoder, continuation, laid_out, load_decoder, main, pieces_of_text, saved_config
+from megatrain.decoding import Choice, Decoder, continuation
+from megatrain.generate import load_decoder, main, pieces_of_text
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.portion import Portion
 from megatrain.program import mesh_shape
 from megatrain.testing import simulate
+from megatrain.trained import laid_out, saved_config
 
 ONE = MeshShape()
 SINGLE = ParallelContext.single()

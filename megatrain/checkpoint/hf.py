@@ -44,6 +44,10 @@ class Family:
     """Of an untied head."""
     ignored: tuple[str, ...] = ()
     """Ends of the names of buffers that hold no weights."""
+    outer: str = ""
+    """What some files put before all names."""
+    head_always: bool = False
+    """The head is stored also where it is the embedding."""
 
 
 QKV = ("attention.query", "attention.key", "attention.value")
@@ -93,6 +97,19 @@ def _llama(architecture: str, *others: tuple[Stored, Stored], fused: bool = Fals
     )
     embedding = Stored("embed_tokens.weight", ("embedding.tokens",))
     return Family(architecture, "model.", (embedding, *rows, *_norm("norm", "final_norm")), ignored=("rotary_emb.inv_freq",))
+
+
+def _glm_layers(prefix: str, join: Literal["rows", "heads"]) -> tuple[Stored, ...]:
+    """Layers of GLM-1 and of the first ChatGLM-6B."""
+    return _layers(
+        prefix,
+        _both("input_layernorm", "attention_norm"),
+        _both("attention.query_key_value", *QKV, join=join),
+        _both("attention.dense", "attention.output"),
+        _both("post_attention_layernorm", "mlp_norm"),
+        _both("mlp.dense_h_to_4h", "mlp.up"),
+        _both("mlp.dense_4h_to_h", "mlp.down"),
+    )
 
 
 FAMILIES = {
@@ -162,8 +179,32 @@ FAMILIES = {
         head="transformer.output_layer.weight",
         ignored=("rotary_pos_emb.inv_freq",),
     ),
+    "chatglm_6b": Family(
+        "ChatGLMModel",
+        "transformer.",
+        (
+            Stored("word_embeddings.weight", ("embedding.tokens",)),
+            *_glm_layers("layers.{n}.", "heads"),
+            *_norm("final_layernorm", "final_norm"),
+        ),
+        ignored=("rotary_emb.inv_freq",),
+        head_always=True,
+    ),
+    "glm_1": Family(
+        "GLMForConditionalGeneration",
+        "",
+        (
+            Stored("word_embeddings.weight", ("embedding.tokens",)),
+            Stored("transformer.position_embeddings.weight", ("embedding.positions",)),
+            Stored("transformer.block_position_embeddings.weight", ("embedding.block_positions",)),
+            *_glm_layers("transformer.layers.{n}.", "rows"),
+            *_norm("transformer.final_layernorm", "final_norm"),
+        ),
+        outer="glm.",
+    ),
 }
-"""model_type of config.json -> family. `chatglm` is ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B in THUDM's naming."""
+"""Kind of model -> family: model_type of config.json, or what `hf_config.kind_from` makes of it. `chatglm` is ChatGLM2-6B, ChatGLM3-6B and
+GLM-4-9B in THUDM's naming, `chatglm_6b` the first ChatGLM-6B, `glm_1` the GLM of arXiv:2103.10360."""
 
 
 Shapes = dict[str, tuple[int, ...]]
@@ -216,6 +257,8 @@ def rows_of(family: Family, names: Collection[str]) -> Iterator[Stored]:
     if "head.weight" in known:
         placed.add("head.weight")
         yield Stored(family.head, ("head.weight",))
+    elif family.head_always:
+        yield Stored(family.head, ("embedding.tokens",))
     lost = sorted(known - placed)
     if lost:
         raise ContentError(
@@ -233,7 +276,7 @@ def parts_of(family: Family, shapes: Shapes, model: ModelConfig) -> dict[str, Pa
         shape = (rows, *shapes[row.of[0]][1:])
         stored = shape[::-1] if row.transposed else shape
         for index, name in enumerate(row.of):
-            found[name] = Part(row.name, stored, row, index, start, model.num_attention_heads)
+            found.setdefault(name, Part(row.name, stored, row, index, start, model.num_attention_heads))
             start += shapes[name][0]
     return found
 

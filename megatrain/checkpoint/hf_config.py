@@ -44,6 +44,10 @@ class Dialect:
     """What else follows from config.json."""
     write: Callable[[ModelConfig], Json] = lambda model: {}
     """What else there is to write."""
+    model_type: str = ""
+    """Of config.json, where it is not the kind's own name."""
+    rope: bool = True
+    """Whether config.json says more of rotary positions than `keys` and `read` do."""
 
 
 def key(*names: str, default: Any = _REQUIRED) -> Key:
@@ -74,6 +78,13 @@ def _gpt2_dropout(config: Json) -> Json:
             f"config.json has embd_pdrop={config.get('embd_pdrop')} and resid_pdrop={config.get('resid_pdrop')}: one dropout"
         )
     return {"dropout": rates.pop(), "activation": _activation(config.get("activation_function", "gelu_new"))}
+
+
+def _glm1_dropout(config: Json) -> Json:
+    rates = {config.get(name, 0.1) for name in ("embedding_dropout_prob", "output_dropout_prob")}
+    if len(rates) > 1:
+        raise ContentError(f"config.json has dropouts of {sorted(rates)} on the embedding and on branches: one dropout")
+    return {}
 
 
 def _activation(name: str) -> str:
@@ -214,28 +225,68 @@ DIALECTS = {
             "multi_query_group_num": model.query_groups,
             "rope_ratio": model.rope_theta / 10000,
         },
+        rope=False,
+    ),
+    "chatglm_6b": Dialect(
+        {"norm": "layernorm", "norm_placement": "deepnorm", "activation": "gelu_tanh", "bias": True},
+        {
+            "num_layers": key("num_layers"),
+            "hidden_size": key("hidden_size"),
+            "num_attention_heads": key("num_attention_heads"),
+            "ffn_hidden_size": key("inner_hidden_size", default=None),
+            "seq_length": key("max_sequence_length", default=2048),
+            "vocab_size": key("vocab_size"),
+            "norm_eps": key("layernorm_epsilon", default=1e-5),
+            "tied_embeddings": key("tie_word_embeddings", default=False),
+        },
+        {"prefix_projection": (False,), "pre_seq_len": (None,)},
+        read=lambda config: {"position": "rope_2d" if config.get("position_encoding_2d", True) else "rope"},
+        write=lambda model: {"position_encoding_2d": model.position == "rope_2d"},
+        model_type="chatglm",
+        rope=False,
+    ),
+    "glm_1": Dialect(
+        {
+            "norm": "layernorm",
+            "norm_placement": "pre",
+            "activation": "gelu_tanh",
+            "position": "learned_2d",
+            "bias": True,
+            "tied_embeddings": True,
+        },
+        {
+            "num_layers": key("num_layers"),
+            "hidden_size": key("hidden_size"),
+            "num_attention_heads": key("num_attention_heads"),
+            "seq_length": key("max_sequence_length"),
+            "vocab_size": key("vocab_size"),
+            "dropout": key("output_dropout_prob", default=0.1),
+            "attention_dropout": key("attention_dropout_prob", default=0.1),
+        },
+        {"block_position_encoding": (True,), "relative_encoding": (False,), "spell_length": (None,)},
+        read=_glm1_dropout,
+        write=lambda model: {"embedding_dropout_prob": model.dropout},
+        model_type="glm",
+        rope=False,
     ),
 }
-"""model_type -> what its config.json says."""
+"""Kind of model -> what its config.json says."""
 
 _NOT_OF_THE_SHAPE = {
     *("family", "preset", "init_from", "seq_length", "dropout", "attention_dropout", "softmax_fp32", "residual_fp32"),
-    *("init", "init_std", "embedding_init_std", "scale_residual_init", "vocab_size"),
+    *("init", "init_std", "embedding_init_std", "scale_residual_init", "vocab_size", "rope_angle_dtype"),
+    *("embedding_grad_scale", "embedding_grad_steps"),
 }
 """Keys of the model section that a file of weights does not depend on."""
 
 
 def model_of(config: Json) -> Json:
     """The keys of the model section that a config.json gives. Raises ContentError for what cannot be said there."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise ContentError(f"config.json is of model_type {kind!r}; known are {', '.join(FAMILIES)}")
+    kind = kind_from(config)
     if config.get("quantization_config") or config.get("quantization_bit"):
         raise ContentError(
             "config.json says that the weights are quantised; give the directory of the model before quantisation"
         )
-    if kind == "chatglm" and ("inner_hidden_size" in config or config.get("position_encoding_2d")):
-        raise ContentError("this is the first ChatGLM-6B (two-dimensional positions), which comes in a later release")
     dialect = DIALECTS[kind]
     for name, allowed in dialect.demands.items():
         if config.get(name, allowed[0]) not in allowed:
@@ -246,14 +297,26 @@ def model_of(config: Json) -> Json:
         if value is _REQUIRED:
             raise ContentError(f"config.json has no {names[0]}")
         model[ours] = value
-    rope = _rope_of(config, dialect) if model["position"] == "rope" and kind != "chatglm" else {}
+    rope = _rope_of(config, dialect) if dialect.rope and model["position"] == "rope" else {}
     return {**model, **rope, **dialect.read(config)}
+
+
+def kind_from(config: Json) -> str:
+    """The kind of model of a config.json. THUDM's first models share their model_type with later ones. Raises ContentError."""
+    kind = str(config.get("model_type"))
+    if kind == "chatglm" and ("inner_hidden_size" in config or config.get("position_encoding_2d")):
+        return "chatglm_6b"
+    if kind == "glm" and ("block_position_encoding" in config or "max_sequence_length" in config):
+        return "glm_1"
+    if kind not in FAMILIES:
+        raise ContentError(f"config.json is of model_type {config.get('model_type')!r}; known are {', '.join(FAMILIES)}")
+    return kind
 
 
 def config_of(model: ModelConfig, vocab_size: int, kind: str) -> Json:
     """The config.json of a model. Raises ContentError where the family cannot say what the model is."""
     dialect = DIALECTS[kind]
-    config: Json = {"model_type": kind, "architectures": [FAMILIES[kind].architecture]}
+    config: Json = {"model_type": dialect.model_type or kind, "architectures": [FAMILIES[kind].architecture]}
     for name, allowed in dialect.demands.items():
         config[name] = allowed[0]
     values = {item.name: getattr(model, item.name) for item in fields(model)} | {
@@ -264,7 +327,7 @@ def config_of(model: ModelConfig, vocab_size: int, kind: str) -> Json:
     }
     for ours, (names, _) in dialect.keys.items():
         config[names[0]] = values[ours]
-    if model.position == "rope" and kind != "chatglm":
+    if dialect.rope and model.position == "rope":
         config |= _rope_to(model)
     config |= dialect.write(model)
     lost = [name for name in _differences(model, ModelConfig(**model_of(config))) if name not in _NOT_OF_THE_SHAPE]
@@ -299,8 +362,10 @@ def kind_of(model: ModelConfig, vocab_size: int) -> str:
 
 def _meant(model: ModelConfig, name: str) -> Any:
     """A value with what null means filled in; of rotary settings nothing where there are none."""
-    if name.startswith("rope_") and model.position != "rope":
+    if name.startswith("rope_") and not model.rotary:
         return None
+    if name == "deepnorm_alpha":
+        return model.residual_scale
     if name.startswith("rope_") and name not in ("rope_theta", "rope_fraction", "rope_interleaved", "rope_scaling"):
         if model.rope_scaling == "none" or (model.rope_scaling == "linear" and name != "rope_factor"):
             return None

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.hf import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
-from megatrain.checkpoint.hf_config import config_of, kind_of, model_of, same_model
+from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_of, same_model
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
@@ -117,6 +117,7 @@ class Weights:
 
     def _prefixed(self, name: str) -> str:
         """A name as the family's rows have it; files on the hub may lack the prefix."""
+        name = name.removeprefix(self.family.outer)
         return name if name == self.family.head or name.startswith(self.family.prefix) else self.family.prefix + name
 
 
@@ -127,8 +128,8 @@ def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], eve
     """
     with together(ctx), torch.no_grad():
         config = read_config(path)
-        kind = str(config.get("model_type"))
         model_keys(path)
+        kind = kind_from(config)
         weights = Weights(path, FAMILIES[kind])
         parts = parts_of(FAMILIES[kind], every, model)
         check(weights, parts, tied=model.tied_embeddings)
@@ -192,9 +193,7 @@ def export(
     """
     out = Path(out)
     base = read_config(like) if like is not None and is_hf(like) else {}
-    kind = str(base.get("model_type") or kind_of(model, vocab_size))
-    if kind not in FAMILIES:
-        raise ContentError(f"{like}: config.json is of model_type {kind!r}; known are {', '.join(FAMILIES)}")
+    kind = kind_from(base) if base else kind_of(model, vocab_size)
     new = config_of(model, vocab_size, kind)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty. Give a directory that is, or that is not there yet.")

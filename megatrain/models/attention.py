@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -34,6 +36,11 @@ class KeyValueCache:
         self.values[self.length : end] = values
         self.length = end
         return self.keys[:end], self.values[:end]
+
+    def select(self, sequences: Sequence[int], length: int) -> None:
+        """Go on with the first `length` tokens of these sequences."""
+        index = torch.tensor(list(sequences), device=self.keys.device)
+        self.keys, self.values, self.length = self.keys.index_select(1, index), self.values.index_select(1, index), length
 
 
 class Attention(nn.Module):

@@ -39,6 +39,12 @@ def test_what_is_refused_today_is_marked():
 @pytest.mark.parametrize("path", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_the_examples_load_and_obey_the_rules(path):
     for size in (1, 2):
-        overrides = ["data.train=PREFIX", f"parallel.tensor_parallel_size={size}", f"parallel.sequence_parallel={size > 1}"]
+        overrides = ["data.train=PREFIX", "data.tokenizer=bytes", f"parallel.tensor_parallel_size={size}"]
+        overrides.append(f"parallel.sequence_parallel={size > 1}")
+            "data.train=PREFIX",
+            "data.tokenizer=bytes",
+            f"parallel.tensor_parallel_size={size}",
+            f"parallel.sequence_parallel={size > 1}",
+        ]
         config = load(path, overrides).config
         validate(config, size * config.parallel.pipeline_parallel_size)

@@ -1,0 +1,272 @@
+"""Decoding: a model with a key-value cache, and which token comes next: the best one, one drawn, or by beam search.
+
+A step of decoding is the forward-only schedule with one micro-batch; the last stage's logits go to every rank, and all choose the same
+token from generators of their own, so the same checkpoint, prompt and seed give the same text under every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatrain.kernels.attention_mask import causal_mask
+from megatrain.models.attention import KeyValueCache
+from megatrain.models.batch import MicroBatch
+from megatrain.models.gpt import GPT
+from megatrain.models.transformer import Block
+from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
+from megatrain.parallel.schedules import Schedule
+from megatrain.parallel.weights import Postponed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen from its logits."""
+
+    greedy: bool = False
+    """The most probable token; the rest does not matter then."""
+    temperature: float = 1.0
+    """Divides the logits; above 0."""
+    top_k: int | None = None
+    """Only the k most probable tokens."""
+    top_p: float | None = None
+    """Only the fewest most probable tokens that have this probability together (nucleus sampling, arXiv:1904.09751)."""
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [v] -> probabilities [v], float32 on the CPU. Raises ValueError where logits are not finite."""
+        logits = logits.float().cpu()
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                "the model's logits are not finite numbers: its training has diverged. Take an earlier checkpoint."
+            )
+        if self.greedy:
+            return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
+        logits = (logits - logits.max()) / self.temperature
+        order = logits.argsort(descending=True, stable=True)
+        kept = order[: self.top_k]
+        probabilities = torch.softmax(logits[kept], 0)
+        if self.top_p is not None:
+            before = probabilities.cumsum(0) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        return torch.zeros_like(logits).index_copy_(0, kept, probabilities / probabilities.sum())
+
+    def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+        """A token id for logits [v]."""
+        return int(torch.multinomial(self.probabilities(logits), 1, generator=generator).item())
+
+
+class Decoder:
+    """A model with a key-value cache, fed one piece of some sequences after another."""
+
+    def __init__(self, chunks: Sequence[GPT], ctx: ParallelContext | None = None, schedule: Schedule | None = None) -> None:
+        """chunks: this rank's; by default there is one rank, which has the whole model. Ranks decode together."""
+        self.chunks, self.ctx = chunks, ctx or ParallelContext.single()
+        self.schedule = schedule or Schedule("1f1b", 1, 1, 1, backward=False)
+        self.config = chunks[0].build.config
+        self.capacity = self.config.position_rows
+        self.caches: list[list[KeyValueCache]] = []
+        """Of each layer of each chunk."""
+        self.length = 0
+        """Tokens that the caches hold of each sequence."""
+        self.seen: list[int] = []
+        """The tokens that `logits` was given."""
+
+    def restart(self) -> None:
+        """Forget everything: one empty sequence."""
+        self.caches, self.length, self.seen = (
+            [[self._empty_cache(block) for block in c.stack.blocks] for c in self.chunks],
+            0,
+            [],
+        )
+
+    def go_back(self, length: int) -> None:
+        """Forget all but the first `length` tokens, and all sequences but the first."""
+        self.length = length
+        self.select([0])
+
+    def select(self, sequences: Sequence[int]) -> None:
+        """Go on with these of the sequences, in this order; one may be taken several times."""
+        for caches in self.caches:
+            for cache in caches:
+                cache.select(sequences, self.length)
+
+    @torch.inference_mode()
+    def feed(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        block_positions: torch.Tensor | None = None,
+        prefix: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append tokens [s, b] at positions [s, b], and return the logits [b, v] of those after them, on every rank.
+
+        prefix: [b] how many of the first tokens all see, where these are among them.
+        """
+        device = self.ctx.device
+        batch = MicroBatch(
+            tokens=tokens.to(device),
+            labels=tokens.to(device),
+            loss_weights=torch.zeros(tokens.shape, device=device),
+            positions=positions.to(device),
+            samples=torch.zeros(tokens.shape[1], dtype=torch.int64, device=device),
+            mask=causal_mask(self.config.window, self.config.sparse, prefix=prefix),
+            block_positions=None if block_positions is None else block_positions.to(device),
+        )
+        executed = run_schedule(self._stage(tokens.shape[1]), self.schedule, [batch], scale=1.0)
+        self.length += len(tokens)
+        return all_reduce(executed.statistics, self.ctx.pp).float().view(tokens.shape[1], -1)
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Append tokens (at least one) of a text read from left to right, and return the logits [v] of the token after them.
+
+        Where they do not fit model.seq_length any more, the model goes on with the latter half of what it can hold.
+        """
+        capacity = self.config.seq_length
+        if not self.caches or len(self.seen) + len(ids) > capacity:
+            ids = [*self.seen, *ids]
+            if len(ids) > capacity:
+                ids = ids[-max(1, capacity // 2) :]
+            self.restart()
+        start = len(self.seen)
+        self.seen += ids
+        tokens = torch.tensor(ids, dtype=torch.int64)[:, None]
+        return self.feed(tokens, torch.arange(start, start + len(ids))[:, None])[0]
+
+    def _stage(self, sequences: int) -> Stage:
+        """This rank's share of the pipeline, which ends in the logits of the last token of each sequence."""
+        head, ctx = self.chunks[-1].head, self.ctx
+
+        def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            if head is None:
+                raise ValueError("only the last virtual stage of a pipeline gives logits")
+            return hidden.new_zeros(()), head.logits(hidden[-1:])[0].flatten()
+
+        chunks = [_cached(chunk, caches) for chunk, caches in zip(self.chunks, self.caches, strict=True)]
+        first = self.chunks[0]
+        statistics = first.vocab_size * sequences
+        return Stage(
+            ctx.pp.rank, chunks, last_logits, first.boundary, ctx.sends, ctx.receives, ctx.device, statistics=statistics
+        )
+
+    def _empty_cache(self, block: Block) -> KeyValueCache:
+        build = self.chunks[0].build
+        head_dim = build.config.head_size
+        return KeyValueCache(1, block.attention.key_heads, self.capacity, head_dim, build.dtype, build.device)
+
+
+def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:
+    def forward(hidden: torch.Tensor | None, batch: MicroBatch, _postponed: Postponed | None) -> torch.Tensor:
+        return chunk(hidden, batch, caches)
+
+    return forward
+
+
+def continuation(
+    decoder: Decoder, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, end: int | None = None
+) -> Iterator[int]:
+    """The tokens that follow `prompt` (at least one token), one by one; stops before the token `end`. The same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    new = list(prompt)
+    for _ in range(max_tokens):
+        token = choice.draw(decoder.logits(new), generator)
+        if token == end:
+            return
+        yield token
+        new = [token]
+
+
+def best_continuation(
+    decoder: Decoder, prompt: Sequence[int], max_tokens: int, beams: Beams, end: int | None = None
+) -> Sequence[int]:
+    """The tokens that follow `prompt`, by beam search, without the token `end`. The same on every rank.
+
+    Raises ValueError where prompt and tokens are more than model.seq_length: beams do not forget.
+    """
+    if len(prompt) + max_tokens > decoder.config.seq_length:
+        raise ValueError(
+            f"beam search of {max_tokens} tokens after a prompt of {len(prompt)} needs a model.seq_length of their sum, and it is "
+            f"{decoder.config.seq_length}. Use --max-tokens {max(decoder.config.seq_length - len(prompt), 1)}, or a shorter prompt."
+        )
+    first = decoder.logits(prompt)
+
+    def step(parents: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        decoder.select(parents)
+        row = torch.tensor([list(tokens)])
+        return decoder.feed(row, torch.full_like(row, decoder.length))
+
+    found = beam_search(first, step, () if end is None else (end,), max_tokens, beams)
+    return found.tokens[:-1] if found.ended else found.tokens
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Beam search: the most probable texts are gone on with side by side (Sutskever et al., arXiv:1409.3215, section 3.2)."""
+
+    count: int = 1
+    """How many; 1 is greedy decoding."""
+    length_penalty: float = 0.0
+    """alpha: log-probabilities are divided by ((5 + n) / 6)^alpha of n tokens (arXiv:1609.08144, section 7); 0 is no penalty."""
+
+    def score(self, log_probability: float, tokens: int) -> float:
+        """What a text of so many tokens is ranked by."""
+        return float(log_probability / ((5 + tokens) / 6) ** self.length_penalty)
+
+
+Step = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
+"""(which of the sequences, the next token of each) -> logits [b, v] after it: goes on with these."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A text and what it is worth."""
+
+    tokens: tuple[int, ...]
+    log_probability: float
+    ended: bool
+    """With an end, which is its last token."""
+
+
+def beam_search(first: torch.Tensor, step: Step, ends: Collection[int], max_tokens: int, beams: Beams) -> Hypothesis:
+    """The best text that was found of at most `max_tokens` tokens, its end among them; one that has not ended counts as well.
+
+    first: logits [v] of the first token. Ends as soon as no text that goes on can become better than `count` that have ended.
+    """
+    alive = [Hypothesis((), 0.0, False)]
+    ended: list[Hypothesis] = []
+    logits = first[None]
+    while alive and len(alive[0].tokens) < max_tokens:
+        steps = torch.log_softmax(logits.double().cpu(), -1)
+        totals = steps + torch.tensor([h.log_probability for h in alive], dtype=torch.float64)[:, None]
+        size = totals.shape[1]
+        values, places = totals.flatten().topk(min(totals.numel(), beams.count * (1 + len(ends))))
+        parents: list[int] = []
+        found: list[Hypothesis] = []
+        for value, place in zip(values.tolist(), places.tolist(), strict=True):
+            parent, token = divmod(place, size)
+            made = Hypothesis((*alive[parent].tokens, token), value, token in ends)
+            if made.ended:
+                ended.append(made)
+            elif len(found) < beams.count:
+                found.append(made)
+                parents.append(parent)
+        alive = found
+        ended = sorted(ended, key=lambda h: -beams.score(h.log_probability, len(h.tokens)))[: beams.count]
+        if _settled(alive, ended, max_tokens, beams):
+            break
+        if alive and len(alive[0].tokens) < max_tokens:
+            logits = step(parents, [h.tokens[-1] for h in alive])
+    return max([*ended, *alive], key=lambda h: beams.score(h.log_probability, len(h.tokens)))
+
+
+def _settled(alive: Sequence[Hypothesis], ended: Sequence[Hypothesis], max_tokens: int, beams: Beams) -> bool:
+    """Whether nothing alive can become better than what has ended."""
+    if not alive or len(ended) < beams.count:
+        return False
+    worst = beams.score(ended[-1].log_probability, len(ended[-1].tokens))
+    # A text's log-probability only falls; its penalty is smallest now or at the end, as alpha is below or above 0.
+    best = max(max(beams.score(h.log_probability, n) for n in (len(h.tokens), max_tokens)) for h in alive)
+    return best <= worst

@@ -1,0 +1,77 @@
+"""A trained model again: the config of its run, and its weights under any layout, whatever it was saved under."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatrain.checkpoint.load import load
+from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
+from megatrain.checkpoint.together import CheckpointError
+from megatrain.config.load import from_dict
+from megatrain.config.schema import Config
+from megatrain.config.source import ConfigError
+from megatrain.config.validate import validate_layout
+from megatrain.models.gpt import GPT, build_gpt, logical_parameters
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion
+from megatrain.program import require_schedule
+from megatrain.training import layer_pieces
+
+EMBEDDING = "embedding.tokens"
+"""Logical name of the parameter whose first dim is the vocabulary."""
+
+
+def saved_config(path: Path) -> Config:
+    """The config of the run that saved a checkpoint."""
+    return from_dict(yaml.safe_load(read_manifest(path).config))
+
+
+def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Config:
+    """The config of a run with another layout, one process by default. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if not key.startswith("parallel."):
+            raise ConfigError(f"{override}: only the layout can be chosen here, such as parallel.pipeline_parallel_size=2.")
+        values[key.removeprefix("parallel.")] = yaml.safe_load(value)
+    parallel = from_dict({"parallel": values}).parallel
+    config = replace(config, parallel=replace(parallel, sequence_parallel=False))
+    validate_layout(config, world_size)
+    require_schedule(config)
+    return config
+
+
+def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
+    """This rank's part of a checkpoint's model in float32, laid out as `config` says; collective over the world of `ctx`."""
+    vocab_size = vocab_size_of(read_manifest(path))
+    chunks = build_gpt(
+        config.model,
+        vocab_size,
+        ctx,
+        *layer_pieces(config, vocab_size),
+        sequence_parallel=False,
+        dtype=torch.float32,
+        seed=config.train.seed,
+    )
+    load(path, {WEIGHTS: {p.spec.name: Portion.whole(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
+    return [chunk.eval() for chunk in chunks]
+
+
+def vocab_size_of(manifest: Manifest) -> int:
+    """Tokens of the vocabulary of a checkpoint's model. Raises CheckpointError where it is no language model's."""
+    stored = manifest.tensors.get(EMBEDDING)
+    if stored is None:
+        raise CheckpointError(f"the checkpoint of step {manifest.step} has no {EMBEDDING}: it is not a language model's")
+    return stored.spec.shape[0]
+
+
+def say_damaged(path: Path, reason: str) -> None:
+    """Tell of a checkpoint that is not whole, when another one is taken."""
+    sys.stderr.write(f"megatrain: passed over {path}: {reason}\n")
