@@ -193,7 +193,7 @@ def test_a_character_is_shown_when_it_is_whole():
 
 def arguments(checkpoint, **more):
     defaults = {"prompt": "ab", "max_tokens": 12, "seed": 3, "tokenizer": None, "greedy": False}
-    sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": []}
+    sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": [], "beams": 1, "length_penalty": 0.0}
     return argparse.Namespace(checkpoint=str(checkpoint), **{**defaults, **sampling, **more})
 
 

@@ -41,10 +41,5 @@ def test_the_examples_load_and_obey_the_rules(path):
     for size in (1, 2):
         overrides = ["data.train=PREFIX", "data.tokenizer=bytes", f"parallel.tensor_parallel_size={size}"]
         overrides.append(f"parallel.sequence_parallel={size > 1}")
-            "data.train=PREFIX",
-            "data.tokenizer=bytes",
-            f"parallel.tensor_parallel_size={size}",
-            f"parallel.sequence_parallel={size > 1}",
-        ]
         config = load(path, overrides).config
         validate(config, size * config.parallel.pipeline_parallel_size)
