@@ -21,6 +21,7 @@ from math import inf
 from pathlib import Path
 from statistics import mean
 
+import quickstart_glm
 import torch
 from running import Failed, call, interrupt, key, once, publish, say, step, verb
 
@@ -52,6 +53,7 @@ EVALUATIONS = 4
 MAX_EPOCHS = 8
 """More passes over a small text than this would only learn it by heart."""
 REDUCED_STEPS = 30
+MODELS = {"gpt": "launch/configs/quickstart.yaml", "glm": "launch/configs/glm_tiny.yaml"}
 PROMPTS = ("def ", "class Queue", "Return the ")
 
 
@@ -79,8 +81,12 @@ def main() -> int:
         say(f"Training {layout.why}.")
         data = prepare(options, config)
         run, steps = train(options, config, layout, data)
-        compare(config, data, run, steps)
-        sample(options, data, run)
+        if config.data.objective == "glm":
+            quickstart_glm.compare(run)
+            quickstart_glm.sample(run, None if options.text is None else data / "valid.jsonl")
+        else:
+            compare(config, data, run, steps)
+            sample(options, data, run)
         if options.reduced:
             require_learning(run)
     except Failed as failure:
@@ -102,10 +108,12 @@ def parse() -> argparse.Namespace:
         "--dir", type=Path, default=ROOT / "runs/quickstart", help="where everything goes (default runs/quickstart)"
     )
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "launch/configs/quickstart.yaml", metavar="YAML", help="what to train"
+        "--model", choices=MODELS, default="gpt", help="what to train: a GPT (default), or a GLM that fills blanks"
     )
+    parser.add_argument("--config", type=Path, metavar="YAML", help="what to train, in full (default: by --model)")
     parser.add_argument("--reduced", action="store_true", help=f"{REDUCED_STEPS} steps only; exit code 1 unless the loss falls")
     options = parser.parse_args()
+    options.config = options.config or ROOT / MODELS[options.model]
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes} must be greater than 0, for example --minutes {DEFAULT_MINUTES}")
     for path in options.text or ():
@@ -162,7 +170,7 @@ def prepare(options: argparse.Namespace, config: Config) -> Path:
     data = options.dir / f"data_{text_key(options.text, config)}"
     data.mkdir(parents=True, exist_ok=True)
     texts = {name: data / f"{name}.jsonl" for name in ("train", "valid")}
-    vocabulary, tokenizer = str(config.model.vocab_size), data / "tokenizer.json"
+    vocabulary, tokenizer = str(quickstart_glm.tokenizer_size(config)), data / "tokenizer.json"
     once(data / "corpus.done", "the text, a share of it held out", lambda: build_corpus(data, options.text))
     words: list[object] = ["data", "tokenizer", "--input", texts["train"], "--vocab-size", vocabulary, "--output", tokenizer]
     once(data / "tokenizer.done", f"a tokenizer of {vocabulary} entries", partial(verb, *words))
@@ -176,9 +184,10 @@ def prepare(options: argparse.Namespace, config: Config) -> Path:
 
 def text_key(paths: Sequence[Path] | None, config: Config) -> str:
     """Names the text and the vocabulary: the interpreter's version, or the paths, sizes and times of all files."""
+    size = quickstart_glm.tokenizer_size(config)
     if paths is None:
-        return key([config.model.vocab_size, sys.version])
-    return key([config.model.vocab_size, [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files(paths)]])
+        return key([size, sys.version])
+    return key([size, [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files(paths)]])
 
 
 def files(paths: Sequence[Path]) -> list[Path]:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import chain
+from math import gcd
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,9 @@ class Verifier:
         """Train the reference. config: as the user gave it, its layout aside; resume: interrupt every run half-way."""
         optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
+        if config.data.drawn_per_micro_batch:  # then all layouts need micro-batches of one size
+            share = max(1, train.global_batch_size // LARGEST_WORLD)
+            train = replace(train, micro_batch_size=gcd(train.micro_batch_size, share))
         self.config = Layout().apply(replace(config, optim=optim, train=train))
         self.steps, self.precision = steps, precision
         self._resume = Resumption(self.config, steps, precision) if resume else None
@@ -131,7 +135,8 @@ class Verifier:
 def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
     """The same batches in about as many micro-batches as the pipeline has stages: messages between processes are slow."""
     micro, share = config.train.micro_batch_size, config.train.global_batch_size // layout.dp
-    while share // micro > max(2, layout.pp) and share % (2 * micro) == 0:
+    fixed = config.data.drawn_per_micro_batch
+    while not fixed and share // micro > max(2, layout.pp) and share % (2 * micro) == 0:
         micro *= 2
     return replace(config, train=replace(config.train, micro_batch_size=micro))
 

@@ -380,6 +380,7 @@ def _render(value: Any) -> str:
     """A value as YAML on one line."""
     if isinstance(value, CorpusConfig):
         name = f", set: {_render(value.set)}" if value.set else ""
+        name = f", answers: {_render(value.answers)}{name}" if value.answers is not None else name
         return f"{{path: {_render(value.path)}, weight: {_render(value.weight)}{name}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_render, value))}]"

@@ -217,6 +217,9 @@ class CorpusConfig:
 
     path: str = knob("", "Prefix of the .bin/.idx pair.")
     weight: float = knob(1.0, "Share of the samples, relative to the other corpora of the list.")
+    answers: str | None = knob(
+        None, "data.train with objective=glm: prefix of the answers, where `path` holds prompts: a multi-task share (GLM-130B)."
+    )
     set: str = knob("", "data.valid: name of the validation set; a mapping of names to lists is the same.")
 
 
@@ -238,6 +241,16 @@ class DataConfig:
     glm: GlmConfig = field(default_factory=GlmConfig)
     tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.")
     cache_dir: str | None = knob(None, "Where sample indices are cached; null means `index_cache` beside each store.")
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a training corpus is made of prompts and answers."""
+        return any(corpus.answers is not None for corpus in self.train)
+
+    @property
+    def drawn_per_micro_batch(self) -> bool:
+        """Whether a sample also depends on which micro-batch it is in, so that another train.micro_batch_size is other data."""
+        return self.objective == "glm"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,15 @@ def require_glm(config: Config, values: Mapping[str, Any], defaults: Mapping[str
                 raise ConfigError(
                     f"{key}={value} has no effect, since data.objective={config.data.objective}. Use data.objective=glm."
                 )
+        if config.data.has_answers:
+            raise ConfigError(
+                f"data.train has a corpus with answers, which data.objective={config.data.objective} does not read. Use data.objective=glm."
+            )
         return
+    if any(corpus.answers is not None for corpus in config.data.valid):
+        raise ConfigError(
+            "data.valid has a corpus with answers, which are for data.train alone. Use its text, or leave it out."
+        )
     glm, train = config.data.glm, config.train
     mix, blank, document = glm.objective_mix, glm.blank, glm.document
     shares = {"blank": mix.blank, "sentence": mix.sentence, "document": mix.document}

@@ -23,6 +23,9 @@ class Samples(Protocol):
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
         """[seq_length + 1] number of each token's document within sample n, not falling; asked for where documents are isolated."""
 
+    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
+        """Prompts and their answers, where sample n is made of such; None where it is text."""
+
 
 @dataclass(frozen=True)
 class Batch:

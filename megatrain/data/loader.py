@@ -25,6 +25,7 @@ from megatrain.data.batches import Batch, Compose, Samples, batch_places, next_t
 from megatrain.data.blend import Blend
 from megatrain.data.indexed import TokenStore
 from megatrain.data.samples.gpt import GptSamples
+from megatrain.data.samples.pairs import PairSamples
 
 
 class _Pending:
@@ -136,6 +137,11 @@ class BlendedSamples:
         corpus, place = self.blend.place(n)
         return self.corpora[corpus].document_numbers(place)
 
+    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
+        """Prompts and answers of sample n, where its corpus has such."""
+        corpus, place = self.blend.place(n)
+        return self.corpora[corpus].pairs(place)
+
 
 def build_samples(
     corpora: Sequence[CorpusConfig],
@@ -150,6 +156,11 @@ def build_samples(
     """
     if not corpora:
         raise ValueError("data.train is empty: give the prefix of a token store, e.g. data.train=runs/demo/data/train.")
-    stores = [TokenStore(corpus.path) for corpus in corpora]
-    samples = [GptSamples(store, seq_length, seed, cache_dir, vocab_size) for store in stores]
+    samples: list[Samples] = []
+    for corpus in corpora:
+        store = TokenStore(corpus.path)
+        if corpus.answers is None:
+            samples.append(GptSamples(store, seq_length, seed, cache_dir, vocab_size))
+        else:
+            samples.append(PairSamples(store, TokenStore(corpus.answers), seq_length + 1, seed, vocab_size))
     return BlendedSamples(samples, [corpus.weight for corpus in corpora])

@@ -51,7 +51,15 @@ def source_of(config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, c
     ids, text_vocab = resolve(data.glm, tokenizer, vocab_size)
     ends = None if tokenizer is None else sentence_ends(tokenizer, vocab_size, data.glm.sentence.end_chars, ids.eos)
     plan = Plan(
-        data.glm, ids, seq_length, config.train.seed, ends, data.isolate_documents, config.model.two_dimensional, closed
+        data.glm,
+        ids,
+        seq_length,
+        config.train.seed,
+        ends,
+        data.isolate_documents,
+        config.model.two_dimensional,
+        closed,
+        data.has_answers,
     )
     if plan.text_length < 8:
         raise ValueError(
@@ -69,7 +77,8 @@ def open_sources(
     Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError.
     """
     data = config.data
-    paths = [corpus.path for corpus in (*(data.train if train else ()), *data.valid)]
+    texts = (*(data.train if train else ()), *data.valid)
+    paths = [corpus.path for corpus in texts if corpus.answers is None]
     closed = data.objective != "glm" or _closed(paths, resolve(data.glm, tokenizer, vocab_size)[0].eos)
     source = source_of(config, vocab_size, tokenizer, closed=closed)
     samples = None
@@ -99,7 +108,7 @@ def _closed(paths: Sequence[str], eos: int) -> bool:
             f"documents of {ended[True]} end in the token {eos}, and some of {ended[False]} do not. Tokenize all with --append-eod, "
             "or all without."
         )
-    return True in ended
+    return False not in ended
 
 
 def _by_objective(held_out: HeldOut, plan: Plan) -> dict[str, Evaluated]:
@@ -115,7 +124,7 @@ class GlmHeldOut:
         """held_out: made with isolate_documents, of text_length - 1 tokens a sample."""
         config = replace(plan.config, short_seq_prob=0.0, blank=replace(plan.config.blank, decoder_noise_prob=0.0))
         self.held_out, self.kind, self.stores = held_out, kind, held_out.stores
-        self.plan = replace(plan, config=replace(config, loss_norm="global_tokens"))
+        self.plan = replace(plan, config=replace(config, loss_norm="global_tokens"), answers=False)
         self._batches = GlmBatches(self.plan)
 
     def __len__(self) -> int:

@@ -159,7 +159,7 @@ def shrunk(config: Config) -> Config:
         num_attention_heads=heads,
         num_query_groups=None if model.num_query_groups is None else groups,
         ffn_hidden_size=None if ffn is None else max(heads, round(ffn / model.hidden_size * head_dim) * heads),
-        seq_length=min(model.seq_length, 16),
+        seq_length=min(model.seq_length, 16 if config.data.objective == "next_token" else 32),
         vocab_size=vocab if vocab is None or vocab <= 128 else 96 + vocab % 16,
     )
     train = replace(config.train, global_batch_size=16, micro_batch_size=2)

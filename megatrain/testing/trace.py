@@ -48,6 +48,9 @@ class RandomSamples:
             [i > 0 and hash64(start + i) % self.document_length == 0 for i in range(self.seq_length + 1)], dtype=np.int64
         )
 
+    def pairs(self, n: int) -> None:
+        """None: it is text."""
+
 
 def mesh_shape(config: Config, data_parallel_size: int = 1) -> MeshShape:
     """The mesh that `config.parallel` describes, with so many replicas."""

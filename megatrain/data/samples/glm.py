@@ -54,6 +54,8 @@ class Plan:
     two_dimensional: bool = True
     closed: bool = True
     """Documents of the stores end in eos; else it is put there."""
+    answers: bool = False
+    """Some samples are prompts and answers."""
 
     @property
     def text_length(self) -> int:
@@ -63,7 +65,7 @@ class Plan:
     @property
     def packed(self) -> bool:
         """Whether a row may hold several texts that do not see each other."""
-        return self.isolate or self.config.short_seq_prob > 0
+        return self.isolate or self.answers or self.config.short_seq_prob > 0
 
     @property
     def rules(self) -> Rules:
@@ -113,10 +115,16 @@ class GlmBatches:
         kinds: list[int] = []
         for of_micro_batch in places:
             numbers = [consumed + int(place) for place in of_micro_batch]
-            texts = [self.text(samples, n) for n in numbers]
+            pairs = [samples.pairs(n) for n in numbers]
+            texts = [self.text(samples, n) if pair is None else [] for n, pair in zip(numbers, pairs, strict=True)]
+            sizes = [sum(len(d) for d in text) for text, pair in zip(texts, pairs, strict=True) if pair is None]
             key = self.plan.seed, OF_BATCH, consumed, int(of_micro_batch[0]) // places.shape[1]
-            choice = self.choose(Draws(*key), [sum(len(d) for d in text) for text in texts])
-            for n, at, text in zip(numbers, of_micro_batch, texts, strict=True):
+            choice = self.choose(Draws(*key), sizes or [self.plan.text_length])
+            for n, at, text, pair in zip(numbers, of_micro_batch, texts, pairs, strict=True):
+                if pair is not None:
+                    kinds.append(KINDS.index("document"))
+                    rows.append(self.answered(pair))
+                    continue
                 draws = Draws(self.plan.seed, OF_SAMPLE, n)
                 kind = self._kind(draws, int(at), choice)
                 kinds.append(kind)
@@ -190,6 +198,21 @@ class GlmBatches:
             if len(laid):
                 found.append(laid)
             room -= len(laid)
+        return found
+
+    def answered(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Laid]:
+        """Prompts that end in a [gMASK], with the answers to be written, as many as fit; a pair that is too long loses its beginning."""
+        ids, room, found = self.plan.ids, self.plan.seq_length, []
+        rules = replace(self.plan.rules, counts_on=not self.plan.two_dimensional, noise=0.0)
+        for prompt, answer in pairs:
+            said = answer if answer.size and answer[-1] == ids.eos else np.append(answer, ids.eos)
+            said = said[: self.plan.seq_length - 3]
+            kept = prompt[max(0, prompt.size + said.size + 3 - self.plan.seq_length) :]
+            text = np.concatenate([[ids.cls], kept, said])
+            if text.size + 2 > room:
+                break
+            found.append(continue_text(text, text.size - said.size, ids.gmask, ids, rules))
+            room -= text.size + 2
         return found
 
     def _texts(self, documents: Sequence[Ids], short: int) -> list[Ids]:

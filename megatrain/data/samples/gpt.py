@@ -111,6 +111,9 @@ class GptSamples:
         lengths = [end - first for first, end in self._pieces(n)]
         return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
 
+    def pairs(self, n: int) -> None:
+        """None: it is text."""
+
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
         """(first, end) in the store of every document's part of sample n."""
         epoch, place = divmod(n, self.samples_per_epoch)

@@ -9,8 +9,10 @@ import pytest
 from megatrain.config.glm import BlankConfig, DocumentConfig, GlmConfig, ObjectiveMix, SentenceConfig
 from megatrain.data.batches import batch_places
 from megatrain.data.draws import Draws
+from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
 from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, text_length
 from megatrain.data.samples.infilling import Sentinels
+from megatrain.data.samples.pairs import PairSamples
 
 IDS = Sentinels(cls=90, eos=91, mask=92, gmask=93, smask=94, sop=95, eop=96, noise=97)
 ENDS = np.arange(98) % 10 == 7
@@ -32,6 +34,9 @@ class Texts:
 
     def document_numbers(self, n):
         return np.arange(n * self.length, (n + 1) * self.length + 1) // self.document
+
+    def pairs(self, n):
+        return None
 
 
 def batches(seq_length=128, **settings):
@@ -247,3 +252,54 @@ def test_speed(kind):
         compose(texts, 64 * attempt, places)
         best = max(best, 64 * 512 / (time.process_time() - began))
     assert best > 100_000, f"{best:,.0f} tokens/s"
+
+
+class Pairs(Texts):
+    """Prompts and answers; every third sample is text."""
+
+    def pairs(self, n):
+        short = [(np.arange(5), np.arange(10, 13)), (np.arange(20, 27), np.array([40, IDS.eos]))]
+        return None if n % 3 == 2 else [*short, (np.arange(300), np.arange(9))]
+
+
+def test_prompts_and_answers():
+    compose = batches(64, mix=MIX["blank"])
+    compose = GlmBatches(replace(compose.plan, answers=True))
+    batch = compose(Pairs(compose.plan.text_length - 1), 0, batch_places(4, 4, 0, 1))
+    assert batch.kinds.tolist() == [[2, 2, 0, 2]]
+    tokens, labels, weights = batch.tokens[0, 0], batch.labels[0, 0], batch.loss_weights[0, 0]
+    assert tokens[:11].tolist() == [IDS.cls, 0, 1, 2, 3, 4, IDS.gmask, IDS.sop, 10, 11, 12]
+    assert labels[7:11].tolist() == [10, 11, 12, IDS.eos] and weights[:11].tolist() == [0] * 7 + [1] * 4
+    assert tokens[11:22].tolist() == [IDS.cls, *range(20, 27), IDS.gmask, IDS.sop, 40]
+    assert labels[20:22].tolist() == [40, IDS.eos]
+    assert not tokens[22:].any(), "the third has no room left"
+    assert batch.documents[0, 0, :23].tolist() == [0] * 11 + [1] * 11 + [2]
+    assert batch.prefix[0, 0, :23].tolist() == [7] * 11 + [11 + 9] * 11 + [0]
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning():
+    compose = GlmBatches(replace(batches(64).plan, answers=True))
+    (laid,) = compose.answered([(np.arange(300) % 90, np.arange(9))])
+    assert len(laid) <= 64 and laid.tokens[laid.sep - 2] == 299 % 90 and laid.targets[-1] == IDS.eos
+
+
+def test_pairs_of_two_stores(tmp_path):
+    stores = []
+    for name, sizes in (("prompts", [3, 5, 2, 4]), ("answers", [1, 2, 3, 2])):
+        with TokenStoreWriter(tmp_path / name, np.uint16) as writer:
+            for number, size in enumerate(sizes):
+                writer.write(np.full(size, 10 * (name == "answers") + number, np.uint16))
+                writer.end_documents(np.array([size]))
+        stores.append(TokenStore(tmp_path / name))
+    samples = PairSamples(*stores, 20, seed=1)
+    assert samples.together == 2
+    seen = [pair for n in range(2) for pair in samples.pairs(n)]
+    assert sorted(int(prompt[0]) for prompt, _ in seen) == [0, 1, 2, 3]
+    assert all(answer[0] == prompt[0] + 10 for prompt, answer in seen)
+    epochs = [tuple(int(p[0]) for n in (2 * e, 2 * e + 1) for p, _ in samples.pairs(n)) for e in range(6)]
+    assert {tuple(sorted(epoch)) for epoch in epochs} == {(0, 1, 2, 3)} and len(set(epochs)) > 2
+    with TokenStoreWriter(tmp_path / "one", np.uint16) as writer:
+        writer.write(np.ones(3, np.uint16))
+        writer.end_documents(np.array([3]))
+    with pytest.raises(TokenStoreError, match=r"holds 4 prompts and .* 1 answers"):
+        PairSamples(stores[0], TokenStore(tmp_path / "one"), 20, seed=1)

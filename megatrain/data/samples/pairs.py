@@ -1,0 +1,64 @@
+"""Samples of prompts with answers: what a multi-task share of pre-training is made of (GLM-130B, arXiv:2210.02414, section 2.2).
+
+Two token stores of as many documents: document i of one is a prompt, document i of the other its answer. Every epoch visits all pairs in
+another order; a sample has as many as fit a text on average.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.data.draws import permutation
+from megatrain.data.indexed import TokenStore, TokenStoreError
+
+Ids = npt.NDArray[np.int64]
+PAIRS = 3
+"""What a permutation is for: part of its key."""
+
+
+class PairSamples:
+    """The endless sequence of samples of two stores. Raises TokenStoreError where they do not belong together."""
+
+    def __init__(
+        self, prompts: TokenStore, answers: TokenStore, text_length: int, seed: int, vocab_size: int | None = None
+    ) -> None:
+        if prompts.documents != answers.documents or not prompts.documents:
+            raise TokenStoreError(
+                f"{prompts.prefix} holds {prompts.documents} prompts and {answers.prefix} {answers.documents} answers. Tokenize both "
+                "out of the same lines, none of them empty: --key prompt and --key answer."
+            )
+        self.prompts, self.answers, self.seed = prompts, answers, seed
+        self._checked_vocabs = [
+            None if vocab_size is None or s.verify_ids(vocab_size) else vocab_size for s in (prompts, answers)
+        ]
+        mean = (prompts.tokens + answers.tokens) / prompts.documents
+        self.together = max(1, int(text_length / (mean + 3)))  # each with [CLS], [gMASK] and a start of piece
+        self._epoch = -1
+        self._order: Ids = np.zeros(0, np.int64)
+
+    def pairs(self, n: int) -> list[tuple[Ids, Ids]]:
+        """(prompt, answer) of sample n."""
+        return [self._pair(n * self.together + i) for i in range(self.together)]
+
+    def _pair(self, number: int) -> tuple[Ids, Ids]:
+        epoch, place = divmod(number, self.prompts.documents)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.prompts.documents, self.seed, epoch, PAIRS)
+        document = int(self._order[place])
+        return self._document(0, document), self._document(1, document)
+
+    def _document(self, which: int, number: int) -> Ids:
+        store, vocab_size = (self.prompts, self.answers)[which], self._checked_vocabs[which]
+        first, end = store.document_bounds(number)
+        if vocab_size is not None:
+            store.check_ids(first, end, vocab_size)
+        return np.asarray(store.data[first:end], np.int64)
+
+    def sample(self, n: int) -> Ids:
+        """Pairs are no running text."""
+        raise TokenStoreError(f"{self.prompts.prefix} holds prompts, not text")
+
+    def document_numbers(self, n: int) -> Ids:
+        """As `sample`."""
+        return self.sample(n)
