@@ -20,7 +20,7 @@ from megatrain.runtime.plot import draw_loss
 
 PROMPTS = (
     "def area([MASK]):\n    return width * height\n",
-    "import [MASK]\n\npath = os.path.join(directory, name)\n",
+    "    def close(self):\n        self.[MASK].close()\n        self.file = None\n",
     "for i in range([MASK]):\n    print(i)\n",
 )
 

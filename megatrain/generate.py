@@ -153,9 +153,9 @@ def beams_of(arguments: Arguments) -> Beams:
 
 def _fill(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
     """Write the prompt with its blanks filled; a prompt without any is continued."""
-    ids, _ = resolve(config.data.glm, codec, decoder.chunks[0].vocab_size)
+    ids, text_vocab = resolve(config.data.glm, codec, decoder.chunks[0].vocab_size)
     texts, masks = parsed(arguments.prompt, ids)
-    filling = Filling(decoder, [codec.encode(text) for text in texts], masks, ids, codec.eod)
+    filling = Filling(decoder, [codec.encode(text) for text in texts], masks, ids, text_vocab)
     choice = Choice(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
     beams = beams_of(arguments) if arguments.beams > 1 else None
     for number, text in enumerate(texts):

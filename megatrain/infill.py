@@ -30,10 +30,13 @@ class Filling:
     """The blanks of one prompt, to be filled one after another."""
 
     def __init__(
-        self, decoder: Decoder, texts: Sequence[Sequence[int]], masks: Sequence[int], ids: Sentinels, end_of_text: int | None
+        self, decoder: Decoder, texts: Sequence[Sequence[int]], masks: Sequence[int], ids: Sentinels, text_vocab: int
     ) -> None:
-        """texts: tokens around the blanks, one more than there are `masks`. Raises ValueError where they do not fit the model."""
-        self.decoder, self.ids, self.end_of_text = decoder, ids, end_of_text
+        """texts: tokens around the blanks, one more than there are `masks`; text_vocab: ids of text are below.
+
+        Raises ValueError where they do not fit the model.
+        """
+        self.decoder, self.ids = decoder, ids
         part_a = [ids.cls, *texts[0]]
         self._at: list[int] = []
         self._masks = list(masks)
@@ -51,6 +54,11 @@ class Filling:
                 f"the tokenizer made token {max(part_a)} of the prompt, and the checkpoint's vocabulary has "
                 f"{decoder.chunks[0].vocab_size} tokens. Give the tokenizer that the run was trained with: --tokenizer TOKENIZER.json."
             )
+        never = {ids.cls, ids.mask, ids.gmask, ids.smask, ids.sop, ids.noise} | set(
+            range(text_vocab, decoder.chunks[0].vocab_size)
+        )
+        self._never = sorted(never - {ids.eop, ids.eos})
+        """What is not text, and no end."""
         decoder.restart()
         index = torch.arange(self.sep)[:, None]
         decoder.feed(torch.tensor(part_a)[:, None], index, torch.zeros_like(index), torch.tensor([self.sep]))
@@ -60,9 +68,7 @@ class Filling:
 
         The same on every rank. A model whose length is used up stops.
         """
-        ends = {self.ids.eop}
-        if self._masks[number] == self.ids.gmask and self.end_of_text is not None:
-            ends.add(self.end_of_text)
+        ends = {self.ids.eop, self.ids.eos}
         left_for_others = len(self._at) - number - 1
         room = min(max_tokens, self.decoder.config.seq_length - self.decoder.length - 1 - 2 * left_for_others)
         if beams is not None:
@@ -101,4 +107,6 @@ class Filling:
         config = self.decoder.config
         if not config.two_dimensional and self._masks[number] == self.ids.gmask != self.ids.mask:
             stays = self.decoder.length + torch.arange(len(rows))[:, None].expand_as(tokens)
-        return self.decoder.feed(tokens, stays, inside)
+        logits = self.decoder.feed(tokens, stays, inside)
+        never = torch.tensor(self._never, device=logits.device)
+        return logits.index_fill(1, never, torch.finfo(logits.dtype).min)

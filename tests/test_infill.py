@@ -78,8 +78,8 @@ def test_cached_and_uncached_decoding_give_the_same_logits(shape, monkeypatch):
 
     monkeypatch.setattr(decoder, "feed", watched)
     filling = filling_of(decoder)
-    first = list(filling.fill(0, 5, Choice(), 1))
-    second = list(filling.fill(1, 5, Choice(), 2))
+    first = list(filling.fill(0, 5, Choice(temperature=4.0), 1))
+    second = list(filling.fill(1, 5, Choice(temperature=4.0), 3))
     assert seen[0][0] == [259, 97, 98, 99, 260, 100, 101, 261] and first and second
     tokens, positions, inside = [], [], []
     for piece in seen:
@@ -96,6 +96,15 @@ def test_the_end_of_a_piece_is_not_written():
     with torch.no_grad():  # the head is the embedding: an end of piece a little longer than the third token is preferred to it
         model.embedding.tokens.weight[IDS.eop] = 1.001 * model.embedding.tokens.weight[plain[2]]
     assert list(filling_of(Decoder(chunks)).fill(0, 8, Choice(greedy=True), 0)) == plain[: plain.index(plain[2])]
+
+
+def test_what_is_not_text_is_not_written():
+    chunks = chunks_of(config_of())
+    for seed in range(6):
+        filling = filling_of(Decoder(chunks))
+        for number in (0, 1):
+            assert all(token < 256 for token in filling.fill(number, 8, Choice(temperature=3.0), seed))
+        assert all(token < 256 for token in filling_of(Decoder(chunks)).fill(0, 4, Choice(), 0, Beams(8)))
 
 
 def test_a_model_whose_length_is_used_up_stops():

@@ -22,7 +22,10 @@ SWITCHES = {
     "sparse": {"sparse_block": 16, "sparse_local_blocks": 2},
     "alibi": {"position": "alibi"},
     "attention dropout": {"attention_dropout": 0.1},
+    "glm": {"family": "glm", "vocab_size": 128},
+    "glm, rotated": {**LLAMA, "family": "glm", "vocab_size": 128, "position": "rope_2d", "norm_placement": "deepnorm"},
 }
+BLANKS = {"objective": "glm", "glm": {"objective_mix": {"blank": 0.5, "sentence": 0.0, "document": 0.5}}}
 WAYS = {"triton": {"kernels": "triton"}, "reference": {"kernels": "reference"}, "compiled": {"compile": "block"}}
 
 
@@ -35,6 +38,8 @@ def losses(store, folder, size=1, parallel=None, model=None, **train):
     """Of every step of a small run."""
     tree = jobs.tiny(store, folder / "run", model={**MODEL, **(model or {})}, optim={"name": "sgd", "lr": 0.1}, train=train)
     tree["parallel"] = parallel or {"device": "cuda"}
+    if model and model.get("family") == "glm":
+        tree["data"] |= BLANKS
     config = jobs.write_config(folder / "config.yaml", tree)
     for ended in jobs.train(folder / "job", str(config), size=size, seconds=120):
         assert ended.code == 0, ended.err
