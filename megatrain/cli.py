@@ -115,19 +115,16 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
-    if arguments.greedy and (given := [name for name, value in sampling.items() if value is not None]):
+    given = [name for name, value in sampling.items() if value is not None]
+    if arguments.greedy and given:
         return _complain(
             f"error: --greedy takes the most probable token, so {given[0]} means nothing. Leave one out.", WRONG_USE
         )
-    if arguments.beams > 1 and (
-        given := [name for name, value in sampling.items() if value is not None] + ["--greedy"] * arguments.greedy
-    ):
+    if arguments.beams > 1 and (given := given + ["--greedy"] * arguments.greedy):
         return _complain(
-            f"error: --beams {arguments.beams} looks for the most probable text, so {given[0]} means nothing. Leave one out.",
-            WRONG_USE,
+            f"error: --beams looks for the most probable text, so {given[0]} means nothing. Leave one out.", WRONG_USE
         )
-    if arguments.temperature is None:
-        arguments.temperature = 1.0
+    arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
     from megatrain.generate import main as generate
 
     return generate(arguments)

@@ -344,6 +344,8 @@ def evaluation_lines(row: EvaluationRow) -> str:
     ]
     if row.valid_token_accuracy is not None:
         parts.append(f"token accuracy: {100 * row.valid_token_accuracy:.2f}%")
+    if row.cloze_accuracy is not None:
+        parts.append(f"blanks right: {100 * row.cloze_accuracy:.2f}%")
     lines = [" | ".join(parts) + " |"]
     lines += [
         f"{name}: lm loss value: {loss:.6E} | lm loss PPL: {perplexity(loss):.6E} |" for name, loss in row.valid_losses.items()

@@ -74,7 +74,7 @@ def test_metrics_file_has_the_promised_fields(tmp_path):
     assert list(step) == [*promised.split(), "memory_peak_bytes", "skipped", "loss_scale"]
     assert step["loss"] == 2.3456
     assert step["skipped"] is False
-    promised = "step valid_loss valid_tokens valid_token_accuracy tokens eval_seconds valid_losses"
+    promised = "step valid_loss valid_tokens valid_token_accuracy tokens eval_seconds valid_losses cloze_accuracy"
     assert list(valid) == promised.split()
 
 
