@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from megatrain.checkpoint.save import Contents, Saver
+from megatrain.config.schema import Config
 from megatrain.evaluate import evaluate
 from megatrain.job import Job
 from megatrain.optim.clip import part_norms
@@ -82,7 +83,11 @@ class Watch:
             self.log.say(f"nothing to do: step {job.step} of {which} is done. Raise train.{key} to go on.")
 
     def _notes(self) -> list[str]:
-        """What is legal and wasteful in this layout, with the figure."""
+        """What is legal, and unusual or wasteful."""
+        return [*unusual_ratio(self.config), *self._wasteful()]
+
+    def _wasteful(self) -> list[str]:
+        """What ZeRO moves for nothing."""
         config, flat, replicas = self.config, self.job.flat, self.job.ctx.dp_cp.size
         asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
         if replicas == 1:
@@ -182,3 +187,11 @@ class Watch:
     def _event(self, kind: Any, **fields: Any) -> None:
         if self.job.session.rank == 0:
             self.log.event(kind, self.job.step, **fields)
+
+
+def unusual_ratio(config: Config) -> list[str]:
+    """A note where blanks take a share of the text that GLMs are not trained with."""
+    ratio = config.data.glm.blank.mask_ratio
+    if config.data.objective != "glm" or 0.1 <= ratio <= 0.2:
+        return []
+    return [f"data.glm.blank.mask_ratio={ratio}: GLMs are trained with 0.1 to 0.2, usually 0.15"]

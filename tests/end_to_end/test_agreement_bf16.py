@@ -81,7 +81,7 @@ def unscaled(run, micro_batches):
 
 FAULTS = {
     "tp 2, sequence parallel": ("megatrain.parallel.zero._sum_partial", lambda parameters, tp: None),
-    "dp 2": ("megatrain.training.global_weight", unscaled),
+    "dp 2": ("megatrain.training.global_weights", unscaled),
 }
 
 

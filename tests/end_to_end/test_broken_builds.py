@@ -51,7 +51,7 @@ def test_clipping_skipped_on_one_rank():
 
 
 def test_a_loss_divided_by_the_weight_of_one_replica(monkeypatch):
-    monkeypatch.setattr("megatrain.training.global_weight", local_weight)
+    monkeypatch.setattr("megatrain.training.global_weights", local_weight)
     with pytest.raises(Disagreement, match="loss"):
         run((1, False, 2, 4))
 

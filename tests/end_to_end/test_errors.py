@@ -36,7 +36,7 @@ WRONG = {
     ),
     "vocabulary smaller than the data's": (["model.vocab_size=50"], "model.vocab_size"),
     "ZeRO": (["parallel.zero_stage=4"], "parallel.zero_stage is the integer 4; expected one of 0, 1, 2, 3."),
-    "GLM": (["model.family=glm"], "model.family=glm is not in this release"),
+    "GLM": (["data.glm.shuffle_spans=false"], "data.glm.shuffle_spans=False has no effect, since data.objective=next_token"),
     "layers": (
         ["parallel.virtual_pipeline_size=3", "parallel.schedule=interleaved"],
         "model.num_layers=2 cannot be split over",

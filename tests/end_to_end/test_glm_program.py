@@ -100,6 +100,11 @@ def test_other_ways_train_too(stores, tmp_path, data, model):
     assert len(losses(tmp_path / "run")) == 8
 
 
+def test_an_unusual_ratio_is_noted(stores, tmp_path):
+    (ended,) = run_of(stores, tmp_path / "run", data={"glm": {"blank": {"mask_ratio": 0.3}}})
+    assert "data.glm.blank.mask_ratio=0.3: GLMs are trained with 0.1 to 0.2" in ended.out
+
+
 def test_prompts_with_answers(stores, tmp_path):
     pairs = {"path": str(stores / "prompts"), "answers": str(stores / "answers"), "weight": 0.5}
     run_of(stores, tmp_path / "run", data={"train": [str(stores / "train"), pairs]})

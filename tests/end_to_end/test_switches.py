@@ -33,6 +33,13 @@ SWITCHES = {
     "capped logits": {"logit_softcap": 0.5},
     "embedding norm": {"embedding_norm": True},
     "post-norm": {"norm_placement": "post"},
+    "deepnorm": {"norm_placement": "deepnorm", "init": "xavier", "embedding_grad_scale": 0.1, "activation": "geglu"},
+    "deepnorm, rms, given alpha": {
+        "norm_placement": "deepnorm",
+        "deepnorm_alpha": 1.5,
+        "norm": "rmsnorm",
+        "residual_fp32": True,
+    },
     "sandwich": {"norm_placement": "sandwich", "norm": "rmsnorm", "tied_embeddings": False},
     "yarn on neighbours": {
         "position": "rope",

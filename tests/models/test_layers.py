@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
+from megatrain.models.attention import Attention
 from megatrain.models.batch import MicroBatch
-from megatrain.models.layers import MLP, Build, Dropout, Norm
+from megatrain.models.layers import MLP, Build, Dropout, Norm, scaled_gradient
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import initialise
 from megatrain.testing import simulate
@@ -116,3 +117,30 @@ def test_the_mlp_is_its_formula(activation):
 def test_what_writes_into_the_residual_stream_starts_smaller():
     assert build().init(3, 5).value == 0.5 and build().residual_init(3, 5).value == 0.5 / 2
     assert build(scale_residual_init=False).residual_init(3, 5).value == 0.5
+
+
+def test_deepnorm_starts_as_glm_130b():
+    """Xavier, and values, outputs and both matrices of the MLP divided by sqrt(2 N)."""
+    made = build(norm_placement="deepnorm", init="xavier")
+    plain, smaller = (2 / (3 + 5)) ** 0.5, (2 / (3 + 5)) ** 0.5 / (2 * made.config.num_layers) ** 0.5
+    assert made.init(3, 5).value == pytest.approx(plain)
+    assert made.branch_init(3, 5).value == made.residual_init(3, 5).value == pytest.approx(smaller)
+    assert made.embedding_init.value == made.config.init_std
+    inits = {p.spec.name: p.spec.init.value for p in Attention("a", made).parameters() if p.dim() == 2}
+    assert inits["a.value.weight"] < inits["a.key.weight"] and inits["a.query.weight"] > inits["a.output.weight"]
+    inner = {p.spec.name: p.spec.init.value for p in MLP("m", made).parameters() if p.dim() == 2}
+    assert inner["m.up.weight"] == inner["m.down.weight"] == made.residual_init(H, 4 * H).value
+
+
+@pytest.mark.parametrize(("step", "factor"), [(0, 0.1), (9, 0.1), (10, 0.1), (15, 0.55), (20, 1.0), (500, 1.0)])
+def test_the_embedding_gradient_is_shrunk_by_a_schedule(step, factor):
+    config = build(embedding_grad_scale=0.1, embedding_grad_steps=(10, 10)).config
+    assert config.embedding_grad(step) == pytest.approx(factor)
+    assert build(embedding_grad_scale=0.1).config.embedding_grad(step) == 0.1
+    x = numbers(0, 4, H).requires_grad_()
+    y = scaled_gradient(x, factor)
+    (factor * x + (1 - factor) * x.detach()).pow(2).sum().backward()
+    wanted, x.grad = x.grad, None
+    y.pow(2).sum().backward()
+    assert torch.equal(y, x)
+    torch.testing.assert_close(x.grad, wanted)
