@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import megatrain
 from megatrain.arguments import positive, probability, temperature
+from megatrain.cli_ngram import add_ngram
 
 _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -25,7 +26,6 @@ LATER = {
     "data dedup": "remove duplicate documents",
     "data filter": "keep documents by quality",
     "data prepare": "all stages from one config",
-    "ngram": "Kneser-Ney n-gram models",
     "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
     "quantize": "INT8 and INT4 weights",
@@ -100,7 +100,7 @@ def _complain(message: str, code: int) -> int:
 
 
 def _later_verb(words: list[str]) -> str | None:
-    """The verb of LATER that the command line begins with, if any."""
+    """The verb of LATER that a command line begins with."""
     return next((verb for verb in LATER if words[: verb.count(" ") + 1] == verb.split()), None)
 
 
@@ -115,15 +115,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
-    given = [name for name, value in sampling.items() if value is not None]
-    if arguments.greedy and given:
-        return _complain(
-            f"error: --greedy takes the most probable token, so {given[0]} means nothing. Leave one out.", WRONG_USE
-        )
-    if arguments.beams > 1 and (given := given + ["--greedy"] * arguments.greedy):
-        return _complain(
-            f"error: --beams looks for the most probable text, so {given[0]} means nothing. Leave one out.", WRONG_USE
-        )
+    clash = [name for name, value in sampling.items() if value is not None] + ["--greedy"] * arguments.greedy
+    if (arguments.greedy and len(clash) > 1) or (arguments.beams > 1 and clash):
+        which = f"--beams {arguments.beams} looks for" if arguments.beams > 1 else "--greedy takes"
+        said = f"{which} what is most probable, so {clash[0]} means nothing. Leave one out."
+        return _complain(f"error: {said}", WRONG_USE)
     arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
     from megatrain.generate import main as generate
 
@@ -262,6 +258,7 @@ def _parser() -> _Parser:
     _add_bench(verbs)
     _add_eval(verbs)
     _add_exchange(verbs)
+    add_ngram(verbs, _add_verb, _Parser)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)

@@ -93,7 +93,6 @@ def test_help_lists_what_is_and_what_is_not_in_this_release(capsys):
 
 def test_every_verb_of_the_interface_is_known():
     promised = {
-        "ngram",
         "serve",
         "find-lr",
         "quantize",
@@ -134,7 +133,7 @@ def test_verbs_of_a_later_release_are_refused(verb, rest, capsys):
         (["generate", "c", "--prompt", "x", "--top-k", "-1"], "'-1' is not a whole number"),
         (
             ["generate", "c", "--prompt", "x", "--greedy", "--top-k", "5"],
-            "--greedy takes the most probable token, so --top-k means nothing",
+            "--greedy takes what is most probable, so --top-k means nothing",
         ),
         (["data", "tokenizer", "--input", "a", "--output", "b"], "required: --vocab-size"),
         (["data", "tokenizer", "--input", "--vocab-size", "9", "--output", "b"], "--input: expected at least one argument"),

@@ -1,0 +1,153 @@
+"""`megatrain ngram fit`: text in, an ARPA file out. Each phase is one of this room's files.
+
+text.py       words to numbers                                  one pass over the text
+grams.py      every n-gram once, part by part                   a sort an order, in several processes
+tables.py     parts as one table, contexts found
+discounts.py  from counts of counts
+estimate.py   probabilities and back-off weights, order by order
+arpa_out.py   lines
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatrain.data.ngram.arpa_out import write_arpa
+from megatrain.data.ngram.discounts import Discounts, estimate
+from megatrain.data.ngram.estimate import interpolate, unigrams
+from megatrain.data.ngram.grams import PartCounts, count_part, parts_of
+from megatrain.data.ngram.optional import give_back
+from megatrain.data.ngram.tables import Tables, pruning
+from megatrain.data.ngram.text import TextError, number_text
+
+HIGHEST_ORDER = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is made."""
+
+    order: int = 5
+    prune: tuple[int, ...] = ()
+    """n-grams that occur so often or less are left out, an order each; the last repeats. None: all stay."""
+    fallback: tuple[float, float, float] | None = None
+    """Discounts of an order whose counts give none."""
+    interpolate_unigrams: bool = True
+    vocab_pad: int = 0
+    """As how many words the uniform distribution is spread at least."""
+    memory: int = 1 << 30
+    """Bytes of all processes together."""
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was made."""
+
+    tokens: int
+    """Words, sentence ends among them."""
+    types: int
+    counts: list[int]
+    """n-grams written, an order each."""
+    discounts: list[Discounts]
+
+
+def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Path | None = None) -> Fitted:
+    """Make the model of text files and write it, whole or not at all. Raises TextError, DiscountError, ValueError or OSError."""
+    if not 1 <= settings.order <= HIGHEST_ORDER:
+        raise ValueError(f"--order {settings.order} must lie in 1 .. {HIGHEST_ORDER}. Use for example --order 5.")
+    thresholds = pruning(settings.prune, settings.order)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="ngram-", dir=temporary or output.parent))
+    try:
+        return _fit(inputs, output, settings, thresholds, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: tuple[int, ...], work: Path) -> Fitted:
+    size = sum(path.stat().st_size for path in inputs)
+    with phase("words", size) as tell:
+        corpus = number_text(inputs, work, tell)
+    if not len(corpus.ids):
+        raise TextError(f"{', '.join(map(str, inputs))}: there is no text. Give a file with a sentence a line.")
+    give_back()
+    held = max(settings.memory // 100, 1 << 14)
+    per_position = 40 + 8 * settings.order
+    parts = parts_of(corpus.counts, max(settings.memory // (3 * settings.workers * per_position), 1 << 12))
+    with phase("n-grams", len(corpus.ids)) as tell:
+        counts: list[PartCounts] = []
+        for part, of_part in zip(parts, _counted(parts, corpus.ids, settings, work), strict=True):
+            counts.append(of_part)
+            tell(int(corpus.counts[part.first_word : part.end_word].sum()))
+    give_back()
+    tables = Tables(corpus, settings.order, parts, counts, work)
+    found = [estimate(k, tables.counts_of_counts(k), settings.fallback) for k in range(1, settings.order + 1)]
+    words = unigrams(tables, found[0], thresholds[0], interpolate=settings.interpolate_unigrams, vocab_pad=settings.vocab_pad)
+    with phase("probabilities", sum(2 * tables.size(k) for k in range(2, settings.order + 1))) as tell:
+        for k in range(2, settings.order + 1):
+            tables.find_prefixes(k, 4 * held)
+            give_back()
+            interpolate(tables, k, words if k == 2 else None, found[k - 1], thresholds[k - 1], held, tell)
+    give_back()
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        with (
+            phase("writing", sum(tables.size(k) for k in range(2, settings.order + 1))) as tell,
+            _opened(temporary, output) as out,
+        ):
+            written = write_arpa(out, tables, words, thresholds, tell)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Fitted(len(corpus.ids), corpus.vocabulary.size, written, found)
+
+
+def _counted(parts: Sequence[Any], ids: Any, settings: Settings, work: Path) -> Iterator[PartCounts]:
+    """What each part tells, in order."""
+    count = partial(count_part, ids, order=settings.order, folder=work)
+    if settings.workers == 1 or len(parts) == 1:
+        yield from map(count, parts)
+        return
+    with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
+        yield from pool.map(count, parts)
+
+
+@contextmanager
+def _opened(temporary: Path, output: Path) -> Iterator[BinaryIO]:
+    """The file to write, compressed where its name says so, on the disk when this ends."""
+    with temporary.open("wb") as file:
+        if output.suffix == ".gz":
+            with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=4, mtime=0) as packed:
+                yield packed  # type: ignore[misc]
+        else:
+            yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def phase(name: str, total: int) -> Iterator[Any]:
+    """A function to call with what is done, which moves a bar with the time left where a person watches."""
+    if not sys.stderr.isatty():
+        yield lambda _count: None
+        return
+    from rich.console import Console  # noqa: PLC0415  only people pay for the import
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    columns = (TextColumn(f"{name:14}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda count: bar.update(task, advance=count)

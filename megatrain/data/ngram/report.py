@@ -1,0 +1,63 @@
+"""What `megatrain ngram score` prints: a line of JSON for each line of text, and one of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatrain.data.ngram.model import Model
+from megatrain.data.ngram.text import CHUNK_BYTES, split
+
+
+def line_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file in blocks of whole lines; a last line without an end gets one."""
+    rest: list[bytes] = []
+    while data := file.read(CHUNK_BYTES):
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*rest, data[:cut]])
+            rest = []
+        rest.append(data[cut:])
+    if last := b"".join(rest):
+        yield last + b"\n"
+
+
+def report(model: Model, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
+    """Lines of JSON for a text file: log10, tokens, oov, perplexity; then the same of all, and without words that are not known."""
+    sums, lines = np.zeros(4), 0
+    with path.open("rb") as file:
+        for block in line_blocks(file):
+            totals = model.totals(split(block), bos=sentences, eos=sentences)
+            sums += [column.sum() for column in totals]
+            lines += totals[0].size
+            if not summary_only:
+                rows = zip(*(column.tolist() for column in totals[:3]), strict=True)
+                yield "".join(_line(*row) for row in rows)
+    log10, tokens, oov, log10_oov = (float(value) for value in sums)
+    yield (
+        json.dumps(
+            {
+                "summary": True,
+                "lines": lines,
+                "tokens": int(tokens),
+                "oov": int(oov),
+                "log10": log10,
+                "perplexity": perplexity(log10, tokens),
+                "perplexity_without_oov": perplexity(log10 - log10_oov, tokens - oov),
+            }
+        )
+        + "\n"
+    )
+
+
+def _line(log10: float, tokens: int, oov: int) -> str:
+    return f'{{"log10": {log10:.7g}, "tokens": {tokens}, "oov": {oov}, "perplexity": {perplexity(log10, tokens):.7g}}}\n'
+
+
+def perplexity(log10: float, tokens: float) -> float:
+    """10 ^ (-log10 / tokens), of at most 300 digits; 1 of no token."""
+    return float(10.0 ** min(-log10 / tokens, 300.0)) if tokens else 1.0

@@ -1,0 +1,68 @@
+"""A hash table of 64-bit keys that answers many questions at once: open addressing, linear probing, made and read by whole arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+MISSING = np.uint32(0xFFFFFFFF)
+LOAD = 0.6
+"""Share of the slots that are taken at most."""
+
+Keys = npt.NDArray[np.uint64]
+Slots = npt.NDArray[np.uint32]
+
+
+def slots_for(count: int) -> int:
+    """Slots of a table for so many keys: a power of 2."""
+    return 1 << max(4, int(np.ceil(np.log2(max(count, 1) / LOAD))))
+
+
+def _home(keys: Keys, slots: int) -> npt.NDArray[np.int64]:
+    """The slot where each key is looked for first (splitmix64's finaliser)."""
+    mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((mixed ^ (mixed >> np.uint64(31))) & np.uint64(slots - 1)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Keys by slot; EMPTY where there is none."""
+
+    keys: Keys
+
+    @classmethod
+    def of(cls, keys: Keys) -> tuple[Table, Slots]:
+        """The table of distinct keys, and the slot of each. Raises ValueError where a key is there twice."""
+        size = slots_for(keys.size)
+        held = np.full(size, EMPTY)
+        slots = np.full(keys.size, MISSING)
+        waiting, at = np.arange(keys.size), _home(keys, size)
+        while waiting.size:
+            free = held[at] == EMPTY
+            if (held[at[~free]] == keys[waiting[~free]]).any():
+                raise ValueError("a key is there twice")
+            held[at[free]] = keys[waiting[free]]  # of several that want one slot, one gets it
+            won = held[at] == keys[waiting]
+            slots[waiting[won]] = at[won].astype(np.uint32)
+            waiting, at = waiting[~won], (at[~won] + 1) & (size - 1)
+        if np.unique(slots).size != slots.size:
+            raise ValueError("a key is there twice")
+        return cls(held), slots
+
+    def find(self, keys: Keys) -> Slots:
+        """The slot of each key, or MISSING."""
+        found = np.full(keys.size, MISSING)
+        if not self.keys.size:
+            return found
+        waiting, at = np.arange(keys.size), _home(keys, self.keys.size)
+        while waiting.size:
+            here = self.keys[at]
+            same = here == keys[waiting]
+            found[waiting[same]] = at[same].astype(np.uint32)
+            on = ~same & (here != EMPTY)
+            waiting, at = waiting[on], (at[on] + 1) & (self.keys.size - 1)
+        return found
