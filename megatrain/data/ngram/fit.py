@@ -33,6 +33,9 @@ from megatrain.data.ngram.tables import Tables, pruning
 from megatrain.data.ngram.text import TextError, number_text
 
 HIGHEST_ORDER = 10
+BASE_BYTES, WORD_BYTES, POSITION_BYTES = 160 << 20, 60, 70
+"""What the processes take without any text, for each word of the vocabulary, and for each position of a part, about."""
+MOST_PARTS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,10 @@ def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: t
     if not len(corpus.ids):
         raise TextError(f"{', '.join(map(str, inputs))}: there is no text. Give a file with a sentence a line.")
     give_back()
-    held = max(settings.memory // 100, 1 << 14)
-    per_position = 40 + 8 * settings.order
-    parts = parts_of(corpus.counts, max(settings.memory // (3 * settings.workers * per_position), 1 << 12))
+    spare = max(settings.memory - BASE_BYTES - WORD_BYTES * corpus.vocabulary.size, settings.memory // 4)
+    held = max(spare // 100, 1 << 14)
+    size = max(spare // (settings.workers * (POSITION_BYTES + 12 * settings.order)), len(corpus.ids) // MOST_PARTS, 1 << 12)
+    parts = parts_of(corpus.counts, size, corpus.ids if settings.order > 1 else None)
     with phase("n-grams", len(corpus.ids)) as tell:
         counts: list[PartCounts] = []
         for part, of_part in zip(parts, _counted(parts, corpus.ids, settings, work), strict=True):

@@ -11,8 +11,9 @@ The number of a k-gram at a position is also written down in the order of positi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,12 @@ from megatrain.data.ngram.text import BEGIN, END
 
 NONE = np.uint32(0xFFFFFFFF)
 """No n-gram of this order ends here: it would begin before its sentence."""
-SCAN = 1 << 22
+SCAN = 1 << 20
 """Word positions that are looked at at a time."""
+SAMPLE, SAMPLED = 1 << 16, 1 << 22
+"""Positions of a stretch, and of all stretches, from which the words before common words are counted."""
+ANY = 1 << 32
+"""More than any number of a word."""
 
 Ids = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
@@ -32,23 +37,73 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Part:
-    """Positions whose word is first_word .. end_word - 1."""
+    """Positions whose word is first_word .. end_word - 1, and the word before first_before .. end_before - 1."""
 
     number: int
     first_word: int
     end_word: int
+    first_before: int = 0
+    end_before: int = ANY
 
 
-def parts_of(counts: Counts, size: int) -> list[Part]:
-    """Parts of about `size` positions, by the counts of words; a word that occurs more often has one of its own."""
+def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[Part]:
+    """Parts of about `size` positions, by the counts of words; of a word that occurs more often, by the words before it."""
     found: list[Part] = []
     ends = np.cumsum(counts)
     first, before = 0, 0
+    common = np.flatnonzero(counts > size)
+    cuts = _cuts(ids, common, counts, size) if ids is not None and common.size else {}
     while first < counts.size:
         end = max(int(np.searchsorted(ends, before + size, side="right")), first + 1)
-        found.append(Part(len(found), first, end))
+        edges = [0, *cuts.get(first, []), ANY]
+        found += [Part(len(found) + n, first, end, *pair) for n, pair in enumerate(pairwise(edges))]
         first, before = end, int(ends[end - 1])
     return found
+
+
+def _cuts(ids: Column, words: npt.NDArray[np.int64], counts: Counts, size: int) -> dict[int, list[int]]:
+    """For each of these words, numbers of words before it that cut its positions into pieces of about `size`, as a sample tells."""
+    seen: dict[int, list[Ids]] = {int(word): [] for word in words}
+    total = len(ids)
+    step = max(SAMPLE, total // (SAMPLED // SAMPLE))
+    for first in range(0, total, step):
+        block = ids.read(first, min(first + SAMPLE, total))
+        at = np.flatnonzero(np.isin(block[1:], words)) + 1
+        before, here = _before(block[at - 1]), block[at]
+        for word in np.unique(here).tolist():
+            seen[word].append(before[here == word])
+    cuts: dict[int, list[int]] = {}
+    for word, stretches in seen.items():
+        pieces = -(-int(counts[word]) // size)
+        ordered = np.sort(np.concatenate([*stretches, np.zeros(0, np.uint32)]))
+        marks = ordered[(np.arange(1, pieces) * ordered.size) // pieces] if ordered.size else ordered
+        cuts[word] = sorted({int(mark) + 1 for mark in marks})
+    return cuts
+
+
+def _before(words: Ids) -> Ids:
+    """The words before others, as n-grams have them: BEGIN for the end of another sentence."""
+    return np.where(words == END, np.uint32(BEGIN), words)
+
+
+def part_at(parts: list[Part], size: int) -> Callable[[Ids, Ids], npt.NDArray[np.uint16]]:
+    """A function of words and the words before them: the number of each one's part. size: of the vocabulary."""
+    home = np.zeros(size, np.uint16)
+    several: dict[int, list[Part]] = {}
+    for part in reversed(parts):
+        home[part.first_word : part.end_word] = part.number
+        if (part.first_before, part.end_before) != (0, ANY):
+            several.setdefault(part.first_word, []).insert(0, part)
+
+    def find(words: Ids, before: Ids) -> npt.NDArray[np.uint16]:
+        found = home[words]
+        for word, of in several.items():
+            mine = np.flatnonzero(words == word)
+            edges = np.array([part.end_before for part in of[:-1]], np.int64)
+            found[mine] = of[0].number + np.searchsorted(edges, _before(before[mine]), side="right")
+        return found
+
+    return find
 
 
 @dataclass(frozen=True)
@@ -92,6 +147,9 @@ def part_positions(ids: Column, part: Part, order: int) -> Iterator[tuple[Ids, l
             block = np.concatenate([np.full(back - first, END, np.uint32), block])
         mine = block[back:]
         at = np.flatnonzero((mine >= part.first_word) & (mine < part.end_word)) + back
+        if order > 1 and (part.first_before, part.end_before) != (0, ANY):
+            first_word_before = _before(block[at - 1])
+            at = at[(first_word_before >= part.first_before) & (first_word_before < part.end_before)]
         before: list[Ids] = []
         over = np.zeros(at.size, bool)
         for j in range(1, order):

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.ngram.column import Column
-from megatrain.data.ngram.grams import NONE, Part, PartCounts, PartFiles
-from megatrain.data.ngram.text import BEGIN, Corpus
+from megatrain.data.ngram.grams import NONE, Part, PartCounts, PartFiles, part_at
+from megatrain.data.ngram.text import BEGIN, END, Corpus
 
 Ids = npt.NDArray[np.uint32]
 SCAN = 1 << 20
@@ -38,8 +38,8 @@ class Tables:
         self.raw = np.zeros(size, np.int64)
         children = np.zeros(size, np.int64)
         for part, found in zip(self.parts, self.counts, strict=True):
-            self.raw[part.first_word : part.end_word] = found.unigram_raw
-            children[part.first_word : part.end_word] = found.unigram_children
+            self.raw[part.first_word : part.end_word] += found.unigram_raw
+            children[part.first_word : part.end_word] += found.unigram_children
         self.adjusted = self.raw if self.order == 1 else children
         self._starts = {k: np.cumsum([0, *(found.sizes[k - 2] for found in self.counts)]) for k in range(2, self.order + 1)}
 
@@ -114,12 +114,13 @@ class Tables:
 
     def _at(self, order: int) -> Iterator[Ids]:
         """The number of the n-gram that ends at each position of the text, a stretch at a time; NONE where there is none."""
-        home = np.zeros(self.corpus.vocabulary.size, np.uint16)
-        for part in self.parts:
-            home[part.first_word : part.end_word] = part.number
+        part_of = part_at(self.parts, self.corpus.vocabulary.size)
         read = np.zeros(len(self.parts), np.int64)
+        before = np.uint32(END)
         for first in range(0, len(self.corpus.ids), SCAN):
-            of = home[self.corpus.ids.read(first, min(first + SCAN, len(self.corpus.ids)))]
+            words = self.corpus.ids.read(first, min(first + SCAN, len(self.corpus.ids)))
+            of = part_of(words, np.concatenate([[before], words[:-1]]).astype(np.uint32))
+            before = words[-1]
             by_part = np.argsort(of, kind="stable")
             values: list[Ids] = []
             for number, count in enumerate(np.bincount(of, minlength=len(self.parts)).tolist()):
