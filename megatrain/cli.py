@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import megatrain
 from megatrain.arguments import positive, probability, temperature
-from megatrain.cli_ngram import add_ngram
+from megatrain.cli_ngram import add_data_filter, add_ngram
 
 _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -24,7 +24,6 @@ LATER = {
     "data read": "text from raw files",
     "data clean": "clean text",
     "data dedup": "remove duplicate documents",
-    "data filter": "keep documents by quality",
     "data prepare": "all stages from one config",
     "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
@@ -265,6 +264,7 @@ def _parser() -> _Parser:
     _add_data_tokenizer(stages)
     _add_data_tokenize(stages)
     _add_data_inspect(stages)
+    add_data_filter(stages, _add_verb)
     return parser
 
 

@@ -50,6 +50,7 @@ def _add_fit(stages: Any, add_verb: AddVerb) -> None:
         metavar="0|1",
         help="spread mass over all words (default 1)",
     )
+    _add_units(parser)
     parser.add_argument("--vocab-pad", type=int, default=0, metavar="N", help="spread it over at least N words")
     parser.add_argument("--memory", type=size, default=1 << 30, metavar="2G", help="of all processes (default 1G)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: as many as cores)")
@@ -76,8 +77,37 @@ def _add_score(stages: Any, add_verb: AddVerb) -> None:
     parser = add_verb(stages, "score", _score, "print a line of JSON for each line of text, then one of them all", example)
     parser.add_argument("--model", type=Path, required=True, metavar="M.arpa|M.bin", help="the model")
     parser.add_argument("--input", type=Path, required=True, metavar="TEXT", help="text file, a sentence a line")
+    _add_units(parser)
     parser.add_argument("--no-sentences", action="store_true", help="lines are pieces of text: no <s> before, no </s> behind")
     parser.add_argument("--summary", action="store_true", help="the last line alone")
+
+
+def _add_units(parser: argparse.ArgumentParser) -> None:
+    what = "what a model is of: `words` between blanks (default), `characters`, `bytes`, or a TOKENIZER.json"
+    parser.add_argument("--units", default="words", metavar="UNITS", help=what)
+
+
+def add_data_filter(stages: Any, add_verb: AddVerb) -> None:
+    """Put `filter` among the stages of `data`."""
+    example = "megatrain data filter --ngram wiki.bin --keep head,middle --input crawl.jsonl --output good.jsonl"
+    parser = add_verb(stages, "filter", _filter, "keep documents that an n-gram model finds usual (CCNet)", example)
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or text files, perhaps .gz or .zst")
+    parser.add_argument("--key", default="text", metavar="KEY", help="of the text in a .jsonl (default text)")
+    parser.add_argument(
+        "--output", required=True, metavar="OUT.jsonl", help="a line a document that is kept, with its perplexity"
+    )
+    parser.add_argument("--ngram", type=Path, required=True, metavar="M.arpa|M.bin", help="the model")
+    parser.add_argument("--keep", required=True, metavar="BUCKETS", help="head, middle, tail, joined by commas")
+    _add_units(parser)
+    parser.add_argument(
+        "--percentiles",
+        type=float,
+        nargs=2,
+        default=(30.0, 60.0),
+        metavar="P",
+        help="where middle and tail begin (default 30 60)",
+    )
+    parser.add_argument("--cutoffs", type=float, nargs=2, metavar="PPL", help="perplexities where they begin, instead")
 
 
 def size(text: str) -> int:
@@ -100,6 +130,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         arguments.vocab_pad,
         arguments.memory,
         arguments.workers or os.cpu_count() or 1,
+        arguments.units,
     )
     made = fit(arguments.input, arguments.arpa, settings, arguments.temporary)
     print(f"{arguments.arpa}: {made.tokens:,} tokens, {made.types:,} types")
@@ -123,6 +154,18 @@ def _score(arguments: argparse.Namespace) -> int:
     from megatrain.data.ngram.reading import load
     from megatrain.data.ngram.report import report
 
-    for line in report(load(arguments.model), arguments.input, not arguments.no_sentences, arguments.summary):
+    for line in report(load(arguments.model, arguments.units), arguments.input, not arguments.no_sentences, arguments.summary):
         sys.stdout.write(line)
+    return 0
+
+
+def _filter(arguments: argparse.Namespace) -> int:
+    from megatrain.data.ngram.buckets import Cutoffs, chosen
+    from megatrain.data.ngram.reading import load
+    from megatrain.data.prepare.filter import filter_files
+
+    cutoffs = None if arguments.cutoffs is None else Cutoffs(*arguments.cutoffs)
+    keep = chosen([name.strip() for name in arguments.keep.split(",")])
+    model = load(arguments.ngram, arguments.units)
+    print(filter_files(arguments.input, model, arguments.output, keep, tuple(arguments.percentiles), cutoffs, arguments.key))
     return 0

@@ -98,7 +98,7 @@ def test_every_verb_of_the_interface_is_known():
         "quantize",
         "prune",
     }
-    stages = {f"data {name}" for name in ("read", "clean", "dedup", "filter", "prepare")}
+    stages = {f"data {name}" for name in ("read", "clean", "dedup", "prepare")}
     assert set(LATER) == promised | stages | {"doctor"}
 
 

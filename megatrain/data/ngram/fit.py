@@ -31,6 +31,7 @@ from megatrain.data.ngram.grams import PartCounts, count_part, parts_of
 from megatrain.data.ngram.optional import give_back
 from megatrain.data.ngram.tables import Tables, pruning
 from megatrain.data.ngram.text import TextError, number_text
+from megatrain.data.ngram.units import WORDS, spacing
 
 HIGHEST_ORDER = 10
 BASE_BYTES, WORD_BYTES, POSITION_BYTES = 160 << 20, 60, 70
@@ -53,6 +54,8 @@ class Settings:
     memory: int = 1 << 30
     """Bytes of all processes together."""
     workers: int = 1
+    units: str = WORDS
+    """words, characters, or a tokenizer (units.py)."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
 def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: tuple[int, ...], work: Path) -> Fitted:
     size = sum(path.stat().st_size for path in inputs)
     with phase("words", size) as tell:
-        corpus = number_text(inputs, work, tell)
+        corpus = number_text(inputs, work, tell, None if settings.units == WORDS else spacing(settings.units))
     if not len(corpus.ids):
         raise TextError(f"{', '.join(map(str, inputs))}: there is no text. Give a file with a sentence a line.")
     give_back()

@@ -10,7 +10,7 @@ as everywhere back-off models are read (SRILM; KenLM, Heafield 2011). A context 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class Model:
 
     orders: Sequence[Order]
     words: Lookup
+    space: Callable[[bytes], bytes] = bytes
+    """Puts blanks between the units of whole lines (units.py)."""
 
     @property
     def order(self) -> int:
@@ -85,10 +87,10 @@ class Model:
             batch.append(data.rstrip(b"\n"))
             size += len(data) + 1
             if size >= BATCH_BYTES:
-                yield from self.score_words(split(b"\n".join(batch) + b"\n"), bos=bos, eos=eos)
+                yield from self.score_words(split(self.space(b"\n".join(batch) + b"\n")), bos=bos, eos=eos)
                 batch, size = [], 0
         if batch:
-            yield from self.score_words(split(b"\n".join(batch) + b"\n"), bos=bos, eos=eos)
+            yield from self.score_words(split(self.space(b"\n".join(batch) + b"\n")), bos=bos, eos=eos)
 
     def score_words(self, text: Words, *, bos: bool = True, eos: bool = True) -> list[Score]:
         """The score of each line of a text that ends with a line end."""

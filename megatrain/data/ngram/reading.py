@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatrain.data.ngram.arpa_in import read_arpa
 from megatrain.data.ngram.binary import is_binary, map_binary
 from megatrain.data.ngram.build import model_of
 from megatrain.data.ngram.model import Model
+from megatrain.data.ngram.units import WORDS, spacing
 
 
-def load(path: str | Path) -> Model:
-    """The model of a file: `load(PATH).score(lines)`. Raises ArpaError, BinaryError or OSError."""
+def load(path: str | Path, units: str = WORDS) -> Model:
+    """The model of a file: `load(PATH).score(lines)`. Raises ArpaError, BinaryError, TokenizerError or OSError.
+
+    units: what it is a model of (`units.py`), as it was fitted with.
+    """
     path = Path(path)
-    return map_binary(path) if is_binary(path) else model_of(read_arpa(path))
+    model = map_binary(path) if is_binary(path) else model_of(read_arpa(path))
+    return replace(model, space=spacing(units))

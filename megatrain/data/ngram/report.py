@@ -5,25 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from megatrain.data.ngram.model import Model
-from megatrain.data.ngram.text import CHUNK_BYTES, split
-
-
-def line_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """A file in blocks of whole lines; a last line without an end gets one."""
-    rest: list[bytes] = []
-    while data := file.read(CHUNK_BYTES):
-        cut = data.rfind(b"\n") + 1
-        if cut:
-            yield b"".join([*rest, data[:cut]])
-            rest = []
-        rest.append(data[cut:])
-    if last := b"".join(rest):
-        yield last + b"\n"
+from megatrain.data.ngram.text import line_blocks, split
 
 
 def report(model: Model, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
@@ -31,7 +17,7 @@ def report(model: Model, path: Path, sentences: bool = True, summary_only: bool 
     sums, lines = np.zeros(4), 0
     with path.open("rb") as file:
         for block in line_blocks(file):
-            totals = model.totals(split(block), bos=sentences, eos=sentences)
+            totals = model.totals(split(model.space(block)), bos=sentences, eos=sentences)
             sums += [column.sum() for column in totals]
             lines += totals[0].size
             if not summary_only:

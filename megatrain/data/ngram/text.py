@@ -58,6 +58,19 @@ def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None
         yield split(rest + b"\n")
 
 
+def line_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file in blocks of whole lines; a last line without an end gets one."""
+    rest: list[bytes] = []
+    while data := file.read(CHUNK_BYTES):
+        cut = data.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*rest, data[:cut]])
+            rest = []
+        rest.append(data[cut:])
+    if last := b"".join(rest):
+        yield last + b"\n"
+
+
 def split(data: bytes) -> Words:
     """The words of bytes that end with a blank."""
     buffer = np.frombuffer(data, np.uint8)
@@ -156,14 +169,23 @@ class Corpus:
     """[vocabulary] how often each number occurs."""
 
 
-def number_text(paths: Iterable[Path], work: Path, on_bytes: Callable[[int], None] = lambda _count: None) -> Corpus:
-    """Number the words of files, one after another. Raises TextError for words that models keep for themselves."""
+def number_text(
+    paths: Iterable[Path],
+    work: Path,
+    on_bytes: Callable[[int], None] = lambda _count: None,
+    space: Callable[[bytes], bytes] | None = None,
+) -> Corpus:
+    """Number the words of files, one after another. Raises TextError for words that models keep for themselves.
+
+    space: puts blanks between the units of whole lines; None: they are there.
+    """
     vocabulary, ids = Vocabulary(), Column(work / "ids", np.uint32)
     special = pyarrow().array(SPECIAL, pyarrow().binary())
     counts = np.zeros(1 << 16, np.int64)
     for path in paths:
         with path.open("rb") as file:
-            for piece in pieces(file, on_bytes):
+            read = pieces(file, on_bytes) if space is None else (split(space(block)) for block in line_blocks(file))
+            for piece in read:
                 numbers = np.full(piece.line_ends.size, END, np.uint32)
                 before = vocabulary.size
                 numbers[~piece.line_ends] = vocabulary.numbers(piece.words)

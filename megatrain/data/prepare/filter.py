@@ -1,0 +1,76 @@
+"""Keep documents by how usual an n-gram model finds them: `megatrain data filter`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.data.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
+from megatrain.data.ngram.model import Model
+from megatrain.data.prepare.read import read_documents
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What was kept; `str()` of it is a line for people."""
+
+    output: str
+    documents: dict[str, int]
+    """In each bucket."""
+    kept: int
+    cutoffs: Cutoffs
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{name} {count:,}" for name, count in self.documents.items())
+        return (
+            f"{self.output}: {self.kept:,} of {sum(self.documents.values()):,} documents ({each}); the middle begins at perplexity "
+            f"{self.cutoffs.middle:.1f}, the tail at {self.cutoffs.tail:.1f}"
+        )
+
+
+def filter_files(
+    inputs: Sequence[str | Path],
+    model: Model,
+    output: str | Path,
+    keep: frozenset[str],
+    percentiles: tuple[float, float] = PERCENTILES,
+    cutoffs: Cutoffs | None = None,
+    key: str = "text",
+) -> FilterReport:
+    """Write the documents of the buckets `keep` as lines of JSON with their perplexity and bucket, whole or not at all.
+
+    cutoffs: of another corpus; else the percentiles of this one, which is read once more for that.
+    Raises ReadError, ValueError or OSError.
+    """
+
+    def texts() -> Iterator[str]:
+        for document in read_documents(inputs, key):
+            yield document.text
+
+    values = np.fromiter(perplexities(model, texts()), np.float64)
+    cuts = cutoffs_of(values, percentiles) if cutoffs is None else cutoffs
+    counts = dict.fromkeys(("head", "middle", "tail"), 0)
+    kept = 0
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for text, value in zip(texts(), values.tolist(), strict=True):
+                bucket = cuts.bucket(value)
+                counts[bucket] += 1
+                if bucket in keep:
+                    kept += 1
+                    row = {key: text, "perplexity": round(value, 1), "bucket": bucket}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return FilterReport(str(output), counts, kept, cuts)
