@@ -9,6 +9,7 @@ children, looked at 50 times a second; disk is the largest size of the folder of
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -42,8 +43,17 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def run(text: Path, order: int, prune: list[int], memory: str, workers: int) -> dict[str, object]:
-    """Fit one model."""
+def sha256_of(path: Path) -> str:
+    """Of a file, a piece at a time."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+        return digest.hexdigest()
+
+
+def run(text: Path, order: int, prune: list[int], memory: str, workers: int, *, digest: bool = False) -> dict[str, object]:
+    """Fit one model. digest: also the SHA-256 of what it wrote."""
     with tempfile.TemporaryDirectory(dir=text.parent) as name:
         folder = Path(name)
         command = [sys.executable, "-m", "megatrain", "ngram", "fit", "--order", str(order), "--input", str(text)]
@@ -73,6 +83,7 @@ def run(text: Path, order: int, prune: list[int], memory: str, workers: int) -> 
             "arpa_mb": round((folder / "m.arpa").stat().st_size / 1e6),
             "memory_mb": round(most / 2**20),
             "disk_mb": round(disk / 1e6),
+            **({"sha256": sha256_of(folder / "m.arpa")} if digest else {}),
         }
 
 
