@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -132,6 +133,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         arguments.workers or os.cpu_count() or 1,
         arguments.units,
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that intermediate files are removed
     made = fit(arguments.input, arguments.arpa, settings, arguments.temporary)
     print(f"{arguments.arpa}: {made.tokens:,} tokens, {made.types:,} types")
     for order, (count, discounts) in enumerate(zip(made.counts, made.discounts, strict=True), 1):

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,10 @@ HIGHEST_ORDER = 10
 BASE_BYTES, WORD_BYTES, POSITION_BYTES = 160 << 20, 60, 70
 """What the processes take without any text, for each word of the vocabulary, and for each position of a part, about."""
 MOST_PARTS = 1 << 15
+
+
+class WorkerError(RuntimeError):
+    """A process that did a part of the work is gone."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,10 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
     """Make the model of text files and write it, whole or not at all. Raises TextError, DiscountError, ValueError or OSError."""
     if not 1 <= settings.order <= HIGHEST_ORDER:
         raise ValueError(f"--order {settings.order} must lie in 1 .. {HIGHEST_ORDER}. Use for example --order 5.")
+    if settings.vocab_pad and not settings.interpolate_unigrams:
+        raise ValueError(
+            f"--vocab-pad {settings.vocab_pad} spreads the uniform distribution, which --interpolate-unigrams 0 leaves out. Leave one out."
+        )
     thresholds = pruning(settings.prune, settings.order)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="ngram-", dir=temporary or output.parent))
@@ -128,8 +137,13 @@ def _counted(parts: Sequence[Any], ids: Any, settings: Settings, work: Path) -> 
     if settings.workers == 1 or len(parts) == 1:
         yield from map(count, parts)
         return
-    with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
-        yield from pool.map(count, parts)
+    try:
+        with ProcessPoolExecutor(settings.workers, get_context("spawn")) as pool:
+            yield from pool.map(count, parts)
+    except BrokenProcessPool:
+        raise WorkerError(
+            "a process that counts n-grams was ended from outside, perhaps for want of memory. Give less --memory, or --workers 1."
+        ) from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import gzip
 import math
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from reference_ngram import Failed, Model
 
 from megatrain.data.ngram import grams
 from megatrain.data.ngram.discounts import DiscountError, parse_fallback
-from megatrain.data.ngram.fit import Settings, fit
+from megatrain.data.ngram.fit import Settings, WorkerError, fit
 from megatrain.data.ngram.text import TextError
 
 FALLBACK = (0.5, 1.0, 1.5)
@@ -102,6 +103,7 @@ texts = st.lists(st.lists(words, max_size=7).map(b" ".join), min_size=1, max_siz
 def test_random_texts(tmp_path_factory, text, order, prune, unigrams, pad, workers_memory):
     prune = prune[:order]
     folder = tmp_path_factory.mktemp("random")
+    pad = pad if unigrams else 0
     given_settings = {"order": order, "prune": prune, "fallback": FALLBACK, "interpolate_unigrams": unigrams, "vocab_pad": pad}
     _, lines = fitted(folder, text, memory=workers_memory, **given_settings)
     model = Model(text, order, prune, FALLBACK, unigrams, pad)
@@ -190,6 +192,32 @@ def test_fallbacks():
     for bad in ([0], [1.5], [0.5, 2.5], [0.5, 1, 4], [1, 1, 1, 1], [math.nan]):
         with pytest.raises(ValueError, match="--discount-fallback"):
             parse_fallback(bad)
+
+
+def test_a_process_that_is_gone_is_said(tmp_path, monkeypatch):
+    class Pool:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def map(self, *_):
+            raise BrokenProcessPool("gone")
+
+    monkeypatch.setattr("megatrain.data.ngram.fit.ProcessPoolExecutor", Pool)
+    text = b"\n".join(b"w%d w%d" % (n % 700, n % 11) for n in range(4000)) + b"\n"
+    with pytest.raises(WorkerError, match="Give less --memory, or --workers 1"):
+        fitted(tmp_path, text, order=2, fallback=FALLBACK, workers=2, memory=1)
+    assert not list(tmp_path.glob("ngram-*"))
+
+
+def test_padding_needs_a_uniform_distribution(tmp_path):
+    with pytest.raises(ValueError, match="Leave one out"):
+        fitted(tmp_path, EXAMPLE, order=2, fallback=FALLBACK, vocab_pad=10, interpolate_unigrams=False)
 
 
 @pytest.mark.parametrize("bad", [{"prune": (1, 0)}, {"prune": (-1,)}, {"prune": (0, 0, 0)}, {"order": 0}, {"order": 11}])

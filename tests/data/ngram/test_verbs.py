@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import signal
+import subprocess
+import sys
+import time
 import zlib
 
 import numpy as np
@@ -119,6 +123,21 @@ def test_sizes(text, number):
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
         size(text)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_fit_leaves_nothing_behind(tmp_path, number):
+    (tmp_path / "text").write_bytes(b"\n".join(b"w%d " % (n * n % 9973) * 9 for n in range(400_000)) + b"\n")
+    command = [sys.executable, "-m", "megatrain", "ngram", "fit", "--order", "5", "--input", str(tmp_path / "text")]
+    command += ["--arpa", str(tmp_path / "m.arpa"), "--discount-fallback"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("ngram-*/*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_wrong_use_is_said(model, capsys):
