@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import megatrain
 from megatrain.arguments import positive, probability, temperature
+from megatrain.cli_doctor import add_doctor
 from megatrain.cli_ngram import add_data_filter, add_ngram
 
 _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
@@ -29,7 +30,6 @@ LATER = {
     "find-lr": "a learning rate to start from",
     "quantize": "INT8 and INT4 weights",
     "prune": "sparse weights",
-    "doctor": "what this machine can do",
 }
 """Verbs that a later release delivers; refused until then."""
 
@@ -258,6 +258,7 @@ def _parser() -> _Parser:
     _add_eval(verbs)
     _add_exchange(verbs)
     add_ngram(verbs, _add_verb, _Parser)
+    add_doctor(verbs, _add_verb)
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)

@@ -41,6 +41,12 @@ _MESSAGES, _BLOCKS = 0, 1
 """Tags on gloo: the caller's messages, and the blocks that collectives made of messages exchange."""
 
 
+def backends() -> list[str]:
+    """What torch was built with, of those that megatrain uses."""
+    there = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
+    return [name for name, available in there.items() if available()]
+
+
 class _TorchHandle(Handle):
     """Works of torch.distributed, the tensors they use, and what is left to do once they are done."""
 

@@ -1,0 +1,29 @@
+"""The arguments of `megatrain doctor`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+
+def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """Put `doctor` among the verbs."""
+    example = (
+        "megatrain doctor\n"
+        "  torchrun --nproc-per-node 8 -m megatrain doctor run.yaml checkpoint.dir=/shared/run\n"
+        "  srun --ntasks-per-node 8 megatrain doctor run.yaml --json"
+    )
+    what = "would a job run here, and how fast is each rank? Alone, or on all ranks through their launcher"
+    parser = add_verb(verbs, "doctor", _doctor, what, example)
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the job; its checkpoint.dir is looked at")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from megatrain.doctor import main as doctor
+
+    if arguments.config is not None and "=" in arguments.config:
+        raise ValueError(f"{arguments.config}: an override needs a CONFIG.yaml before it")
+    return doctor(arguments.config, arguments.overrides, arguments.json)
