@@ -84,27 +84,7 @@ class Watch:
 
     def _notes(self) -> list[str]:
         """What is legal, and unusual or wasteful."""
-        return [*unusual_ratio(self.config), *self._wasteful()]
-
-    def _wasteful(self) -> list[str]:
-        """What ZeRO moves for nothing."""
-        config, flat, replicas = self.config, self.job.flat, self.job.ctx.dp_cp.size
-        asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
-        if replicas == 1:
-            return [f"parallel.zero_stage={asked} changes nothing: there is one replica"] if asked > 1 else []
-        micro_batches //= self.job.ctx.dp.size
-        elements = sum(held.bucket.size for held in flat.trained)
-
-        def moved(stage: int) -> int:
-            sizes = flat.dtype.itemsize, flat.wide.itemsize
-            return traffic(elements, replicas, stage, micro_batches, *sizes)
-
-        if asked < 2 or moved(asked) <= moved(1):
-            return []
-        return [
-            f"parallel.zero_stage={asked} with {micro_batches} micro-batches on a rank moves {moved(asked) / 1e6:,.1f} MB a step over "
-            f"the data axis, {moved(asked) / moved(1):.1f}x of stage 1: fewer and larger micro-batches (train.micro_batch_size) move less"
-        ]
+        return [*unusual_ratio(self.config), *wasteful(self.config, self.job)]
 
     def step(self, report: StepReport, seconds: float) -> None:
         """Write one step's row."""
@@ -195,3 +175,24 @@ def unusual_ratio(config: Config) -> list[str]:
     if config.data.objective != "glm" or 0.1 <= ratio <= 0.2:
         return []
     return [f"data.glm.blank.mask_ratio={ratio}: GLMs are trained with 0.1 to 0.2, usually 0.15"]
+
+
+def wasteful(config: Config, run: Run) -> list[str]:
+    """What ZeRO moves for nothing."""
+    flat, replicas = run.flat, run.ctx.dp_cp.size
+    asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
+    if replicas == 1:
+        return [f"parallel.zero_stage={asked} changes nothing: there is one replica"] if asked > 1 else []
+    micro_batches //= run.ctx.dp.size
+    elements = sum(held.bucket.size for held in flat.trained)
+
+    def moved(stage: int) -> int:
+        sizes = flat.dtype.itemsize, flat.wide.itemsize
+        return traffic(elements, replicas, stage, micro_batches, *sizes)
+
+    if asked < 2 or moved(asked) <= moved(1):
+        return []
+    return [
+        f"parallel.zero_stage={asked} with {micro_batches} micro-batches on a rank moves {moved(asked) / 1e6:,.1f} MB a step over "
+        f"the data axis, {moved(asked) / moved(1):.1f}x of stage 1: fewer and larger micro-batches (train.micro_batch_size) move less"
+    ]
