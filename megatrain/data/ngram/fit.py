@@ -35,7 +35,7 @@ from megatrain.data.ngram.text import TextError, number_text
 from megatrain.data.ngram.units import WORDS, spacing
 
 HIGHEST_ORDER = 10
-BASE_BYTES, WORD_BYTES, POSITION_BYTES = 160 << 20, 60, 70
+BASE_BYTES, WORD_BYTES, POSITION_BYTES = 200 << 20, 64, 76
 """What the processes take without any text, for each word of the vocabulary, and for each position of a part, about."""
 MOST_PARTS = 1 << 15
 
