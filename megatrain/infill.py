@@ -57,7 +57,7 @@ class Filling:
         never = {ids.cls, ids.mask, ids.gmask, ids.smask, ids.sop, ids.noise} | set(
             range(text_vocab, decoder.chunks[0].vocab_size)
         )
-        self._never = sorted(never - {ids.eop, ids.eos})
+        self._never = torch.tensor(sorted(never - {ids.eop, ids.eos}))
         """What is not text, and no end."""
         decoder.restart()
         index = torch.arange(self.sep)[:, None]
@@ -108,5 +108,5 @@ class Filling:
         if not config.two_dimensional and self._masks[number] == self.ids.gmask != self.ids.mask:
             stays = self.decoder.length + torch.arange(len(rows))[:, None].expand_as(tokens)
         logits = self.decoder.feed(tokens, stays, inside)
-        never = torch.tensor(self._never, device=logits.device)
-        return logits.index_fill(1, never, torch.finfo(logits.dtype).min)
+        self._never = self._never.to(logits.device)  # copied once, at the first token
+        return logits.index_fill(1, self._never, torch.finfo(logits.dtype).min)

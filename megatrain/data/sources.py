@@ -49,7 +49,10 @@ def source_of(config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, c
         compose = isolated_documents if data.isolate_documents else next_token
         return Source(compose, seq_length, vocab_size, lambda held_out: {"": held_out})
     ids, text_vocab = resolve(data.glm, tokenizer, vocab_size)
-    ends = None if tokenizer is None else sentence_ends(tokenizer, vocab_size, data.glm.sentence.end_chars, ids.eos)
+    needed = data.glm.objective_mix.sentence > 0 or data.glm.short_seq_prob > 0
+    ends = (
+        sentence_ends(tokenizer, vocab_size, data.glm.sentence.end_chars, ids.eos) if tokenizer is not None and needed else None
+    )
     plan = Plan(
         data.glm,
         ids,

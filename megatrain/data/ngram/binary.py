@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.ngram.model import HeldWords, Lookup, Model, Numbers, Order
+from megatrain.data.ngram.model import HeldWords, Model, Numbers, Order
 from megatrain.data.ngram.table import MISSING, Table
 from megatrain.data.ngram.text import UNKNOWN
 
@@ -107,7 +107,7 @@ def hashes_of(words: list[bytes]) -> npt.NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
-class MappedWords(Lookup):
+class MappedWords:
     """Words of a mapped file."""
 
     table: Table

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.ngram.model import Model
+from megatrain.data.ngram.model import Model, perplexity
 
 Bucket = Literal["head", "middle", "tail"]
 BUCKETS: tuple[Bucket, ...] = ("head", "middle", "tail")
@@ -56,8 +56,7 @@ def perplexities(model: Model, documents: Iterable[str]) -> Iterator[float]:
         scores = iter(model.score(line for of in lines for line in of))
         for of in lines:
             mine = list(islice(scores, len(of)))
-            tokens = sum(score.tokens for score in mine)
-            yield float(10.0 ** min(-sum(score.log10 for score in mine) / max(tokens, 1), 300.0))
+            yield perplexity(sum(score.log10 for score in mine), sum(score.tokens for score in mine))
 
 
 def chosen(names: Sequence[str]) -> frozenset[str]:

@@ -28,7 +28,6 @@ class Unigrams:
     """Of every word."""
 
     probability: npt.NDArray[np.float64]
-    backoff: npt.NDArray[np.float32]
     kept: npt.NDArray[np.bool_]
 
 
@@ -45,7 +44,7 @@ def unigrams(tables: Tables, discounts: Discounts, threshold: int, *, interpolat
     probability = probability + gamma / words if interpolate else probability
     probability[UNKNOWN] = gamma / words if interpolate else gamma
     probability[BEGIN] = 1.0
-    return Unigrams(probability, np.ones(adjusted.size, np.float32), stays)
+    return Unigrams(probability, stays)
 
 
 def interpolate(

@@ -105,9 +105,9 @@ def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: t
     parts = parts_of(corpus.counts, size, corpus.ids if settings.order > 1 else None)
     with phase("n-grams", len(corpus.ids)) as tell:
         counts: list[PartCounts] = []
-        for part, of_part in zip(parts, _counted(parts, corpus.ids, settings, work), strict=True):
+        for of_part in _counted(parts, corpus.ids, settings, work):
             counts.append(of_part)
-            tell(int(corpus.counts[part.first_word : part.end_word].sum()))
+            tell(int(of_part.unigram_raw.sum()))
     give_back()
     tables = Tables(corpus, settings.order, parts, counts, work)
     found = [estimate(k, tables.counts_of_counts(k), settings.fallback) for k in range(1, settings.order + 1)]

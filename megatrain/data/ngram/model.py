@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,8 +40,13 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """10 ^ (-log10 / tokens); 1 of no token."""
-        return float(10.0 ** (-self.log10 / self.tokens)) if self.tokens else 1.0
+        """Of its tokens."""
+        return perplexity(self.log10, self.tokens)
+
+
+def perplexity(log10: float, tokens: float) -> float:
+    """10 ^ (-log10 / tokens), of at most 300 digits; 1 of no token."""
+    return float(10.0 ** min(-log10 / tokens, 300.0)) if tokens else 1.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,11 @@ class Order:
     """log10; empty at the highest order."""
 
 
-class Lookup:
+class Lookup(Protocol):
     """Word -> number."""
 
     def numbers(self, words: Any) -> Numbers:
         """Of a pyarrow binary array; UNKNOWN for a word that is not there."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def _earlier(numbers: Numbers, place: npt.NDArray[np.int64], back: int, bos: boo
     return np.where(place >= back, shifted, np.where((place == back - 1) & bos, np.uint32(BEGIN), MISSING)).astype(np.uint32)
 
 
-class HeldWords(Lookup):
+class HeldWords:
     """Words in memory."""
 
     def __init__(self, words: Any) -> None:

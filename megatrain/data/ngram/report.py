@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.ngram.model import Model
+from megatrain.data.ngram.model import Model, perplexity
 from megatrain.data.ngram.text import line_blocks, split
 
 
@@ -42,8 +42,3 @@ def report(model: Model, path: Path, sentences: bool = True, summary_only: bool 
 
 def _line(log10: float, tokens: int, oov: int) -> str:
     return f'{{"log10": {log10:.7g}, "tokens": {tokens}, "oov": {oov}, "perplexity": {perplexity(log10, tokens):.7g}}}\n'
-
-
-def perplexity(log10: float, tokens: float) -> float:
-    """10 ^ (-log10 / tokens), of at most 300 digits; 1 of no token."""
-    return float(10.0 ** min(-log10 / tokens, 300.0)) if tokens else 1.0

@@ -58,10 +58,11 @@ def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None
         yield split(rest + b"\n")
 
 
-def line_blocks(file: BinaryIO) -> Iterator[bytes]:
+def line_blocks(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[bytes]:
     """A file in blocks of whole lines; a last line without an end gets one."""
     rest: list[bytes] = []
     while data := file.read(CHUNK_BYTES):
+        on_bytes(len(data))
         cut = data.rfind(b"\n") + 1
         if cut:
             yield b"".join([*rest, data[:cut]])
@@ -111,18 +112,18 @@ class Vocabulary:
             self._pieces = [self._all]
         return self._all
 
-    def numbers(self, words: Any, *, add: bool = True) -> npt.NDArray[np.uint32]:
-        """[n] numbers of words; those that are new get the next ones, or without `add` that of <unk>."""
+    def numbers(self, words: Any) -> npt.NDArray[np.uint32]:
+        """[n] numbers of words; those that are new get the next ones."""
         encoded = words.dictionary_encode()
         distinct = encoded.dictionary
-        return self._of_distinct(distinct, add)[encoded.indices.to_numpy(zero_copy_only=False)]
+        return self._of_distinct(distinct)[encoded.indices.to_numpy(zero_copy_only=False)]
 
     def finish(self) -> None:
         """No more words come: what finds them is not needed any more."""
         _ = self.words
         self._hashes, self._numbers, self._twins = self._hashes[:0], self._numbers[:0], {}
 
-    def _of_distinct(self, distinct: Any, add: bool) -> npt.NDArray[np.uint32]:
+    def _of_distinct(self, distinct: Any) -> npt.NDArray[np.uint32]:
         texts = distinct.to_pylist()
         hashes = np.fromiter(map(hash, texts), np.int64, len(texts))
         at = np.searchsorted(self._hashes, hashes)
@@ -134,19 +135,19 @@ class Vocabulary:
             pa = pyarrow()
             mine, theirs = distinct.filter(pa.array(known)).cast(pa.large_binary()), self.words.take(pa.array(found[known]))
             for place in np.flatnonzero(~pa.compute.equal(mine, theirs).to_numpy(zero_copy_only=False)):
-                self._settle_twin(texts, found, int(np.flatnonzero(known)[place]), add)
-        if add and not known.all():
+                self._settle_twin(texts, found, int(np.flatnonzero(known)[place]))
+        if not known.all():
             self._add(distinct, hashes, known, found)
         return found
 
-    def _settle_twin(self, texts: list[bytes], found: npt.NDArray[np.uint32], place: int, add: bool) -> None:
+    def _settle_twin(self, texts: list[bytes], found: npt.NDArray[np.uint32], place: int) -> None:
         """A word whose hash another one has: chance makes one in 10^12 texts."""
         word = texts[place]
-        if word not in self._twins and add:
+        if word not in self._twins:
             self._twins[word] = self.size
             self._pieces.append(pyarrow().array([word], pyarrow().large_binary()))
             self.size += 1
-        found[place] = self._twins.get(word, UNKNOWN)
+        found[place] = self._twins[word]
 
     def _add(self, distinct: Any, hashes: npt.NDArray[np.int64], known: npt.NDArray[np.bool_], found: Any) -> None:
         new = np.flatnonzero(~known)
@@ -184,7 +185,7 @@ def number_text(
     counts = np.zeros(1 << 16, np.int64)
     for path in paths:
         with path.open("rb") as file:
-            read = pieces(file, on_bytes) if space is None else (split(space(block)) for block in line_blocks(file))
+            read = pieces(file, on_bytes) if space is None else (split(space(block)) for block in line_blocks(file, on_bytes))
             for piece in read:
                 numbers = np.full(piece.line_ends.size, END, np.uint32)
                 before = vocabulary.size

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +58,7 @@ class Plan:
     answers: bool = False
     """Some samples are prompts and answers."""
 
-    @property
+    @cached_property
     def text_length(self) -> int:
         """Tokens of a text, with [CLS]."""
         return text_length(self.config, self.seq_length)
@@ -67,7 +68,7 @@ class Plan:
         """Whether a row may hold several texts that do not see each other."""
         return self.isolate or self.answers or self.config.short_seq_prob > 0
 
-    @property
+    @cached_property
     def rules(self) -> Rules:
         """How parts are numbered and ordered."""
         c = self.config

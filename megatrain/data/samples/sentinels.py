@@ -19,7 +19,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "gmask": ("[gMASK]",),
     "smask": ("[sMASK]",),
     "noise": ("[dBLOCK]", "<|dblock|>"),
-    "eos": (END_OF_TEXT, "<|endoftext|>", "[PAD]"),
+    "eos": (END_OF_TEXT, "[PAD]"),
 }
 """Names in the tokenizers of GLM, in the order in which ids of their own are given."""
 

@@ -43,6 +43,7 @@ def length_table(rate: float, least: int, most: int) -> npt.NDArray[np.float64]:
     return np.cumsum(weights / weights.sum())
 
 
+@lru_cache(maxsize=16)
 def length_moments(blank: BlankConfig) -> tuple[float, float]:
     """Mean and variance of a span's length."""
     p = np.diff(length_table(blank.poisson_lambda, blank.min_span, blank.max_span), prepend=0.0)
