@@ -29,8 +29,9 @@ from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, require_schedule, vocabulary
-from megatrain.runtime.distributed import Launch, Session, connect
+from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
+from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import peak_memory_bytes
 from megatrain.testing.trace import ANY_DATA, random_source

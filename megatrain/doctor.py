@@ -16,9 +16,10 @@ from megatrain.config.schema import Config
 from megatrain.init_from import shapes_of
 from megatrain.parallel.consensus import gather_texts
 from megatrain.program import vocabulary
-from megatrain.runtime.distributed import Launch, connect
+from megatrain.runtime.distributed import connect
 from megatrain.runtime.doctor import Finding, Report, as_json, judge, judge_alone, look, measure
 from megatrain.runtime.flops import parameter_count
+from megatrain.runtime.launch import Launch
 
 JOIN_SECONDS = 60.0
 """How long a rank waits for the others."""

@@ -26,7 +26,8 @@ from megatrain.evaluate import Evaluation, evaluate
 from megatrain.models.objective import NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape, tokenizer_of
-from megatrain.runtime.distributed import Launch, connect
+from megatrain.runtime.distributed import connect
+from megatrain.runtime.launch import Launch
 from megatrain.runtime.metrics import perplexity
 from megatrain.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.training import Model

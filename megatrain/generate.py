@@ -17,7 +17,8 @@ from megatrain.decoding import Beams, Choice, Decoder, best_continuation, contin
 from megatrain.infill import Filling, parsed
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape
-from megatrain.runtime.distributed import Launch, connect
+from megatrain.runtime.distributed import connect
+from megatrain.runtime.launch import Launch
 from megatrain.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.training import schedule_of
 

@@ -35,8 +35,9 @@ from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.resume import resume
-from megatrain.runtime.distributed import Launch, Session, connect
+from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.guard import Guard
+from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import RunLog
 from megatrain.training import assemble, train_step

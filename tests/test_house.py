@@ -82,14 +82,14 @@ def test_only_the_transport_names_torch_distributed() -> None:
     assert {user for user in users if not user.startswith("megatrain/parallel/transport")} == set()
 
 
-def test_only_runtime_distributed_reads_the_launcher_variables() -> None:
+def test_only_runtime_launch_reads_the_launcher_variables() -> None:
     variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
     readers = set()
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in variables:
                 readers.add(name(path))
-    assert readers <= {"megatrain/runtime/distributed.py"}
+    assert readers <= {"megatrain/runtime/launch.py"}
 
 
 def test_every_dependency_is_pinned_and_explained(setup: configparser.ConfigParser) -> None:

@@ -203,7 +203,8 @@ def our_worker(args: argparse.Namespace) -> None:
     from megatrain.data.loader import Loader
     from megatrain.parallel.mesh import ParallelContext
     from megatrain.program import mesh_shape
-    from megatrain.runtime.distributed import Launch, connect
+    from megatrain.runtime.distributed import connect
+    from megatrain.runtime.launch import Launch
     from megatrain.testing.trace import RandomSamples
     from megatrain.training import assemble, train_step
 

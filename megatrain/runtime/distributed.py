@@ -1,8 +1,8 @@
-"""Who am I, where, and how do I reach the others: the only file that reads RANK and its like.
+"""How a process reaches the others of its job.
 
-`Launch.from_environment` reads torchrun's variables, else srun's, else it is a plain `python` run: a world of one rank that
-opens no socket and makes no process group. `connect` chooses device and backend and joins the world: a `Session` with two calls
-that start-up code needs, so that no rank is left waiting for one that has failed:
+`connect` chooses device, backend and network interface and joins the world that a `Launch` describes; a world of one rank opens no
+socket and makes no process group. It returns a `Session` with two calls that start-up code needs, so that no rank is left waiting for
+one that has failed:
 
     with session.together("reading the data"):      # one rank cannot read: every rank ends, saying which one and why
         data = open_data(config)
@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import socket
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -29,159 +26,14 @@ from megatrain.parallel.consensus import broadcast_text, lowest
 from megatrain.parallel.transport import Group, TransportError, World
 from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
-from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
+from megatrain.runtime.launch import Launch, LaunchError
 
 BACKEND_MARGIN_SECONDS = 15.0
 """A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more and comes first."""
 
-LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
-
-
-class LaunchError(RuntimeError):
-    """The environment does not say who this process is, or asks for what this machine has not."""
-
 
 class RemoteError(RuntimeError):
     """Another rank failed: the message says which, doing what, and its own message."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """This process among those of the job."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    local_world_size: int = 1
-    """Ranks on this node."""
-    node: int = 0
-    host: str = "localhost"
-    """This machine's name."""
-    restart_count: int = 0
-    """How often the launcher has restarted the job."""
-    master_addr: str | None = None
-    """Where the ranks meet; None in a world of 1 without a launcher."""
-    master_port: int | None = None
-    launcher: Literal["none", "torchrun", "srun"] = "none"
-    launcher_serves: bool = False
-    """The store where the ranks meet lives in the launcher (torchrun's agent), not in rank 0."""
-
-    @classmethod
-    def from_environment(cls, env: Mapping[str, str]) -> Launch:
-        """Read the launcher's variables; torchrun's win over srun's. Raises LaunchError where they do not fit together."""
-        if "RANK" in env or "WORLD_SIZE" in env:
-            launch = _from_torchrun(env)
-        elif "SLURM_PROCID" in env:
-            launch = _from_srun(env, _hostnames)
-        else:
-            return cls(host=socket.gethostname())
-        launch.check()
-        return launch
-
-    def check(self) -> None:
-        """Raise LaunchError where the numbers contradict each other, or a job of several nodes would meet at localhost."""
-        if not 0 <= self.rank < self.world_size:
-            raise LaunchError(
-                f"{self.launcher}: rank {self.rank} is not in a world of {self.world_size} (0..{self.world_size - 1})."
-            )
-        if not 0 <= self.local_rank < self.local_world_size <= self.world_size:
-            raise LaunchError(
-                f"{self.launcher}: local rank {self.local_rank} of {self.local_world_size} on this node does not fit "
-                f"rank {self.rank} of {self.world_size}."
-            )
-        local = self.master_addr in LOCAL_NAMES or (self.master_addr or "").startswith("127.")
-        if local and self.world_size > self.local_world_size and not self.launcher_serves:
-            raise LaunchError(
-                f"MASTER_ADDR={self.master_addr}, but only {self.local_world_size} of the {self.world_size} ranks are here: "
-                "they cannot meet at localhost. Set MASTER_ADDR to the name or address of the first node."
-            )
-
-
-def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
-    text = env.get(key)
-    if text is None and default is not None:
-        return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise LaunchError(f"The environment variable {key}={text!r} is not a number.") from None
-
-
-def _from_torchrun(env: Mapping[str, str]) -> Launch:
-    needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [key for key in needed if not env.get(key)]
-    if missing:
-        present = ", ".join(f"{key}={env[key]}" for key in needed if env.get(key)) or "nothing"
-        raise LaunchError(
-            f"The launcher's variables are incomplete: {', '.join(missing)} missing ({present} set). Start with "
-            "torchrun --nproc-per-node N -m megatrain train ..., or set all six, or for one process unset RANK and WORLD_SIZE."
-        )
-    rank, local = _number(env, "RANK"), _number(env, "LOCAL_WORLD_SIZE")
-    return Launch(
-        rank=rank,
-        local_rank=_number(env, "LOCAL_RANK"),
-        world_size=_number(env, "WORLD_SIZE"),
-        local_world_size=local,
-        node=_number(env, "GROUP_RANK", rank // max(local, 1)),
-        host=socket.gethostname(),
-        restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
-        master_addr=env["MASTER_ADDR"],
-        master_port=_number(env, "MASTER_PORT"),
-        launcher="torchrun",
-        launcher_serves=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
-
-
-def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) -> Launch:
-    size_key = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    size = _number(env, size_key)
-    nodes_text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
-    if size > 1 and not nodes_text and not env.get("MASTER_ADDR"):
-        raise LaunchError(
-            f"{size_key}={size}, but SLURM_JOB_NODELIST is missing: set it, or MASTER_ADDR, to say where ranks meet."
-        )
-    try:
-        nodes = hostnames(nodes_text) if nodes_text else []
-        local = _local_tasks(env, size, max(len(nodes), 1))
-    except ValueError as error:
-        raise LaunchError(f"SLURM's variables cannot be read: {error}.") from error
-    if size > 1 and not (env.get("MASTER_PORT") or env.get("SLURM_JOB_ID")):
-        raise LaunchError("SLURM_JOB_ID is missing: set it, or MASTER_PORT, to say at which port the ranks meet.")
-    return Launch(
-        rank=_number(env, "SLURM_PROCID"),
-        local_rank=_number(env, "SLURM_LOCALID"),
-        world_size=size,
-        local_world_size=local,
-        node=_number(env, "SLURM_NODEID", 0),
-        host=socket.gethostname(),
-        restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
-        master_addr=env.get("MASTER_ADDR") or (nodes[0] if nodes else None),
-        master_port=_number(env, "MASTER_PORT", port_of_job(_number(env, "SLURM_JOB_ID", 0))),
-        launcher="srun",
-    )
-
-
-def _local_tasks(env: Mapping[str, str], size: int, nodes: int) -> int:
-    """Tasks on this node. Raises ValueError where SLURM does not say."""
-    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
-    if text:
-        counts, node = expand_tasks(text), _number(env, "SLURM_NODEID", 0)
-        if node >= len(counts):
-            raise ValueError(f"SLURM_NODEID={node} is not among the {len(counts)} nodes of SLURM_TASKS_PER_NODE={text}")
-        return counts[node]
-    nodes = _number(env, "SLURM_NNODES", nodes)
-    if size % max(nodes, 1):
-        raise ValueError(f"{size} tasks do not divide by {nodes} nodes; SLURM_TASKS_PER_NODE, which would tell, is missing")
-    return size // max(nodes, 1)
-
-
-def _hostnames(nodes: str) -> list[str]:
-    """SLURM's own expansion where it is installed, else ours."""
-    if shutil.which("scontrol"):
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=False)
-        if done.returncode == 0 and done.stdout.split():
-            return done.stdout.split()
-    return expand_nodes(nodes)
 
 
 class LoneWorld(World):

@@ -13,7 +13,8 @@ from megatrain.config.schema import ParallelConfig
 from megatrain.parallel.transport import TransportError
 from megatrain.parallel.transport_memory import MemoryWorld
 from megatrain.parallel.transport_wrappers import Recorder
-from megatrain.runtime.distributed import Launch, LaunchError, RemoteError, Session, choose_device, connect
+from megatrain.runtime.distributed import RemoteError, Session, choose_device, connect
+from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
 
 TORCHRUN = {
@@ -40,7 +41,7 @@ SRUN = {
 
 @pytest.fixture(autouse=True)
 def no_scontrol(monkeypatch):
-    monkeypatch.setattr("megatrain.runtime.distributed.shutil.which", lambda name: None)
+    monkeypatch.setattr("megatrain.runtime.launch.shutil.which", lambda name: None)
 
 
 def test_nothing_set_is_a_world_of_one():
@@ -211,7 +212,7 @@ def test_same_sees_one_odd_rank_wherever_it_is(odd):
 
 def connect_in_process(env):
     code = (
-        "import os; from megatrain.runtime.distributed import *; "
+        "import os; from megatrain.runtime.distributed import *; from megatrain.runtime.launch import *; "
         "s = connect(Launch.from_environment(os.environ), ParallelConfig(device='cpu'), 20.0); print(s.describe()); s.close()"
     )
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMP_"))}

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from megatrain.runtime.blame import Identity, State, Verdict, behind, find_culprits, judge
-from megatrain.runtime.distributed import Launch, LoneWorld, Session
+from megatrain.runtime.distributed import LoneWorld, Session
 from megatrain.runtime.guard import Guard
+from megatrain.runtime.launch import Launch
 
 WORKER = """
 import os, signal, sys, time
 import torch
 from megatrain.config.schema import ParallelConfig
-from megatrain.runtime.distributed import Launch, connect
+from megatrain.runtime.distributed import connect
+from megatrain.runtime.launch import Launch
 from megatrain.runtime.guard import Guard
 
 what, victim, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
