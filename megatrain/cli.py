@@ -17,6 +17,7 @@ import megatrain
 from megatrain.arguments import positive, probability, temperature
 from megatrain.cli_doctor import add_doctor
 from megatrain.cli_ngram import add_data_filter, add_ngram
+from megatrain.cli_train import add_train
 
 _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -44,11 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(words)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else WRONG_USE
-    if argv is None and words[:1] in (
-        ["train"],
-        ["bench"],
-    ):  # a program of its own: before torch is imported and memory is taken
-        _restart_with_better_allocator()
+    if argv is None and words[:1] in (["train"], ["bench"]):
+        _begin_program(words[0])
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:
@@ -71,9 +69,13 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _restart_with_better_allocator() -> None:
+def _begin_program(verb: str) -> None:
+    """What a program of its own does before torch is imported and memory is taken."""
     from megatrain.runtime.memory import restart_with_better_allocator
+    from megatrain.runtime.stop import hold_signals
 
+    if verb == "train":
+        hold_signals()
     restart_with_better_allocator()
 
 
@@ -104,12 +106,6 @@ def _later_verb(words: list[str]) -> str | None:
 
 
 # --- verbs --------------------------------------------------------------------------------------------------------------------
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from megatrain.program import main as train
-
-    return train(arguments.config, arguments.overrides)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -250,7 +246,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"megatrain {megatrain.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
-    _add_train(verbs)
+    add_train(verbs, _add_verb, _add_config)
     _add_generate(verbs)
     _add_plan(verbs)
     _add_verify(verbs)
@@ -282,15 +278,6 @@ def _add_verb(
 def _add_config(parser: argparse.ArgumentParser, what: str = "the run; every key is in docs/config.md") -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help=what)
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
-
-
-def _add_train(verbs: _Verbs) -> None:
-    example = (
-        "megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX optim.lr=1e-3\n"
-        "  torchrun --nproc-per-node 2 -m megatrain train launch/configs/gpt_tiny.yaml parallel.tensor_parallel_size=2"
-    )
-    parser = _add_verb(verbs, "train", _train, "train a model; alone, under torchrun or under srun", example)
-    _add_config(parser)
 
 
 def _add_generate(verbs: _Verbs) -> None:

@@ -6,7 +6,6 @@ train    step, log, evaluate, save, until done or told to stop
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -38,10 +37,12 @@ from megatrain.resume import resume
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
+from megatrain.runtime.limits import Limits
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import RunLog
+from megatrain.runtime.stop import PREEMPTED, StopRequest
 from megatrain.training import assemble, train_step
-from megatrain.watch import PREEMPTED, Watch
+from megatrain.watch import Watch
 
 
 def build(
@@ -142,19 +143,30 @@ def _prepare_torch(config: Config) -> None:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(job: Job) -> bool:
-    """Train until all steps are done (True), or until some rank is told to stop and a checkpoint is saved (False)."""
-    config, limits = job.config, Limits(job.config)
+def train(job: Job, stop: StopRequest | None = None) -> bool:
+    """Train until all steps are done (True), or until some rank is told to stop and a checkpoint is saved (False).
+
+    stop: who listens to signals; without one, this call does while it lasts.
+    """
+    config, limits = job.config, Limits(job.config.train, job.session.launch)
     with (
+        stop or StopRequest() as told,
         _open_log(job) as log,
         Watch(job, log) as watch,
         Guard(job.session, config.train.hang_timeout_seconds, watch.guard_event) as guard,
     ):
-        job.stop_requested = lambda: guard.stop_requested or limits.reached()
-        return _loop(job, watch, guard)
+        told.started()
+        job.stop_requested = lambda: bool(told) or limits.reached()
+        done = _loop(job, watch, guard)
+        if done:
+            watch.finished()
+        else:
+            watch.stopped(told.signal.name if told.signal else limits.why or "told by another rank")
+        return done
 
 
 def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
+    """Whether all steps are done."""
     config = job.config
     watch.start()
     while job.step < job.budget.steps:
@@ -171,23 +183,8 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         if last or report.stop or _due(job.step, config.checkpoint.save_every):
             watch.save(wait=last or report.stop)
         if report.stop and not last:
-            watch.stopped()
             return False
-    watch.finished()
     return True
-
-
-class Limits:
-    """When a run stops by itself before its last step: after a time, or when a file appears."""
-
-    def __init__(self, config: Config) -> None:
-        minutes = config.train.exit_after_minutes
-        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._file = None if config.train.exit_file is None else Path(config.train.exit_file)
-
-    def reached(self) -> bool:
-        """Whether it is time; asked once a step."""
-        return time.monotonic() >= self._deadline or (self._file is not None and self._file.exists())
 
 
 def _due(step: int, every: int) -> bool:
@@ -214,17 +211,18 @@ def _open_log(job: Job) -> Any:
             stack.enter_context(log)
             if rank == 0:
                 Path(config.log.dir, "config.yaml").write_text(job.config_text, encoding="utf-8")
+            if job.session.launch.local_rank == 0:  # each node has its own log.dir where it is not shared
                 Path(config.log.dir, PREEMPTED).unlink(missing_ok=True)
         yield log
 
 
-def main(config_path: str, overrides: Sequence[str]) -> int:
+def main(config_path: str, overrides: Sequence[str], stop: StopRequest) -> int:
     """`megatrain train`: exit code 0 when done, 75 when stopped early with a checkpoint saved."""
     allocator = tune_allocator()
     job = build(config_path, overrides)
     if job.session.rank == 0 and allocator:
         print(f"allocator: {allocator}", flush=True)  # noqa: T201
     try:
-        return 0 if train(job) else os.EX_TEMPFAIL
+        return 0 if train(job, stop) else os.EX_TEMPFAIL
     finally:
         job.close()

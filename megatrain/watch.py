@@ -16,10 +16,8 @@ from megatrain.parallel.buckets import traffic
 from megatrain.resume import identity_of, progress_of
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
 from megatrain.runtime.metrics import EvaluationRow, RunLog, StepRow, peak_memory_bytes
+from megatrain.runtime.stop import PREEMPTED, write_marker
 from megatrain.training import DTYPES, Run, StepReport
-
-PREEMPTED = "preempted"
-"""File in log.dir that says: stopped early, with a checkpoint; start me again."""
 
 
 class Watch:
@@ -152,11 +150,12 @@ class Watch:
         """Record what ended the run; called from a thread of the guard, on any rank."""
         self.log.event(kind, self.job.step, rank=rank, message=message)
 
-    def stopped(self) -> None:
-        """Say that the run was told to stop and is saved, and leave the marker that launch scripts look for."""
-        if self.job.session.rank == 0:
-            Path(self.config.log.dir, PREEMPTED).touch()
-        self._event("signal")
+    def stopped(self, why: str) -> None:
+        """Say that the run was told to stop and is saved, and leave the marker that launch scripts look for, on every node."""
+        launch = self.job.session.launch
+        if launch.local_rank == 0:
+            write_marker(Path(self.config.log.dir, PREEMPTED), launch, why, self.job.step)
+        self._event("signal", message=why)
         self.log.say(f"stopped at step {self.job.step} with a checkpoint saved; the same command goes on from there")
 
     def finished(self) -> None:

@@ -325,6 +325,9 @@ class TrainConfig:
     loss_scale_hysteresis: int = knob(2, "fp16: overflows, without such a window between, after which the scale halves.")
     loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.")
     exit_after_minutes: float | None = knob(None, "Stop after this time with a checkpoint and exit code 75, as on a signal.")
+    exit_before_end_minutes: float = knob(
+        2.0, "Under SLURM, stop as on a signal so long before the job's time limit. More than a step and a checkpoint take."
+    )
     exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.")
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")

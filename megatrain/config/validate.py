@@ -65,6 +65,7 @@ NOT_NEGATIVE = (
     *(f"model.{name}" for name in ("logit_softcap", "sparse_global_blocks", "embedding_grad_steps")),
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
     *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every", "z_loss", "loss_chunk")),
+    "train.exit_before_end_minutes",
     *(f"checkpoint.{name}" for name in ("save_every", "keep", "keep_every")),
     *(f"data.glm.objective_mix.{name}" for name in ("blank", "sentence", "document")),
     *(f"data.glm.tokens.{name}" for name in ("cls", "eos", "mask", "gmask", "smask", "sop", "eop", "noise")),

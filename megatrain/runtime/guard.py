@@ -1,4 +1,4 @@
-"""The guard of a run: no rank waits for ever, and the message says for whom it would have. Also the request to stop.
+"""The guard of a run: no rank waits for ever, and the message says for whom it would have.
 
 It costs nothing on the network while all is well. Each rank has two threads: one looks once a second whether this rank has
 been in one collective for longer than train.hang_timeout_seconds; the other waits for a key in the store where the ranks met.
@@ -14,15 +14,13 @@ answer, the rank that serves it is to blame. Every wait on this way has a limit;
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Literal, NoReturn
 
 from megatrain.parallel.transport import TransportError
@@ -54,8 +52,6 @@ class Guard:
     """
 
     def __init__(self, session: Session, timeout_seconds: float, on_event: OnEvent | None = None) -> None:
-        self.stop_requested = False
-        """SIGTERM came: save, and exit with 75."""
         self._session = session
         self._launch = session.launch
         self._size = session.world.size
@@ -66,7 +62,6 @@ class Guard:
         self._store_lost = threading.Event()
         self._alarmed = threading.Lock()
         self._main = threading.main_thread()
-        self._old_handler: object = None
         self._threads: list[threading.Thread] = []
         self._waker: Board | None = None
         self._server: Identity | None = None
@@ -82,10 +77,6 @@ class Guard:
         self._alarm(State(self._session.rank, "failed", str(error), stack="".join(frames).rstrip()))
 
     def __enter__(self) -> Guard:
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
-        if self._launch.launcher == "torchrun":
-            end_with_parent()
         if self._size > 1:
             self._start_watching()
         return self
@@ -96,8 +87,6 @@ class Guard:
         self._closing.set()
         if self._size > 1:
             self._leave(error)
-        if self._old_handler is not None:
-            signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
 
     def _start_watching(self) -> None:
         self._waker = self._open_board()
@@ -131,11 +120,6 @@ class Guard:
             thread.join(STORE_SECONDS)
         if error is None and self._session.everyone is not None:
             self._session.everyone.barrier()  # the rank that serves the store must not go first
-
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        if self.stop_requested:
-            os.write(2, b"megatrain: SIGTERM again: already stopping, at the end of this step\n")
-        self.stop_requested = True
 
     def _look(self) -> None:
         """Once a second: has this rank waited too long?"""
@@ -245,14 +229,3 @@ class Guard:
 def print_error(text: str) -> None:
     """Write whole lines to stderr, past Python's buffers: another thread may hold their locks for ever."""
     os.write(2, (text + "\n").encode(errors="replace"))
-
-
-def end_with_parent() -> None:
-    """Linux: have SIGTERM sent to this process when the one that started it dies: a killed launcher leaves no orphans."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    set_parent_death_signal = 1
-    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it died just before
-        os.kill(os.getpid(), signal.SIGTERM)

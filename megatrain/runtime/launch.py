@@ -39,6 +39,10 @@ class Launch:
     """Where the ranks meet; None in a world of 1 without a launcher."""
     master_port: int | None = None
     launcher: Literal["none", "torchrun", "srun"] = "none"
+    job: str = ""
+    """The launcher's name for this job; torchrun's restarts keep it."""
+    launcher_process: int | None = None
+    """Number of the process that started this one, where the launch scripts say so."""
     launcher_serves: bool = False
     """The store where the ranks meet lives in the launcher (torchrun's agent), not in rank 0."""
 
@@ -104,6 +108,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         master_addr=env["MASTER_ADDR"],
         master_port=_number(env, "MASTER_PORT"),
         launcher="torchrun",
+        job=env.get("TORCHELASTIC_RUN_ID", ""),
+        launcher_process=_number(env, "MEGATRAIN_LAUNCHER", 0) or None,
         launcher_serves=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
 
@@ -134,6 +140,7 @@ def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
         master_addr=env.get("MASTER_ADDR") or (nodes[0] if nodes else None),
         master_port=_number(env, "MASTER_PORT", port_of_job(_number(env, "SLURM_JOB_ID", 0))),
         launcher="srun",
+        job=env.get("SLURM_JOB_ID", ""),
     )
 
 

@@ -1,8 +1,15 @@
-"""SLURM's short forms, written out: node lists and task counts. Pure functions of text."""
+"""SLURM's short forms, written out: node lists and task counts, and when a job ends."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+
+ASK_SECONDS = 30
+"""How long a busy controller may take to answer."""
 
 
 def expand_nodes(nodes: str) -> list[str]:
@@ -30,6 +37,31 @@ def expand_tasks(tasks: str) -> list[int]:
 def port_of_job(job_id: int) -> int:
     """A port that jobs with neighbouring numbers do not share, from 20000 to 32767: below those that Linux hands out itself."""
     return 20000 + job_id % 12768
+
+
+def job_end(env: Mapping[str, str]) -> float | None:
+    """When the time of this process's job is over, in seconds since 1970; None outside of SLURM, without a limit, or if unknown.
+
+    Asks the controller, since a limit may be changed while the job runs; else SLURM_JOB_END_TIME, which newer versions set.
+    """
+    job = env.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    said = re.search(r"\bEndTime=(\d[\dT:-]+)", _ask_controller("show", "job", "--oneliner", job))
+    if said is not None:
+        return time.mktime(time.strptime(said[1], "%Y-%m-%dT%H:%M:%S"))
+    end = env.get("SLURM_JOB_END_TIME", "")
+    return float(end) if end.isdecimal() and int(end) > 0 else None
+
+
+def _ask_controller(*words: str) -> str:
+    """What scontrol says; empty where it is not installed or fails."""
+    if not shutil.which("scontrol"):
+        return ""
+    try:
+        return subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=ASK_SECONDS, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _split_outside_brackets(nodes: str) -> list[str]:

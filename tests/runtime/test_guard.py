@@ -11,9 +11,6 @@ from pathlib import Path
 import pytest
 
 from megatrain.runtime.blame import Identity, State, Verdict, behind, find_culprits, judge
-from megatrain.runtime.distributed import LoneWorld, Session
-from megatrain.runtime.guard import Guard
-from megatrain.runtime.launch import Launch
 
 WORKER = """
 import os, signal, sys, time
@@ -22,6 +19,7 @@ from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.guard import Guard
+from megatrain.runtime.stop import StopRequest, end_with_launcher
 
 what, victim, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), timeout + 10)
@@ -39,14 +37,15 @@ def misbehave():
     if what == "raise":
         raise ValueError("bad sample 17")
 
-with Guard(session, timeout, lambda kind, rank, text: print("EVENT", kind, rank, flush=True)) as guard:
+end_with_launcher(session.launch)
+with StopRequest() as told, Guard(session, timeout, lambda kind, rank, text: print("EVENT", kind, rank, flush=True)) as guard:
     size, rank = session.world.size, session.rank
     pair = (0, 1) if rank < 2 else (2, 3)
     tp = session.world.group("tp", pair)
     dp = None if size == 2 else session.world.group("dp", (rank % 2, rank % 2 + 2))
     for step in range(20 if what != "go on" else 10**9):
         guard.tick()
-        stop = torch.tensor([float(guard.stop_requested)])
+        stop = torch.tensor([float(bool(told))])
         tp.all_reduce(stop, "max")
         if stop:
             print("STOPPED", flush=True)
@@ -231,16 +230,3 @@ def test_only_the_same_process_is_killed():
         assert same.kill()
         assert process.wait(10) == -signal.SIGKILL
     assert same.condition() == "gone"
-
-
-def test_sigterm_asks_to_stop_once(capfd):
-    session = Session(Launch(), LoneWorld(), None, "none", None, None, "")
-    before = signal.getsignal(signal.SIGTERM)
-    with Guard(session, 5.0) as guard:
-        assert not guard.stop_requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert guard.stop_requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert guard.stop_requested
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert capfd.readouterr().err.count("already stopping") == 1

@@ -1,0 +1,36 @@
+"""The arguments of `megatrain train`, and what comes before torch is imported: listening to the request to stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def add_train(
+    verbs: Any, add_verb: Callable[..., argparse.ArgumentParser], add_config: Callable[[argparse.ArgumentParser], None]
+) -> None:
+    """Put `train` among the verbs."""
+    example = (
+        "megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX optim.lr=1e-3\n"
+        "  torchrun --nproc-per-node 2 -m megatrain train launch/configs/gpt_tiny.yaml parallel.tensor_parallel_size=2"
+    )
+    add_config(add_verb(verbs, "train", _train, "train a model; alone, under torchrun or under srun", example))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from megatrain.config.load import load
+    from megatrain.runtime.launch import Launch
+    from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping
+
+    launch = Launch.from_environment(os.environ)
+    marker = Path(load(arguments.config, arguments.overrides).config.log.dir, PREEMPTED)
+    if is_stopping(marker, launch):
+        return os.EX_TEMPFAIL
+    with StopRequest(marker, launch) as stop:
+        end_with_launcher(launch)
+        from megatrain.program import main as train
+
+        return train(arguments.config, arguments.overrides, stop)

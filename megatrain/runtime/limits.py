@@ -1,0 +1,49 @@
+"""When a run stops by itself before its last step: after a time, before its allocation ends, or when a file appears."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from megatrain.config.schema import TrainConfig
+from megatrain.runtime.launch import Launch
+from megatrain.runtime.slurm import job_end
+
+EndTime = Callable[[Mapping[str, str]], "float | None"]
+
+
+class Limits:
+    """Asked once a step on every rank; a step's own all-reduce tells the others.
+
+    Only rank 0 asks the scheduler when the allocation ends, and asks again when that time has come: it may have been extended.
+    """
+
+    def __init__(
+        self, train: TrainConfig, launch: Launch, env: Mapping[str, str] = os.environ, end_time: EndTime = job_end
+    ) -> None:
+        self.why = ""
+        """Which limit was reached."""
+        minutes = train.exit_after_minutes
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+        self._file = None if train.exit_file is None else Path(train.exit_file)
+        self._end = (lambda: end_time(env)) if launch.rank == 0 else (lambda: None)
+        end = self._end()
+        left = math.inf if end is None else max(0.0, end - time.time())
+        self._margin = min(60 * train.exit_before_end_minutes, left / 2)  # a short allocation is not all margin
+        self._before_end = time.monotonic() + left - self._margin
+
+    def reached(self) -> bool:
+        """Whether it is time."""
+        if time.monotonic() >= self._before_end:
+            end = self._end()
+            self._before_end = math.inf if end is None else time.monotonic() + end - time.time() - self._margin
+        if time.monotonic() >= self._deadline:
+            self.why = "train.exit_after_minutes"
+        elif time.monotonic() >= self._before_end:
+            self.why = "the end of the job's time"
+        elif self._file is not None and self._file.exists():
+            self.why = "train.exit_file"
+        return bool(self.why)

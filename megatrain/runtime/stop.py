@@ -1,0 +1,163 @@
+"""The request to stop: a signal that lets the step end, has a checkpoint saved, and ends the run so that it can go on later.
+
+Any of SIGNALS is such a request: schedulers send SIGTERM, or what they are told to (SLURM: --signal=USR2@120), a person presses Ctrl-C.
+A thread hears them, since the main thread may be in a call that lasts (waiting for ranks that do not come, copying a checkpoint):
+
+    starting   nothing is trained yet, so nothing is to be saved: the process ends at once, with 75
+    training   the request is remembered; `train_step` tells all ranks, the run saves and ends with 75
+    ending     it changes nothing
+
+Ctrl-C once more ends the process at once. torchrun sees a worker that ends with 75 as one that failed, and would start it again: so a
+file, the marker, says that this job is stopping (`write_marker`), and a worker that is started again ends at once (`is_stopping`).
+Imports only the standard library: it listens before torch is imported, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatrain.runtime.launch import Launch
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+INSIST_SECONDS = 3.0
+"""Ctrl-C reaches a process from the terminal and from its launcher: only one that comes this much later is another."""
+PREEMPTED = "preempted"
+"""File in log.dir that says: stopped early; start me again."""
+INTERRUPTED = 130
+
+
+class StopRequest:
+    """Whether this process was told to stop. A context manager that listens, and may be entered again inside.
+
+    marker: where to say so when a signal comes at the start; None where no launcher asks.
+    """
+
+    def __init__(self, marker: Path | None = None, launch: Launch | None = None) -> None:
+        self.signal: signal.Signals | None = None
+        """The first that came."""
+        self._marker, self._launch = marker, launch
+        self._starting = marker is not None
+        self._came = 0.0
+        self._depth = 0
+        self._lock = threading.Lock()
+        self._pipe: tuple[int, int] = (-1, -1)
+        self._before: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def started(self) -> None:
+        """From here on a request waits for the end of a step."""
+        with self._lock:
+            self._starting = False
+
+    def __enter__(self) -> StopRequest:
+        self._depth += 1
+        if self._depth > 1 or threading.current_thread() is not threading.main_thread():
+            return self
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
+        threading.Thread(target=self._listen, args=(self._pipe[0],), name="megatrain-stop", daemon=True).start()
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a script's background job: ignored by intent
+                self._before[number] = signal.signal(number, _leave_to_the_thread)
+        self._before[0] = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._depth -= 1
+        if self._depth or not self._before:
+            return
+        signal.set_wakeup_fd(self._before.pop(0))
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+        os.close(self._pipe[1])  # ends the thread
+
+    def _listen(self, pipe: int) -> None:
+        """Take signals from the pipe that C's handler writes their numbers to, whatever the main thread does."""
+        while numbers := os.read(pipe, 64):
+            for number in numbers:
+                self._hear(number)
+        os.close(pipe)
+
+    def _hear(self, number: int) -> None:
+        if number not in SIGNALS:
+            return
+        now = time.monotonic()
+        if self.signal is not None:
+            if number == signal.SIGINT and now - self._came > INSIST_SECONDS:
+                _say("interrupted; the last checkpoint holds")
+                os._exit(INTERRUPTED)
+            return
+        with self._lock:
+            self.signal, self._came = signal.Signals(number), now
+            if self._starting:
+                self._end_at_start()
+        if sys.stderr is not None and sys.stderr.isatty():  # a log needs no such line from every rank
+            _say(f"{self.signal.name}: ending after this step, with a checkpoint saved; Ctrl-C again ends at once")
+
+    def _end_at_start(self) -> None:
+        if self._marker is not None and self._launch is not None and self.signal is not None:
+            try:
+                write_marker(self._marker, self._launch, self.signal.name, None)
+            except OSError as error:
+                _say(f"{self._marker} could not be written: {error}")
+            _say(f"{self.signal.name} came before the first step: nothing is to be saved; the same command goes on")
+        os._exit(os.EX_TEMPFAIL)
+
+
+def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """A handler in Python there must be, so that C's handler writes to the pipe."""
+
+
+def _say(text: str) -> None:
+    """Past Python's buffers, whose locks another thread may hold."""
+    os.write(2, f"megatrain: {text}\n".encode(errors="replace"))
+
+
+def hold_signals() -> None:
+    """Keep the signals waiting until a StopRequest listens, also across `exec`: none is lost, none kills in between."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> None:
+    """Say that this job stops early. why: the signal, or what else; step: the last one trained, None if none was.
+
+    Every node has its own log.dir where it is not shared: one rank of each writes. Raises OSError.
+    """
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    part = marker.with_name(f".{marker.name}.{launch.rank}.{os.getpid()}")
+    part.write_text(json.dumps({"why": why, "step": step, "time": time.time(), "job": launch.job}) + "\n")
+    part.replace(marker)
+
+
+def is_stopping(marker: Path, launch: Launch) -> bool:
+    """Whether this process was started again by torchrun in a job that is stopping."""
+    if launch.launcher != "torchrun" or launch.restart_count == 0:
+        return False  # SLURM, which also counts its restarts, means it
+    try:
+        return bool(json.loads(marker.read_text())["job"] == launch.job)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def end_with_launcher(launch: Launch) -> None:
+    """Linux: have SIGTERM sent to this process when torchrun dies that started it: a killed launcher leaves no orphans."""
+    if not sys.platform.startswith("linux") or launch.launcher != "torchrun":
+        return
+    parent = launch.launcher_process or os.getppid()
+    set_parent_death_signal = 1
+    ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)
