@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -26,6 +26,7 @@ from megatrain.parallel.consensus import broadcast_text, lowest
 from megatrain.parallel.transport import Group, TransportError, World
 from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
+from megatrain.runtime.interface import Interface, use
 from megatrain.runtime.launch import Launch, LaunchError
 
 BACKEND_MARGIN_SECONDS = 15.0
@@ -60,16 +61,13 @@ class Session:
     """All ranks, for start-up and for ends; None in a world of 1."""
     threads: str
     """How many CPU threads this rank computes with and why, for the start-up line."""
+    interface: Interface | None = None
+    """The network interface that was chosen, where there was a choice."""
 
     @property
     def rank(self) -> int:
         """This rank."""
         return self.world.rank
-
-    @property
-    def store_prefix(self) -> str:
-        """What keeps this attempt of the job apart from earlier ones in the store where the ranks met."""
-        return f"megatrain-{self.launch.restart_count}"
 
     def describe(self) -> str:
         """The start-up line: world, launcher, device, backend, threads."""
@@ -81,7 +79,8 @@ class Session:
         )
         over = "" if self.backend == "none" else f" over {self.backend}"
         staged = " through pinned host memory" if self.backend == "gloo" and self.device.type == "cuda" else ""
-        return f"{ranks} on {self.device.type}{over}{staged}, {self.threads}"
+        through = "" if self.interface is None else f" through {self.interface}"
+        return f"{ranks} on {self.device.type}{over}{through}{staged}, {self.threads}"
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
@@ -137,11 +136,13 @@ def _first_difference(first: str, other: str, rank: int) -> str:
     return f"only in the ends of lines, between rank 0 and rank {rank}."
 
 
-def connect(launch: Launch, parallel: ParallelConfig, timeout_seconds: float, env: Mapping[str, str] = os.environ) -> Session:
+def connect(
+    launch: Launch, parallel: ParallelConfig, timeout_seconds: float, env: MutableMapping[str, str] = os.environ
+) -> Session:
     """Join the world. timeout_seconds: train.hang_timeout_seconds, also how long to wait here for ranks that do not come.
 
-    Interfaces are the user's choice (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME). Raises LaunchError where device or backend cannot
-    be had, TransportError where the world cannot be joined.
+    Tells the backends in the environment which network interface to use (`interface.py`). Raises LaunchError where device, backend or
+    interface cannot be had, TransportError where the world cannot be joined.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device, backend = choose_device(parallel, launch, gpus)
@@ -149,6 +150,7 @@ def connect(launch: Launch, parallel: ParallelConfig, timeout_seconds: float, en
     recorder = Recorder()
     if launch.world_size == 1:
         return Session(launch, LoneWorld(), device, "none", recorder, None, threads)
+    interface = use(launch, env)
     if launch.master_addr is None or launch.master_port is None:
         raise LaunchError(f"a world of {launch.world_size} ranks needs MASTER_ADDR and MASTER_PORT to say where they meet.")
     inner = TorchWorld.connect(
@@ -160,11 +162,11 @@ def connect(launch: Launch, parallel: ParallelConfig, timeout_seconds: float, en
         timeout_seconds=timeout_seconds + BACKEND_MARGIN_SECONDS,
         join_seconds=timeout_seconds,
         hosts_store=False if launch.launcher_serves else None,
-        prefix=f"megatrain-{launch.restart_count}",
+        prefix=launch.store_prefix,
     )
     world = RecordedWorld(inner, recorder)
     everyone = world.group("world", range(launch.world_size))
-    return Session(launch, world, device, backend, recorder, everyone, threads)
+    return Session(launch, world, device, backend, recorder, everyone, threads, interface)
 
 
 def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[torch.device, Literal["gloo", "nccl"]]:

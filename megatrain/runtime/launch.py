@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
+from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port_of_job
 
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
 
@@ -57,6 +57,15 @@ class Launch:
             return cls(host=socket.gethostname())
         launch.check()
         return launch
+
+    @property
+    def store_prefix(self) -> str:
+        """What keeps this attempt of the job apart from earlier ones in the store where the ranks meet.
+
+        A store that rank 0 serves is new in each attempt. A launcher's may be as old as the launcher, whose restarts do not count
+        nodes that come or go: those change the size.
+        """
+        return f"megatrain-{self.restart_count}-{self.world_size}" if self.launcher_serves else "megatrain"
 
     def check(self) -> None:
         """Raise LaunchError where the numbers contradict each other, or a job of several nodes would meet at localhost."""
@@ -137,7 +146,7 @@ def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
         node=_number(env, "SLURM_NODEID", 0),
         host=socket.gethostname(),
         restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
-        master_addr=env.get("MASTER_ADDR") or (nodes[0] if nodes else None),
+        master_addr=env.get("MASTER_ADDR") or (address_of(nodes[0]) if nodes and size > 1 else None),
         master_port=_number(env, "MASTER_PORT", port_of_job(_number(env, "SLURM_JOB_ID", 0))),
         launcher="srun",
         job=env.get("SLURM_JOB_ID", ""),

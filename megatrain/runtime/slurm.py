@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Mapping
@@ -37,6 +38,16 @@ def expand_tasks(tasks: str) -> list[int]:
 def port_of_job(job_id: int) -> int:
     """A port that jobs with neighbouring numbers do not share, from 20000 to 32767: below those that Linux hands out itself."""
     return 20000 + job_id % 12768
+
+
+def address_of(node: str) -> str:
+    """A name or address at which a node can be reached: its own name, if that can be resolved, else what SLURM's configuration says."""
+    try:
+        socket.getaddrinfo(node, None)
+        return node
+    except OSError:
+        said = re.search(r"\bNodeAddr=(\S+)", _ask_controller("show", "node", "--oneliner", node))
+        return node if said is None else said[1]
 
 
 def job_end(env: Mapping[str, str]) -> float | None:

@@ -70,6 +70,15 @@ def test_a_job_step_that_is_smaller_than_the_job_counts():
     assert (launch.world_size, launch.master_addr) == (4, "b1")
 
 
+def test_what_tells_attempts_apart_in_the_store():
+    """A launcher that comes back counts its restarts from 0, one that stayed goes on: only a store that is as old must know."""
+    served = Launch.from_environment(TORCHRUN)
+    assert served.store_prefix == "megatrain-2-8"
+    fresh = {**TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    prefixes = {Launch.from_environment({**fresh, "TORCHELASTIC_RESTART_COUNT": n}).store_prefix for n in "01"}
+    assert prefixes == {"megatrain"} == {Launch.from_environment(SRUN).store_prefix}
+
+
 def without(env, *keys):
     return {key: value for key, value in env.items() if key not in keys}
 

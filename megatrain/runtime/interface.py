@@ -1,0 +1,136 @@
+"""Which network interface the ranks of several machines talk through.
+
+The one that the user named in MEGATRAIN_INTERFACE: by its name (eth0), an address (10.0.0.5) or a network (10.0.0.0/16), which is the same
+text on machines that number their cards differently; several, joined by commas, are tried in order. Else the one that leads to MASTER_ADDR.
+Never one that a host name happens to stand for: on many systems that is a loopback address, which no other machine can reach.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from megatrain.runtime.launch import Launch, LaunchError
+
+VARIABLE = "MEGATRAIN_INTERFACE"
+BACKENDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+ANYWHERE = "192.0.2.1"
+"""An address that belongs to nobody (RFC 5737): the way to it is the default route."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One address of this machine."""
+
+    name: str
+    address: str
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return ipaddress.ip_address(self.address).is_loopback
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.address})"
+
+
+def interfaces() -> list[Interface]:
+    """All addresses of the interfaces that are up, IPv4 before IPv6; link-local ones are left out."""
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found = []
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for name, addresses in psutil.net_if_addrs().items():
+            texts = [one.address.partition("%")[0] for one in addresses if one.family == family and name in up]
+            found += [Interface(name, text) for text in texts if not ipaddress.ip_address(text).is_link_local]
+    return found
+
+
+def choose(asked: str | None, master: str | None, present: Sequence[Interface]) -> Interface:
+    """The interface of this machine for a job whose ranks meet at `master`. Raises LaunchError."""
+    if asked:
+        for wish in asked.split(","):
+            if (found := _named(wish.strip(), present)) is not None:
+                return found
+        raise LaunchError(
+            f"{VARIABLE}={asked} is no interface, address or network of {socket.gethostname()}; it has {_list(present)}. "
+            "Set it to a name, an address, or a network such as 10.0.0.0/16 that holds one of them."
+        )
+    for target in (master, ANYWHERE):
+        address = None if target is None else _way_to(target)
+        for one in present:
+            if one.address == address and not one.is_loopback:
+                return one
+    others = [one for one in present if not one.is_loopback]
+    if len({one.name for one in others}) == 1:
+        return others[0]
+    raise LaunchError(
+        f"{socket.gethostname()} has {_list(present)}: which of them reaches the other machines cannot be told from "
+        f"MASTER_ADDR={master}. Set {VARIABLE} to its name or address."
+    )
+
+
+def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
+    """Choose for the ranks of several machines, or where the user asks, and tell the backends; None where nothing was chosen.
+
+    What the user has said to a backend stays. Raises LaunchError.
+    """
+    present = interfaces()
+    check_names(env, [one.name for one in present])
+    asked = env.get(VARIABLE)
+    if not asked and launch.world_size == launch.local_world_size:
+        return None
+    if not asked and env.get("GLOO_SOCKET_IFNAME"):
+        return None
+    chosen = choose(asked, launch.master_addr, present)
+    env.setdefault("GLOO_SOCKET_IFNAME", chosen.name)
+    if asked:  # else NCCL chooses by itself, among InfiniBand and others that are no interfaces
+        env.setdefault("NCCL_SOCKET_IFNAME", f"={chosen.name}")
+    return chosen
+
+
+def check_names(env: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise LaunchError where a variable of a backend names no interface of this machine."""
+    for variable in BACKENDS:
+        asked = env.get(variable, "")
+        if asked and not any(_stands_for(part, names) for part in asked.split(",")):
+            raise LaunchError(
+                f"{variable}={asked} is no interface of {socket.gethostname()}; it has {', '.join(sorted(set(names)))}. "
+                f"Set {variable} to one of them, or {VARIABLE} to an address or a network."
+            )
+
+
+def _stands_for(asked: str, names: Sequence[str]) -> bool:
+    """Whether a part of a backend's variable names an interface: NCCL takes prefixes, = for exact names, ^ for what to avoid."""
+    if asked.startswith("^"):
+        return True
+    return any(name == asked.removeprefix("=") or (not asked.startswith("=") and name.startswith(asked)) for name in names)
+
+
+def _named(wish: str, present: Sequence[Interface]) -> Interface | None:
+    by_name = next((one for one in present if one.name == wish), None)
+    if by_name is not None:
+        return by_name
+    try:
+        network = ipaddress.ip_network(wish, strict=False)
+    except ValueError:
+        return None
+    return next((one for one in present if ipaddress.ip_address(one.address) in network), None)
+
+
+def _way_to(host: str) -> str | None:
+    """The address of this machine that packets to `host` would come from; sends none."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def _list(present: Sequence[Interface]) -> str:
+    return ", ".join(str(one) for one in present) or "none"
