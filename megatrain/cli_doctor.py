@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
+
+from megatrain.arguments import positive
 
 
 def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -18,12 +21,26 @@ def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> 
     parser = add_verb(verbs, "doctor", _doctor, what, example)
     parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the job; its checkpoint.dir is looked at")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+    parser.add_argument(
+        "--port", type=_port, metavar="N", help="must be free on rank 0's node (default: where the ranks will meet)"
+    )
+    parser.add_argument("--wait", type=positive, default=60, metavar="SECONDS", help="for ranks that do not come (default 60)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    # Before torch is imported: what its store tries and tells with stacks of C++ would bury the one line that says what is wrong.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatrain.doctor import main as doctor
 
     if arguments.config is not None and "=" in arguments.config:
         raise ValueError(f"{arguments.config}: an override needs a CONFIG.yaml before it")
-    return doctor(arguments.config, arguments.overrides, arguments.json)
+    return doctor(arguments.config, arguments.overrides, arguments.json, arguments.port, arguments.wait)
+
+
+def _port(text: str) -> int:
+    """A number from 1 to 65535."""
+    number = positive(text)
+    if number >= 1 << 16:
+        raise argparse.ArgumentTypeError(f"{number} is no port: they end at 65535")
+    return number

@@ -1,112 +1,42 @@
-"""Every fault that is planted in the reports is named with its rank or node; what a machine says of itself is so."""
+"""What a machine says of itself is so; what ranks measure among each other is what was planted there."""
 
 import os
 import socket
-from dataclasses import replace
+import time
 
 import pytest
 import torch
 
-from megatrain.runtime.doctor import Report, as_json, judge, judge_alone, look, measure, write_speed
+from megatrain.runtime import doctor
+from megatrain.runtime.doctor import Report, look, measure, neighbours, write_speed
+from megatrain.runtime.doctor_rules import judge, judge_apart
+from megatrain.testing import simulate
 
 CPU = torch.device("cpu")
-GOOD = Report(
-    0,
-    "node0",
-    versions={"python": "3.11", "torch": "2.13.0"},
-    devices=["H100"],
-    interfaces=["lo", "eth0"],
-    free_bytes=10**12,
-    write_mb_per_second=500.0,
-    clock_seconds=1000.0,
-    tflops=600.0,
-    all_reduce_mb_per_second=9000.0,
-)
 
 
-def world(**planted):
-    """Eight ranks on four nodes, of which rank 5 has something else."""
-    reports = [replace(GOOD, rank=n, node=f"node{n // 2}") for n in range(8)]
-    reports[5] = replace(reports[5], **planted)
-    return reports
-
-
-def found(reports, size=10**9, kept=3):
-    return [(finding.level, finding.message) for finding in judge(reports, size, kept)]
-
-
-def test_nothing_is_found_where_nothing_is_wrong():
-    assert found(world()) == []
-    assert as_json(world(), [])["ok"] and len(as_json(world(), [])["ranks"]) == 8
-
-
-@pytest.mark.parametrize(
-    ("planted", "level", "said"),
-    [
-        (
-            {"versions": {"python": "3.11", "torch": "2.11.0"}},
-            "fail",
-            "torch is not the same everywhere: rank 5 on node2 has 2.11.0",
-        ),
-        ({"devices": ["H200"]}, "warn", "rank 5 on node2 has H200, the others H100"),
-        (
-            {"directory_problem": "No space left on device"},
-            "fail",
-            "rank 5 on node2 cannot write checkpoint.dir: No space left on device",
-        ),
-        (
-            {"sees_token": False},
-            "fail",
-            "not the same directory everywhere: node2 does not see what rank 0",
-        ),
-        ({"clock_seconds": 1030.0}, "warn", "the clock of rank 5 on node2 is +30.0 s from the others'"),
-        ({"tflops": 300.0}, "warn", "rank 5 on node2 is slow: matrix products 300 TFLOP/s, the median is 600"),
-        ({"write_mb_per_second": 20.0}, "warn", "rank 5 on node2 is slow: the disk of checkpoint.dir 20 MB/s"),
-        (
-            {"asked_interfaces": {"GLOO_SOCKET_IFNAME": "ib0"}},
-            "fail",
-            "rank 5 on node2: GLOO_SOCKET_IFNAME=ib0 is no interface",
-        ),
-    ],
-)
-def test_a_planted_fault_is_named(planted, level, said):
-    (finding,) = found(world(**planted))
-    assert finding[0] == level and said in finding[1]
-
-
-@pytest.mark.parametrize("value", ["eth0", "eth", "=eth0", "^docker", "ib0,eth0"])
-def test_interfaces_that_are_there(value):
-    assert judge_alone(replace(GOOD, asked_interfaces={"NCCL_SOCKET_IFNAME": value})) == []
-
-
-def test_space_for_checkpoints():
-    assert found(world(), size=10**12 // 5, kept=3) == []
-    ((level, said),) = found(world(), size=10**12 // 4 + 1, kept=3)
-    assert level == "warn" and "Set checkpoint.keep=2" in said
-    ((level, said),) = found(world(), size=6 * 10**11)
-    assert level == "fail" and "has 1000.0 GB free, and two checkpoints take 1200.0 GB" in said
-    assert found(world(), size=0) == [] and found(world(), size=10**11, kept=0) == []
-
-
-def test_failures_come_first():
-    reports = world(tflops=1.0, sees_token=False)
-    assert [level for level, _ in found(reports)] == ["fail", "warn"]
+def looked(directory, rank=0, env=None, node=None) -> Report:
+    report = Report(rank, node or socket.gethostname())
+    look(report, CPU, directory, env or {})
+    return report
 
 
 def test_what_this_machine_is(tmp_path):
-    report = look(0, CPU, tmp_path / "new", {"GLOO_SOCKET_IFNAME": "nope0"})
-    assert report.node == socket.gethostname() and report.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert "lo" in report.interfaces and report.free_bytes > 0 and report.write_mb_per_second > 0 and "gloo" in report.backends
+    report = looked(tmp_path / "new", env={"GLOO_SOCKET_IFNAME": "nope0"})
+    assert report.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert report.free_bytes > 0 and report.write_mb_per_second > 0 and "gloo" in report.backends
+    assert "127.0.0.1" in report.interfaces["lo"] and report.problems == []
+    assert set(report.interfaces) == {name for _, name in socket.if_nameindex()}
     assert not list((tmp_path / "new").iterdir())
-    (finding,) = judge_alone(report)
-    assert "GLOO_SOCKET_IFNAME=nope0 is no interface here" in finding.message
+    (finding,) = judge_apart([report])
+    assert "GLOO_SOCKET_IFNAME=nope0 names no interface" in finding.message
     measure(report, None, CPU, tmp_path)
     assert report.tflops > 0 and report.sees_token and not list(tmp_path.glob(".doctor*"))
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    report = look(0, CPU, tmp_path / "file" / "below", {})
+    report = looked(tmp_path / "file" / "below")
     assert report.directory_problem
     measure(report, None, CPU, tmp_path / "file" / "below")
     assert "cannot write checkpoint.dir" in judge([report], 0, 3)[0].message
@@ -120,3 +50,72 @@ def test_the_test_file_is_removed_where_the_disk_is_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_speed(tmp_path, 0)
     assert not list(tmp_path.iterdir())
+
+
+# --- among others -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [[1], [4], [1, 1], [2, 2], [1, 1, 1], [2] * 4, [2] * 5, [3, 1, 2], [8] * 16])
+def test_neighbours_are_pairs_and_the_rounds_a_ring(sizes):
+    nodes = [f"node{n}" for n, size in enumerate(sizes) for _ in range(size)]
+    rounds = [neighbours(nodes, rank) for rank in range(len(nodes))]
+    assert len({len(row) for row in rounds}) == 1 and len(rounds[0]) <= 3
+    links = set()
+    for rank, row in enumerate(rounds):
+        for turn, peer in enumerate(row):
+            assert peer is None or (rounds[peer][turn] == rank and nodes[peer] != nodes[rank])
+            links |= {frozenset((nodes[rank], nodes[peer]))} if peer is not None else set()
+        assert sum(peer is not None for peer in row) <= 2
+    ring = {frozenset((f"node{n}", f"node{(n + 1) % len(sizes)}")) for n in range(len(sizes))}
+    assert links == {link for link in ring if len(link) == 2}
+
+
+def measured(directories, nodes, monkeypatch, delay=lambda rank, to: 0.0) -> list[Report]:
+    """Reports of simulated ranks, whose messages take longer by `delay(rank, to)` seconds; products cost no time."""
+    monkeypatch.setattr(doctor, "_matmul_speed", lambda device: 1.0)
+    monkeypatch.setattr(doctor, "DISK_TEST_BYTES", 1 << 20)
+    monkeypatch.setattr(doctor, "MESSAGE_NUMBERS", 1 << 10)
+
+    def rank(ctx):
+        group = ctx.world.group
+        send = group.send
+
+        def slow_send(tensor, to, **how):
+            time.sleep(delay(group.rank, to))
+            return send(tensor, to, **how)
+
+        group.send = slow_send
+        report = looked(directories[group.rank], group.rank, node=nodes[group.rank])
+        measure(report, group, CPU, directories[group.rank])
+        return report
+
+    return simulate(len(nodes), rank, in_turns=False)
+
+
+def test_directories_that_are_not_the_same(tmp_path, monkeypatch):
+    paths = [tmp_path / "shared", tmp_path / "shared", tmp_path / "own"]
+    paths[2].mkdir()
+    reports = measured(paths, ["a", "a", "b"], monkeypatch)
+    assert [report.sees_token for report in reports] == [True, True, False]
+    assert all(list(path.iterdir()) == [] for path in paths)
+
+
+def test_others_are_not_blamed_where_rank_0_cannot_write(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    reports = measured([tmp_path / "file" / "below", tmp_path], ["a", "b"], monkeypatch)
+    assert [bool(report.directory_problem) for report in reports] == [True, False] and reports[1].sees_token
+
+
+def test_a_node_with_a_slow_link_is_named(tmp_path, monkeypatch):
+    """Two ranks a node on four nodes; all messages of node 2 take 50 ms more, there and back."""
+    nodes = [f"node{n // 2}" for n in range(8)]
+    reports = measured([tmp_path] * 8, nodes, monkeypatch, lambda rank, to: 0.05 * ("node2" in (nodes[rank], nodes[to])))
+    (found,) = [finding for finding in judge(reports, 0, 3) if "link" in finding.message]
+    assert found.message.startswith("node2 (all 2 ranks): slow: links to other nodes") and found.ranks == (4, 5)
+
+
+def test_a_slow_link_between_two_good_nodes_is_named(tmp_path, monkeypatch):
+    nodes = [f"node{n}" for n in range(4)]
+    reports = measured([tmp_path] * 4, nodes, monkeypatch, lambda rank, to: 0.05 * ({rank, to} == {1, 2}))
+    (found,) = [finding for finding in judge(reports, 0, 3) if "link" in finding.message]
+    assert found.message.startswith("the link between node1 and node2 is slow") and found.nodes == ("node1", "node2")

@@ -1,0 +1,106 @@
+"""Ranks tell rank 0, rank 0 tells all; those that do not come are left out; a store of somebody else is none."""
+
+import socket
+from datetime import timedelta
+from threading import Thread
+
+import pytest
+from torch.distributed import TCPStore
+
+from megatrain.parallel import transport_meeting
+from megatrain.parallel.transport import TransportError
+from megatrain.parallel.transport_meeting import Meeting
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def meet(rank, size, port, seconds=10.0, launcher_serves=False):
+    return Meeting(rank, size, ("127.0.0.1", port), seconds, launcher_serves=launcher_serves, prefix="test")
+
+
+def together(ranks, body):
+    """What `body(rank)` gives on each of these ranks, which are threads; an exception counts as what it gives."""
+    results = {}
+
+    def run(rank):
+        try:
+            results[rank] = body(rank)
+        except Exception as error:
+            results[rank] = error
+
+    threads = [Thread(target=run, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_alone_there_is_no_store():
+    meeting = meet(0, 1, 0)
+    assert meeting.collect("mine", 1.0) == {0: "mine"} and meeting.decide("word", 1.0) == "word"
+    meeting.close()
+
+
+@pytest.mark.parametrize("launcher_serves", [False, True])
+def test_two_rounds(launcher_serves):
+    port = free_port()
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if launcher_serves else None
+
+    def body(rank):
+        meeting = meet(rank, 3, port, launcher_serves=launcher_serves)
+        try:
+            return [
+                (meeting.collect(f"{turn} of {rank}", 10.0), meeting.decide(f"{rank} says {turn}", 10.0)) for turn in range(2)
+            ]
+        finally:
+            meeting.close()
+
+    results = together(range(3), body)
+    assert results[0] == [({rank: f"{turn} of {rank}" for rank in range(3)}, f"0 says {turn}") for turn in range(2)]
+    assert results[1] == results[2] == [({}, "0 says 0"), ({}, "0 says 1")]
+    del agent
+
+
+def test_those_that_do_not_come_are_left_out():
+    port = free_port()
+
+    def body(rank):
+        meeting = meet(rank, 4, port)
+        try:
+            return meeting.collect(f"of {rank}", 1.0), meeting.decide("stop", 10.0)
+        finally:
+            meeting.close()
+
+    assert together([0, 2], body) == {0: ({0: "of 0", 2: "of 2"}, "stop"), 2: ({}, "stop")}
+
+
+def test_rank_0_does_not_come():
+    port = free_port()
+    with pytest.raises(TransportError, match=f"rank 1 cannot reach the store at 127.0.0.1:{port} within 0.5 s"):
+        meet(1, 2, port, 0.5)
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    meeting = meet(1, 2, port, launcher_serves=True)
+    meeting.collect("here", 0.1)
+    with pytest.raises(TransportError, match="rank 1 heard nothing from rank 0"):
+        meeting.decide("", 0.5)
+    meeting.close()
+    del agent
+
+
+def test_the_store_of_another_job(monkeypatch):
+    """Rank 0 cannot serve, and no other rank takes the store that is there for its own."""
+    monkeypatch.setattr(transport_meeting, "ANSWER_SECONDS", 0.5)
+    port = free_port()
+    other = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    with pytest.raises(TransportError, match=f"rank 0 cannot serve port {port}"):
+        meet(0, 2, port)
+    with pytest.raises(
+        TransportError, match=f"rank 1 found a store at 127.0.0.1:{port} that is not served by rank 0 of this job"
+    ):
+        meet(1, 2, port)
+    del other
