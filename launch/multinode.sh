@@ -2,34 +2,46 @@
 # Trains on several machines: run this on each of them, with the same variables.
 #
 #   NNODES=2 MASTER_ADDR=node1 bash launch/multinode.sh CONFIG.yaml [section.key=value ...]
+#   NNODES=2 MASTER_ADDR=node1 bash launch/multinode.sh doctor|bench|eval|generate ...      another verb of megatrain
 #
-#   NNODES          machines
-#   MASTER_ADDR     name or address of one of them, as the others reach it: where all meet
-#   MASTER_PORT     a free port there (29400)
-#   NPROC_PER_NODE  processes on each machine (its GPUs, or 1)
-#   RUN_ID          the same on all machines, different for each job that meets at that port (megatrain)
-#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   the network interface to use, such as eth0, where there are several
+#   NNODES               machines, or MIN:MAX: a run that has lost one goes on with those that are left, if they are MIN or more
+#   MASTER_ADDR          name or address of one of them, as the others reach it: where all meet
+#   MASTER_PORT          a free port there (29400)
+#   NPROC_PER_NODE       processes on each machine (its GPUs, or 1)
+#   MEGATRAIN_INTERFACE  the network interface to use: a name, an address, or a network such as 10.0.0.0/16, which is the same on all
+#                        machines (the one that leads to MASTER_ADDR)
+#   RUN_ID               the same on all machines, different for each job that meets at that port (megatrain)
+#   MAX_RESTARTS         how often a run that fails is started again, from its newest checkpoint (0)
+#   JOIN_TIMEOUT         seconds to wait for the other machines (600)
+#   PYTHON               the interpreter
 #
-# SIGTERM to each saves and ends. Exit code: 0 done, 75 stopped early with a checkpoint saved (where log.dir is on a shared disk, or
-# rank 0 ran here), 2 wrong use, else a failure. PYTHON chooses the interpreter.
+# SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP to any one saves and ends all. Exit code: 0 done, 75 stopped early: start it again,
+# 2 wrong use, else a failure.
 set -euo pipefail
-. "$(dirname -- "${BASH_SOURCE[0]}")/torchrun.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/prepare.sh"
 
 case "${1:-}" in -h | --help) show_help && exit 0 ;; esac
 [ $# -ge 1 ] || wrong_use "usage: NNODES=2 MASTER_ADDR=node1 bash launch/multinode.sh CONFIG.yaml [section.key=value ...]"
 nodes="${NNODES:-}"
-case "$nodes" in "" | *[!0-9]* | 0) wrong_use "NNODES=$nodes is not a number of machines. Set NNODES=2, or use launch/local.sh for one." ;; esac
-[ -n "${MASTER_ADDR:-}" ] || wrong_use "MASTER_ADDR is not set. Set it to the name or address of one of the $nodes machines."
+case "$nodes" in
+    "" | *[!0-9:]* | *:*:* | :* | *: | 0 | 0:*)
+        wrong_use "NNODES=$nodes is not a number of machines. Set NNODES=2, or NNODES=1:2, or use launch/local.sh for one."
+        ;;
+esac
+[ "${nodes%%:*}" -le "${nodes##*:}" ] || wrong_use "NNODES=$nodes: the smaller number comes first. Set NNODES=${nodes##*:}:${nodes%%:*}."
+[ -n "${MASTER_ADDR:-}" ] || wrong_use "MASTER_ADDR is not set. Set it to the name or address of one of the ${nodes##*:} machines."
 case "$MASTER_ADDR" in
-    localhost | ip6-localhost | ::1 | 127.*)
-        [ "$nodes" -eq 1 ] || wrong_use "MASTER_ADDR=$MASTER_ADDR, but $nodes machines cannot meet at localhost. \
+    localhost | localhost.* | ip6-localhost | ::1 | 127.*)
+        [ "$nodes" = 1 ] || wrong_use "MASTER_ADDR=$MASTER_ADDR, but ${nodes##*:} machines cannot meet at localhost. \
 Set it to the name or address of one of them."
         ;;
 esac
+take_verb "$@"
 
 python="$(find_python)"
-dir="$(log_dir "$@")" || exit
+dir="$(run_dir ${words[@]+"${words[@]}"})" || exit
 ranks="${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 share_cores "$ranks"
-run_torchrun "$dir" --nnodes "$nodes" --nproc-per-node "$ranks" --rdzv-backend c10d \
-    --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${RUN_ID:-megatrain}" -m megatrain train "$@"
+exec "$python" "$root/launch/agent.py" "$dir" --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
+    --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${RUN_ID:-megatrain}" \
+    -m megatrain "$verb" ${words[@]+"${words[@]}"}

@@ -17,6 +17,8 @@ class Job(Run):
     session: Session
     config_text: str
     """The resolved config with the origin of each value."""
+    config_file: Path | None = None
+    """Where the config was read from, if it was a file."""
     claim: Claim = field(default_factory=lambda: Claim(None))
     """Of the directory of its checkpoints."""
     resumed_from: Path | None = None

@@ -7,6 +7,7 @@ train    step, log, evaluate, save, until done or told to stop
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,6 +35,7 @@ from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.resume import resume
+from megatrain.runtime import provenance
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
@@ -52,11 +54,14 @@ def build(
 
     Raises ConfigError, LaunchError, TransportError, TokenStoreError or CheckpointError, on every rank at once.
     """
+    config_file = Path(config) if isinstance(config, (str, Path)) else None
     loaded = load(config, overrides, shapes_of) if isinstance(config, (str, Path)) else Loaded(from_dict(config, shapes_of), {})
     config, text = loaded.config, dump(loaded.config, loaded.origins)
     session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
     try:
-        return _build_in(session, config, text, objective)
+        job = _build_in(session, config, text, objective)
+        job.config_file = config_file
+        return job
     except BaseException:
         session.close()  # so that the next build of this process can join a world
         raise
@@ -211,6 +216,7 @@ def _open_log(job: Job) -> Any:
             stack.enter_context(log)
             if rank == 0:
                 Path(config.log.dir, "config.yaml").write_text(job.config_text, encoding="utf-8")
+                provenance.keep(Path(config.log.dir), job.config_file, os.environ, sys.orig_argv)
             if job.session.launch.local_rank == 0:  # each node has its own log.dir where it is not shared
                 Path(config.log.dir, PREEMPTED).unlink(missing_ok=True)
         yield log

@@ -23,6 +23,7 @@ def run(script, *arguments, **env):
         ("local.sh", ["2"], {}, 2, "usage: bash launch/local.sh N CONFIG.yaml"),
         ("local.sh", ["two", "c.yaml"], {}, 2, "N=two is not a number of processes"),
         ("local.sh", ["0", "c.yaml"], {}, 2, "N=0"),
+        ("local.sh", ["2", "c.txt"], {}, 2, "'c.txt' is no CONFIG.yaml"),
         ("local.sh", ["2", "nowhere.yaml"], {}, 1, "nowhere.yaml: no such file"),
         ("local.sh", ["2", str(LAUNCH / "configs/gpt_tiny.yaml"), "train.stepz=3"], {}, 1, "Did you mean train.steps?"),
         ("multinode.sh", [], {}, 2, "usage:"),
@@ -30,6 +31,11 @@ def run(script, *arguments, **env):
         ("multinode.sh", ["c.yaml"], {"NNODES": "2"}, 2, "MASTER_ADDR is not set"),
         ("multinode.sh", ["c.yaml"], {"NNODES": "2", "MASTER_ADDR": "localhost"}, 2, "cannot meet at localhost"),
         ("multinode.sh", ["c.yaml"], {"NNODES": "3", "MASTER_ADDR": "127.0.0.1"}, 2, "cannot meet at localhost"),
+        ("multinode.sh", ["c.yaml"], {"NNODES": "1:2", "MASTER_ADDR": "::1"}, 2, "but 2 machines cannot meet at localhost"),
+        ("multinode.sh", ["c.yaml"], {"NNODES": "3:2", "MASTER_ADDR": "n1"}, 2, "Set NNODES=2:3"),
+        ("multinode.sh", ["c.yaml"], {"NNODES": "2:", "MASTER_ADDR": "n1"}, 2, "NNODES=2: is not a number"),
+        ("srun.sbatch", ["c.yaml"], {}, 2, "usage: sbatch"),
+        ("srun.sbatch", ["c.yaml"], {"SLURM_JOB_ID": "1", "MEGATRAIN_ROOT": "/"}, 2, "set MEGATRAIN_ROOT"),
         ("slurm.sbatch", ["c.yaml"], {}, 2, "usage: sbatch"),
         ("slurm.sbatch", ["c.yaml"], {"SLURM_JOB_ID": "1", "MEGATRAIN_ROOT": "/"}, 2, "set MEGATRAIN_ROOT"),
     ],
@@ -46,14 +52,3 @@ def test_help_is_the_header(script):
     done = run(script, "--help")
     assert done.returncode == 0
     assert f"bash launch/{script}" in done.stdout and "SIGTERM" in done.stdout
-
-
-def test_a_job_that_stopped_early_is_told_from_one_that_failed(tmp_path):
-    code = (
-        '. "$0/torchrun.sh"; python=fake; '
-        'fake() { [ "$3" = fails ] || touch "$dir/preempted"; return 1; }; dir="$1"; (run_torchrun "$1" "$2")'
-    )
-    for outcome, expected in (("stops", 75), ("fails", 1)):
-        (tmp_path / "preempted").touch()  # of an earlier job: it must not count
-        done = subprocess.run(["bash", "-c", code, str(LAUNCH), str(tmp_path), outcome], check=False, timeout=60)
-        assert done.returncode == expected

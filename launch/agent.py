@@ -1,0 +1,252 @@
+"""torchrun as the launch scripts use it: what is told to stop stops, with exit code 75; nothing is left behind; errors are short.
+
+    python launch/agent.py RUN [torchrun's options] -m megatrain VERB ...
+
+RUN is the run's directory: ranks write logs/rank_00000.out and .err there, and a run that was told to stop leaves the file `preempted`.
+Plain torchrun differs in this: it dies of SIGUSR2 and leaves its workers alone; a second signal while they save ends the wait for
+them; a machine's own name may lead it to a loopback address; it returns 1 whatever its workers return, after 40 lines of traceback.
+
+Exit code: 0 done, 75 stopped early, start it again, 1 a failure.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ipaddress
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+EX_TEMPFAIL = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SHUTDOWN_SECONDS = 600
+"""Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
+PROBE_SECONDS = 5.0
+
+
+def _end_at_start(number: int, frame: FrameType | None) -> NoReturn:
+    os._exit(EX_TEMPFAIL)  # no worker was started: nothing is to be saved
+
+
+for _number in SIGNALS:
+    signal.signal(_number, _end_at_start)
+_chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that has gone at the end is no news: no stacks of C++
+
+from torch.distributed import DistError, TCPStore  # noqa: E402  # after the signals: it takes seconds
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException  # noqa: E402
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError  # noqa: E402
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
+from torch.distributed.run import config_from_args, parse_args  # noqa: E402
+
+from megatrain.parallel.transport import TransportError  # noqa: E402
+from megatrain.parallel.transport_store import within  # noqa: E402
+from megatrain.runtime import ports  # noqa: E402
+from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces  # noqa: E402
+from megatrain.runtime.launch import LaunchError  # noqa: E402
+from megatrain.runtime.slurm import address_of  # noqa: E402
+from megatrain.runtime.stop import PREEMPTED  # noqa: E402
+
+if _chosen is None:
+    del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
+logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+
+
+def main(run: Path, words: list[str]) -> int:
+    """Run torchrun; returns the exit code."""
+    marker, logs = run / PREEMPTED, RankLogs(run / "logs", sys.stdout.isatty())
+    before = read(marker)
+    os.environ["MEGATRAIN_LAUNCHER"] = str(os.getpid())  # so that a worker sees when this process has gone
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    try:
+        code = launch(logs, words)
+    except RendezvousTimeoutError:
+        code = complain(
+            f"error: of the nodes, too few came within {join_seconds()} s. Were all started? JOIN_TIMEOUT sets how long to wait."
+        )
+    except (LaunchError, RendezvousError, DistError, OSError) as error:
+        code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
+    except SignalException as stop:
+        code = 128 + stop.sigval if logs.started else EX_TEMPFAIL
+    now = read(marker)
+    return EX_TEMPFAIL if code and now and now != before else code
+
+
+def launch(logs: RankLogs, words: list[str]) -> int:
+    """Start the workers and wait for them."""
+    arguments = parse_args(words)
+    if arguments.standalone:  # a store of this machine at a free port, and a name that no other job has
+        arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", "localhost:0", os.urandom(8).hex()
+    config, command, rest = config_from_args(arguments)
+    config.logs_specs, config.signals_to_handle = logs, "SIGQUIT"  # the other signals are handled here
+    config.log_line_prefix_template, config.role = "${role_name}", ""  # lines as they are: programs read them too
+    if not arguments.standalone:
+        meet_at(config)
+    listen()
+    try:
+        elastic_launch(config, command)(*rest)
+    except ChildFailedError as failed:
+        for rank, failure in sorted(failed.failures.items()):
+            if failure.exitcode != EX_TEMPFAIL:
+                ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+                said = f"; what it said: {logs.folder}/rank_{rank:05d}.err" * (rank > 0 or not logs.terminal)
+                complain(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) ended with {ended}{said}")
+        return 1
+    return 0
+
+
+# --- where nodes meet -----------------------------------------------------------------------------------------------------
+
+
+def meet_at(config: LaunchConfig) -> None:
+    """Say to torchrun's rendezvous what it would otherwise guess from host names. Raises LaunchError."""
+    host, _, port = config.rdzv_endpoint.rpartition(":")
+    host, present = address_of(host), interfaces()
+    check_names(os.environ, [one.name for one in present])
+    config.local_addr = choose(os.environ.get(VARIABLE), host, present).address
+    config.rdzv_endpoint = f"{host}:{port}"
+    serves = serves_store(host, int(port), present)
+    if not serves:
+        wait_for(host, int(port))
+    config.rdzv_configs |= {"is_host": serves, "join_timeout": join_seconds()}
+    # A store of its own for each start of the workers: one that is shared keeps the address of a node that has gone.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+
+def join_seconds() -> int:
+    """How long nodes wait for each other."""
+    return int(os.environ.get("JOIN_TIMEOUT") or 600)
+
+
+def serves_store(host: str, port: int, present: Sequence[Interface]) -> bool:
+    """Whether this agent is to serve the store: it is at MASTER_ADDR, and no other agent of the job was there before."""
+    node = os.environ.get("SLURM_NODEID") if "SLURM_STEP_ID" in os.environ else None
+    mine = is_here(host, present) if node is None else node == "0"
+    problem = ports.trouble(port) if mine else ""
+    if problem and (node is not None or not is_store(host, port)):
+        raise LaunchError(f"port {port} of {host}, where the nodes would meet, {problem}")
+    return mine and not problem
+
+
+def is_here(host: str, present: Sequence[Interface]) -> bool:
+    """Whether a host is this machine."""
+    try:
+        addresses = {str(one[4][0]) for one in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise LaunchError(f"MASTER_ADDR={host} cannot be resolved on {socket.gethostname()}: {error}") from error
+    own = {one.address for one in present}
+    return any(address in own or ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def is_store(host: str, port: int) -> bool:
+    """Whether another agent of this job, on the same machine, serves the store already."""
+    try:
+        within(PROBE_SECONDS, lambda: TCPStore(host, port, is_master=False, wait_for_workers=False), "the store")
+    except TransportError:
+        return False
+    return True
+
+
+def wait_for(host: str, port: int) -> None:
+    """Return when something listens there. Raises LaunchError."""
+    deadline = time.monotonic() + join_seconds()
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{socket.gethostname()} could not reach {host}:{port}, where the nodes meet, within {join_seconds()} s ({error}). "
+                    "Was the job started there, does MASTER_ADDR name it, is the port open? JOIN_TIMEOUT sets how long to wait."
+                ) from error
+            time.sleep(0.5)
+
+
+# --- logs and signals -------------------------------------------------------------------------------------------------------
+
+
+class RankLogs(LogsSpecs):
+    """Each rank's stdout and stderr in a file of its own, and on the console; on a terminal, rank 0's on the terminal alone.
+
+    What an earlier start of the same rank wrote is kept, with a number.
+    """
+
+    started = False
+
+    def __init__(self, folder: Path, terminal: bool) -> None:
+        super().__init__(str(folder))
+        self.folder, self.terminal = folder, terminal
+
+    @property
+    def root_log_dir(self) -> str:
+        """Where the files are."""
+        return str(self.folder)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """The files of the workers that are about to start."""
+        self.started = True
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replies = tempfile.mkdtemp(prefix="megatrain-")
+        atexit.register(shutil.rmtree, replies, ignore_errors=True)
+        places = LogsDest()
+        for local, env in envs.items():
+            rank = int(env["RANK"])
+            places.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{replies}/{local}.json"
+            places.stdouts[local] = places.stderrs[local] = ""  # as this process's own
+            if rank == 0 and self.terminal:
+                continue
+            places.stdouts[local] = places.tee_stdouts[local] = str(kept(self.folder / f"rank_{rank:05d}.out"))
+            places.stderrs[local] = places.tee_stderrs[local] = str(kept(self.folder / f"rank_{rank:05d}.err"))
+        return places
+
+
+def kept(path: Path) -> Path:
+    """The path, free: a file that is there already gets a number; an empty one is of no use."""
+    if path.exists() and path.stat().st_size:
+        number = 1
+        while (older := path.with_name(f"{path.name}.{number}")).exists():
+            number += 1
+        path.rename(older)
+    return path
+
+
+def listen() -> None:
+    """From here on the first signal makes torchrun pass it on to the workers and wait for them; others change nothing."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        if len(heard) == 1:
+            raise SignalException(f"process {os.getpid()} was told to stop", signal.Signals(number))
+
+    for number in SIGNALS:
+        signal.signal(number, hear)
+
+
+def read(path: Path) -> str:
+    """A file's text, empty where there is none."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def complain(message: str) -> int:
+    """Say what is wrong; the exit code of a failure."""
+    print(f"megatrain: {message}", file=sys.stderr, flush=True)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

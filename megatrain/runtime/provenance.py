@@ -1,0 +1,76 @@
+"""What started a run, kept in its folder: RUN/launches/TIME/ holds the script, the config as it was given, command, environment, packages.
+
+Values of variables that may be secrets are left out, by their names; so are passwords in addresses.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+FOLDER = "launches"
+SCRIPT_VARIABLE = "MEGATRAIN_SCRIPT"
+"""Set by the launch scripts to their own path."""
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|CERT|DSN|SIGNATURE|WEBHOOK", re.IGNORECASE)
+_PASSWORD = re.compile(r"://[^/@\s]+@")
+HIDDEN = "(not kept)"
+
+
+def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[str]) -> Path:
+    """Write the folder and return it. Raises OSError."""
+    folder = _new_folder(run / FOLDER)
+    script = env.get(SCRIPT_VARIABLE)
+    for source in (config, Path(script) if script else None):
+        if source is not None and source.is_file():
+            shutil.copyfile(source, folder / source.name)
+    (folder / "command.txt").write_text(f"{shlex.join(command)}\n")
+    environment = folder / "environment.txt"
+    environment.touch(mode=0o600)
+    environment.write_text("".join(f"{name}={_shown(name, value)}\n" for name, value in sorted(env.items())))
+    (folder / "packages.txt").write_text("\n".join([f"python {sys.version}", *_packages(), *_commit()]) + "\n")
+    return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H-%M-%S")
+    for number in range(1000):
+        folder = parent / (now if number == 0 else f"{now}.{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise FileExistsError(f"{parent} holds a thousand starts of the second {now}")
+
+
+def _shown(name: str, value: str) -> str:
+    """A value on one line, without what may be a secret."""
+    return HIDDEN if _SECRET.search(name) else _PASSWORD.sub(f"://{HIDDEN}@", value).replace("\n", "\\n")
+
+
+def _packages() -> list[str]:
+    """Name and version of everything installed."""
+    named = {str(one.metadata["Name"]): one.version for one in importlib.metadata.distributions() if one.metadata["Name"]}
+    return [f"{name}=={version}" for name, version in sorted(named.items(), key=lambda item: item[0].lower())]
+
+
+def _commit() -> list[str]:
+    """The commit of the checkout that runs, if it is one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [f"commit {done.stdout.strip()}"] if done.returncode == 0 else []
