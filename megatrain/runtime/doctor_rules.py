@@ -224,7 +224,8 @@ def _doubts(reports: Sequence[Report]) -> list[Finding]:
 
 def _clocks(reports: Sequence[Report]) -> list[Finding]:
     met = [report for report in reports if report.clock_seconds]
-    middle = statistics.median(report.clock_seconds for report in met) if met else 0.0
+    # One of the clocks, not a mean: of two that differ one is named.
+    middle = statistics.median_low(report.clock_seconds for report in met) if met else 0.0
     wrong = [report for report in met if abs(report.clock_seconds - middle) > SKEWED_SECONDS]
     return [
         _finding(
@@ -244,7 +245,7 @@ def _speeds(reports: Sequence[Report]) -> list[Finding]:
     found = []
     for what, unit, share, value in measures:
         measured = [report for report in reports if value(report)]
-        middle = statistics.median(value(report) for report in measured) if measured else 0.0
+        middle = statistics.median_high(value(report) for report in measured) if measured else 0.0
         for who in _by_node(report for report in measured if value(report) < share * middle).values():
             least, most = short(min(map(value, who))), short(max(map(value, who)))
             reached = least if least == most else f"{least} to {most}"

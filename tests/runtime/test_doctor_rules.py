@@ -86,6 +86,11 @@ def test_a_planted_fault_is_named(planted, level, said):
         assert row["ranks"] == list(ranks) and row["nodes"] == [f"node{ranks[0] // 2}"]
 
 
+def test_of_two_ranks_that_differ_one_is_named():
+    two = [replace(GOOD, local_world_size=1), replace(GOOD, rank=1, node="node1", clock_seconds=1030.0, tflops=400.0)]
+    assert [said.partition(":")[0] for _, said in found(two)] == ["rank 1 on node1"] * 2
+
+
 def test_what_was_not_measured_is_not_slow():
     """Where ranks could not join there are no speeds and clocks: the rules must not make faults of that."""
     nothing = {"tflops": 0.0, "clock_seconds": 0.0, "all_reduce_mb_per_second": 0.0, "links_mb_per_second": {}}
