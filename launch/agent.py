@@ -12,7 +12,9 @@ Exit code: 0 done, 75 stopped early, start it again, 1 a failure.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ipaddress
+import json
 import logging
 import os
 import shutil
@@ -27,6 +29,7 @@ from types import FrameType
 from typing import NoReturn
 
 EX_TEMPFAIL = 75
+PREEMPTED = "preempted"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
@@ -34,7 +37,17 @@ PROBE_SECONDS = 5.0
 
 
 def _end_at_start(number: int, frame: FrameType | None) -> NoReturn:
-    os._exit(EX_TEMPFAIL)  # no worker was started: nothing is to be saved
+    """No worker was started: nothing is to be saved."""
+    say_stopped(Path(sys.argv[1], PREEMPTED), number)
+    os._exit(EX_TEMPFAIL)
+
+
+def say_stopped(marker: Path, number: int) -> None:
+    """Leave the marker, which a job script looks for, where no worker has."""
+    with contextlib.suppress(OSError):
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"why": signal.Signals(number).name, "step": None, "time": time.time(), "job": ""})
+        marker.write_text(text + "\n")
 
 
 for _number in SIGNALS:
@@ -45,7 +58,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that has gone a
 from torch.distributed import DistError, TCPStore  # noqa: E402  # after the signals: it takes seconds
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError  # noqa: E402
+from torch.distributed.elastic.rendezvous import (  # noqa: E402
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
 from torch.distributed.run import config_from_args, parse_args  # noqa: E402
 
@@ -55,7 +74,6 @@ from megatrain.runtime import ports  # noqa: E402
 from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces  # noqa: E402
 from megatrain.runtime.launch import LaunchError  # noqa: E402
 from megatrain.runtime.slurm import address_of  # noqa: E402
-from megatrain.runtime.stop import PREEMPTED  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
@@ -64,7 +82,8 @@ logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
 
 def main(run: Path, words: list[str]) -> int:
     """Run torchrun; returns the exit code."""
-    marker, logs = run / PREEMPTED, RankLogs(run / "logs", sys.stdout.isatty())
+    marker = run / PREEMPTED
+    logs = RankLogs(run / "logs", marker, sys.stdout.isatty())
     before = read(marker)
     os.environ["MEGATRAIN_LAUNCHER"] = str(os.getpid())  # so that a worker sees when this process has gone
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
@@ -77,9 +96,10 @@ def main(run: Path, words: list[str]) -> int:
     except (LaunchError, RendezvousError, DistError, OSError) as error:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
     except SignalException as stop:
-        code = 128 + stop.sigval if logs.started else EX_TEMPFAIL
-    now = read(marker)
-    return EX_TEMPFAIL if code and now and now != before else code
+        if read(marker) == before:  # the workers had not begun, or could not save
+            say_stopped(marker, stop.sigval)
+        return EX_TEMPFAIL
+    return EX_TEMPFAIL if code and read(marker) not in ("", before) else code
 
 
 def launch(logs: RankLogs, words: list[str]) -> int:
@@ -92,6 +112,7 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     config.log_line_prefix_template, config.role = "${role_name}", ""  # lines as they are: programs read them too
     if not arguments.standalone:
         meet_at(config)
+        watch_membership(config, logs)
     listen()
     try:
         elastic_launch(config, command)(*rest)
@@ -121,6 +142,26 @@ def meet_at(config: LaunchConfig) -> None:
     config.rdzv_configs |= {"is_host": serves, "join_timeout": join_seconds()}
     # A store of its own for each start of the workers: one that is shared keeps the address of a node that has gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+
+
+def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
+    """Have `logs` know when torchrun restarts the workers because nodes have come."""
+
+    def create(parameters: RendezvousParameters) -> RendezvousHandler:
+        parameters.backend = "c10d"
+        handler = rendezvous_handler_registry.create_handler(parameters)
+        count = handler.num_nodes_waiting
+
+        def num_nodes_waiting() -> int:
+            waiting = count()
+            logs.grows = logs.grows or waiting > 0
+            return waiting
+
+        handler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
+        return handler
+
+    rendezvous_handler_registry.register("megatrain", create)
+    config.rdzv_backend = "megatrain"
 
 
 def join_seconds() -> int:
@@ -182,11 +223,11 @@ class RankLogs(LogsSpecs):
     What an earlier start of the same rank wrote is kept, with a number.
     """
 
-    started = False
-
-    def __init__(self, folder: Path, terminal: bool) -> None:
+    def __init__(self, folder: Path, marker: Path, terminal: bool) -> None:
         super().__init__(str(folder))
-        self.folder, self.terminal = folder, terminal
+        self.folder, self.marker, self.terminal = folder, marker, terminal
+        self.grows = False
+        """Nodes wait to join: the workers are stopped, which they take for a request to stop, only to be started again with them."""
 
     @property
     def root_log_dir(self) -> str:
@@ -195,7 +236,9 @@ class RankLogs(LogsSpecs):
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """The files of the workers that are about to start."""
-        self.started = True
+        if self.grows:
+            self.marker.unlink(missing_ok=True)
+            self.grows = False
         self.folder.mkdir(parents=True, exist_ok=True)
         replies = tempfile.mkdtemp(prefix="megatrain-")
         atexit.register(shutil.rmtree, replies, ignore_errors=True)

@@ -36,7 +36,7 @@ pass_on() {
 run_step() {
     local step
     code=0
-    srun --kill-on-bad-exit=1 --mpi=none "$@" &
+    srun --mpi=none "$@" &
     step=$!
     wait "$step" || code=$?
     while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
@@ -45,11 +45,16 @@ run_step() {
     done
 }
 
-# Whether the run was told to stop and has saved, which ranks say by a file, since srun gives the largest exit code of all.
+# What SLURM says of the job: KEY=... without the key.
+of_job() { scontrol show job --oneliner "$job" 2>/dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
+
+# Whether the run was told to stop. srun gives the largest exit code of all, which says little: ranks leave a file.
 stopped_early() {
     local now
+    [ "$code" -ne 0 ] || return 1
     now="$(cat "$dir/preempted" 2>/dev/null || true)"
-    [ "$code" -ne 0 ] && { [ "$code" -eq 75 ] || { [ -n "$now" ] && [ "$now" != "$before" ]; }; }
+    if [ -n "$told" ] || { [ -n "$now" ] && [ "$now" != "$before" ]; }; then return 0; fi
+    case "$(of_job PreemptTime)" in "" | None | Unknown) return 1 ;; esac
 }
 
 # Ends the job: back into the queue where it stopped early. Not where SLURM ends the job already (COMPLETING): somebody cancelled it, or its
@@ -57,11 +62,12 @@ stopped_early() {
 end_job() {
     local state
     stopped_early || exit "$code"
-    state="$(scontrol show job --oneliner "$job" 2>/dev/null | sed -n 's/.* JobState=\([A-Z_]*\).*/\1/p')"
-    if [ "$state" = RUNNING ]; then
-        scontrol requeue "$job" || echo "the job could not be put back into the queue; submit it again to go on" >&2
-    else
-        echo "SLURM ends this job by itself ($state): it is not put back into the queue from here"
-    fi
+    state="$(of_job JobState)"
+    case "$state" in
+        RUNNING | SIGNALING)
+            scontrol requeue "$job" || echo "the job could not be put back into the queue; submit it again to go on" >&2
+            ;;
+        *) echo "SLURM ends this job by itself ($state): it is not put back into the queue from here" ;;
+    esac
     exit 75
 }

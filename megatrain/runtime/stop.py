@@ -7,9 +7,10 @@ A thread hears them, since the main thread may be in a call that lasts (waiting 
     training   the request is remembered; `train_step` tells all ranks, the run saves and ends with 75
     ending     it changes nothing
 
-Ctrl-C once more ends the process at once. torchrun sees a worker that ends with 75 as one that failed, and would start it again: so a
-file, the marker, says that this job is stopping (`write_marker`), and a worker that is started again ends at once (`is_stopping`).
-Imports only the standard library: it listens before torch is imported, which takes seconds.
+Ctrl-C once more ends the process at once. A launcher sends SIGTERM to the others when one worker has failed: at the start it is therefore
+no request, and the process ends with 143; the launch scripts know whether they were told to stop. torchrun sees a worker that ends with
+75 as one that failed, and would start it again: so a file, the marker, says that this job is stopping (`write_marker`), and a worker that
+is started again ends at once (`is_stopping`). Imports only the standard library: it listens before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from megatrain.runtime.launch import Launch
 
@@ -107,8 +108,10 @@ class StopRequest:
         if sys.stderr is not None and sys.stderr.isatty():  # a log needs no such line from every rank
             _say(f"{self.signal.name}: ending after this step, with a checkpoint saved; Ctrl-C again ends at once")
 
-    def _end_at_start(self) -> None:
+    def _end_at_start(self) -> NoReturn:
         if self._marker is not None and self._launch is not None and self.signal is not None:
+            if self.signal == signal.SIGTERM and self._launch.launcher != "none":
+                os._exit(128 + self.signal)
             try:
                 write_marker(self._marker, self._launch, self.signal.name, None)
             except OSError as error:

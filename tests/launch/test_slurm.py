@@ -51,7 +51,7 @@ class Submitted:
     def wait(self, seconds=150.0):
         """Until it has ended; its state."""
         deadline = time.monotonic() + seconds
-        while (state := self.state()[0]) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+        while (state := self.state()[0]) in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING"):
             assert time.monotonic() < deadline, f"{state}: {self.said()[-3000:]}"
             time.sleep(0.3)
         return state
@@ -213,7 +213,8 @@ def test_one_rank_is_killed(submit, undisturbed, script):
     jobs.same(job.run, undisturbed, STEPS)
     kinds = [event["event"] for event in jobs.events(job.run)]
     assert kinds.count("death") >= 1 and kinds.count("resume") == 1, kinds
-    assert [event["step"] for event in jobs.events(job.run) if event["event"] == "resume"][0] in range(20, STEPS, 20)
+    (resumed,) = [event["step"] for event in jobs.events(job.run) if event["event"] == "resume"]
+    assert resumed in range(20, STEPS, 20)
 
 
 def test_a_chain_of_an_array_is_one_run(submit, undisturbed):

@@ -70,6 +70,17 @@ def test_before_the_first_step_it_ends_at_once(tmp_path, number):
     assert (record["why"], record["step"], record["job"]) == (number.name, None, "a job")
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR2", 75)])
+def test_a_launcher_may_mean_that_another_worker_failed(tmp_path, name, code):
+    """Its SIGTERM at the start is no request: a job that fails must not look like one that was told to stop."""
+    program = PROGRAM.replace('Launch(job="a job")', 'Launch(job="a job", launcher="srun")')
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / PREEMPTED), "starting"], stdout=-1, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.Signals[name])
+    process.communicate(timeout=10)
+    assert process.returncode == code and (tmp_path / PREEMPTED).exists() == (code == 75)
+
+
 def test_interrupted_twice_it_ends_at_once(tmp_path):
     """Twice at once is the terminal and the launcher; twice in a while is a person who does not want to wait."""
     process = start(tmp_path / PREEMPTED, "training")

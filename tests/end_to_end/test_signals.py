@@ -1,0 +1,170 @@
+"""SIGTERM, SIGUSR2 and SIGINT to the launch script, to plain torchrun and to one worker, at any moment.
+
+The run ends with the code that docs/launching.md names, its checkpoint is whole, no process stays, and it goes on as if nothing had been.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import jobs
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = 60
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+TARGETS = ("script", "torchrun", "worker")
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    house = tmp_path_factory.mktemp("signals")
+    parts = {"parallel": {"tensor_parallel_size": 2}, "checkpoint": {"save_every": 0}, "train": {"steps": STEPS}}
+    jobs.write_config(house / "config.yaml", jobs.tiny(jobs.write_store(house / "data"), house / "run", **parts))
+    return house
+
+
+@pytest.fixture(scope="module")
+def undisturbed(house):
+    ended = jobs.train(house / "job", str(house / "config.yaml"), f"log.dir={house / 'undisturbed'}", size=2)
+    assert [end.code for end in ended] == [0, 0], ended
+    return house / "undisturbed"
+
+
+def start(house, run, target):
+    """Two ranks, by the script or by plain torchrun."""
+    words = [str(house / "config.yaml"), f"log.dir={run}"]
+    folder = house / f"job_{time.monotonic_ns()}"
+    if target == "torchrun":
+        return jobs.torchrun(folder, 2, *words)
+    job = jobs.Job(folder)
+    job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], {**jobs.environment(), "PYTHON": sys.executable})
+    return job
+
+
+def workers(run):
+    """Processes that train this run; the launcher has its own options before the verb."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(str(run) in word for word in words) and "train" in words[1:5]:
+            found.append(process)
+    return found
+
+
+def of_run(run):
+    """All processes that name the run."""
+    return [one for one in psutil.process_iter(["cmdline"]) if any(str(run) in word for word in one.info["cmdline"] or [])]
+
+
+def strike(house, run, target, number, moment):
+    """Start the run, send the signal once `moment(job)` has passed, wait for the end of all; how the first process ended."""
+    with start(house, run, target) as job:
+        moment(job)
+        victim = job.processes[0]
+        if target == "worker":
+            deadline = time.monotonic() + 30
+            while not (there := workers(run)) and job.alive() and time.monotonic() < deadline:
+                time.sleep(0.005)
+            victim = random.choice(there) if there else victim
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            victim.send_signal(number)
+        (ended,) = job.finish()
+        deadline = time.monotonic() + 30
+        while of_run(run) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert of_run(run) == []
+    return ended
+
+
+def check_end(run, target, number, ended):
+    """What docs/launching.md says about exit codes."""
+    if ended.code == 0:
+        assert max(jobs.rows(run)) == STEPS
+        return
+    early = not (run / "preempted").exists()
+    if target == "torchrun":
+        assert ended.code in (1, 128 + number, -number), ended
+    elif target == "script":  # bash itself, before it has become Python, dies of the signal
+        assert ended.code == 75 or (early and ended.code == -number), ended
+    else:  # a worker that does not listen yet dies of it; SIGTERM at the start may mean that another worker failed
+        died = f"ended with {number.name}", f"ended with exit code {128 + number}"
+        assert ended.code == 75 or (early and ended.code == 1 and any(how in ended.err for how in died)), ended
+
+
+def check_result(house, run, undisturbed):
+    """Started until it is done, it is the undisturbed run."""
+    with start(house, run, "script") as job:
+        (ended,) = job.finish()
+    assert ended.code == 0, ended.err
+    assert jobs.row_count(run) == STEPS, "a step was lost and repeated"
+    jobs.same(run, undisturbed, STEPS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_signal_in_mid_run(house, undisturbed, target):
+    run = house / f"mid_{target}"
+    for count, number in enumerate(SIGNALS, 1):
+        ended = strike(house, run, target, number, lambda job, rows=10 * count: jobs.wait_for_rows(job, run, rows))
+        assert (run / "preempted").exists(), ended
+        check_end(run, target, number, ended)
+        assert ended.code == 75 or target == "torchrun"
+        done = max(jobs.rows(run))
+        assert (run / "checkpoints/latest").read_text().strip() == f"step_{done:08d}"
+    check_result(house, run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_twenty_random_moments(house, undisturbed, number):
+    """From the first millisecond to the end, over the three targets; a run that has ended makes place for the next."""
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"random.Random({seed})")
+    chance = random.Random(seed)
+    random.seed(seed)
+    ends, run = [], house / f"random_{number.name}_0"
+    for count in range(20):
+        target = TARGETS[count % 3]
+        ended = strike(house, run, target, number, lambda job: time.sleep(chance.uniform(0.0, 10.0)))
+        check_end(run, target, number, ended)
+        ends.append(ended.code)
+        if ended.code == 0 or count == 19:
+            check_result(house, run, undisturbed)
+            run = house / f"random_{number.name}_{count + 1}"
+    print("exit codes", ends)
+
+
+def test_a_run_that_stops_is_not_started_again(house, undisturbed):
+    """torchrun's --max-restarts takes 75 for a failure; the workers that it starts again end at once."""
+    run = house / "restarts"
+    job = jobs.Job(house / "job_restarts")
+    env = {**jobs.environment(), "PYTHON": sys.executable, "MAX_RESTARTS": "2"}
+    with job:
+        job.start(["bash", str(ROOT / "launch/local.sh"), "2", str(house / "config.yaml"), f"log.dir={run}"], env)
+        assert jobs.wait_for_rows(job, run, 10)
+        workers(run)[1].send_signal(signal.SIGUSR2)
+        (ended,) = job.finish()
+    assert ended.code == 75, ended.err
+    assert [event["event"] for event in jobs.events(run)] == ["start", "save", "signal"]
+    assert of_run(run) == []
+
+
+def test_a_killed_rank_is_started_again(house, undisturbed):
+    """MAX_RESTARTS: without a checkpoint from the beginning, with one from there."""
+    run = house / "killed"
+    words = [str(house / "config.yaml"), f"log.dir={run}", "checkpoint.save_every=8"]
+    env = {**jobs.environment(), "PYTHON": sys.executable, "MAX_RESTARTS": "1"}
+    with jobs.Job(house / "job_killed") as job:
+        job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], env)
+        assert jobs.wait_for_rows(job, run, 20)
+        workers(run)[1].kill()
+        (ended,) = job.finish()
+    assert ended.code == 0, ended.err
+    assert [event["step"] for event in jobs.events(run) if event["event"] == "resume"] in ([8], [16])
+    jobs.same(run, undisturbed, STEPS)
