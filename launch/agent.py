@@ -22,18 +22,22 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar, cast
 
+T = TypeVar("T")
 EX_TEMPFAIL = 75
 PREEMPTED = "preempted"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
 PROBE_SECONDS = 5.0
+ANSWER_SECONDS = 15
+"""How long the store may take to answer: where its host has gone, each of the last words to it waits so long."""
 
 
 def _end_at_start(number: int, frame: FrameType | None) -> NoReturn:
@@ -59,8 +63,10 @@ from torch.distributed import DistError, TCPStore  # noqa: E402  # after the sig
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.elastic.rendezvous import (  # noqa: E402
+    RendezvousConnectionError,
     RendezvousError,
     RendezvousHandler,
+    RendezvousInfo,
     RendezvousParameters,
     RendezvousTimeoutError,
     rendezvous_handler_registry,
@@ -91,7 +97,7 @@ def main(run: Path, words: list[str]) -> int:
         code = launch(logs, words)
     except RendezvousTimeoutError:
         code = complain(
-            f"error: of the nodes, too few came within {join_seconds()} s. Were all started? JOIN_TIMEOUT sets how long to wait."
+            f"error: too few nodes came within {join_seconds()} s. Were all started? JOIN_TIMEOUT sets how long to wait."
         )
     except (LaunchError, RendezvousError, DistError, OSError) as error:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
@@ -139,29 +145,65 @@ def meet_at(config: LaunchConfig) -> None:
     serves = serves_store(host, int(port), present)
     if not serves:
         wait_for(host, int(port))
-    config.rdzv_configs |= {"is_host": serves, "join_timeout": join_seconds()}
+    config.rdzv_configs |= {"is_host": serves, "join_timeout": join_seconds(), "read_timeout": ANSWER_SECONDS}
     # A store of its own for each start of the workers: one that is shared keeps the address of a node that has gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
-    """Have `logs` know when torchrun restarts the workers because nodes have come."""
+    """Have `logs` know when torchrun restarts the workers because nodes have come, and no call wait for a store whose host has gone.
+
+    torch's own limits do not hold there: a host that is cut off or has no power is waited for until TCP gives up, a quarter of an hour.
+    """
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
         parameters.backend = "c10d"
         handler = rendezvous_handler_registry.create_handler(parameters)
-        count = handler.num_nodes_waiting
+        count, enter, leave = handler.num_nodes_waiting, handler.next_rendezvous, handler.shutdown
 
         def num_nodes_waiting() -> int:
-            waiting = count()
+            waiting = answered(count)
             logs.grows = logs.grows or waiting > 0
             return waiting
 
-        handler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
+        def next_rendezvous() -> RendezvousInfo:
+            answered(handler.is_closed)  # is the store there?
+            return enter()
+
+        def shutdown() -> bool:
+            try:
+                return answered(leave)
+            except RendezvousError:
+                return False
+
+        handler.num_nodes_waiting, handler.next_rendezvous, handler.shutdown = num_nodes_waiting, next_rendezvous, shutdown
         return handler
 
     rendezvous_handler_registry.register("megatrain", create)
     config.rdzv_backend = "megatrain"
+
+
+def answered(call: Callable[[], T]) -> T:
+    """What a call to the store gives. Raises RendezvousConnectionError if it does not end in time; it is left behind in its thread."""
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if not outcome:
+        raise RendezvousConnectionError(
+            f"the store where the nodes meet has not answered for {ANSWER_SECONDS} s: has its host gone?"
+        )
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def join_seconds() -> int:
