@@ -41,7 +41,7 @@ def gather_texts(text: str, group: Group | None, device: torch.device) -> list[s
     padded[: len(data)] = data
     gathered = torch.empty(group.size * longest, dtype=torch.uint8, device=device)
     group.all_gather(gathered, padded)
-    rows = gathered.view(group.size, longest)
+    rows = gathered.cpu().view(group.size, longest)  # one copy, not one for each rank
     return [_decode(rows[i, :n]) for i, n in enumerate(lengths.tolist())]
 
 

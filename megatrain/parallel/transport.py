@@ -118,9 +118,20 @@ REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": t
 """The function of two tensors (and `out`) behind each `ReduceOp`."""
 
 
+SHOWN_RANKS = 16
+"""A message lists no more ranks than these."""
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Ranks for a message: `[0, 1]`, and of many `[0, 8, 16, ..., 16376] (2048 ranks)`: every rank may print it, and many at once."""
+    if len(ranks) <= SHOWN_RANKS:
+        return str(list(ranks))
+    return f"[{', '.join(map(str, ranks[:3]))}, ..., {ranks[-1]}] ({len(ranks)} ranks)"
+
+
 def refuse(group: Group, operation: str, problem: str) -> TransportError:
     """The error for a call of `group`, to be raised."""
-    return TransportError(f"{operation} on axis {group.name} (ranks {list(group.ranks)}): {problem}")
+    return TransportError(f"{operation} on axis {group.name} (ranks {name_ranks(group.ranks)}): {problem}")
 
 
 def check_reduction(group: Group, op: str) -> None:

@@ -6,13 +6,14 @@ when a board is needed. No call waits longer than it was told to, even where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_store import within
+from megatrain.parallel.transport_store import MOST_KEYS, answer_seconds, within
 
 STORE = "the rendezvous store"
 """As messages call it."""
@@ -29,25 +30,21 @@ class Board:
         self._seconds = seconds
 
     @classmethod
-    def open(cls, host: str, port: int, prefix: str, seconds: float) -> Board:
-        """Connect to the store at host:port; keys are kept apart by `prefix`.
+    def open(cls, host: str, port: int, prefix: str, seconds: float, ranks: int = 1) -> Board:
+        """Connect to the store at host:port, as so many ranks may do at the same time; keys are kept apart by `prefix`.
 
-        No later call but `wait` takes longer than `seconds`. Raises TransportError if the store does not answer in that time.
+        No later call but `wait` takes longer than `seconds`. Raises TransportError if the store does not answer.
         """
 
         def connect() -> Store:
             limit = timedelta(seconds=seconds)
             return PrefixStore(prefix, TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit))
 
-        return cls(within(seconds + 1.0, connect, STORE), seconds)
+        return cls(within(answer_seconds(ranks), connect, STORE), seconds)
 
     def write(self, key: str, text: str) -> None:
         """Set a key. Raises TransportError."""
         within(self._seconds, lambda: self._store.set(key, text), STORE)
-
-    def read(self, key: str) -> str | None:
-        """The text of a key, or None where it is not set. Raises TransportError."""
-        return within(self._seconds, lambda: self._store.get(key).decode() if self._store.check([key]) else None, STORE)
 
     def count(self, key: str) -> int:
         """Add one to a counter and return it: 1 for the first to come. Raises TransportError."""
@@ -55,11 +52,28 @@ class Board:
 
     def write_all(self, keys: Sequence[str], text: str) -> None:
         """Set many keys to one text. Raises TransportError."""
-        within(self._seconds, lambda: self._store.multi_set(list(keys), [text] * len(keys)), STORE)  # type: ignore[attr-defined]
+        for part in _parts(keys):
+            within(self._seconds, partial(self._store.multi_set, part, [text] * len(part)), STORE)  # type: ignore[attr-defined]
+
+    def read_all(self, keys: Sequence[str]) -> dict[str, str]:
+        """The texts of those of many keys that are set. Raises TransportError.
+
+        A part of the keys is read by one message if all of them are set, else halved: each that is missing costs a few messages.
+        """
+        found: dict[str, str] = {}
+        parts = list(_parts(keys))
+        while parts:
+            part = parts.pop()
+            if self.complete(part):
+                texts = within(self._seconds, partial(self._store.multi_get, part), STORE)
+                found |= {key: text.decode() for key, text in zip(part, texts, strict=True)}
+            elif len(part) > 1:
+                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+        return found
 
     def complete(self, keys: Sequence[str]) -> bool:
         """Whether all of the keys are set. Raises TransportError."""
-        return bool(within(self._seconds, lambda: self._store.check(list(keys)), STORE))
+        return all(within(self._seconds, partial(self._store.check, part), STORE) for part in _parts(keys))
 
     def wait(self, key: str, seconds: float | None = None) -> str | None:
         """Block until a key is set and return its text; None after `seconds`. Raises TransportError if the store is lost.
@@ -75,3 +89,7 @@ class Board:
                     return None
             except RuntimeError as error:
                 raise TransportError(f"the rendezvous store is lost: {error}") from error
+
+
+def _parts(keys: Sequence[str]) -> Iterator[list[str]]:
+    return (list(keys[first : first + MOST_KEYS]) for first in range(0, len(keys), MOST_KEYS))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +19,18 @@ from megatrain.parallel.transport import TransportError
 T = TypeVar("T")
 
 ANSWER_SECONDS = 10.0
-"""How long the store where ranks meet may take to answer once its port is open."""
+"""How long the store where ranks meet may take to answer once its port is open, in a small world."""
+ANSWERS_PER_SECOND = 500.0
+"""At least so many ranks a second are let in: torch's store looks up the name of each who connects, one after the other."""
+CONNECTIONS_PER_RANK = 4
+"""To the store, at most at a time; with what else the process that serves it has open."""
+SPARE_FILES = 1024
+_SHOWN = 16
+"""How many ranks that have not come a message lists."""
+_LOOKERS = 16
+"""How many ranks may look for those that have not come; later ones are told what these have found."""
+MOST_KEYS = 512
+"""Of one message: the store takes four times as long for a message twice as long."""
 
 
 def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: timedelta, serve: bool) -> Store:
@@ -26,7 +39,8 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
         return FileStore(str(rendezvous), size)
     host, port = rendezvous
     if not serve:
-        return _reach_store(rank, host, port, limit)
+        return _reach_store(rank, size, host, port, limit)
+    _allow_files(CONNECTIONS_PER_RANK * size + SPARE_FILES)
     try:
         return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
@@ -37,7 +51,21 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
         raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {_headline(error)}") from error
 
 
-def _reach_store(rank: int, host: str, port: int, limit: timedelta) -> Store:
+def answer_seconds(ranks: int) -> float:
+    """How long to wait for the store's answer where so many ranks connect at the same time."""
+    return ANSWER_SECONDS + ranks / ANSWERS_PER_SECOND
+
+
+def _allow_files(number: int) -> None:
+    """Let this process have so many files open, as far as the system's hard limit goes: the usual soft one is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):  # what a system refuses was not to be had; the ranks that are not let in say so
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _reach_store(rank: int, size: int, host: str, port: int, limit: timedelta) -> Store:
     """The store that another process serves at host:port, which may start later. Raises TransportError.
 
     Whether anything listens is asked first: only then may a short limit end the wait for the store's answer, which torch's own
@@ -57,7 +85,9 @@ def _reach_store(rank: int, host: str, port: int, limit: timedelta) -> Store:
             time.sleep(0.1)
     try:
         return within(
-            ANSWER_SECONDS, lambda: TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False), "the store"
+            answer_seconds(size),
+            lambda: TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False),
+            "the store",
         )
     except TransportError as error:
         raise TransportError(
@@ -107,11 +137,31 @@ def meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:
         store.wait(["all here"], limit)
     except RuntimeError as error:
         try:
-            missing = [other for other in range(size) if not store.check([f"rank {other}"])]
+            shown = _missing(store, size)
         except RuntimeError:
             raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {_headline(error)}") from error
-        shown = f"{missing[:16]}" + f" and {len(missing) - 16} more" * (len(missing) > 16)
         raise TransportError(
             f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {shown} did not come. "
             "Were they started, with the same world size, MASTER_ADDR and MASTER_PORT?"
         ) from error
+
+
+def _missing(store: Store, size: int) -> str:
+    """Which ranks have not come, for a message. All that wait ask at once, and to look takes a message of all ranks' keys."""
+    if store.add("asked", 1) <= _LOOKERS:
+        found = _absent(store, 0, size, _SHOWN)
+        more = size - store.add("arrived", 0) - len(found)
+        store.set("missing", f"{found}" + f" and {more} more" * (len(found) == _SHOWN and more > 0))
+    store.wait(["missing"], timedelta(seconds=ANSWER_SECONDS))
+    return str(store.get("missing").decode())
+
+
+def _absent(store: Store, first: int, stop: int, most: int) -> list[int]:
+    """The lowest of ranks first .. stop - 1 that have not come, at most so many; ranks that are all there cost one question."""
+    if stop - first <= MOST_KEYS and store.check([f"rank {rank}" for rank in range(first, stop)]):
+        return []
+    if stop - first == 1:
+        return [first]
+    middle = (first + stop) // 2
+    found = _absent(store, first, middle, most)
+    return found if len(found) == most else found + _absent(store, middle, stop, most - len(found))

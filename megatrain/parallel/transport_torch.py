@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -25,6 +24,7 @@ from megatrain.parallel.transport import (
     check_parts,
     check_place,
     check_reduction,
+    name_ranks,
     refuse,
 )
 from megatrain.parallel.transport_exchange import Exchanges, reduce_in_order
@@ -335,24 +335,27 @@ class TorchWorld(World):
         members = tuple(ranks)
         if self.rank not in members or list(members) != sorted(set(members)) or members[-1] >= self.size:
             raise TransportError(
-                f"group {name}: ranks {list(members)} are not ascending ranks of a world of {self.size}, with rank {self.rank}"
+                f"group {name}: ranks {name_ranks(members)} are not ascending ranks of a world of {self.size}, with rank {self.rank}"
             )
         limit = timedelta(seconds=self._timeout_seconds)
         try:
             made = dist.new_group(list(members), timeout=limit, use_local_synchronization=True, group_desc=name)
         except (RuntimeError, ValueError) as error:
-            raise TransportError(f"axis {name}: rank {self.rank} cannot make the group of {list(members)}: {error}") from error
+            raise TransportError(
+                f"axis {name}: rank {self.rank} cannot make the group of {name_ranks(members)}: {error}"
+            ) from error
         group = TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds, self._watch)
         self._groups.append(group)
         return group
 
     def _linger(self) -> None:
-        """Wait until all ranks leave, for LINGER_SECONDS at most."""
-        deadline, mine, store = time.monotonic() + LINGER_SECONDS, 1, self._store
+        """Wait until all ranks leave, for LINGER_SECONDS at most. Two messages a rank: nothing is polled."""
+        store = self._store
         with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
-            while store is not None and store.add("leaving", mine) < self.size and time.monotonic() < deadline:
-                mine = 0
-                time.sleep(0.005)
+            if store is not None and store.add("leaving", 1) == self.size:
+                store.set("all leave", "")
+            elif store is not None:
+                store.wait(["all leave"], timedelta(seconds=LINGER_SECONDS))
 
     def close(self) -> None:
         """Leave the job: release every group made here. Ranks that still wait for this one get an error.

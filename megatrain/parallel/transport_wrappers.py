@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from megatrain.parallel.transport import Group, Handle, ReduceOp, World
+from megatrain.parallel.transport import Group, Handle, ReduceOp, World, name_ranks
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Call:
 
     def __str__(self) -> str:
         of = "" if self.dtype is None else f" of {list(self.shape)} {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.operation}{of} (number {self.sequence} on axis {self.axis}, ranks {list(self.ranks)})"
+        return f"{self.operation}{of} (number {self.sequence} on axis {self.axis}, ranks {name_ranks(self.ranks)})"
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,15 @@ class RecordedWorld(World):
         self.rank, self.size = world.rank, world.size
         self.recorder = recorder
         self.inner = world
+        self._everyone: Group | None = None
 
     def group(self, name: str, ranks: Sequence[int]) -> Group:
-        """Make the inner world's group, recorded."""
-        return RecordedGroup(self.inner.group(name, ranks), self.recorder)
+        """Make the inner world's group, recorded. The axis `world` is made once: connections of all ranks are the dearest."""
+        if name != "world":
+            return RecordedGroup(self.inner.group(name, ranks), self.recorder)
+        if self._everyone is None:
+            self._everyone = RecordedGroup(self.inner.group(name, ranks), self.recorder)
+        return self._everyone
 
     def close(self) -> None:
         """Close the inner world."""

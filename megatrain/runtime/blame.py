@@ -12,8 +12,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -89,6 +90,31 @@ def _machine() -> str:
         return f"{socket.gethostname()}/{sys.platform}"
 
 
+def _runs(ranks: Sequence[int]) -> str:
+    """Ascending ranks as evenly spaced runs: `0-7,1024-1031`, or with a step `3-16379/8`."""
+    found: list[str] = []
+    at = 0
+    while at < len(ranks):
+        step = ranks[at + 1] - ranks[at] if at + 1 < len(ranks) else 1
+        end = at
+        while end + 1 < len(ranks) and ranks[end + 1] - ranks[end] == step:
+            end += 1
+        found.append(f"{ranks[at]}-{ranks[end]}" + f"/{step}" * (step > 1) if end > at else f"{ranks[at]}")
+        at = end + 1
+    return ",".join(found)
+
+
+@cache
+def _written_out(runs: str) -> tuple[int, ...]:
+    """The inverse of `_runs`; one object for all ranks of a group, so that they are known to be equal without a look at each."""
+    ranks: list[int] = []
+    for run in filter(None, runs.split(",")):
+        ends, _, step = run.partition("/")
+        first, _, last = ends.partition("-")
+        ranks += range(int(first), int(last or first) + 1, int(step or 1))
+    return tuple(ranks)
+
+
 @dataclass(frozen=True)
 class State:
     """What a rank says of itself when there is an alarm."""
@@ -115,12 +141,12 @@ class State:
     @classmethod
     def parse(cls, text: str) -> State:
         """The inverse of `text`."""
-        fields = json.loads(text)
-        return cls(**{**fields, "ranks": tuple(fields["ranks"])})
+        said = json.loads(text)
+        return cls(**{**said, "ranks": _written_out(said["ranks"])})
 
     def text(self) -> str:
-        """As JSON."""
-        return json.dumps(asdict(self))
+        """As JSON, as short for a call of all ranks as for one of two: every rank writes one, and one reads all."""
+        return json.dumps({**{of.name: getattr(self, of.name) for of in fields(self)}, "ranks": _runs(self.ranks)})
 
     def __str__(self) -> str:
         said = {
@@ -146,9 +172,9 @@ class Verdict:
     @classmethod
     def parse(cls, text: str) -> Verdict:
         """The inverse of `as_json`."""
-        fields = json.loads(text)
-        kill = tuple(Identity(**identity) for identity in fields["kill"])
-        return cls(fields["kind"], tuple(fields["culprits"]), fields["text"], kill)
+        said = json.loads(text)
+        kill = tuple(Identity(**identity) for identity in said["kill"])
+        return cls(said["kind"], tuple(said["culprits"]), said["text"], kill)
 
     def as_json(self) -> str:
         """As JSON."""
@@ -168,6 +194,21 @@ def _has_come(state: State, other: State | None) -> bool:
     return other.sequence >= state.sequence
 
 
+def _waits(states: Mapping[int, State]) -> dict[int, tuple[int, ...]]:
+    """Rank -> the ranks it waits for. Those that wait in one call wait for the same: worked out, and held, once for all of them."""
+    waits: dict[int, tuple[int, ...]] = {}
+    of_call: dict[tuple[str, int, int], tuple[int, ...]] = {}
+    for rank, state in states.items():
+        if state.doing == "waiting" and state.operation in ("send", "recv"):
+            waits[rank] = behind(state, states)
+        elif state.doing == "waiting":
+            call = (state.axis, id(state.ranks), state.sequence)
+            if call not in of_call:
+                of_call[call] = behind(state, states)
+            waits[rank] = of_call[call]
+    return waits
+
+
 def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ...]:
     """The ranks to blame: those that say nothing or have raised; else those at the ends of the chains of waiting; else a cycle.
 
@@ -177,13 +218,18 @@ def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ..
     raised = tuple(rank for rank, state in sorted(states.items()) if state.doing == "raised")
     if silent or raised:
         return raised or silent
-    waits = {rank: behind(state, states) for rank, state in states.items() if state.doing == "waiting"}
+    waits = _waits(states)
     reached: set[int] = set()
     ends: set[int] = set()
+    followed: set[int] = set()
     for start in waits:
         ahead = [start]
         while ahead:
-            for rank in waits.get(ahead.pop(), ()):
+            next_ones = waits[ahead.pop()]
+            if id(next_ones) in followed:
+                continue
+            followed.add(id(next_ones))
+            for rank in next_ones:
                 if rank not in waits:
                     ends.add(rank)
                 elif rank not in reached:
@@ -206,7 +252,7 @@ def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world
         stack = states[rank].stack
         lines.append(f"{states[rank]}" + (f", at\n{stack}" if stack and states[rank].doing in ("busy", "failed") else ""))
     if len(culprits) > SHOWN:
-        lines.append(f"and {len(culprits) - SHOWN} more ranks: {list(culprits)}")
+        lines.append(f"and {len(culprits) - SHOWN} more, of ranks {_runs(culprits)}")
     if not culprits:
         lines.append("all ranks are in the same call: the network between them does not deliver")
     lines += _witnesses(states, culprits)
@@ -226,8 +272,10 @@ def _describe_silent(rank: int, identity: Identity | None, condition: str) -> st
 
 def _witnesses(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
     """What the others wait for: those that wait for a culprit directly, longest first; then what broke."""
-    waiting = [s for s in states.values() if s.doing == "waiting" and s.rank not in culprits]
-    direct = [s for s in waiting if set(behind(s, states)) & set(culprits)] or waiting
+    blamed, waits = set(culprits), _waits(states)
+    waiting = [s for s in states.values() if s.doing == "waiting" and s.rank not in blamed]
+    guilty = {id(ranks): not blamed.isdisjoint(ranks) for ranks in {id(ranks): ranks for ranks in waits.values()}.values()}
+    direct = [s for s in waiting if guilty[id(waits[s.rank])]] or waiting
     direct.sort(key=lambda s: -s.seconds)
-    broken = [s for s in states.values() if s.doing == "failed" and s.rank not in culprits]
+    broken = [s for s in states.values() if s.doing == "failed" and s.rank not in blamed]
     return [str(state) for state in (direct + broken)[:SHOWN]]

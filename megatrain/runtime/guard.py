@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Literal, NoReturn
 
@@ -64,6 +65,8 @@ class Guard:
         self._main = threading.main_thread()
         self._threads: list[threading.Thread] = []
         self._waker: Board | None = None
+        self._board: Board | None = None
+        """Open from the start on: in an alarm, and at the end, all ranks would connect in the same moment."""
         self._server: Identity | None = None
         self._served_by_rank_0 = self._size > 1 and not self._launch.launcher_serves
 
@@ -89,7 +92,7 @@ class Guard:
             self._leave(error)
 
     def _start_watching(self) -> None:
-        self._waker = self._open_board()
+        self._waker, self._board = self._open_board(self._size), self._open_board(self._size)
         self._waker.write(f"identity/{self._session.rank}", Identity.own(self._session.rank).text())
         if self._served_by_rank_0 and self._session.rank != 0:
             text = self._waker.wait("identity/0", self._timeout)
@@ -98,11 +101,12 @@ class Guard:
             self._threads.append(threading.Thread(target=body, name=f"megatrain-guard-{name}", daemon=True))
             self._threads[-1].start()
 
-    def _open_board(self) -> Board:
+    def _open_board(self, ranks: int = 1) -> Board:
+        """A connection to the store, opened by so many ranks at the same time. Raises TransportError."""
         address, port = self._launch.master_addr, self._launch.master_port
         if address is None or port is None:
             raise TransportError("a world of several ranks has no rendezvous store: MASTER_ADDR and MASTER_PORT are missing")
-        return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS)
+        return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks)
 
     def _leave(self, error: BaseException | None) -> None:
         """Say that this rank is gone for good, so that it is not taken for dead, and end the threads."""
@@ -111,8 +115,7 @@ class Guard:
         said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
         state = State(self._session.rank, "left" if error is None else "raised", said)
         try:
-            board = self._open_board()
-            board.write(f"state/{state.rank}", state.text())
+            board = self._testify(state)
             board.write(f"wake/{state.rank}", "bye")
         except TransportError:
             return  # the store has gone just now
@@ -169,8 +172,7 @@ class Guard:
         """The verdict, and whether this rank is the one that reached it. Raises TransportError if the store does not answer."""
         if self._server is not None and self._server.condition() in ("gone", "stopped"):
             raise TransportError(f"{self._server} is {self._server.condition()}")
-        board = self._open_board()
-        board.write(f"state/{state.rank}", state.text())
+        board = self._testify(state)
         first = board.count("alarms") == 1
         if not first:
             text = board.wait("verdict", VERDICT_SECONDS)
@@ -182,20 +184,27 @@ class Guard:
         board.write("verdict", verdict.as_json())
         return verdict, True
 
+    def _testify(self, state: State) -> Board:
+        """Write this rank's state, and return the board that took it. Raises TransportError."""
+        key, text = f"state/{state.rank}", state.text()
+        if self._board is not None:
+            with suppress(TransportError):  # a network may have forgotten a connection that nobody has used for days
+                self._board.write(key, text)
+                return self._board
+        board = self._open_board()
+        board.write(key, text)
+        return board
+
     def _reach_verdict(self, board: Board) -> Verdict:
         keys = [f"state/{rank}" for rank in range(self._size)]
         deadline = time.monotonic() + TESTIMONY_SECONDS
         while time.monotonic() < deadline and not board.complete(keys):
             time.sleep(0.1)
-        states: dict[int, State] = {}
-        identities: dict[int, Identity] = {}
-        for rank, key in enumerate(keys):
-            text = board.read(key)
-            if text is not None:
-                states[rank] = State.parse(text)
-            elif (identity := board.read(f"identity/{rank}")) is not None:
-                identities[rank] = Identity.parse(identity)
-        return judge(states, identities, self._size)
+        said = board.read_all(keys)
+        states = {rank: State.parse(said[key]) for rank, key in enumerate(keys) if key in said}
+        silent = board.read_all([f"identity/{rank}" for rank in range(self._size) if rank not in states])
+        identities = [Identity.parse(text) for text in silent.values()]
+        return judge(states, {identity.rank: identity for identity in identities}, self._size)
 
     def _blame_server(self, state: State, error: TransportError) -> Verdict:
         where = f"{self._launch.master_addr}:{self._launch.master_port}"

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from megatrain.checkpoint.load import newest
 from megatrain.checkpoint.manifest import (
+    PLACES,
     FileRow,
     Manifest,
     StoredTensor,
@@ -168,6 +169,28 @@ def test_what_does_not_belong_is_refused(tmp_path, state, change):
     rewritten(path, change)
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used"):
         read_manifest(path)
+
+
+def bytes_of(tensors, shape, blocks=1):
+    """Size of the manifest of a model of so many tensors, each rank of which writes one file of so many blocks."""
+    stored = {}
+    for n in range(tensors):
+        spec = ParamSpec(f"layers.{n}.weight", (4096, 4096), Split(0, 4096))
+        stored[spec.name] = StoredTensor(spec, 0, {"weights": "float32"}, Cut(0, spec.numel))
+    places = [shape.coordinates(rank) for rank in range(shape.world)]
+    rows = [
+        FileRow(file_name("weights", at), "weights", {k: at[k] for k in PLACES}, 10**9, ("0" * 32,) * blocks) for at in places
+    ]
+    return len(Manifest(1, 0.0, {}, shape, tuple(rows), stored, "").to_bytes())
+
+
+def test_a_manifest_grows_by_a_row_for_a_file_and_a_row_for_a_tensor():
+    """And not by a row for each tensor of each file; docs/scale.md has its size for 16,384 ranks."""
+    few, many = MeshShape(tp=4, pp=2, dp=2), MeshShape(tp=8, pp=4, dp=32)
+    row_of_tensor = (bytes_of(200, few) - bytes_of(100, few)) / 100
+    assert row_of_tensor < 500 and abs((bytes_of(200, many) - bytes_of(100, many)) / 100 - row_of_tensor) < 1
+    assert (bytes_of(100, many) - bytes_of(100, few)) / (many.world - few.world) < 240
+    assert (bytes_of(1, many, blocks=2) - bytes_of(1, many)) / many.world < 45
 
 
 @pytest.mark.parametrize("version", [1, 7, "2", None])

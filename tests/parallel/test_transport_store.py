@@ -1,0 +1,142 @@
+"""The store where ranks meet: what one rank asks of it does not grow with the world, and a message about it neither."""
+
+import resource
+from collections import Counter
+from datetime import timedelta
+
+import pytest
+import torch
+from torch.distributed import HashStore
+
+from megatrain.parallel import transport_store
+from megatrain.parallel.transport import TransportError, World, name_ranks
+from megatrain.parallel.transport_board import Board
+from megatrain.parallel.transport_store import meet_all
+from megatrain.parallel.transport_torch import TorchWorld
+from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
+
+LARGEST = 16_384
+LIMIT = timedelta(seconds=0.2)
+
+
+class Counted:
+    """A store in memory that counts messages, and the most keys of one."""
+
+    def __init__(self, **texts):
+        self.inner, self.calls, self.most = HashStore(), Counter(), 0
+        for key, text in texts.items():
+            self.inner.set(key.replace("_", " "), text)
+
+    def __getattr__(self, what):
+        def ask(first, *args):
+            self.calls[what] += 1
+            self.most = max(self.most, len(first) if isinstance(first, list) else 1)
+            return getattr(self.inner, what)(first, *args)
+
+        return ask
+
+
+@pytest.mark.parametrize("size", [64, LARGEST])
+def test_to_join_and_to_leave_takes_as_many_messages_in_any_world(size):
+    store = Counted(all_here="", all_leave="")
+    meet_all(store, 5, size, LIMIT)
+    assert store.calls == {"set": 1, "add": 1, "wait": 1}
+    TorchWorld(5, size, torch.device("cpu"), 1.0, store)._linger()
+    assert store.calls == {"set": 1, "add": 2, "wait": 2}
+
+
+def test_the_last_to_leave_lets_the_others_go():
+    store = Counted()
+    store.inner.add("leaving", 63)
+    TorchWorld(5, 64, torch.device("cpu"), 1.0, store)._linger()
+    assert store.inner.check(["all leave"]) and not store.calls["wait"]
+
+
+def who_is_missing(store, rank, size):
+    with pytest.raises(TransportError) as caught:
+        meet_all(store, rank, size, LIMIT)
+    return str(caught.value)
+
+
+@pytest.fixture
+def all_but_two():
+    store = Counted()
+    for rank in set(range(LARGEST)) - {700, LARGEST - 1, 5}:
+        store.inner.set(f"rank {rank}", "here")
+    store.inner.add("arrived", LARGEST - 3)
+    return store
+
+
+def test_of_many_ranks_those_that_have_not_come_are_found_in_few_messages(all_but_two):
+    message = who_is_missing(all_but_two, 5, LARGEST)
+    assert f"of {LARGEST} ranks [700, {LARGEST - 1}] did not come" in message
+    assert sum(all_but_two.calls.values()) < 100 and all_but_two.most <= 512
+
+
+def test_when_many_ranks_ask_who_is_missing_few_look(all_but_two):
+    all_but_two.inner.add("asked", 16)
+    all_but_two.inner.set("missing", "[700] and 3 more")
+    assert "ranks [700] and 3 more did not come" in who_is_missing(all_but_two, 5, LARGEST)
+    assert all_but_two.calls["check"] == 0
+
+
+def test_a_few_of_many_missing_ranks_are_named():
+    store = Counted()
+    for rank in set(range(40)) - {5}:
+        store.inner.set(f"rank {rank}", "here")
+    store.inner.add("arrived", 39)
+    listed = ", ".join(map(str, range(40, 56)))
+    assert f"of 1024 ranks [{listed}] and 968 more did not come" in who_is_missing(store, 5, 1024)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted"),
+    [(1024, resource.RLIM_INFINITY, 66_560), (1024, 4096, 4096), (10**6, 10**6, None), (4096, 4096, None)],
+)
+def test_the_process_that_serves_the_store_may_have_a_file_open_for_every_connection(monkeypatch, soft, hard, wanted):
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    monkeypatch.setattr(transport_store, "TCPStore", lambda *_, **__: "served")
+    assert transport_store.open_store(0, LARGEST, ("node0", 1), LIMIT, serve=True) == "served"
+    assert asked == ([] if wanted is None else [(wanted, hard)])
+
+
+def test_a_message_lists_few_ranks():
+    assert name_ranks((0, 1)) == "[0, 1]"
+    assert name_ranks(range(16)) == str(list(range(16)))
+    assert name_ranks(range(0, LARGEST, 8)) == "[0, 8, 16, ..., 16376] (2048 ranks)"
+
+
+def test_a_board_reads_what_is_there_of_many_keys_in_few_messages():
+    store = Counted()
+    board = Board(store, 4.0)
+    keys = [f"state/{rank}" for rank in range(LARGEST)]
+    board.write_all(keys, "here")
+    assert board.complete(keys) and store.most == 512
+    for rank in (7, 8, 9000):
+        store.inner.delete_key(f"state/{rank}")
+    store.calls.clear()
+    found = board.read_all(keys)
+    assert not board.complete(keys)
+    assert set(keys) - set(found) == {"state/7", "state/8", "state/9000"} and set(found.values()) == {"here"}
+    assert sum(store.calls.values()) < 200 and store.most == 512
+    assert board.read_all([]) == {} and board.read_all(["state/7"]) == {}
+
+
+class Counting(World):
+    def __init__(self):
+        self.rank, self.size, self.made = 0, 4, []
+
+    def group(self, name, ranks):
+        self.made.append(name)
+        group = type("Idle", (), {})()
+        group.name, group.ranks, group.rank = name, tuple(ranks), 0
+        return group
+
+
+def test_the_group_of_all_ranks_is_made_once():
+    world = RecordedWorld(Counting(), Recorder())
+    assert world.group("world", range(4)) is world.group("world", range(4))
+    assert world.group("tp", (0, 1)) is not world.group("tp", (0, 1))
+    assert world.inner.made == ["world", "tp", "tp"]
