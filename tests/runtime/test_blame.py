@@ -99,6 +99,12 @@ def test_calls_that_are_looked_at_once_give_the_same_culprits(data):
     assert find_culprits(heard, shape.world) == plainly(heard, shape.world)
 
 
+def test_two_that_send_to_each_other_are_both_to_blame():
+    """Messages are no call that ranks share, though their numbers are the same."""
+    both = told([waiting(rank, (0, 1), "pp 0>1", "send") for rank in (0, 1)])
+    assert find_culprits(both, 2) == (0, 1)
+
+
 class Counted:
     """A store in memory that counts messages."""
 
