@@ -17,6 +17,7 @@ import ipaddress
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -83,7 +84,7 @@ from megatrain.runtime.slurm import address_of  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
-logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
 
 
 def main(run: Path, words: list[str]) -> int:
@@ -91,6 +92,8 @@ def main(run: Path, words: list[str]) -> int:
     marker = run / PREEMPTED
     logs = RankLogs(run / "logs", marker, sys.stdout.isatty())
     before = read(marker)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the store that the nodes share holds connections of every rank
     os.environ["MEGATRAIN_LAUNCHER"] = str(os.getpid())  # so that a worker sees when this process has gone
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     try:
@@ -123,8 +126,9 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     try:
         elastic_launch(config, command)(*rest)
     except ChildFailedError as failed:
+        told = {EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # by torchrun, since another one failed
         for rank, failure in sorted(failed.failures.items()):
-            if failure.exitcode != EX_TEMPFAIL:
+            if failure.exitcode not in told:
                 ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
                 said = f"; what it said: {logs.folder}/rank_{rank:05d}.err" * (rank > 0 or not logs.terminal)
                 complain(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) ended with {ended}{said}")

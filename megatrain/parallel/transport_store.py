@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import resource
 import socket
 import threading
@@ -25,6 +27,8 @@ ANSWERS_PER_SECOND = 500.0
 CONNECTIONS_PER_RANK = 4
 """To the store, at most at a time; with what else the process that serves it has open."""
 SPARE_FILES = 1024
+_BACKLOG = 4096
+"""Connections that may wait to be let in; the system's own limit may be lower."""
 _SHOWN = 16
 """How many ranks that have not come a message lists."""
 _LOOKERS = 16
@@ -42,13 +46,33 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
         return _reach_store(rank, size, host, port, limit)
     _allow_files(CONNECTIONS_PER_RANK * size + SPARE_FILES)
     try:
-        return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
-        if "EADDRINUSE" in str(error):
+        listener = _listen(host, port)
+        return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach())
+    except (RuntimeError, ValueError, OSError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise TransportError(
                 f"rank {rank} cannot serve port {port} on {host}: it is in use, perhaps by another job. {_other_port(port)}"
             ) from error
         raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {_headline(error)}") from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address that `host` names, on no other interface: whoever reaches the store may write to it. Raises OSError.
+
+    On all interfaces where that address is none of this machine's (others reach it by a translated one), or where a name stands for
+    loopback here, as a machine's own name does on many systems, and for something else on the other machines.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    text = str(address[0])
+    if not ipaddress.ip_address(text).is_loopback or host in ("localhost", text):
+        try:
+            return socket.create_server((text, port), family=family, backlog=_BACKLOG)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
 
 
 def answer_seconds(ranks: int) -> float:

@@ -41,6 +41,8 @@ class Launch:
     launcher: Literal["none", "torchrun", "srun"] = "none"
     job: str = ""
     """The launcher's name for this job; torchrun's restarts keep it."""
+    cores: int | None = None
+    """Cores of this rank alone, where SLURM was told how many (--cpus-per-task)."""
     launcher_process: int | None = None
     """Number of the process that started this one, where the launch scripts say so."""
     launcher_serves: bool = False
@@ -150,6 +152,7 @@ def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
         master_port=_number(env, "MASTER_PORT", port_of_job(_number(env, "SLURM_JOB_ID", 0))),
         launcher="srun",
         job=env.get("SLURM_JOB_ID", ""),
+        cores=_number(env, "SLURM_CPUS_PER_TASK", 0) or None,
     )
 
 

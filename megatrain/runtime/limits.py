@@ -18,7 +18,8 @@ EndTime = Callable[[Mapping[str, str]], "float | None"]
 class Limits:
     """Asked once a step on every rank; a step's own all-reduce tells the others.
 
-    Only rank 0 asks the scheduler when the allocation ends, and asks again when that time has come: it may have been extended.
+    Only rank 0 asks the scheduler when the allocation ends, and asks again when that time has come: it may have been extended. One rank of
+    each node looks for the file.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Limits:
         """Which limit was reached."""
         minutes = train.exit_after_minutes
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-        self._file = None if train.exit_file is None else Path(train.exit_file)
+        self._file = None if train.exit_file is None or launch.local_rank else Path(train.exit_file)
         self._end = (lambda: end_time(env)) if launch.rank == 0 else (lambda: None)
         end = self._end()
         left = math.inf if end is None else max(0.0, end - time.time())

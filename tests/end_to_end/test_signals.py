@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
+STEPS = 90
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 TARGETS = ("script", "torchrun", "worker")
 
@@ -93,8 +93,8 @@ def check_end(run, target, number, ended):
     elif target == "script":  # bash itself, before it has become Python, dies of the signal
         assert ended.code == 75 or (early and ended.code == -number), ended
     else:  # a worker that does not listen yet dies of it; SIGTERM at the start may mean that another worker failed
-        died = f"ended with {number.name}", f"ended with exit code {128 + number}"
-        assert ended.code == 75 or (early and ended.code == 1 and any(how in ended.err for how in died)), ended
+        known = number == signal.SIGTERM or f"ended with {number.name}" in ended.err
+        assert ended.code == 75 or (early and ended.code == 1 and known), ended
 
 
 def check_result(house, run, undisturbed):
@@ -131,7 +131,7 @@ def test_twenty_random_moments(house, undisturbed, number):
     ends, run = [], house / f"random_{number.name}_0"
     for count in range(20):
         target = TARGETS[count % 3]
-        ended = strike(house, run, target, number, lambda job: time.sleep(chance.uniform(0.0, 10.0)))
+        ended = strike(house, run, target, number, lambda job: time.sleep(chance.uniform(0.0, 8.0)))
         check_end(run, target, number, ended)
         ends.append(ended.code)
         if ended.code == 0 or count == 19:

@@ -1,6 +1,7 @@
 """The store where ranks meet: what one rank asks of it does not grow with the world, and a message about it neither."""
 
 import resource
+import socket
 from collections import Counter
 from datetime import timedelta
 
@@ -14,6 +15,7 @@ from megatrain.parallel.transport_board import Board
 from megatrain.parallel.transport_store import meet_all
 from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
+from megatrain.runtime.interface import interfaces
 
 LARGEST = 16_384
 LIMIT = timedelta(seconds=0.2)
@@ -98,7 +100,7 @@ def test_the_process_that_serves_the_store_may_have_a_file_open_for_every_connec
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
     monkeypatch.setattr(transport_store, "TCPStore", lambda *_, **__: "served")
-    assert transport_store.open_store(0, LARGEST, ("node0", 1), LIMIT, serve=True) == "served"
+    assert transport_store.open_store(0, LARGEST, ("127.0.0.1", 0), LIMIT, serve=True) == "served"
     assert asked == ([] if wanted is None else [(wanted, hard)])
 
 
@@ -140,3 +142,27 @@ def test_the_group_of_all_ranks_is_made_once():
     assert world.group("world", range(4)) is world.group("world", range(4))
     assert world.group("tp", (0, 1)) is not world.group("tp", (0, 1))
     assert world.inner.made == ["world", "tp", "tp"]
+
+
+def bound(host, monkeypatch, meaning=None):
+    """The address at which a store for `host` listens; a name means `meaning`."""
+    if meaning is not None:
+        family = socket.AF_INET
+        answer = [(family, socket.SOCK_STREAM, 6, "", (meaning, 0))]
+        monkeypatch.setattr(transport_store.socket, "getaddrinfo", lambda *words, **more: answer)
+    with transport_store._listen(host, 0) as listener:
+        return listener.getsockname()[0]
+
+
+def test_the_store_listens_on_the_interface_of_its_address_alone(monkeypatch):
+    own = next(one.address for one in interfaces() if not one.is_loopback and "." in one.address)
+    assert bound("127.0.0.1", monkeypatch) == "127.0.0.1"
+    assert bound(own, monkeypatch) == own
+    assert bound("node1", monkeypatch, own) == own
+
+
+def test_where_others_reach_it_by_another_address_it_listens_on_all(monkeypatch):
+    """A name that stands for loopback on its own machine; an address that is translated on the way."""
+    everywhere = ("::", "0.0.0.0")
+    assert bound("node1", monkeypatch, "127.0.1.1") in everywhere
+    assert bound("198.51.100.7", monkeypatch) in everywhere

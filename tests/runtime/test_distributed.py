@@ -63,6 +63,11 @@ def test_srun():
     assert launch.launcher == "srun" and not launch.launcher_serves
 
 
+def test_cores_that_slurm_gives_a_rank():
+    assert Launch.from_environment(SRUN).cores is None
+    assert Launch.from_environment({**SRUN, "SLURM_CPUS_PER_TASK": "8"}).cores == 8
+
+
 def test_a_job_step_that_is_smaller_than_the_job_counts():
     launch = Launch.from_environment(
         {**SRUN, "SLURM_NTASKS": "64", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "b[1-2]"}
