@@ -127,11 +127,11 @@ def launch(logs: RankLogs, words: list[str]) -> int:
         elastic_launch(config, command)(*rest)
     except ChildFailedError as failed:
         told = {EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # by torchrun, since another one failed
-        for rank, failure in sorted(failed.failures.items()):
-            if failure.exitcode not in told:
-                ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-                said = f"; what it said: {logs.folder}/rank_{rank:05d}.err" * (rank > 0 or not logs.terminal)
-                complain(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) ended with {ended}{said}")
+        first = {rank: one for rank, one in failed.failures.items() if one.exitcode not in told} or failed.failures
+        for rank, failure in sorted(first.items()):
+            ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+            said = f"; what it said: {logs.folder}/rank_{rank:05d}.err" * (rank > 0 or not logs.terminal)
+            complain(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) ended with {ended}{said}")
         return 1
     return 0
 

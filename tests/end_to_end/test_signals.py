@@ -82,12 +82,17 @@ def strike(house, run, target, number, moment):
     return ended
 
 
-def check_end(run, target, number, ended):
-    """What docs/launching.md says about exit codes."""
+def marker(run):
+    """What a run that was told to stop leaves."""
+    return (run / "preempted").read_text() if (run / "preempted").exists() else ""
+
+
+def check_end(run, target, number, ended, before=""):
+    """What docs/launching.md says about exit codes. before: the marker of an earlier start."""
     if ended.code == 0:
         assert max(jobs.rows(run)) == STEPS
         return
-    early = not (run / "preempted").exists()
+    early = marker(run) == before
     if target == "torchrun":
         assert ended.code in (1, 128 + number, -number), ended
     elif target == "script":  # bash itself, before it has become Python, dies of the signal
@@ -131,8 +136,9 @@ def test_twenty_random_moments(house, undisturbed, number):
     ends, run = [], house / f"random_{number.name}_0"
     for count in range(20):
         target = TARGETS[count % 3]
+        before = marker(run)
         ended = strike(house, run, target, number, lambda job: time.sleep(chance.uniform(0.0, 8.0)))
-        check_end(run, target, number, ended)
+        check_end(run, target, number, ended, before)
         ends.append(ended.code)
         if ended.code == 0 or count == 19:
             check_result(house, run, undisturbed)
