@@ -144,7 +144,8 @@ def meet_at(config: LaunchConfig) -> None:
     host, _, port = config.rdzv_endpoint.rpartition(":")
     host, present = address_of(host), interfaces()
     check_names(os.environ, [one.name for one in present])
-    config.local_addr = choose(os.environ.get(VARIABLE), host, present).address
+    if config.max_nodes > 1 or os.environ.get(VARIABLE):
+        config.local_addr = choose(os.environ.get(VARIABLE), host, present).address
     config.rdzv_endpoint = f"{host}:{port}"
     serves = serves_store(host, int(port), present)
     if not serves:

@@ -18,6 +18,7 @@ case "${1:-}" in -h | --help) show_help && exit 0 ;; esac
 [ $# -ge 2 ] || wrong_use "usage: bash launch/local.sh N CONFIG.yaml [section.key=value ...]"
 ranks="$1"
 case "$ranks" in "" | *[!0-9]* | 0) wrong_use "N=$ranks is not a number of processes. Use 1 or more." ;; esac
+whole_number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0 3
 take_verb "${@:2}"
 
 python="$(find_python)"

@@ -36,6 +36,10 @@ case "$MASTER_ADDR" in
 Set it to the name or address of one of them."
         ;;
 esac
+whole_number MASTER_PORT "${MASTER_PORT:-29400}" 1 29400
+whole_number NPROC_PER_NODE "${NPROC_PER_NODE:-1}" 1 8
+whole_number MAX_RESTARTS "${MAX_RESTARTS:-0}" 0 3
+whole_number JOIN_TIMEOUT "${JOIN_TIMEOUT:-600}" 1 600
 take_verb "$@"
 
 python="$(find_python)"

@@ -8,6 +8,12 @@ wrong_use() {
     exit 2
 }
 
+# NAME VALUE LEAST EXAMPLE: ends unless the variable's value is a whole number that is large enough.
+whole_number() {
+    case "$2" in "" | *[!0-9]*) wrong_use "$1=$2 is not a whole number. Set $1=$4, or leave it out." ;; esac
+    [ "$2" -ge "$3" ] || wrong_use "$1=$2 is too small. Set $1=$4, or leave it out."
+}
+
 # The header comment of the script is its help.
 show_help() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+NODES = {"NNODES": "2", "MASTER_ADDR": "node1"}
 
 
 def run(script, *arguments, **env):
@@ -34,6 +35,10 @@ def run(script, *arguments, **env):
         ("multinode.sh", ["c.yaml"], {"NNODES": "1:2", "MASTER_ADDR": "::1"}, 2, "but 2 machines cannot meet at localhost"),
         ("multinode.sh", ["c.yaml"], {"NNODES": "3:2", "MASTER_ADDR": "n1"}, 2, "Set NNODES=2:3"),
         ("multinode.sh", ["c.yaml"], {"NNODES": "2:", "MASTER_ADDR": "n1"}, 2, "NNODES=2: is not a number"),
+        ("multinode.sh", ["c.yaml"], {**NODES, "MASTER_PORT": "abc"}, 2, "MASTER_PORT=abc is not a whole number"),
+        ("multinode.sh", ["c.yaml"], {**NODES, "NPROC_PER_NODE": "0"}, 2, "NPROC_PER_NODE=0 is too small"),
+        ("multinode.sh", ["c.yaml"], {**NODES, "JOIN_TIMEOUT": "5s"}, 2, "JOIN_TIMEOUT=5s is not"),
+        ("local.sh", ["2", "c.yaml"], {"MAX_RESTARTS": "-1"}, 2, "Set MAX_RESTARTS=3"),
         ("srun.sbatch", ["c.yaml"], {}, 2, "usage: sbatch"),
         ("srun.sbatch", ["c.yaml"], {"SLURM_JOB_ID": "1", "MEGATRAIN_ROOT": "/"}, 2, "set MEGATRAIN_ROOT"),
         ("slurm.sbatch", ["c.yaml"], {}, 2, "usage: sbatch"),
