@@ -37,6 +37,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
 PROBE_SECONDS = 5.0
+MOST_FILES = 1 << 20
 ANSWER_SECONDS = 15
 """How long the store may take to answer: where its host has gone, each of the last words to it waits so long."""
 
@@ -93,7 +94,8 @@ def main(run: Path, words: list[str]) -> int:
     logs = RankLogs(run / "logs", marker, sys.stdout.isatty())
     before = read(marker)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the store that the nodes share holds connections of every rank
+    many = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (many, most))  # the store that the nodes share holds connections of every rank
     os.environ["MEGATRAIN_LAUNCHER"] = str(os.getpid())  # so that a worker sees when this process has gone
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     try:
@@ -133,6 +135,9 @@ def launch(logs: RankLogs, words: list[str]) -> int:
             said = f"; what it said: {logs.folder}/rank_{rank:05d}.err" * (rank > 0 or not logs.terminal)
             complain(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) ended with {ended}{said}")
         return 1
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # all has ended
     return 0
 
 
