@@ -16,6 +16,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import resource
 import shutil
@@ -37,6 +38,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
 PROBE_SECONDS = 5.0
+BEGIN_SECONDS = 3.0
+"""A worker hears signals before it is so old, and has trained nothing."""
 MOST_FILES = 1 << 20
 ANSWER_SECONDS = 15
 """How long the store may take to answer: where its host has gone, each of the last words to it waits so long."""
@@ -56,12 +59,14 @@ def say_stopped(marker: Path, number: int) -> None:
         marker.write_text(text + "\n")
 
 
-for _number in SIGNALS:
+HEARD = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+for _number in HEARD:
     signal.signal(_number, _end_at_start)
 _chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that has gone at the end is no news: no stacks of C++
 
-from torch.distributed import DistError, TCPStore  # noqa: E402  # after the signals: it takes seconds
+import psutil  # noqa: E402  # after the signals: the rest takes seconds
+from torch.distributed import DistError, TCPStore  # noqa: E402
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
 from torch.distributed.elastic.rendezvous import (  # noqa: E402
@@ -82,6 +87,7 @@ from megatrain.runtime import ports  # noqa: E402
 from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces  # noqa: E402
 from megatrain.runtime.launch import LaunchError  # noqa: E402
 from megatrain.runtime.slurm import address_of  # noqa: E402
+from megatrain.runtime.stop import INSIST_SECONDS  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
@@ -92,7 +98,6 @@ def main(run: Path, words: list[str]) -> int:
     """Run torchrun; returns the exit code."""
     marker = run / PREEMPTED
     logs = RankLogs(run / "logs", marker, sys.stdout.isatty())
-    before = read(marker)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     many = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (many, most))  # the store that the nodes share holds connections of every rank
@@ -102,15 +107,27 @@ def main(run: Path, words: list[str]) -> int:
         code = launch(logs, words)
     except RendezvousTimeoutError:
         code = complain(
-            f"error: too few nodes came within {join_seconds()} s. Were all started? JOIN_TIMEOUT sets how long to wait."
+            f"error: {socket.gethostname()}: too few nodes came to {logs.where} within {join_seconds()} s. Were all started, with this "
+            "MASTER_ADDR? JOIN_TIMEOUT sets how long to wait."
         )
     except (LaunchError, RendezvousError, DistError, OSError) as error:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
-    except SignalException as stop:
-        if read(marker) == before:  # the workers had not begun, or could not save
-            say_stopped(marker, stop.sigval)
+    except SignalException:
+        code = after_signal(logs, marker)
+    return EX_TEMPFAIL if code == 1 and logs.replies() == {EX_TEMPFAIL} else code
+
+
+def after_signal(logs: RankLogs, marker: Path) -> int:
+    """The exit code of a run that was told to stop, once its workers have ended: 0 where they were done just then."""
+    replies = logs.replies()
+    if None not in replies:
+        return max(replies, default=EX_TEMPFAIL)
+    if time.monotonic() - logs.started < BEGIN_SECONDS:  # some worker could not yet hear what it was told
+        say_stopped(marker, logs.told)
         return EX_TEMPFAIL
-    return EX_TEMPFAIL if code and read(marker) not in ("", before) else code
+    if logs.insisted:
+        return complain("interrupted; the last checkpoint holds") + 129
+    return complain(f"error: told to stop, but the run has not saved; what its ranks said: {logs.folder}")
 
 
 def launch(logs: RankLogs, words: list[str]) -> int:
@@ -123,8 +140,9 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     config.log_line_prefix_template, config.role = "${role_name}", ""  # lines as they are: programs read them too
     if not arguments.standalone:
         meet_at(config)
+        logs.where = config.rdzv_endpoint
         watch_membership(config, logs)
-    listen()
+    listen(logs)
     try:
         elastic_launch(config, command)(*rest)
     except ChildFailedError as failed:
@@ -278,6 +296,9 @@ class RankLogs(LogsSpecs):
     def __init__(self, folder: Path, marker: Path, terminal: bool) -> None:
         super().__init__(str(folder))
         self.folder, self.marker, self.terminal = folder, marker, terminal
+        self.started, self.told, self.insisted = -math.inf, int(signal.SIGTERM), False
+        self.where = "this machine"
+        self._replies: list[Path] = []
         self.grows = False
         """Nodes wait to join: the workers are stopped, which they take for a request to stop, only to be started again with them."""
 
@@ -294,16 +315,23 @@ class RankLogs(LogsSpecs):
         self.folder.mkdir(parents=True, exist_ok=True)
         replies = tempfile.mkdtemp(prefix="megatrain-")
         atexit.register(shutil.rmtree, replies, ignore_errors=True)
-        places = LogsDest()
+        places, self._replies, self.started = LogsDest(), [], time.monotonic()
         for local, env in envs.items():
             rank = int(env["RANK"])
             places.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{replies}/{local}.json"
+            self._replies.append(Path(replies, f"{local}.code"))
+            env["MEGATRAIN_REPLY"] = str(self._replies[-1])
             places.stdouts[local] = places.stderrs[local] = ""  # as this process's own
             if rank == 0 and self.terminal:
                 continue
             places.stdouts[local] = places.tee_stdouts[local] = str(kept(self.folder / f"rank_{rank:05d}.out"))
             places.stderrs[local] = places.tee_stderrs[local] = str(kept(self.folder / f"rank_{rank:05d}.err"))
         return places
+
+    def replies(self) -> set[int | None]:
+        """The exit codes that the workers meant; None is among them where one has not said: it failed, or was killed."""
+        said = [read(path) for path in self._replies]
+        return {int(text) if text.isdigit() else None for text in said}
 
 
 def kept(path: Path) -> Path:
@@ -316,16 +344,25 @@ def kept(path: Path) -> Path:
     return path
 
 
-def listen() -> None:
-    """From here on the first signal makes torchrun pass it on to the workers and wait for them; others change nothing."""
-    heard: list[int] = []
+def listen(logs: RankLogs) -> None:
+    """From here on the first signal makes torchrun tell the workers and wait for them; Ctrl-C once more is passed on.
+
+    They are told by SIGUSR2: SIGTERM is what torchrun sends to the others when one worker has failed, which is no request.
+    """
+    heard: list[float] = []
 
     def hear(number: int, frame: FrameType | None) -> None:
-        heard.append(number)
+        heard.append(time.monotonic())
         if len(heard) == 1:
-            raise SignalException(f"process {os.getpid()} was told to stop", signal.Signals(number))
+            logs.told = number
+            raise SignalException(f"process {os.getpid()} was told to stop", signal.SIGUSR2)
+        if number == signal.SIGINT and heard[-1] - heard[0] > INSIST_SECONDS:
+            logs.insisted = True
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.send_signal(signal.SIGINT)
 
-    for number in SIGNALS:
+    for number in HEARD:
         signal.signal(number, hear)
 
 

@@ -30,8 +30,8 @@ case "$nodes" in
 esac
 [ "${nodes%%:*}" -le "${nodes##*:}" ] || wrong_use "NNODES=$nodes: the smaller number comes first. Set NNODES=${nodes##*:}:${nodes%%:*}."
 [ -n "${MASTER_ADDR:-}" ] || wrong_use "MASTER_ADDR is not set. Set it to the name or address of one of the ${nodes##*:} machines."
-case "$MASTER_ADDR" in
-    localhost | localhost.* | ip6-localhost | ::1 | 127.*)
+case "$(printf '%s' "$MASTER_ADDR" | tr '[:upper:]' '[:lower:]')" in
+    localhost | localhost.* | ip6-localhost | ::1 | 127.* | 0.0.0.0 | ::)
         [ "$nodes" = 1 ] || wrong_use "MASTER_ADDR=$MASTER_ADDR, but ${nodes##*:} machines cannot meet at localhost. \
 Set it to the name or address of one of them."
         ;;

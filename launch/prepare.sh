@@ -49,12 +49,18 @@ run_dir() {
             return
             ;;
     esac
+    if [ "$verb" != train ]; then # options of a verb are not for the config
+        local word overrides=("$1")
+        for word in "${@:2}"; do
+            case "$word" in -*) ;; *=*) overrides+=("$word") ;; esac
+        done
+        set -- "${overrides[@]}"
+    fi
     "$python" -c '
 import sys
 from megatrain.config.load import load
-overrides = [word for word in sys.argv[2:] if "=" in word and not word.startswith("-")]
 try:
-    print(load(sys.argv[1], overrides).config.log.dir)
+    print(load(sys.argv[1], sys.argv[2:]).config.log.dir)
 except (OSError, ValueError) as error:
     sys.exit(f"megatrain: error: {error}")
 ' "$@"

@@ -17,14 +17,17 @@ begin_job() {
         filled+=("${word//%j/$SLURM_JOB_ID}")
     done
     take_verb "${filled[@]}"
+    whole_number MAX_RESTARTS "${MAX_RESTARTS:-3}" 0 3
+    export MAX_RESTARTS="${MAX_RESTARTS:-3}"
+    [ "$verb" = train ] || MAX_RESTARTS=0 # what fails once, fails again
     python="$(find_python)"
-    dir="$(run_dir ${words[@]+"${words[@]}"})" || exit
-    before="$(cat "$dir/preempted" 2>/dev/null || true)"
     # SLURM signals the step itself (--signal, scancel, pre-emption); this script gets what is sent to it alone (--signal=B:, scancel
     # --batch), and some of the others. It must not die of any: its end is the end of the job.
     for word in TERM INT USR1 USR2 HUP; do
         trap "pass_on $word" "$word"
     done
+    dir="$(run_dir ${words[@]+"${words[@]}"})" || exit
+    before="$(cat "$dir/preempted" 2>/dev/null || true)"
 }
 
 pass_on() {
@@ -35,26 +38,40 @@ pass_on() {
 # Runs a step of the job to its end, also when signals come; its exit code is in `code`.
 run_step() {
     local step
-    code=0
+    code=75
+    [ -z "$told" ] || return 0 # by a signal that came before there was a step
     srun --mpi=none "$@" &
     step=$!
-    wait "$step" || code=$?
     while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
-        code=0
-        wait "$step" || code=$?
+        if [ -z "$told" ]; then
+            wait "$step" || true
+        else
+            pass_on "$told" # again: SLURM may have been about to start the step
+            sleep 3 &
+            wait $! || true
+        fi
     done
+    code=0
+    wait "$step" || code=$?
 }
 
 # What SLURM says of the job: KEY=... without the key.
 of_job() { scontrol show job --oneliner "$job" 2>/dev/null | sed -n "s/.* $1=\([^ ]*\).*/\1/p"; }
 
-# Whether the run was told to stop. srun gives the largest exit code of all, which says little: ranks leave a file.
+# Whether the run was told to stop, and nothing is lost. srun gives the largest exit code of all: ranks that stopped also leave a file, and
+# one that a signal met in its first tenth of a second, before it could hear it, has died of it. A run that could not save has failed (1).
 stopped_early() {
     local now
-    [ "$code" -ne 0 ] || return 1
     now="$(cat "$dir/preempted" 2>/dev/null || true)"
-    if [ -n "$told" ] || { [ -n "$now" ] && [ "$now" != "$before" ]; }; then return 0; fi
-    case "$(of_job PreemptTime)" in "" | None | Unknown) return 1 ;; esac
+    case "$code" in
+        0 | 1 | 2) return 1 ;;
+        75 | 129 | 130 | 138 | 140) return 0 ;;
+        143) # a launcher also ends the others so when one has failed
+            [ -n "$told" ] || { [ -n "$now" ] && [ "$now" != "$before" ]; } && return 0
+            case "$(of_job PreemptTime)" in "" | None | Unknown) return 1 ;; esac
+            ;;
+        *) [ -n "$now" ] && [ "$now" != "$before" ] ;;
+    esac
 }
 
 # Ends the job: back into the queue where it stopped early. Not where SLURM ends the job already (COMPLETING): somebody cancelled it, or its

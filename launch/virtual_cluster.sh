@@ -93,8 +93,12 @@ start() {
     if [ -e "$folder/slurm.conf" ] && SLURM_CONF="$folder/slurm.conf" scontrol ping 2>/dev/null | grep -q UP; then
         echo "it runs already" >&2
     else
+        [ ! -e "$folder" ] || [ -e "$folder/slurm.conf" ] || [ -e "$folder/install.log" ] ||
+            fail "$folder exists and is no cluster of this script"
+        end_daemons
         rm -rf "$folder"
         mkdir -p "$folder"
+        trap 'end_daemons' EXIT # until all is up
         install_slurm
         configure
         export SLURM_CONF="$folder/slurm.conf"
@@ -110,6 +114,7 @@ start() {
         done
         sinfo --noheader --Node --partition low --states idle | grep -q n2 || fail "the nodes do not come up; see $folder/log"
     fi
+    trap - EXIT
     echo "nodes n1 and n2 are up; stop them with: bash launch/virtual_cluster.sh stop" >&2
     printf 'export SLURM_CONF=%q\n' "$folder/slurm.conf"
 }
@@ -126,6 +131,11 @@ finish() {
     kill -KILL "$pid" 2>/dev/null || true
 }
 
+end_daemons() {
+    local pid
+    for pid in "$folder"/slurmd-n1.pid "$folder"/slurmd-n2.pid "$folder"/slurmctld.pid "$folder"/munge/pid; do finish "$pid"; done
+}
+
 stop() {
     [ -e "$folder/slurm.conf" ] || fail "no cluster was started in $folder"
     export SLURM_CONF="$folder/slurm.conf"
@@ -135,7 +145,7 @@ stop() {
         [ -n "$(squeue --noheader 2>/dev/null)" ] || break
         sleep 1
     done
-    for pid in "$folder"/slurmd-n1.pid "$folder"/slurmd-n2.pid "$folder"/slurmctld.pid "$folder"/munge/pid; do finish "$pid"; done
+    end_daemons
     rm -rf "$folder"
 }
 

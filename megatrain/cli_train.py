@@ -23,14 +23,14 @@ def add_train(
 def _train(arguments: argparse.Namespace) -> int:
     from megatrain.config.load import load
     from megatrain.runtime.launch import Launch
-    from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping
+    from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply
 
     launch = Launch.from_environment(os.environ)
     marker = Path(load(arguments.config, arguments.overrides).config.log.dir, PREEMPTED)
     if is_stopping(marker, launch):
-        return os.EX_TEMPFAIL
+        return reply(launch, os.EX_TEMPFAIL)
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
         from megatrain.program import main as train
 
-        return train(arguments.config, arguments.overrides, stop)
+        return reply(launch, train(arguments.config, arguments.overrides, stop))

@@ -183,7 +183,7 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         last = job.step == job.budget.steps
         if _due(job.step, config.train.audit_every):
             audit(job.flat, job.optimizer, job.ctx)
-        if job.held_out and (last or _due(job.step, config.train.eval_every)):
+        if job.held_out and (last or (_due(job.step, config.train.eval_every) and not report.stop)):
             watch.evaluate()
         if last or report.stop or _due(job.step, config.checkpoint.save_every):
             watch.save(wait=last or report.stop)

@@ -20,6 +20,7 @@ from megatrain.checkpoint.hf_files import is_hf
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import ContentError, together
+from megatrain.config.load import dump
 from megatrain.config.schema import Config
 from megatrain.init_from import start_from
 from megatrain.job import Job
@@ -137,7 +138,8 @@ def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]
     was = yaml.safe_load(manifest.config)
     was = was if isinstance(was, dict) else {}
     before = dict(_leaves(asdict(Config()))) | dict(_leaves(was))  # a key that an older release did not have was at its default
-    for key, value in _leaves(asdict(config)):
+    now = yaml.safe_load(dump(config, {}))  # as it would be saved: what has its default inside of a list is left out there
+    for key, value in _leaves(now):
         if before[key] != value:
             yield key, before[key], value
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.config.schema import Config
-from megatrain.evaluate import evaluate
+from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
@@ -114,9 +114,13 @@ class Watch:
         self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
 
     def evaluate(self) -> None:
-        """Evaluate, write the row and redraw the picture."""
+        """Evaluate, write the row and redraw the picture; leave it where some rank is told to stop, since saving cannot wait."""
         began = time.perf_counter()
-        result = evaluate(self.job, self.config.train.eval_batches)
+        try:
+            result = evaluate(self.job, self.config.train.eval_batches, self.job.stop_requested)
+        except Interrupted:
+            self.log.say(f"the evaluation after step {self.job.step} was left: the run was told to stop")
+            return
         seconds = time.perf_counter() - began
         losses = {name: of.loss for name, of in result.sets.items() if name}
         self.log.evaluation(

@@ -8,7 +8,7 @@ from torch.nn import functional
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.data.held_out import HeldOut
 from megatrain.data.loader import Loader
-from megatrain.evaluate import evaluate
+from megatrain.evaluate import Interrupted, evaluate
 from megatrain.models.batch import MicroBatch
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
@@ -95,6 +95,20 @@ def test_every_layout_finds_the_mean_over_the_tokens(shape, samples):
     for result in simulate(shape, evaluated, Text(samples)):
         assert result.tokens == tokens == (samples - 1) * SEQ + 3
         assert result.loss == pytest.approx(loss, rel=1e-12) and result.accuracy == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("shape", [MeshShape(), MeshShape(dp=2), MeshShape(tp=2), MeshShape(pp=2)], ids=str)
+def test_where_one_rank_is_told_to_stop_all_leave_at_the_same_batch(shape):
+    def told_later(ctx):
+        run, asked = run_of(ctx, Text(9)), []
+        last = ctx.world.rank == ctx.world.size - 1
+        with pytest.raises(Interrupted):
+            evaluate(run, stopping=lambda: asked.append(None) is None and last and len(asked) > 1)
+        assert run.chunks[0].training
+        run.loader.close()
+        return len(asked)
+
+    assert set(simulate(shape, told_later)) == {2}
 
 
 def test_a_limit_counts_global_batches():

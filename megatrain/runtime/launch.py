@@ -43,6 +43,8 @@ class Launch:
     """The launcher's name for this job; torchrun's restarts keep it."""
     cores: int | None = None
     """Cores of this rank alone, where SLURM was told how many (--cpus-per-task)."""
+    reply: str | None = None
+    """A file in which the launch scripts want to read the exit code that this process meant: torchrun does not pass it on."""
     launcher_process: int | None = None
     """Number of the process that started this one, where the launch scripts say so."""
     launcher_serves: bool = False
@@ -120,6 +122,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         master_port=_number(env, "MASTER_PORT"),
         launcher="torchrun",
         job=env.get("TORCHELASTIC_RUN_ID", ""),
+        reply=env.get("MEGATRAIN_REPLY"),
         launcher_process=_number(env, "MEGATRAIN_LAUNCHER", 0) or None,
         launcher_serves=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )

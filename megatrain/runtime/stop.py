@@ -22,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -117,6 +118,7 @@ class StopRequest:
             except OSError as error:
                 _say(f"{self._marker} could not be written: {error}")
             _say(f"{self.signal.name} came before the first step: nothing is to be saved; the same command goes on")
+            reply(self._launch, os.EX_TEMPFAIL)
         os._exit(os.EX_TEMPFAIL)
 
 
@@ -143,6 +145,14 @@ def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> No
     part = marker.with_name(f".{marker.name}.{launch.rank}.{os.getpid()}")
     part.write_text(json.dumps({"why": why, "step": step, "time": time.time(), "job": launch.job}) + "\n")
     part.replace(marker)
+
+
+def reply(launch: Launch, code: int) -> int:
+    """Tell the launch scripts the exit code that is meant; returns it."""
+    if launch.reply is not None:
+        with suppress(OSError):  # the launcher has gone, and its folder with it
+            Path(launch.reply).write_text(str(code))
+    return code
 
 
 def is_stopping(marker: Path, launch: Launch) -> bool:

@@ -6,6 +6,7 @@ The run ends with the code that docs/launching.md names, its checkpoint is whole
 import contextlib
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -159,6 +160,35 @@ def test_a_run_that_stops_is_not_started_again(house, undisturbed):
     assert ended.code == 75, ended.err
     assert [event["event"] for event in jobs.events(run)] == ["start", "save", "signal"]
     assert of_run(run) == []
+
+
+def test_a_run_that_cannot_save_has_failed(house):
+    """Told to stop, and the directory of checkpoints has gone: the next start would lose work, so nothing must start it by itself."""
+    run = house / "unsaved"
+    with start(house, run, "script") as job:
+        assert jobs.wait_for_rows(job, run, 10)
+        shutil.rmtree(run / "checkpoints")
+        (run / "checkpoints").write_text("")
+        job.processes[0].terminate()
+        (ended,) = job.finish()
+    assert ended.code == 1 and "told to stop, but the run has not saved" in ended.err, ended
+    assert not (run / "preempted").exists()
+
+
+def test_ctrl_c_again_ends_at_once(house):
+    """While the others wait for a rank that is frozen."""
+    run = house / "insisted"
+    with start(house, run, "script") as job:
+        assert jobs.wait_for_rows(job, run, 5)
+        frozen = workers(run)[1]
+        frozen.suspend()
+        job.processes[0].send_signal(signal.SIGINT)
+        time.sleep(3.3)
+        job.processes[0].send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        frozen.resume()
+        (ended,) = job.finish(15)
+    assert ended.code == 130 and of_run(run) == [], ended
 
 
 def test_a_killed_rank_is_started_again(house, undisturbed):

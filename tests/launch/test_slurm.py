@@ -183,7 +183,14 @@ def check_stopped_and_resumed(job, undisturbed):
 def test_the_end_of_its_time_is_read_from_slurm(submit, house, tmp_path):
     """A limit of one minute, half of which is margin: it stops by itself, is put back, and goes on."""
     run, steps = tmp_path / "run", 500
-    job = submit("srun.sbatch", "--time", "1", words=[str(house / "config.yaml"), f"log.dir={run}", f"train.steps={steps}"])
+    job = submit(
+        "srun.sbatch",
+        "--time",
+        "1",
+        "--signal",
+        "USR2@1",
+        words=[str(house / "config.yaml"), f"log.dir={run}", f"train.steps={steps}"],
+    )
     assert job.wait(280) == "COMPLETED", job.said()
     told = [event["message"] for event in jobs.events(run) if event["event"] == "signal"]
     assert told and set(told) == {"the end of the job's time"}
