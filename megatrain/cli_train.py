@@ -33,4 +33,8 @@ def _train(arguments: argparse.Namespace) -> int:
         end_with_launcher(launch)
         from megatrain.program import main as train
 
-        return reply(launch, train(arguments.config, arguments.overrides, stop))
+        try:
+            return reply(launch, train(arguments.config, arguments.overrides, stop))
+        finally:
+            if stop:
+                stop.ignore()  # told again while it ends: there is nothing left to stop, and its exit code matters

@@ -155,7 +155,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
     """
     config, limits = job.config, Limits(job.config.train, job.session.launch)
     with (
-        stop or StopRequest() as told,
+        StopRequest() if stop is None else stop as told,
         _open_log(job) as log,
         Watch(job, log) as watch,
         Guard(job.session, config.train.hang_timeout_seconds, watch.guard_event) as guard,

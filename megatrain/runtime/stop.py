@@ -62,6 +62,13 @@ class StopRequest:
         with self._lock:
             self._starting = False
 
+    def ignore(self) -> None:
+        """From here on requests change nothing, to the end of the process."""
+        signal.set_wakeup_fd(self._before.pop(0, -1))
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+        self._before.clear()
+
     def __enter__(self) -> StopRequest:
         self._depth += 1
         if self._depth > 1 or threading.current_thread() is not threading.main_thread():

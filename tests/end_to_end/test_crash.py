@@ -142,7 +142,9 @@ def test_told_to_stop_it_saves_and_exits_with_75(house, uninterrupted):
     run = house / "stopped"
     with jobs.start(house / "job_stopped", words(house, "stopped", "checkpoint.save_every=0")) as job:
         assert jobs.wait_for_rows(job, run, 5)
-        job.processes[0].terminate()
+        while job.alive():  # to its very end
+            job.processes[0].terminate()
+            time.sleep(0.01)
         (ended,) = job.finish()
     assert ended.code == os.EX_TEMPFAIL == 75, ended.err
     assert (run / "preempted").exists()

@@ -100,6 +100,18 @@ def test_a_remembered_signal_waits_for_the_main_thread(tmp_path):
     assert process.communicate(timeout=20)[0] == "SIGUSR2\n" and not (tmp_path / PREEMPTED).exists()
 
 
+def test_a_process_that_ends_is_deaf():
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        with StopRequest() as stop:
+            stop.ignore()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not stop and signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else before)
+
+
 def test_what_was_ignored_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
