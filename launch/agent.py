@@ -16,7 +16,6 @@ import contextlib
 import ipaddress
 import json
 import logging
-import math
 import os
 import resource
 import shutil
@@ -38,8 +37,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
 PROBE_SECONDS = 5.0
-BEGIN_SECONDS = 3.0
-"""A worker hears signals before it is so old, and has trained nothing."""
+INSISTED_SECONDS = 2.0
+"""What is left of the workers so long after Ctrl-C was pressed once more is killed."""
 MOST_FILES = 1 << 20
 ANSWER_SECONDS = 15
 """How long the store may take to answer: where its host has gone, each of the last words to it waits so long."""
@@ -87,7 +86,7 @@ from megatrain.runtime import ports  # noqa: E402
 from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces  # noqa: E402
 from megatrain.runtime.launch import LaunchError  # noqa: E402
 from megatrain.runtime.slurm import address_of  # noqa: E402
-from megatrain.runtime.stop import INSIST_SECONDS  # noqa: E402
+from megatrain.runtime.stop import BEGUN, INSIST_SECONDS  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
@@ -114,17 +113,17 @@ def main(run: Path, words: list[str]) -> int:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
     except SignalException:
         code = after_signal(logs, marker)
-    return EX_TEMPFAIL if code == 1 and logs.replies() == {EX_TEMPFAIL} else code
+    return EX_TEMPFAIL if code == 1 and logs.replies() == {str(EX_TEMPFAIL)} else code
 
 
 def after_signal(logs: RankLogs, marker: Path) -> int:
     """The exit code of a run that was told to stop, once its workers have ended: 0 where they were done just then."""
     replies = logs.replies()
-    if None not in replies:
-        return max(replies, default=EX_TEMPFAIL)
-    if time.monotonic() - logs.started < BEGIN_SECONDS:  # some worker could not yet hear what it was told
+    if not replies or "" in replies:  # some worker did not hear yet, so that none has trained
         say_stopped(marker, logs.told)
         return EX_TEMPFAIL
+    if BEGUN not in replies:
+        return max(int(code) for code in replies)
     if logs.insisted:
         return complain("interrupted; the last checkpoint holds") + 129
     return complain(f"error: told to stop, but the run has not saved; what its ranks said: {logs.folder}")
@@ -296,7 +295,7 @@ class RankLogs(LogsSpecs):
     def __init__(self, folder: Path, marker: Path, terminal: bool) -> None:
         super().__init__(str(folder))
         self.folder, self.marker, self.terminal = folder, marker, terminal
-        self.started, self.told, self.insisted = -math.inf, int(signal.SIGTERM), False
+        self.told, self.insisted = int(signal.SIGTERM), False
         self.where = "this machine"
         self._replies: list[Path] = []
         self.grows = False
@@ -315,7 +314,7 @@ class RankLogs(LogsSpecs):
         self.folder.mkdir(parents=True, exist_ok=True)
         replies = tempfile.mkdtemp(prefix="megatrain-")
         atexit.register(shutil.rmtree, replies, ignore_errors=True)
-        places, self._replies, self.started = LogsDest(), [], time.monotonic()
+        places, self._replies = LogsDest(), []
         for local, env in envs.items():
             rank = int(env["RANK"])
             places.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{replies}/{local}.json"
@@ -328,10 +327,9 @@ class RankLogs(LogsSpecs):
             places.stderrs[local] = places.tee_stderrs[local] = str(kept(self.folder / f"rank_{rank:05d}.err"))
         return places
 
-    def replies(self) -> set[int | None]:
-        """The exit codes that the workers meant; None is among them where one has not said: it failed, or was killed."""
-        said = [read(path) for path in self._replies]
-        return {int(text) if text.isdigit() else None for text in said}
+    def replies(self) -> set[str]:
+        """The exit codes that the workers meant; BEGUN of one that failed or was killed; empty of one that hears nothing yet."""
+        return {read(path) for path in self._replies}
 
 
 def kept(path: Path) -> Path:
@@ -358,12 +356,18 @@ def listen(logs: RankLogs) -> None:
             raise SignalException(f"process {os.getpid()} was told to stop", signal.SIGUSR2)
         if number == signal.SIGINT and heard[-1] - heard[0] > INSIST_SECONDS:
             logs.insisted = True
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(signal.SIGINT)
+            tell_workers(signal.SIGINT)
+            threading.Timer(INSISTED_SECONDS, tell_workers, [signal.SIGKILL]).start()
 
     for number in HEARD:
         signal.signal(number, hear)
+
+
+def tell_workers(number: int) -> None:
+    """Send a signal to the processes that this one has started."""
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(number)
 
 
 def read(path: Path) -> str:

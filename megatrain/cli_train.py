@@ -23,7 +23,7 @@ def add_train(
 def _train(arguments: argparse.Namespace) -> int:
     from megatrain.config.load import load
     from megatrain.runtime.launch import Launch
-    from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply
+    from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_begun
 
     launch = Launch.from_environment(os.environ)
     marker = Path(load(arguments.config, arguments.overrides).config.log.dir, PREEMPTED)
@@ -31,6 +31,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return reply(launch, os.EX_TEMPFAIL)
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
+        reply_begun(launch)
         from megatrain.program import main as train
 
         try:

@@ -35,6 +35,8 @@ INSIST_SECONDS = 3.0
 PREEMPTED = "preempted"
 """File in log.dir that says: stopped early; start me again."""
 INTERRUPTED = 130
+BEGUN = "begun"
+"""In the reply to the launch scripts, until there is an exit code."""
 
 
 class StopRequest:
@@ -156,10 +158,19 @@ def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> No
 
 def reply(launch: Launch, code: int) -> int:
     """Tell the launch scripts the exit code that is meant; returns it."""
+    _write_reply(launch, str(code))
+    return code
+
+
+def reply_begun(launch: Launch) -> None:
+    """Tell the launch scripts that this process hears signals: whatever it does from here on, it can say how it ended."""
+    _write_reply(launch, BEGUN)
+
+
+def _write_reply(launch: Launch, text: str) -> None:
     if launch.reply is not None:
         with suppress(OSError):  # the launcher has gone, and its folder with it
-            Path(launch.reply).write_text(str(code))
-    return code
+            Path(launch.reply).write_text(text)
 
 
 def is_stopping(marker: Path, launch: Launch) -> bool:
