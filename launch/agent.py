@@ -113,7 +113,7 @@ def main(run: Path, words: list[str]) -> int:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
     except SignalException:
         code = after_signal(logs, marker)
-    return EX_TEMPFAIL if code == 1 and logs.replies() == {str(EX_TEMPFAIL)} else code
+    return code
 
 
 def after_signal(logs: RankLogs, marker: Path) -> int:
@@ -146,6 +146,9 @@ def launch(logs: RankLogs, words: list[str]) -> int:
         elastic_launch(config, command)(*rest)
     except ChildFailedError as failed:
         told = {EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # by torchrun, since another one failed
+        codes = {one.exitcode for one in failed.failures.values()}
+        if EX_TEMPFAIL in codes and codes <= told:
+            return EX_TEMPFAIL  # a worker was told to stop, and the others by it, or by torchrun before their first step
         first = {rank: one for rank, one in failed.failures.items() if one.exitcode not in told} or failed.failures
         for rank, failure in sorted(first.items()):
             ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"

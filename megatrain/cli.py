@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else WRONG_USE
     if argv is None and words[:1] in (["train"], ["bench"]):
         _begin_program(words[0])
+    arguments.ends_process = argv is None
     try:
         return int(arguments.run(arguments))
     except KeyboardInterrupt:

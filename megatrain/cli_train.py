@@ -37,5 +37,5 @@ def _train(arguments: argparse.Namespace) -> int:
         try:
             return reply(launch, train(arguments.config, arguments.overrides, stop))
         finally:
-            if stop:
-                stop.ignore()  # told again while it ends: there is nothing left to stop, and its exit code matters
+            if arguments.ends_process:
+                stop.ignore()  # there is nothing left to stop, and its exit code matters
