@@ -11,51 +11,38 @@ Exit code: 0 done, 75 stopped early, start it again, 1 a failure.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import ipaddress
-import json
 import logging
 import os
-import resource
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar, cast
+from typing import NoReturn
 
-T = TypeVar("T")
-EX_TEMPFAIL = 75
-PREEMPTED = "preempted"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+from megatrain.runtime.launch import Launch, LaunchError
+from megatrain.runtime.stop import BEGUN, INSIST_SECONDS, PREEMPTED, SIGNALS, write_marker
+
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
-PROBE_SECONDS = 5.0
 INSISTED_SECONDS = 2.0
 """What is left of the workers so long after Ctrl-C was pressed once more is killed."""
 MOST_FILES = 1 << 20
-ANSWER_SECONDS = 15
-"""How long the store may take to answer: where its host has gone, each of the last words to it waits so long."""
 
 
 def _end_at_start(number: int, frame: FrameType | None) -> NoReturn:
     """No worker was started: nothing is to be saved."""
     say_stopped(Path(sys.argv[1], PREEMPTED), number)
-    os._exit(EX_TEMPFAIL)
+    os._exit(os.EX_TEMPFAIL)
 
 
 def say_stopped(marker: Path, number: int) -> None:
     """Leave the marker, which a job script looks for, where no worker has."""
     with contextlib.suppress(OSError):
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"why": signal.Signals(number).name, "step": None, "time": time.time(), "job": ""})
-        marker.write_text(text + "\n")
+        write_marker(marker, Launch(), signal.Signals(number).name, None)
 
 
 HEARD = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
@@ -65,28 +52,16 @@ _chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that has gone at the end is no news: no stacks of C++
 
 import psutil  # noqa: E402  # after the signals: the rest takes seconds
-from torch.distributed import DistError, TCPStore  # noqa: E402
-from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException  # noqa: E402
+from agent_logs import RankLogs  # noqa: E402
+from agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
+from torch.distributed import DistError  # noqa: E402
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
-from torch.distributed.elastic.rendezvous import (  # noqa: E402
-    RendezvousConnectionError,
-    RendezvousError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousParameters,
-    RendezvousTimeoutError,
-    rendezvous_handler_registry,
-)
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: E402
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError  # noqa: E402
+from torch.distributed.launcher.api import elastic_launch  # noqa: E402
 from torch.distributed.run import config_from_args, parse_args  # noqa: E402
 
-from megatrain.parallel.transport import TransportError  # noqa: E402
-from megatrain.parallel.transport_store import within  # noqa: E402
-from megatrain.runtime import ports  # noqa: E402
-from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces  # noqa: E402
-from megatrain.runtime.launch import LaunchError  # noqa: E402
-from megatrain.runtime.slurm import address_of  # noqa: E402
-from megatrain.runtime.stop import BEGUN, INSIST_SECONDS  # noqa: E402
+from megatrain.parallel.transport_store import allow_files  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
@@ -97,9 +72,7 @@ def main(run: Path, words: list[str]) -> int:
     """Run torchrun; returns the exit code."""
     marker = run / PREEMPTED
     logs = RankLogs(run / "logs", marker, sys.stdout.isatty())
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    many = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (many, most))  # the store that the nodes share holds connections of every rank
+    allow_files(MOST_FILES)  # the store that the nodes share holds connections of every rank
     os.environ["MEGATRAIN_LAUNCHER"] = str(os.getpid())  # so that a worker sees when this process has gone
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     try:
@@ -121,7 +94,7 @@ def after_signal(logs: RankLogs, marker: Path) -> int:
     replies = logs.replies()
     if not replies or "" in replies:  # some worker did not hear yet, so that none has trained
         say_stopped(marker, logs.told)
-        return EX_TEMPFAIL
+        return os.EX_TEMPFAIL
     if BEGUN not in replies:
         return max(int(code) for code in replies)
     if logs.insisted:
@@ -145,10 +118,10 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     try:
         elastic_launch(config, command)(*rest)
     except ChildFailedError as failed:
-        told = {EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # by torchrun, since another one failed
+        told = {os.EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # by torchrun, since another one failed
         codes = {one.exitcode for one in failed.failures.values()}
-        if EX_TEMPFAIL in codes and codes <= told:
-            return EX_TEMPFAIL  # a worker was told to stop, and the others by it, or by torchrun before their first step
+        if os.EX_TEMPFAIL in codes and codes <= told:
+            return os.EX_TEMPFAIL  # a worker was told to stop, and the others by it, or by torchrun before their first step
         first = {rank: one for rank, one in failed.failures.items() if one.exitcode not in told} or failed.failures
         for rank, failure in sorted(first.items()):
             ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
@@ -159,190 +132,6 @@ def launch(logs: RankLogs, words: list[str]) -> int:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # all has ended
     return 0
-
-
-# --- where nodes meet -----------------------------------------------------------------------------------------------------
-
-
-def meet_at(config: LaunchConfig) -> None:
-    """Say to torchrun's rendezvous what it would otherwise guess from host names. Raises LaunchError."""
-    host, _, port = config.rdzv_endpoint.rpartition(":")
-    host, present = address_of(host), interfaces()
-    check_names(os.environ, [one.name for one in present])
-    if config.max_nodes > 1 or os.environ.get(VARIABLE):
-        config.local_addr = choose(os.environ.get(VARIABLE), host, present).address
-    config.rdzv_endpoint = f"{host}:{port}"
-    serves = serves_store(host, int(port), present)
-    if not serves:
-        wait_for(host, int(port))
-    config.rdzv_configs |= {"is_host": serves, "join_timeout": join_seconds(), "read_timeout": ANSWER_SECONDS}
-    # A store of its own for each start of the workers: one that is shared keeps the address of a node that has gone.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-
-
-def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
-    """Have `logs` know when torchrun restarts the workers because nodes have come, and no call wait for a store whose host has gone.
-
-    torch's own limits do not hold there: a host that is cut off or has no power is waited for until TCP gives up, a quarter of an hour.
-    """
-
-    def create(parameters: RendezvousParameters) -> RendezvousHandler:
-        parameters.backend = "c10d"
-        handler = rendezvous_handler_registry.create_handler(parameters)
-        count, enter, leave = handler.num_nodes_waiting, handler.next_rendezvous, handler.shutdown
-
-        def num_nodes_waiting() -> int:
-            waiting = answered(count)
-            logs.grows = logs.grows or waiting > 0
-            return waiting
-
-        def next_rendezvous() -> RendezvousInfo:
-            answered(handler.is_closed)  # is the store there?
-            return enter()
-
-        def shutdown() -> bool:
-            try:
-                return answered(leave)
-            except RendezvousError:
-                return False
-
-        handler.num_nodes_waiting, handler.next_rendezvous, handler.shutdown = num_nodes_waiting, next_rendezvous, shutdown
-        return handler
-
-    rendezvous_handler_registry.register("megatrain", create)
-    config.rdzv_backend = "megatrain"
-
-
-def answered(call: Callable[[], T]) -> T:
-    """What a call to the store gives. Raises RendezvousConnectionError if it does not end in time; it is left behind in its thread."""
-    outcome: list[tuple[T | None, Exception | None]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((call(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    if not outcome:
-        raise RendezvousConnectionError(
-            f"the store where the nodes meet has not answered for {ANSWER_SECONDS} s: has its host gone?"
-        )
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return cast(T, result)
-
-
-def join_seconds() -> int:
-    """How long nodes wait for each other."""
-    return int(os.environ.get("JOIN_TIMEOUT") or 600)
-
-
-def serves_store(host: str, port: int, present: Sequence[Interface]) -> bool:
-    """Whether this agent is to serve the store: it is at MASTER_ADDR, and no other agent of the job was there before."""
-    node = os.environ.get("SLURM_NODEID") if "SLURM_STEP_ID" in os.environ else None
-    mine = is_here(host, present) if node is None else node == "0"
-    problem = ports.trouble(port) if mine else ""
-    if problem and (node is not None or not is_store(host, port)):
-        raise LaunchError(f"port {port} of {host}, where the nodes would meet, {problem}")
-    return mine and not problem
-
-
-def is_here(host: str, present: Sequence[Interface]) -> bool:
-    """Whether a host is this machine."""
-    try:
-        addresses = {str(one[4][0]) for one in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise LaunchError(f"MASTER_ADDR={host} cannot be resolved on {socket.gethostname()}: {error}") from error
-    own = {one.address for one in present}
-    return any(address in own or ipaddress.ip_address(address).is_loopback for address in addresses)
-
-
-def is_store(host: str, port: int) -> bool:
-    """Whether another agent of this job, on the same machine, serves the store already."""
-    try:
-        within(PROBE_SECONDS, lambda: TCPStore(host, port, is_master=False, wait_for_workers=False), "the store")
-    except TransportError:
-        return False
-    return True
-
-
-def wait_for(host: str, port: int) -> None:
-    """Return when something listens there. Raises LaunchError."""
-    deadline = time.monotonic() + join_seconds()
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=5.0).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise LaunchError(
-                    f"{socket.gethostname()} could not reach {host}:{port}, where the nodes meet, within {join_seconds()} s ({error}). "
-                    "Was the job started there, does MASTER_ADDR name it, is the port open? JOIN_TIMEOUT sets how long to wait."
-                ) from error
-            time.sleep(0.5)
-
-
-# --- logs and signals -------------------------------------------------------------------------------------------------------
-
-
-class RankLogs(LogsSpecs):
-    """Each rank's stdout and stderr in a file of its own, and on the console; on a terminal, rank 0's on the terminal alone.
-
-    What an earlier start of the same rank wrote is kept, with a number.
-    """
-
-    def __init__(self, folder: Path, marker: Path, terminal: bool) -> None:
-        super().__init__(str(folder))
-        self.folder, self.marker, self.terminal = folder, marker, terminal
-        self.told, self.insisted = int(signal.SIGTERM), False
-        self.where = "this machine"
-        self._replies: list[Path] = []
-        self.grows = False
-        """Nodes wait to join: the workers are stopped, which they take for a request to stop, only to be started again with them."""
-
-    @property
-    def root_log_dir(self) -> str:
-        """Where the files are."""
-        return str(self.folder)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """The files of the workers that are about to start."""
-        if self.grows:
-            self.marker.unlink(missing_ok=True)
-            self.grows = False
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replies = tempfile.mkdtemp(prefix="megatrain-")
-        atexit.register(shutil.rmtree, replies, ignore_errors=True)
-        places, self._replies = LogsDest(), []
-        for local, env in envs.items():
-            rank = int(env["RANK"])
-            places.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{replies}/{local}.json"
-            self._replies.append(Path(replies, f"{local}.code"))
-            env["MEGATRAIN_REPLY"] = str(self._replies[-1])
-            places.stdouts[local] = places.stderrs[local] = ""  # as this process's own
-            if rank == 0 and self.terminal:
-                continue
-            places.stdouts[local] = places.tee_stdouts[local] = str(kept(self.folder / f"rank_{rank:05d}.out"))
-            places.stderrs[local] = places.tee_stderrs[local] = str(kept(self.folder / f"rank_{rank:05d}.err"))
-        return places
-
-    def replies(self) -> set[str]:
-        """The exit codes that the workers meant; BEGUN of one that failed or was killed; empty of one that hears nothing yet."""
-        return {read(path) for path in self._replies}
-
-
-def kept(path: Path) -> Path:
-    """The path, free: a file that is there already gets a number; an empty one is of no use."""
-    if path.exists() and path.stat().st_size:
-        number = 1
-        while (older := path.with_name(f"{path.name}.{number}")).exists():
-            number += 1
-        path.rename(older)
-    return path
 
 
 def listen(logs: RankLogs) -> None:
@@ -371,14 +160,6 @@ def tell_workers(number: int) -> None:
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)
-
-
-def read(path: Path) -> str:
-    """A file's text, empty where there is none."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def complain(message: str) -> int:

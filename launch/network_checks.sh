@@ -8,8 +8,9 @@
 # missing; needs root on Linux. Exit code: 0 all passed, 77 where network namespaces cannot be made, else a failure.
 set -euo pipefail
 
-root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-case "${1:-}" in -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" && exit 0 ;; esac
+. "$(dirname -- "${BASH_SOURCE[0]}")/checks.sh"
+
+read_options network "$@"
 cannot() {
     echo "network_checks.sh: $*" >&2
     exit 77
@@ -24,14 +25,5 @@ if ! command -v ip >/dev/null; then
 fi
 { ip netns add "megatrain-$$" && ip netns del "megatrain-$$"; } 2>/dev/null || cannot "this machine forbids network namespaces."
 
-marks="network and not slow"
-if [ "${1:-}" = --all ]; then
-    marks="network"
-    shift
-fi
-if [ -z "${PYTHON:-}" ]; then
-    bash "$root/launch/install.sh" test
-    PYTHON="${MEGATRAIN_VENV:-$root/.venv}/bin/python"
-fi
-cd "$root"
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m "$marks" tests/launch/test_network.py "$@"
+find_test_python
+run_checks tests/launch/test_network.py

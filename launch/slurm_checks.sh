@@ -8,17 +8,10 @@
 # and stops what it started. Exit code: 0 all passed, 77 where SLURM cannot be had on this machine, else a failure.
 set -euo pipefail
 
-root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-case "${1:-}" in -h | --help) awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0" && exit 0 ;; esac
-marks="slurm and not slow"
-if [ "${1:-}" = --all ]; then
-    marks="slurm"
-    shift
-fi
-if [ -z "${PYTHON:-}" ]; then
-    bash "$root/launch/install.sh" test
-    PYTHON="${MEGATRAIN_VENV:-$root/.venv}/bin/python"
-fi
+. "$(dirname -- "${BASH_SOURCE[0]}")/checks.sh"
+
+read_options slurm "$@"
+find_test_python
 MEGATRAIN_CLUSTER="$(mktemp -d)/cluster"
 export MEGATRAIN_CLUSTER
 
@@ -33,5 +26,4 @@ trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 eval "$started"
-cd "$root"
-OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m "$marks" tests/launch/test_slurm.py "$@"
+run_checks tests/launch/test_slurm.py

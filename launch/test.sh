@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole check of a checkout: virtual environment, installation with the test tools, lint, types, import contracts, tests.
 #
-#   bash launch/test.sh                    under 15 minutes on 2 cores
+#   bash launch/test.sh                    about 20 minutes on 2 cores
 #   bash launch/test.sh --all              the slow tests too
 #   bash launch/test.sh tests/data -k bpe  everything after --all goes to pytest
 #

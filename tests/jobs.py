@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,24 @@ def same(run: Path, other: Path, steps: int) -> None:
     different = {step: (ours[step], theirs[step]) for step in ours if ours[step] != theirs[step]}
     assert not different, f"first at step {min(different)}: {different[min(different)]}"
     assert checkpoint_bytes(run, steps) == checkpoint_bytes(other, steps)
+
+
+def undisturbed(house: Path, size: int) -> Path:
+    """Train `house`/config.yaml in `size` processes to its end; the run's directory."""
+    run = house / "undisturbed"
+    ended = train(house / "job", str(house / "config.yaml"), f"log.dir={run}", size=size, seconds=2 * SECONDS)
+    if any(end.code != 0 for end in ended):
+        raise RuntimeError(f"the undisturbed run failed: {ended}")
+    return run
+
+
+def await_rows(run: Path, count: int, said: Callable[[], str], seconds: float = 90.0) -> None:
+    """Wait until `count` steps are recorded. Raises TimeoutError with what the job has said."""
+    deadline = time.monotonic() + seconds
+    while row_count(run) < count:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{count} steps were not recorded within {seconds:g} s: {said()[-3000:]}")
+        time.sleep(0.01)
 
 
 def row_count(run: Path) -> int:

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 ANSWER_SECONDS = 10.0
 """How long the store where ranks meet may take to answer once its port is open, in a small world."""
+ATTEMPT_SECONDS = 5.0
+"""Of one attempt to reach a host that may not be there yet."""
 ANSWERS_PER_SECOND = 500.0
 """At least so many ranks a second are let in: torch's store looks up the name of each who connects, one after the other."""
 CONNECTIONS_PER_RANK = 4
@@ -44,7 +46,7 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
     host, port = rendezvous
     if not serve:
         return _reach_store(rank, size, host, port, limit)
-    _allow_files(CONNECTIONS_PER_RANK * size + SPARE_FILES)
+    allow_files(CONNECTIONS_PER_RANK * size + SPARE_FILES)
     try:
         listener = _listen(host, port)
         return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach())
@@ -80,7 +82,7 @@ def answer_seconds(ranks: int) -> float:
     return ANSWER_SECONDS + ranks / ANSWERS_PER_SECOND
 
 
-def _allow_files(number: int) -> None:
+def allow_files(number: int) -> None:
     """Let this process have so many files open, as far as the system's hard limit goes: the usual soft one is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
@@ -95,18 +97,13 @@ def _reach_store(rank: int, size: int, host: str, port: int, limit: timedelta) -
     Whether anything listens is asked first: only then may a short limit end the wait for the store's answer, which torch's own
     time limit does not (a port that another program holds, and never answers on, would be waited for without end).
     """
-    deadline = time.monotonic() + limit.total_seconds()
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise TransportError(
-                    f"rank {rank} cannot reach the store at {host}:{port} within {limit.total_seconds():g} s. "
-                    f"Is MASTER_ADDR the host of rank 0, has rank 0 started, is the port open? ({error})"
-                ) from error
-            time.sleep(0.1)
+    try:
+        await_listener(host, port, limit.total_seconds())
+    except OSError as error:
+        raise TransportError(
+            f"rank {rank} cannot reach the store at {host}:{port} within {limit.total_seconds():g} s. "
+            f"Is MASTER_ADDR the host of rank 0, has rank 0 started, is the port open? ({error})"
+        ) from error
     try:
         return within(
             answer_seconds(size),
@@ -120,6 +117,19 @@ def _reach_store(rank: int, size: int, host: str, port: int, limit: timedelta) -
         ) from error
 
 
+def await_listener(host: str, port: int, seconds: float) -> None:
+    """Return when something listens at host:port. Raises OSError, that of the last attempt, if nothing does for so long."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, min(ATTEMPT_SECONDS, deadline - time.monotonic()))).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 def _other_port(port: int) -> str:
     return f"Choose another MASTER_PORT, for example {port + 1 if port < 65535 else 29500}."
 
@@ -130,7 +140,7 @@ def _headline(error: Exception) -> str:
 
 
 def within(seconds: float, call: Callable[[], T], what: str) -> T:
-    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and if it fails.
+    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and where torch's store fails.
 
     what: names in the message what was called.
     """
@@ -139,7 +149,7 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     def run() -> None:
         try:
             outcome.extend((True, call()))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
             outcome.extend((False, error))
 
     thread = threading.Thread(target=run, name="megatrain-store", daemon=True)
@@ -147,9 +157,12 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     thread.join(seconds)
     if not outcome:
         raise TransportError(f"{what} did not answer within {seconds:g} s")
-    if not outcome[0]:
-        raise TransportError(f"{what} is lost: {outcome[1]}") from outcome[1]
-    return outcome[1]
+    succeeded, result = outcome
+    if succeeded:
+        return result
+    if isinstance(result, (RuntimeError, ValueError)):
+        raise TransportError(f"{what} is lost: {result}") from result
+    raise result
 
 
 def meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:

@@ -24,9 +24,9 @@ from megatrain.kernels.matmul import matmul
 from megatrain.parallel.consensus import broadcast_text, gather_texts
 from megatrain.parallel.transport import Group
 from megatrain.parallel.transport_torch import backends
+from megatrain.runtime.interface import BACKENDS
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "megatrain")
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 DISK_TEST_BYTES = 64 << 20
 MESSAGE_NUMBERS = 4 << 20
 """float32 numbers of an all-reduce, and of a message between nodes."""
@@ -102,7 +102,7 @@ def look(report: Report, device: torch.device, directory: Path, env: Mapping[str
     for name, entries in psutil.net_if_addrs().items():
         ip = [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
         report.interfaces[name] = [address for address in ip if not address.startswith("fe80:")] or ip
-    report.asked_interfaces = {key: env[key] for key in INTERFACE_VARIABLES if env.get(key)}
+    report.asked_interfaces = {key: env[key] for key in BACKENDS if env.get(key)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         report.free_bytes = shutil.disk_usage(directory).free

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from megatrain.runtime.doctor import Report
+from megatrain.runtime.interface import serves
 
 SLOW = 0.75
 """Whose matrix products reach less of the median is named."""
@@ -56,7 +57,7 @@ def name_wrong_interfaces(report: Report) -> list[str]:
         f"{key}={value} names no interface with an address there; there are {', '.join(_addressed(report.interfaces))}. "
         f"Set {key} to one of them."
         for key, value in report.asked_interfaces.items()
-        if not _serves(key, value, _addressed(report.interfaces))
+        if not serves(key, value, _addressed(report.interfaces))
     ]
 
 
@@ -156,17 +157,6 @@ def _unlike(reports: Sequence[Report], value: Callable[[Report], str]) -> list[t
 
 def _addressed(interfaces: Mapping[str, Sequence[str]]) -> list[str]:
     return [name for name, addresses in interfaces.items() if addresses]
-
-
-def _serves(key: str, value: str, there: Sequence[str]) -> bool:
-    """Whether the backend would find what a variable names: gloo every name of it; NCCL takes prefixes, = for names, ^ for all but."""
-    if key.startswith("GLOO"):
-        return all(part in there for part in value.split(","))
-    if value.startswith("^"):
-        return True
-    exact = value.startswith("=")
-    parts = value.removeprefix("=").split(",")
-    return any(name == part if exact else name.startswith(part) for name in there for part in parts)
 
 
 def _versions(reports: Sequence[Report]) -> list[Finding]:

@@ -96,18 +96,25 @@ def check_names(env: Mapping[str, str], names: Sequence[str]) -> None:
     """Raise LaunchError where a variable of a backend names no interface of this machine."""
     for variable in BACKENDS:
         asked = env.get(variable, "")
-        if asked and not any(_stands_for(part, names) for part in asked.split(",")):
+        if asked and not serves(variable, asked, names):
             raise LaunchError(
                 f"{variable}={asked} is no interface of {socket.gethostname()}; it has {', '.join(sorted(set(names)))}. "
                 f"Set {variable} to one of them, or {VARIABLE} to an address or a network."
             )
 
 
-def _stands_for(asked: str, names: Sequence[str]) -> bool:
-    """Whether a part of a backend's variable names an interface: NCCL takes prefixes, = for exact names, ^ for what to avoid."""
-    if asked.startswith("^"):
+def serves(variable: str, value: str, names: Sequence[str]) -> bool:
+    """Whether a backend would find what its variable names among interfaces with an address.
+
+    gloo needs every name of a list, exactly; NCCL takes prefixes, = for exact names, ^ for all but these.
+    """
+    if variable.startswith("GLOO"):
+        return all(part in names for part in value.split(","))
+    if value.startswith("^"):
         return True
-    return any(name == asked.removeprefix("=") or (not asked.startswith("=") and name.startswith(asked)) for name in names)
+    exact = value.startswith("=")
+    parts = value.removeprefix("=").split(",")
+    return any(name == part if exact else name.startswith(part) for name in names for part in parts)
 
 
 def _named(wish: str, present: Sequence[Interface]) -> Interface | None:

@@ -32,9 +32,7 @@ def house(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(house):
-    ended = jobs.train(house / "job", str(house / "config.yaml"), f"log.dir={house / 'undisturbed'}", size=2)
-    assert [end.code for end in ended] == [0, 0], ended
-    return house / "undisturbed"
+    return jobs.undisturbed(house, 2)
 
 
 def start(house, run, target):

@@ -115,9 +115,7 @@ def house(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(house):
-    ended = jobs.train(house / "job", str(house / "config.yaml"), f"log.dir={house / 'undisturbed'}", size=4, seconds=120)
-    assert [end.code for end in ended] == [0] * 4, ended
-    return house / "undisturbed"
+    return jobs.undisturbed(house, 4)
 
 
 def launch(house, run, hosts, **env):
@@ -132,11 +130,8 @@ def ends(processes, seconds=100.0):
     return [process.wait(max(1.0, deadline - time.monotonic())) for process in processes]
 
 
-def wait_for_rows(run, count, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while jobs.row_count(run) < count:
-        assert time.monotonic() < deadline, "\n".join(path.read_text()[-3000:] for path in run.glob("*.txt"))
-        time.sleep(0.01)
+def wait_for_rows(run, count):
+    jobs.await_rows(run, count, lambda: "\n".join(path.read_text()[-3000:] for path in run.glob("*.txt")))
 
 
 def test_two_hosts_train_as_one_machine_does(house, hosts, undisturbed, tmp_path):
@@ -190,7 +185,7 @@ def test_with_fewer_nodes_the_data_axis_shrinks_and_grows_again(house, hosts, un
     while "dp 1" not in (run / "alpha.txt").read_text():
         assert first.poll() is None, (run / "alpha.txt").read_text()[-3000:]
         time.sleep(0.1)
-    wait_for_rows(run, jobs.row_count(run) + 5, 90.0)
+    wait_for_rows(run, jobs.row_count(run) + 5)
     hosts[1].come_back()
     (second,) = launch(house, run, hosts[1:], **elastic)
     assert ends([first, second]) == [0, 0], (run / "alpha.txt").read_text()

@@ -41,12 +41,9 @@ class Submitted:
         said = slurm("scontrol", "show", "job", "--oneliner", self.number)
         return re.search(r"JobState=(\w+)", said)[1], int(re.search(r"Restarts=(\d+)", said)[1])
 
-    def wait_for_rows(self, count, seconds=90.0):
+    def wait_for_rows(self, count):
         """Until so many steps were recorded."""
-        deadline = time.monotonic() + seconds
-        while jobs.row_count(self.run) < count:
-            assert time.monotonic() < deadline, f"{self.state()} {self.said()[-3000:]}"
-            time.sleep(0.02)
+        jobs.await_rows(self.run, count, lambda: f"{self.state()} {self.said()}")
 
     def wait(self, seconds=150.0):
         """Until it has ended; its state."""
@@ -78,9 +75,7 @@ def house(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(house):
-    ended = jobs.train(house / "job", str(house / "config.yaml"), f"log.dir={house / 'undisturbed'}", size=4, seconds=120)
-    assert [end.code for end in ended] == [0] * 4, ended
-    return house / "undisturbed"
+    return jobs.undisturbed(house, 4)
 
 
 @pytest.fixture
