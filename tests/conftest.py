@@ -6,6 +6,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before megatrain's kernels are imported
 
+import fuzzing
 import pytest
 
 # `python -m pytest` puts the checkout on the path, and transformers would take its folder kernels/ for a package that it looks for.
@@ -27,3 +28,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_report_header() -> str:
+    """The seed that makes this session's fuzzers again."""
+    return f"fuzzers: {fuzzing.SEED}={fuzzing.seed()}"
