@@ -1,5 +1,4 @@
 import os
-import sys
 
 import torch
 
@@ -8,9 +7,6 @@ if not torch.cuda.is_available():
 
 import fuzzing
 import pytest
-
-# `python -m pytest` puts the checkout on the path, and transformers would take its folder kernels/ for a package that it looks for.
-sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
