@@ -14,7 +14,9 @@ Four ranks with tp=2, dp=2:                tp ->
 Everything above `ParallelContext.build` is integer arithmetic, checked without processes for 16,384 ranks. A rank makes only
 the groups it belongs to: axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp) or that combine others (dp_cp
 where gradients are averaged, mp where norms are summed, world), `ends` (first and last stage, where tied embeddings lie), and a
-link in each direction to the stages before and behind it on the ring; those of size 1 cost nothing.
+link in each direction to the stages before and behind it on the ring; those of size 1 cost nothing. Something is sent over a link
+as soon as it is made: NCCL connects at the first message, holds the host until the other side comes, and a schedule has its
+two stages come to a link in whatever order it likes (`simulator.py`, lazy_links).
 """
 
 from __future__ import annotations
@@ -166,7 +168,7 @@ class ParallelContext:
                 made[ranks] = world.group(name, ranks)
             group = made.get(ranks) if len(ranks) > 1 else None
             axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, group)
-        axes["sends"], axes["receives"] = _links(world, shape)
+        axes["sends"], axes["receives"] = _links(world, shape, torch.device(device))
         return cls(**axes, device=torch.device(device))
 
     @classmethod
@@ -176,8 +178,8 @@ class ParallelContext:
         return cls(**axes, device=torch.device(device))
 
 
-def _links(world: World, shape: MeshShape) -> tuple[dict[int, Link], dict[int, Link]]:
-    """This rank's links: (to each neighbouring stage, from each)."""
+def _links(world: World, shape: MeshShape, device: torch.device) -> tuple[dict[int, Link], dict[int, Link]]:
+    """This rank's links, connected: (to each neighbouring stage, from each)."""
     sends: dict[int, Link] = {}
     receives: dict[int, Link] = {}
     pipeline = shape.ranks_along("pp", world.rank)
@@ -189,6 +191,9 @@ def _links(world: World, shape: MeshShape) -> tuple[dict[int, Link], dict[int, L
         source, to = link
         ranks = sorted((pipeline[source], pipeline[to]))
         group = world.group(f"pp {source}>{to}", ranks)
-        other = to if source == stage else source
-        (sends if source == stage else receives)[other] = Link(group, ranks.index(pipeline[other]))
+        sending, one = source == stage, torch.zeros(1, device=device)
+        link_to = to if sending else source
+        made = Link(group, ranks.index(pipeline[link_to]))
+        (sends if sending else receives)[link_to] = made
+        (group.send if sending else group.recv)(one, made.other)
     return sends, receives

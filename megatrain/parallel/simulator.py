@@ -5,6 +5,10 @@ stages, no buffering, first in first out, and a transfer begins only when it has
 executor does (`pipeline_parallel.py`): before instruction i they post the receives that i and i+1 need, in the order that the
 sender sends; they wait for what i needs, compute, post the send, and wait for sends at the end of the step alone.
 
+NCCL makes a link's communicator at its first message, and holds the host that posts it until the other side posts its own. With
+`lazy_links` stages are held so; every schedule deadlocks then for some number of micro-batches, which is why a mesh sends something
+over each link when it makes it (`mesh.py`).
+
 Two figures tell how good a schedule is (docs/pipeline.md). The *device bubble* of a stage is the share of the time between its own
 first and last instruction in which it is idle. The *step bubble* is the idle share of all devices from the first instruction of any
 to the last of any, since all of them meet at the optimizer.
@@ -96,8 +100,11 @@ def peak_saved(program: Sequence[Instruction]) -> int:
     return peak
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
-    """Run a schedule. Raises ScheduleError where it is not legal, or does not end."""
+def simulate(schedule: Schedule, costs: Costs | None = None, *, lazy_links: bool = False) -> Timeline:
+    """Run a schedule. Raises ScheduleError where it is not legal, or does not end.
+
+    lazy_links: the first message on a link holds both of its stages until the other has posted its side of it.
+    """
     costs = costs or Costs()
     stages = [_Stage(schedule, costs, number) for number in range(schedule.stages)]
     for stage in stages:
@@ -105,7 +112,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     channels: dict[tuple[int, int], _Channel] = {}
     for source in stages:
         for to, message in schedule.sent(source.number):
-            channels.setdefault((source.number, to), _Channel(costs.communication)).order(message)
+            channels.setdefault((source.number, to), _Channel(costs.communication, is_open=not lazy_links)).order(message)
     for (source_number, to), channel in channels.items():
         stages[source_number].outgoing[to] = channel
         stages[to].incoming[source_number] = channel
@@ -115,9 +122,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
         for to in stage.run():
             if stages[to].waiting_for == stage.number:
                 ready.append(stages[to])
-    stuck = [stage for stage in stages if stage.place < len(stage.program)]
+    stuck = [stage for stage in stages if stage.waiting_for is not None]
     if stuck:
-        waits = "; ".join(f"stage {s.number} waits for stage {s.waiting_for} before {s.program[s.place]}" for s in stuck[:4])
+        waits = "; ".join(f"stage {s.number} waits for stage {s.waiting_for} {s.doing}" for s in stuck[:4])
         raise ScheduleError(f"{schedule.name} on {schedule.stages} stages deadlocks: {waits}")
     return Timeline(schedule, [stage.events for stage in stages])
 
@@ -153,12 +160,22 @@ class _Channel:
     """Messages from one stage to another: posted by both sides in the same order, carried one after the other."""
 
     latency: float
+    is_open: bool = True
+    came: dict[str, float] = field(default_factory=dict)
+    """Side (`sender`, `receiver`) -> when it posted its first message, where that had to open the channel."""
     places: dict[Message, int] = field(default_factory=dict)
     """Message -> its place in the order."""
     sent: list[float] = field(default_factory=list)
     expected: list[float] = field(default_factory=list)
     """When each was posted by the receiver."""
     arrived: list[float] = field(default_factory=list)
+
+    def open(self, side: str, now: float) -> float | None:
+        """Come to a channel; when a side that comes then may go on, or None while the other one has not come."""
+        if not self.is_open:
+            self.came.setdefault(side, now)
+            self.is_open = len(self.came) == 2
+        return max([now, *self.came.values()]) if self.is_open else None
 
     def order(self, message: Message) -> None:
         """Add a message to the order."""
@@ -192,28 +209,52 @@ class _Stage:
         self.waiting_for: int | None = None
         self._made: dict[Message, float] = {}
         """What this stage has made for another chunk of its own."""
+        self._unsent: Message | None = None
+        """What the instruction before has made for another stage."""
+
+    @property
+    def doing(self) -> str:
+        """What it cannot do yet."""
+        return f"before {self.program[self.place]}" if self._unsent is None else f"to send {self._unsent}"
 
     def run(self) -> set[int]:
-        """Go on until something has not been sent yet; the stages that were sent something."""
+        """Go on until something has not been sent yet, or a link is not open; the stages that may go on by it."""
         reached: set[int] = set()
-        while self.place < len(self.program):
-            for instruction in self.program[self.place : self.place + 2]:
-                self._expect(instruction)
+        while self._send(reached) and self.place < len(self.program):
+            if not all(self._expect(instruction, reached) for instruction in self.program[self.place : self.place + 2]):
+                break
             instruction = self.program[self.place]
             start = self._when_ready(instruction)
             if start is None:
-                return reached
+                break
             virtual = self.schedule.virtual(self.number, instruction.chunk)
             self.clock = start + self.costs.of(instruction, virtual)
             self.events.append(Event(instruction, virtual, start, self.clock))
-            reached |= self._send(instruction)
+            self._unsent = self.schedule.makes(self.number, instruction)
             self.place += 1
         return reached
 
-    def _expect(self, instruction: Instruction) -> None:
+    def _open(self, channel: _Channel, side: str, other: int, reached: set[int]) -> bool:
+        """Come to a channel; False where the other stage has not come."""
+        was_open, now = channel.is_open, channel.open(side, self.clock)
+        if now is None:
+            self.waiting_for = other
+            return False
+        if not was_open:
+            reached.add(other)
+        self.clock, self.waiting_for = now, None
+        return True
+
+    def _expect(self, instruction: Instruction, reached: set[int]) -> bool:
+        """Post the receives up to what an instruction needs; False where that holds this stage."""
         message = self.schedule.needs(self.number, instruction)
-        if message is not None and (source := self.schedule.source(message)) != self.number:
-            self.incoming[source].expect(message, self.clock)
+        if message is None or (source := self.schedule.source(message)) == self.number:
+            return True
+        channel = self.incoming[source]
+        if not self._open(channel, "receiver", source, reached):
+            return False
+        channel.expect(message, self.clock)
+        return True
 
     def _when_ready(self, instruction: Instruction) -> float | None:
         """Earliest start of the next instruction; None where what it needs has not been sent."""
@@ -228,19 +269,24 @@ class _Stage:
             return None
         return max(self.clock, arrival)
 
-    def _send(self, instruction: Instruction) -> set[int]:
-        message = self.schedule.makes(self.number, instruction)
+    def _send(self, reached: set[int]) -> bool:
+        """Post what the instruction before has made; False where that holds this stage."""
+        message, self._unsent = self._unsent, None
         if message is None:
-            return set()
+            return True
         to = self.schedule.home(message.virtual)[0]
         if to == self.number:
             self._made[message] = self.clock
-            return set()
+            return True
         channel = self.outgoing[to]
+        if not self._open(channel, "sender", to, reached):
+            self._unsent = message
+            return False
         if channel.places.get(message) != len(channel.sent):
             raise ScheduleError(f"{self.schedule.name}: stage {self.number} sends {message} out of order")
         channel.sent.append(self.clock)
-        return {to}
+        reached.add(to)
+        return True
 
 
 def _at(cost: float | Sequence[float], virtual: int) -> float:
