@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 WEIGHTS = "weights"
 """The kind that holds the parameters: FP32 masters where there are such."""
+STORED = frozenset(f.name for f in fields(ParamSpec) if f.compare)
+"""What of a spec is written."""
 PLACES = {"tp": "tp", "pp": "pp", "dp": "dp_cp"}
 """Coordinates of a file -> the axis of the mesh whose places hold different elements."""
 
@@ -244,7 +246,7 @@ def dtype_of(name: str) -> torch.dtype:
 def tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
     """A row of the manifest's `tensors`."""
     return {
-        "spec": asdict(tensor.spec),
+        "spec": {key: value for key, value in asdict(tensor.spec).items() if key in STORED},
         "stage": tensor.stage,
         "dtypes": dict(tensor.dtypes),
         "start": tensor.cut.start,
@@ -255,7 +257,7 @@ def tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
 def tensor_from_json(row: Mapping[str, Any]) -> StoredTensor:
     """The inverse of `tensor_to_json`. Raises ValueError, TypeError or KeyError on whatever does not belong."""
     given = dict(row["spec"])
-    if set(given) != {f.name for f in fields(ParamSpec)}:
+    if set(given) != STORED:
         raise ValueError(f"spec of {given.get('name')!r} has the keys {sorted(given)}")
     split = None if given["split"] is None else Split(**given["split"])
     shape = tuple(_count(n) for n in given["shape"])

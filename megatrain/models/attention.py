@@ -53,7 +53,7 @@ class Attention(nn.Module):
         self.name, self.build = name, build
         config = build.config
         h, d = config.hidden_size, config.head_size
-        shared = build.linears
+        shared = build.linears("attention")
         qkv: Linears = {**shared, "bias": config.qkv_biased}
         width, groups = config.num_attention_heads * d, config.query_groups
         outputs = [

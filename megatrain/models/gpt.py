@@ -115,8 +115,10 @@ def _head_weight(vocab_size: int, build: Build) -> Parameter:
     """The head's own matrix, or its copy of the embedding's."""
     h, of = build.config.hidden_size, (vocab_size, build.config.hidden_size, build.tp)
     if build.config.tied_embeddings:
-        return vocab_parameter("embedding.tokens", *of, build.embedding_init, build.dtype, build.device, tied=build.tied_over)
-    return vocab_parameter("head.weight", *of, build.init(h, vocab_size), build.dtype, build.device)
+        return vocab_parameter(
+            "embedding.tokens", *of, build.embedding_init, build.dtype, build.device, tied=build.tied_over, part="embedding"
+        )
+    return vocab_parameter("head.weight", *of, build.init(h, vocab_size), build.dtype, build.device, part="head")
 
 
 class GPT(nn.Module):

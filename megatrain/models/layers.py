@@ -19,7 +19,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, ParamSpec
+from megatrain.parallel.param import Init, ParamSpec, Part
 from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
 from megatrain.parallel.weights import make_parameters
 
@@ -84,10 +84,10 @@ class Build:
         """Axis over which gradients of whole (unsplit) parameters are partial sums: with sequence parallelism, each rank sees s/t."""
         return "tp" if self.sequence_parallel else None
 
-    @property
-    def linears(self) -> Linears:
-        """What every linear layer is built with."""
+    def linears(self, part: Part) -> Linears:
+        """What every linear layer of a part is built with."""
         return {
+            "part": part,
             "bias": self.config.bias,
             "sequence_parallel": self.sequence_parallel,
             "dtype": self.dtype,
@@ -107,8 +107,8 @@ class Norm(nn.Module):
         super().__init__()
         config, partial = build.config, partial or build.replicated_partial
         size = (width or config.hidden_size,)
-        weight = ParamSpec(f"{name}.weight", size, None, partial, decay=False, init=Init("constant", 1.0))
-        bias = ParamSpec(f"{name}.bias", size, None, partial, decay=False, init=Init("constant", 0.0))
+        weight = ParamSpec(f"{name}.weight", size, None, partial, decay=False, init=Init("constant", 1.0), part="norm")
+        bias = ParamSpec(f"{name}.bias", size, None, partial, decay=False, init=Init("constant", 0.0), part="norm")
         self.weight = make_parameters([weight], build.tp, build.dtype, build.device)[0]
         has_bias = config.norm == "layernorm" and config.bias
         self.bias = make_parameters([bias], build.tp, build.dtype, build.device)[0] if has_bias else None
@@ -154,7 +154,7 @@ class MLP(nn.Module):
         super().__init__()
         config = build.config
         h, f = config.hidden_size, config.ffn_size
-        shared = build.linears
+        shared = build.linears("mlp")
         inner = ("gate", "up") if config.gated else ("up",)
         outputs = [(f"{name}.{n}", f, f) for n in inner]
         self.inner = ColumnParallelLinear(outputs, h, build.tp, init=build.branch_init(h, f), **shared)

@@ -18,7 +18,7 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.build = build
         shape = (build.config.position_rows, build.config.hidden_size)
-        spec = ParamSpec(name, shape, None, build.replicated_partial, init=build.embedding_init)
+        spec = ParamSpec(name, shape, None, build.replicated_partial, init=build.embedding_init, part="embedding")
         self.weight = make_parameters([spec], build.tp, build.dtype, build.device)[0]
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import get_args
+
 import torch
 
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.flat import Segment
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Part
 from megatrain.parallel.zero import FlatParameters
+
+BLOCK = 2**18
+"""Elements whose squares are added up at a time on a CPU: 2 MiB in float64."""
 
 
 def _counts(segment: Segment, flat: FlatParameters, ctx: ParallelContext) -> bool:
     """Whether this rank is the one, of those that own these elements, that counts them."""
     return (flat.stage > 0 or ctx.dp_cp.rank == 0) and segment.parameter.spec.owned(ctx)
+
+
+def _squares(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares in float64, of blocks of the tensors: (float64 [n], which tensor each is of: int64 [n] on the CPU).
+
+    In blocks because torch on a CPU makes a float64 copy of what it takes the norm of; on a GPU each number is widened as it is read.
+    """
+    blocks = [[x] if x.is_cuda else x.split(BLOCK) for x in tensors]
+    owners = torch.arange(len(tensors)).repeat_interleave(torch.tensor([len(of) for of in blocks]))
+    norms = torch._foreach_norm([block for of in blocks for block in of], 2, torch.float64)
+    return torch.stack(norms).square(), owners
 
 
 def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tensor:
@@ -23,11 +41,11 @@ def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tens
     may update what another one skips.
     """
     segments = list(flat.segments())
-    counts = torch.tensor([float(_counts(s, flat, ctx)) for s in segments], dtype=torch.float64)
     if not segments:
         return torch.zeros((), dtype=torch.float64, device=ctx.device)
-    squares = torch.stack(torch._foreach_norm([s.gradient for s in segments])).double().square()
-    return (squares * counts.to(ctx.device, non_blocking=True)).sum()
+    counts = torch.tensor([float(_counts(s, flat, ctx)) for s in segments], dtype=torch.float64)
+    squares, owners = _squares([s.gradient for s in segments])
+    return (squares * counts[owners].to(ctx.device, non_blocking=True)).sum()
 
 
 def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:
@@ -40,26 +58,20 @@ def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:
     return ((norm + 1e-6) / clip_grad).clamp_min(1.0)
 
 
-PARTS = ("embedding", "attention", "mlp", "norm", "head")
-"""Of a model, for reports; biases belong to their matrices' part."""
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter's logical name belongs to."""
-    if name.startswith(("embedding.tokens", "embedding.positions")):
-        return "embedding"
-    return next(
-        (part for part, mark in (("norm", "norm"), ("attention", ".attention."), ("mlp", ".mlp.")) if mark in name), "head"
-    )
+PARTS: tuple[Part, ...] = get_args(Part)
+"""Of a model, for reports."""
 
 
 def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Tensor) -> dict[str, tuple[float, float]]:
     """Part -> (norm of its gradients, norm of its weights), over the whole model (collective over the world; before the update)."""
-    squares = torch.zeros(len(PARTS), 2, dtype=torch.float64, device=ctx.device)
-    for segment in flat.segments():
-        if _counts(segment, flat, ctx):
-            row = squares[PARTS.index(part_of(segment.parameter.spec.name))]
-            row += torch.stack([x.double().square().sum() for x in (segment.gradient, segment.weight)])
-    gradients, weights = all_reduce(squares, ctx.world).sqrt().unbind(1)
+    segments = [s for s in flat.segments() if _counts(s, flat, ctx)]
+    parts = torch.tensor([PARTS.index(s.parameter.spec.part) for s in segments], dtype=torch.int64)
+    both = torch.zeros(2, len(PARTS), dtype=torch.float64, device=ctx.device)
+    if segments:
+        for kind, tensors in enumerate(([s.gradient for s in segments], [s.weight for s in segments])):
+            squares, owners = _squares(tensors)
+            mine = (parts[owners] == torch.arange(len(PARTS))[:, None]).to(ctx.device)  # [parts, n]
+            both[kind] = squares.where(mine, 0.0).sum(1)
+    gradients, weights = all_reduce(both, ctx.world).sqrt()
     rows = torch.stack([gradients / loss_scale, weights], 1).tolist()
     return {part: (gradient, weight) for part, (gradient, weight) in zip(PARTS, rows, strict=True) if weight > 0}

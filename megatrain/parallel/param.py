@@ -10,7 +10,7 @@ without asking any other rank, which slice lies where:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
@@ -19,6 +19,9 @@ from torch import nn
 
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis, ParallelContext
+
+Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
+"""Of a model, as reports tell them apart; biases belong to their matrices' part."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class ParamSpec:
     decay: bool = True
     """Whether weight decay applies."""
     init: Init = Init()
+    part: Part = field(default="other", compare=False)
+    """For reports alone: no checkpoint holds it, and no comparison sees it."""
 
     @property
     def numel(self) -> int:

@@ -44,7 +44,7 @@ from megatrain.parallel.collectives import (
     start_scatter_sum,
 )
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, ParamSpec, Split
+from megatrain.parallel.param import Init, ParamSpec, Part, Split
 from megatrain.parallel.transport import Handle
 from megatrain.parallel.weights import Postponed, add_bias_gradient, add_weight_gradient, joined, make_parameters
 
@@ -177,8 +177,9 @@ def column_linear(
 
 
 class Linears(TypedDict):
-    """What the linear layers of one model are built with alike."""
+    """What the linear layers of one part of a model are built with alike."""
 
+    part: Part
     bias: bool
     sequence_parallel: bool
     dtype: torch.dtype
@@ -204,6 +205,7 @@ class ColumnParallelLinear(nn.Module):
         init: Init | Sequence[Init],
         dtype: torch.dtype,
         device: torch.device,
+        part: Part = "other",
     ) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
@@ -213,8 +215,9 @@ class ColumnParallelLinear(nn.Module):
             split = Split(0, units)
             # Replicas of one key head serve different query heads: their gradients are partial sums.
             partial = "tp" if split.copies(tp.size) > 1 else None
-            weights.append(ParamSpec(f"{name}.weight", (size, in_features), split, partial, init=of))
-            biases.append(ParamSpec(f"{name}.bias", (size,), split, partial, decay=False, init=Init("constant", 0.0)))
+            weights.append(ParamSpec(f"{name}.weight", (size, in_features), split, partial, init=of, part=part))
+            zero = Init("constant", 0.0)
+            biases.append(ParamSpec(f"{name}.bias", (size,), split, partial, decay=False, init=zero, part=part))
         self.weights = nn.ParameterList(make_parameters(weights, tp, dtype, device))
         self.biases = nn.ParameterList(make_parameters(biases, tp, dtype, device) if bias else [])
 
@@ -242,15 +245,17 @@ class RowParallelLinear(nn.Module):
         init: Init,
         dtype: torch.dtype,
         device: torch.device,
+        part: Part = "other",
     ) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
-        spec = ParamSpec(f"{name}.weight", (out_features, in_features), Split(1, units), init=init)
+        spec = ParamSpec(f"{name}.weight", (out_features, in_features), Split(1, units), init=init, part=part)
         self.weight = make_parameters([spec], tp, dtype, device)[0]
         self.biases = nn.ParameterList()
         if bias:
             partial = "tp" if sequence_parallel else None  # each rank adds up only its part of the sequence
-            spec = ParamSpec(f"{name}.bias", (out_features,), None, partial, decay=False, init=Init("constant", 0.0))
+            zero = Init("constant", 0.0)
+            spec = ParamSpec(f"{name}.bias", (out_features,), None, partial, decay=False, init=zero, part=part)
             self.biases = nn.ParameterList(make_parameters([spec], tp, dtype, device))
 
     def forward(

@@ -33,7 +33,7 @@ from megatrain.parallel.collectives import (
     start_scatter_sum,
 )
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
+from megatrain.parallel.param import Init, Parameter, ParamSpec, Part, Split
 from megatrain.parallel.weights import make_parameters
 
 
@@ -81,7 +81,7 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel
-        self.weight = vocab_parameter(name, vocab_size, hidden, tp, init, dtype, device, tied)
+        self.weight = vocab_parameter(name, vocab_size, hidden, tp, init, dtype, device, tied, "embedding")
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[s, b] int64 -> [s/t, b, h] with sequence parallelism, else [s, b, h]."""
@@ -98,9 +98,10 @@ def vocab_parameter(
     dtype: torch.dtype,
     device: torch.device,
     tied: str | None = None,
+    part: Part = "other",
 ) -> Parameter:
     """A [v, h] parameter split by rows over tp, padded where v does not divide. tied: axis whose ranks hold a copy each."""
-    spec = ParamSpec(name, (vocab_size, hidden), Split(0, vocab_size, pad=True), tied=tied, init=init)
+    spec = ParamSpec(name, (vocab_size, hidden), Split(0, vocab_size, pad=True), tied=tied, init=init, part=part)
     return make_parameters([spec], tp, dtype, device)[0]
 
 

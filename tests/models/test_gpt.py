@@ -31,6 +31,23 @@ SWITCHES = [
 ]
 
 
+SANDWICH = {
+    "embedding": {"embedding.tokens", "embedding.positions", "embedding.block_positions"},
+    "head": {"head.weight"},
+    "attention": {f"layers.0.attention.{m}.{w}" for m in ("query", "key", "value", "output") for w in ("weight", "bias")},
+    "mlp": {f"layers.0.mlp.{matrix}.{w}" for matrix in ("gate", "up", "down") for w in ("weight", "bias")},
+    "norm": {
+        f"{norm}.{w}"
+        for w in ("weight", "bias")
+        for norm in (
+            "embedding.norm", "layers.0.attention_norm", "layers.0.attention.query_norm", "layers.0.attention.key_norm",
+            "layers.0.attention_output_norm", "layers.0.mlp_norm", "layers.0.mlp_output_norm", "final_norm",
+        )
+    },
+}  # fmt: skip
+"""Part of a model, as reports tell them apart -> its parameters, of a layer with everything a layer can have."""
+
+
 def build(**changes):
     return Build(replace(CONFIG, **changes), SINGLE.tp, False, torch.float64, torch.device("cpu"), 0)
 
@@ -147,6 +164,16 @@ def test_learned_positions_are_looked_up_not_counted():
     layer = filled(LearnedPositions("p", build()))
     x = numbers(0, 2, B, H)
     torch.testing.assert_close(layer(x, batch(2, 3).positions), x + layer.weight[3:5, None])
+
+
+def test_every_parameter_says_of_which_part_it_is():
+    switches = {"norm_placement": "sandwich", "position": "learned_2d", "embedding_norm": True, "qk_norm": True}
+    made = GPT(V, build(num_layers=1, tied_embeddings=False, activation="swiglu", **switches), [0])
+    assert {p.spec.name: p.spec.part for p in made.logical_parameters()} == {
+        n: part for part in SANDWICH for n in SANDWICH[part]
+    }
+    alone = GPT(V, build(), [2], first=False, last=True)  # the last stage's copy of a tied matrix
+    assert {p.spec.part for p in alone.logical_parameters() if p.spec.name == "embedding.tokens"} == {"embedding"}
 
 
 class Plain:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference_schedules import reference_rates
 
 from megatrain.config.schema import OptimConfig
-from megatrain.optim.clip import clip_divisor, local_squared_norm
+from megatrain.optim.clip import BLOCK, clip_divisor, local_squared_norm, part_norms
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
@@ -126,6 +126,31 @@ def test_each_logical_element_is_counted_once(shape, stage):
     norms = simulate(shape, norm_on, stage)
     assert norms == [norms[0]] * shape.world  # to the bit
     assert norms[0] == pytest.approx(8 * 3 + 4 * 3 + 5 * 3 + 7, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e20, 1e-25], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_norms_are_summed_in_float64(dtype, value):
+    """The square of neither is a float32, and of both 3 blocks of the first tensor's gradient are."""
+    specs = [ParamSpec("long", (2 * BLOCK + 36,), part="mlp"), ParamSpec("short", (64,), part="norm")]
+    made = [Parameter(torch.full(spec.shape, 0.5, dtype=dtype), spec) for spec in specs]
+    flat = flat_of(made)
+    for parameter in made:
+        parameter.accumulated.fill_(value)
+    elements = 2 * BLOCK + 100
+    assert local_squared_norm(flat, SINGLE).sqrt().item() == pytest.approx(value * elements**0.5, rel=1e-7)
+    norms = part_norms(flat, SINGLE, torch.tensor(2.0))
+    assert norms["mlp"] == pytest.approx((value / 2 * (elements - 64) ** 0.5, 0.5 * (elements - 64) ** 0.5), rel=1e-7)
+    assert norms["norm"] == pytest.approx((value / 2 * 8, 0.5 * 8), rel=1e-7) and set(norms) == {"mlp", "norm"}
+
+
+def test_a_part_that_is_not_finite_leaves_the_others_their_norms():
+    made = [Parameter(torch.ones(4), ParamSpec(part, (4,), part=part)) for part in ("mlp", "norm")]
+    flat = flat_of(made)
+    made[0].accumulated.fill_(torch.inf)
+    made[1].accumulated.fill_(3.0)
+    assert part_norms(flat, SINGLE, torch.tensor(1.0)) == {"mlp": (torch.inf, 2.0), "norm": (6.0, 2.0)}
+    assert not local_squared_norm(flat, SINGLE).isfinite()
 
 
 def test_clipping_divides_by_at_least_one():
