@@ -19,7 +19,7 @@ HEAD = """# Configuration
 A run is one YAML file and any number of overrides:
 
 ```
-megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX data.tokenizer=bytes optim.lr=1e-3
+megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenizer=tokenizer.json optim.lr=1e-3
 ```
 
 - The file has one mapping per section below; what it leaves out has its default. An override is `section.key=value`, its value
