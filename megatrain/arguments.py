@@ -1,4 +1,4 @@
-"""Kinds of numbers on the command line, each refused with what it should be."""
+"""Kinds of numbers and text on the command line, each refused with what it should be."""
 
 from __future__ import annotations
 
@@ -7,28 +7,58 @@ import math
 from collections.abc import Callable
 
 
-def positive(text: str) -> int:
+def positive(given: str) -> int:
     """An integer of 1 or more."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    if not (given.isascii() and given.isdigit() and int(given)):
+        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number of 1 or more")
+    return int(given)
 
 
-def temperature(text: str) -> float:
-    """A number above 0."""
-    return _number(text, lambda number: 0 < number < math.inf, "a number above 0; for the most probable token use --greedy")
-
-
-def probability(text: str) -> float:
-    """A number in (0, 1]."""
-    return _number(text, lambda number: 0 < number <= 1, "a probability above 0 and at most 1")
-
-
-def _number(text: str, holds: Callable[[float], bool], what: str) -> float:
+def text(given: str) -> str:
+    """Text in UTF-8. Other bytes of a command line arrive as lone surrogates, which no tokenizer takes."""
     try:
-        number = float(text)
+        given.encode()
+    except UnicodeEncodeError as error:
+        code, before = ord(given[error.start]), given[: error.start][-20:]
+        what = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"the lone surrogate U+{code:04X}"
+        raise argparse.ArgumentTypeError(
+            f"this text is not UTF-8: {what} stands after {before!r}. Give it in UTF-8; a file in latin1, for example, as "
+            '"$(iconv -f latin1 -t utf-8 FILE)"'
+        ) from None
+    return given
+
+
+def seed(given: str) -> int:
+    """What a generator of random numbers takes."""
+    try:
+        number = int(given)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number from 0 to {(1 << 63) - 1}")
+    return number
+
+
+def finite(given: str) -> float:
+    """Any number."""
+    return _number(given, math.isfinite, "a number")
+
+
+def temperature(given: str) -> float:
+    """A number above 0."""
+    return _number(given, lambda number: 0 < number < math.inf, "a number above 0; for the most probable token use --greedy")
+
+
+def probability(given: str) -> float:
+    """A number in (0, 1]."""
+    return _number(given, lambda number: 0 < number <= 1, "a probability above 0 and at most 1")
+
+
+def _number(given: str, holds: Callable[[float], bool], what: str) -> float:
+    try:
+        number = float(given)
     except ValueError:
         number = math.nan
     if not holds(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        raise argparse.ArgumentTypeError(f"{given!r} is not {what}")
     return number

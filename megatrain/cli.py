@@ -7,6 +7,7 @@ use; 75 stopped early with a checkpoint saved: a scheduler should start the run 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import megatrain
-from megatrain.arguments import positive, probability, temperature
+from megatrain.arguments import finite, positive, probability, seed, temperature, text
 from megatrain.cli_doctor import add_doctor
 from megatrain.cli_ngram import add_data_filter, add_ngram
 from megatrain.cli_train import add_train
@@ -38,6 +39,10 @@ LATER = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. An error that is not expected leaves as it came, with its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as stderr: a character that the terminal lacks is shown, not an error
     if later := _later_verb(words):
         message = f"error: `megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is."
         return _complain(message, WRONG_USE)
@@ -112,10 +117,14 @@ def _later_verb(words: list[str]) -> str | None:
 def _generate(arguments: argparse.Namespace) -> int:
     sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
     clash = [name for name, value in sampling.items() if value is not None] + ["--greedy"] * arguments.greedy
-    if (arguments.greedy and len(clash) > 1) or (arguments.beams > 1 and clash):
-        which = f"--beams {arguments.beams} looks for" if arguments.beams > 1 else "--greedy takes"
+    if (arguments.greedy and len(clash) > 1) or (arguments.beams is not None and clash):
+        which = "--greedy takes" if arguments.beams is None else f"--beams {arguments.beams} looks for"
         said = f"{which} what is most probable, so {clash[0]} means nothing. Leave one out."
         return _complain(f"error: {said}", WRONG_USE)
+    if arguments.length_penalty is not None and (arguments.beams or 1) < 2:
+        said = "--length-penalty ranks texts of several beams, and there is one. Leave it out, or use --beams 4."
+        return _complain(f"error: {said}", WRONG_USE)
+    arguments.length_penalty = 0.0 if arguments.length_penalty is None else arguments.length_penalty
     arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
     from megatrain.generate import main as generate
 
@@ -289,10 +298,14 @@ def _add_generate(verbs: _Verbs) -> None:
         "overrides", metavar="parallel.key=value", nargs="*", help="the layout, under torchrun (default: one process)"
     )
     parser.add_argument(
-        "--prompt", required=True, metavar="TEXT", help="the text to continue; a GLM fills its [MASK], [sMASK] and [gMASK]"
+        "--prompt",
+        required=True,
+        type=text,
+        metavar="TEXT",
+        help="the text to continue; a GLM fills its [MASK], [sMASK] and [gMASK]",
     )
     parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default 64)")
-    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of the samples (default 1234)")
+    parser.add_argument("--seed", type=seed, default=1234, metavar="N", help="seed of the samples (default 1234)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or `bytes` (default: the one of the run)")
     how = parser.add_argument_group("how the next token is chosen")
     how.add_argument("--greedy", action="store_true", help="the most probable one; goes with none of the following")
@@ -302,10 +315,13 @@ def _add_generate(verbs: _Verbs) -> None:
         "--top-p", type=probability, metavar="P", help="sample among the fewest that together have P (default: all)"
     )
     how.add_argument(
-        "--beams", type=positive, default=1, metavar="N", help="beam search for the most probable text, N side by side"
+        "--beams", type=positive, metavar="N", help="beam search for the most probable text, N side by side; 1 is --greedy"
     )
     how.add_argument(
-        "--length-penalty", type=float, default=0.0, metavar="A", help="beams: above 0 favours longer texts (arXiv:1609.08144)"
+        "--length-penalty",
+        type=finite,
+        metavar="A",
+        help="beams: above 0 favours longer texts (default 0; arXiv:1609.08144)",
     )
 
 

@@ -47,7 +47,7 @@ class Choice:
             return torch.zeros_like(logits).index_fill_(0, logits.argmax(), 1.0)
         logits = (logits - logits.max()) / self.temperature
         order = logits.argsort(descending=True, stable=True)
-        kept = order[: self.top_k]
+        kept = order[: min(self.top_k or len(order), len(order))]
         probabilities = torch.softmax(logits[kept], 0)
         if self.top_p is not None:
             before = probabilities.cumsum(0) - probabilities
@@ -186,10 +186,16 @@ def best_continuation(
 
     Raises ValueError where prompt and tokens are more than model.seq_length: beams do not forget.
     """
-    if len(prompt) + max_tokens > decoder.config.seq_length:
+    room = decoder.config.seq_length - len(prompt)
+    if max_tokens > room:
+        advice = (
+            f"Use --max-tokens {room}, or a shorter prompt"
+            if room > 0
+            else f"Use a prompt of {decoder.config.seq_length - 1} tokens at most, or --greedy, which goes on with the end of a long one"
+        )
         raise ValueError(
             f"beam search of {max_tokens} tokens after a prompt of {len(prompt)} needs a model.seq_length of their sum, and it is "
-            f"{decoder.config.seq_length}. Use --max-tokens {max(decoder.config.seq_length - len(prompt), 1)}, or a shorter prompt."
+            f"{decoder.config.seq_length}. {advice}."
         )
     first = decoder.logits(prompt)
 

@@ -12,6 +12,7 @@ from typing import Protocol, TextIO
 from megatrain.checkpoint.load import find
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
+from megatrain.data.stream import pieces_of_text
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.decoding import Beams, Choice, Decoder, best_continuation, continuation
 from megatrain.infill import Filling, parsed
@@ -35,39 +36,9 @@ class Arguments(Protocol):
     temperature: float
     top_k: int | None
     top_p: float | None
-    beams: int
+    beams: int | None
     length_penalty: float
     overrides: Sequence[str]
-
-
-class Codec(Protocol):
-    """What is needed of a tokenizer here."""
-
-    @property
-    def eod(self) -> int | None:
-        """Token that ends a document."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; U+FFFD where bytes are no whole character."""
-
-
-def pieces_of_text(codec: Codec, ids: Iterable[int]) -> Iterator[str]:
-    """The text of a stream of tokens as soon as it is certain: bytes that are no whole character yet wait for the next."""
-    seen: list[int] = []
-    shown = ""
-    text = ""
-    for token in ids:
-        seen.append(token)
-        text = codec.decode(seen)
-        certain = text.rstrip("\ufffd")
-        if len(certain) > len(shown):
-            yield certain[len(shown) :]
-            shown = certain
-    if len(text) > len(shown):
-        yield text[len(shown) :]
 
 
 def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
@@ -89,7 +60,7 @@ def _choose_tokenizer(given: str | None, config: Config) -> Tokenizer:
     return load_tokenizer(name)
 
 
-def _encode(codec: Codec, prompt: str, vocab_size: int) -> list[int]:
+def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
     """Token ids of the prompt; an empty one stands for the start of a document."""
     ids = [int(token) for token in codec.encode(prompt)]
     if not ids:
@@ -109,7 +80,6 @@ def main(arguments: Arguments) -> int:
 
     Raises CheckpointError, ConfigError or ValueError, with what to change.
     """
-
     path = find(Path(arguments.checkpoint), say_damaged)
     launch = Launch.from_environment(os.environ)
     config = laid_out(saved_config(path), arguments.overrides, launch.world_size)
@@ -136,34 +106,55 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, out: TextI
             f"the prompt has {len(prompt)} tokens, and model.seq_length is {config.model.seq_length}: the last {kept} are used"
         )
         sys.stderr.write(f"megatrain: {note}\n")
-    choice = Choice(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
-    tokens = continuation(decoder, prompt, arguments.max_tokens, choice, arguments.seed, codec.eod)
-    if arguments.beams > 1:
-        tokens = iter(best_continuation(decoder, prompt, arguments.max_tokens, beams_of(arguments), codec.eod))
+    beams = beams_of(arguments)
+    if beams is None:
+        tokens = continuation(decoder, prompt, arguments.max_tokens, choice_of(arguments), arguments.seed, codec.eod)
+    else:
+        tokens = iter(best_continuation(decoder, prompt, arguments.max_tokens, beams, codec.eod))
     out.write(arguments.prompt)
-    for piece in pieces_of_text(codec, tokens):
-        out.write(piece)
-        out.flush()
+    _show(codec, tokens, codec.encode(arguments.prompt), out)
     out.write("\n")
 
 
-def beams_of(arguments: Arguments) -> Beams:
-    """Beam search as the command line has it."""
-    return Beams(arguments.beams, arguments.length_penalty)
+def choice_of(arguments: Arguments) -> Choice:
+    """How a token is chosen, as the command line has it; one beam is the most probable token."""
+    greedy = arguments.greedy or arguments.beams is not None
+    return Choice(greedy, arguments.temperature, arguments.top_k, arguments.top_p)
+
+
+def beams_of(arguments: Arguments) -> Beams | None:
+    """Beam search as the command line has it; None where one text is written from left to right."""
+    several = arguments.beams is not None and arguments.beams > 1
+    return Beams(arguments.beams or 1, arguments.length_penalty) if several else None
+
+
+def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: TextIO) -> list[int]:
+    """Write the text of tokens after the text of `before` as it comes; returns the tokens."""
+    shown: list[int] = []
+
+    def passing() -> Iterator[int]:
+        for token in tokens:
+            shown.append(token)
+            yield token
+
+    for piece in pieces_of_text(codec, passing(), before):
+        out.write(piece)
+        out.flush()
+    return shown
 
 
 def _fill(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
     """Write the prompt with its blanks filled; a prompt without any is continued."""
     ids, text_vocab = resolve(config.data.glm, codec, decoder.chunks[0].vocab_size)
     texts, masks = parsed(arguments.prompt, ids)
-    filling = Filling(decoder, [codec.encode(text) for text in texts], masks, ids, text_vocab)
-    choice = Choice(arguments.greedy, arguments.temperature, arguments.top_k, arguments.top_p)
-    beams = beams_of(arguments) if arguments.beams > 1 else None
+    encoded = [codec.encode(text) for text in texts]
+    filling = Filling(decoder, encoded, masks, ids, text_vocab)
+    before: list[int] = []
     for number, text in enumerate(texts):
         out.write(text)
+        before += encoded[number]
         if number < len(masks):
-            tokens = filling.fill(number, arguments.max_tokens, choice, arguments.seed + number, beams)
-            for piece in pieces_of_text(codec, tokens):
-                out.write(piece)
-                out.flush()
+            seed = arguments.seed + number
+            tokens = filling.fill(number, arguments.max_tokens, choice_of(arguments), seed, beams_of(arguments))
+            before += _show(codec, tokens, before, out)
     out.write("\n")

@@ -137,6 +137,22 @@ def test_verbs_of_a_later_release_are_refused(verb, rest, capsys):
             ["generate", "c", "--prompt", "x", "--greedy", "--top-k", "5"],
             "--greedy takes what is most probable, so --top-k means nothing",
         ),
+        (
+            ["generate", "c", "--prompt", "x", "--beams", "1", "--top-p", "0.9"],
+            "--beams 1 looks for what is most probable, so --top-p means nothing",
+        ),
+        (
+            ["generate", "c", "--prompt", "x", "--beams", "1", "--length-penalty", "0.5"],
+            "--length-penalty ranks texts of several beams, and there is one. Leave it out, or use --beams 4.",
+        ),
+        (["generate", "c", "--prompt", "x", "--length-penalty", "nan"], "'nan' is not a number"),
+        (["generate", "c", "--prompt", "x", "--seed", "-1"], "'-1' is not a whole number from 0 to 9223372036854775807"),
+        (
+            ["generate", "c", "--prompt", "caf\udce9"],
+            "this text is not UTF-8: the byte 0xe9 stands after 'caf'. Give it in UTF-8; a file in latin1, for example, as "
+            '"$(iconv -f latin1 -t utf-8 FILE)"',
+        ),
+        (["generate", "c", "--prompt", "\ud800"], "the lone surrogate U+D800 stands after ''"),
         (["data", "tokenizer", "--input", "a", "--output", "b"], "required: --vocab-size"),
         (["data", "tokenizer", "--input", "--vocab-size", "9", "--output", "b"], "--input: expected at least one argument"),
         (["data", "tokenize", "--input", "a", "--tokenizer", "bytes"], "required: --output"),
@@ -171,7 +187,7 @@ def test_generate_passes_its_options(room):
     assert main(["generate", "CKPT", *options.split()]) == 0
     assert main(["generate", "CKPT", "--prompt", "x", "--greedy"]) == 0
     defaults = {"checkpoint": "CKPT", "prompt": "x", "max_tokens": 64, "seed": 1234, "tokenizer": None, "greedy": False}
-    defaults |= {"temperature": 1.0, "top_k": None, "top_p": None}
+    defaults |= {"temperature": 1.0, "top_k": None, "top_p": None, "beams": None, "length_penalty": 0.0}
     changed = {"max_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "tokenizer": "t.json"}
     assert [{key: call[key] for key in defaults} for call in calls] == [
         defaults,

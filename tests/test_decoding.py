@@ -110,6 +110,13 @@ def test_beams_of_a_model_are_exhaustive_search():
 def test_beams_do_not_forget():
     with pytest.raises(ValueError, match=r"beam search of 30 tokens after a prompt of 3 .* Use --max-tokens 21"):
         best_continuation(Decoder(gpt()), [0, 1, 2], 30, Beams(2))
+    assert len(best_continuation(Decoder(gpt()), [0, 1, 2], 21, Beams(2))) == 21
+    with pytest.raises(
+        ValueError, match=r"after a prompt of 24 .* Use a prompt of 23 tokens at most, or --greedy, which goes on"
+    ):
+        best_continuation(Decoder(gpt()), [0] * 24, 1, Beams(2))
+    assert len(best_continuation(Decoder(gpt()), [0] * 23, 1, Beams(2))) == 1
+    assert len(list(continuation(Decoder(gpt()), [0] * 24, 1, Choice(greedy=True), 0))) == 1
 
 
 def test_scores_are_divided_by_a_penalty():

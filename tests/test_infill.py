@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from tokenizer_models import sentencepiece
 
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump, from_dict
@@ -39,7 +40,7 @@ def config_of(shape="glm-1", **model):
 def chunks_of(config, ctx=None):
     ctx = ctx or ParallelContext.single()
     pieces = [range(config.model.num_layers)], [0]
-    made = build_gpt(config.model, V, ctx, *pieces, sequence_parallel=False, dtype=torch.float32, seed=7)
+    made = build_gpt(config.model, config.model.vocab_size, ctx, *pieces, sequence_parallel=False, dtype=torch.float32, seed=7)
     return [chunk.eval() for chunk in made]
 
 
@@ -180,7 +181,7 @@ def test_what_is_written_is_seen_by_the_next_blank():
 
 
 def arguments(checkpoint, **more):
-    given = {"prompt": "ab[MASK]cd", "max_tokens": 6, "seed": 3, "tokenizer": None, "greedy": True, "beams": 1}
+    given = {"prompt": "ab[MASK]cd", "max_tokens": 6, "seed": 3, "tokenizer": None, "greedy": True, "beams": None}
     others = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": [], "length_penalty": 0.0}
     return argparse.Namespace(checkpoint=str(checkpoint), **{**given, **others, **more})
 
@@ -193,3 +194,14 @@ def test_the_program_writes_the_text_with_its_blanks_filled(tmp_path, capsys):
         assert text.startswith("ab") and text.endswith(ends) and "[MASK]" not in text and len(text) > len(prompt) - 4
     assert main(arguments(tmp_path, beams=3, greedy=False)) == 0
     assert capsys.readouterr().out.endswith("cd\n")
+
+
+def test_blanks_are_decoded_after_what_stands_before(tmp_path, capsys, monkeypatch):
+    tokenizer = sentencepiece()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    filled = tokenizer.encode("once upon 你", add_special_tokens=False).ids[1:]
+    monkeypatch.setattr("megatrain.infill.Filling.fill", lambda *_, **__: iter(filled))
+    saved(tmp_path, config_of(vocab_size=tokenizer.get_vocab_size() + 8))
+    for beams in (None, 1, 2):
+        main(arguments(tmp_path, prompt="once[MASK] a[gMASK]", tokenizer=str(tmp_path / "tokenizer.json"), beams=beams))
+        assert capsys.readouterr().out == "once upon 你 a upon 你\n"

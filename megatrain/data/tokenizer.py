@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import read_pieces
+from megatrain.data.stream import REPLACEMENT
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_VALUES = 256
@@ -78,8 +80,8 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode(), np.uint8).astype("<u2") for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the bytes; document ends show as `<|endoftext|>`."""
-        parts = [END_OF_TEXT.encode() if i == BYTE_VALUES else bytes((i,)) for i in ids]
+        """The text of the bytes; document ends show as `<|endoftext|>`, ids beyond (of a padded vocabulary) as nothing."""
+        parts = [END_OF_TEXT.encode() if i == BYTE_VALUES else bytes((i,)) for i in ids if i <= BYTE_VALUES]
         return b"".join(parts).decode(errors="replace")
 
 
@@ -96,8 +98,10 @@ class JsonTokenizer:
         # Ids may have holes: what counts is the largest.
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=0) + 1
         self.eod: int | None = library.token_to_id(END_OF_TEXT)
-        self.divisible = _divisible(json.loads(library.to_str()))
+        description = json.loads(library.to_str())
+        self.divisible = _divisible(description)
         self._dtype = best_dtype(self.vocab_size)
+        self._byte_tokens = _byte_tokens(description)
         self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
 
     def special_id(self, name: str) -> int | None:
@@ -114,8 +118,32 @@ class JsonTokenizer:
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens included."""
-        return str(self._library.decode(list(ids), skip_special_tokens=False))
+        """The text of ids, special tokens included; ids that the file does not have show as nothing."""
+        tokens = [token for token in map(self._library.id_to_token, ids) if token is not None]
+        decoder = self._library.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(_whole_characters(tokens, self._byte_tokens)))
+
+
+def _byte_tokens(description: dict[str, Any]) -> dict[str, int]:
+    """Tokens that the decoder takes for single bytes, with their values."""
+    decoder = description.get("decoder") or {}
+    kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
+    return {f"<0x{value:02X}>": value for value in range(BYTE_VALUES)} if "ByteFallback" in kinds else {}
+
+
+def _whole_characters(tokens: list[str], byte_tokens: Mapping[str, int]) -> list[str]:
+    """Tokens in which each byte of a run of bytes that is no character's is one U+FFFD.
+
+    The library's decoder of bytes takes a run for broken as a whole, so that one incomplete character costs all those before it.
+    """
+    whole: list[str] = []
+    for is_byte, run in groupby(tokens, byte_tokens.__contains__):
+        if not is_byte:
+            whole += run
+            continue
+        for character in bytes(byte_tokens[token] for token in run).decode(errors="replace"):
+            whole += [character] if character == REPLACEMENT else [f"<0x{value:02X}>" for value in character.encode()]
+    return whole
 
 
 def _divisible(description: dict[str, Any]) -> bool:
