@@ -174,13 +174,13 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
     """Whether all steps are done."""
     config = job.config
     watch.start()
-    while job.step < job.budget.steps:
+    while job.step < job.total_steps:
         job.before_update = watch.norms if _due(job.step + 1, config.log.norms_every) else None
         began = time.perf_counter()
         report = train_step(job)
         guard.tick()
         watch.step(report, time.perf_counter() - began)
-        last = job.step == job.budget.steps
+        last = job.step == job.total_steps
         if _due(job.step, config.train.audit_every):
             audit(job.flat, job.optimizer, job.ctx)
         if job.held_out and (last or (_due(job.step, config.train.eval_every) and not report.stop)):
@@ -205,7 +205,7 @@ def _open_log(job: Job) -> Any:
         with job.session.together("opening the log"):
             log = RunLog(
                 config.log.dir,
-                total_steps=job.budget.steps,
+                total_steps=job.total_steps,
                 sequence_length=config.model.seq_length,
                 rank=rank,
                 world_size=job.session.world.size,

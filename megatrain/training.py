@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatrain.config.budget import Budget, budget_of
+from megatrain.config.budget import Budget, budget_of, gauge_of
 from megatrain.config.schema import Config
 from megatrain.data.batches import Batch
 from megatrain.data.held_out import Evaluated
@@ -27,7 +27,7 @@ from megatrain.models.split import ranges_of, split_layers
 from megatrain.optim.clip import clip_divisor, local_squared_norm
 from megatrain.optim.loss_scale import LossScale
 from megatrain.optim.mixed_precision import Optimizer
-from megatrain.optim.schedule import learning_rate, weight_decay
+from megatrain.optim.schedule import Position, learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import ParallelContext
@@ -83,6 +83,7 @@ class Run(Model):
 
     def __post_init__(self) -> None:
         self.loss_scale = LossScale(self.config.train, self.ctx.device)
+        self.gauge = gauge_of(self.config)
 
     @property
     def parameters(self) -> Parameters:
@@ -92,17 +93,29 @@ class Run(Model):
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return learning_rate(self.config.optim, self.consumed_samples, self.budget.full, self.budget.whole_batches)
+        return learning_rate(self.config.optim, self.position(self.step, self.consumed_samples))
 
     @property
     def weight_decay(self) -> float:
         """Weight decay of the next update."""
-        return weight_decay(self.config.optim, self.consumed_samples, self.budget.full, self.budget.whole_batches)
+        return weight_decay(self.config.optim, self.position(self.step, self.consumed_samples))
 
     @property
     def budget(self) -> Budget:
         """The samples of each update, and how many updates there are."""
         return budget_of(self.config)
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run, those that are done included."""
+        return self.budget.total_steps(self.step, self.consumed_samples)
+
+    def position(self, step: int, samples: int) -> Position:
+        """Where in its schedules the run is after so many updates and samples."""
+        train, gauge = self.config.train, self.gauge
+        if train.tokens is None:
+            return Position(step, train.steps, self.config.optim.warmup_steps)
+        return Position(samples * self.config.model.seq_length, train.tokens, gauge.warmup, gauge.first, gauge.full)
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ class Watch:
         for change in job.changes:
             self.log.say(f"changed since then: {change}")
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
-        if job.step >= job.budget.steps:
-            tokens, steps = config.train.tokens, job.budget.steps
+        if job.step >= job.total_steps:
+            tokens, steps = config.train.tokens, job.total_steps
             which, key = (
                 (f"train.steps={steps}", "steps") if tokens is None else (f"{steps} (train.tokens={tokens:g})", "tokens")
             )

@@ -1,15 +1,17 @@
 """How much a run trains: the samples of each update, and how many updates there are. Pure functions of the samples consumed.
 
-train.steps              updates
+train.steps              updates, whatever their batch
 train.tokens             instead: as many updates as it takes to have consumed so many tokens
 train.batch_ramp         [start, increment, samples]: the global batch begins at `start` sequences and grows by `increment` at a
                          time, evenly over the first `samples`, to train.global_batch_size (GPT-3, arXiv:2005.14165, appendix B)
+
+Schedules are counted in what the length is given in: updates or tokens. So another batch, ramp or number of replicas bends none.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from megatrain.config.schema import Config
@@ -25,9 +27,9 @@ class Budget:
     increment: int
     ramp_samples: int
     steps: int
-    """Updates of the whole run."""
-    whole_batches: float = 0.0
-    """Samples of the whole run in units of the full batch: what learning rates are a function of."""
+    """Updates of the whole run, where `samples` does not say."""
+    samples: int | None = None
+    """Of the whole run, where its length is given in tokens: the last update is the one that reaches them."""
 
     def batch_size(self, consumed: int) -> int:
         """Sequences of the update that comes after `consumed` samples."""
@@ -36,29 +38,61 @@ class Budget:
         increments = -(-(self.full - self.start) // self.increment)
         return min(self.full, self.start + int(consumed * increments / self.ramp_samples) * self.increment)
 
-    def consumed(self, steps: int) -> int:
-        """Samples that so many updates consume."""
-        done = samples = 0
+    def consumed(self, steps: int, since: int = 0) -> int:
+        """Samples after so many updates more than consumed `since`."""
+        done, samples = 0, since
         while done < steps and samples < self.ramp_samples:
             samples += self.batch_size(samples)
             done += 1
         return samples + (steps - done) * self.full
 
-    def steps_to(self, samples: int) -> int:
-        """Updates that it takes to consume at least so many samples."""
-        done = consumed = 0
+    def steps_to(self, samples: int, since: int = 0) -> int:
+        """Updates that it takes to go from `since` samples consumed to at least so many."""
+        done, consumed = 0, since
         while consumed < min(samples, self.ramp_samples):
             consumed += self.batch_size(consumed)
             done += 1
         return done + max(0, -(-(samples - consumed) // self.full))
+
+    def total_steps(self, done: int = 0, consumed: int = 0) -> int:
+        """Updates of the whole run, `done` of which have consumed so many samples."""
+        return self.steps if self.samples is None else done + self.steps_to(self.samples, consumed)
 
 
 @lru_cache(maxsize=8)
 def budget_of(config: Config) -> Budget:
     """The budget of a config."""
     train = config.train
-    start, increment, samples = train.batch_ramp or (train.global_batch_size, 1, 0)
-    budget = Budget(train.global_batch_size, start, increment, samples, train.steps)
-    if train.tokens is not None:
-        budget = replace(budget, steps=budget.steps_to(math.ceil(train.tokens / config.model.seq_length)))
-    return replace(budget, whole_batches=budget.consumed(budget.steps) / budget.full)
+    samples = None if train.tokens is None else math.ceil(train.tokens / config.model.seq_length)
+    return Budget(train.global_batch_size, *_ramp(train.global_batch_size, train.batch_ramp), train.steps, samples)
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What the schedules of a run with train.tokens are measured by: tokens, with the batch that the run began with."""
+
+    first: int
+    """Of its first update."""
+    full: int
+    """Of an update once the ramp is over."""
+    warmup_steps: int
+    warmup: int
+    """Of so many first updates."""
+
+
+def gauge_of(config: Config) -> Gauge:
+    """The gauge of a run that begins with a config."""
+    train = config.train
+    return gauge(train.global_batch_size, train.batch_ramp, config.optim.warmup_steps, config.model.seq_length)
+
+
+def gauge(batch: int, ramp: tuple[int, int, int] | None, warmup_steps: int, seq_length: int) -> Gauge:
+    """The gauge of a run that begins with such batches (sequences), warm-up (updates) and samples (tokens)."""
+    budget = Budget(batch, *_ramp(batch, ramp), warmup_steps)
+    first, warmup = budget.batch_size(0), budget.consumed(warmup_steps)
+    return Gauge(first * seq_length, batch * seq_length, warmup_steps, warmup * seq_length)
+
+
+def _ramp(batch: int, ramp: tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """(start, increment, samples) of a ramp; one that is over at once where there is none."""
+    return (batch, 1, 0) if ramp is None else ramp

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatrain.config.budget import budget_of
+from megatrain.config.budget import budget_of, gauge_of
 from megatrain.config.keys import knobs
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 from megatrain.config.source import ConfigError
@@ -323,6 +323,14 @@ def _require_batches(config: Config, world_size: int) -> None:
         )
     _require_multiple("train.batch_ramp[0]", start, train.micro_batch_size, replicas)
     _require_multiple("train.batch_ramp[1]", increment, train.micro_batch_size, replicas)
+    mix, wave = config.data.glm.objective_mix, train.micro_batch_size * replicas
+    present = sum(share > 0 for share in (mix.blank, mix.sentence, mix.document))
+    if config.data.objective == "glm" and mix.mode == "weighted" and start < present:
+        raise ConfigError(
+            f"data.glm.objective_mix.mode=weighted puts each of {present} objectives into every batch, but train.batch_ramp="
+            f"{show(train.batch_ramp)} begins with {start}. Use train.batch_ramp="
+            f"{show((-(-present // wave) * wave, increment, train.batch_ramp[2]))}."
+        )
 
 
 def _require_multiple(what: str, batch: int, micro: int, replicas: int) -> None:
@@ -339,7 +347,8 @@ def _require_multiple(what: str, batch: int, micro: int, replicas: int) -> None:
 
 
 def _require_learning_rates(config: Config) -> None:
-    optim, steps, tokens = config.optim, budget_of(config).steps, config.train.tokens
+    optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
+    steps = budget.total_steps()
     what = f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
     if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
@@ -348,11 +357,15 @@ def _require_learning_rates(config: Config) -> None:
             f"optim.warmup_steps={optim.warmup_steps} is not less than {what}. "
             f"Use optim.warmup_steps={steps // 10}, or more steps."
         )
-    if optim.lr_schedule == "wsd" and optim.warmup_steps + optim.decay_fraction * steps > steps:
+    # In the unit that the schedule is counted in, which a ramp makes another than updates.
+    warmup, total = (optim.warmup_steps, steps) if tokens is None else (gauge_of(config).warmup, tokens)
+    if optim.lr_schedule == "wsd" and warmup + optim.decay_fraction * total > total:
+        room = total - optim.decay_fraction * total
+        fits = int(room) if tokens is None else budget.steps_to(int(room / config.model.seq_length) + 1) - 1
         raise ConfigError(
             f"the last optim.decay_fraction={optim.decay_fraction} of {what} begins before "
             f"optim.warmup_steps={optim.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
-            f"optim.warmup_steps={int(steps - optim.decay_fraction * steps)}."
+            f"optim.warmup_steps={fits}."
         )
 
 

@@ -1,11 +1,13 @@
 """The samples of each update: ramps, token budgets, and what both say about how long a run is."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.config.budget import Budget, budget_of
-from megatrain.config.schema import Config, ModelConfig, TrainConfig
+from megatrain.config.budget import Budget, Gauge, budget_of, gauge_of
+from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 
 
 def config(**train):
@@ -15,7 +17,7 @@ def config(**train):
 def sizes(budget):
     """Of every update."""
     found, consumed = [], 0
-    for _ in range(budget.steps):
+    for _ in range(budget.total_steps()):
         found.append(budget.batch_size(consumed))
         consumed += found[-1]
     return found
@@ -24,20 +26,33 @@ def sizes(budget):
 def test_without_a_ramp_all_updates_are_alike():
     budget = budget_of(config(steps=5))
     assert sizes(budget) == [16] * 5
-    assert budget.whole_batches == 5
 
 
 def test_a_ramp_grows_evenly_over_its_samples():
     budget = budget_of(config(steps=12, batch_ramp=(4, 4, 48)))
     assert sizes(budget) == [4, 4, 4, 4, 8, 8, 12, 12, 16, 16, 16, 16]  # each size for a third of 48 samples, then the full one
-    assert budget.whole_batches == sum(sizes(budget)) / 16
 
 
 def test_a_token_budget_ends_with_the_update_that_reaches_it():
-    assert budget_of(config(tokens=1600.0)).steps == 10
-    assert budget_of(config(tokens=1601.0)).steps == 11
-    assert budget_of(config(tokens=1.0)).steps == 1
+    assert budget_of(config(tokens=1600.0)).total_steps() == 10
+    assert budget_of(config(tokens=1601.0)).total_steps() == 11
+    assert budget_of(config(tokens=1.0)).total_steps() == 1
     assert sizes(budget_of(config(tokens=500.0, batch_ramp=(4, 4, 48)))) == [4, 4, 4, 4, 8, 8, 12, 12]
+
+
+def test_a_token_budget_ends_there_whatever_the_batch_was_before():
+    budget = budget_of(config(tokens=1600.0))
+    assert budget.total_steps(done=10, consumed=80) == 15  # ten updates of 8, then 5 of 16
+    assert budget.total_steps(done=4, consumed=128) == 6
+    assert budget.total_steps(done=9, consumed=168) == 9  # it is over
+    assert budget_of(config(steps=20)).total_steps(done=10, consumed=80) == 20
+
+
+def test_what_token_budgets_are_measured_by():
+    """first and full update, and the warm-up, in tokens of ten a sample."""
+    given = OptimConfig(warmup_steps=6)
+    assert gauge_of(replace(config(steps=5), optim=given)) == Gauge(160, 160, 6, 960)
+    assert gauge_of(replace(config(steps=5, batch_ramp=(4, 4, 48)), optim=given)) == Gauge(40, 160, 6, 320)  # 4 4 4 4 8 8
 
 
 @given(
@@ -50,6 +65,9 @@ def test_a_token_budget_ends_with_the_update_that_reaches_it():
 def test_sums_and_their_inverse(full, start, increment, samples, steps):
     budget = Budget(full, min(start, full), increment, samples, steps)
     each = sizes(budget)
+    for done in range(0, steps + 1, 7):
+        assert budget.consumed(steps - done, sum(each[:done])) == sum(each)
+        assert budget.steps_to(sum(each), sum(each[:done])) == steps - done
     assert budget.consumed(steps) == sum(each)
     assert each == sorted(each)
     assert all(min(start, full) <= size <= full for size in each)

@@ -183,6 +183,17 @@ def test_what_is_accepted(world_size, values):
         ),
         (
             1,
+            {
+                "optim__lr_schedule": "wsd",
+                "optim__warmup_steps": 33,
+                "train__tokens": 512.0 * 800,
+                "train__batch_ramp": [8, 8, 200],
+            },
+            "the last optim.decay_fraction=0.1 of the 35 steps of train.tokens=409600 begins before optim.warmup_steps=33 have passed. "
+            "Use a smaller optim.decay_fraction, or optim.warmup_steps=32.",
+        ),
+        (
+            1,
             {"train__precision": "fp64", "parallel__device": "cuda"},
             "train.precision=fp64 is for checks on CPU, but parallel.device=cuda. Use parallel.device=cpu, or fp32.",
         ),
@@ -243,6 +254,18 @@ def test_what_is_accepted(world_size, values):
             1,
             {"train__batch_ramp": [64, 2, 100]},
             "train.batch_ramp=[64, 2, 100] begins above train.global_batch_size=32. Use train.batch_ramp=[4, 2, 100].",
+        ),
+        (
+            2,
+            {
+                "data__objective": "glm",
+                "data__tokenizer": "bytes",
+                "data__glm__objective_mix__mode": "weighted",
+                "train__micro_batch_size": 1,
+                "train__batch_ramp": [2, 2, 100],
+            },
+            "data.glm.objective_mix.mode=weighted puts each of 3 objectives into every batch, but train.batch_ramp=[2, 2, 100] begins "
+            "with 2. Use train.batch_ramp=[4, 2, 100].",
         ),
         (
             1,

@@ -9,7 +9,7 @@ from reference_schedules import reference_rates
 from megatrain.config.schema import OptimConfig
 from megatrain.optim.clip import BLOCK, clip_divisor, local_squared_norm, part_norms
 from megatrain.optim.mixed_precision import Optimizer
-from megatrain.optim.schedule import learning_rate, weight_decay
+from megatrain.optim.schedule import Position, learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce
 from megatrain.parallel.mesh import MeshShape, ParallelContext
@@ -96,8 +96,10 @@ def test_masters_keep_what_bfloat16_would_lose():
 def test_learning_rates(name, steps, warmup, fraction, batch):
     warmup = min(warmup, steps - 1)
     config = OptimConfig(lr=1e-2, min_lr=1e-3, lr_schedule=name, warmup_steps=warmup, decay_fraction=fraction)
-    ours = [learning_rate(config, step * batch, batch, steps) for step in range(steps)]
-    assert ours == pytest.approx(reference_rates(name, steps, 1e-2, 1e-3, warmup, fraction), rel=1e-9)
+    right = pytest.approx(reference_rates(name, steps, 1e-2, 1e-3, warmup, fraction), rel=1e-9)
+    assert [learning_rate(config, Position(step, steps, warmup)) for step in range(steps)] == right
+    tokens = [Position(step * batch, steps * batch, warmup * batch, batch, batch) for step in range(steps)]
+    assert [learning_rate(config, at) for at in tokens] == right
 
 
 def norm_on(ctx, stage):
@@ -159,10 +161,12 @@ def test_clipping_divides_by_at_least_one():
     assert clip_divisor(norms, 0.0).tolist() == [1.0, 1.0]
 
 
-def test_weight_decay_follows_the_samples():
+def test_weight_decay_reaches_its_end_at_the_last_update():
     config = OptimConfig(weight_decay=0.1, weight_decay_end=0.5)
-    assert [weight_decay(config, step * 8, 8, 5) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
-    assert weight_decay(OptimConfig(weight_decay=0.1), 80, 8, 5) == 0.1
+    right = pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5])
+    assert [weight_decay(config, Position(step, 5, 0)) for step in range(6)] == right
+    assert [weight_decay(config, Position(step * 8, 40, 0, 8, 8)) for step in range(6)] == right
+    assert weight_decay(OptimConfig(weight_decay=0.1), Position(10, 5, 0)) == 0.1
 
 
 def test_a_decay_of_its_own_for_a_step():
