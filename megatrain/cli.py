@@ -19,6 +19,7 @@ from megatrain.arguments import finite, positive, probability, seed, temperature
 from megatrain.cli_doctor import add_doctor
 from megatrain.cli_ngram import add_data_filter, add_ngram
 from megatrain.cli_train import add_train
+from megatrain.files import lost_output
 
 _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -54,13 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _begin_program(words[0])
     arguments.ends_process = argv is None
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
     except Exception as error:
         if arguments.traceback or not _expected(error):
             raise
-        return _complain(f"error: {error}", FAILED)
+        return _complain(f"error: {lost_output(error) or error}", FAILED)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

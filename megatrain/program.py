@@ -28,6 +28,7 @@ from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.files import whole
 from megatrain.init_from import shapes_of
 from megatrain.job import Job
 from megatrain.models.objective import Objective
@@ -215,7 +216,8 @@ def _open_log(job: Job) -> Any:
             )
             stack.enter_context(log)
             if rank == 0:
-                Path(config.log.dir, "config.yaml").write_text(job.config_text, encoding="utf-8")
+                with whole(Path(config.log.dir, "config.yaml"), text=True) as file:
+                    file.write(job.config_text)
                 provenance.keep(Path(config.log.dir), job.config_file, os.environ, sys.orig_argv)
             if job.session.launch.local_rank == 0:  # each node has its own log.dir where it is not shared
                 Path(config.log.dir, PREEMPTED).unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
+from megatrain.files import whole
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import require_schedule, vocabulary
@@ -302,7 +303,8 @@ def main(
     failed = [row for row in rows if row.problem]
     _summarise(rows, failed)
     if report is not None:
-        report.write_text(json.dumps({"steps": steps, "precision": precision, "rows": [vars(row) for row in rows]}, indent=1))
+        with whole(report, text=True) as file:
+            json.dump({"steps": steps, "precision": precision, "rows": [vars(row) for row in rows]}, file, indent=1)
     return 1 if failed else 0
 
 

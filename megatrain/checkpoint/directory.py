@@ -23,6 +23,7 @@ from pathlib import Path
 
 from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_file, read_manifest
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
+from megatrain.files import doing
 from megatrain.parallel.consensus import broadcast_text
 from megatrain.parallel.mesh import ParallelContext
 
@@ -97,9 +98,10 @@ def _lock(directory: Path) -> tuple[Claim, str]:
     except OSError:
         pass  # a file system without locks: the mark still tells whether the nodes share the directory
     mark = json.dumps({**me, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "mark": secrets.token_hex(8)})
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, mark.encode(), 0)
-    os.fsync(lock)
+    with doing("writing", directory / LOCK):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, mark.encode(), 0)
+        os.fsync(lock)
     return Claim(lock), mark
 
 
@@ -232,7 +234,7 @@ def tidy_here(directory: Path) -> None:
 
 def write_file(file: Path, data: bytes) -> None:
     """Write a small file and wait until the disk has it."""
-    with file.open("wb") as stream:
+    with doing("writing", file), file.open("wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
@@ -242,6 +244,7 @@ def sync(path: Path) -> None:
     """Wait until the disk has a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with doing("writing", path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatrain.checkpoint import boxes
@@ -22,6 +23,7 @@ from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
+from megatrain.files import HEAD_BYTES, not_text, whole
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Portion, axis_of, logical_numel
 
@@ -200,7 +202,8 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     rows = list(rows_of(FAMILIES[kind], weights.keys()))
     stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype, shard_bytes)
-    (out / CONFIG).write_text(json.dumps(_merged(base, new, kind, stored), indent=2) + "\n")
+    with whole(out / CONFIG, text=True) as file:
+        file.write(json.dumps(_merged(base, new, kind, stored), indent=2) + "\n")
     for pattern in COMPANIONS if like is not None else ():
         for file in sorted(Path(like or out).glob(pattern)):
             shutil.copyfile(file, out / file.name)
@@ -225,7 +228,11 @@ def _write_weights(
     total = 0
 
     def write() -> None:
-        save_file(tensors, out / f"{len(shards)}.part", {"format": "pt"})
+        part = out / f"{len(shards)}.part"
+        try:
+            save_file(tensors, part, {"format": "pt"})
+        except SafetensorError as error:  # what the library makes of an OSError
+            raise CheckpointError(f"{part} cannot be written: {error}") from error
         shards.append(list(tensors))
         tensors.clear()
 
@@ -244,7 +251,8 @@ def _write_weights(
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         listed = {"metadata": {"total_size": total}, "weight_map": where}
-        (out / INDEX).write_text(json.dumps(listed, indent=2) + "\n")
+        with whole(out / INDEX, text=True) as file:
+            file.write(json.dumps(listed, indent=2) + "\n")
     return made.dtype
 
 
@@ -262,6 +270,9 @@ def _json(file: Path) -> Any:
     try:
         if file.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"it has {file.stat().st_size} bytes")
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        data = file.read_bytes()
+        if said := not_text(data[:HEAD_BYTES]):
+            raise ValueError(said)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise ContentError(f"{file} cannot be read: {error}") from error

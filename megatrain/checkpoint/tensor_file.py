@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from megatrain.checkpoint.together import DamagedCheckpointError
+from megatrain.files import HEAD_BYTES, pointer
 
 BLOCK_BYTES = 64 * 2**20
 """Files are hashed in blocks of this many bytes, so that a reader can verify only what it reads."""
@@ -116,7 +117,8 @@ class TensorFile:
         self._verified: set[int] = set()
         length = int.from_bytes(self._map[:8], "little")
         if self.size < 8 or length > min(self.size - 8, _LONGEST_HEADER):
-            raise DamagedCheckpointError(f"{path}: its header claims {length} bytes, and the file has {self.size}")
+            why = pointer(self._map[:HEAD_BYTES]) or f"its header claims {length} bytes, and the file has {self.size}"
+            raise DamagedCheckpointError(f"{path}: {why}")
         self.header_bytes = 8 + length
         try:
             self.entries = _entries(self._map[8 : 8 + length], 8 + length, self.size)

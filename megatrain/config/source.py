@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from megatrain.files import HEAD_BYTES, not_text
+
 LARGEST_FILE = 1 << 18
 """Bytes; a config has a few thousand. Keeps a checkpoint or a corpus given by mistake from being read whole."""
 
@@ -61,6 +63,8 @@ def read_file(path: str | FilePath) -> Tree:
         raise ConfigError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     if len(data) > LARGEST_FILE:
         raise ConfigError(f"{name} has more than {LARGEST_FILE} bytes: this is not a config. Give a YAML file.")
+    if said := not_text(data[:HEAD_BYTES]):
+        raise ConfigError(f"{name}: {said}.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -30,6 +30,8 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.files import doing
+
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
@@ -95,7 +97,8 @@ class TokenStoreWriter:
         self._bin, self._idx = store_paths(prefix)
         self._bin.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx)]
-        self._file = self._temporary[0].open("wb")
+        with doing("writing", self._bin):
+            self._file = self._temporary[0].open("wb")
         self._lengths: list[npt.NDArray[np.int32]] = []
         self.documents = 0
         self.tokens = 0
@@ -116,7 +119,9 @@ class TokenStoreWriter:
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             kind = f"{tokens.dtype}{list(tokens.shape)}"
             raise TokenStoreError(f"{self.prefix}: tokens must be a flat array of integers, not {kind}.")
-        self._file.write(self._narrow(tokens).data)
+        narrow = self._narrow(tokens).data
+        with doing("writing", self._bin):
+            self._file.write(narrow)
         self.tokens += tokens.size
 
     def end_documents(self, lengths: Tokens) -> None:
@@ -161,10 +166,10 @@ class TokenStoreWriter:
         offsets = np.zeros(lengths.size, "<i8")
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
         offsets *= self.dtype.itemsize
-        with self._file:
+        with doing("writing", self._bin), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        with self._temporary[1].open("wb") as index:
+        with doing("writing", self._idx), self._temporary[1].open("wb") as index:
             index.write(HEADER.pack(MAGIC, VERSION, self._code, lengths.size, lengths.size + 1))
             for part in (lengths, offsets, np.arange(lengths.size + 1, dtype="<i8")):
                 index.write(part.data)

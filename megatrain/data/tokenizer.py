@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import read_pieces
 from megatrain.data.stream import REPLACEMENT
+from megatrain.files import HEAD_BYTES, not_text, whole
 
 END_OF_TEXT = "<|endoftext|>"
 BYTE_VALUES = 256
@@ -163,18 +164,22 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(name)
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(
             f"the tokenizer {path} cannot be read ({error.strerror}). Give `bytes` or the path of a tokenizer.json; "
             f"`megatrain data tokenizer --input FILE... --vocab-size 8192 --output {path}` trains one."
         ) from None
+    if said := not_text(data[:HEAD_BYTES]):
+        raise TokenizerError(f"{path} is not a tokenizer.json: {said}")
+    try:
+        text = data.decode()
+        json.loads(text)
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not a tokenizer.json: it is not UTF-8 text ({error}).") from None
-    try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TokenizerError(f"{path} is not a tokenizer.json: line {error.lineno} is not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:
+        where = f"line {error.lineno} is not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise TokenizerError(f"{path} is not a tokenizer.json: {where}.") from None
     try:
         library = LibraryTokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
@@ -208,12 +213,8 @@ def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str |
         raise TokenizerError(f"{', '.join(map(str, inputs)) or 'the list of inputs'}: no text to train a tokenizer on.")
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(library.to_str(pretty=True), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path, text=True) as file:
+        file.write(library.to_str(pretty=True))
     return JsonTokenizer(library).vocab_size
 
 

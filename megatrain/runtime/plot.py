@@ -7,7 +7,6 @@ training process wants.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from megatrain.files import whole
 from megatrain.runtime.metrics import read_metrics
 
 _INK, _FAINT, _GRID = "#22272e", "#7a828c", "#e6e8eb"
@@ -50,12 +50,8 @@ def draw_loss(metrics: Path | str, png: Path | str, references: Mapping[str, flo
 
 def save_png(figure: Figure, png: Path) -> None:
     """Write a figure as a picture that is replaced at once and never seen half-written. Raises OSError."""
-    part = png.with_name(f".{png.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(part, format="png")
-        part.replace(png)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(png) as file:
+        figure.savefig(file, format="png")
 
 
 def smooth(values: _Numbers, window: float) -> _Numbers:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
+from megatrain.files import doing
+
 FOLDER = "launches"
 SCRIPT_VARIABLE = "MEGATRAIN_SCRIPT"
 """Set by the launch scripts to their own path."""
@@ -26,15 +28,16 @@ HIDDEN = "(not kept)"
 def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[str]) -> Path:
     """Write the folder and return it. Raises OSError."""
     folder = _new_folder(run / FOLDER)
-    script = env.get(SCRIPT_VARIABLE)
-    for source in (config, Path(script) if script else None):
-        if source is not None and source.is_file():
-            shutil.copyfile(source, folder / source.name)
-    (folder / "command.txt").write_text(f"{shlex.join(command)}\n")
-    environment = folder / "environment.txt"
-    environment.touch(mode=0o600)
-    environment.write_text("".join(f"{name}={_shown(name, value)}\n" for name, value in sorted(env.items())))
-    (folder / "packages.txt").write_text("\n".join([f"python {sys.version}", *_packages(), *_commit()]) + "\n")
+    with doing("writing", folder):
+        script = env.get(SCRIPT_VARIABLE)
+        for source in (config, Path(script) if script else None):
+            if source is not None and source.is_file():
+                shutil.copyfile(source, folder / source.name)
+        (folder / "command.txt").write_text(f"{shlex.join(command)}\n")
+        environment = folder / "environment.txt"
+        environment.touch(mode=0o600)
+        environment.write_text("".join(f"{name}={_shown(name, value)}\n" for name, value in sorted(env.items())))
+        (folder / "packages.txt").write_text("\n".join([f"python {sys.version}", *_packages(), *_commit()]) + "\n")
     return folder
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from megatrain.files import doing
 from megatrain.runtime.launch import Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -152,8 +153,9 @@ def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> No
     """
     marker.parent.mkdir(parents=True, exist_ok=True)
     part = marker.with_name(f".{marker.name}.{launch.rank}.{os.getpid()}")
-    part.write_text(json.dumps({"why": why, "step": step, "time": time.time(), "job": launch.job}) + "\n")
-    part.replace(marker)
+    with doing("writing", marker):
+        part.write_text(json.dumps({"why": why, "step": step, "time": time.time(), "job": launch.job}) + "\n")
+        part.replace(marker)
 
 
 def reply(launch: Launch, code: int) -> int:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from megatrain.data.ngram.model import HeldWords, Model, Numbers, Order
 from megatrain.data.ngram.table import MISSING, Table
 from megatrain.data.ngram.text import UNKNOWN
+from megatrain.files import whole
 
 MAGIC = b"mtngram\n"
 VERSION = 1
@@ -55,16 +56,11 @@ def write_binary(model: Model, path: Path, quantize: int = 0) -> None:
     text = json.dumps({**said, "crc32": zlib.crc32(json.dumps(said, sort_keys=True).encode())}).encode()
     head = len(MAGIC) + 4
     text = text.ljust(-(-(len(text) + head) // ALIGN) * ALIGN - head)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(MAGIC + len(text).to_bytes(4, "little") + text)
-            for values in sections.values():
-                values.tofile(file)
-                file.write(bytes(-values.nbytes % ALIGN))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as file:
+        file.write(MAGIC + len(text).to_bytes(4, "little") + text)
+        for values in sections.values():
+            file.write(values.data)
+            file.write(bytes(-values.nbytes % ALIGN))
 
 
 def _sections(model: Model, quantize: int) -> dict[str, Array]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.files import doing
+
 Array = npt.NDArray[Any]
 
 
@@ -25,8 +27,8 @@ class Column:
 
     def append(self, values: Array) -> None:
         """Put values behind the others."""
-        with self.path.open("ab") as file:
-            np.ascontiguousarray(values, self.dtype).tofile(file)
+        with doing("writing", self.path), self.path.open("ab") as file:
+            file.write(np.ascontiguousarray(values, self.dtype).data)
 
     def read(self, first: int = 0, end: int | None = None) -> Array:
         """Values first .. end - 1."""
@@ -42,6 +44,6 @@ class Column:
             self.append(np.zeros(missing, self.dtype))
         held = self.read(first, end)
         held[where] = values
-        with self.path.open("r+b") as file:
+        with doing("writing", self.path), self.path.open("r+b") as file:
             file.seek(first * self.dtype.itemsize)
-            held.tofile(file)
+            file.write(held.data)

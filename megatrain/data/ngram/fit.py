@@ -11,7 +11,6 @@ arpa_out.py   lines
 from __future__ import annotations
 
 import gzip
-import os
 import shutil
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from megatrain.data.ngram.optional import give_back
 from megatrain.data.ngram.tables import Tables, pruning
 from megatrain.data.ngram.text import TextError, number_text
 from megatrain.data.ngram.units import WORDS, spacing
+from megatrain.files import whole
 
 HIGHEST_ORDER = 10
 BASE_BYTES, WORD_BYTES, POSITION_BYTES = 200 << 20, 64, 76
@@ -118,16 +118,11 @@ def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: t
             give_back()
             interpolate(tables, k, words if k == 2 else None, found[k - 1], thresholds[k - 1], held, tell)
     give_back()
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        with (
-            phase("writing", sum(tables.size(k) for k in range(2, settings.order + 1))) as tell,
-            _opened(temporary, output) as out,
-        ):
-            written = write_arpa(out, tables, words, thresholds, tell)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        phase("writing", sum(tables.size(k) for k in range(2, settings.order + 1))) as tell,
+        _opened(output) as out,
+    ):
+        written = write_arpa(out, tables, words, thresholds, tell)
     return Fitted(len(corpus.ids), corpus.vocabulary.size, written, found)
 
 
@@ -147,16 +142,14 @@ def _counted(parts: Sequence[Any], ids: Any, settings: Settings, work: Path) -> 
 
 
 @contextmanager
-def _opened(temporary: Path, output: Path) -> Iterator[BinaryIO]:
-    """The file to write, compressed where its name says so, on the disk when this ends."""
-    with temporary.open("wb") as file:
+def _opened(output: Path) -> Iterator[BinaryIO]:
+    """The file to write, whole or not at all, compressed where its name says so."""
+    with whole(output) as file:
         if output.suffix == ".gz":
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=4, mtime=0) as packed:
                 yield packed  # type: ignore[misc]
         else:
             yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.data.ngram.model import Model, perplexity
-from megatrain.data.ngram.text import line_blocks, split
+from megatrain.data.ngram.text import line_blocks, require_text, split
 
 
 def report(model: Model, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
-    """Lines of JSON for a text file: log10, tokens, oov, perplexity; then the same of all, and without words that are not known."""
+    """Lines of JSON for a text file: log10, tokens, oov, perplexity; then the same of all, and without words that are not known.
+
+    Raises TextError or OSError.
+    """
     sums, lines = np.zeros(4), 0
     with path.open("rb") as file:
+        require_text(file, path)
         for block in line_blocks(file):
             totals = model.totals(split(model.space(block)), bos=sentences, eos=sentences)
             sums += [column.sum() for column in totals]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from megatrain.data.ngram.column import Column
 from megatrain.data.ngram.optional import pyarrow
+from megatrain.files import HEAD_BYTES, not_text
 
 UNKNOWN, BEGIN, END = 0, 1, 2
 SPECIAL = (b"<unk>", b"<s>", b"</s>")
@@ -70,6 +72,12 @@ def line_blocks(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count:
         rest.append(data[cut:])
     if last := b"".join(rest):
         yield last + b"\n"
+
+
+def require_text(file: BufferedReader, path: Path) -> None:
+    """Raise TextError for an opened file whose first bytes say that it is something else; broken UTF-8 is text here."""
+    if said := not_text(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
+        raise TextError(f"{path}: {said}")
 
 
 def split(data: bytes) -> Words:
@@ -185,6 +193,7 @@ def number_text(
     counts = np.zeros(1 << 16, np.int64)
     for path in paths:
         with path.open("rb") as file:
+            require_text(file, path)
             read = pieces(file, on_bytes) if space is None else (split(space(block)) for block in line_blocks(file, on_bytes))
             for piece in read:
                 numbers = np.full(piece.line_ends.size, END, np.uint32)

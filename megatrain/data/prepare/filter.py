@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from megatrain.data.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
 from megatrain.data.ngram.model import Model
 from megatrain.data.prepare.read import read_documents
+from megatrain.files import whole
 
 
 @dataclass(frozen=True)
@@ -58,19 +58,12 @@ def filter_files(
     kept = 0
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for text, value in zip(texts(), values.tolist(), strict=True):
-                bucket = cuts.bucket(value)
-                counts[bucket] += 1
-                if bucket in keep:
-                    kept += 1
-                    row = {key: text, "perplexity": round(value, 1), "bucket": bucket}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(output, text=True) as file:
+        for text, value in zip(texts(), values.tolist(), strict=True):
+            bucket = cuts.bucket(value)
+            counts[bucket] += 1
+            if bucket in keep:
+                kept += 1
+                row = {key: text, "perplexity": round(value, 1), "bucket": bucket}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return FilterReport(str(output), counts, kept, cuts)

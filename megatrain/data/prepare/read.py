@@ -1,6 +1,6 @@
-"""Documents from files: .txt (one document a file) and .jsonl (one a line), plain or compressed as .gz or .zst.
+"""Documents from files: .txt (one document a file) and .jsonl or .json (one a line), plain or compressed as .gz or .zst.
 
-Everything streams: a .jsonl is held one line at a time, and `read_pieces` passes a long document on in pieces, so that one .txt
+Everything streams: of a .jsonl one line is held at a time, and `read_pieces` passes a long document on in pieces, so that one .txt
 of many gigabytes needs no more memory than a small one. Errors name the file and the line.
 """
 
@@ -18,13 +18,17 @@ from typing import BinaryIO
 
 import zstandard
 
+from megatrain.files import HEAD_BYTES, not_text, not_utf8
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-LINE_SUFFIXES = (".jsonl",)
+LINE_SUFFIXES = (".jsonl", ".json")
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 16
 SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 """Where a divisible tokenizer (see data/tokenizer.py) starts a new word in any case."""
+_ROW = json.JSONDecoder(parse_int=len)
+"""For lines: an integer is read as how many digits it has, since nothing asks for it, and Python refuses those of over 4,300."""
 
 
 class ReadError(ValueError):
@@ -118,6 +122,8 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
             source = {".gz": _gunzip, ".zst": _unzstd}.get(kind, _plain)(file)
             done = 0
             for chunk in source:
+                if not done and (said := not_text(chunk[:HEAD_BYTES])):
+                    raise ReadError(f"{path}: {said}")
                 yield chunk
                 on_bytes(file.tell() - done)
                 done = file.tell()
@@ -158,10 +164,11 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
 def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
     """The text of a file, a chunk at a time, without a byte-order mark. Raises ReadError where it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    line, offset = 1, 0
+    line, offset, head = 1, 0, b""
     chunk = b""
     try:
         for chunk in _chunks(path, on_bytes):
+            head = head or chunk[:HEAD_BYTES]
             yield decoder.decode(chunk)
             line, offset = line + chunk.count(b"\n"), offset + len(chunk)
         chunk = b""
@@ -169,13 +176,7 @@ def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
     except UnicodeDecodeError as error:
         pending = len(error.object) - len(chunk)  # bytes of the chunk before that belong to the same character
         line += chunk[: max(error.start - pending, 0)].count(b"\n")
-        raise ReadError(_not_utf8(f"{path}:{line}", error, f"byte {offset - pending + error.start} of the file")) from None
-
-
-def _not_utf8(where: str, error: UnicodeDecodeError, place: str) -> str:
-    """What to say about bytes that are not UTF-8."""
-    bad = error.object[error.start]
-    return f"{where}: not UTF-8 (byte 0x{bad:02x}, {place}: {error.reason}). Convert the file, e.g. iconv -f latin1 -t utf-8."
+        raise ReadError(not_utf8(head, f"{path}:{line}", error, f"byte {offset - pending + error.start} of the file")) from None
 
 
 def _lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
@@ -205,13 +206,13 @@ def _line_documents(path: Path, key: str, on_bytes: Callable[[int], None]) -> It
 def _text_of(line: bytes, key: str, where: str) -> str:
     """The text under `key` of a line of JSON."""
     try:
-        row = json.loads(line.decode())
+        row = _ROW.decode(line.decode())
     except UnicodeDecodeError as error:
-        raise ReadError(_not_utf8(where, error, f"byte {error.start} of the line")) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ReadError(f'{where}: not JSON ({error}). Each line must be one object like {{"{key}": "..."}}.') from None
+        raise ReadError(not_utf8(line, where, error, f"byte {error.start} of the line")) from None
+    except (ValueError, RecursionError) as error:
+        raise ReadError(f"{where}: not JSON ({error}). {_one_a_line(line, key)}") from None
     if not isinstance(row, dict):
-        raise ReadError(f'{where}: a JSON {type(row).__name__}, not an object like {{"{key}": "..."}}.')
+        raise ReadError(f"{where}: a JSON {type(row).__name__}, not an object. {_one_a_line(line, key)}")
     if key not in row:
         raise ReadError(
             f"{where}: there is no key {key!r}; the line has {', '.join(map(repr, list(row)[:8])) or 'none'}. Use --key."
@@ -224,6 +225,15 @@ def _text_of(line: bytes, key: str, where: str) -> str:
             f"{where}: the text holds half of a surrogate pair (\\ud800..\\udfff), which is not a character. Remove it."
         )
     return text
+
+
+def _one_a_line(line: bytes, key: str) -> str:
+    """How the lines of a file should be, and how to make them of one JSON text that spans the file."""
+    if line.strip()[:1] == b"[":
+        return f'Each line must be one object like {{"{key}": "..."}}; of an array make such lines: jq -c ".[]" OLD > NEW.jsonl'
+    if line.strip() == b"{":
+        return f'Each line must be one object like {{"{key}": "..."}}; put objects on a line each: jq -c . OLD > NEW.jsonl'
+    return f'Each line must be one object like {{"{key}": "..."}}.'
 
 
 def _is_unicode(text: str) -> bool:

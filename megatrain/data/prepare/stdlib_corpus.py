@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatrain.data.prepare.read import COMPRESSIONS, LINE_SUFFIXES, TEXT_SUFFIXES, ReadError, read_documents
+from megatrain.files import whole
 
 LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data")
 """Other people's packages; tests, half of the library and full of tables and deliberate nonsense; character tables; pydoc's one
@@ -67,16 +68,11 @@ def _draw(path: str) -> float:
 
 def _write(path: Path, rows: Sequence[tuple[str, str]]) -> int:
     """Writes the documents, whole or not at all; returns their bytes."""
-    temporary = path.with_name(f"{path.name}.tmp")
     size = 0
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for name, body in rows:
-                file.write(json.dumps({"text": body, "path": name}) + "\n")
-                size += len(body.encode())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path, text=True) as file:
+        for name, body in rows:
+            file.write(json.dumps({"text": body, "path": name}) + "\n")
+            size += len(body.encode())
     return size
 
 

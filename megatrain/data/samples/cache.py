@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from megatrain.files import whole
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -61,22 +60,11 @@ def _save(directory: Path, stem: str, key: Mapping[str, str | int], arrays: Arra
     """Writes the entry, manifest last. Raises OSError."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
-        _publish(directory / f"{stem}-{name}.npy", partial(np.save, arr=array, allow_pickle=False))
+        with whole(directory / f"{stem}-{name}.npy") as file:
+            np.save(file, array, allow_pickle=False)
     manifest = json.dumps({"key": dict(key), "crc32": {name: _checksum(array) for name, array in arrays.items()}})
-    _publish(directory / f"{stem}.json", lambda file: file.write(manifest.encode()))
-
-
-def _publish(path: Path, write: Callable[[Any], object]) -> None:
-    """Writes a file under a name of its own and renames it into place. Raises OSError, and then leaves nothing behind."""
-    temporary = path.with_name(f"{path.name}.tmp.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(directory / f"{stem}.json", text=True) as file:
+        file.write(manifest)
 
 
 def _checksum(array: npt.NDArray[Any]) -> int:

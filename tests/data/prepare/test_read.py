@@ -67,6 +67,22 @@ def test_another_key(tmp_path):
     assert [d.text for d in read_documents([tmp_path / "a.jsonl"], key="content")] == ["x"]
 
 
+def test_numbers_of_any_length_are_passed_over(tmp_path):
+    digits = "9" * 6000
+    for text in (f'{{"id": {digits}, "text": "x"}}', f'{{"id": -{digits}, "e": 1e{digits}, "n": NaN, "text": "x"}}'):
+        (tmp_path / "a.jsonl").write_text(text)
+        assert [d.text for d in read_documents([tmp_path / "a.jsonl"])] == ["x"]
+    (tmp_path / "a.jsonl").write_text(f'{{"text": {digits}}}')
+    with pytest.raises(ReadError, match=r"a\.jsonl:1: the value of 'text' is int, not a string"):
+        list(read_documents([tmp_path / "a.jsonl"]))
+
+
+def test_json_is_read_as_jsonl(tmp_path):
+    for name, compress in (("a.json", bytes), ("a.json.gz", gzip.compress)):
+        (tmp_path / name).write_bytes(compress(LINES))
+        assert [d.source for d in read_documents([tmp_path / name])] == [f"{tmp_path / name}:{n}" for n in (1, 2, 3)]
+
+
 BROKEN = {
     "a.jsonl": {
         "not JSON": (b'{"text": "a"}\n{"text": "b"\n', r"a\.jsonl:2: not JSON"),
@@ -76,6 +92,9 @@ BROKEN = {
         "not UTF-8": (b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl:2: not UTF-8 \(byte 0xe9, byte 10 of the line"),
         "half a pair": (b'{"text": "\\ud83d"}\n', r"a\.jsonl:1: the text holds half of a surrogate pair"),
         "deep": (b"[" * 200000, r"a\.jsonl:1: not JSON"),
+        "deep objects": (b'{"text":' * 200000, r"a\.jsonl:1: not JSON"),
+        "an array": (b'[\n {"text": "a"}\n]', r'a\.jsonl:1: not JSON .*jq -c "\.\[\]" OLD > NEW\.jsonl'),
+        "objects over lines": (b'{\n "text": "a"\n}', r"a\.jsonl:1: not JSON .*jq -c \. OLD > NEW\.jsonl"),
     },
     "a.txt": {
         "not UTF-8": (b"abc\nd\xe9f\n", r"a\.txt:2: not UTF-8 \(byte 0xe9, byte 5 of the file"),
