@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import megatrain
 from megatrain.arguments import finite, positive, probability, seed, temperature, text
 from megatrain.cli_doctor import add_doctor
+from megatrain.cli_exchange import add_exchange
 from megatrain.cli_ngram import add_data_filter, add_ngram
 from megatrain.cli_train import add_train
 from megatrain.files import lost_output
@@ -169,36 +170,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
 
 
-def _import(arguments: argparse.Namespace) -> int:
-    from megatrain.exchange import import_hf
-
-    return import_hf(arguments.source, arguments.out)
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from megatrain.exchange import export_hf
-
-    return export_hf(arguments.checkpoint, arguments.out, arguments.like, arguments.dtype)
-
-
-def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
-    from megatrain.exchange import inspect
-
-    return inspect(arguments.checkpoint, arguments.json)
-
-
-def _checkpoint_verify(arguments: argparse.Namespace) -> int:
-    from megatrain.exchange import verify_all
-
-    return verify_all(arguments.checkpoint)
-
-
-def _checkpoint_convert(arguments: argparse.Namespace) -> int:
-    from megatrain.exchange import convert
-
-    return convert(arguments.checkpoint, arguments.out, arguments.weights_only, arguments.dtype)
-
-
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
     from megatrain.data.tokenizer import train_tokenizer
 
@@ -265,7 +236,7 @@ def _parser() -> _Parser:
     _add_verify(verbs)
     _add_bench(verbs)
     _add_eval(verbs)
-    _add_exchange(verbs)
+    add_exchange(verbs, _add_verb, _Parser, _CHECKPOINT)
     add_ngram(verbs, _add_verb, _Parser)
     add_doctor(verbs, _add_verb)
     what = "text files to token store, one stage each"
@@ -385,41 +356,6 @@ def _add_eval(verbs: _Verbs) -> None:
         help="other data, layout, train.micro_batch_size or train.eval_batches than the run's (default: all of data.valid)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-
-
-def _add_exchange(verbs: _Verbs) -> None:
-    """Verbs about directories of weights: import, export, checkpoint inspect / verify / convert."""
-    what = "make a checkpoint of a Hugging Face directory (training may start from that as it is: model.init_from)"
-    parser = _add_verb(verbs, "import", _import, what, "megatrain import ~/models/qwen3-0.6b runs/qwen3")
-    parser.add_argument("source", metavar="HF_DIR", type=Path, help="it holds config.json and safetensors files")
-    parser.add_argument("out", metavar="OUT", type=Path, help="run directory; the checkpoint is OUT/checkpoints/step_00000000")
-    what = "make a Hugging Face directory of a checkpoint"
-    parser = _add_verb(verbs, "export", _export, what, "megatrain export runs/demo/checkpoints ~/models/demo --dtype bfloat16")
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help=_CHECKPOINT)
-    parser.add_argument("out", metavar="HF_DIR", type=Path, help="a directory that is empty or not there yet")
-    parser.add_argument("--like", metavar="DIR", type=Path, help="take config.json and tokenizer files from there")
-    _add_dtype(parser)
-    what = "what is in a checkpoint, is it whole"
-    checkpoint = verbs.add_parser("checkpoint", help=what, description=what, example="megatrain checkpoint verify runs/demo")
-    stages = checkpoint.add_subparsers(metavar="WHAT", required=True, parser_class=_Parser)
-    inspect = _add_verb(stages, "inspect", _checkpoint_inspect, "print what is in it", "megatrain checkpoint inspect runs/demo")
-    inspect.add_argument("--json", action="store_true", help="as one JSON object")
-    verify = _add_verb(stages, "verify", _checkpoint_verify, "check every byte", "megatrain checkpoint verify runs/demo")
-    what, example = (
-        "write it again, one file a kind",
-        "megatrain checkpoint convert runs/demo out --weights-only --dtype bfloat16",
-    )
-    convert = _add_verb(stages, "convert", _checkpoint_convert, what, example)
-    for stage in (inspect, verify, convert):
-        stage.add_argument("checkpoint", metavar="CKPT", type=Path, help=_CHECKPOINT)
-    convert.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints to write it in")
-    convert.add_argument("--weights-only", action="store_true", help="leave the optimizer's states out")
-    _add_dtype(convert)
-
-
-def _add_dtype(parser: argparse.ArgumentParser) -> None:
-    names = ("float32", "bfloat16", "float16", "float64")
-    parser.add_argument("--dtype", choices=names, help="of the weights (default: as they are stored)")
 
 
 def _add_data_tokenizer(stages: _Verbs) -> None:
