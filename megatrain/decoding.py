@@ -123,9 +123,9 @@ class Decoder:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Append tokens (at least one) of a text read from left to right, and return the logits [v] of the token after them.
 
-        Where they do not fit model.seq_length any more, the model goes on with the latter half of what it can hold.
+        Where they do not fit model.max_positions any more, the model goes on with the latter half of what it can hold.
         """
-        capacity = self.config.seq_length
+        capacity = self.config.positions
         if not self.caches or len(self.seen) + len(ids) > capacity:
             ids = [*self.seen, *ids]
             if len(ids) > capacity:
@@ -184,18 +184,18 @@ def best_continuation(
 ) -> Sequence[int]:
     """The tokens that follow `prompt`, by beam search, without the token `end`. The same on every rank.
 
-    Raises ValueError where prompt and tokens are more than model.seq_length: beams do not forget.
+    Raises ValueError where prompt and tokens are more than model.max_positions: beams do not forget.
     """
-    room = decoder.config.seq_length - len(prompt)
+    room = decoder.config.positions - len(prompt)
     if max_tokens > room:
         advice = (
             f"Use --max-tokens {room}, or a shorter prompt"
             if room > 0
-            else f"Use a prompt of {decoder.config.seq_length - 1} tokens at most, or --greedy, which goes on with the end of a long one"
+            else f"Use a prompt of {decoder.config.positions - 1} tokens at most, or --greedy, which goes on with the end of a long one"
         )
         raise ValueError(
-            f"beam search of {max_tokens} tokens after a prompt of {len(prompt)} needs a model.seq_length of their sum, and it is "
-            f"{decoder.config.seq_length}. {advice}."
+            f"beam search of {max_tokens} tokens after a prompt of {len(prompt)} needs a model.max_positions of their sum, and it is "
+            f"{decoder.config.positions}. {advice}."
         )
     first = decoder.logits(prompt)
 

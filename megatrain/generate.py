@@ -100,11 +100,9 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, out: TextI
         _fill(arguments, config, decoder, codec, out)
         return
     prompt = _encode(codec, arguments.prompt, decoder.chunks[0].vocab_size)
-    if len(prompt) > config.model.seq_length and out is sys.stdout:
-        kept = max(1, config.model.seq_length // 2)
-        note = (
-            f"the prompt has {len(prompt)} tokens, and model.seq_length is {config.model.seq_length}: the last {kept} are used"
-        )
+    if len(prompt) > config.model.positions and out is sys.stdout:
+        kept = max(1, config.model.positions // 2)
+        note = f"the prompt has {len(prompt)} tokens, and model.max_positions is {config.model.positions}: the last {kept} are used"
         sys.stderr.write(f"megatrain: {note}\n")
     beams = beams_of(arguments)
     if beams is None:

@@ -43,10 +43,10 @@ class Filling:
         for mask, text in zip(masks, texts[1:], strict=True):
             self._at.append(len(part_a))
             part_a += [mask, *text]
-        self.sep, limit = len(part_a), decoder.config.seq_length
+        self.sep, limit = len(part_a), decoder.config.positions
         if self.sep + 2 * len(masks) > limit:
             raise ValueError(
-                f"the prompt has {self.sep} tokens and {len(masks)} blanks, and model.seq_length is {limit}: there is no room to fill "
+                f"the prompt has {self.sep} tokens and {len(masks)} blanks, and model.max_positions is {limit}: there is no room to fill "
                 "them. Shorten the prompt."
             )
         if max(part_a) >= decoder.chunks[0].vocab_size:
@@ -70,7 +70,7 @@ class Filling:
         """
         ends = {self.ids.eop, self.ids.eos}
         left_for_others = len(self._at) - number - 1
-        room = min(max_tokens, self.decoder.config.seq_length - self.decoder.length - 1 - 2 * left_for_others)
+        room = min(max_tokens, self.decoder.config.positions - self.decoder.length - 1 - 2 * left_for_others)
         if beams is not None:
             yield from self._best(number, room, ends, beams)
             return

@@ -29,6 +29,8 @@ def shapes_of(path: str) -> dict[str, Any]:
     except (CheckpointError, OSError) as error:
         raise ConfigError(f"model.init_from={path}: {error}") from error
     keys: dict[str, Any] = (yaml.safe_load(manifest.config) or {}).get("model") or {}
+    if "seq_length" in keys and keys.get("max_positions") is None:
+        keys["max_positions"] = keys["seq_length"]  # the table has so many rows, whatever seq_length this run has
     embedding = manifest.tensors.get("embedding.tokens")
     vocabulary = {} if embedding is None else {"vocab_size": embedding.spec.shape[0]}
     return {key: value for key, value in (keys | vocabulary).items() if key not in _OWN}

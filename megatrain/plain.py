@@ -49,7 +49,7 @@ class PlainModel(nn.Module):
         """
         b, s = input_ids.shape
         if s > self.config.position_rows:
-            raise ValueError(f"{s} tokens are more than the model's {self.config.position_rows} (model.seq_length)")
+            raise ValueError(f"{s} tokens are more than the model's {self.config.position_rows} (model.max_positions)")
         places = causal_places(input_ids)
         if self.marks is not None:
             places = places_of(input_ids, self.marks, self.config.two_dimensional)

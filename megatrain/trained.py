@@ -14,7 +14,7 @@ import yaml
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
-from megatrain.config.load import from_dict
+from megatrain.config.load import from_dict, restored
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
@@ -30,7 +30,7 @@ EMBEDDING = "embedding.tokens"
 
 def saved_config(path: Path) -> Config:
     """The config of the run that saved a checkpoint."""
-    return from_dict(yaml.safe_load(read_manifest(path).config))
+    return restored(yaml.safe_load(read_manifest(path).config))
 
 
 def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Config:

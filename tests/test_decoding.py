@@ -82,8 +82,9 @@ def test_it_stops_when_nothing_can_become_better():
     assert found.tokens == (END,) and not calls
 
 
-def gpt():
-    model = ModelConfig(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, seq_length=24, init_std=0.5)
+def gpt(**settings):
+    shape = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": 24}
+    model = ModelConfig(**{**shape, "init_std": 0.5, **settings})
     pieces = [range(2)], [0]
     made = build_gpt(model, 5, ParallelContext.single(), *pieces, sequence_parallel=False, dtype=torch.float32, seed=7)
     return [chunk.eval() for chunk in made]
@@ -117,6 +118,21 @@ def test_beams_do_not_forget():
         best_continuation(Decoder(gpt()), [0] * 24, 1, Beams(2))
     assert len(best_continuation(Decoder(gpt()), [0] * 23, 1, Beams(2))) == 1
     assert len(list(continuation(Decoder(gpt()), [0] * 24, 1, Choice(greedy=True), 0))) == 1
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_a_model_decodes_as_far_as_it_has_positions_however_short_it_was_trained(position):
+    text = [n % 5 for n in range(600)]
+    longer = Decoder(gpt(seq_length=24, max_positions=600, position=position))
+    whole = longer.logits(text)
+    longer.restart()
+    longer.seen = []
+    for token in text[:3]:
+        longer.logits([token])
+    torch.testing.assert_close(longer.logits(text[3:]), whole)  # the cache has grown from 512
+    assert longer.caches[0][0].keys.shape[0] == 600 and longer.seen == text
+    longer.logits([1])
+    assert longer.seen == [*text[-299:], 1]
 
 
 def test_scores_are_divided_by_a_penalty():

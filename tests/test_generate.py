@@ -265,7 +265,7 @@ def test_an_empty_prompt_starts_a_document(tmp_path, capsys):
 def test_a_long_prompt_is_said_to_be_cut(tmp_path, capsys):
     saved(tmp_path, config_of())
     main(arguments(tmp_path, prompt="x" * 40))
-    assert "the prompt has 40 tokens, and model.seq_length is 24: the last 12 are used" in capsys.readouterr().err
+    assert "the prompt has 40 tokens, and model.max_positions is 24: the last 12 are used" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, capsys):

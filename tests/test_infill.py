@@ -113,7 +113,7 @@ def test_a_model_whose_length_is_used_up_stops():
     filling = filling_of(decoder)
     texts = [list(filling.fill(n, 100, Choice(), n)) for n in (0, 1)]
     assert 2 <= len(texts[0]) <= 5 and decoder.length <= 16
-    with pytest.raises(ValueError, match=r"the prompt has 8 tokens and 2 blanks, and model\.seq_length is 11"):
+    with pytest.raises(ValueError, match=r"the prompt has 8 tokens and 2 blanks, and model\.max_positions is 11"):
         filling_of(Decoder(chunks_of(config_of(seq_length=11))))
 
 

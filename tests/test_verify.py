@@ -104,6 +104,9 @@ def test_shrunk_keeps_the_structure():
     assert 3 < small.ffn_size / small.hidden_size < 4
     kept = ("activation", "norm", "position", "tied_embeddings")
     assert all(getattr(small, key) == getattr(large.model, key) for key in kept)
+    assert (small.seq_length, small.max_positions) == (16, None)
+    for positions, kept_rows in ((4096, 16), (4100, 20), (8192, 32)):
+        assert shrunk(replace(large, model=replace(large.model, max_positions=positions))).model.max_positions == kept_rows
     for layout in ("tp8", "tp2-sp-pp4-dp2-zero3", "pp4-zb_v"):
         assert Layout.parse(layout).problem(shrunk(large)) == ""
 

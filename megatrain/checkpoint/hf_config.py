@@ -297,6 +297,7 @@ def model_of(config: Json) -> Json:
         if value is _REQUIRED:
             raise ContentError(f"config.json has no {names[0]}")
         model[ours] = value
+    model["max_positions"] = model["seq_length"]
     rope = _rope_of(config, dialect) if dialect.rope and model["position"] == "rope" else {}
     return {**model, **rope, **dialect.read(config)}
 
@@ -321,6 +322,7 @@ def config_of(model: ModelConfig, vocab_size: int, kind: str) -> Json:
         config[name] = allowed[0]
     values = {item.name: getattr(model, item.name) for item in fields(model)} | {
         "vocab_size": vocab_size,
+        "seq_length": model.positions,
         "num_query_groups": model.query_groups,
         "head_dim": model.head_size,
         "ffn_hidden_size": model.ffn_size,
@@ -377,6 +379,7 @@ def _meant(model: ModelConfig, name: str) -> Any:
     if name.startswith("sparse_") and model.sparse is None:
         return None
     means = {
+        "max_positions": model.positions,
         "head_dim": model.head_size,
         "num_query_groups": model.query_groups,
         "ffn_hidden_size": model.ffn_size,

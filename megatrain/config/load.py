@@ -73,6 +73,16 @@ def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
     return _build(source)
 
 
+def restored(tree: Document) -> Config:
+    """The config of a tree that `dump` has written, perhaps of an older release. Raises ConfigError.
+
+    It has every key that there was; one that has come since then is at its default, whatever preset it names.
+    """
+    source = Tree(tree)
+    _normalize_sections(source)
+    return _build(source)
+
+
 def load_overrides(config: Config, overrides: Iterable[str]) -> Config:
     """A config with some values replaced by `section.key=value`. Raises ConfigError."""
     tree = Tree(dataclasses.asdict(config))

@@ -15,6 +15,7 @@ def _gpt(layers: int, hidden: int, heads: int, seq_length: int = 1024) -> Shape:
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "seq_length": seq_length,
+        "max_positions": seq_length,
         "vocab_size": 50257,
         "dropout": 0.1 if seq_length == 1024 else 0.0,
     }
@@ -81,6 +82,7 @@ def _glm1(layers: int, hidden: int, heads: int, positions: int = 512, vocab: int
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "seq_length": positions,
+        "max_positions": positions,
         "vocab_size": vocab,
         "position": "learned_2d",
         "dropout": 0.1,

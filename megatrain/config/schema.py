@@ -33,7 +33,10 @@ class ModelConfig:
     ffn_hidden_size: int | None = knob(
         None, "Inner width of the MLP; null means 4 h, and for gated activations 8/3 h rounded up to a multiple of 64."
     )
-    seq_length: int = knob(512, "Tokens per training sample, and the range of learned positions.")
+    seq_length: int = knob(512, "Tokens per training sample.")
+    max_positions: int | None = knob(
+        None, "Positions that there are: rows of the learned table, and how far decoding goes; null means seq_length."
+    )
     vocab_size: int | None = knob(None, "Vocabulary size v; null means the tokenizer's.")
     norm: Literal["layernorm", "rmsnorm"] = knob("layernorm", "Normalisation (arXiv:1607.06450; RMSNorm arXiv:1910.07467).")
     norm_eps: float = knob(1e-5, "Added to the variance inside every norm.")
@@ -61,7 +64,7 @@ class ModelConfig:
     )
     rope_factor: float = knob(1.0, "rope_scaling: how much longer the texts are.")
     rope_original_length: int | None = knob(
-        None, "rope_scaling: tokens of the first training's texts; null means seq_length / rope_factor."
+        None, "rope_scaling: tokens of the first training's texts; null means max_positions / rope_factor."
     )
     rope_low_freq_factor: float = knob(1.0, "llama3: pairs with fewer waves than this in the original length are scaled whole.")
     rope_high_freq_factor: float = knob(4.0, "llama3: pairs with more waves than this stay.")
@@ -127,9 +130,19 @@ class ModelConfig:
         return self.position in ("learned_2d", "rope_2d")
 
     @property
+    def learned_positions(self) -> bool:
+        """Whether positions are rows of a table."""
+        return self.position in ("learned", "learned_2d")
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest text."""
+        return self.seq_length if self.max_positions is None else self.max_positions
+
+    @property
     def position_rows(self) -> int:
-        """Positions that there are: with a second one, 0 stands for no blank."""
-        return self.seq_length + self.two_dimensional
+        """Rows of a table of positions: with a second one, 0 stands for no blank."""
+        return self.positions + self.two_dimensional
 
     @property
     def rotated(self) -> int:
@@ -160,7 +173,7 @@ class ModelConfig:
     @property
     def original_length(self) -> float:
         """Tokens of the texts that the rotary frequencies were first trained on."""
-        return self.seq_length / self.rope_factor if self.rope_original_length is None else self.rope_original_length
+        return self.positions / self.rope_factor if self.rope_original_length is None else self.rope_original_length
 
     @property
     def qkv_biased(self) -> bool:

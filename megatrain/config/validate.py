@@ -39,7 +39,10 @@ LATER_WRITERS = ("wandb", "mlflow")
 
 POSITIVE = (
     *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "head_dim", "num_query_groups")),
-    *(f"model.{name}" for name in ("ffn_hidden_size", "seq_length", "vocab_size", "norm_eps", "rope_theta", "init_std")),
+    *(
+        f"model.{name}"
+        for name in ("ffn_hidden_size", "seq_length", "max_positions", "vocab_size", "norm_eps", "rope_theta", "init_std")
+    ),
     *(f"model.{name}" for name in ("rope_fraction", "rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")),
     *(
         f"model.{name}"
@@ -107,6 +110,7 @@ def validate(config: Config, world_size: int) -> None:
 def validate_layout(config: Config, world_size: int) -> None:
     """Hold the rules of the model's shape and its layout alone. Raises ConfigError."""
     _require_heads(config.model)
+    _require_positions(config.model)
     _require_rope(config.model)
     _require_tensor_split(config.model, config.parallel, world_size)
     _require_layer_split(config.model, config.parallel)
@@ -199,6 +203,22 @@ def _require_heads(model: ModelConfig) -> None:
             f"model.num_query_groups={groups} does not divide model.num_attention_heads={heads}. "
             f"Use model.num_query_groups={choices(_divisors(heads))}."
         )
+
+
+def _require_positions(model: ModelConfig) -> None:
+    """A sample must not be longer than the positions that there are."""
+    if model.seq_length <= model.positions:
+        return
+    wider = f"model.max_positions={model.seq_length}"
+    raise ConfigError(
+        f"model.seq_length={model.seq_length} is more than model.max_positions={model.positions}"
+        + (
+            f", the rows of the table of learned positions. Use model.seq_length={model.positions} or less, or {wider} for a model "
+            "that is trained from the beginning."
+            if model.learned_positions
+            else f". Use {wider}: model.position={model.position} has no table; or model.seq_length={model.positions} or less."
+        )
+    )
 
 
 def _require_rope(model: ModelConfig) -> None:

@@ -46,7 +46,7 @@ class Embedding(nn.Module):
             device=build.device,
             tied=build.tied_over,
         )
-        learned = build.config.position in ("learned", "learned_2d")
+        learned = build.config.learned_positions
         self.positions = LearnedPositions("embedding.positions", build) if learned else None
         two = build.config.position == "learned_2d"
         self.block_positions = LearnedPositions("embedding.block_positions", build) if two else None

@@ -17,6 +17,7 @@ from megatrain.kernels.gated import GATES, PLAIN, gated
 from megatrain.kernels.norm import add_norm, norm
 from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake
+from megatrain.models.rope import tables
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec, Part
@@ -73,6 +74,11 @@ class Build:
         if c.embedding_init_std is not None:
             return Init("normal", c.embedding_init_std)
         return Init("normal", c.init_std) if c.init == "xavier" else self.init(c.hidden_size, c.hidden_size)
+
+    @functools.cached_property
+    def rotary_tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [positions, r/2]; they may be long, so there is one of each in a model."""
+        return tables(self.config, self.dtype, self.device)
 
     @property
     def residual_dtype(self) -> torch.dtype:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -30,7 +31,9 @@ from megatrain.config.schema import ModelConfig
 from megatrain.kernels import compiled
 from megatrain.kernels.rotary import rotary
 from megatrain.models.batch import MicroBatch
-from megatrain.models.layers import Build
+
+if TYPE_CHECKING:
+    from megatrain.models.layers import Build
 
 
 def frequencies(config: ModelConfig) -> torch.Tensor:
@@ -71,8 +74,18 @@ def _kept_by_turns(config: ModelConfig) -> torch.Tensor:
     return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
+def tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [positions, r/2] of every angle.
+
+    In the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
+    """
+    angles, factor = _angles(config), magnitude(config)
+    cos, sin = ((exact * factor).to(device=device, dtype=dtype) for exact in (angles.cos(), angles.sin()))
+    return cos, sin
+
+
 class Rotary(nn.Module):
-    """The tables of cosines and sines [positions, r/2], and the rotation."""
+    """The tables of cosines and sines [positions, r/2], which all layers of a model share, and the rotation."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -85,10 +98,7 @@ class Rotary(nn.Module):
         if build.compile:
             self.turn = compiled.compiled(compiled.rotary, "rotary", interleaved=interleaved)
         self.halves = 2 if config.position == "rope_2d" else 1
-        angles = _angles(config)
-        # Tables in the activations' type: one rounding of an exact cosine costs less than BF16 arithmetic around it.
-        for name, exact in (("cos", angles.cos()), ("sin", angles.sin())):
-            table = (exact * magnitude(config)).to(device=build.device, dtype=build.dtype)
+        for name, table in zip(("cos", "sin"), build.rotary_tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:

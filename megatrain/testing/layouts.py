@@ -152,6 +152,8 @@ def shrunk(config: Config) -> Config:
     hidden = heads * head_dim
     ffn = model.ffn_hidden_size
     vocab = model.vocab_size
+    length = min(model.seq_length, 16 if config.data.objective == "next_token" else 32)
+    unused = min(model.positions - model.seq_length, length)
     small = replace(
         model,
         num_layers=min(model.num_layers, 8 + model.num_layers % 2),
@@ -159,7 +161,8 @@ def shrunk(config: Config) -> Config:
         num_attention_heads=heads,
         num_query_groups=None if model.num_query_groups is None else groups,
         ffn_hidden_size=None if ffn is None else max(heads, round(ffn / model.hidden_size * head_dim) * heads),
-        seq_length=min(model.seq_length, 16 if config.data.objective == "next_token" else 32),
+        seq_length=length,
+        max_positions=None if model.max_positions is None else length + unused,
         vocab_size=vocab if vocab is None or vocab <= 128 else 96 + vocab % 16,
     )
     train = replace(config.train, global_batch_size=16, micro_batch_size=2)

@@ -7,7 +7,9 @@ import torch
 
 import megatrain
 from megatrain.checkpoint.hf import FAMILIES, parts_of
+from megatrain.checkpoint.hf_config import config_of, kind_of, model_of, same_model
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
+from megatrain.config.schema import ModelConfig
 from megatrain.exchange import convert, export_hf, import_hf
 
 hf = pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
@@ -144,6 +146,17 @@ def test_weights_alone_in_another_dtype(tmp_path):
         assert torch.equal(p, megatrain.load(tmp_path / "run").get_parameter(name).bfloat16())
     export_hf(tmp_path / "half", tmp_path / "back", tmp_path / "hf", None)
     assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama, yarn", "bloom"])
+def test_the_number_of_positions_survives_a_shorter_sequence(tmp_path, case):
+    source = write(case, tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    keys = model_of(config)
+    assert keys["max_positions"] == keys["seq_length"] == (2048 if case == "bloom" else 64)
+    short = ModelConfig(**{**keys, "seq_length": 16})
+    back = config_of(short, short.vocab_size, kind_of(short, short.vocab_size))
+    assert model_of(back)["max_positions"] == keys["max_positions"] and same_model(back, config)
 
 
 def change(path, **keys):

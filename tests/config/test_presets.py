@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
-from megatrain.config.load import dump, from_dict, load
+from megatrain.config.load import dump, from_dict, load, restored
 from megatrain.config.presets import PRESETS
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
@@ -86,6 +87,19 @@ def test_parameter_counts_of_built_models(name):
     else:
         published, within = ABOUT[name]
         assert built == pytest.approx(published, rel=within)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].get("position", "learned")[:7] == "learned"])
+def test_a_shorter_sequence_leaves_the_published_table_of_positions(name):
+    whole, short = (from_dict({"model": {"preset": name, **more}}).model for more in ({}, {"seq_length": 128}))
+    assert short.seq_length == 128 and short.positions == whole.positions == whole.seq_length
+    assert parameter_count(short, whole.vocab_size) == parameter_count(whole, whole.vocab_size)
+
+
+def test_what_was_saved_by_an_older_release_has_no_longer_table_than_it_had():
+    text = dump(from_dict({"model": {"preset": "gpt2_124m", "seq_length": 128, "max_positions": None}}))
+    older = yaml.safe_load("".join(line for line in text.splitlines(keepends=True) if "max_positions" not in line))
+    assert restored(older).model.positions == 128
 
 
 def test_explicit_keys_win(tmp_path):

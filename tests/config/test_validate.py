@@ -49,6 +49,7 @@ def refusal(world_size=1, **values):
         (2, {"parallel__tensor_parallel_size": 2, "model__seq_length": 7}),
         (2, {"parallel__tensor_parallel_size": 2, "model__vocab_size": 101}),
         (1, {"model__position": "rope"}),
+        (1, {"model__preset": "gpt2_124m", "model__seq_length": 512}),
         (1, {"optim__name": "sgd", "train__precision": "fp64", "parallel__device": "cpu"}),
         (1, {"train__precision": "fp64"}),
         (1, {"optim__lr_schedule": "constant", "optim__lr": 1e-6}),
@@ -272,6 +273,18 @@ def test_what_is_accepted(world_size, values):
             {"train__precision": "fp16", "optim__master": "split"},
             "optim.master=split keeps the 16 bits that a BF16 parameter lacks, but train.precision=fp16. "
             "Use optim.master=fp32, or train.precision=bf16.",
+        ),
+        (
+            1,
+            {"model__seq_length": 2048, "model__max_positions": 1024},
+            "model.seq_length=2048 is more than model.max_positions=1024, the rows of the table of learned positions. "
+            "Use model.seq_length=1024 or less, or model.max_positions=2048 for a model that is trained from the beginning.",
+        ),
+        (
+            1,
+            {"model__seq_length": 2048, "model__max_positions": 1024, "model__position": "rope"},
+            "model.seq_length=2048 is more than model.max_positions=1024. Use model.max_positions=2048: model.position=rope has "
+            "no table; or model.seq_length=1024 or less.",
         ),
         (1, {"log__dir": ""}, "log.dir='' must not be empty text. Use for example runs/demo."),
     ],

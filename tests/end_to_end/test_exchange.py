@@ -44,11 +44,28 @@ def test_a_run_starts_from_hugging_face_and_goes_back_there(house, capsys):
     assert "changed since then: train.steps: 3 -> 5" in again.out
 
 
-def test_a_run_starts_from_a_checkpoint_with_its_shapes(house):
+def test_a_run_starts_from_a_checkpoint_with_its_shapes_and_keeps_a_longer_table_of_positions(house):
     assert cli.main(["import", str(write("gpt2", house / "hf")), str(house / "imported")]) == 0
-    ended = run(house, f"model.init_from={house / 'imported'}", "model.seq_length=64", "train.steps=3")
+    start = [f"model.init_from={house / 'imported'}", "optim.warmup_steps=0"]
+    ended, too_long = run(house, *start, "train.steps=2"), run(house, *start, "model.seq_length=65")
     assert ended.code == 0, ended.err
-    assert "hidden_size: 48  # init_from" in (house / "run/config.yaml").read_text()
+    said = (house / "run/config.yaml").read_text()
+    assert "hidden_size: 48  # init_from" in said
+    assert "seq_length: 16  # " in said and "max_positions: 64  # init_from" in said
+    assert (
+        too_long.code == 1 and "model.seq_length=65 is more than model.max_positions=64, the rows of the table" in too_long.err
+    )
+    assert "Use model.seq_length=64 or less" in too_long.err
+    again = run(house, *start, "train.steps=3")
+    assert again.code == 0 and "resumed from" in again.out, again.err
+    assert cli.main(["export", str(house / "run"), str(house / "back")]) == 0
+    config, tensors = json.loads((house / "back/config.json").read_text()), tensors_of(house / "back")
+    assert config["n_positions"] == 64 and tensors["transformer.wpe.weight"].shape == (64, 48)
+    unseen, before = tensors["transformer.wpe.weight"][16:], tensors_of(house / "hf")["transformer.wpe.weight"][16:]
+    assert unseen.allclose(before * (unseen.norm() / before.norm())) and 0.99 < unseen.norm() / before.norm() < 1  # decay alone
+    assert cli.main(["import", str(house / "back"), str(house / "once more")]) == 0
+    once_more = (house / "once more/checkpoints/step_00000000/manifest.json").read_text()
+    assert "seq_length: 64" in once_more and "max_positions: 64" in once_more
 
 
 def test_resume_takes_a_directory_of_hugging_face(house):

@@ -126,6 +126,12 @@ def test_grouped_heads_are_full_heads_that_share_keys_and_values():
     torch.testing.assert_close(grouped(x, batch()), full(x, batch()))
 
 
+def test_layers_share_one_table_of_angles_as_long_as_the_positions():
+    made = build(position="rope", max_positions=50)
+    first, second = (Attention(name, made).rotary for name in "ab")
+    assert first.cos.shape == (50, 2) and first.cos is second.cos and first.sin is second.sin
+
+
 @pytest.mark.parametrize("pieces", [(1,) * S, (3, 2, 1), (S,)])
 def test_attention_with_a_cache_goes_on_where_it_stopped(pieces):
     layer = filled(Attention("a", build(position="rope", num_query_groups=2)))
