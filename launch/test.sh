@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole check of a checkout: virtual environment, installation with the test tools, lint, types, import contracts, tests.
 #
-#   bash launch/test.sh                    about 20 minutes on 2 cores
+#   bash launch/test.sh                    about 15 minutes on 2 cores
 #   bash launch/test.sh --all              the slow tests too
-#   bash launch/test.sh tests/data -k bpe  everything after --all goes to pytest
+#   bash launch/test.sh tests/data -k bpe  everything after --all goes to pytest (`-n 0`: in one process, for a debugger)
 #
 # Tests that need a GPU run where there is one. Exit code 0 only if every check passed. Runs on bash 3.2 (macOS).
 set -euo pipefail
@@ -54,8 +54,10 @@ if ! "$python" -c 'import kenlm' 2>/dev/null; then
     fi
 fi
 
-# One thread per process: simulated ranks and gloo processes share the cores already.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -m "$marks" "$@" || failed=1
+# A worker for each core, four at most (each keeps processes of its own waiting, about 2 GB); those that are done take tests from the
+# end of another's, so that most files, with what their tests share, stay with one worker. One thread per process: the workers,
+# simulated ranks and gloo processes share the cores already.
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n logical --maxprocesses 4 --dist worksteal -m "$marks" "$@" || failed=1
 if [ "$failed" -ne 0 ]; then
     echo "launch/test.sh: FAILED" >&2
 fi

@@ -7,6 +7,28 @@ if not torch.cuda.is_available():
 
 import fuzzing
 import pytest
+from room import Room
+
+
+ROOM = pytest.StashKey[Room]()
+
+
+def pytest_configure(config):
+    if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+        config.stash[ROOM] = Room(run)
+
+
+def pytest_unconfigure(config):
+    if ROOM in config.stash:
+        config.stash[ROOM].leave()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    if ROOM not in item.config.stash:
+        return (yield)
+    with item.config.stash[ROOM].taken(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,11 +68,23 @@ def write_config(path: Path, tree: Mapping[str, Any]) -> Path:
     return path
 
 
+def _ports() -> Iterator[int]:
+    """A thousand ports for each worker of pytest-xdist, over and over."""
+    first = 20_000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8)
+    start = random.SystemRandom().randrange(1000)  # another run of the tests may be about
+    return itertools.cycle(first + (start + i) % 1000 for i in range(1000))
+
+
+_PORTS = _ports()
+
+
 def free_port() -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A port that nobody listens on just now, and that nobody is given who asks the system for any port, as gloo does."""
+    for port in _PORTS:
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the ports never end")
 
 
 def environment(rank: int = 0, size: int = 1, port: int = 0) -> dict[str, str]:

@@ -27,7 +27,7 @@ def state(step):
 
 
 def write_until_killed(directory, ready):
-    """What a training process does: take up the newest checkpoint, then save step after step in the background."""
+    """What a training process does: take up the newest checkpoint, then save step after step in the background, telling of each."""
     ctx = ParallelContext.single()
     held = claim(directory, ctx)
     found = load_newest(directory, state(-1), ctx)
@@ -37,6 +37,7 @@ def write_until_killed(directory, ready):
     while True:
         step += 1
         saver.save(Contents(step, {"step": step}, "model: {}\n"), state(step), wait=step % 3 == 0)
+        os.write(ready, b"x")
     held.release()
 
 
@@ -69,10 +70,14 @@ def test_two_hundred_kills_lose_nothing_that_was_published(tmp_path):
             os._exit(1)
         os.close(writes)
         assert os.read(reads, 1) == b"x", "the writer could not start"
-        os.close(reads)
-        time.sleep(chance.uniform(0, 0.03))
+        began, saves = time.monotonic(), chance.randrange(4)
+        for _ in range(saves):
+            assert os.read(reads, 1) == b"x", "the writer ended"
+        # Anywhere in what comes next, however busy the machine is: a save takes as long as those before it.
+        time.sleep(chance.uniform(0, (time.monotonic() - began) / saves if saves else 0.01))
         os.kill(child, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        os.close(reads)
         after = whole(tmp_path)
         assert after >= before
         before = after

@@ -127,7 +127,7 @@ def test_steps_fit_the_minutes(
     quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, train_tokens: int, steps: float
 ) -> None:
     clock = iter([0.0, 32.0])
-    monkeypatch.setattr(quickstart.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(quickstart, "time", argparse.Namespace(monotonic=lambda: next(clock)))
     sizes = {"train": train_tokens, "valid": 40960}
     monkeypatch.setattr(quickstart, "TokenStore", lambda prefix: argparse.Namespace(tokens=sizes[prefix.name]))
     monkeypatch.setattr(quickstart, "launch", lambda *_: write_losses(tmp_path / "probe_x", [8.0] * 16, step_seconds=2.0))

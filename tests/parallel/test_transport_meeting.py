@@ -1,21 +1,15 @@
 """Ranks tell rank 0, rank 0 tells all; those that do not come are left out; a store of somebody else is none."""
 
-import socket
 from datetime import timedelta
 from threading import Thread
 
+import jobs
 import pytest
 from torch.distributed import TCPStore
 
 from megatrain.parallel import transport_meeting
 from megatrain.parallel.transport import TransportError
 from megatrain.parallel.transport_meeting import Meeting
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def meet(rank, size, port, seconds=10.0, launcher_serves=False):
@@ -48,7 +42,7 @@ def test_alone_there_is_no_store():
 
 @pytest.mark.parametrize("launcher_serves", [False, True])
 def test_two_rounds(launcher_serves):
-    port = free_port()
+    port = jobs.free_port()
     agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if launcher_serves else None
 
     def body(rank):
@@ -67,7 +61,7 @@ def test_two_rounds(launcher_serves):
 
 
 def test_those_that_do_not_come_are_left_out():
-    port = free_port()
+    port = jobs.free_port()
 
     def body(rank):
         meeting = meet(rank, 4, port)
@@ -80,7 +74,7 @@ def test_those_that_do_not_come_are_left_out():
 
 
 def test_rank_0_does_not_come():
-    port = free_port()
+    port = jobs.free_port()
     with pytest.raises(TransportError, match=f"rank 1 cannot reach the store at 127.0.0.1:{port} within 0.5 s"):
         meet(1, 2, port, 0.5)
     agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
@@ -95,7 +89,7 @@ def test_rank_0_does_not_come():
 def test_the_store_of_another_job(monkeypatch):
     """Rank 0 cannot serve, and no other rank takes the store that is there for its own."""
     monkeypatch.setattr(transport_meeting, "ANSWER_SECONDS", 0.5)
-    port = free_port()
+    port = jobs.free_port()
     other = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     with pytest.raises(TransportError, match=f"rank 0 cannot serve port {port}"):
         meet(0, 2, port)

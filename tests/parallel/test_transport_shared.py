@@ -18,10 +18,11 @@ def numbers(seed: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def exchange(ctx: ParallelContext, dtype: torch.dtype, hinder: bool) -> bool:
-    """Many overlapping gathers and reductions, waited for in the opposite order; whether they went through shared memory."""
+def exchange(ctx: ParallelContext, dtype: torch.dtype, folder: Path, hinder: bool) -> bool:
+    """Many overlapping gathers and reductions, waited for in the opposite order; whether they went through shared files."""
     group, rank, size = ctx.dp.group, ctx.dp.rank, ctx.dp.size
-    create = SharedSlots.create
+    create, memory = SharedSlots.create, transport_shared._FOLDER
+    transport_shared._FOLDER = folder
     if hinder and rank == 1:
         SharedSlots.create = staticmethod(refuse)
     try:
@@ -38,7 +39,7 @@ def exchange(ctx: ParallelContext, dtype: torch.dtype, hinder: bool) -> bool:
             assert all(torch.equal(output, gathered) for output in outputs)
             assert torch.equal(mine, torch.stack(parts).sum(0) if size == 2 else sum(parts[1:], parts[0]))
     finally:
-        SharedSlots.create = staticmethod(create)
+        SharedSlots.create, transport_shared._FOLDER = staticmethod(create), memory
     return group._shared._slots is not None
 
 
@@ -47,14 +48,14 @@ def refuse(name: str, place: int, size: int) -> Path:
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (2, torch.bfloat16), (4, torch.float64)])
-def test_overlapping_exchanges(size, dtype):
-    before = set(Path("/dev/shm").glob("megatrain-*"))
-    assert spawn(size, exchange, dtype, False) == [True] * size
-    assert set(Path("/dev/shm").glob("megatrain-*")) == before
+def test_overlapping_exchanges(size, dtype, tmp_path):
+    assert spawn(size, exchange, dtype, tmp_path, False) == [True] * size
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_messages_serve_where_one_rank_has_no_room():
-    assert spawn(2, exchange, torch.float32, True) == [False, False]
+def test_messages_serve_where_one_rank_has_no_room(tmp_path):
+    assert spawn(2, exchange, torch.float32, tmp_path, True) == [False, False]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_fits():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from threading import Thread
 
+import jobs
 import pytest
 import torch
 
@@ -238,14 +239,8 @@ def two_ranks(port, **env):
     return [connect_in_process({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def test_two_processes_connect_and_share_the_cores():
-    lines = [process.communicate(timeout=60) for process in two_ranks(free_port())]
+    lines = [process.communicate(timeout=60) for process in two_ranks(jobs.free_port())]
     share = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else None
     for line, error in lines:
         assert "2 ranks (2 on this node) by torchrun on cpu over gloo" in line, error

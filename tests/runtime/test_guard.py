@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jobs
 import pytest
 
 from megatrain.runtime.blame import Identity, State, Verdict, behind, find_culprits, judge
@@ -72,9 +72,7 @@ def run_ranks(tmp_path, size, what, victim):
     """Exit code and output of each rank, and the seconds that it all took."""
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
+    port = jobs.free_port()
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = time.monotonic()
     processes = []
