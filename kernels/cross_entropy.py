@@ -32,9 +32,9 @@ def statistics_of(
     if logits.numel() == 0:
         return top, total, label, added
     if use_triton(kernels, logits.device):
-        columns = logits.shape[1]
+        columns, local, here = logits.shape[1], local.contiguous(), here.contiguous()
         _statistics_kernel[(logits.shape[0],)](
-            logits, local, here, top, total, label, total if added is None else added, logits.stride(0), COLUMNS=columns,
+            logits, local, here, top, total, label, total if added is None else added, *logits.stride(), COLUMNS=columns,
             WITH_SUM=with_sum, BLOCK=min(BLOCK, next_power(columns)), num_warps=8,
         )  # fmt: skip
         return top, total, label, added
@@ -72,9 +72,9 @@ def gradient_of(
     if logits.numel() == 0:
         return
     if use_triton(kernels, logits.device):
-        columns = logits.shape[1]
+        columns, of_rows = logits.shape[1], (top, factor, factor if spread is None else spread, local, here, label)
         _gradient_kernel[(logits.shape[0],)](
-            logits, top, factor, factor if spread is None else spread, local, here, label, logits.stride(0), COLUMNS=columns,
+            logits, *(x.contiguous() for x in of_rows), *logits.stride(), COLUMNS=columns,
             SPREAD=spread is not None, BLOCK=min(BLOCK, next_power(columns)), num_warps=8,
         )  # fmt: skip
         return
@@ -96,17 +96,18 @@ def _row_blocks(rows: torch.Tensor) -> list[slice]:
 
 @jit
 def _statistics_kernel(
-    logits, local, here, top, total, label, added, stride, COLUMNS: tl.constexpr, WITH_SUM: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, local, here, top, total, label, added, stride_row, stride_column, COLUMNS: tl.constexpr, WITH_SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    line = logits + row * stride
+    line = logits + row * stride_row
     offsets = tl.arange(0, BLOCK)
     highest = tl.full((), -float("inf"), tl.float32)
     exponentials = tl.full((), 0.0, tl.float32)
     plain = tl.full((), 0.0, tl.float32)
     for start in range(0, COLUMNS, BLOCK):
         inside = start + offsets < COLUMNS
-        x = tl.load(line + start + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+        x = tl.load(line + (start + offsets) * stride_column, mask=inside, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(highest, tl.max(x, 0))
         exponentials = exponentials * tl.exp(highest - higher) + tl.sum(tl.exp(x - higher), 0)
         highest = higher
@@ -117,25 +118,26 @@ def _statistics_kernel(
     if WITH_SUM:
         tl.store(added + row, plain)
     mine = tl.load(here + row)
-    value = tl.load(line + tl.load(local + row)).to(tl.float32)
+    value = tl.load(line + tl.load(local + row) * stride_column).to(tl.float32)
     tl.store(label + row, tl.where(mine, value, 0.0))
 
 
 @jit
 def _gradient_kernel(
-    logits, top, factor, spread, local, here, label, stride, COLUMNS: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr
-):
+    logits, top, factor, spread, local, here, label, stride_row, stride_column, COLUMNS: tl.constexpr, SPREAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    line = logits + row * stride
+    line = logits + row * stride_row
     offsets = tl.arange(0, BLOCK)
     highest, times = tl.load(top + row).to(tl.float32), tl.load(factor + row).to(tl.float32)
     column = tl.where(tl.load(here + row), tl.load(local + row), -1)
     value = tl.load(label + row).to(tl.float32)
     for start in range(0, COLUMNS, BLOCK):
         at = start + offsets
-        x = tl.load(line + at, mask=at < COLUMNS, other=0.0).to(tl.float32)
+        x = tl.load(line + at * stride_column, mask=at < COLUMNS, other=0.0).to(tl.float32)
         g = tl.exp(x - highest) * times
         if SPREAD:
             g -= tl.load(spread + row).to(tl.float32)
         g = tl.where(at == column, value, g)
-        tl.store(line + at, g.to(logits.dtype.element_ty), mask=at < COLUMNS)
+        tl.store(line + at * stride_column, g.to(logits.dtype.element_ty), mask=at < COLUMNS)

@@ -97,11 +97,13 @@ def _backward_kernel(gate, up, dy, dgate, dup, rows, columns, stride_gate, strid
     tl.store(dup + row * columns + column, (d * _activate(g, SILU)).to(dup.dtype.element_ty), mask=here)
 
 
-def _rows_of(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(x, stride between its rows): all leading dims evenly spaced, as in the parts of one matmul's output; else a copy."""
-    even = x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
-    x = x if even else x.contiguous()
-    return x, x.stride(-2) if x.dim() > 1 else x.shape[-1]
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [..., f] as rows [n, f] whose numbers lie behind one another: a view where they do, as in the parts of one matmul's output.
+
+    A dim of size 1 may have any stride, which says nothing of where the next row is, and `contiguous` leaves it: reshaped it is gone.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _grid(x: torch.Tensor) -> tuple[int, int]:
@@ -109,18 +111,20 @@ def _grid(x: torch.Tensor) -> tuple[int, int]:
 
 
 def _forward_triton(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
-    (gate, stride_gate), (up, stride_up) = _rows_of(gate), _rows_of(up)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    rows, _ = grid = _grid(gate)
-    _forward_kernel[grid](gate, up, y, rows, gate.shape[-1], stride_gate, stride_up, SILU=kind == "swiglu", BLOCK=BLOCK)
+    if y.numel() > 0:
+        gate, up = _rows_of(gate), _rows_of(up)
+        settings: dict[str, Any] = {"SILU": kind == "swiglu", "BLOCK": BLOCK}
+        _forward_kernel[_grid(gate)](gate, up, y, *gate.shape, gate.stride(0), up.stride(0), **settings)
     return y
 
 
 def _backward_triton(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    (gate, stride_gate), (up, stride_up) = _rows_of(gate), _rows_of(up)
     dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-    rows, _ = grid = _grid(gate)
-    _backward_kernel[grid](
-        gate, up, dy.contiguous(), dgate, dup, rows, gate.shape[-1], stride_gate, stride_up, SILU=kind == "swiglu", BLOCK=BLOCK
-    )
+    if dgate.numel() > 0:
+        gate, up = _rows_of(gate), _rows_of(up)
+        settings: dict[str, Any] = {"SILU": kind == "swiglu", "BLOCK": BLOCK}
+        _backward_kernel[_grid(gate)](
+            gate, up, dy.contiguous(), dgate, dup, *gate.shape, gate.stride(0), up.stride(0), **settings
+        )
     return dgate, dup

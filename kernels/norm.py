@@ -120,7 +120,9 @@ def _backward_kernel(
     sum_b = tl.zeros((BLOCK,), tl.float32)
     for i in range(ROWS):
         row = program * ROWS + i
-        here = inside & (row < rows)
+        here = columns < tl.where(
+            row < rows, n, 0
+        )  # no flag is made a block: Triton 3.9's interpreter would make integers of it
         v = tl.load(total + row * n + columns, mask=here, other=0.0).to(tl.float32)
         g = tl.load(dy + row * n + columns, mask=here, other=0.0).to(tl.float32)
         scale = tl.load(scales + row, mask=row < rows, other=0.0)
@@ -156,7 +158,7 @@ class _TritonNorm(torch.autograd.Function):
         rms: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = x.shape[-1]
-        x = x.contiguous()
+        x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
         rows = x.numel() // n
         total = x if residual is None else torch.empty_like(x)
         y = torch.empty_like(x)

@@ -93,10 +93,11 @@ def _rotate_triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interl
     if x.stride(3) != 1 or (s > 1 and b > 1 and x.stride(0) != b * x.stride(1)):
         x = x.contiguous()
     stride = x.stride(1) if b > 1 else x.stride(0)
+    cos, sin = (table.expand(s, b, pairs).contiguous() for table in (cos, sin))
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rest = d - 2 * pairs
     _kernel[(s * b,)](
-        x, cos.contiguous(), sin.contiguous(), y, stride, x.stride(2), heads, d, pairs, INTERLEAVED=interleaved,
+        x, cos, sin, y, stride, x.stride(2), heads, d, pairs, INTERLEAVED=interleaved,
         HEADS=next_power(heads), PAIRS=next_power(pairs), REST=next_power(rest) if rest else 0,
     )  # fmt: skip
     return y
