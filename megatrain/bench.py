@@ -30,7 +30,7 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, require_schedule, vocabulary
 from megatrain.runtime.distributed import Session, connect
-from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
+from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import peak_memory_bytes
@@ -142,7 +142,7 @@ def _report(run: Run, seconds: Sequence[float], phases: dict[str, float], sessio
         model_flops_per_token(model, vocab_size),
         hardware_flops_per_token(model, vocab_size, train.recompute),
         session.world.size,
-        peak_flops(session.device, DTYPES[train.precision], config.log.peak_tflops),
+        peak_of_job(session, DTYPES[train.precision], config.log.peak_tflops),
     )
     median = statistics.median(seconds)
     tokens_per_second = train.global_batch_size * model.seq_length / median
@@ -156,7 +156,7 @@ def _report(run: Run, seconds: Sequence[float], phases: dict[str, float], sessio
         "phases": phases,
         "steps": len(seconds),
         "parameters": parameter_count(model, vocab_size),
-        "peak": speed.peak.note,
+        "peak": speed.doubt(tokens_per_second) or speed.peak.note,
         "precision": train.precision,
         "world_size": session.world.size,
         "layout": {

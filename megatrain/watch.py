@@ -14,7 +14,7 @@ from megatrain.job import Job
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
 from megatrain.resume import identity_of, progress_of
-from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_flops
+from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.metrics import EvaluationRow, RunLog, StepRow, peak_memory_bytes
 from megatrain.runtime.stop import PREEMPTED, write_marker
 from megatrain.training import DTYPES, Run, StepReport
@@ -22,6 +22,11 @@ from megatrain.training import DTYPES, Run, StepReport
 
 class Watch:
     """What is written about a run while it goes on; every rank has one, and rank 0's speaks."""
+
+    speed: Speed
+    """Known from `start` on."""
+    doubted = False
+    """Whether a share of the peak above 100% was told."""
 
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config = job, log, job.config
@@ -36,13 +41,6 @@ class Watch:
             on_saved=self._saved,
             on_failed=self._save_failed,
         )
-        model, vocab_size = self.config.model, job.chunks[0].vocab_size
-        self.speed = Speed(
-            model_flops_per_token(model, vocab_size),
-            hardware_flops_per_token(model, vocab_size, self.config.train.recompute),
-            job.session.world.size,
-            peak_flops(job.session.device, DTYPES[self.config.train.precision], self.config.log.peak_tflops),
-        )
 
     @property
     def tokens(self) -> int:
@@ -50,9 +48,16 @@ class Watch:
         return self.job.consumed_samples * self.config.model.seq_length
 
     def start(self) -> None:
-        """Say what begins, and where it comes from."""
+        """Say what begins, and where it comes from (collective)."""
         job, config = self.job, self.config
-        size = parameter_count(config.model, job.chunks[0].vocab_size)
+        vocab_size = job.chunks[0].vocab_size
+        self.speed = Speed(
+            model_flops_per_token(config.model, vocab_size),
+            hardware_flops_per_token(config.model, vocab_size, config.train.recompute),
+            job.session.world.size,
+            peak_of_job(job.session, DTYPES[config.train.precision], config.log.peak_tflops),
+        )
+        size = parameter_count(config.model, vocab_size)
         ctx = job.ctx
         parallel = config.parallel
         sequence = " + sequence parallel" if parallel.sequence_parallel else ""
@@ -90,6 +95,10 @@ class Watch:
         scale = float(self.job.loss_scale.scale) if self.job.loss_scale.dynamic else None
         if report.overflow and scale is not None:
             self.log.say(f"step {report.step} overflowed and changed nothing; the loss scale is {scale:g} now")
+        doubt = None if self.doubted else self.speed.doubt(tokens_per_second)
+        if doubt is not None:
+            self.doubted = True
+            self.log.say(doubt)
         self.log.step(
             StepRow(
                 step=report.step,

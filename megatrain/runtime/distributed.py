@@ -187,9 +187,14 @@ def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[
     return torch.device("cuda", launch.local_rank % gpus) if cuda else torch.device("cpu"), backend
 
 
+def cores_here() -> set[int]:
+    """The cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -> str:
     """Share the cores among the ranks of this node unless OMP_NUM_THREADS is set; say what was done."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(cores_here())
     share = launch.cores or max(1, cores // launch.local_world_size)
     if not env.get("OMP_NUM_THREADS"):
         if launch.local_world_size > 1:

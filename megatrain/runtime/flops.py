@@ -31,6 +31,7 @@ import torch
 from megatrain.config.schema import ModelConfig
 from megatrain.kernels.attention_mask import causal_mask, keys_seen
 from megatrain.kernels.matmul import matmul
+from megatrain.runtime.distributed import Session, cores_here
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -159,10 +160,10 @@ _PUBLISHED: tuple[tuple[str, _Published], ...] = (
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype, override_tflops: float | None = None) -> Peak:
-    """Peak of one device for matmuls in `dtype`.
+    """Peak of one device for matmuls in `dtype`, as one process sees it; `peak_of_job` is for several.
 
     That is `override_tflops` (log.peak_tflops) if given, the published dense peak of a known GPU, and on CPU what a matmul
-    reaches here (see `measure_peak`; about 80 ms). Raises ValueError if the override is not positive.
+    reaches here (see `measure_peak`). Raises ValueError if the override is not positive.
     """
     if override_tflops is not None:
         if override_tflops <= 0:
@@ -194,22 +195,50 @@ def published_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> Peak:
     return Peak(None, f"no published {short} peak of {name!r} is known here: set log.peak_tflops to have MFU")
 
 
-def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.08) -> float:
+def peak_of_job(session: Session, dtype: torch.dtype, override_tflops: float | None = None) -> Peak:
+    """Peak of one device of a job, the same on every rank (on CPU collective over the world: 32 bytes, about 0.15 s).
+
+    On CPU one rank of each node measures alone, while the others wait: beside them it would find less than the device can do, and
+    MFU be above 100%. Ranks whose threads share too few cores have a share of that each. Raises ValueError as `peak_flops`.
+    """
+    if override_tflops is not None or session.device.type != "cpu":
+        return peak_flops(session.device, dtype, override_tflops)
+    lowest, here = float(min(cores_here())), session.launch.local_world_size
+    highest, negative = _over_all(session, [lowest, -lowest], "max")  # and nobody computes any more when this is done
+    own = session.launch.cores is not None or highest != -negative  # cores of this rank alone, as SLURM or taskset gave them
+    cores = session.launch.cores or len(cores_here()) / (1 if own else here)
+    share = min(1.0, cores / torch.get_num_threads())
+    mine = here * share * measure_peak(session.device, dtype) if session.launch.local_rank == 0 else 0.0
+    flops = _over_all(session, [mine], "sum")[0] / session.world.size
+    sharing = "" if share == 1 else f", {share:.2g} of it for each of {here} ranks that share cores"
+    return Peak(flops, f"measured by one rank alone{sharing}: {flops / 1e12:.3g} TFLOP/s a rank")
+
+
+def _over_all(session: Session, numbers: list[float], op: Literal["sum", "max"]) -> list[float]:
+    """Numbers of every rank, put together."""
+    message = torch.tensor(numbers, dtype=torch.float64, device=session.device)
+    if session.everyone is not None:
+        session.everyone.all_reduce(message, op)
+    found: list[float] = message.tolist()
+    return found
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
     """FLOP/s of the best square matmul of 256 to 2048 rows found in about `seconds`, in this dtype, with the present threads.
 
-    The size doubles while the next leaves time for a second try. The best time counts, because other work on the machine can
-    only slow a matmul down.
+    Sizes take turns, and the next joins while it leaves time for a second try: large ones are faster, and small ones end before
+    other work on the machine comes between. The best time counts, because that can only slow a matmul down.
     """
-    start, best, n = perf_counter(), 0.0, 256
-    multiply = _multiplication(n, dtype, device)
+    start, best = perf_counter(), 0.0
+    sizes = {256: _multiplication(256, dtype, device)}
     while not best or perf_counter() - start < seconds:
-        before = perf_counter()
-        multiply()
-        took = max(perf_counter() - before, 1e-9)
-        best = max(best, 2 * n**3 / took)
+        for n, multiply in sizes.items():
+            before = perf_counter()
+            multiply()
+            took = max(perf_counter() - before, 1e-9)
+            best = max(best, 2 * n**3 / took)
         if n < 2048 and perf_counter() - start + 16 * took <= seconds:  # twice the rows: 8 times the work, done twice
-            n *= 2
-            multiply = _multiplication(n, dtype, device)
+            sizes[2 * n] = _multiplication(2 * n, dtype, device)
     return best
 
 
@@ -242,6 +271,17 @@ class Speed:
     def hfu(self, tokens_per_second: float) -> float | None:
         """The same with recomputed FLOPs; None where the peak is not known."""
         return self._share(self.hardware_flops * tokens_per_second)
+
+    def doubt(self, tokens_per_second: float) -> str | None:
+        """Why a share is above 100%, which cannot be; None where none is."""
+        share = self.hfu(tokens_per_second)
+        if share is None or share <= 1:
+            return None
+        reached = share * (self.peak.flops or 0) / 1e12
+        return (
+            f"{100 * share:.0f}% of the peak cannot be: the peak of a device ({self.peak.note}) is too low. A measurement is, when "
+            f"other programs keep the machine busy meanwhile; log.peak_tflops={reached:.2g} is what was reached now"
+        )
 
     def _share(self, flops_per_second: float) -> float | None:
         return flops_per_second / (self.devices * self.peak.flops) if self.peak.flops else None
