@@ -52,6 +52,8 @@ def _add_fit(stages: Any, add_verb: AddVerb) -> None:
         help="spread mass over all words (default 1)",
     )
     _add_units(parser)
+    what = "read the words <s>, </s> and <unk> of the text as blanks (as lmplz's --skip_symbols)"
+    parser.add_argument("--skip-symbols", "--skip_symbols", action="store_true", help=what)
     parser.add_argument("--vocab-pad", type=int, default=0, metavar="N", help="spread it over at least N words")
     parser.add_argument("--memory", type=size, default=1 << 30, metavar="2G", help="of all processes (default 1G)")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: as many as cores)")
@@ -132,6 +134,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         arguments.memory,
         arguments.workers or os.cpu_count() or 1,
         arguments.units,
+        arguments.skip_symbols,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that intermediate files are removed
     made = fit(arguments.input, arguments.arpa, settings, arguments.temporary)

@@ -102,6 +102,12 @@ def pointer(head: bytes) -> str | None:
     return "this is a Git LFS pointer, not the file itself. In the repository that it came from run: git lfs install && git lfs pull"
 
 
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb") as file:
+        return file.read(HEAD_BYTES)
+
+
 def not_utf8(head: bytes, where: str, error: UnicodeDecodeError, place: str) -> str:
     """What to say of bytes that are not UTF-8. place: where they are. Which 8-bit encoding it is, nobody can tell from one byte."""
     if encoding := _wide(head):

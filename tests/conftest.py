@@ -9,7 +9,6 @@ import fuzzing
 import pytest
 from room import Room
 
-
 ROOM = pytest.StashKey[Room]()
 
 

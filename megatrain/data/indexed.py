@@ -14,6 +14,9 @@
 
 (Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.) The arrays start at byte 34 and are therefore not aligned: they are
 read through `frombuffer`, never through a cast pointer. Here a document is one sequence when written; read, it may be several.
+
+fairseq's index (MMapIndexedDataset, of which Megatron's was made) has no documents: neither D nor the last array, so its arrays start at
+byte 26. It is read, a sequence a document.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.files import doing
+from megatrain.files import HEAD_BYTES, doing, head_of, pointer
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
+FAIRSEQ_HEADER = struct.Struct("<9sQBQ")
 DTYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
     2: np.dtype("i1"),
@@ -44,7 +48,13 @@ DTYPES: dict[int, np.dtype] = {
     5: np.dtype("<i8"),
     8: np.dtype("<u2"),
 }
-FLOAT_CODES = (6, 7)
+OTHER_CODES = {
+    6: "floating point, which token ids are not",
+    7: "floating point, which token ids are not",
+    9: "uint32 of fairseq, which megatrain does not read",
+    10: "uint64 of fairseq, which megatrain does not read",
+}
+"""What others write; 6 and 7 are float32 and float64, in either order."""
 VERIFY_AT_OPEN = 1 << 24
 """Stores up to this many tokens have every id checked when they are opened (tens of milliseconds)."""
 CHECK_CHUNK = 1 << 22
@@ -217,15 +227,19 @@ class TokenStore:
             if not path.is_file():
                 raise TokenStoreError(_missing(self.prefix, path))
         index = _map(self.idx_path)
-        self.dtype, sequences, document_rows = _read_header(self.idx_path, index)
-        self.lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, HEADER.size)
+        self.dtype, start, sequences, document_rows = _read_header(self.idx_path, index)
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, start)
         """[S] tokens of each sequence."""
-        self.byte_offsets: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
+        self.byte_offsets: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, start + 4 * sequences)
         """[S] byte offset of each sequence in .bin."""
-        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", document_rows, HEADER.size + 12 * sequences)
+        self.document_indices: npt.NDArray[np.int64] = (
+            np.arange(sequences + 1)
+            if document_rows is None
+            else np.frombuffer(index, "<i8", document_rows, start + 12 * sequences)
+        )
         """[documents + 1] first sequence of each document; the last entry is S."""
         self._index = index
-        self.documents = document_rows - 1
+        self.documents = self.document_indices.size - 1
         self._check_index()
         self.data: npt.NDArray[np.integer] = np.frombuffer(_map(self.bin_path), self.dtype)
         """[tokens] every token of the store, in the order of the file."""
@@ -314,6 +328,8 @@ class TokenStore:
             raise _damaged(self.idx_path, f"document boundaries must rise from 0 to {len(self)} sequences; they are {found}")
         needed, size = int(ends[-1]) if ends.size else 0, self.bin_path.stat().st_size
         if size != needed:
+            if lfs := pointer(head_of(self.bin_path)):
+                raise TokenStoreError(f"{self.bin_path}: {lfs}")
             raise TokenStoreError(
                 f"{self.bin_path} is {'shorter' if size < needed else 'longer'} than its index says: {size} bytes, but "
                 f"{self.idx_path} describes {needed // self.dtype.itemsize} tokens of {self.dtype.name} = {needed} bytes. "
@@ -340,19 +356,23 @@ def _damaged(path: Path, what: str) -> TokenStoreError:
     return TokenStoreError(f"{path} is damaged: {what}. Copy the store again or tokenise again.")
 
 
-def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int]:
-    """(dtype, sequences S, document rows D) of an index whose size agrees with them. Raises TokenStoreError."""
+def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int, int | None]:
+    """(dtype, where the arrays start, sequences S, document rows D or None where fairseq wrote it) of an index whose size agrees
+    with them. Raises TokenStoreError."""
+    if said := pointer(index[:HEAD_BYTES]):
+        raise TokenStoreError(f"{path}: {said}")
     if index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
         raise TokenStoreError(
-            f"{path} is in Megatron's legacy format (magic TNTIDX), which megatrain does not read. "
+            f"{path} is a legacy index (magic TNTIDX), as fairseq and Megatron-LM write it for `lazy` and `cached` datasets. megatrain "
+            f"does not read it: fairseq adds 1 to every id there and Megatron-LM does not, which the file does not tell. "
             f"Tokenise the text again with `megatrain data tokenize`."
         )
-    if len(index) < HEADER.size:
+    if len(index) < FAIRSEQ_HEADER.size:
         raise TokenStoreError(
             f"{path} is truncated: {len(index)} bytes, but the header alone has {HEADER.size}. "
             f"Copy the store again or tokenise again."
         )
-    magic, version, code, sequences, document_rows = HEADER.unpack(index[: HEADER.size])
+    magic, version, code, sequences = FAIRSEQ_HEADER.unpack(index[: FAIRSEQ_HEADER.size])
     if magic != MAGIC:
         raise TokenStoreError(
             f"{path} is not a Megatron index: it starts with {magic!r}, not {MAGIC!r}. Is this the right prefix?"
@@ -360,19 +380,33 @@ def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, i
     if version != VERSION:
         raise TokenStoreError(f"{path} has index version {version}; only version {VERSION} is known. Tokenise the text again.")
     if code not in DTYPES:
-        why = "floating point, which token ids are not" if code in FLOAT_CODES else "unknown"
+        why = OTHER_CODES.get(code, "unknown")
         known = ", ".join(f"{c} {d.name}" for c, d in DTYPES.items())
         raise TokenStoreError(f"{path} has dtype code {code}: {why}. Token stores use {known}. Tokenise the text again.")
+    bare = FAIRSEQ_HEADER.size + 12 * sequences
+    if len(index) == bare:
+        return DTYPES[code], FAIRSEQ_HEADER.size, sequences, None
+    if len(index) < HEADER.size:
+        raise TokenStoreError(
+            f"{path} is truncated: {len(index)} bytes, but {sequences} sequences need {HEADER.size + 12 * sequences} and more (with "
+            f"fairseq's header {bare}). Copy the store again or tokenise again."
+        )
+    *_, document_rows = HEADER.unpack(index[: HEADER.size])
     expected = HEADER.size + 12 * sequences + 8 * document_rows
     if len(index) == expected + sequences and sequences:
-        raise TokenStoreError(f"{path} holds a mode per sequence (multimodal data); megatrain reads text stores only.")
+        raise TokenStoreError(
+            f"{path} holds a mode per sequence (Megatron's multimodal data); megatrain reads text stores only. Tokenise the text alone."
+        )
     if len(index) != expected or document_rows < 1:
         state = "truncated" if len(index) < expected else "damaged"
+        rows = f"{document_rows} document rows make {expected} (without documents, as fairseq writes it, {bare})"
+        if document_rows > len(index):  # no documents, but two lengths
+            rows = f"fairseq's header of {FAIRSEQ_HEADER.size} bytes make {bare}"
+            state = "truncated" if len(index) < bare else "damaged"
         raise TokenStoreError(
-            f"{path} is {state}: {len(index)} bytes, but {sequences} sequences and {document_rows} document rows make "
-            f"{expected}. Copy the store again or tokenise again."
+            f"{path} is {state}: {len(index)} bytes, but {sequences} sequences and {rows}. Copy the store again or tokenise again."
         )
-    return DTYPES[code], sequences, document_rows
+    return DTYPES[code], HEADER.size, sequences, document_rows
 
 
 def describe(prefix: str | Path) -> str:

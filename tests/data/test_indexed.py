@@ -156,6 +156,27 @@ def patched(path, offset, layout, value):
     path.write_bytes(content)
 
 
+def fairseq_index(prefix):
+    """What fairseq would have written: no documents, in the header neither."""
+    content, count = idx(prefix).read_bytes(), len(TokenStore(prefix))
+    return content[:26] + content[34 : 34 + 12 * count]
+
+
+@pytest.mark.parametrize("lengths", [[], [4, 0, 1]])
+def test_an_index_of_fairseq_is_read_a_sequence_a_document(tmp_path, lengths):
+    path = tmp_path / "s"
+    with TokenStoreWriter(path, "u2") as writer:
+        writer.add_documents(np.arange(sum(lengths)), lengths)
+    idx(path).write_bytes(fairseq_index(path))
+    assert idx(path).stat().st_size == 26 + 12 * len(lengths)
+    store = TokenStore(path)
+    assert (store.documents, store.tokens) == (len(lengths), sum(lengths))
+    assert store.document_lengths().tolist() == lengths
+    if lengths:
+        assert [store.document(n).tolist() for n in range(3)] == [[0, 1, 2, 3], [], [4]]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
 DAMAGE = {
     "no idx": (lambda p: idx(p).unlink(), r"no file .*\.idx.*data tokenize"),
     "no bin": (lambda p: binary(p).unlink(), r"no file .*\.bin"),
@@ -164,12 +185,23 @@ DAMAGE = {
     "arrays cut": (lambda p: idx(p).write_bytes(idx(p).read_bytes()[:-1]), "truncated: 121 bytes, but 4 sequences and 5"),
     "idx too long": (lambda p: idx(p).write_bytes(idx(p).read_bytes() + b"x"), "damaged: 123 bytes"),
     "modes": (lambda p: idx(p).write_bytes(idx(p).read_bytes() + b"\0" * 4), "multimodal"),
-    "legacy": (lambda p: idx(p).write_bytes(b"TNTIDX\x00\x00" + bytes(60)), "legacy format"),
+    "legacy": (lambda p: idx(p).write_bytes(b"TNTIDX\x00\x00" + bytes(60)), "legacy index .*fairseq adds 1 to every id"),
+    "fairseq's cut": (
+        lambda p: idx(p).write_bytes(fairseq_index(p)[:-8]),
+        "truncated: 66 bytes, but 4 seq.*fairseq writes it, 74",
+    ),
+    "cut after the header of fairseq": (
+        lambda p: idx(p).write_bytes(idx(p).read_bytes()[:30]),
+        "truncated: 30 bytes, but 4 seq",
+    ),
+    "pointer idx": (lambda p: idx(p).write_bytes(POINTER), "this is a Git LFS pointer, not the file itself.*git lfs pull"),
+    "pointer bin": (lambda p: binary(p).write_bytes(POINTER), r"\.bin: this is a Git LFS pointer"),
     "magic": (lambda p: idx(p).write_bytes(b"PK" + bytes(60)), "not a Megatron index: it starts with b'PK"),
     "version": (lambda p: patched(idx(p), 9, "<Q", 2), "index version 2; only version 1"),
     "float 6": (lambda p: patched(idx(p), 17, "<B", 6), "dtype code 6: floating point"),
     "float 7": (lambda p: patched(idx(p), 17, "<B", 7), "dtype code 7: floating point"),
-    "code 9": (lambda p: patched(idx(p), 17, "<B", 9), "dtype code 9: unknown"),
+    "code 9": (lambda p: patched(idx(p), 17, "<B", 9), "dtype code 9: uint32 of fairseq"),
+    "code 11": (lambda p: patched(idx(p), 17, "<B", 11), "dtype code 11: unknown"),
     "bin shorter": (
         lambda p: binary(p).write_bytes(binary(p).read_bytes()[:-2]),
         "shorter than its index says: 10 bytes.*= 12 bytes",

@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,11 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.ngram.optional import pyarrow
+from megatrain.data.ngram.table import twins
 from megatrain.data.ngram.text import SPECIAL, split
+from megatrain.files import HEAD_BYTES, not_text
 
 BLOCK_BYTES = 8 << 20
 UNKNOWN_LOG10 = -100.0
 """Of an unknown word where a model says nothing about it, as KenLM has it."""
+FURTHEST_DATA = 1000
+"""Line in which the header begins at the latest: some tools write remarks before it."""
 _COUNT = re.compile(rb"ngram\s+(\d+)\s*=\s*(\d+)")
 
 
@@ -38,6 +44,8 @@ class Section:
     """[n, order] numbers."""
     log10: npt.NDArray[np.float32]
     backoff: npt.NDArray[np.float32]
+    line: int = 0
+    """Of the file, of the first of them; the others follow, a line each."""
 
 
 @dataclass
@@ -47,16 +55,25 @@ class Arpa:
     words: Any
     """pyarrow large_binary array."""
     sections: list[Section]
+    path: Path
+
+    def twice(self, order: int, first: int, second: int) -> ArpaError:
+        """What to say where two n-grams of an order, by their places, are the same."""
+        section = self.sections[order - 1]
+        gram = b" ".join(self.words[int(number)].as_py() for number in section.words[first]).decode(errors="replace")
+        return ArpaError(
+            f"{self.path}:{section.line + second}: the {order}-gram `{gram}` is there twice, first in line {section.line + first}. "
+            "A model gives each n-gram one probability: remove the wrong line, and count one less in the header."
+        )
 
 
 def read_arpa(path: Path) -> Arpa:
     """Read a file. Raises ArpaError or OSError."""
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-        file.seek(0)
+        packed = file.peek(2)[:2] == b"\x1f\x8b"
         try:
             return _Reader(path, gzip.GzipFile(fileobj=file) if packed else file).read()  # type: ignore[arg-type]
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ArpaError(f"{path} is cut short or damaged: {error}") from None
 
 
@@ -73,18 +90,20 @@ class _Reader:
         for order, count in enumerate(counts, 1):
             if order > 1:
                 self._expect(b"\\%d-grams:" % order)
+            line = self.line + 1
             texts, log10, backoff = self._section(order, count)
             if order == 1:
-                words, section = self._unigrams(texts, log10, backoff)
+                words, section = self._unigrams(texts, log10, backoff, line)
             else:
                 numbers = pyarrow().compute.index_in(texts.cast(pyarrow().large_binary()), words)
                 if numbers.null_count:
                     lost = texts.filter(numbers.is_null())[0].as_py()
-                    raise ArpaError(f"{self.path}: a {order}-gram has the word {lost!r}, which is not among the 1-grams")
-                section = Section(numbers.to_numpy().astype(np.uint32).reshape(-1, order), log10, backoff)
+                    at = line + pyarrow().compute.index(numbers.is_null(), True).as_py() // order
+                    raise ArpaError(f"{self.path}:{at}: a {order}-gram has the word {lost!r}, which is not among the 1-grams")
+                section = Section(numbers.to_numpy().astype(np.uint32).reshape(-1, order), log10, backoff, line)
             sections.append(section)
         self._expect(b"\\end\\")
-        return Arpa(words, sections)
+        return Arpa(words, sections, self.path)
 
     def _next(self) -> bytes:
         """The next line without its end. Raises ArpaError at the end of the file."""
@@ -101,11 +120,20 @@ class _Reader:
         return line.strip()
 
     def _header(self) -> list[int]:
-        for _ in range(1000):
-            if self._next() == b"\\data\\":
-                break
-        else:
-            raise ArpaError(f"{self.path}: there is no \\data\\ in the first 1000 lines: this is no ARPA file")
+        self._rest = self.file.read(BLOCK_BYTES)
+        if said := not_text(self._rest[:HEAD_BYTES]):
+            raise ArpaError(f"{self.path}: {said}")
+        self._rest = self._rest.removeprefix(codecs.BOM_UTF8)
+        head = self._rest.split(b"\n", FURTHEST_DATA)[:FURTHEST_DATA]
+        if b"\\data\\" not in [line.strip() for line in head]:
+            first = next((line.strip() for line in head if line.strip()), b"")
+            begins = f"it begins with {first[:60]!r}" if first else "it is empty"
+            raise ArpaError(
+                f"{self.path}: there is no \\data\\ in the first {FURTHEST_DATA} lines: this is no ARPA file ({begins}). "
+                "Give one, or a model that `megatrain ngram compile` made."
+            )
+        while self._next() != b"\\data\\":
+            pass
         counts: list[int] = []
         while (line := self._next()) != b"\\1-grams:":
             found = _COUNT.fullmatch(line)
@@ -160,35 +188,60 @@ class _Reader:
             raise ArpaError(
                 f"{self.path}:{self.line + at + 1}: {line[:60]!r} is no {order}-gram: {order + 1} or {order + 2} fields were expected"
             )
-        log10 = self._floats(text.words, first, block)
+        each = np.arange(self.line + 1, self.line + 1 + lines)
+        log10 = self._floats(text.words, first, each)
         backoff = np.zeros(lines, np.float32)
         has = fields == order + 2
-        backoff[has] = self._floats(text.words, (first + order + 1)[has], block)
+        backoff[has] = self._floats(text.words, (first + order + 1)[has], each[has])
         if (log10 > 0).any():
             at = int((log10 > 0).argmax())
             raise ArpaError(f"{self.path}:{self.line + at + 1}: log10 of a probability is {log10[at]:g}, above 0")
         places = (first[:, None] + np.arange(1, order + 1)).ravel()
         return text.words.take(pyarrow().array(places)), log10, backoff
 
-    def _floats(self, words: Any, at: npt.NDArray[np.int64], block: bytes) -> npt.NDArray[np.float32]:
+    def _floats(self, words: Any, at: npt.NDArray[np.int64], lines: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """The numbers at these places, each of a line."""
         pa = pyarrow()
+        texts = words.take(pa.array(at))
         try:
-            values = words.take(pa.array(at)).cast(pa.string()).cast(pa.float32()).to_numpy()
-        except pa.ArrowInvalid as error:
-            raise ArpaError(f"{self.path}: after line {self.line}: {error}") from None
-        return np.maximum(values, np.float32(-3e38))
+            values: npt.NDArray[np.float32] = texts.cast(pa.string()).cast(pa.float32()).to_numpy()
+        except pa.ArrowInvalid:
+            values = np.array([_number(text) for text in texts.to_pylist()], np.float32)
+        finite = np.isfinite(values)
+        if not finite.all():
+            bad = int(finite.argmin())
+            raise ArpaError(
+                f"{self.path}:{lines[bad]}: {texts[bad].as_py()[:60]!r} is no number that a model can have; a probability of 0 is "
+                "written as -99"
+            )
+        return values
 
-    def _unigrams(self, texts: Any, log10: npt.NDArray[np.float32], backoff: npt.NDArray[np.float32]) -> tuple[Any, Section]:
+    def _unigrams(
+        self, texts: Any, log10: npt.NDArray[np.float32], backoff: npt.NDArray[np.float32], line: int
+    ) -> tuple[Any, Section]:
         """Numbers by line, behind the three special words."""
         pa = pyarrow()
         special = pa.array(SPECIAL, pa.binary())
         unknown = pa.array([b"<UNK>"], pa.binary())
         texts = pa.compute.if_else(pa.compute.is_in(texts, unknown), pa.scalar(b"<unk>", pa.binary()), texts)
+        if pa.compute.count_distinct(texts).as_py() != len(texts):
+            places = texts.dictionary_encode().indices.to_numpy()
+            first, second = twins(places)
+            word = texts[second].as_py().decode(errors="replace")
+            raise ArpaError(
+                f"{self.path}:{line + second}: the word `{word}` is there twice among the 1-grams, first in line {line + first}"
+            )
         others = texts.filter(pa.compute.invert(pa.compute.is_in(texts, special)))
         words = pa.concat_arrays([special, others]).cast(pa.large_binary())
-        if pa.compute.count_distinct(words).as_py() != len(words):
-            raise ArpaError(f"{self.path}: a word is there twice among the 1-grams")
         numbers = pa.compute.index_in(texts.cast(pa.large_binary()), words).to_numpy(zero_copy_only=False)
         logs, weights = np.full(len(words), UNKNOWN_LOG10, np.float32), np.zeros(len(words), np.float32)
         logs[numbers], weights[numbers] = log10, backoff
-        return words, Section(np.arange(len(words), dtype=np.uint32)[:, None], logs, weights)
+        return words, Section(np.arange(len(words), dtype=np.uint32)[:, None], logs, weights, line)
+
+
+def _number(text: bytes) -> float:
+    """NaN for what is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

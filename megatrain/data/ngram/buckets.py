@@ -32,6 +32,11 @@ class Cutoffs:
     middle: float
     tail: float
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for cutoffs that are none."""
+        if not 0 <= self.middle <= self.tail:
+            raise ValueError(f"cutoffs {self.middle:g} and {self.tail:g} must rise from 0. Use for example 300 800.")
+
     def bucket(self, perplexity: float) -> Bucket:
         """Of a document."""
         return "head" if perplexity < self.middle else "middle" if perplexity < self.tail else "tail"

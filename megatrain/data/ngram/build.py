@@ -7,13 +7,16 @@ import numpy.typing as npt
 
 from megatrain.data.ngram.arpa_in import Arpa, Section
 from megatrain.data.ngram.model import HeldWords, Model, Order
-from megatrain.data.ngram.table import MISSING, Slots, Table
+from megatrain.data.ngram.table import MISSING, Slots, Table, TwiceError
 
 Numbers = npt.NDArray[np.uint32]
 
 
 def model_of(arpa: Arpa) -> Model:
-    """The model of an ARPA file. Suffixes that pruned models lack are added with the probabilities that backing off gives them."""
+    """The model of an ARPA file. Suffixes that pruned models lack are added with the probabilities that backing off gives them.
+
+    Raises ArpaError.
+    """
     words = HeldWords(arpa.words)
     unigrams = arpa.sections[0]
     orders = [Order(None, unigrams.log10, unigrams.backoff if len(arpa.sections) > 1 else np.zeros(0, np.float32))]
@@ -24,9 +27,9 @@ def model_of(arpa: Arpa) -> Model:
             _add_suffixes(arpa, orders, lacking)
             orders = orders[: lacking.shape[1] - 1]
             for again in range(lacking.shape[1], k):
-                orders.append(_order(orders, arpa.sections[again - 1], again < len(arpa.sections)))
+                orders.append(_order(orders, arpa, again))
             lacking = _lacking(orders, section.words)
-        orders.append(_order(orders, section, k < len(arpa.sections)))
+        orders.append(_order(orders, arpa, k))
     return Model(orders, words)
 
 
@@ -63,13 +66,19 @@ def _add_suffixes(arpa: Arpa, orders: list[Order], rows: Numbers) -> None:
         np.concatenate([section.words, rows]),
         np.concatenate([section.log10, log10.astype(np.float32)]),
         np.concatenate([section.backoff, np.zeros(len(rows), np.float32)]),
+        section.line,
     )
 
 
-def _order(orders: list[Order], section: Section, has_backoff: bool) -> Order:
-    """An order whose suffixes are all there."""
-    node = _nodes(orders, section.words, section.words.shape[1] - 1)
-    table, slots = Table.of(node.astype(np.uint64) << np.uint64(32) | section.words[:, 0])
+def _order(orders: list[Order], arpa: Arpa, k: int) -> Order:
+    """Order k, whose suffixes are all there. Raises ArpaError for an n-gram that is there twice."""
+    section = arpa.sections[k - 1]
+    node = _nodes(orders, section.words, k - 1)
+    try:
+        table, slots = Table.of(node.astype(np.uint64) << np.uint64(32) | section.words[:, 0])
+    except TwiceError as error:
+        raise arpa.twice(k, *error.places) from None
+    has_backoff = k < len(arpa.sections)
     log10, backoff = np.zeros(table.keys.size, np.float32), np.zeros(table.keys.size if has_backoff else 0, np.float32)
     log10[slots] = section.log10
     if has_backoff:

@@ -61,6 +61,8 @@ class Settings:
     workers: int = 1
     units: str = WORDS
     """words, characters, or a tokenizer (units.py)."""
+    skip_symbols: bool = False
+    """Read the words <s>, </s> and <unk> of the text as blanks."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
         raise ValueError(
             f"--vocab-pad {settings.vocab_pad} spreads the uniform distribution, which --interpolate-unigrams 0 leaves out. Leave one out."
         )
+    if settings.skip_symbols and settings.units != WORDS:
+        raise ValueError(
+            f"--skip-symbols is about words, and --units {settings.units} divides them: take the marks out of the text, or leave it out."
+        )
     thresholds = pruning(settings.prune, settings.order)
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="ngram-", dir=temporary or output.parent))
@@ -95,7 +101,8 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
 def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: tuple[int, ...], work: Path) -> Fitted:
     size = sum(path.stat().st_size for path in inputs)
     with phase("words", size) as tell:
-        corpus = number_text(inputs, work, tell, None if settings.units == WORDS else spacing(settings.units))
+        space = None if settings.units == WORDS else spacing(settings.units)
+        corpus = number_text(inputs, work, tell, space, settings.skip_symbols)
     if not len(corpus.ids):
         raise TextError(f"{', '.join(map(str, inputs))}: there is no text. Give a file with a sentence a line.")
     give_back()

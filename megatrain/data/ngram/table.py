@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,22 @@ def _home(keys: Keys, slots: int) -> npt.NDArray[np.int64]:
     return ((mixed ^ (mixed >> np.uint64(31))) & np.uint64(slots - 1)).astype(np.int64)
 
 
+class TwiceError(ValueError):
+    """A key is there twice; `places` are those of two that are the same."""
+
+    def __init__(self, places: tuple[int, int]) -> None:
+        super().__init__(f"keys {places[0]} and {places[1]} are the same")
+        self.places = places
+
+
+def twins(keys: npt.NDArray[Any]) -> tuple[int, int]:
+    """Places of the first two keys [n] that are the same; there must be some."""
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    first = same[int(order[same + 1].argmin())]
+    return int(order[first]), int(order[first + 1])
+
+
 @dataclass(frozen=True)
 class Table:
     """Keys by slot; EMPTY where there is none."""
@@ -36,7 +53,7 @@ class Table:
 
     @classmethod
     def of(cls, keys: Keys) -> tuple[Table, Slots]:
-        """The table of distinct keys, and the slot of each. Raises ValueError where a key is there twice."""
+        """The table of distinct keys, and the slot of each. Raises TwiceError."""
         size = slots_for(keys.size)
         held = np.full(size, EMPTY)
         slots = np.full(keys.size, MISSING)
@@ -44,13 +61,13 @@ class Table:
         while waiting.size:
             free = held[at] == EMPTY
             if (held[at[~free]] == keys[waiting[~free]]).any():
-                raise ValueError("a key is there twice")
+                raise TwiceError(twins(keys))
             held[at[free]] = keys[waiting[free]]  # of several that want one slot, one gets it
             won = held[at] == keys[waiting]
             slots[waiting[won]] = at[won].astype(np.uint32)
             waiting, at = waiting[~won], (at[~won] + 1) & (size - 1)
         if np.unique(slots).size != slots.size:
-            raise ValueError("a key is there twice")
+            raise TwiceError(twins(keys))
         return cls(held), slots
 
     def find(self, keys: Keys) -> Slots:

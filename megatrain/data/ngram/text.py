@@ -183,10 +183,11 @@ def number_text(
     work: Path,
     on_bytes: Callable[[int], None] = lambda _count: None,
     space: Callable[[bytes], bytes] | None = None,
+    skip_symbols: bool = False,
 ) -> Corpus:
     """Number the words of files, one after another. Raises TextError for words that models keep for themselves.
 
-    space: puts blanks between the units of whole lines; None: they are there.
+    space: puts blanks between the units of whole lines; None: they are there. skip_symbols: those words are blanks instead.
     """
     vocabulary, ids = Vocabulary(), Column(work / "ids", np.uint32)
     special = pyarrow().array(SPECIAL, pyarrow().binary())
@@ -195,7 +196,7 @@ def number_text(
         with path.open("rb") as file:
             require_text(file, path)
             read = pieces(file, on_bytes) if space is None else (split(space(block)) for block in line_blocks(file, on_bytes))
-            for piece in read:
+            for piece in map(_without_special, read) if skip_symbols else read:
                 numbers = np.full(piece.line_ends.size, END, np.uint32)
                 before = vocabulary.size
                 numbers[~piece.line_ends] = vocabulary.numbers(piece.words)
@@ -209,12 +210,21 @@ def number_text(
     return Corpus(ids, vocabulary, counts[: vocabulary.size].copy())
 
 
+def _without_special(piece: Words) -> Words:
+    """Words and line ends without the words that models keep for themselves."""
+    pa = pyarrow()
+    stays = pa.compute.invert(pa.compute.is_in(piece.words, pa.array(SPECIAL, pa.binary())))
+    kept = np.ones(piece.line_ends.size, bool)
+    kept[~piece.line_ends] = stays.to_numpy(zero_copy_only=False)
+    return Words(piece.words.filter(stays), piece.line_ends[kept])
+
+
 def _refuse_special(vocabulary: Vocabulary, special: Any, first: int, path: Path) -> None:
     new = vocabulary.words.slice(first)
     is_special = pyarrow().compute.is_in(new, special.cast(pyarrow().large_binary())).to_numpy(zero_copy_only=False)
     if is_special.any():
         word = new[int(is_special.argmax())].as_py().decode()
         raise TextError(
-            f"{path}: the text has the word {word}, which a model keeps for itself. Replace it, for example: "
-            f"sed 's/{word}/{word.strip('<>/')}/g' TEXT."
+            f"{path}: the text has the word {word}, which a model keeps for itself: it puts <s> and </s> around every line. Give "
+            "--skip-symbols, which reads <s>, </s> and <unk> as blanks."
         )

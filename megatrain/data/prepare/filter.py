@@ -53,6 +53,11 @@ def filter_files(
             yield document.text
 
     values = np.fromiter(perplexities(model, texts()), np.float64)
+    if not np.isfinite(values).all():
+        at = int(np.isfinite(values).argmin())
+        raise ValueError(
+            f"document {at + 1} has a perplexity of {values[at]}: the model's numbers are damaged. Make it again from its text."
+        )
     cuts = cutoffs_of(values, percentiles) if cutoffs is None else cutoffs
     counts = dict.fromkeys(("head", "middle", "tail"), 0)
     kept = 0

@@ -9,6 +9,7 @@ from reference_ngram import Model
 
 from megatrain.cli import main
 from megatrain.data.ngram import load
+from megatrain.data.ngram.binary import write_binary
 from megatrain.data.ngram.buckets import Cutoffs, chosen, cutoffs_of, perplexities
 from megatrain.data.ngram.fit import Settings, fit
 from megatrain.data.ngram.units import spacing
@@ -102,3 +103,19 @@ def test_documents_are_kept_by_bucket(corpus, capsys):
     assert main([*words, str(folder / "x.jsonl"), "--keep", "best"]) == 1
     assert not (folder / "x.jsonl").exists() and not list(folder.glob(".*part"))
     assert Cutoffs(3, 5).bucket(4) == "middle"
+    for bad in (("nan", "nan"), ("3", "nan"), ("5", "3"), ("-1", "3")):
+        capsys.readouterr()
+        assert main([*words, str(folder / "x.jsonl"), "--keep", "tail", f"--cutoffs={bad[0]}", bad[1]]) != 0
+    with pytest.raises(ValueError, match="cutoffs 3 and nan must rise from 0"):
+        Cutoffs(3, float("nan"))
+
+
+def test_a_model_without_numbers_keeps_nothing_in_silence(corpus, capsys):
+    folder, _ = corpus
+    model = load(folder / "m.arpa")
+    model.orders[0].log10[:] = np.nan
+    write_binary(model, folder / "m.bin")
+    words = ["--ngram", str(folder / "m.bin"), "--input", str(folder / "docs.jsonl"), "--output", str(folder / "x.jsonl")]
+    assert main(["data", "filter", *words, "--keep", "head,middle,tail"]) == 1
+    assert "has a perplexity of nan: the model's numbers are damaged" in capsys.readouterr().err
+    assert not (folder / "x.jsonl").exists()

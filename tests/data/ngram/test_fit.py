@@ -171,6 +171,19 @@ def test_words_that_models_keep_are_refused(tmp_path, word):
     assert not list(tmp_path.glob("ngram-*")) and not (tmp_path / "m.arpa").exists()
 
 
+def test_marks_of_sentences_are_blanks_where_that_is_asked_for(tmp_path):
+    plain, marked = b"a b c\n\nb <s>a c\nc a\n", b"<s> a b c </s>\n<s> </s>\n<s> b <unk> <s>a c</s> </s>\nc <s> a"
+    marked = marked.replace(b"c</s>", b"c")
+    for name, text, skip in (("plain", plain, False), ("marked", marked, True)):
+        (tmp_path / name).write_bytes(text)
+        fit([tmp_path / name], tmp_path / f"{name}.arpa", Settings(2, fallback=FALLBACK, skip_symbols=skip))
+    assert (tmp_path / "marked.arpa").read_bytes() == (tmp_path / "plain.arpa").read_bytes()
+    with pytest.raises(TextError, match=r"the text has the word <s>.*Give --skip-symbols"):
+        fit([tmp_path / "marked"], tmp_path / "m.arpa", Settings(2, fallback=FALLBACK))
+    with pytest.raises(ValueError, match=r"--skip-symbols is about words, and --units characters divides them"):
+        fit([tmp_path / "marked"], tmp_path / "m.arpa", Settings(2, fallback=FALLBACK, skip_symbols=True, units="characters"))
+
+
 def test_an_empty_text_is_refused(tmp_path):
     with pytest.raises(TextError, match="there is no text"):
         fitted(tmp_path, b"", order=2)

@@ -117,17 +117,26 @@ def changed(old, new):
     ("data", "said"),
     [
         (SRILM[:-8], "ends after line"),
-        (SRILM[:120], "is cut short|Failed to parse"),
+        (SRILM[:120], "is cut short|is no number"),
         (changed(b"ngram 2=2", b"ngram 2=3"), "is no 2-gram|is cut short"),
         (changed(b"ngram 2=2", b"ngram 2=1"), "the header gives another number"),
         (changed(b"-0.2 a b", b"-0.2 a q"), "has the word b'q', which is not among"),
         (changed(b"-0.2 a b", b"0.2 a b"), "above 0"),
-        (changed(b"-0.2 a b", b"x a b"), "Failed to parse"),
+        (changed(b"-0.2 a b", b"x a b"), r"m\.arpa:16: b'x' is no number"),
+        *(
+            (changed(b"-0.2 a b", b"%b a b" % bad), rf"m\.arpa:16: b'{bad.decode()}' is no number")
+            for bad in (b"nan", b"-inf", b"inf")
+        ),
+        (changed(b"-0.3 <s> a -0.7", b"-0.3 <s> a nan"), r"m\.arpa:15: b'nan' is no number that a model can have"),
+        (changed(b"-0.4 a -0.2", b"-0.4 a inf"), r"m\.arpa:11: b'inf' is no number.*0 is written as -99"),
         (changed(b"-0.2 a b", b"-0.2 a b -1 -2"), "is no 2-gram: 3 or 4 fields"),
-        (changed(b"-0.6\tb\t-0.1", b"-0.6\ta\t-0.1"), "a word is there twice"),
-        (changed(b"\\data\\", b"\\date\\"), "cut short"),
+        (changed(b"-0.6\tb\t-0.1", b"-0.6\ta\t-0.1"), r"m\.arpa:12: the word `a` is there twice .*first in line 11"),
+        (changed(b"\\data\\", b"\\date\\"), r"no \\data\\ in the first 1000 lines: this is no ARPA file \(it begins with b'"),
+        (SRILM.decode().encode("utf-16"), r"m\.arpa: this is UTF-16, not UTF-8"),
+        (gzip.compress(SRILM.decode().encode("utf-16"), mtime=0), r"m\.arpa: this is UTF-16, not UTF-8"),
         (changed(b"ngram 1=4", b"ngram one=4"), "where a count such as"),
-        (b"", "cut short"),
+        (b"", r"no \\data\\ .*\(it is empty\)"),
+        (b"hello\n" * 5000, r"no \\data\\ in the first 1000 lines.*begins with b'hello'"),
         (gzip.compress(SRILM, mtime=0)[:60], "cut short or damaged"),
     ],
 )
@@ -135,6 +144,25 @@ def test_files_that_are_not_whole_are_refused(tmp_path, data, said):
     (tmp_path / "m.arpa").write_bytes(data)
     with pytest.raises(ArpaError, match=said):
         read_arpa(tmp_path / "m.arpa")
+
+
+def test_a_mark_of_byte_order_is_passed_over(tmp_path):
+    (tmp_path / "m.arpa").write_bytes(b"\xef\xbb\xbf" + SRILM.lstrip())
+    assert next(load(tmp_path / "m.arpa").score(["a"])).log10 == pytest.approx(-0.3 - 0.05)
+
+
+@pytest.mark.parametrize(
+    ("line", "again", "said"),
+    [
+        (b"-0.2 a b", b"ngram 2=3", r"m\.arpa:17: the 2-gram `a b` is there twice, first in line 16"),
+        (b"-0.05 <s> a </s>", b"ngram 3=2", r"m\.arpa:20: the 3-gram `<s> a </s>` is there twice, first in line 19"),
+    ],
+)
+def test_an_ngram_that_is_there_twice_is_named(tmp_path, line, again, said):
+    data = SRILM.replace(line, line + b"\n" + line.replace(b"0.", b"1."), 1)
+    (tmp_path / "m.arpa").write_bytes(data.replace(again[:8] + (b"2" if b"2=" in again else b"1"), again))
+    with pytest.raises(ArpaError, match=said):
+        load(tmp_path / "m.arpa")
 
 
 def test_lines_are_scored_in_batches(tmp_path, monkeypatch):
@@ -160,5 +188,5 @@ def test_tables(keys, others):
 
 
 def test_a_key_that_is_there_twice_is_refused():
-    with pytest.raises(ValueError, match="there twice"):
+    with pytest.raises(ValueError, match="keys 0 and 2 are the same"):
         Table.of(np.array([5, 7, 5], np.uint64))
