@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatrain.data.held_out import Evaluated, evaluation_batches
-from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.collectives import all_reduce, to_host
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
 
@@ -49,7 +49,7 @@ def evaluate(run: Model, global_batches: int = 0, stopping: Callable[[], bool] |
         for chunk in run.chunks:
             chunk.train()
     # Tensor-parallel ranks hold the same sums; losses come from the last stage, tokens from the first.
-    rows = all_reduce(sums * float(run.ctx.tp.rank == 0), run.ctx.world).tolist()
+    rows = to_host(all_reduce(sums * float(run.ctx.tp.rank == 0), run.ctx.world), run.ctx.world).tolist()
     sets = {name: _mean(*row) for name, row in zip(run.held_out, rows, strict=True)}
     together = _mean(*(sum(column) for column in zip(*rows, strict=True)))
     return replace(together, sets=sets)
@@ -64,8 +64,10 @@ def _sums(run: Model, held_out: Evaluated, global_batches: int, stopping: Callab
     stage = stage_of(run)
     sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)
     for batch in batches:
-        if stopping is not None and bool(all_reduce(torch.tensor(float(stopping()), device=ctx.device), ctx.world)):
-            raise Interrupted
+        if stopping is not None:
+            wishes = all_reduce(torch.tensor(float(stopping()), device=ctx.device), ctx.world)
+            if bool(to_host(wishes, ctx.world)):
+                raise Interrupted
         micro_batches = to_micro_batches(batch, run)
         schedule = schedule_of(run.config, len(micro_batches), backward=False)
         executed = run_schedule(stage, schedule, micro_batches, scale=1.0)

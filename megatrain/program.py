@@ -162,7 +162,13 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         Guard(job.session, config.train.hang_timeout_seconds, watch.guard_event) as guard,
     ):
         told.started()
-        job.stop_requested = lambda: bool(told) or limits.reached()
+
+        def asked() -> bool:
+            """Once a step, and once a batch of an evaluation."""
+            guard.tick()
+            return bool(told) or limits.reached()
+
+        job.stop_requested = asked
         done = _loop(job, watch, guard)
         if done:
             watch.finished()
@@ -179,7 +185,6 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         job.before_update = watch.norms if _due(job.step + 1, config.log.norms_every) else None
         began = time.perf_counter()
         report = train_step(job)
-        guard.tick()
         watch.step(report, time.perf_counter() - began)
         last = job.step == job.total_steps
         if _due(job.step, config.train.audit_every):
@@ -187,7 +192,8 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         if job.held_out and (last or (_due(job.step, config.train.eval_every) and not report.stop)):
             watch.evaluate()
         if last or report.stop or _due(job.step, config.checkpoint.save_every):
-            watch.save(wait=last or report.stop)
+            with guard.paused():
+                watch.save(wait=last or report.stop)
         if report.stop and not last:
             return False
     return True

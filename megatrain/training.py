@@ -29,8 +29,8 @@ from megatrain.optim.loss_scale import LossScale
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import Position, learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
-from megatrain.parallel.collectives import all_reduce
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.collectives import all_reduce, to_host
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Parameters, Resident, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
@@ -216,7 +216,7 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
     owned = [p for p in logical_parameters(chunks) if p.spec.owned(ctx)]
     elements = sum(prod(s.stop - s.start for s in p.spec.slices(ctx.tp.size, ctx.tp.rank)) for p in owned)
     layers = sum(len(chunk.stack.blocks) for chunk in chunks) * (ctx.tp.rank == 0)
-    built = all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.mp).tolist()
+    built = to_host(all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.mp), ctx.mp).tolist()
     wanted = [config.model.num_layers, parameter_count(config.model, vocab_size)]
     if built != wanted:
         raise ValueError(
@@ -245,7 +245,7 @@ def train_step(run: Run) -> StepReport:
     run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
-    return sums.report(run.step, lr, size, left_out=left_out > 0)
+    return sums.report(run.step, lr, size, run.ctx.world, left_out=left_out > 0)
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
@@ -330,10 +330,10 @@ class Totals:
     """Scalar 0 or 1: the loss or the gradient is not finite."""
     stop: torch.Tensor
 
-    def report(self, step: int, lr: float, samples: int, *, left_out: bool) -> StepReport:
+    def report(self, step: int, lr: float, samples: int, world: Axis, *, left_out: bool) -> StepReport:
         """Bring the numbers to the host: the one synchronisation of a step."""
-        numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.overflow, self.stop]).tolist()
-        loss, accuracy, grad_norm, overflow, stop = numbers
+        numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.overflow, self.stop])
+        loss, accuracy, grad_norm, overflow, stop = to_host(numbers, world).tolist()
         return StepReport(step, loss, accuracy, grad_norm, lr, samples, left_out or overflow > 0, overflow > 0, stop > 0)
 
 

@@ -101,7 +101,7 @@ def _compare(axis: Axis, copies: list[_Copy], whole: bool = False) -> list[str]:
     mine = torch.stack([digest(copy.data) for copy in copies])
     gathered = mine.new_empty(axis.size * len(copies))
     axis.group.all_gather(gathered, mine)
-    table = gathered.view(axis.size, -1).t().tolist()
+    table = axis.group.to_host(gathered).view(axis.size, -1).t().tolist()
     problems = []
     for copy, digests in zip(copies, table, strict=True):
         group = axis.size if whole else copy.parameter.spec.copies(axis.size)

@@ -41,6 +41,11 @@ def all_reduce(x: torch.Tensor, axis: Axis, op: ReduceOp = "sum") -> torch.Tenso
     return x
 
 
+def to_host(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """`x` in the host's memory, once what other ranks of the axis add to it is there: on a GPU the host waits here."""
+    return x.cpu() if axis.group is None else axis.group.to_host(x)
+
+
 def start_all_reduce(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle]:
     """Begin to sum `x` over the axis in place; it may be used once the handle has been waited for."""
     if axis.group is None:

@@ -13,7 +13,8 @@ def lowest(mine: bool, group: Group | None, device: torch.device) -> int | None:
         return 0 if mine else None
     first = torch.tensor([group.rank if mine else group.size], dtype=torch.int64, device=device)
     group.all_reduce(first, "min")
-    return None if int(first) == group.size else int(first)
+    place = int(group.to_host(first))
+    return None if place == group.size else place
 
 
 def broadcast_text(text: str, group: Group | None, device: torch.device, source: int = 0) -> str:
@@ -24,9 +25,9 @@ def broadcast_text(text: str, group: Group | None, device: torch.device, source:
     length = torch.tensor([len(data)], dtype=torch.int64, device=device)
     group.broadcast(length, source)
     if group.rank != source:
-        data = torch.empty(int(length), dtype=torch.uint8, device=device)
+        data = torch.empty(int(group.to_host(length)), dtype=torch.uint8, device=device)
     group.broadcast(data, source)
-    return _decode(data)
+    return _decode(group.to_host(data))
 
 
 def gather_texts(text: str, group: Group | None, device: torch.device) -> list[str]:
@@ -36,12 +37,13 @@ def gather_texts(text: str, group: Group | None, device: torch.device) -> list[s
     data = _encode(text, device)
     lengths = torch.empty(group.size, dtype=torch.int64, device=device)
     group.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64, device=device))
+    lengths = group.to_host(lengths)
     longest = int(lengths.max())
     padded = torch.zeros(longest, dtype=torch.uint8, device=device)
     padded[: len(data)] = data
     gathered = torch.empty(group.size * longest, dtype=torch.uint8, device=device)
     group.all_gather(gathered, padded)
-    rows = gathered.cpu().view(group.size, longest)  # one copy, not one for each rank
+    rows = group.to_host(gathered).view(group.size, longest)  # one copy, not one for each rank
     return [_decode(rows[i, :n]) for i, n in enumerate(lengths.tolist())]
 
 
@@ -51,4 +53,4 @@ def _encode(text: str, device: torch.device) -> torch.Tensor:
 
 
 def _decode(data: torch.Tensor) -> str:
-    return data.cpu().numpy().tobytes()[:-1].decode()
+    return data.numpy().tobytes()[:-1].decode()

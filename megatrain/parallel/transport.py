@@ -92,6 +92,14 @@ class Group(ABC):
     def barrier(self) -> None:
         """Return once every rank of the group has called."""
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that calls of this group, and others, have made, in the host's memory.
+
+        On a GPU `wait` only orders streams, and the host waits here; so what comes from other ranks is read by this call, which
+        is seen by whoever watches for hangs.
+        """
+        return tensor.cpu()
+
     def close(self) -> None:  # noqa: B027 - nothing to release is the usual case
         """Release the transport's resources; the group must not be used afterwards."""
 

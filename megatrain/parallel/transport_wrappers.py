@@ -27,7 +27,7 @@ class Call:
     """World ranks of the group."""
     operation: str
     sequence: int
-    """Number of the call in its group, from 0."""
+    """Number of the call in its group, from 0; of a `read`, that of the last call before it."""
     started: float
     """When the thread began to wait (time.monotonic, seconds)."""
     shape: tuple[int, ...]
@@ -57,6 +57,7 @@ class Recorder:
         self._waiting: dict[int, Call] = {}
         self._tokens = itertools.count()
         self._totals: dict[tuple[str, str], list[int]] = {}
+        self._issued: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
 
     def waiting(self) -> Call | None:
@@ -68,15 +69,21 @@ class Recorder:
         with self._lock:
             return {key: Total(calls, size) for key, (calls, size) in self._totals.items()}
 
+    def issued(self) -> dict[str, int]:
+        """Calls begun in each group so far, by `axis/first rank`, which no two groups share."""
+        return {f"{axis}/{first}": calls for (axis, first), calls in list(self._issued.items())}
+
     def reset(self) -> None:
         """Forget the totals."""
         with self._lock:
             self._totals.clear()
 
-    def count(self, axis: str, operation: str, size: int) -> None:
+    def count(self, group: Group, operation: str, size: int) -> None:
         """Count one call of `size` bytes."""
         with self._lock:
-            total = self._totals.setdefault((axis, operation), [0, 0])
+            key = group.name, group.ranks[0]
+            self._issued[key] = self._issued.get(key, 0) + 1
+            total = self._totals.setdefault((group.name, operation), [0, 0])
             total[0] += 1
             total[1] += size
 
@@ -159,6 +166,10 @@ class Wrapper(Group):
         """As the inner group's."""
         return self._around("recv", output, partial(self.inner.recv, output, source, blocking=False), blocking)
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As the inner group's."""
+        return self.inner.to_host(tensor)
+
     def close(self) -> None:
         """Close the inner group."""
         self.inner.close()
@@ -176,8 +187,12 @@ class RecordedGroup(Wrapper):
         """As the inner group's."""
         self._recorder.wait(self._counted("barrier", None), self.inner.barrier)
 
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As the inner group's."""
+        return self._recorder.wait((self, "read", max(0, self._calls - 1), tensor), partial(self.inner.to_host, tensor))
+
     def _counted(self, operation: str, larger: torch.Tensor | None) -> tuple[Group, str, int, torch.Tensor | None]:
-        self._recorder.count(self.name, operation, 0 if larger is None else larger.nbytes)
+        self._recorder.count(self, operation, 0 if larger is None else larger.nbytes)
         self._calls += 1
         return self, operation, self._calls - 1, larger
 

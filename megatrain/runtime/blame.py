@@ -3,6 +3,10 @@
 rank 0 waits in dp for rank 2,  rank 2 waits in tp for rank 3,  rank 3 says nothing        ->  rank 3
 rank 0 waits in tp for rank 1,  rank 1 waits for nobody: it sleeps in load_sample          ->  rank 1, and where
 rank 0 waits in tp for rank 1,  rank 1 waits in dp for rank 0                              ->  both: a deadlock
+
+On a GPU a call of a group returns at once, and the host waits when it reads what has come (operation `read`). Which call it is that does
+not end is not known then; but each rank says how many calls it has begun in each of its groups, and who has begun fewer than
+the one that reads is who it waits for.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -132,11 +136,14 @@ class State:
     """Since when it waits."""
     stack: str = ""
     """Where its main thread is, innermost last."""
+    issued: Mapping[str, int] = field(default_factory=dict)
+    """Calls that it has begun in each of its groups, by `axis/first rank`."""
 
     @classmethod
-    def waiting(cls, rank: int, call: Call, now: float, stack: str) -> State:
+    def waiting(cls, rank: int, call: Call, now: float, stack: str, issued: Mapping[str, int] | None = None) -> State:
         """Of a rank in a call."""
-        return cls(rank, "waiting", str(call), call.axis, call.ranks, call.operation, call.sequence, now - call.started, stack)
+        of = call.axis, call.ranks, call.operation, call.sequence
+        return cls(rank, "waiting", str(call), *of, now - call.started, stack, issued or {})
 
     @classmethod
     def parse(cls, text: str) -> State:
@@ -198,8 +205,11 @@ def _waits(states: Mapping[int, State]) -> dict[int, tuple[int, ...]]:
     """Rank -> the ranks it waits for. Those that wait in one call wait for the same: worked out, and held, once for all of them."""
     waits: dict[int, tuple[int, ...]] = {}
     of_call: dict[tuple[str, int, int], tuple[int, ...]] = {}
+    fewer = _Fewer(states)
     for rank, state in states.items():
-        if state.doing == "waiting" and state.operation in ("send", "recv"):
+        if state.doing == "waiting" and state.operation == "read":
+            waits[rank] = fewer.than(state)
+        elif state.doing == "waiting" and state.operation in ("send", "recv"):
             waits[rank] = behind(state, states)
         elif state.doing == "waiting":
             call = (state.axis, id(state.ranks), state.sequence)
@@ -209,10 +219,34 @@ def _waits(states: Mapping[int, State]) -> dict[int, tuple[int, ...]]:
     return waits
 
 
+class _Fewer:
+    """The ranks that have begun fewer calls in a group than another one: those that a `read` of that one waits for."""
+
+    def __init__(self, states: Mapping[int, State]) -> None:
+        begun: dict[str, dict[int, list[int]]] = {}
+        for rank, state in states.items():
+            for group, calls in state.issued.items():
+                begun.setdefault(group, {}).setdefault(calls, []).append(rank)
+        self._behind = {
+            (group, calls): tuple(sorted(rank for fewer, ranks in of.items() if fewer < calls for rank in ranks))
+            for group, of in begun.items()
+            for calls in of
+        }
+        self._unions: dict[tuple[tuple[str, int], ...], tuple[int, ...]] = {}
+
+    def than(self, state: State) -> tuple[int, ...]:
+        """Who is behind a rank in some group of its; one object for all ranks that are behind the same."""
+        groups = tuple(key for key in state.issued.items() if self._behind[key])
+        if groups not in self._unions:
+            self._unions[groups] = tuple(sorted({rank for key in groups for rank in self._behind[key]}))
+        return self._unions[groups]
+
+
 def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ...]:
     """The ranks to blame: those that say nothing or have raised; else those at the ends of the chains of waiting; else a cycle.
 
-    Empty where all ranks wait in the same call: then it is the network between them.
+    Where no rank waits for another: those whose transport failed, else those that are busy with something else. Empty where all
+    ranks wait in the same call: then it is the network between them.
     """
     silent = tuple(rank for rank in range(world_size) if rank not in states)
     raised = tuple(rank for rank, state in sorted(states.items()) if state.doing == "raised")
@@ -236,7 +270,11 @@ def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ..
                     reached.add(rank)
                     ahead.append(rank)
     if not waits:
-        return tuple(rank for rank, state in sorted(states.items()) if state.doing == "failed")
+        of = {
+            state.doing: tuple(r for r, other in sorted(states.items()) if other.doing == state.doing)
+            for state in states.values()
+        }
+        return of.get("failed") or of.get("busy", ())
     return tuple(sorted(ends or reached))
 
 
@@ -254,7 +292,7 @@ def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world
     if len(culprits) > SHOWN:
         lines.append(f"and {len(culprits) - SHOWN} more, of ranks {_runs(culprits)}")
     if not culprits:
-        lines.append("all ranks are in the same call: the network between them does not deliver")
+        lines.append("all ranks are in the same call: the network between them, or a device, does not deliver")
     lines += _witnesses(states, culprits)
     kill = tuple(identities[rank] for rank in silent if rank in identities)
     return Verdict("death" if dead else "hang", culprits, "\n".join(lines), kill)

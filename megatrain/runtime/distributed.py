@@ -29,8 +29,9 @@ from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 from megatrain.runtime.interface import Interface, use
 from megatrain.runtime.launch import Launch, LaunchError
 
-BACKEND_MARGIN_SECONDS = 15.0
-"""A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more and comes first."""
+BACKEND_MARGIN_SECONDS = 45.0
+"""A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more, and its verdict, 30 s at most
+after the limit, comes before NCCL's watchdog ends the process."""
 
 
 class RemoteError(RuntimeError):
@@ -114,6 +115,7 @@ class Session:
         words = torch.tensor([int.from_bytes(digest[i : i + 7], "big") for i in range(0, 28, 7)], dtype=torch.int64)
         extremes = torch.cat((words, -words)).to(self.device)
         self.everyone.all_reduce(extremes, "max")
+        extremes = self.everyone.to_host(extremes)
         if bool((extremes[:4] == -extremes[4:]).all()):
             return
         first = broadcast_text(value, self.everyone, self.device)

@@ -1,7 +1,8 @@
 """The guard of a run: no rank waits for ever, and the message says for whom it would have.
 
 It costs nothing on the network while all is well. Each rank has two threads: one looks once a second whether this rank has
-been in one collective for longer than train.hang_timeout_seconds; the other waits for a key in the store where the ranks met.
+been in one collective, or has made no step, for longer than train.hang_timeout_seconds; the other waits for a key in the store where
+the ranks met.
 An alarm (a rank has waited too long, or its transport broke because a peer died) sets that key for every rank. Then
 
     every rank    writes what it does: waits in this call, is busy there, has failed
@@ -19,8 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Literal, NoReturn
 
@@ -59,6 +60,7 @@ class Guard:
         self._timeout = timeout_seconds
         self._on_event = on_event
         self._ticked = time.monotonic()
+        self._paused = 0
         self._closing = threading.Event()
         self._store_lost = threading.Event()
         self._alarmed = threading.Lock()
@@ -71,8 +73,18 @@ class Guard:
         self._served_by_rank_0 = self._size > 1 and not self._launch.launcher_serves
 
     def tick(self) -> None:
-        """Say that the loop moves: once a step."""
+        """Say that the loop moves: once a step, and once a batch of an evaluation."""
         self._ticked = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is neither a step nor a collective, and takes as long as the disk does."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+            self.tick()
 
     def explain(self, error: TransportError) -> NoReturn:
         """End this process, and every other rank, after naming the rank whose death or fault broke the transport."""
@@ -133,7 +145,8 @@ class Guard:
                 awake = now  # a suspended job is given its whole time again when it goes on
             looked = now
             call = self._session.recorder.waiting()
-            if call is not None and now - max(call.started, awake) > self._timeout:
+            since = max(awake, self._ticked if call is None else call.started)
+            if now - since > self._timeout and not (call is None and self._paused):
                 self._alarm(self._own_state())
 
     def _await_alarm(self) -> None:
@@ -152,11 +165,12 @@ class Guard:
         now = time.monotonic()
         frame = sys._current_frames().get(self._main.ident or 0)
         stack = "" if frame is None else "".join(traceback.format_list(traceback.extract_stack(frame)[-STACK_FRAMES:])).rstrip()
-        call = self._session.recorder.waiting()
+        recorder = self._session.recorder
+        call = recorder.waiting()
         if call is not None:
-            return State.waiting(self._session.rank, call, now, stack)
+            return State.waiting(self._session.rank, call, now, stack, recorder.issued())
         detail = f"no step for {now - self._ticked:.1f} s"
-        return State(self._session.rank, "busy", detail, seconds=now - self._ticked, stack=stack)
+        return State(self._session.rank, "busy", detail, seconds=now - self._ticked, stack=stack, issued=recorder.issued())
 
     def _alarm(self, state: State) -> NoReturn:
         """Raise the alarm or follow it; end the process. Of several threads that come here, the first does it."""

@@ -17,6 +17,8 @@ import os, signal, sys, time
 import torch
 from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
+from megatrain.parallel.transport import Handle, World
+from megatrain.parallel.transport_wrappers import Wrapper
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.guard import Guard
 from megatrain.runtime.stop import StopRequest, end_with_launcher
@@ -26,6 +28,39 @@ session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cp
 
 def load_sample_that_never_comes():
     time.sleep(1000)
+
+class Queued(Handle):
+    def wait(self): pass
+    def done(self): return False
+
+class QueuedGroup(Wrapper):
+    # As on a GPU: calls are put into a queue and waits return at once; the host waits where it reads.
+    queue = []
+
+    def barrier(self):
+        self.inner.barrier()
+
+    def _around(self, operation, larger, start, blocking):
+        self.queue.append(start())
+        return Queued()
+
+    def to_host(self, tensor):
+        while self.queue:
+            self.queue.pop(0).wait()
+        return self.inner.to_host(tensor)
+
+class QueuedWorld(World):
+    def __init__(self, inner):
+        self.inner, self.rank, self.size = inner, inner.rank, inner.size
+
+    def group(self, name, ranks):
+        return QueuedGroup(self.inner.group(name, ranks))
+
+    def close(self):
+        self.inner.close()
+
+if what.startswith("queued "):
+    what, session.world.inner = what.removeprefix("queued "), QueuedWorld(session.world.inner)
 
 def misbehave():
     if what == "freeze":
@@ -47,10 +82,12 @@ with StopRequest() as told, Guard(session, timeout, lambda kind, rank, text: pri
         guard.tick()
         stop = torch.tensor([float(bool(told))])
         tp.all_reduce(stop, "max")
-        if stop:
+        if tp.to_host(stop):
             print("STOPPED", flush=True)
             break
         if step == 5:
+            if what == "all sleep":
+                load_sample_that_never_comes()
             if what == "go on":
                 print("RUNNING", flush=True)
             if rank == victim:
@@ -120,6 +157,30 @@ def test_both_ranks_end_and_the_survivor_names_axis_call_and_culprit(tmp_path, w
     assert expected[what] in survivor
     kind = "death" if what in ("die", "raise") else "hang"
     assert "".join(outputs).count(f"EVENT {kind} {victim}") == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "victim", "expected"),
+    [
+        ("freeze", 1, "is frozen"),
+        pytest.param("sleep", 0, "load_sample_that_never_comes", marks=pytest.mark.slow),
+        pytest.param("die", 0, "has died", marks=pytest.mark.slow),
+    ],
+)
+def test_where_waits_return_at_once_the_reading_rank_names_who_has_begun_fewer_calls(tmp_path, what, victim, expected):
+    codes, outputs, seconds = run_ranks(tmp_path, 2, f"queued {what}", victim)
+    survivor = outputs[1 - victim]
+    assert codes[1 - victim] == 1 and seconds < TIMEOUT + 45, outputs
+    assert f"to blame: rank {victim}\n" in survivor and expected in survivor
+    assert what == "die" or (
+        "has waited for" in survivor and "in read of [1] float32 (number 12 on axis tp, ranks [0, 1])" in survivor
+    )
+
+
+def test_a_job_in_which_all_ranks_sleep_outside_of_calls_ends(tmp_path):
+    codes, outputs, seconds = run_ranks(tmp_path, 2, "all sleep", 0)
+    assert codes == [1, 1] and seconds < TIMEOUT + 45, outputs
+    assert all("load_sample_that_never_comes" in output for output in outputs)
 
 
 @pytest.mark.slow
@@ -203,6 +264,37 @@ def test_a_rank_that_is_ahead_is_not_waited_for_and_one_behind_is():
     assert behind(states[0], states) == () and behind(states[1], states) == (0,)
     states = {0: waiting(0, (0, 1), "pp", 3, "send"), 1: waiting(1, (0, 1), "pp", 1, "recv")}
     assert behind(states[0], states) == behind(states[1], states) == ()
+
+
+def reading(rank, **issued):
+    return State(
+        rank,
+        "waiting",
+        "read on axis world",
+        "world",
+        (0, 1, 2, 3),
+        "read",
+        9,
+        9.0,
+        issued={k.replace("_", "/"): n for k, n in issued.items()},
+    )
+
+
+def test_a_rank_that_reads_waits_for_those_that_have_begun_fewer_calls_in_a_group_of_its():
+    """tp (0,1) (2,3); dp (0,2) (1,3). Rank 3 is busy between its calls of a step, the others have all of theirs in the queue."""
+    busy = State(3, "busy", issued={"tp/2": 3, "dp/1": 1, "world/0": 1})
+    states = {
+        0: reading(0, tp_0=5, dp_0=2, world_0=2),
+        1: reading(1, tp_0=5, dp_1=2, world_0=2),
+        2: reading(2, tp_2=5, dp_0=2, world_0=2),
+        3: busy,
+    }
+    assert find_culprits(states, 4) == (3,)
+    assert "rank 0 has waited for 9.0 s in read on axis world" in judge(states, {}, 4).text
+    held = states | {1: reading(1, tp_0=4, dp_1=1, world_0=1), 3: busy}
+    assert find_culprits(held, 4) == (3,), "rank 1 is behind because it waits for rank 3 itself"
+    same = {rank: reading(rank, tp_0=5, world_0=2) for rank in (0, 1)}
+    assert find_culprits(same, 2) == () and "network" in judge(same, {}, 2).text
 
 
 def test_verdict_names_call_axis_and_process_and_travels_as_text():
