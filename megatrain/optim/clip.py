@@ -7,7 +7,7 @@ from typing import get_args
 
 import torch
 
-from megatrain.parallel.collectives import all_reduce
+from megatrain.parallel.collectives import all_reduce, to_host
 from megatrain.parallel.flat import Segment
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Part
@@ -73,5 +73,5 @@ def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Ten
             mine = (parts[owners] == torch.arange(len(PARTS))[:, None]).to(ctx.device)  # [parts, n]
             both[kind] = squares.where(mine, 0.0).sum(1)
     gradients, weights = all_reduce(both, ctx.world).sqrt()
-    rows = torch.stack([gradients / loss_scale, weights], 1).tolist()
+    rows = to_host(torch.stack([gradients / loss_scale, weights], 1), ctx.world).tolist()
     return {part: (gradient, weight) for part, (gradient, weight) in zip(PARTS, rows, strict=True) if weight > 0}
