@@ -10,7 +10,8 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.agree import Trace, agree
 from megatrain.testing.trace import mesh_shape, trace_run
 
-STEPS = 5
+STEPS = 3
+"""The third begins with what two updates, warm-up and a whole one, have made of weights and states."""
 
 # tp, sequence parallel, dp, query groups
 LAYOUTS = [
@@ -26,8 +27,8 @@ LAYOUTS = [
     (4, True, 1, 1),
 ]
 
-# tied, vocabulary, micro-batches, dropout, precision: every value of every three of them together
-SETTINGS = list(product((True, False), (101, 8192), (1, 4), (0.0, 0.1), ("fp64", "fp32")))
+# tied, vocabulary (padded, and not), micro-batches, dropout, precision: every value of every three of them together
+SETTINGS = list(product((True, False), (101, 512), (1, 4), (0.0, 0.1), ("fp64", "fp32")))
 
 
 def config_of(layout: tuple, setting: tuple) -> Config:

