@@ -61,6 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        package = (error.name or "megatrain").partition(".")[0]
+        if arguments.traceback or package == "megatrain":
+            raise
+        return _complain(f"error: {package}, which this needs, is not installed: pip install {package}", FAILED)
     except Exception as error:
         if arguments.traceback or not _expected(error):
             raise

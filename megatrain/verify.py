@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import chain
 from math import gcd
 from multiprocessing import get_context
@@ -319,7 +320,7 @@ def _table() -> Iterator[Callable[[Row, int, int], None]]:
         numbers = " ".join(f"{'-' if value is None else format(value, '.1e'):>8}" for value in values)
         return f"{row.layout:40} {row.where:9} " + (f"FAILED: {row.problem}" if row.problem else f"{numbers}  ok")
 
-    if not person_watching():
+    if not person_watching() or find_spec("rich") is None:
 
         def tell(row: Row, done: int, total: int) -> None:
             left = (time.monotonic() - began) / done * (total - done)

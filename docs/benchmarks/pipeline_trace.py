@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import simulate
-from megatrain.plan.timeline import draw_timeline
+from megatrain.plan.picture import draw_timeline
 from megatrain.testing.timeline import measured_timeline
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1), ("zb_v", 2)]

@@ -1,4 +1,4 @@
-"""The timeline of one step's pipeline, simulated with the FLOPs of each virtual stage: as text, and as a picture.
+"""The timeline of one step's pipeline, simulated with the FLOPs of each virtual stage, as text; `picture.py` draws it.
 
 Times are in units of the mean forward of a virtual stage. A matrix costs as much in its input gradient, and again in its weight
 gradient, as in the forward; attention has no weights, so both of its gradients count as input gradients, as do those of the head,
@@ -11,10 +11,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import validate
@@ -23,14 +19,9 @@ from megatrain.parallel.schedules import Kind
 from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
 from megatrain.program import require_schedule, vocabulary
 from megatrain.runtime.flops import forward_flops, matrix_flops
-from megatrain.runtime.plot import save_png
 from megatrain.training import layer_pieces, schedule_of
 
 LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B", "backward_input": "B", "backward_weight": "W"}
-_COLOURS = {"F": "#2f6fb5", "B": "#4b9b6e", "W": "#d9a62b"}
-_LEGEND = {"F": "forward", "B": "backward (split: input gradient)", "W": "weight gradient"}
-_LATER_CHUNKS = 0.55
-"""Opacity of a stage's second and later chunks."""
 
 
 def costs_of(config: Config, vocab_size: int) -> Costs:
@@ -109,48 +100,6 @@ def _label(event: Event | None, numbered: bool) -> str:
     return f"{letter}{event.instruction.micro_batch}" if numbered else letter
 
 
-def draw_timeline(timelines: Sequence[tuple[str, Timeline]], png: Path) -> None:
-    """Draw timelines below one another, on one clock. Raises OSError where the picture cannot be written."""
-    rows = sum(len(timeline.stages) for _, timeline in timelines)
-    figure = Figure(figsize=(14.0, 1.2 + 0.45 * rows + 0.5 * len(timelines)), dpi=110, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    longest = max(timeline.makespan for _, timeline in timelines)
-    axes = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (title, timeline) in zip(axes, timelines, strict=True):
-        _draw_stages(axis, timeline, longest)
-        axis.set_title(title, loc="left", fontsize=10)
-    axes[-1].set_xlabel("time")
-    for letter, meaning in _LEGEND.items():
-        axes[0].broken_barh([(0, 0)], (0, 0), facecolors=_COLOURS[letter], label=meaning)
-    axes[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, fontsize=8)
-    if png.is_dir():
-        raise IsADirectoryError(f"{png} is a directory: give the picture a name, such as {png / 'timeline.png'}")
-    if not png.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {png.parent} for the picture {png.name}: make it first")
-    save_png(figure, png)
-
-
-def _draw_stages(axis: Axes, timeline: Timeline, longest: float) -> None:
-    """One row a stage; micro-batch numbers where they fit."""
-    for row, events in enumerate(timeline.stages):
-        bars: dict[tuple[str, float], list[tuple[float, float]]] = {}  # one drawing for all of a kind: there may be 100,000
-        for event in events:
-            length = event.end - event.start
-            opacity = _LATER_CHUNKS if event.instruction.chunk else 1.0
-            bars.setdefault((LETTERS[event.instruction.kind], opacity), []).append((event.start, length))
-            if length > longest / 110:
-                middle, number = event.start + length / 2, str(event.instruction.micro_batch)
-                axis.text(middle, row, number, ha="center", va="center", fontsize=7, color="white")
-        line = 0.6 if len(events) < 400 else 0.0
-        for (letter, opacity), spans in bars.items():
-            colour = _COLOURS[letter]
-            axis.broken_barh(spans, (row - 0.4, 0.8), facecolors=colour, alpha=opacity, edgecolor="white", linewidth=line)
-    stages = len(timeline.stages)
-    axis.set_yticks(range(stages), [f"stage {stage}" for stage in range(stages)])
-    axis.set_ylim(stages - 0.5, -0.5)
-    axis.set_xlim(0, longest)
-
-
 def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | None) -> int:
     """`megatrain plan`: print the figures and the timeline of one step, and draw it. Returns 0.
 
@@ -164,6 +113,8 @@ def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | N
     print(describe(timeline, pieces))  # noqa: T201
     print(as_text(timeline))  # noqa: T201
     if png is not None:
+        from megatrain.plan.picture import draw_timeline  # noqa: PLC0415  matplotlib, which the text does without
+
         schedule = timeline.schedule
         title = f"{schedule.name}: step bubble {100 * timeline.step_bubble:.1f}%"
         draw_timeline([(title, timeline)], png)

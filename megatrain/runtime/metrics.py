@@ -204,16 +204,12 @@ class RunLog:
             self._metrics = JsonLines(self.directory / "metrics.jsonl")
             self._events = JsonLines(self.directory / "events.jsonl")
             if "tensorboard" in writers:
-                from megatrain.runtime.tensorboard import TensorBoard  # noqa: PLC0415  (0.3 s that only rank 0 need spend)
-
-                self._tensorboard = TensorBoard(self.directory / "tensorboard", sequence_length, world_size, start_step)
-                if start_step > 0:
-                    self._tensorboard.restore(*read_metrics(self.directory / "metrics.jsonl"))
+                self._if_installed("tensorboard", self._open_tensorboard, sequence_length, world_size, start_step)
         except OSError as error:
             reason = f"log.dir={log_dir} cannot be written ({error.strerror or error})."
             raise OSError(error.errno, f"{reason} Set log.dir to a directory of your own, such as /tmp/run.") from error
         if person_watching() if watched is None else watched:
-            self._bar = StepBar(total_steps, start_step)
+            self._if_installed("progress bar", self._open_bar, start_step)
 
     def step(self, row: StepRow) -> None:
         """Record one update. The console shows the first, every `every`th, the last, and any that went wrong."""
@@ -271,7 +267,7 @@ class RunLog:
     def draw(self, references: Mapping[str, float] | None = None) -> None:
         """Redraw loss.png from metrics.jsonl, with horizontal lines at `references` (nats); rank 0 only."""
         if self._rank == 0:
-            self._try("loss.png", self._draw, references or {})
+            self._if_installed("loss.png", self._try, "loss.png", self._draw, references or {})
 
     def close(self) -> None:
         """Take down the bar, flush and close the files. May be called twice."""
@@ -292,6 +288,16 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _open_tensorboard(self, sequence_length: int, world_size: int, start_step: int) -> None:
+        from megatrain.runtime.tensorboard import TensorBoard  # noqa: PLC0415  (0.3 s that only rank 0 need spend)
+
+        self._tensorboard = TensorBoard(self.directory / "tensorboard", sequence_length, world_size, start_step)
+        if start_step > 0:
+            self._tensorboard.restore(*read_metrics(self.directory / "metrics.jsonl"))
+
+    def _open_bar(self, start_step: int) -> None:
+        self._bar = StepBar(self._total, start_step)
+
     def _open_events(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._events = JsonLines(self.directory / "events.jsonl")
@@ -310,11 +316,20 @@ class RunLog:
         try:
             write(*args)
         except OSError as error:
-            if what not in self._warned:
-                self._warned.add(what)
-                sys.stderr.write(
-                    f"warning: {what} of {self.directory} cannot be written ({error.strerror or error}); training goes on\n"
-                )
+            self._warn(what, f"{what} of {self.directory} cannot be written ({error.strerror or error})")
+
+    def _if_installed(self, what: str, call: Callable[..., None], *args: Any) -> None:
+        """Make something for which a package is needed, or say once on stderr which one is missing."""
+        try:
+            call(*args)
+        except ImportError as error:
+            package = (error.name or what).partition(".")[0]
+            self._warn(what, f"no {what}, since {package} cannot be imported (pip install {package})")
+
+    def _warn(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            sys.stderr.write(f"warning: {text}; training goes on\n")
 
 
 def step_line(row: StepRow, total_steps: int) -> str:

@@ -12,10 +12,6 @@ import os
 import sys
 from typing import TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Column
-
 
 def person_watching(stream: TextIO | None = None) -> bool:
     """Whether `stream` (stderr by default) is a terminal that can move its cursor."""
@@ -27,7 +23,14 @@ class StepBar:
     """The bar of one training run."""
 
     def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None) -> None:
-        """Draw the bar on `stream` (stderr by default), with `start_step` of `total_steps` done before the clock starts."""
+        """Draw the bar on `stream` (stderr by default), with `start_step` of `total_steps` done before the clock starts.
+
+        Raises ImportError without rich.
+        """
+        from rich.console import Console  # noqa: PLC0415  only people pay for the import
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+        from rich.table import Column  # noqa: PLC0415
+
         console = Console(
             file=sys.stderr if stream is None else stream, highlight=False, markup=False, emoji=False, soft_wrap=True
         )

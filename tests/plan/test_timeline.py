@@ -11,7 +11,8 @@ from megatrain.config.schema import Config, CorpusConfig, DataConfig, ModelConfi
 from megatrain.config.source import ConfigError
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import Costs, simulate
-from megatrain.plan.timeline import as_text, costs_of, describe, draw_timeline, plan_timeline
+from megatrain.plan.picture import draw_timeline
+from megatrain.plan.timeline import as_text, costs_of, describe, plan_timeline
 
 MODEL = ModelConfig(num_layers=8, hidden_size=64, num_attention_heads=4, seq_length=32, vocab_size=101)
 

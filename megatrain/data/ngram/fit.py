@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gzip
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatrain.data.bar import bar
 from megatrain.data.ngram.arpa_out import write_arpa
 from megatrain.data.ngram.discounts import Discounts, estimate
 from megatrain.data.ngram.estimate import interpolate, unigrams
@@ -100,7 +100,7 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
 
 def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: tuple[int, ...], work: Path) -> Fitted:
     size = sum(path.stat().st_size for path in inputs)
-    with phase("words", size) as tell:
+    with bar("words", size) as tell:
         space = None if settings.units == WORDS else spacing(settings.units)
         corpus = number_text(inputs, work, tell, space, settings.skip_symbols)
     if not len(corpus.ids):
@@ -110,7 +110,7 @@ def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: t
     held = max(spare // 100, 1 << 14)
     size = max(spare // (settings.workers * (POSITION_BYTES + 12 * settings.order)), len(corpus.ids) // MOST_PARTS, 1 << 12)
     parts = parts_of(corpus.counts, size, corpus.ids if settings.order > 1 else None)
-    with phase("n-grams", len(corpus.ids)) as tell:
+    with bar("n-grams", len(corpus.ids)) as tell:
         counts: list[PartCounts] = []
         for of_part in _counted(parts, corpus.ids, settings, work):
             counts.append(of_part)
@@ -119,14 +119,14 @@ def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: t
     tables = Tables(corpus, settings.order, parts, counts, work)
     found = [estimate(k, tables.counts_of_counts(k), settings.fallback) for k in range(1, settings.order + 1)]
     words = unigrams(tables, found[0], thresholds[0], interpolate=settings.interpolate_unigrams, vocab_pad=settings.vocab_pad)
-    with phase("probabilities", sum(2 * tables.size(k) for k in range(2, settings.order + 1))) as tell:
+    with bar("probabilities", sum(2 * tables.size(k) for k in range(2, settings.order + 1))) as tell:
         for k in range(2, settings.order + 1):
             tables.find_prefixes(k, 4 * held)
             give_back()
             interpolate(tables, k, words if k == 2 else None, found[k - 1], thresholds[k - 1], held, tell)
     give_back()
     with (
-        phase("writing", sum(tables.size(k) for k in range(2, settings.order + 1))) as tell,
+        bar("writing", sum(tables.size(k) for k in range(2, settings.order + 1))) as tell,
         _opened(output) as out,
     ):
         written = write_arpa(out, tables, words, thresholds, tell)
@@ -157,18 +157,3 @@ def _opened(output: Path) -> Iterator[BinaryIO]:
                 yield packed  # type: ignore[misc]
         else:
             yield file
-
-
-@contextmanager
-def phase(name: str, total: int) -> Iterator[Any]:
-    """A function to call with what is done, which moves a bar with the time left where a person watches."""
-    if not sys.stderr.isatty():
-        yield lambda _count: None
-        return
-    from rich.console import Console  # noqa: PLC0415  only people pay for the import
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    columns = (TextColumn(f"{name:14}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda count: bar.update(task, advance=count)

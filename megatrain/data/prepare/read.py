@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from megatrain.files import HEAD_BYTES, not_text, not_utf8
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -127,7 +125,7 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
                 yield chunk
                 on_bytes(file.tell() - done)
                 done = file.tell()
-    except (zlib.error, EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise ReadError(f"{path} is not a whole {kind} file ({error}). It was cut short or damaged; fetch it again.") from None
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror or error}.") from None
@@ -145,20 +143,31 @@ def _gunzip(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a file. The library's own reader takes a frame that is cut short for the end of the file; this does not."""
+    """All frames of a file. The library's own reader takes a frame that is cut short for the end of the file; this does not.
+
+    Raises EOFError where it is cut short or damaged, ReadError without the library.
+    """
+    try:
+        import zstandard  # noqa: PLC0415  few read such files
+    except ImportError:
+        raise ReadError(f"{file.name} is compressed with Zstandard, which zstandard reads: pip install zstandard.") from None
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     frame, started = context.decompressobj(), False
     while data := file.read(CHUNK_BYTES // 8):
         while data:
             started = True
-            if chunk := frame.decompress(data):
+            try:
+                chunk = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from None
+            if chunk:
                 yield chunk
             data = b""
             if frame.eof:
                 data = frame.unused_data
                 frame, started = context.decompressobj(), False
     if started:
-        raise zstandard.ZstdError("the last frame does not end")
+        raise EOFError("the last frame does not end")
 
 
 def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:

@@ -12,7 +12,6 @@ about 20 cores busy, start at once and ship nothing.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.data.bar import bar
 from megatrain.data.indexed import TokenStoreWriter, best_dtype
 from megatrain.data.prepare.read import Piece, read_pieces, total_bytes
 from megatrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
@@ -101,7 +101,7 @@ def tokenize_files(
     documents = _Documents()
     with (
         TokenStoreWriter(output, best_dtype(encoder.vocab_size)) as writer,
-        _progress(size) as advance,
+        bar("tokenize", size, in_bytes=True) as advance,
         _one_thread_a_call(),
         ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool,
     ):
@@ -193,18 +193,3 @@ def _one_thread_a_call() -> Iterator[None]:
             del os.environ[LIBRARY_THREADS]
         else:
             os.environ[LIBRARY_THREADS] = before
-
-
-@contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """A function to call with bytes read, which moves a bar with the time left when a person watches the terminal."""
-    if not sys.stderr.isatty():
-        yield lambda _count: None
-        return
-    from rich.console import Console  # noqa: PLC0415  only people pay for the import
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn  # noqa: PLC0415
-
-    columns = (TextColumn("tokenize"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("tokenize", total=size)
-        yield lambda count: bar.update(task, advance=count)

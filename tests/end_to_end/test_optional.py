@@ -1,0 +1,113 @@
+"""Every verb of a run works without each package that it does not need, and says in one line what it lacks."""
+
+import json
+import subprocess
+import sys
+
+import jobs
+import pytest
+
+WORKER = """
+import os, sys, threading
+import numpy, torch, tokenizers, safetensors.torch  # what no run does without; imported once, before the processes part
+from pathlib import Path
+
+class Missing:
+    def __init__(self, package):
+        self.package = package
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+def verbs(package, words):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Missing(package))
+    torch.set_num_threads(1)
+    from megatrain.cli import main
+    config, run = words[1], Path(words[2], package)
+    codes = [
+        main(["train", config, f"log.dir={run}", "log.to=[tensorboard]"]),
+        main(["bench", config, f"log.dir={run}", "--steps", "1", "--warmup", "1"]),
+        main(["generate", str(run / "checkpoints"), "--prompt", "a", "--max-tokens", "2"]),
+    ]
+    print("CODES", codes, flush=True)
+
+for package in sys.argv[3:]:
+    print("WITHOUT", package, flush=True)
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        os.dup2(1, 2)
+        try:
+            verbs(package, sys.argv)
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    os.waitpid(child, 0)
+"""
+LOST = {
+    "zstandard": [],
+    "pyarrow": [],
+    "triton": [],
+    "rich": [],
+    "tensorboard": [
+        "warning: no tensorboard, since tensorboard cannot be imported (pip install tensorboard); training goes on"
+    ],
+    "matplotlib": ["warning: no loss.png, since matplotlib cannot be imported (pip install matplotlib); training goes on"],
+}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """Package that is missing -> what train, bench and generate said, one after the other."""
+    house = tmp_path_factory.mktemp("optional")
+    data = {"train": str(jobs.write_store(house / "store")), "tokenizer": "bytes"}
+    config = jobs.write_config(
+        house / "config.yaml", jobs.tiny(data, house, model={"vocab_size": 257}, train={"steps": 2}, optim={"warmup_steps": 1})
+    )
+    script = house / "worker.py"
+    script.write_text(WORKER)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), str(config), str(house / "runs"), *LOST],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parts = done.stdout.split("WITHOUT ")[1:]
+    return {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in parts}
+
+
+@pytest.mark.parametrize("package", sorted(LOST))
+def test_a_run_goes_on_without(said, package):
+    assert "CODES [0, 0, 0]" in said[package], said[package]
+    assert [line for line in said[package].splitlines() if line.startswith("warning")] == LOST[package]
+    bench = next(json.loads(line) for line in said[package].splitlines() if line.startswith('{"'))
+    assert bench["tokens_per_second"] > 0
+
+
+def test_a_verb_that_needs_a_package_says_which(capsys, monkeypatch):
+    from megatrain import cli
+
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "megatrain.plan.picture", raising=False)
+    assert cli.main(["plan", "launch/configs/gpt_pipeline.yaml", "data.train=x", "data.tokenizer=bytes"]) == 0
+    assert (
+        cli.main(["plan", "launch/configs/gpt_pipeline.yaml", "data.train=x", "data.tokenizer=bytes", "--timeline", "t.png"])
+        == 1
+    )
+    assert "megatrain: error: matplotlib, which this needs, is not installed: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_where_a_person_watches_a_run_without_rich_has_no_bar(tmp_path, capsys, monkeypatch):
+    from megatrain.runtime.metrics import RunLog
+
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with RunLog(tmp_path, total_steps=3, sequence_length=8, writers=(), watched=True) as log:
+        log.say("hello")
+    said = capsys.readouterr()
+    assert said.out == "hello\n"
+    assert said.err == "warning: no progress bar, since rich cannot be imported (pip install rich); training goes on\n"
