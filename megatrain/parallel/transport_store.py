@@ -165,13 +165,19 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     raise result
 
 
-def meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:
-    """Return when all ranks have come. Raises TransportError with a list of those that have not."""
+def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str = "") -> None:
+    """Return when all ranks have come. Raises TransportError with a list of those that have not.
+
+    device: names a device that this rank needs for itself; two ranks that name the same are an error on all.
+    """
     try:
+        if device and store.add(f"device {device}", 1) > 1:
+            store.set("shared device", f"rank {rank} and another one would use the same GPU, {device}")
         store.set(f"rank {rank}", "here")
         if store.add("arrived", 1) == size:
             store.set("all here", "")
         store.wait(["all here"], limit)
+        shared = store.get("shared device").decode() if device and store.check(["shared device"]) else ""
     except RuntimeError as error:
         try:
             shown = _missing(store, size)
@@ -181,6 +187,11 @@ def meet_all(store: Store, rank: int, size: int, limit: timedelta) -> None:
             f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {shown} did not come. "
             "Were they started, with the same world size, MASTER_ADDR and MASTER_PORT?"
         ) from error
+    if shared:
+        raise TransportError(
+            f"{shared}, but NCCL allows one rank per GPU. Start fewer ranks on this node, give each task a GPU "
+            "(srun --gpus-per-task=1), or use parallel.backend=gloo."
+        )
 
 
 def _missing(store: Store, size: int) -> str:

@@ -322,7 +322,8 @@ class TorchWorld(World):
             torch.cuda.set_device(device)
         join = timedelta(seconds=timeout_seconds if join_seconds is None else join_seconds)
         store = PrefixStore(prefix, open_store(rank, size, rendezvous, join, rank == 0 if hosts_store is None else hosts_store))
-        meet_all(store, rank, size, join)
+        own = f"{torch.cuda.get_device_properties(device).uuid}" if backend == "nccl" else ""
+        meet_all(store, rank, size, join, own)
         try:
             limit = timedelta(seconds=timeout_seconds)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)

@@ -181,7 +181,8 @@ def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[
         raise LaunchError(
             "parallel.backend=nccl needs tensors on GPUs, but they are on the CPU. Use parallel.backend=gloo or auto."
         )
-    if backend == "nccl" and launch.local_world_size > gpus:
+    own = gpus == 1 and launch.launcher == "srun"  # --gpus-per-task=1: each task sees the one that is its own, as device 0
+    if backend == "nccl" and launch.local_world_size > gpus and not own:
         raise LaunchError(
             f"{launch.local_world_size} ranks on this node share {gpus} GPUs, but NCCL allows one rank per GPU. "
             f"Use parallel.backend=gloo, or at most {gpus} ranks here."

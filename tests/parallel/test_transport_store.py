@@ -2,6 +2,7 @@
 
 import resource
 import socket
+import threading
 from collections import Counter
 from datetime import timedelta
 
@@ -52,6 +53,25 @@ def test_the_last_to_leave_lets_the_others_go():
     store.inner.add("leaving", 63)
     TorchWorld(5, 64, torch.device("cpu"), 1.0, store)._linger()
     assert store.inner.check(["all leave"]) and not store.calls["wait"]
+
+
+@pytest.mark.parametrize(("devices", "shared"), [(("GPU-a", "GPU-b", "GPU-c"), False), (("GPU-a", "GPU-b", "GPU-a"), True)])
+def test_two_ranks_that_would_use_one_gpu_are_told_on_all_ranks(devices, shared):
+    store, said = HashStore(), {}
+
+    def come(rank):
+        try:
+            meet_all(store, rank, 3, timedelta(seconds=20), devices[rank])
+        except TransportError as error:
+            said[rank] = str(error)
+
+    ranks = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert sorted(said) == ([0, 1, 2] if shared else [])
+    assert all("another one would use the same GPU, GPU-a, but NCCL allows one rank per GPU" in text for text in said.values())
 
 
 def who_is_missing(store, rank, size):

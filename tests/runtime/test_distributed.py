@@ -147,6 +147,8 @@ def test_devices_and_backends():
     assert choose_device(ParallelConfig(backend="gloo"), two, 1) == (torch.device("cuda", 0), "gloo")
     with pytest.raises(LaunchError, match=r"NCCL allows one rank per GPU.*parallel.backend=gloo, or at most 1 rank"):
         choose_device(ParallelConfig(), two, 1)
+    task = Launch(rank=1, local_rank=1, world_size=2, local_world_size=2, launcher="srun")
+    assert choose_device(ParallelConfig(), task, 1) == (torch.device("cuda", 0), "nccl"), "srun --gpus-per-task=1"
     with pytest.raises(LaunchError, match="no GPU"):
         choose_device(ParallelConfig(device="cuda"), two, 0)
     with pytest.raises(LaunchError, match=r"parallel.backend=nccl"):
