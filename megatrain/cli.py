@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 import megatrain
 from megatrain.arguments import finite, positive, probability, seed, temperature, text
+from megatrain.cli_data import add_data
 from megatrain.cli_doctor import add_doctor
 from megatrain.cli_exchange import add_exchange
-from megatrain.cli_ngram import add_data_filter, add_ngram
+from megatrain.cli_ngram import add_ngram
 from megatrain.cli_train import add_train
 from megatrain.files import lost_output
 
@@ -175,35 +176,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
 
 
-def _data_tokenizer(arguments: argparse.Namespace) -> int:
-    from megatrain.data.tokenizer import train_tokenizer
-
-    train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=arguments.key)
-    return DONE
-
-
-def _data_tokenize(arguments: argparse.Namespace) -> int:
-    from megatrain.data.prepare.tokenize import tokenize_files
-
-    report = tokenize_files(
-        arguments.input,
-        arguments.tokenizer,
-        arguments.output,
-        workers=arguments.workers,
-        append_eod=arguments.append_eod,
-        key=arguments.key,
-    )
-    print(report)
-    return DONE
-
-
-def _data_inspect(arguments: argparse.Namespace) -> int:
-    from megatrain.data.indexed import describe
-
-    print(describe(arguments.prefix))
-    return DONE
-
-
 # --- arguments ----------------------------------------------------------------------------------------------------------------
 
 
@@ -244,13 +216,7 @@ def _parser() -> _Parser:
     add_exchange(verbs, _add_verb, _Parser, _CHECKPOINT)
     add_ngram(verbs, _add_verb, _Parser)
     add_doctor(verbs, _add_verb)
-    what = "text files to token store, one stage each"
-    data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
-    stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=_Parser)
-    _add_data_tokenizer(stages)
-    _add_data_tokenize(stages)
-    _add_data_inspect(stages)
-    add_data_filter(stages, _add_verb)
+    add_data(verbs, _add_verb, _Parser)
     return parser
 
 
@@ -361,36 +327,3 @@ def _add_eval(verbs: _Verbs) -> None:
         help="other data, layout, train.micro_batch_size or train.eval_batches than the run's (default: all of data.valid)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-
-
-def _add_data_tokenizer(stages: _Verbs) -> None:
-    example = "megatrain data tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer.json"
-    parser = _add_verb(stages, "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on text", example)
-    _add_input(parser)
-    parser.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
-    parser.add_argument("--output", required=True, metavar="TOKENIZER.json", help="the file to write")
-
-
-def _add_data_tokenize(stages: _Verbs) -> None:
-    example = (
-        "megatrain data tokenize --input corpus.jsonl --tokenizer tokenizer.json --output data/train --workers 2 --append-eod"
-    )
-    parser = _add_verb(stages, "tokenize", _data_tokenize, "write text as a token store (PREFIX.bin, PREFIX.idx)", example)
-    _add_input(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="bytes|TOKENIZER.json", help="`bytes`, or a file of `tokenizers`")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the two files to write")
-    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes; any number writes the same bytes")
-    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-
-
-def _add_data_inspect(stages: _Verbs) -> None:
-    example = "megatrain data inspect data/train"
-    parser = _add_verb(stages, "inspect", _data_inspect, "print what is in a token store", example)
-    parser.add_argument("prefix", metavar="PREFIX", help="of a .bin/.idx pair")
-
-
-def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, plain or as .gz or .zst")
-    parser.add_argument(
-        "--key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
-    )

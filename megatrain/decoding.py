@@ -166,23 +166,23 @@ def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:
 
 
 def continuation(
-    decoder: Decoder, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, end: int | None = None
+    decoder: Decoder, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, ends: Collection[int] = ()
 ) -> Iterator[int]:
-    """The tokens that follow `prompt` (at least one token), one by one; stops before the token `end`. The same on every rank."""
+    """The tokens that follow `prompt` (at least one token), one by one; stops before one of `ends`. The same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     new = list(prompt)
     for _ in range(max_tokens):
         token = choice.draw(decoder.logits(new), generator)
-        if token == end:
+        if token in ends:
             return
         yield token
         new = [token]
 
 
 def best_continuation(
-    decoder: Decoder, prompt: Sequence[int], max_tokens: int, beams: Beams, end: int | None = None
+    decoder: Decoder, prompt: Sequence[int], max_tokens: int, beams: Beams, ends: Collection[int] = ()
 ) -> Sequence[int]:
-    """The tokens that follow `prompt`, by beam search, without the token `end`. The same on every rank.
+    """The tokens that follow `prompt`, by beam search, without the one of `ends`. The same on every rank.
 
     Raises ValueError where prompt and tokens are more than model.max_positions: beams do not forget.
     """
@@ -204,7 +204,7 @@ def best_continuation(
         row = torch.tensor([list(tokens)])
         return decoder.feed(row, torch.full_like(row, decoder.length))
 
-    found = beam_search(first, step, () if end is None else (end,), max_tokens, beams)
+    found = beam_search(first, step, ends, max_tokens, beams)
     return found.tokens[:-1] if found.ended else found.tokens
 
 

@@ -1,7 +1,7 @@
 """`megatrain eval`: what a checkpoint makes of held-out text: loss, perplexity, bits per byte and token accuracy of each set.
 
 Bits per byte compare models whose tokenizers differ: the loss of all tokens in bits, over the bytes of the text that they stand for.
-Document separators cost bits and stand for no byte.
+Tokens that end and begin documents cost bits and stand for no byte.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def settled(saved: Config, overrides: Sequence[str], world_size: int) -> Config:
 
 def bytes_per_token(held_out: Evaluated, tokenizer: Tokenizer) -> float:
     """Bytes of text that a token of a validation set stands for, on average."""
+    around = {tokenizer.ending.eod, tokenizer.beginning.first}
     tokens = size = 0
     for store in held_out.stores:
         seen = 0
         for number in range(len(store.document_lengths())):
             document = store.document(number)
-            ids = [int(token) for token in document if int(token) != tokenizer.eod]
+            ids = [int(token) for token in document if int(token) not in around]
             size += len(tokenizer.decode(ids).encode())
             tokens, seen = tokens + document.size, seen + document.size
             if seen >= COUNTED_TOKENS:

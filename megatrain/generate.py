@@ -57,16 +57,19 @@ def _choose_tokenizer(given: str | None, config: Config) -> Tokenizer:
     if name != "bytes" and not Path(name).is_file():
         origin = "--tokenizer" if given else "data.tokenizer of the checkpoint's run"
         raise ValueError(f"{origin} is {name}, and there is no such file here. Say where it is: --tokenizer TOKENIZER.json.")
-    return load_tokenizer(name)
+    return load_tokenizer(name, config.data.eod, config.data.bos)
 
 
 def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """Token ids of the prompt; an empty one stands for the start of a document."""
-    ids = [int(token) for token in codec.encode(prompt)]
+    """Token ids of the prompt, after what the tokenizer puts before a text; an empty prompt stands for the start of a document."""
+    ids = [*codec.beginning.opening, *map(int, codec.encode(prompt))]
     if not ids:
-        if codec.eod is None:
-            raise ValueError('the prompt is empty, and the tokenizer has no end-of-document token. Give a --prompt "TEXT".')
-        ids = [codec.eod]
+        start = codec.beginning.bos if codec.eod is None else codec.eod
+        if start is None:
+            raise ValueError(
+                'the prompt is empty, and no token of the tokenizer is known to end or begin a document. Give a --prompt "TEXT".'
+            )
+        ids = [start]
     if max(ids) >= vocab_size:
         raise ValueError(
             f"the tokenizer made token {max(ids)} of the prompt, and the checkpoint's vocabulary has {vocab_size} tokens. "
@@ -104,11 +107,11 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, out: TextI
         kept = max(1, config.model.positions // 2)
         note = f"the prompt has {len(prompt)} tokens, and model.max_positions is {config.model.positions}: the last {kept} are used"
         sys.stderr.write(f"megatrain: {note}\n")
-    beams = beams_of(arguments)
+    beams, ends = beams_of(arguments), codec.ending.stops
     if beams is None:
-        tokens = continuation(decoder, prompt, arguments.max_tokens, choice_of(arguments), arguments.seed, codec.eod)
+        tokens = continuation(decoder, prompt, arguments.max_tokens, choice_of(arguments), arguments.seed, ends)
     else:
-        tokens = iter(best_continuation(decoder, prompt, arguments.max_tokens, beams, codec.eod))
+        tokens = iter(best_continuation(decoder, prompt, arguments.max_tokens, beams, ends))
     out.write(arguments.prompt)
     _show(codec, tokens, codec.encode(arguments.prompt), out)
     out.write("\n")

@@ -111,7 +111,7 @@ def vocabulary(config: Config) -> int:
                 "model.vocab_size and data.tokenizer are both null. Set one: data.tokenizer=PATH, or model.vocab_size=8192."
             )
         return given
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eod, config.data.bos)
     size, sentinels = tokenizer.vocab_size, ""
     if config.data.objective == "glm":
         largest = max(vars(resolve(config.data.glm, tokenizer, None)[0]).values())
@@ -135,7 +135,8 @@ def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Lo
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
     """The tokenizer of a config, if it has one. Raises TokenizerError."""
-    return None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+    data = config.data
+    return None if data.tokenizer is None else load_tokenizer(data.tokenizer, data.eod, data.bos)
 
 
 def _prepare_torch(config: Config) -> None:

@@ -205,7 +205,7 @@ def test_the_data_verbs_pass_their_options(room, capsys):
 
     room("megatrain.data.tokenizer", train_tokenizer=note)
     room("megatrain.data.prepare.tokenize", tokenize_files=note)
-    room("megatrain.data.indexed", describe=lambda prefix: f"store {prefix}")
+    room("megatrain.data.store_record", describe=lambda prefix: f"store {prefix}")
     assert main(["data", "tokenizer", "--input", "a", "b", "--vocab-size", "300", "--output", "t.json"]) == 0
     assert main(["data", "tokenizer", "--input", "a", "--vocab-size", "300", "--output", "t.json", "--key", "body"]) == 0
     assert main(["data", "tokenize", "--input", "a", "--tokenizer", "bytes", "--output", "p"]) == 0
@@ -224,6 +224,10 @@ def test_the_data_verbs_pass_their_options(room, capsys):
                 "--workers",
                 "2",
                 "--append-eod",
+                "--eod",
+                "</s>",
+                "--bos",
+                "1",
                 "--key",
                 "body",
             ]
@@ -234,8 +238,8 @@ def test_the_data_verbs_pass_their_options(room, capsys):
     assert calls == [
         ((["a", "b"], 300, "t.json"), {"key": "text"}),
         ((["a"], 300, "t.json"), {"key": "body"}),
-        ((["a"], "bytes", "p"), {"workers": 1, "append_eod": False, "key": "text"}),
-        ((["a", "b"], "t.json", "p"), {"workers": 2, "append_eod": True, "key": "body"}),
+        ((["a"], "bytes", "p"), {"workers": 1, "append_eod": False, "key": "text", "eod": None, "bos": None}),
+        ((["a", "b"], "t.json", "p"), {"workers": 2, "append_eod": True, "key": "body", "eod": "</s>", "bos": "1"}),
     ]
     assert capsys.readouterr().out == "3 calls\n4 calls\nstore p\n"
 

@@ -1,6 +1,7 @@
 import argparse
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_a_prompt_longer_than_the_model_keeps_its_end():
 def test_the_end_token_stops():
     model = model_of(config_of())
     free = list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0))
-    assert list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0, end=free[3])) == free[: free.index(free[3])]
+    assert list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0, ends=[free[3]])) == free[: free.index(free[3])]
 
 
 LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
@@ -207,6 +208,34 @@ def test_the_answer_is_decoded_after_the_prompt(tmp_path, capsys, monkeypatch):
     saved(tmp_path, config_of(vocab_size=tokenizer.get_vocab_size()))
     main(arguments(tmp_path, prompt="once", tokenizer=str(tmp_path / "tokenizer.json")))
     assert capsys.readouterr().out == "once upon a 你\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "beside", "data", "prompt", "started", "ends"),
+    [
+        (False, {}, {}, "once", [262], (2,)),
+        (True, {}, {}, "once", [1, 262], (2,)),
+        (True, {}, {}, "", [1], (2,)),
+        (False, {}, {}, "", [2], (2,)),
+        (True, {}, {"bos": "none", "eod": "<unk>"}, "", [0], (0,)),
+        (False, {"generation_config.json": '{"eos_token_id": [0, 2]}'}, {"bos": "<s>"}, "once", [1, 262], (2, 0)),
+        (False, {"tokenizer_config.json": '{"bos_token": "<s>", "add_bos_token": true}'}, {}, "once", [1, 262], (2,)),
+    ],
+)
+def test_a_text_begins_and_ends_as_the_tokenizer_says(
+    tmp_path, capsys, monkeypatch, template, beside, data, prompt, started, ends
+):
+    tokenizer = sentencepiece(template=template)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (once,) = tokenizer.encode("once", add_special_tokens=False).ids
+    for name, content in beside.items():
+        (tmp_path / name).write_text(content)
+    given = []
+    monkeypatch.setattr("megatrain.generate.continuation", lambda *all: given.append((all[1], all[5])) or iter(()))
+    config = config_of(vocab_size=tokenizer.get_vocab_size())
+    saved(tmp_path, replace(config, data=replace(config.data, tokenizer=str(tmp_path / "tokenizer.json"), **data)))
+    main(arguments(tmp_path, prompt=prompt))
+    assert given == [([once if token == 262 else token for token in started], ends)]
 
 
 LAYOUTS = [

@@ -71,7 +71,7 @@ def type_name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, parts))
     if is_optional(kind):
-        return f"{type_name(parts[0])} or null"
+        return " or ".join([*(type_name(part) for part in parts if part is not types.NoneType), "null"])
     if parts[-1] is Ellipsis:
         return f"list of {type_name(parts[0])}"
     return "list [" + ", ".join(type_name(part) for part in parts) + "]"

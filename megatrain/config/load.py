@@ -242,9 +242,9 @@ def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
     """`value` as the type of its field. Raises ConfigError where it has another."""
     expected = kind
     if is_optional(kind):
-        if value is None:
-            return None
-        kind = typing.get_args(kind)[0]
+        kind, *others = typing.get_args(kind)
+        if type(value) in others:  # null, or another type that serves as well
+            return value
     if dataclasses.is_dataclass(kind):
         return _corpus(tree, path, value) if kind is CorpusConfig else _group(tree, path, kind, value)
     if typing.get_origin(kind) is Literal:

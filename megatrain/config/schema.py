@@ -253,6 +253,13 @@ class DataConfig:
     )
     glm: GlmConfig = field(default_factory=GlmConfig)
     tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.")
+    eod: int | str | None = knob(
+        None,
+        "Token that ends a document, by name or id, or `none`; null: found in the files beside the tokenizer, or by its name.",
+    )
+    bos: int | str | None = knob(
+        None, "Token that is put before a document, by name or id, or `none`; null: what the tokenizer puts there, if anything."
+    )
     cache_dir: str | None = knob(None, "Where sample indices are cached; null means `index_cache` beside each store.")
 
     @property

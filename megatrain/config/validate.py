@@ -74,7 +74,7 @@ NOT_NEGATIVE = (
     *(f"data.glm.tokens.{name}" for name in ("cls", "eos", "mask", "gmask", "smask", "sop", "eop", "noise")),
     *("data.glm.blank.min_gap", "data.glm.document.min_ratio", "data.glm.document.reserve_tokens"),
     *(f"data.glm.{name}" for name in PROBABILITIES),
-    "log.norms_every",
+    *("data.eod", "data.bos", "log.norms_every"),
 )
 BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
 FRACTIONS = ("data.glm.blank.mask_ratio", "data.glm.sentence.mask_ratio")
@@ -87,6 +87,8 @@ AT_MOST_ONE = (
 NOT_EMPTY = (
     "model.init_from",
     "data.tokenizer",
+    "data.eod",
+    "data.bos",
     "data.cache_dir",
     "checkpoint.dir",
     "checkpoint.resume",
@@ -157,13 +159,13 @@ def _require_ranges(config: Config) -> None:
     defaults = {knob.key: knob.default for knob in knobs()}
     bounds = (
         (POSITIVE, "must be greater than 0", lambda number: number > 0),
-        (NOT_NEGATIVE, "must be 0 or more", lambda number: number >= 0),
+        (NOT_NEGATIVE, "must be 0 or more", lambda number: isinstance(number, str) or number >= 0),
         (BELOW_ONE, "must lie in [0, 1)", lambda number: 0 <= number < 1),
         (FRACTIONS, "must lie in (0, 1)", lambda number: 0 < number < 1),
         (AT_MOST_ONE, "must be at most 1", lambda number: number <= 1),
         (("model.rope_factor",), "must be 1 or more", lambda number: number >= 1),
         (("train.seed",), "must be less than 2^63", lambda number: number < 1 << 63),
-        (NOT_EMPTY, "must not be empty text", bool),
+        (NOT_EMPTY, "must not be empty text", lambda text: text != ""),
     )
     for keys, rule, holds in bounds:
         for key in keys:
@@ -184,6 +186,11 @@ def _require_data(config: Config) -> None:
             if not corpus.weight > 0:
                 what = f"data.{name}[{i}].weight={corpus.weight}"
                 raise ConfigError(f"{what} must be greater than 0. Use for example 1.0, or leave the corpus out.")
+    for name, token in (("eod", config.data.eod), ("bos", config.data.bos)):
+        if token is not None and config.data.tokenizer is None:
+            raise ConfigError(
+                f"data.{name}={token} names a token, and data.tokenizer is null. Use data.tokenizer=PATH, or leave it out."
+            )
     if config.model.vocab_size is None and config.data.tokenizer is None:
         raise ConfigError(
             "model.vocab_size and data.tokenizer are both null, so the vocabulary is unknown. "

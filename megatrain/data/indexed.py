@@ -78,6 +78,11 @@ def store_paths(prefix: str | Path) -> tuple[Path, Path]:
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
+def record_path(prefix: str | Path) -> Path:
+    """The file that says what a store was made with (data/store_record.py)."""
+    return Path(f"{prefix}.meta.json")
+
+
 def _fsync_directory(path: Path) -> None:
     """Makes renames inside `path` survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -106,7 +111,10 @@ class TokenStoreWriter:
         self._code = codes[0]
         self._bin, self._idx = store_paths(prefix)
         self._bin.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx)]
+        self._record = record_path(prefix)
+        self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx, self._record)]
+        self.record: str | None = None
+        """What the store was made with, to be kept beside it."""
         with doing("writing", self._bin):
             self._file = self._temporary[0].open("wb")
         self._lengths: list[npt.NDArray[np.int32]] = []
@@ -185,9 +193,15 @@ class TokenStoreWriter:
                 index.write(part.data)
             index.flush()
             os.fsync(index.fileno())
+        if self.record is not None:
+            with doing("writing", self._record):
+                self._temporary[2].write_text(self.record, encoding="utf-8")
         # An older index must not stand beside the new tokens, not even for a moment.
         self._idx.unlink(missing_ok=True)
+        self._record.unlink(missing_ok=True)
         self._temporary[0].replace(self._bin)
+        if self.record is not None:
+            self._temporary[2].replace(self._record)
         self._temporary[1].replace(self._idx)
         _fsync_directory(self._bin.parent)
 

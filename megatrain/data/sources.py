@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.config.schema import Config
+from megatrain.config.schema import Config, CorpusConfig, DataConfig
 from megatrain.data.batches import Batch, Compose, isolated_documents, next_token
 from megatrain.data.draws import Draws
 from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
-from megatrain.data.indexed import TokenStore
+from megatrain.data.indexed import TokenStore, record_path
 from megatrain.data.loader import BlendedSamples, build_samples
 from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, assembled
 from megatrain.data.samples.infilling import Laid
 from megatrain.data.samples.sentinels import resolve, sentence_ends
+from megatrain.data.store_record import require_made_with
 from megatrain.data.tokenizer import Tokenizer
 
 LOOKED_AT = 1024
@@ -80,9 +81,12 @@ def open_sources(
     Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError.
     """
     data = config.data
+    eos = resolve(data.glm, tokenizer, vocab_size)[0].eos if data.objective == "glm" else None
+    if tokenizer is not None:
+        _require_made_with((*(data.train if train else ()), *data.valid), tokenizer, data, eos)
     texts = (*(data.train if train else ()), *data.valid)
     paths = [corpus.path for corpus in texts if corpus.answers is None]
-    closed = data.objective != "glm" or _closed(paths, resolve(data.glm, tokenizer, vocab_size)[0].eos)
+    closed = eos is None or _closed(paths, eos)
     source = source_of(config, vocab_size, tokenizer, closed=closed)
     samples = None
     if train:
@@ -91,6 +95,13 @@ def open_sources(
     sets = build_held_out(data.valid, source.sample_length, source.text_vocab, isolate)
     judged = {_joined(name, kind): of for name, held_out in sets.items() for kind, of in source.judged(held_out).items()}
     return source, samples, judged
+
+
+def _require_made_with(corpora: Sequence[CorpusConfig], tokenizer: Tokenizer, data: DataConfig, eos: int | None) -> None:
+    """Raise TokenStoreError where a store was made with another tokenizer, or with other tokens around its documents."""
+    for path in (path for corpus in corpora for path in (corpus.path, corpus.answers)):
+        if path is not None and record_path(path).exists():
+            require_made_with(TokenStore(path), tokenizer, data, eos)
 
 
 def _joined(name: str, kind: str) -> str:

@@ -6,9 +6,11 @@ document separator, so text cannot forge a boundary, and decode(encode(text)) is
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,19 +20,19 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatrain.data.boundaries import END_OF_TEXT, Asked, Beginning, Ending, TokenizerError, find_beginning, find_ending
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import read_pieces
 from megatrain.data.stream import REPLACEMENT
 from megatrain.files import HEAD_BYTES, not_text, whole
 
-END_OF_TEXT = "<|endoftext|>"
 BYTE_VALUES = 256
 SMALLEST_VOCAB = BYTE_VALUES + 1
 """Every byte, so that any text can be written, and the document separator."""
 
 
-class TokenizerError(ValueError):
-    """A tokenizer that cannot be loaded or trained; the message says which and what to do."""
+PROBE = " Hello World's  42,000\n\tx+=1; \u00c9t\u00e9 \u4f60\u597d \U0001f642"
+"""A text that tokenizers with one vocabulary cut differently."""
 
 
 class Tokenizer(Protocol):
@@ -41,8 +43,24 @@ class Tokenizer(Protocol):
         """One more than the largest id."""
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+
+    @property
+    def identity(self) -> str:
+        """The same for tokenizers that make the same of every text."""
+
+    @property
+    def ending(self) -> Ending:
+        """What ends a document. Raises TokenizerError where that is not clear."""
+
+    @property
+    def beginning(self) -> Beginning:
+        """What begins a document. Raises TokenizerError where that is not clear."""
+
+    @property
     def eod(self) -> int | None:
-        """Id of the document separator, or None where the tokenizer has none."""
+        """Id of the token that ends a document, or None where the tokenizer has none. Raises TokenizerError as `ending` does."""
 
     @property
     def divisible(self) -> bool:
@@ -50,6 +68,9 @@ class Tokenizer(Protocol):
 
     def special_id(self, name: str) -> int | None:
         """Id of the special token of this name; None where there is none."""
+
+    def name_of(self, token: int) -> str:
+        """The name of a token."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -65,12 +86,26 @@ class ByteTokenizer:
     """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
 
     vocab_size = SMALLEST_VOCAB
-    eod: int | None = BYTE_VALUES
     divisible = True
+    label = identity = "bytes"
+
+    def __init__(self, eod: Asked = None, bos: Asked = None) -> None:
+        self.ending, self.beginning = find_ending(self, None, eod), find_beginning(self, None, bos)
+        self.eod = self.ending.eod
 
     def special_id(self, name: str) -> int | None:
         """Only the end of a document has a name."""
         return BYTE_VALUES if name == END_OF_TEXT else None
+
+    id_of = special_id
+
+    def name_of(self, token: int) -> str:
+        """The end of a document, or a byte."""
+        return END_OF_TEXT if token == BYTE_VALUES else f"<0x{token:02X}>"
+
+    def template(self) -> tuple[int, ...]:
+        """Nothing is put before a text."""
+        return ()
 
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
@@ -87,9 +122,18 @@ class ByteTokenizer:
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library. Truncation, padding and added start tokens of the file are switched off."""
+    """A tokenizer of the `tokenizers` library. Truncation and padding of the file are switched off, and so are the tokens that it adds:
+    those around a document are `beginning` and `ending`."""
 
-    def __init__(self, library: LibraryTokenizer) -> None:
+    def __init__(
+        self,
+        library: LibraryTokenizer,
+        label: str = "the tokenizer",
+        folder: Path | None = None,
+        eod: Asked = None,
+        bos: Asked = None,
+    ) -> None:
+        """folder: where files lie that say more of it; eod, bos: what was asked for. Raises TokenizerError."""
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # "true" means: special tokens found in text are text
@@ -98,16 +142,52 @@ class JsonTokenizer:
         self._library = library
         # Ids may have holes: what counts is the largest.
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=0) + 1
-        self.eod: int | None = library.token_to_id(END_OF_TEXT)
+        self.label, self._folder, self._asked = label, folder, (eod, bos)
         description = json.loads(library.to_str())
         self.divisible = _divisible(description)
         self._dtype = best_dtype(self.vocab_size)
         self._byte_tokens = _byte_tokens(description)
         self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
+        # What was asked for is there, or that is told at once; what is to be found may not be clear, and not everybody needs it.
+        _ = eod is not None and self.ending, bos is not None and self.beginning
+
+    @cached_property
+    def ending(self) -> Ending:
+        """What ends a document."""
+        return find_ending(self, self._folder, self._asked[0])
+
+    @cached_property
+    def beginning(self) -> Beginning:
+        """What begins a document."""
+        return find_beginning(self, self._folder, self._asked[1])
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the token that ends a document."""
+        return self.ending.eod
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash of what decides about ids, however the file was written."""
+        return _identity(json.loads(self._library.to_str()), self.encode(PROBE))
 
     def special_id(self, name: str) -> int | None:
         """Id of a special token of the file."""
         return self._special.get(name)
+
+    def id_of(self, name: str) -> int | None:
+        """Id of a token of the file."""
+        found: int | None = self._library.token_to_id(name)
+        return found
+
+    def name_of(self, token: int) -> str:
+        """A token as the file has it."""
+        return str(self._library.id_to_token(token))
+
+    def template(self) -> tuple[int, ...]:
+        """The tokens that the file puts before a text, where it puts none behind."""
+        plain, whole = (self._library.encode("x", add_special_tokens=added).ids for added in (False, True))
+        return tuple(whole[: -len(plain)]) if plain and whole[-len(plain) :] == plain else ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -147,6 +227,16 @@ def _whole_characters(tokens: list[str], byte_tokens: Mapping[str, int]) -> list
     return whole
 
 
+def _identity(description: dict[str, Any], probe: list[int]) -> str:
+    """A hash of a tokenizer's vocabulary in the order of ids, merges and special tokens, and of what it makes of a text."""
+    model = description["model"]
+    vocab = model.get("vocab", {})
+    entries = sorted(vocab.items(), key=lambda entry: entry[1]) if isinstance(vocab, dict) else vocab
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", ())]
+    added = [(token["id"], token["content"]) for token in description.get("added_tokens", ())]
+    return hashlib.sha256(json.dumps([entries, merges, added, probe]).encode()).hexdigest()
+
+
 def _divisible(description: dict[str, Any]) -> bool:
     """Whether the tokenizer is GPT-2's kind, whose words never reach from a visible character into the white space after it.
 
@@ -158,10 +248,13 @@ def _divisible(description: dict[str, Any]) -> bool:
     return bool(gpt2 and literal and description.get("normalizer") is None)
 
 
-def load_tokenizer(name: str | Path) -> Tokenizer:
-    """`bytes`, or the path of a tokenizer.json. Raises TokenizerError."""
+def load_tokenizer(name: str | Path, eod: Asked = None, bos: Asked = None) -> Tokenizer:
+    """`bytes`, or the path of a tokenizer.json; eod, bos: the tokens that end and begin a document, where they are not to be found.
+
+    Raises TokenizerError.
+    """
     if str(name) == "bytes":
-        return ByteTokenizer()
+        return ByteTokenizer(eod, bos)
     path = Path(name)
     try:
         data = path.read_bytes()
@@ -184,7 +277,7 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         library = LibraryTokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {error}") from None
-    return JsonTokenizer(library)
+    return JsonTokenizer(library, str(path), path.parent, eod, bos)
 
 
 def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str | Path, key: str = "text") -> int:

@@ -13,6 +13,7 @@ import torch
 
 from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.batches import Compose
+from megatrain.data.boundaries import Beginning, Ending
 from megatrain.data.draws import hash64
 from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import NAMES
@@ -113,7 +114,9 @@ class AnyTokens:
     """A tokenizer of random tokens, of which GLM's special ones are the last."""
 
     eod: int | None = None
+    ending, beginning = Ending(None), Beginning(None)
     divisible = False
+    label = identity = "any tokens"
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size - len(NAMES)
@@ -121,6 +124,10 @@ class AnyTokens:
     def special_id(self, name: str) -> int | None:
         """None has a name."""
         return None
+
+    def name_of(self, token: int) -> str:
+        """Its id."""
+        return str(token)
 
     def encode(self, text: str) -> list[int]:
         """Nothing."""

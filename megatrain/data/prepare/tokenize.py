@@ -20,14 +20,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.bar import bar
+from megatrain.data.boundaries import NONE, Asked, TokenizerError, shown
 from megatrain.data.indexed import TokenStoreWriter, best_dtype
 from megatrain.data.prepare.read import Piece, read_pieces, total_bytes
-from megatrain.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from megatrain.data.store_record import record_of
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 18
 BATCHES_PER_WORKER = 3
@@ -47,13 +50,15 @@ class TokenizeReport:
     text_bytes: int
     """UTF-8 bytes of text."""
     seconds: float
+    around: str = ""
+    """What each document begins with and ends in."""
 
     def __str__(self) -> str:
         rate = self.text_bytes / 1e6 / max(self.seconds, 1e-9)
         empty = f" ({self.empty:,} empty ones left out)" if self.empty else ""
         return (
             f"{self.output}: {self.documents:,} documents{empty}, {self.text_bytes:,} bytes of text, {self.tokens:,} tokens "
-            f"in {self.seconds:.1f} s ({rate:.1f} MB/s)"
+            f"in {self.seconds:.1f} s ({rate:.1f} MB/s){self.around}"
         )
 
 
@@ -77,25 +82,26 @@ def tokenize_files(
     workers: int = 1,
     append_eod: bool = False,
     key: str = "text",
+    eod: Asked = None,
+    bos: Asked = None,
 ) -> TokenizeReport:
     """Writes the documents of `inputs` to the token store `output` (a prefix), one document each, in order.
 
-    `workers` threads encode; `append_eod` ends each document with the tokenizer's separator. On failure nothing is published
-    and no temporary file stays. Raises ReadError, TokenizerError, TokenStoreError, ValueError.
+    `workers` threads encode. `append_eod` ends each document with the tokenizer's separator, `eod` with that token; each begins with
+    `bos`, or with what the tokenizer puts first (data/boundaries.py). What was taken is kept in the store's record. On failure
+    nothing is published and no temporary file stays. Raises ReadError, TokenizerError, TokenStoreError, ValueError.
     """
     started = time.monotonic()
     if workers < 1:
         raise ValueError(f"--workers {workers}: at least 1 is needed, e.g. {os.cpu_count() or 1}, the cores of this machine.")
-    encoder = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
-    eod = encoder.eod if append_eod else None
-    if append_eod and eod is None:
-        raise TokenizerError(f"--append-eod: the tokenizer {tokenizer} has no <|endoftext|> token. Leave the option out.")
+    encoder = load_tokenizer(tokenizer, eod, bos) if isinstance(tokenizer, (str, Path)) else tokenizer
+    around = _around(encoder, append_eod, eod)
     if not inputs:
         raise ValueError("there is nothing to tokenise: give --input FILE...")
     size = total_bytes(inputs)
 
-    def encode(pieces: list[Piece]) -> _Encoded:
-        return _encode(encoder, pieces, eod)
+    def encode(pieces: list[_Place]) -> _Encoded:
+        return _encode(encoder, pieces, around)
 
     text_bytes = 0
     documents = _Documents()
@@ -114,16 +120,26 @@ def tokenize_files(
             raise ValueError(
                 f"there is no document in {', '.join(map(str, inputs))}: no store is written. Give files with text."
             )
+        writer.record = record_of(encoder, around.end, around.begin, writer.documents, writer.tokens).text()
     seconds = time.monotonic() - started
-    return TokenizeReport(str(output), writer.documents, documents.empty, writer.tokens, text_bytes, seconds)
+    return TokenizeReport(str(output), writer.documents, documents.empty, writer.tokens, text_bytes, seconds, around.said)
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+class _Place(NamedTuple):
+    """A piece, and whether it begins its document."""
+
+    piece: Piece
+    first: bool
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[_Place]]:
     """Pieces in batches of about BATCH_CHARACTERS."""
-    batch: list[Piece] = []
+    batch: list[_Place] = []
     characters = 0
+    first = True
     for piece in pieces:
-        batch.append(piece)
+        batch.append(_Place(piece, first))
+        first = piece.last
         characters += len(piece.text) + 1
         if characters >= BATCH_CHARACTERS:
             yield batch
@@ -132,18 +148,44 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, pieces: list[Piece], eod: int | None) -> _Encoded:
-    """The ids of a batch. A document of no text gets no separator: there is nothing to separate."""
-    arrays = tokenizer.encode_batch([piece.text for piece in pieces])
+@dataclass(frozen=True)
+class _Around:
+    """What is put around a document."""
+
+    begin: int | None
+    end: int | None
+    said: str
+    """To people."""
+
+
+def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
+    """What is put around the documents of a store. Raises TokenizerError."""
+    ends = (append_eod or eod is not None) and eod != NONE
+    end = tokenizer.eod if ends else None
+    if append_eod and end is None:
+        raise TokenizerError(
+            f"--append-eod: no token of {tokenizer.label} is known to end a document. Say which: --eod TOKEN, a name or an id out of "
+            f"0..{tokenizer.vocab_size - 1}; or leave the option out."
+        )
+    begin = tokenizer.beginning.first
+    said = [f"begins with {shown(tokenizer, (begin,))}, by {tokenizer.beginning.origin}"] if begin is not None else []
+    said += [f"ends in {shown(tokenizer, (end,))}, by {tokenizer.ending.origin}"] if end is not None else []
+    return _Around(begin, end, f"; each document {', and '.join(said)}" if said else "")
+
+
+def _encode(tokenizer: Tokenizer, pieces: list[_Place], around: _Around) -> _Encoded:
+    """The ids of a batch. A document of no text gets nothing around it: there is nothing to separate."""
+    arrays = tokenizer.encode_batch([place.piece.text for place in pieces])
+    last = np.array([place.piece.last for place in pieces])
+    for i, (piece, first) in enumerate(pieces):
+        begins = first and around.begin is not None and piece.text
+        ends = piece.last and around.end is not None and piece.text
+        if begins or ends:
+            before, behind = ([around.begin] if begins else []), ([around.end] if ends else [])
+            arrays[i] = np.concatenate([np.array(before, arrays[i].dtype), arrays[i], np.array(behind, arrays[i].dtype)])
     lengths = np.array([array.size for array in arrays], np.int64)
-    last = np.array([piece.last for piece in pieces])
-    if eod is not None:
-        end = np.array([eod], arrays[0].dtype)
-        closing = [i for i, piece in enumerate(pieces) if piece.last and piece.text]
-        for i in closing:
-            arrays[i] = np.concatenate([arrays[i], end])
-        lengths[closing] += 1
-    text_bytes = sum(len(piece.text) if piece.text.isascii() else len(piece.text.encode()) for piece in pieces)
+    texts = (place.piece.text for place in pieces)
+    text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
     return _Encoded(np.concatenate(arrays), lengths, last, text_bytes)
 
 
@@ -168,7 +210,7 @@ class _Documents:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[list[Piece]], _Encoded], batches: Iterator[list[Piece]], window: int
+    pool: ThreadPoolExecutor, work: Callable[[list[_Place]], _Encoded], batches: Iterator[list[_Place]], window: int
 ) -> Iterator[_Encoded]:
     """Results in the order of the batches, at most `window` batches in flight; on an error the waiting ones are dropped."""
     flying: deque[Future[_Encoded]] = deque(pool.submit(work, batch) for batch in islice(batches, window))

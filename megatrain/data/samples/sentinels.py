@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.glm import GlmConfig
+from megatrain.data.boundaries import END_OF_TEXT
 from megatrain.data.samples.infilling import Sentinels
-from megatrain.data.tokenizer import END_OF_TEXT, Tokenizer
+from megatrain.data.tokenizer import Tokenizer
 
 NAMES: dict[str, tuple[str, ...]] = {
     "sop": ("<|startofpiece|>", "<sop>", "sop"),
@@ -31,10 +32,12 @@ def resolve(glm: GlmConfig, tokenizer: Tokenizer | None, vocab_size: int | None)
     """
     found = {name: value for name, value in asdict(glm.tokens).items() if value is not None}
     for name, spellings in NAMES.items():
+        if name in found:
+            continue
         known = None if tokenizer is None else next((i for i in map(tokenizer.special_id, spellings) if i is not None), None)
         if name == "eos" and tokenizer is not None and tokenizer.eod is not None:
             known = tokenizer.eod
-        if name not in found and known is not None:
+        if known is not None:
             found[name] = known
     missing = [name for name in NAMES if name not in found]
     if not glm.task_masks:

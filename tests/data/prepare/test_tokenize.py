@@ -14,7 +14,7 @@ from megatrain.data.indexed import TokenStore
 from megatrain.data.prepare import read, tokenize
 from megatrain.data.prepare.read import ReadError
 from megatrain.data.prepare.tokenize import tokenize_files
-from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +86,8 @@ def test_compressed_files_give_the_same_store(corpus, tmp_path, name):
 
 
 def test_large_vocabularies_get_int32(corpus, tmp_path):
-    class Wide:
-        vocab_size, eod, divisible = 70000, None, False
+    class Wide(ByteTokenizer):
+        vocab_size, divisible = 70000, False
 
         def encode_batch(self, texts):
             return [np.array([69999] * len(text), np.int32) for text in texts]
@@ -109,8 +109,7 @@ def test_a_failure_publishes_nothing(corpus, tmp_path, workers):
 
 @pytest.mark.usefixtures("small_batches")
 def test_an_encoder_that_fails_ends_the_run(corpus, tmp_path):
-    class Failing:
-        vocab_size, eod, divisible = 300, None, True
+    class Failing(ByteTokenizer):
         calls = 0
 
         def encode_batch(self, texts):
@@ -158,7 +157,9 @@ def test_wrong_use_is_explained(corpus, tmp_path):
     description["added_tokens"] = []
     del description["model"]["vocab"]["<|endoftext|>"]
     (tmp_path / "t.json").write_text(json.dumps(description), encoding="utf-8")
-    with pytest.raises(TokenizerError, match="--append-eod"):
+    with pytest.raises(
+        TokenizerError, match=r"--append-eod: no token of .*t\.json is known to end a document\. Say which: --eod TOKEN"
+    ):
         tokenize_files([directory / "a.jsonl"], tmp_path / "t.json", tmp_path / "s", append_eod=True)
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
 

@@ -1,0 +1,222 @@
+"""Which tokens end and begin a document: each maker of tokenizers has names of its own for them.
+
+end       what was asked for (`data.eod`, `--eod`), else eos_token of tokenizer_config.json or special_tokens_map.json beside the
+          tokenizer, else eos_token_id of generation_config.json, else a special token with one of the names in ENDS
+begin     what was asked for (`data.bos`, `--bos`), else bos_token, which is put first where tokenizer_config.json says
+          add_bos_token, or the tokenizer.json itself puts it before a text and nothing behind
+
+Where several could be meant, nobody guesses: the error names them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "[EOS]")
+"""GPT-2, BLOOM's and LLaMA 2's, LLaMA 3, DeepSeek, Gemma. The first is nobody's name for anything else and wins."""
+BEGINNINGS = ("<s>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "[BOS]", "<|startoftext|>")
+NONE = "none"
+"""Asked for: no such token."""
+TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+
+Asked = int | str | None
+"""An id, a name or `none`; None: to be found."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be loaded, trained or used so; the message says which and what to do."""
+
+
+class Names(Protocol):
+    """What can say how a token is called."""
+
+    def name_of(self, token: int) -> str:
+        """The name of a token."""
+
+
+class Vocabulary(Names, Protocol):
+    """What is asked of a tokenizer here."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a token of this name, special or not."""
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token of this name."""
+
+    def template(self) -> tuple[int, ...]:
+        """The tokens that the file itself puts before a text, where it puts none behind."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a document."""
+
+    eod: int | None
+    stops: tuple[int, ...] = ()
+    """Tokens at which a text that is written ends: eod, and what generation_config.json lists."""
+    origin: str = ""
+    """Where it was found."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What begins a document."""
+
+    bos: int | None
+    """Would begin one, whether it is put first or not."""
+    first: int | None = None
+    """Is put before a document: bos, or nothing."""
+    opening: tuple[int, ...] = ()
+    """What is put before a prompt: that, or all that the tokenizer.json puts before a text."""
+    origin: str = ""
+    """Why it is put first."""
+
+
+def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None) -> Ending:
+    """What ends a document. folder: where files beside the tokenizer lie; asked: `data.eod`.
+
+    Raises TokenizerError where several tokens could be meant, or what is said is not there.
+    """
+    if asked == NONE:
+        return Ending(None, (), f"eod={NONE}")
+    listed = _ids(vocabulary, _said(folder, GENERATION).get("eos_token_id"))
+    eod, origin = _end(vocabulary, folder, listed) if asked is None else _asked(vocabulary, "eod", asked)
+    return Ending(eod, tuple(dict.fromkeys((*(() if eod is None else (eod,)), *listed))), origin)
+
+
+def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None) -> Beginning:
+    """What begins a document; as `find_ending`, asked: `data.bos`."""
+    if asked is not None:
+        begin, origin = _asked(vocabulary, "bos", asked)
+        return Beginning(begin, begin, () if begin is None else (begin,), origin)
+    template, config = vocabulary.template(), _said(folder, TOKENIZER_CONFIG)
+    begin = _begin(vocabulary, folder, template)
+    added = config.get("add_bos_token")
+    if added is False:
+        return Beginning(begin)
+    if added is True and begin is not None:
+        return Beginning(begin, begin, template or (begin,), f"add_bos_token of {TOKENIZER_CONFIG}")
+    first = begin if begin in template else None
+    return Beginning(begin, first, template, "the tokenizer.json, which puts it first" if template else "")
+
+
+def token_of(vocabulary: Vocabulary, asked: int | str) -> int | None:
+    """The id of a token that is named, or given as an id in digits; None where there is none."""
+    named = vocabulary.id_of(asked) if isinstance(asked, str) else None
+    if named is not None:
+        return named
+    number = int(asked) if isinstance(asked, int) or (asked.isascii() and asked.isdigit() and len(asked) < 10) else -1
+    return number if 0 <= number < vocabulary.vocab_size else None
+
+
+def shown(names: Names, tokens: Sequence[int]) -> str:
+    """Tokens for people: '<s>' (1)."""
+    return ", ".join(f"'{names.name_of(token)}' ({token})" for token in tokens)
+
+
+def _asked(vocabulary: Vocabulary, role: str, asked: int | str) -> tuple[int | None, str]:
+    if asked == NONE:
+        return None, f"{role}={NONE}"
+    found = token_of(vocabulary, asked)
+    if found is None:
+        raise TokenizerError(
+            f"{role}={asked}: {vocabulary.label} has no such token; its ids are 0..{vocabulary.vocab_size - 1}. "
+            f"Give a name or an id that it has, or {role}={NONE}.{_known(vocabulary)}"
+        )
+    return found, f"{role}={asked}"
+
+
+def _known(vocabulary: Vocabulary) -> str:
+    found = [token for name in (*ENDS, *BEGINNINGS) if (token := vocabulary.special_id(name)) is not None]
+    return f" It has {shown(vocabulary, found)}." if found else ""
+
+
+def _end(vocabulary: Vocabulary, folder: Path | None, generation: tuple[int, ...]) -> tuple[int | None, str]:
+    """What ends a document, by what lies beside the tokenizer or by name."""
+    declared = _declared(vocabulary, folder, "eos_token")
+    if len(set(declared.values())) > 1:
+        raise _several(vocabulary, declared.values(), " and ".join(declared))
+    if declared:
+        origin, end = next(iter(declared.items()))
+        return end, origin
+    if generation:
+        named = [token for token in generation if vocabulary.name_of(token) in ENDS] if len(generation) > 1 else generation
+        if len(named) != 1:
+            raise _several(vocabulary, generation, GENERATION)
+        return named[0], GENERATION
+    oldest = vocabulary.id_of(END_OF_TEXT)
+    if oldest is not None:
+        return oldest, "its name"
+    known = [token for name in ENDS if (token := vocabulary.special_id(name)) is not None]
+    if len(known) > 1:
+        raise _several(vocabulary, known, "its names")
+    return (known[0], "its name") if known else (None, "")
+
+
+def _begin(vocabulary: Vocabulary, folder: Path | None, template: tuple[int, ...]) -> int | None:
+    """What would begin a document, by what lies beside the tokenizer, what it puts first, or by name."""
+    declared = _declared(vocabulary, folder, "bos_token")
+    known = [token for name in BEGINNINGS if (token := vocabulary.special_id(name)) is not None]
+    generation = _ids(vocabulary, _said(folder, GENERATION).get("bos_token_id"))
+    alone = known if len(known) == 1 else []
+    return next(iter((*declared.values(), *(token for token in template if token in known), *generation, *alone)), None)
+
+
+def _declared(vocabulary: Vocabulary, folder: Path | None, role: str) -> dict[str, int]:
+    """What the files beside a tokenizer call its `role`: file -> id."""
+    found: dict[str, int] = {}
+    for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        name = _said(folder, file).get(role)
+        name = name.get("content") if isinstance(name, dict) else name
+        if isinstance(name, str) and name:
+            token = vocabulary.id_of(name)
+            if token is None:
+                option = "eod" if role == "eos_token" else "bos"
+                raise TokenizerError(
+                    f"{file} beside {vocabulary.label} says that its {role} is {name!r}, and it has no such token. Is it of another "
+                    f"tokenizer? Say which token is meant, data.{option} in a config, --{option} of `data tokenize`; or {NONE}."
+                )
+            found[file] = token
+    return found
+
+
+def _ids(vocabulary: Vocabulary, given: Any) -> tuple[int, ...]:
+    """Ids of generation_config.json, one or a list; those that the tokenizer does not have say nothing of it."""
+    listed = given if isinstance(given, list) else [given]
+    return tuple(n for n in listed if type(n) is int and 0 <= n < vocabulary.vocab_size)
+
+
+def _several(vocabulary: Vocabulary, tokens: Any, origin: str) -> TokenizerError:
+    names = shown(vocabulary, tuple(dict.fromkeys(tokens)))
+    return TokenizerError(
+        f"which token ends a document is not clear for {vocabulary.label}: by {origin} it may be {names}. Say which: data.eod in a "
+        f"config, --eod of `data tokenize`, by name or id; or {NONE}."
+    )
+
+
+def _said(folder: Path | None, file: str) -> dict[str, Any]:
+    """A JSON object beside a tokenizer, which may be missing. Raises TokenizerError where it cannot be read."""
+    if folder is None:
+        return {}
+    try:
+        found = json.loads((folder / file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerError(
+            f"{folder / file}, which says what begins and ends a document, cannot be read ({error}). Mend it or take it away."
+        ) from None
+    return found if isinstance(found, dict) else {}

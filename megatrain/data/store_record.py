@@ -1,0 +1,123 @@
+"""What a token store was made with: `PREFIX.meta.json` beside `.bin` and `.idx`.
+
+    {"tokenizer": "llama/tokenizer.json", "identity": "9f86d0...", "vocab_size": 32000,
+     "eod": 2, "eod_token": "</s>", "bos": 1, "bos_token": "<s>", "documents": 1651, "tokens": 8735040}
+
+eod is null where documents have no end, bos where they have no beginning. Stores of other programs have no such file, and whatever is
+trained on them is taken to fit.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from megatrain.config.schema import DataConfig
+from megatrain.data import indexed
+from megatrain.data.boundaries import NONE, shown
+from megatrain.data.indexed import TokenStore, TokenStoreError, record_path
+from megatrain.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class StoreRecord:
+    """How a store was made."""
+
+    tokenizer: str
+    """The path that was given, or `bytes`."""
+    identity: str
+    """Of the tokenizer."""
+    vocab_size: int
+    eod: int | None
+    """The last token of every document."""
+    eod_token: str | None
+    bos: int | None
+    """The first token of every document."""
+    bos_token: str | None
+    documents: int
+    tokens: int
+
+    def text(self) -> str:
+        """As the file has it."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def record_of(tokenizer: Tokenizer, eod: int | None, bos: int | None, documents: int, tokens: int) -> StoreRecord:
+    """The record of a store whose documents end in `eod` and begin with `bos`."""
+    names = [None if token is None else tokenizer.name_of(token) for token in (eod, bos)]
+    made = (tokenizer.label, tokenizer.identity, tokenizer.vocab_size)
+    return StoreRecord(*made, eod, names[0], bos, names[1], documents, tokens)
+
+
+def read_record(store: TokenStore) -> StoreRecord | None:
+    """The record of a store; None where it has none. Raises TokenStoreError where it is damaged or of another store."""
+    path = record_path(store.prefix)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        record = StoreRecord(**{item.name: found[item.name] for item in fields(StoreRecord)})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TokenStoreError(
+            f"{path}, which says how the store was made, cannot be read ({type(error).__name__}: {error}). Copy the store again, or "
+            "take this file away: the store is then used as it is."
+        ) from None
+    if (record.documents, record.tokens) != (store.documents, store.tokens):
+        raise TokenStoreError(
+            f"{path} is of a store of {record.documents:,} documents and {record.tokens:,} tokens, and {store.prefix} has "
+            f"{store.documents:,} and {store.tokens:,}. Copy the store again, or take this file away if the store was made otherwise."
+        )
+    return record
+
+
+def describe(prefix: str) -> str:
+    """What is in a store and what it was made with, as text for people (`megatrain data inspect`). Raises TokenStoreError."""
+    said = indexed.describe(prefix)
+    record = read_record(TokenStore(prefix))
+    if record is None:
+        return said
+    begin, end = (
+        "nothing" if token is None else f"'{name}' ({token})"
+        for token, name in ((record.bos, record.bos_token), (record.eod, record.eod_token))
+    )
+    made = f"made with {record.tokenizer} ({record.vocab_size:,} tokens); each document begins with {begin}, ends in {end}"
+    return f"{said}\n  {made}"
+
+
+def require_made_with(store: TokenStore, tokenizer: Tokenizer, data: DataConfig, eos: int | None = None) -> None:
+    """Raise TokenStoreError where a store was made with another tokenizer than a run has, or with other tokens around documents.
+
+    eos: GLM's, which ends documents there. A store without ends or beginnings fits, unless the config asks for them.
+    """
+    record = read_record(store)
+    if record is None:
+        return
+    if record.identity != tokenizer.identity:
+        raise TokenStoreError(
+            f"{store.prefix} was made with the tokenizer {record.tokenizer} of {record.vocab_size:,} tokens, and data.tokenizer="
+            f"{tokenizer.label} is another one, of {tokenizer.vocab_size:,}. Use data.tokenizer={record.tokenizer}, or tokenize the "
+            "text again."
+        )
+    if record.eod is not None or data.eod not in (None, NONE):
+        expected = tokenizer.eod if eos is None else eos
+        key = "data.eod" if data.glm.tokens.eos is None or eos is None else "data.glm.tokens.eos"
+        _require_same(store, tokenizer, "end in", key, record.eod, expected)
+    if record.bos is not None or data.bos not in (None, NONE):
+        _require_same(store, tokenizer, "begin with", "data.bos", record.bos, tokenizer.beginning.first)
+
+
+def _require_same(
+    store: TokenStore, tokenizer: Tokenizer, where: str, key: str, made: int | None, expected: int | None
+) -> None:
+    if made == expected:
+        return
+    was, now = (
+        f"the token {shown(tokenizer, (token,))}" if token is not None else "no token of their own"
+        for token in (made, expected)
+    )
+    option = "--bos" if key == "data.bos" else "--eod"
+    name = NONE if expected is None else tokenizer.name_of(expected)
+    raise TokenStoreError(
+        f"the documents of {store.prefix} {where} {was}, and by {key} of this run they would {where} {now}. Use "
+        f"{key}={NONE if made is None else made}, or tokenize the text again with {option} '{name}'."
+    )
