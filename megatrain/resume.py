@@ -1,37 +1,35 @@
 """Going on from a checkpoint: which one, whether it is of this run, and what of the config has changed since.
 
-A run goes on from the newest checkpoint of its directory that is whole. Layout, schedule, batch and optimizer settings may be others
-than they were; another model, tokenizer or training text is refused unless checkpoint.accept_changes names it, since a loss curve
-that changes its subject half-way looks like any other.
+A run goes on from the newest of its own checkpoints that is whole (beginning.py says which are its own). Layout, schedule, batch and
+optimizer settings may be others than they were (changed.py says what that does); another model, tokenizer or training text is refused
+unless checkpoint.accept_changes names it, since a loss curve that changes its subject half-way looks like any other.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
-import yaml
-
-from megatrain.checkpoint.hf_files import is_hf
+from megatrain.beginning import Own, beginning_of, said
+from megatrain.changed import bends_schedules, change_of, changes, told, values_then
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
-from megatrain.checkpoint.together import ContentError, together
-from megatrain.config.load import dump
+from megatrain.checkpoint.together import CheckpointError, ContentError, together
+from megatrain.config.budget import Gauge, gauge, gauge_of
 from megatrain.config.schema import Config
+from megatrain.data.identity import identity_of, other_corpora, other_judged
 from megatrain.init_from import start_from
 from megatrain.job import Job
+from megatrain.optim.schedule import learning_rate
+from megatrain.parallel.consensus import broadcast_text
 from megatrain.training import Run
 
-_LOOKED_AT = 2**20
-"""Bytes of a token store's index that tell it from others."""
-_SUBJECTS = ("model", "tokenizer", "data")
-"""What must not change unasked."""
-_NO_MATTER = {"model.init_from", "model.preset", "data.tokenizer", "data.train", "data.valid", "data.cache_dir"}
-"""Keys of these subjects that say where something is, or how a run that is new begins; contents are compared by themselves."""
+_COMPARED = ("data.train", "data.tokenizer")
+"""Keys that say where something is, whose contents are compared."""
 
 
 def progress_of(run: Run) -> dict[str, Any]:
@@ -43,6 +41,8 @@ def progress_of(run: Run) -> dict[str, Any]:
         "tokens": run.consumed_samples * config.model.seq_length,
         "updates": int(run.optimizer.updates.item()),
         "loss_scale": run.loss_scale.state(),
+        "gauge": asdict(run.gauge),
+        "finished": run.step >= run.total_steps,
     }
 
 
@@ -55,69 +55,89 @@ def restore(run: Run, path: Path) -> Manifest:
 
 def take_over(run: Run, manifest: Manifest) -> None:
     """Go on from a checkpoint whose tensors the optimizer's portions hold (collective)."""
-    progress = manifest.progress
+    progress, then = manifest.progress, values_then(manifest)
     run.optimizer.refresh()
-    run.consumed_samples, run.step = progress["samples"], progress["step"]
+    run.step = progress["step"]
+    # The number that it was, unless samples have another length now.
+    run.consumed_samples = -(-progress["tokens"] // run.config.model.seq_length)
     run.optimizer.updates.fill_(progress["updates"])
-    run.loss_scale.restore(progress.get("loss_scale", run.loss_scale.state()))
+    run.gauge = _gauge_then(progress.get("gauge"), then, run.config)
+    if then["train.precision"] == "fp16":
+        run.loss_scale.restore(progress["loss_scale"])
 
 
-def identity_of(config: Config) -> dict[str, Any]:
-    """What the training text and the tokenizer are, wherever their files lie."""
-    tokenizer = config.data.tokenizer
-    return {
-        "data": [[_store_identity(Path(corpus.path)), corpus.weight] for corpus in config.data.train],
-        "tokenizer": _file_identity(Path(tokenizer)) if tokenizer not in (None, "bytes") else tokenizer,
-    }
-
-
-def _store_identity(prefix: Path) -> str:
-    """Of a token store: its sizes and the beginning of its index."""
-    index, tokens = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
-    with index.open("rb") as file:
-        return f"{index.stat().st_size}-{tokens.stat().st_size}-{xxhash.xxh3_128_hexdigest(file.read(_LOOKED_AT))}"
-
-
-def _file_identity(path: Path) -> str:
-    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
+def _gauge_then(kept: dict[str, int] | None, then: dict[str, Any], config: Config) -> Gauge:
+    """What the run's schedules are measured by since it began, but for a warm-up of other steps; earlier releases did not keep it."""
+    if kept is not None:
+        found = Gauge(**kept)
+    else:
+        keys = ("train.global_batch_size", "train.batch_ramp", "optim.warmup_steps", "model.seq_length")
+        found = gauge(*(then[key] for key in keys))
+    now = gauge_of(config)
+    return found if found.warmup_steps == now.warmup_steps else replace(now, first=found.first, full=found.full)
 
 
 def resume(job: Job) -> None:
-    """Bring a run to where the checkpoint that `checkpoint.resume` means has left it, if there is one (collective).
+    """Bring a run to where its newest checkpoint has left it, or to where `checkpoint.resume` says that it begins (collective).
 
     A run that has no checkpoint of its own yet starts from the weights at that path with checkpoint.weights_only, or where the path
     is a directory of Hugging Face, or else from those of model.init_from, if it is given.
     """
-    checkpoint, init_from = job.config.checkpoint, job.config.model.init_from
-    if checkpoint.resume != "never":
-        _resume(job)
-    if job.resumed_from is None and init_from is not None:
-        start_from(job, Path(init_from))
-
-
-def _resume(job: Job) -> None:
-    checkpoint = job.config.checkpoint
-    portions, ctx = job.optimizer.portions(), job.ctx
+    job.identity = _identity(job)
+    config, ctx, launch = job.config, job.ctx, job.session.launch
+    text = ""
+    with together(ctx):
+        if ctx.world.rank == 0:
+            text = json.dumps(beginning_of(config, launch))
+    job.began = json.loads(broadcast_text(text, ctx.world.group, ctx.device))
+    directory, own = Path(config.checkpoint_dir), Own(config, launch, job.began)
 
     def accept(path: Path, manifest: Manifest) -> None:
-        _require_same_subject(path, manifest, job.config)
+        _require_same_subject(path, manifest, config, job.identity)
 
-    path = Path(checkpoint.resume)
-    weights_only = checkpoint.weights_only or is_hf(path)
-    if checkpoint.resume == "auto" or weights_only:
-        found = load_newest(Path(job.config.checkpoint_dir), portions, ctx, lambda path, why: _tell(job, path, why), accept)
-        if found is not None:
-            _go_on(job, *found)
-            return
-    if checkpoint.resume == "auto":
+    def tell(path: Path, why: str) -> None:
+        _tell(job, path, why)
+
+    found = load_newest(directory, job.optimizer.portions(), ctx, tell, accept, own)
+    if found is not None:
+        if job.began["from"] != "auto":
+            job.told.append(
+                f"checkpoint.resume={config.checkpoint.resume}, and {found[0]} is this run's own, which began {said(job.began)}: it goes "
+                "on from there. To begin there again, set checkpoint.dir to another directory"
+            )
+        _go_on(job, *found)
+        job.began = dict(found[1].progress.get("began", job.began))
         return
-    if weights_only:
-        start_from(job, path)
-        job.resumed_from = path
-        return
+    if job.began["from"] != "auto":
+        job.told += [f"the run begins {said(job.began)}", *own.others[:1]]
+    if job.began["from"] == "checkpoint":
+        path = Path(config.checkpoint.resume)
+        with together(ctx):
+            accept(path, read_manifest(path))
+        _go_on(job, path, load(path, job.optimizer.portions(), ctx))
+    elif job.began["from"] == "weights":
+        start_from(job, Path(config.checkpoint.resume))
+        job.resumed_from = Path(config.checkpoint.resume)
+    elif config.model.init_from is not None:
+        start_from(job, Path(config.model.init_from))
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What the run's texts are (collective). Raises CheckpointError on every rank where nodes have different ones under one name."""
+    ctx, launch, mine = job.ctx, job.session.launch, ""
     with together(ctx):
-        accept(path, read_manifest(path))
-    _go_on(job, path, load(path, portions, ctx))
+        if launch.local_rank == 0:  # files may be the node's own
+            mine = json.dumps(identity_of(job.config))
+    first = broadcast_text(mine, ctx.world.group, ctx.device)
+    with together(ctx):
+        if mine not in ("", first):
+            here, there = json.loads(mine), json.loads(first)
+            key = next(name for name in there if here[name] != there[name])
+            raise CheckpointError(
+                f"{launch.host} has another data.{'train' if key == 'data' else key} than the host of rank 0: {here[key]} and "
+                f"{there[key]}. Copy the same files to every node."
+            )
+    return dict(json.loads(first))
 
 
 def _tell(job: Job, path: Path, reason: str) -> None:
@@ -128,53 +148,46 @@ def _tell(job: Job, path: Path, reason: str) -> None:
 
 def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     """Take over what a loaded checkpoint says of the run."""
-    job.changes = [f"{key}: {was} -> {now}" for key, was, now in changes(manifest, job.config)]
     take_over(job, manifest)
     job.resumed_from = path
+    changed = list(changes(manifest, job.config))
+    job.changes = [f"changed since then: {told(*change)}" for change in changed]
+    was = manifest.progress.get("identity", {})
+    if "valid" in was and other_judged(was["valid"], job.identity["valid"]):
+        job.changes.append("changed since then: data.valid is another text; losses of before and after do not compare")
+    if any(bends_schedules(key) for key, _, _ in changed) and job.step < job.total_steps:
+        job.changes.append(f"from here {_ahead(job)}")
 
 
-def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Keys of the config that are not as they were when a checkpoint was saved, with the value then and now."""
-    was = yaml.safe_load(manifest.config)
-    was = was if isinstance(was, dict) else {}
-    before = dict(_leaves(asdict(Config()))) | dict(_leaves(was))  # a key that an older release did not have was at its default
-    now = yaml.safe_load(dump(config, {}))  # as it would be saved: what has its default inside of a list is left out there
-    for key, value in _leaves(now):
-        if before[key] != value:
-            yield key, before[key], value
+def _ahead(run: Run) -> str:
+    """What is left of a run, and its rates."""
+    left, since, length = run.total_steps - run.step, run.consumed_samples, run.config.model.seq_length
+    last, end = (run.budget.consumed(count, since) for count in (left - 1, left))
+    rate = learning_rate(run.config.optim, run.position(run.total_steps - 1, last))
+    return (
+        f"{left} steps are left, {run.step + 1} to {run.total_steps}, with {(end - since) * length:,} tokens, {end * length:,} in all; the "
+        f"learning rate is {run.lr:.3E} in the next step and {rate:.3E} in the last"
+    )
 
 
-def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """`section.key` or `section.group.key` of every value of a config."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{path}{name}.")
-        else:
-            yield path + name, _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as YAML has them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _require_same_subject(path: Path, manifest: Manifest, config: Config) -> None:
+def _require_same_subject(path: Path, manifest: Manifest, config: Config, identity: dict[str, Any]) -> None:
     """Raise ContentError where model, tokenizer or training text are others than they were, and nobody has asked for that."""
     accepted = set(config.checkpoint.accept_changes)
-    was, now = manifest.progress.get("identity", {}), identity_of(config)
-    different = {
-        subject: f"{was[subject]} -> {now[subject]}" for subject in now if subject in was and was[subject] != now[subject]
-    }
-    for key, before, after in changes(manifest, config):
-        section = key.partition(".")[0]
-        if (section in _SUBJECTS and key not in _NO_MATTER) or key == "train.seed":
-            subject = "data" if key == "train.seed" else section
-            different[subject] = f"{key}: {before} -> {after}"
-    for subject, what in different.items():
+    for subject, what in _other_subjects(manifest, config, identity):
         if subject not in accepted:
             raise ContentError(
                 f"{path} is of another {subject} than this config: {what}. Use the same, or another checkpoint.dir to begin anew; to "
                 f"go on with the change, checkpoint.accept_changes=[{', '.join(sorted(accepted | {subject}))}]."
             )
+
+
+def _other_subjects(manifest: Manifest, config: Config, identity: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(model, tokenizer or data, what is another in it)."""
+    was = manifest.progress.get("identity", {})
+    for what in other_corpora(was["data"], identity["data"], config.data.train) if "data" in was else ():
+        yield "data", what
+    if "tokenizer" in was and was["tokenizer"] != identity["tokenizer"]:
+        yield "tokenizer", f"data.tokenizer={config.data.tokenizer}: {was['tokenizer']} -> {identity['tokenizer']}"
+    for key, before, after in changes(manifest, config):
+        if change_of(key).then == "refused" and key not in _COMPARED:
+            yield "model" if key.startswith("model.") else "data", f"{key}: {before} -> {after}"

@@ -13,7 +13,7 @@ from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
-from megatrain.resume import identity_of, progress_of
+from megatrain.resume import progress_of
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.metrics import EvaluationRow, RunLog, StepRow, peak_memory_bytes
 from megatrain.runtime.stop import PREEMPTED, write_marker
@@ -30,7 +30,6 @@ class Watch:
 
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config = job, log, job.config
-        self._identity = identity_of(self.config)
         checkpoint = self.config.checkpoint
         self.saver = Saver(
             Path(self.config.checkpoint_dir),
@@ -71,12 +70,14 @@ class Watch:
         )
         for note in self._notes():
             self.log.say(note)
+        for what in job.told:
+            self.log.say(what)
         if self.job.resumed_from is not None:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
         for reason in job.damaged:
             self._event("damaged_checkpoint", message=reason)
         for change in job.changes:
-            self.log.say(f"changed since then: {change}")
+            self.log.say(change)
         self._event("start" if self.job.resumed_from is None else "resume", checkpoint=str(self.job.resumed_from or ""))
         if job.step >= job.total_steps:
             tokens, steps = config.train.tokens, job.total_steps
@@ -142,7 +143,7 @@ class Watch:
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint; with `wait`, until it is on the disk, else until it is copied."""
         job = self.job
-        progress = {**progress_of(job), "identity": self._identity}
+        progress = {**progress_of(job), "identity": job.identity, "began": job.began}
         contents = Contents(job.step, progress, job.config_text)
         self.saver.save(contents, job.optimizer.portions(), wait=wait or not self.config.checkpoint.asynchronous)
 

@@ -99,8 +99,11 @@ def load_newest(
     ctx: ParallelContext,
     on_damaged: OnDamaged | None = None,
     accept: Callable[[Path, Manifest], None] | None = None,
+    own: Callable[[Path, Manifest | None], bool] | None = None,
 ) -> tuple[Path, Manifest] | None:
     """Load the newest checkpoint of `directory` that is whole (collective); None where there is none at all.
+
+    `own`, asked on rank 0, says whether one counts; its manifest is None where that cannot be read.
 
     Ranks verify what they read, so that together they verify all that is loaded, in one pass. A damaged checkpoint is passed over,
     never touched. `accept` may refuse one by raising. Raises CheckpointError where there are checkpoints and none is whole: a run
@@ -109,7 +112,8 @@ def load_newest(
     found = "[]"
     with together(ctx):
         if ctx.world.rank == 0:
-            found = json.dumps([(path.name, reason) for path, _, reason in catalogue(Path(directory))])
+            listed = catalogue(Path(directory))
+            found = json.dumps([(path.name, reason) for path, manifest, reason in listed if own is None or own(path, manifest)])
     damaged: list[str] = []
     for name, known in json.loads(broadcast_text(found, ctx.world.group, ctx.device)):
         path, reason = Path(directory) / name, known
@@ -127,7 +131,7 @@ def load_newest(
     if damaged:
         raise CheckpointError(
             f"none of the {len(damaged)} checkpoints in {directory} is whole (the newest: {damaged[0]}). "
-            "Put a whole copy of one back, or begin anew with checkpoint.resume=never, which leaves them where they are."
+            "Put a whole copy of one back, or begin anew in another checkpoint.dir, which leaves them where they are."
         )
     return None
 

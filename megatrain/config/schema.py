@@ -304,7 +304,9 @@ class TrainConfig:
     """The run: how long, how much at a time, in what precision."""
 
     steps: int = knob(1000, "Optimizer updates.")
-    tokens: float | None = knob(None, "Token budget instead of steps: the last update is the one that reaches it.")
+    tokens: float | None = knob(
+        None, "Token budget instead of steps: the last update is the one that reaches it, and schedules are counted in tokens."
+    )
     global_batch_size: int = knob(32, "Sequences per optimizer update, over all ranks.")
     batch_ramp: tuple[int, int, int] | None = knob(
         None,
@@ -373,11 +375,14 @@ class CheckpointConfig:
     staging_gib: float = knob(
         16.0, "GiB of host memory a rank may take for that copy; where it saves more, the step waits for the disk."
     )
-    resume: str = knob("auto", "auto (the newest whole checkpoint, if any), never, or the path of a checkpoint.")
+    resume: str = knob(
+        "auto",
+        "Where a run begins: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint; the same command goes "
+        "on from what the run has saved itself.",
+    )
     weights_only: bool = knob(
         False,
-        "Start from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew. Later starts go on "
-        "from checkpoints of the run itself.",
+        "Begin from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew.",
     )
     accept_changes: tuple[Literal["model", "tokenizer", "data"], ...] = knob(
         (), "What may be another than when the checkpoint was saved; else such a change is refused."

@@ -47,5 +47,8 @@ class LossScale:
         return [float(value) for value in self._state.tolist()]
 
     def restore(self, state: list[float]) -> None:
-        """Go on from a checkpoint."""
-        self._state = torch.tensor(state, dtype=torch.float64, device=self._state.device)
+        """Go on from an FP16 checkpoint, within the bounds of now."""
+        if self.dynamic:
+            scale, good, left = state
+            bounded = [max(scale, self.least), good, min(left, self.hysteresis)]
+            self._state = torch.tensor(bounded, dtype=torch.float64, device=self._state.device)

@@ -124,14 +124,27 @@ def test_a_damaged_checkpoint_is_passed_over_with_an_event(house):
 
 
 def test_changes_are_told_by_value_and_a_new_key_is_none(house):
+    from megatrain.changed import changes
     from megatrain.checkpoint.manifest import Manifest
     from megatrain.config.load import dump, from_dict
     from megatrain.parallel.mesh import MeshShape
-    from megatrain.resume import changes
 
     was = from_dict({"model": {"dropout": 0.1}, "optim": {"betas": [0.9, 0.99]}})
     text = "".join(line for line in dump(was).splitlines(keepends=True) if "rope_theta" not in line)
     manifest = Manifest(1, 0.0, {}, MeshShape(), (), {}, text)
     assert list(changes(manifest, was)) == []
+    said = {
+        "num_query_groups": 8,
+        "ffn_hidden_size": 2048,
+        "max_positions": 512,
+        "head_dim": 64,
+        "vocab_size": 101,
+        "qkv_bias": True,
+    }
+    assert list(changes(manifest, from_dict({"model": {"dropout": 0.1, **said}, "optim": {"betas": [0.9, 0.99]}}))) == []
+    ((key, *values),) = changes(
+        manifest, from_dict({"model": {"dropout": 0.1, "head_dim": 32}, "optim": {"betas": [0.9, 0.99]}})
+    )
+    assert (key, values) == ("model.head_dim", [None, 32])
     now = from_dict({"model": {"rope_theta": 5e5}, "optim": {"betas": [0.9, 0.99]}})
     assert list(changes(manifest, now)) == [("model.rope_theta", 10000.0, 5e5), ("model.dropout", 0.1, 0.0)]

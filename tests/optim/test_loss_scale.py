@@ -56,3 +56,14 @@ def test_a_checkpoint_goes_on_where_it_was():
     after(one, "..oo..")
     other.restore(one.state())
     assert after(one, ".o.o...") == after(other, ".o.o...")
+
+
+def test_it_goes_on_within_the_bounds_of_now_and_only_in_fp16():
+    scale = scale_of(first=64.0, hysteresis=2, least=16.0)
+    scale.restore([8.0, 2.0, 5.0])
+    assert scale.state() == [16.0, 2.0, 2.0]
+    scale.restore([4096.0, 1.0, 1.0])
+    assert scale.state() == [4096.0, 1.0, 1.0]
+    other = scale_of(precision="bf16")
+    other.restore([4096.0, 1.0, 1.0])
+    assert float(other.scale) == 1.0

@@ -1,0 +1,178 @@
+"""What of a config is not as it was when a checkpoint was saved, and what each such change does to a run that goes on.
+
+`TABLE` has a row for every key; docs/resuming.md shows it, and its test tries each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import yaml
+
+from megatrain.checkpoint.manifest import Manifest
+from megatrain.config.load import dump
+from megatrain.config.schema import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class Change:
+    """What it does to change some keys."""
+
+    keys: tuple[str, ...]
+    """`section.key`, or patterns with `*`; the first row that has a key counts."""
+    then: Literal["kept", "told", "bent", "refused"]
+    """Nothing changes but rounding; what changes is no curve; from the next step on; needs checkpoint.accept_changes."""
+    what: str
+
+    def has(self, key: str) -> bool:
+        """Whether the row is about a key."""
+        return any(fnmatchcase(key, pattern) for pattern in self.keys)
+
+
+def _train(*names: str) -> tuple[str, ...]:
+    return tuple(f"train.{name}" for name in names)
+
+
+def _optim(*names: str) -> tuple[str, ...]:
+    return tuple(f"optim.{name}" for name in names)
+
+
+TABLE = (
+    Change(("parallel.*",), "kept", "another layout of the same run; the number of processes may change too"),
+    Change(
+        _train("global_batch_size", "batch_ramp"),
+        "told",
+        "rates, weight decay and length go on as they were, counted in updates with train.steps, in tokens with train.tokens",
+    ),
+    Change(_train("micro_batch_size"), "kept", "the same batches; with data.objective=glm other blanks are drawn from here on"),
+    Change(_train("steps", "tokens"), "bent", "the curves are laid over the new length"),
+    Change(
+        _optim("lr", "min_lr", "lr_schedule", "decay_fraction", "warmup_steps"), "bent", "the new curve, from the next step on"
+    ),
+    Change(_optim("weight_decay", "weight_decay_end"), "bent", "the new decay, from the next step on"),
+    Change(_optim("betas", "eps", "momentum", "clip_grad"), "bent", "from the next step on; moments stay"),
+    Change(
+        _optim("name"), "bent", "from the next step on between adam and adamw, whose moments stay; else refused: other states"
+    ),
+    Change(_optim("master"), "kept", "the same masters, kept otherwise"),
+    Change(
+        _train("precision"),
+        "bent",
+        "weights and moments are rounded or widened; into fp16 with a first scale of train.loss_scale, out of it without one",
+    ),
+    Change(_train("loss_scale"), "told", "no effect: the scale goes on from where it was"),
+    Change(_train("loss_scale_*"), "bent", "from the next step on"),
+    Change(_train("label_smoothing", "z_loss"), "bent", "the loss, from the next step on"),
+    Change(
+        _train("recompute", "kernels", "compile", "loss_chunk", "deterministic"), "kept", "the same numbers, made otherwise"
+    ),
+    Change(_train("skip_steps"), "bent", "steps that are done stay as they were; counted in updates, whatever their batch"),
+    Change(_train("seed"), "refused", "another order of the text (data)"),
+    Change(_train("*"), "kept", "when and how long it runs, is evaluated and audited; counted in updates"),
+    Change(("model.init_from", "model.preset"), "kept", "weights come from the checkpoint"),
+    Change(
+        ("model.seq_length",),
+        "refused",
+        "another model (model); accepted, as many tokens as before are consumed, and samples are cut anew from there",
+    ),
+    Change(
+        ("model.embedding_grad_*",), "refused", "another model (model); accepted, from the next step on, counted in updates"
+    ),
+    Change(("model.*",), "refused", "another model (model); accepted, it still must have the same tensors"),
+    Change(
+        ("data.train",),
+        "refused",
+        "another text, other answers, weights or order (data); the same text in another place is kept",
+    ),
+    Change(("data.valid",), "told", "losses of before and after compare only where the text is the same"),
+    Change(("data.tokenizer",), "refused", "another tokenizer (tokenizer); the same one in another place is kept"),
+    Change(("data.cache_dir",), "kept", "where indices are cached"),
+    Change(("data.*",), "refused", "other samples of the same text (data)"),
+    Change(("checkpoint.*", "log.*"), "kept", "when and where it is saved and told"),
+)
+"""What each change does, key by key."""
+
+_LENGTHS = (
+    *_optim("lr*", "min_lr", "decay_fraction", "warmup_steps", "weight_decay*"),
+    *_train("steps", "tokens"),
+    *_train("global_batch_size", "batch_ramp"),
+    "model.seq_length",
+)
+"""Keys after whose change a run tells how long it is, and its rates."""
+_FOLLOWING = {
+    "head_dim": "head_size",
+    "num_query_groups": "query_groups",
+    "ffn_hidden_size": "ffn_size",
+    "qkv_bias": "qkv_biased",
+    "max_positions": "positions",
+    "rope_original_length": "original_length",
+}
+"""Keys of a model that may be null -> what they mean then."""
+
+
+def change_of(key: str) -> Change:
+    """The row of a key."""
+    return next(row for row in TABLE if row.has(key))
+
+
+def told(key: str, was: Any, now: Any) -> str:
+    """One change in a line: `key: was -> now`, and what it does where it does something."""
+    row = change_of(key)
+    return f"{key}: {was} -> {now}" + ("" if row.then == "kept" else f" ({row.what})")
+
+
+def bends_schedules(key: str) -> bool:
+    """Whether rates, or how long a run is, may depend on a key."""
+    return any(fnmatchcase(key, pattern) for pattern in _LENGTHS)
+
+
+def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of the config that are not as they were when a checkpoint was saved, with the value then and now."""
+    before = values_then(manifest)
+    now = dict(
+        _leaves(yaml.safe_load(dump(config, {})))
+    )  # as it would be saved: what has its default inside of a list is left out
+    meant = _meant(before), _meant(now)
+    for key, value in now.items():
+        if before[key] != value and (
+            None not in (before[key], value) or meant[0].get(key, before[key]) != meant[1].get(key, value)
+        ):
+            yield key, before[key], value
+
+
+def _meant(values: dict[str, Any]) -> dict[str, Any]:
+    """What keys mean that may be null for a value that follows from others, so that it is no change to write that value."""
+    model = ModelConfig(**{field.name: values[f"model.{field.name}"] for field in fields(ModelConfig)})
+    vocabulary = {"model.vocab_size": None}  # follows from the tokenizer, and the shapes of tensors tell
+    return vocabulary | {f"model.{key}": getattr(model, name) for key, name in _FOLLOWING.items()}
+
+
+def values_then(manifest: Manifest) -> dict[str, Any]:
+    """`section.key` -> value of the config that a checkpoint was saved with; what its release did not have is at its default."""
+    was = yaml.safe_load(manifest.config)
+    return dict(_leaves(asdict(Config()))) | dict(_leaves(was if isinstance(was, dict) else {}))
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`section.key` or `section.group.key` of every value of a config."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def table() -> str:
+    """The table in Markdown."""
+    rows = ["| key | then | what it does |", "| --- | --- | --- |"]
+    return "\n".join([*rows, *(f"| {', '.join(f'`{key}`' for key in row.keys)} | {row.then} | {row.what} |" for row in TABLE)])

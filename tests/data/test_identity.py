@@ -1,0 +1,104 @@
+"""What tells texts from others: blocks spread over a store of any size, answers too."""
+
+import jobs
+import numpy as np
+import pytest
+
+from megatrain.config.schema import Config, CorpusConfig, DataConfig
+from megatrain.data import identity
+from megatrain.data.identity import identity_of, other_corpora, other_judged, same_store, sampled, store_identity
+
+
+def change(path, at):
+    """Change one byte of a file."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_every_byte_of_a_small_store_counts(tmp_path):
+    store = jobs.write_store(tmp_path / "store")
+    first = store_identity(store)
+    assert first.startswith("2042-8000-")
+    jobs.write_store(tmp_path / "copy")
+    assert store_identity(tmp_path / "copy") == first
+    for at in (0, 3999, 7999):
+        change(tmp_path / "store.bin", at)
+        assert store_identity(store) != first
+        change(tmp_path / "store.bin", at)
+    assert store_identity(store) == first
+
+
+def test_of_a_large_file_blocks_are_read_that_lie_all_over_it(tmp_path):
+    """1 TiB, of which the file system has nothing: 2 MiB are read, the first byte and the last one among them."""
+    path, size = tmp_path / "large", 2**40 + 12345
+    with path.open("wb") as file:
+        file.truncate(size)
+    zeros = sampled(path)
+    assert len(zeros) == 2**21 == identity.BLOCKS * identity.BLOCK_BYTES
+    gap = (size - identity.BLOCK_BYTES) // (identity.BLOCKS - 1)
+    for at in (0, size - 1, 50 * gap + 100):
+        change(path, at)
+        assert sampled(path) != zeros
+        change(path, at)
+    change(path, gap // 2)
+    assert sampled(path) == zeros  # between blocks nobody looks
+
+
+def test_an_identity_of_an_earlier_release_is_compared_as_far_as_it_goes():
+    assert same_store("10-20-ab", "10-20-ab-cd") and same_store("10-20-ab-cd", "10-20-ab-cd")
+    assert not same_store("10-20-ab-cd", "10-20-ab-ce") and not same_store("10-21-ab", "10-20-ab-cd")
+
+
+@pytest.fixture
+def corpora(tmp_path):
+    """Prompts with answers, and a text."""
+    for name in ("prompts", "answers", "text"):
+        jobs.write_store(tmp_path / name)
+    return (CorpusConfig(f"{tmp_path}/prompts", answers=f"{tmp_path}/answers"), CorpusConfig(f"{tmp_path}/text", 0.5))
+
+
+def of(corpora, valid=()):
+    return identity_of(Config(data=DataConfig(train=corpora, valid=valid)))
+
+
+def test_other_answers_are_noticed(tmp_path, corpora):
+    was = of(corpora)["data"]
+    assert list(other_corpora(was, of(corpora)["data"], corpora)) == []
+    tokens = np.fromfile(tmp_path / "answers.bin", np.uint16)
+    tokens[7] ^= 1
+    tokens.tofile(tmp_path / "answers.bin")
+    now = of(corpora)["data"]
+    assert list(other_corpora(was, now, corpora)) == [
+        f"data.train[0].answers={tmp_path}/answers are others: {was[0][2]} -> {now[0][2]}"
+    ]
+    without = (CorpusConfig(f"{tmp_path}/prompts"), corpora[1])
+    (line,) = other_corpora(was, of(without)["data"], without)
+    assert line == f"data.train[0].answers=None are others: {was[0][2]} -> None"
+    old = [[row[0].rpartition("-")[0], row[1]] for row in was]
+    assert list(other_corpora(old, now, corpora)) == []
+
+
+def test_weights_and_order_count(corpora):
+    was, turned = of(corpora)["data"], corpora[::-1]
+    said = list(other_corpora(was, of(turned)["data"], turned))
+    assert [line.partition(":")[0] for line in said] == [
+        "data.train[0].weight",  # the texts are the same here
+        f"data.train[0].answers={turned[0].answers} are others",
+        "data.train[1].weight",
+        f"data.train[1].answers={turned[1].answers} are others",
+    ]
+    assert list(other_corpora(was, was[:1], corpora[:1])) == ["data.train has 1 corpora, and had 2"]
+
+
+def test_held_out_text_has_names_and_contents(tmp_path, corpora):
+    text = CorpusConfig(f"{tmp_path}/text", set="web")
+    was = of(corpora, (text,))["valid"]
+    assert was == [["web", store_identity(f"{tmp_path}/text")]]
+    assert not other_judged(was, of(corpora, (text,))["valid"])
+    assert other_judged(was, of(corpora, (CorpusConfig(f"{tmp_path}/text", set="code"),))["valid"])
+    assert other_judged(was, [])
+    change(tmp_path / "text.bin", 11)
+    assert other_judged(was, of(corpora, (text,))["valid"])
