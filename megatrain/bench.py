@@ -58,11 +58,14 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
         run = assemble(config, ctx, loader, vocab_size)
         for _ in range(warmup):
             train_step(run)
-        seconds = [_timed(run) for _ in range(steps)]
+        seconds, waits = [], []
+        for _ in range(steps):
+            seconds.append(_timed(run))
+            waits.append(loader.waited)
         phases = _phases(run, steps)
         if profile is not None:
             _profile(run, profile if session.rank == 0 else None)
-    return _report(run, seconds, phases, session)
+    return _report(run, seconds, waits, phases, session)
 
 
 def _timed(run: Run) -> float:
@@ -135,7 +138,9 @@ def _profile(run: Run, path: Path | None) -> None:
         profiler.export_chrome_trace(str(path))
 
 
-def _report(run: Run, seconds: Sequence[float], phases: dict[str, float], session: Session) -> dict[str, Any]:
+def _report(
+    run: Run, seconds: Sequence[float], waits: Sequence[float], phases: dict[str, float], session: Session
+) -> dict[str, Any]:
     config, vocab_size = run.config, run.chunks[0].vocab_size
     model, parallel, train = config.model, config.parallel, config.train
     speed = Speed(
@@ -153,6 +158,7 @@ def _report(run: Run, seconds: Sequence[float], phases: dict[str, float], sessio
         "hfu": speed.hfu(tokens_per_second),
         "memory": peak_memory_bytes(session.device),
         "step_seconds": median,
+        "wait_seconds": statistics.median(waits),
         "phases": phases,
         "steps": len(seconds),
         "parameters": parameter_count(model, vocab_size),

@@ -116,6 +116,7 @@ class Watch:
                 memory_peak_bytes=peak_memory_bytes(self.job.session.device),
                 skipped=report.skipped,
                 loss_scale=scale,
+                wait_seconds=self.job.loader.waited,
             )
         )
 

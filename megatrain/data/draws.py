@@ -20,6 +20,13 @@ def hash64(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def hash64_each(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`hash64` of each value."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
 def mixed(*key: int) -> int:
     """One number of several."""
     state = 0
@@ -30,10 +37,7 @@ def mixed(*key: int) -> int:
 
 def hashes(state: int, first: int, count: int) -> npt.NDArray[np.uint64]:
     """[count] hashes number first .. first + count - 1 of a stream; no two are equal."""
-    values = np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(state)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return hash64_each(np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(state))
 
 
 def permutation(count: int, *key: int) -> npt.NDArray[np.int64]:

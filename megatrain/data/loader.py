@@ -13,6 +13,7 @@ so any data-parallel size trains on the same sequences, and each carries its pla
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +81,8 @@ class Loader:
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         self.batch_size = global_batch_size if callable(global_batch_size) else lambda _: global_batch_size
         self.places(0)  # a size that does not divide is an error at once
+        self.waited = 0.0
+        """Seconds that the caller waited for the last batch."""
         self._pending: _Pending | None = None
 
     def places(self, consumed: int) -> npt.NDArray[np.int64]:
@@ -91,12 +94,14 @@ class Loader:
 
         Raises TokenStoreError for a token outside the vocabulary, and whatever reading raised, in whichever thread.
         """
+        began = time.perf_counter()
         pending, self._pending = self._pending, None
         if pending is not None and pending.consumed != consumed:  # the caller jumped: a resume, a rollback
             pending.wait()
             pending = None
         batch = pending.result() if pending is not None else self.build(consumed)
         self._pending = _Pending(self, consumed + self.batch_size(consumed))
+        self.waited = time.perf_counter() - began
         return batch
 
     def build(self, consumed: int) -> Batch:

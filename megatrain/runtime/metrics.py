@@ -74,6 +74,8 @@ class StepRow:
     """The weights were left alone: the gradient was not finite, or train.skip_steps said so."""
     loss_scale: float | None = None
     """Of the next step, in fp16."""
+    wait_seconds: float = 0.0
+    """In which rank 0 waited for its batch: more than a few thousandths of a step mean that the data cannot keep up."""
 
 
 @dataclass(frozen=True)

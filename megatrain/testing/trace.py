@@ -14,7 +14,7 @@ import torch
 from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.batches import Compose
 from megatrain.data.boundaries import Beginning, Ending
-from megatrain.data.draws import hash64
+from megatrain.data.draws import hash64, hash64_each
 from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
@@ -39,15 +39,18 @@ class RandomSamples:
 
     def sample(self, n: int) -> npt.NDArray[np.int64]:
         """Tokens of sample n."""
-        start = hash64(hash64(self.seed + 1) ^ n)
-        return np.array([hash64(start + i) % self.vocab_size for i in range(self.seq_length + 1)], dtype=np.int64)
+        return (self._hashes(1, n) % np.uint64(self.vocab_size)).astype(np.int64)
 
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
         """Which of the documents each token belongs to."""
-        start = hash64(hash64(self.seed + 2) ^ n)
-        return np.cumsum(
-            [i > 0 and hash64(start + i) % self.document_length == 0 for i in range(self.seq_length + 1)], dtype=np.int64
-        )
+        begins = self._hashes(2, n) % np.uint64(self.document_length) == 0
+        begins[0] = False
+        return np.cumsum(begins, dtype=np.int64)
+
+    def _hashes(self, purpose: int, n: int) -> npt.NDArray[np.uint64]:
+        """[seq_length + 1] random numbers of sample n."""
+        start = np.uint64(hash64(hash64(self.seed + purpose) ^ n))
+        return hash64_each(start + np.arange(self.seq_length + 1, dtype=np.uint64))
 
     def pairs(self, n: int) -> None:
         """None: it is text."""

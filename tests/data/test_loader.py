@@ -1,6 +1,7 @@
 """Batches are a function of the samples consumed, whatever the number of data-parallel ranks."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -250,3 +251,19 @@ def test_a_ramp_gives_every_sample_once_and_in_order(sizes):
         seen += batch.tokens[:, 0, 0].tolist()
         consumed += expected
     assert seen == list(range(sum(sizes)))
+
+
+def test_the_time_that_a_caller_waits_for_data_is_told():
+    class Slow(Numbered):
+        def sample(self, n):
+            time.sleep(0.02)
+            return super().sample(n)
+
+    with Loader(Slow(), 4, 4, 0, 1) as loader:
+        loader.batch(0)
+        assert loader.waited >= 0.08, "nothing was ready"
+        time.sleep(0.5)
+        loader.batch(4)
+        assert loader.waited < 0.06, "it was made meanwhile"
+        loader.batch(8)
+        assert loader.waited > 0.04, "the caller was faster"

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROW = {
     "step", "loss", "token_accuracy", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "step_seconds",
-    "tflops_per_device", "mfu", "memory_peak_bytes", "skipped",
+    "tflops_per_device", "mfu", "memory_peak_bytes", "skipped", "wait_seconds",
 }  # fmt: skip
 
 
