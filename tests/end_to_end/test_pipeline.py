@@ -41,8 +41,8 @@ def test_pipelines_agree_in_float32_too(point):
     compare(simulate(shape_of(point), trace_run, config_of(point, "fp32"), STEPS), point, "fp32")
 
 
-def test_the_covering_set_holds_every_triple_and_enough_points():
-    assert len(COVERING) >= 200 and len(GLOO) == 20 and len(set(COVERING)) == len(COVERING)
+def test_the_covering_set_holds_every_triple():
+    assert len(set(COVERING)) == len(COVERING) < 120 and len(GLOO) == 20
     for columns in combinations(range(len(POINTS[0])), 3):
         wanted = {tuple(point[c] for c in columns) for point in POINTS}
         assert {tuple(point[c] for c in columns) for point in COVERING} == wanted
