@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
-from megatrain.resume import resume
+from megatrain.resume import gauge_kept, resume
 from megatrain.runtime import provenance
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.guard import Guard
@@ -71,7 +72,7 @@ def build(
 def _build_in(session: Session, config: Config, text: str, objective: Objective | None) -> Job:
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
     session.same("config", text)
-    validate(config, session.world.size)
+    validate(config, session.world.size, partial(gauge_kept, config, session))
     require_schedule(config)
     _prepare_torch(config)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)

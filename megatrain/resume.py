@@ -16,6 +16,7 @@ from typing import Any
 
 from megatrain.beginning import Own, beginning_of, said
 from megatrain.changed import bends_schedules, change_of, changes, told, values_then
+from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError, ContentError, together
@@ -26,6 +27,7 @@ from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.optim.schedule import learning_rate
 from megatrain.parallel.consensus import broadcast_text
+from megatrain.runtime.distributed import Session
 from megatrain.training import Run
 
 _COMPARED = ("data.train", "data.tokenizer")
@@ -75,6 +77,22 @@ def _gauge_then(kept: dict[str, int] | None, then: dict[str, Any], config: Confi
         found = gauge(*(then[key] for key in keys))
     now = gauge_of(config)
     return found if found.warmup_steps == now.warmup_steps else replace(now, first=found.first, full=found.full)
+
+
+def gauge_kept(config: Config, session: Session) -> Gauge | None:
+    """What the schedules of the run are measured by that goes on with a config, if one does (collective)."""
+    text = "null"
+    with session.together("looking at the checkpoints"):
+        if session.rank == 0:
+            began = beginning_of(config, session.launch)
+            own, listed = Own(config, session.launch, began), catalogue(Path(config.checkpoint_dir))
+            manifest = next((manifest for path, manifest, _ in listed if manifest is not None and own(path, manifest)), None)
+            if manifest is None and began["from"] == "checkpoint":
+                manifest = read_manifest(Path(config.checkpoint.resume))
+            if manifest is not None:
+                text = json.dumps(asdict(_gauge_then(manifest.progress.get("gauge"), values_then(manifest), config)))
+    found = json.loads(broadcast_text(text, session.everyone, session.device))
+    return None if found is None else Gauge(**found)
 
 
 def resume(job: Job) -> None:

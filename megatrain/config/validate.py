@@ -7,15 +7,16 @@ Nothing is ignored: what this release does not do yet is refused, by the table D
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatrain.config.budget import budget_of, gauge_of
+from megatrain.config.budget import Gauge
 from megatrain.config.keys import knobs
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate_glm import require_glm
+from megatrain.config.validate_schedules import require_schedules
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,18 @@ NOT_EMPTY = (
 )
 
 
-def validate(config: Config, world_size: int) -> None:
-    """Hold every rule against `config` in a world of `world_size` processes. Raises ConfigError at the first one broken."""
+def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] = lambda: None) -> None:
+    """Hold every rule against `config` in a world of `world_size` processes. Raises ConfigError at the first one broken.
+
+    begun: what the schedules of the run that goes on with `config` are measured by, if one does; called on all ranks or on none.
+    """
     _require_released(config)
     _require_ranges(config)
     _require_data(config)
     require_glm(config, _values(config), {knob.key: knob.default for knob in knobs()})
     validate_layout(config, world_size)
     _require_batches(config, world_size)
-    _require_learning_rates(config)
+    require_schedules(config, begun)
     _require_device(config)
 
 
@@ -371,29 +375,6 @@ def _require_multiple(what: str, batch: int, micro: int, replicas: int) -> None:
         f"data-parallel replicas = {micro * replicas}. "
         f"Use {what}={choices(_multiples(batch, micro * replicas))}{smaller}."
     )
-
-
-def _require_learning_rates(config: Config) -> None:
-    optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
-    steps = budget.total_steps()
-    what = f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
-    if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
-        raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
-    if optim.warmup_steps >= steps:
-        raise ConfigError(
-            f"optim.warmup_steps={optim.warmup_steps} is not less than {what}. "
-            f"Use optim.warmup_steps={steps // 10}, or more steps."
-        )
-    # In the unit that the schedule is counted in, which a ramp makes another than updates.
-    warmup, total = (optim.warmup_steps, steps) if tokens is None else (gauge_of(config).warmup, tokens)
-    if optim.lr_schedule == "wsd" and warmup + optim.decay_fraction * total > total:
-        room = total - optim.decay_fraction * total
-        fits = int(room) if tokens is None else budget.steps_to(int(room / config.model.seq_length) + 1) - 1
-        raise ConfigError(
-            f"the last optim.decay_fraction={optim.decay_fraction} of {what} begins before "
-            f"optim.warmup_steps={optim.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
-            f"optim.warmup_steps={fits}."
-        )
 
 
 def _require_device(config: Config) -> None:

@@ -122,9 +122,10 @@ def test_weights_alone_are_a_beginning(house):
 def test_all_ranks_go_on_where_the_run_has_stopped(house, tmp_path):
     config = jobs.write_config(tmp_path / "config.yaml", jobs.tiny(house / "data", tmp_path / "run", train={"steps": 3}))
     line = ["train", str(config), "train.exit_after_minutes=1e-4", "train.micro_batch_size=2", "checkpoint.resume=never"]
-    answers = jobs.commands(tmp_path / "job", [line] * 3, size=2)
-    assert [[a.code for a in both] for both in answers] == [[75, 75], [75, 75], [0, 0]], answers
-    assert jobs.row_count(tmp_path / "run") == 3
+    larger = [*line[:-1], "train.tokens=2048", "train.global_batch_size=64"]  # two updates: a warm-up of a run that begins so
+    answers = jobs.commands(tmp_path / "job", [line] * 3 + [larger], size=2)
+    assert [[a.code for a in both] for both in answers] == [[75, 75], [75, 75], [0, 0], [75, 75]], answers
+    assert jobs.row_count(tmp_path / "run") == 4
 
 
 # --- what is a run's own, without runs ---------------------------------------------------------------------------------------

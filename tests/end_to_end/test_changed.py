@@ -13,6 +13,7 @@ from megatrain.changed import TABLE, change_of, table
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.keys import knobs
+from megatrain.config.load import ConfigError
 from megatrain.training import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -246,6 +247,16 @@ def test_what_is_refused(house, plain, before, change, subject, what):
     now = After(house, before, given | ACCEPTED[subject])
     assert (now.steps, now.lr) == (STEPS, same.lr)
     assert now.began == (16 if what.startswith("model.seq_length") else 32)  # 512 tokens
+
+
+def test_a_batch_so_large_that_the_warm_up_would_be_the_whole_run(house, plain):
+    """It has passed before: its two updates were of 8 sequences. A run that begins so is refused."""
+    plain("tokens")
+    now = After(house, "tokens", {"train": {"global_batch_size": 32}})
+    assert (now.steps, now.lr) == (5, plain("tokens").lr)
+    fresh = tree_of(house, house / "fresh", BEFORE["tokens"], {"train": {"global_batch_size": 32}})
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps=2 is not less than the 2 steps of train\.tokens=1024"):
+        megatrain.build(fresh)
 
 
 def test_states_of_another_optimizer_and_tensors_of_another_shape_are_refused(house, plain):
