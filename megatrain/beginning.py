@@ -75,14 +75,21 @@ class Own:
         if was is None:  # of an earlier release, which went on from any checkpoint where weights alone were asked for
             if self.began["from"] != "weights":
                 yield "it was saved by an earlier release, which did not say where its run began"
-        elif was["from"] != self.began["from"]:
-            yield f"its run began {said(was)}"
-        elif self.began["from"] == "never":
+        elif self.began["from"] == "never" == was["from"]:
             if manifest.progress.get("finished") and not self._restarted(was):
                 yield "its run has finished"
             yield from (f"its run had {key}={before}" for key, before, _ in changes(manifest, self.config))
-        elif self.began["digest"] != was["digest"] if self.began["digest"] else self.began["path"] != was["path"]:
+        elif not self._same_path(was):
             yield f"its run began {said(was)}"
+
+    def _same_path(self, was: Mapping[str, str]) -> bool:
+        """Whether a run began from what checkpoint.resume names: from the same bytes, where it is a checkpoint that is still there."""
+        now = self.began
+        if "path" not in was or "path" not in now:
+            return False
+        key = "digest" if now["digest"] else "path"
+        gone = not Path(now["path"]).exists()
+        return was["path"] == now["path"] if gone else (was["from"], was[key]) == (now["from"], now[key])
 
     def _restarted(self, was: Mapping[str, str]) -> bool:
         """Whether the launcher has started this job again, and the checkpoint is of it."""

@@ -118,10 +118,11 @@ def change_of(key: str) -> Change:
     return next(row for row in TABLE if row.has(key))
 
 
-def told(key: str, was: Any, now: Any) -> str:
-    """One change in a line: `key: was -> now`, and what it does where it does something."""
+def told(key: str, was: Any, now: Any, *, same: bool = False) -> str:
+    """One change in a line: `key: was -> now`, and what it does where it does something. same: what lies there is the same."""
     row = change_of(key)
-    return f"{key}: {was} -> {now}" + ("" if row.then == "kept" else f" ({row.what})")
+    what = "the same in another place" if same else "" if row.then == "kept" else row.what
+    return f"{key}: {was} -> {now}" + (f" ({what})" if what else "")
 
 
 def bends_schedules(key: str) -> bool:

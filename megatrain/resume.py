@@ -169,9 +169,14 @@ def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     take_over(job, manifest)
     job.resumed_from = path
     changed = list(changes(manifest, job.config))
-    job.changes = [f"changed since then: {told(*change)}" for change in changed]
-    was = manifest.progress.get("identity", {})
-    if "valid" in was and other_judged(was["valid"], job.identity["valid"]):
+    was, now = manifest.progress.get("identity", {}), job.identity
+    same = {
+        "data.train": "data" in was and not any(other_corpora(was["data"], now["data"], job.config.data.train)),
+        "data.tokenizer": "tokenizer" in was and was["tokenizer"] == now["tokenizer"],
+        "data.valid": "valid" in was and not other_judged(was["valid"], now["valid"]),
+    }
+    job.changes = [f"changed since then: {told(*change, same=same.get(change[0], False))}" for change in changed]
+    if "valid" in was and not same["data.valid"]:
         job.changes.append("changed since then: data.valid is another text; losses of before and after do not compare")
     if any(bends_schedules(key) for key, _, _ in changed) and job.step < job.total_steps:
         job.changes.append(f"from here {_ahead(job)}")

@@ -159,6 +159,21 @@ def test_a_job_that_its_launcher_starts_again_does_not_begin_anew_after_its_end(
     )
 
 
+def test_a_directory_of_weights_is_known_by_its_name(tmp_path):
+    source = tmp_path / "hf"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    config = config_of(source)
+    began = beginning_of(config, Launch())
+    assert began == {"from": "weights", "path": str(source), "digest": ""}
+    saved = manifest_of(config, began=began)
+    assert own(config)(Path("step_3"), saved)
+    (source / "config.json").unlink()
+    source.rmdir()  # it is not needed any more
+    assert own(config)(Path("step_3"), saved)
+    assert not own(config_of(tmp_path / "other"))(Path("step_3"), saved)
+
+
 @pytest.mark.parametrize(
     ("resume", "weights_only", "expected"),
     [("auto", False, True), ("never", False, False), ("x", False, False), ("x", True, True)],

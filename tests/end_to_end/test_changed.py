@@ -133,6 +133,7 @@ def test_what_is_kept(house, plain, before, change):
     assert now.report.loss == pytest.approx(same.report.loss, rel=1e-5)
     assert now.weights.numpy() == pytest.approx(same.weights.numpy(), abs=2e-5)
     assert not any("from here" in line for line in now.told)
+    assert not any("(" in line and "(the same in another place)" not in line for line in now.told)
 
 
 RATES = "the learning rate is 7.750E-03 in the next step and 1.603E-03 in the last"
