@@ -15,24 +15,21 @@ import torch
 
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.directory import claim
-from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
-from megatrain.checkpoint.hf_config import kind_from
+from megatrain.checkpoint.hf import Part
 from megatrain.checkpoint.hf_files import (
     COMPANION_FOLDER,
     Weights,
-    check,
     export,
     is_hf,
     keep_companions,
     model_keys,
-    read_config,
 )
 from megatrain.checkpoint.load import StoredElements, find, verify
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_manifest
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
-from megatrain.models.gpt import build_gpt
+from megatrain.init_from import declared
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.parallel.portion import Cut, Elements, Portion
@@ -122,16 +119,7 @@ def import_hf(source: Path, out: Path) -> int:
         raise CheckpointError(f"{source} has no config.json: it is not a directory of Hugging Face")
     config = from_dict({"model": {**model_keys(source), "init_from": str(source)}, "log": {"dir": str(out)}})
     model, vocab_size = config.model, config.model.vocab_size or 0
-    with torch.device("meta"):
-        ctx = ParallelContext.single("meta")
-        gpt = build_gpt(
-            model, vocab_size, ctx, [range(model.num_layers)], [0], sequence_parallel=False, dtype=torch.float32, seed=0
-        )[0]
-    specs = {p.spec.name: p.spec for p in gpt.logical_parameters()}
-    family = FAMILIES[kind_from(read_config(source))]
-    weights = Weights(source, family)
-    parts = parts_of(family, {name: spec.shape for name, spec in specs.items()}, model)
-    check(weights, parts, tied=model.tied_embeddings)
+    weights, parts, specs = declared(source, model, vocab_size)
     portions = {name: _portion(spec, HFElements(weights, parts[name], spec.shape)) for name, spec in specs.items()}
     progress = {"samples": 0, "step": 0, "tokens": 0, "updates": 0}
     path = _write(out / "checkpoints", Contents(0, progress, dump(config)), {WEIGHTS: portions})

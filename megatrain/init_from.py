@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from megatrain.checkpoint.hf_files import is_hf, keep_companions, load_hf, model_keys
+from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
+from megatrain.checkpoint.hf_config import kind_from
+from megatrain.checkpoint.hf_files import Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.checkpoint.load import find, load
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
 from megatrain.checkpoint.together import CheckpointError, together
+from megatrain.config.schema import Config, ModelConfig
 from megatrain.config.source import ConfigError
+from megatrain.models.gpt import build_gpt
 from megatrain.parallel.consensus import gather_texts
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import ParamSpec
 from megatrain.training import Run
 
 _OWN = ("init_from", "preset")
@@ -34,6 +41,39 @@ def shapes_of(path: str) -> dict[str, Any]:
     embedding = manifest.tensors.get("embedding.tokens")
     vocabulary = {} if embedding is None else {"vocab_size": embedding.spec.shape[0]}
     return {key: value for key, value in (keys | vocabulary).items() if key not in _OWN}
+
+
+def specs_of(model: ModelConfig, vocab_size: int) -> dict[str, ParamSpec]:
+    """The logical tensors of a model; it is built where it takes no memory."""
+    with torch.device("meta"):
+        ctx, pieces = ParallelContext.single("meta"), [range(model.num_layers)]
+        gpt = build_gpt(model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=torch.float32, seed=0)[0]
+    return {p.spec.name: p.spec for p in gpt.logical_parameters()}
+
+
+def declared(path: Path, model: ModelConfig, vocab_size: int) -> tuple[Weights, dict[str, Part], dict[str, ParamSpec]]:
+    """The tensors of a Hugging Face directory, where each logical one lies in them, and what these are.
+
+    Only headers are read. Raises CheckpointError for tensors that are missing, too many or of other shapes than the model's.
+    """
+    family = FAMILIES[kind_from(read_config(path))]
+    specs = specs_of(model, vocab_size)
+    weights, parts = Weights(path, family), parts_of(family, {name: spec.shape for name, spec in specs.items()}, model)
+    check(weights, parts, tied=model.tied_embeddings)
+    return weights, parts, specs
+
+
+def require_weights(config: Config, vocab_size: int) -> None:
+    """Check what a run will start from before it takes memory for it. Raises CheckpointError.
+
+    A run that has checkpoints goes on from these, and needs it no more.
+    """
+    if any(Path(config.checkpoint_dir).glob("step_*")):
+        return
+    for path in (config.checkpoint.resume, config.model.init_from):
+        if path is not None and is_hf(Path(path)):
+            declared(Path(path), config.model, vocab_size)
+            return
 
 
 def start_from(run: Run, path: Path) -> None:

@@ -21,6 +21,7 @@ from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
 from megatrain.config.load import from_dict
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.data.samples.sentinels import resolve
+from megatrain.init_from import declared
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.glm import Marks, causal_places, places_of
@@ -74,6 +75,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     path, ctx = Path(path), ParallelContext.single(torch.device(device))
     if is_hf(path):
         model = from_dict({"model": model_keys(path)}).model
+        declared(path, model, model.vocab_size or 0)
         gpt = _empty(model, model.vocab_size or 0, ctx, dtype)
         portions = _portions(gpt)
         load_hf(path, model, portions, {name: portion.spec.shape for name, portion in portions.items()}, ctx)

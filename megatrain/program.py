@@ -30,7 +30,7 @@ from megatrain.data.samples.sentinels import resolve
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.files import whole
-from megatrain.init_from import shapes_of
+from megatrain.init_from import require_weights, shapes_of
 from megatrain.job import Job
 from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
@@ -79,6 +79,8 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     with session.together("opening the data"):
         vocab_size = vocabulary(config)
         loader, held_out = open_data(config, ctx, vocab_size)
+    with session.together("looking at the weights to start from"):
+        require_weights(config, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
     parts = {item.name: getattr(run, item.name) for item in fields(run)}
     job = Job(**parts, session=session, config_text=text, claim=claim(Path(config.checkpoint_dir), ctx))

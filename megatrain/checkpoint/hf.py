@@ -4,7 +4,7 @@
 
 says that the stored tensor is made of the logical query, key and value matrices, head by head: [heads, 3, d, h]. A row of which a
 model has no tensor (biases it was built without) does not apply. `{n}` is a layer's number. What config.json says is in
-hf_config.py. Sources: the implementations in transformers 5, and for ChatGLM the names of THUDM's own files.
+hf_dialects.py. Sources: the implementations in transformers 5, and for ChatGLM the names of THUDM's own files.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.hf import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
-from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_of, same_model
+from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_of, names_of, same_model
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
@@ -100,6 +100,11 @@ class Weights:
     def _listed(self) -> Iterator[tuple[str, str]]:
         """Every tensor and its file."""
         if (self.path / INDEX).is_file():
+            if (self.path / SINGLE).is_file():
+                raise ContentError(
+                    f"{self.path} has {SINGLE} and {INDEX}: two sets of weights, of which transformers takes the first. Move away the "
+                    "one that is not meant."
+                )
             listed = _json(self.path / INDEX)
             where = listed.get("weight_map") if isinstance(listed, dict) else None
             if not isinstance(where, dict) or not all(isinstance(f, str) and _FILE.fullmatch(f) for f in where.values()):
@@ -151,6 +156,11 @@ def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
                 "model.tied_embeddings=false"
             )
         surplus.discard(weights.family.head)
+    if not tied and weights.family.head in set(wanted) - weights.names:
+        raise ContentError(
+            f"{weights.path} has no {weights.family.head}, and config.json says that the model has a head of its own. If its head is the "
+            'embedding, set "tie_word_embeddings": true in config.json, or in training model.tied_embeddings=true.'
+        )
     for names, what in ((set(wanted) - weights.names, "lacks"), (surplus, "has, and the model section does not give,")):
         if names:
             raise ContentError(f"{weights.path} {what} {len(names)} tensors: {', '.join(sorted(names)[:4])}")
@@ -215,8 +225,8 @@ def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.d
     named = {"torch_dtype": str(dtype).removeprefix("torch.")}
     if base and same_model(base, new):
         return base | {name: named["torch_dtype"] for name in ("torch_dtype", "dtype") if name in base}
-    without_rope = {key: value for key, value in base.items() if key != "rope_parameters"}
-    return {**without_rope, **new, **named}
+    others = {key: value for key, value in base.items() if key not in names_of(kind) and key not in ("dtype", "torch_dtype")}
+    return {**others, **new, **named}
 
 
 def _write_weights(

@@ -165,7 +165,9 @@ class Parameter(nn.Parameter):
 
 
 def initialise(parameter: Parameter, axis: Axis, seed: int) -> None:
-    """Fill this rank's slice as a function of (seed, logical name, element); padding is zero."""
+    """Fill this rank's slice as a function of (seed, logical name, element); padding is zero. On `meta` there is nothing to fill."""
+    if parameter.is_meta:
+        return
     spec = parameter.spec
     slices = spec.slices(axis.size, axis.rank)
     with torch.no_grad():
