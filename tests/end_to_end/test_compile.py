@@ -42,7 +42,13 @@ def config(model="gpt2", precision="fp64", **train):
 @pytest.mark.compiler
 @pytest.mark.parametrize(
     ("model", "recompute"),
-    [*((m, r) for m in ("gpt2", "llama") for r in ("none", "selective", "full")), ("neighbours", "none")],
+    [
+        *(("gpt2", r) for r in ("none", "full")),
+        *(("llama", r) for r in ("selective", "full")),
+        ("neighbours", "none"),
+        # Between those: each stretch and each way to run it again is compiled above.
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("gpt2", "selective"), ("llama", "none"))),
+    ],
 )
 def test_the_same_numbers_and_no_graph_after_the_first_step(model, recompute):
     torch._dynamo.reset()

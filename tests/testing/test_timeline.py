@@ -6,6 +6,8 @@ from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import simulate
 from megatrain.testing.timeline import measured_timeline
 
+pytestmark = pytest.mark.alone
+
 TRIES = 3
 """Of which the quickest counts: what else the machine does can only make a run slower."""
 
