@@ -101,7 +101,7 @@ def resume(job: Job) -> None:
     A run that has no checkpoint of its own yet starts from the weights at that path with checkpoint.weights_only, or where the path
     is a directory of Hugging Face, or else from those of model.init_from, if it is given.
     """
-    job.identity = _identity(job)
+    job.identity = shared_identity(job)
     config, ctx, launch = job.config, job.ctx, job.session.launch
     text = ""
     with together(ctx):
@@ -140,7 +140,7 @@ def resume(job: Job) -> None:
         start_from(job, Path(config.model.init_from))
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def shared_identity(job: Job) -> dict[str, Any]:
     """What the run's texts are (collective). Raises CheckpointError on every rank where nodes have different ones under one name."""
     ctx, launch, mine = job.ctx, job.session.launch, ""
     with together(ctx):

@@ -75,7 +75,7 @@ class Run(Model):
     optimizer: Optimizer
     loader: Loader
     consumed_samples: int = 0
-    """Sequences of the whole job that the weights have seen: the one number a run is resumed from."""
+    """Sequences of the whole job that the weights have seen: where its data goes on."""
     stop_requested: Callable[[], bool] = bool
     """Whether this rank was told to stop; asked once a step."""
     before_update: Callable[[Run], None] | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jobs
 import numpy as np
@@ -13,7 +14,11 @@ from megatrain.changed import TABLE, change_of, table
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.keys import knobs
-from megatrain.config.load import ConfigError
+from megatrain.config.load import ConfigError, from_dict
+from megatrain.data.identity import store_identity
+from megatrain.resume import shared_identity
+from megatrain.runtime.launch import Launch
+from megatrain.testing import simulate
 from megatrain.training import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -282,3 +287,22 @@ def test_checkpoints_of_earlier_releases_go_on(house, plain):
         assert (now.began, now.steps, now.lr) == (32, 6, plain("tokens").lr)
     finally:
         (saved / MANIFEST).write_bytes(manifest.to_bytes())
+
+
+def test_nodes_with_another_text_under_the_same_name_are_refused(house):
+    """Two nodes of one rank each; of a second rank on a node nobody asks."""
+
+    def look(ctx, names, places):
+        config = from_dict(tree_of(house, house / "nodes", {"data": {"train": str(house / names[ctx.world.rank])}}))
+        launch = Launch(rank=ctx.world.rank, local_rank=places[ctx.world.rank], world_size=2, local_world_size=2, host="node-7")
+        try:
+            return shared_identity(SimpleNamespace(ctx=ctx, config=config, session=SimpleNamespace(launch=launch)))["data"]
+        except CheckpointError as error:
+            return str(error)
+
+    same = [[[store_identity(house / "data"), 1.0]]] * 2
+    assert simulate(2, look, ("data", "elsewhere/same"), (0, 0)) == same
+    assert simulate(2, look, ("data", "other"), (0, 1)) == same
+    for said in simulate(2, look, ("data", "other"), (0, 0)):
+        assert said.startswith("rank 1: node-7 has another data.train than the host of rank 0: [['2042-8000-")
+        assert said.endswith("Copy the same files to every node.")
