@@ -5,12 +5,16 @@
     megatrain.train(run)                       # the whole loop
     model = megatrain.load("runs/demo")        # a plain module from a checkpoint or a Hugging Face directory
 
-The names are imported when they are first used, so that `import megatrain` is cheap.
+The names are imported when they are first used, so that `import megatrain` is cheap. Import it before torch: it chooses how the threads of
+a process wait for each other (`runtime/waiting.py`), which OpenMP reads when torch is loaded.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+from megatrain.runtime.waiting import wait_asleep
 
 __version__ = "0.1.0"
 __all__ = ["build", "load", "train", "train_step"]
@@ -27,6 +31,8 @@ _HOMES = {
     "train_step": "megatrain.training",
 }
 
+wait_asleep(os.environ)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
@@ -34,3 +40,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module  # noqa: PLC0415  (only when a public name is used)
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import socket
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -38,16 +39,12 @@ class Claim:
 
     def __init__(self, lock: int | None) -> None:
         """lock: descriptor of the locked file, on the rank that holds it."""
-        self._lock = lock
+        # Not __del__: at the end of the process that may run when the modules which it needs have gone.
+        self._release = weakref.finalize(self, lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
 
     def release(self) -> None:
         """Let others have the directory; may be called again."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            os.close(lock)
-
-    def __del__(self) -> None:
-        self.release()
+        self._release()
 
 
 def claim(directory: Path, ctx: ParallelContext) -> Claim:

@@ -28,6 +28,7 @@ from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 from megatrain.runtime.interface import Interface, use
 from megatrain.runtime.launch import Launch, LaunchError
+from megatrain.runtime.waiting import has_policy
 
 BACKEND_MARGIN_SECONDS = 45.0
 """A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more, and its verdict, 30 s at most
@@ -202,7 +203,10 @@ def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -
     if not env.get("OMP_NUM_THREADS"):
         if launch.local_world_size > 1:
             torch.set_num_threads(share)
-        return f"CPU threads of a rank: {torch.get_num_threads()} of {cores} cores"
+        threads = torch.get_num_threads()
+        spins = threads > 1 and device.type == "cpu" and not has_policy(env)
+        late = ", which wait busily, since torch was imported before megatrain: slow on cores that others use too"
+        return f"CPU threads of a rank: {threads} of {cores} cores{late * spins}"
     note = f"CPU threads of a rank: {torch.get_num_threads()} (OMP_NUM_THREADS={env['OMP_NUM_THREADS']}"
     if launch.launcher == "torchrun" and env["OMP_NUM_THREADS"] == "1" and share > 1 and device.type == "cpu":
         # torchrun sets 1 where the user has set nothing, and nobody can tell the two apart here.
