@@ -86,6 +86,7 @@ def main(run: Path, words: list[str]) -> int:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
     except SignalException:
         code = after_signal(logs, marker)
+    logs.tell_errors()
     return code
 
 
@@ -105,6 +106,7 @@ def after_signal(logs: RankLogs, marker: Path) -> int:
 def launch(logs: RankLogs, words: list[str]) -> int:
     """Start the workers and wait for them."""
     arguments = parse_args(words)
+    arguments.log_dir = os.devnull  # torchrun's own logs, in whose place `logs` stands: else it makes a folder and leaves it
     if arguments.standalone:  # a store of this machine at a free port, and a name that no other job has
         arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", "localhost:0", os.urandom(8).hex()
     config, command, rest = config_from_args(arguments)
@@ -123,7 +125,10 @@ def launch(logs: RankLogs, words: list[str]) -> int:
         if os.EX_TEMPFAIL in codes and codes <= told:
             return os.EX_TEMPFAIL  # a worker was told to stop, and the others by it, or by torchrun before their first step
         first = {rank: one for rank, one in failed.failures.items() if one.exitcode not in told} or failed.failures
+        explained = logs.tell_errors()
         for rank, failure in sorted(first.items()):
+            if rank in explained:
+                continue
             ended = f"{signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
             said = f"; what it said: {logs.folder}/rank_{rank:05d}.err" * (rank > 0 or not logs.terminal)
             complain(f"rank {rank} (process {failure.pid} on {socket.gethostname()}) ended with {ended}{said}")

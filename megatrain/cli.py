@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -112,8 +113,16 @@ def _of_megatrain(module: str) -> bool:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"megatrain: {message}", file=sys.stderr, flush=True)
+    _say(f"megatrain: {message}")
     return code
+
+
+def _say(text: str) -> None:
+    """On stderr; where the launch scripts ask, they say it, once for all ranks."""
+    from megatrain.runtime.stop import leave_error
+
+    if not leave_error(text, os.environ):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _later_verb(words: list[str]) -> str | None:
@@ -188,8 +197,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong and how to use the verb; exit 2."""
-        self.print_usage(sys.stderr)
-        self.exit(WRONG_USE, f"megatrain: error: {message}\n")
+        _say(f"{self.format_usage()}megatrain: error: {message}")
+        self.exit(WRONG_USE)
 
 
 _Verbs = Any

@@ -14,6 +14,8 @@ from typing import Literal
 
 from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port_of_job
 
+REPLY = "MEGATRAIN_REPLY"
+"""Variable of the launch scripts: the file in which they want a worker's exit code."""
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
 
 
@@ -122,7 +124,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         master_port=_number(env, "MASTER_PORT"),
         launcher="torchrun",
         job=env.get("TORCHELASTIC_RUN_ID", ""),
-        reply=env.get("MEGATRAIN_REPLY"),
+        reply=env.get(REPLY),
         launcher_process=_number(env, "MEGATRAIN_LAUNCHER", 0) or None,
         launcher_serves=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )

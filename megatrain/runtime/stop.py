@@ -22,13 +22,14 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from megatrain.files import doing
-from megatrain.runtime.launch import Launch
+from megatrain.runtime.launch import REPLY, Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 INSIST_SECONDS = 3.0
@@ -167,6 +168,23 @@ def reply(launch: Launch, code: int) -> int:
 def reply_begun(launch: Launch) -> None:
     """Tell the launch scripts that this process hears signals: whatever it does from here on, it can say how it ended."""
     _write_reply(launch, BEGUN)
+
+
+def leave_error(text: str, env: Mapping[str, str]) -> bool:
+    """Leave what is wrong to the launch scripts, which tell once what several ranks say; False where no script asks."""
+    if REPLY not in env:
+        return False
+    try:
+        with errors_file(env[REPLY]).open("a") as file:
+            file.write(f"{text}\n")
+    except OSError:  # the launcher has gone, and its folder with it
+        return False
+    return True
+
+
+def errors_file(reply: str | Path) -> Path:
+    """Beside the file of a worker's exit code, the one of its errors."""
+    return Path(reply).with_suffix(".error")
 
 
 def _write_reply(launch: Launch, text: str) -> None:

@@ -42,7 +42,9 @@ def start(house, run, target):
     if target == "torchrun":
         return jobs.torchrun(folder, 2, *words)
     job = jobs.Job(folder)
-    job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], {**jobs.environment(), "PYTHON": sys.executable})
+    (folder / "tmp").mkdir(parents=True)
+    env = {**jobs.environment(), "PYTHON": sys.executable, "TMPDIR": str(folder / "tmp")}
+    job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], env)
     return job
 
 
@@ -78,6 +80,7 @@ def strike(house, run, target, number, moment):
         while of_run(run) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert of_run(run) == []
+        assert target == "torchrun" or list((job.folder / "tmp").iterdir()) == []
     return ended
 
 
@@ -105,6 +108,7 @@ def check_result(house, run, undisturbed):
     """Started until it is done, it is the undisturbed run."""
     with start(house, run, "script") as job:
         (ended,) = job.finish()
+    assert list((job.folder / "tmp").iterdir()) == []
     assert ended.code == 0, ended.err
     assert jobs.row_count(run) == STEPS, "a step was lost and repeated"
     jobs.same(run, undisturbed, STEPS)
