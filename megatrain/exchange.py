@@ -28,7 +28,13 @@ from megatrain.checkpoint.load import StoredElements, find, verify
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_manifest
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.together import CheckpointError
+from megatrain.companions import TOKENIZER, take_along
 from megatrain.config.load import dump, from_dict
+from megatrain.config.schema import Config
+from megatrain.data.boundaries import TokenizerError
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.export_tokenizer import TokenizerFiles, files_of
+from megatrain.files import whole
 from megatrain.init_from import declared
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
@@ -132,14 +138,53 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None, dtype: str | None)
     """`megatrain export CKPT HF_DIR`."""
     path = find(checkpoint)
     manifest = read_manifest(path)
-    model, vocab_size = saved_config(path).model, vocab_size_of(manifest)
+    config, vocab_size = saved_config(path), vocab_size_of(manifest)
     companions = path.parent / COMPANION_FOLDER
-    like = like or (companions if is_hf(companions) else None)
+    came = like or (companions if is_hf(companions) else None)
+    tokenizer, said = _tokenizer_files(config, came, chosen=like is not None)
     verify(path)
-    weights = WholeTensors(path, manifest)
-    kind = export(out, model, vocab_size, weights, like=like, dtype=None if dtype is None else dtype_of(dtype))
-    print(f"{out}: {kind}, from {path}")  # noqa: T201
+    kind = export(
+        out,
+        config.model,
+        vocab_size,
+        WholeTensors(path, manifest),
+        like=came,
+        companions=came if tokenizer is None else None,
+        ids=None if tokenizer is None else tokenizer.ids,
+        dtype=None if dtype is None else dtype_of(dtype),
+    )
+    for name, text in ({} if tokenizer is None else tokenizer.texts).items():
+        with whole(out / name, text=True) as file:
+            file.write(text)
+    print(f"{out}: {kind}, from {path}; {said}")  # noqa: T201
     return 0
+
+
+def _tokenizer_files(config: Config, came: Path | None, *, chosen: bool) -> tuple[TokenizerFiles | None, str]:
+    """The tokenizer to be written, None where its files come along from `came`; and what to say of it.
+
+    chosen: `came` was asked for.
+    """
+    given = came is not None and any(came.glob("tokenizer*"))
+    name = config.data.tokenizer
+    if given and (chosen or name is None or _same_tokenizer(config, Path(came or ".") / TOKENIZER)):
+        return None, f"with the tokenizer of {came}"
+    if name is None:
+        return None, "without a tokenizer: the run has none. --like DIR takes one from there"
+    if name != "bytes" and not Path(name).is_file():
+        return None, f"without a tokenizer: {name} of the run is not there any more. --like DIR takes one from there"
+    return files_of(config.data, config.model.position_rows), f"with the tokenizer {name}"
+
+
+def _same_tokenizer(config: Config, other: Path) -> bool:
+    """Whether a run's tokenizer is the one in a file, and its special tokens are those found there."""
+    data = config.data
+    if data.tokenizer in (None, "bytes") or (data.eod, data.bos) != (None, None) or not other.is_file():
+        return False
+    try:
+        return load_tokenizer(str(data.tokenizer)).identity == load_tokenizer(other).identity
+    except TokenizerError:
+        return False
 
 
 def inspect(checkpoint: Path, as_json: bool) -> int:
@@ -199,5 +244,6 @@ def convert(checkpoint: Path, out: Path, weights_only: bool, dtype: str | None) 
                 elements = Cast(stored, dtype_of(dtype)) if dtype is not None and kind == WEIGHTS else stored
                 portions.setdefault(kind, {})[name] = _portion(tensor.spec, elements)
     made = _write(out, Contents(manifest.step, manifest.progress, manifest.config), portions)
+    take_along(path.parent, made.parent)
     print(f"{made}: {', '.join(portions)} from {path}")  # noqa: T201
     return 0

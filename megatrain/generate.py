@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from megatrain.checkpoint.load import find
+from megatrain.companions import tokenizer_beside
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.stream import pieces_of_text
@@ -32,6 +33,8 @@ class Arguments(Protocol):
     max_tokens: int
     seed: int
     tokenizer: str | None
+    eod: str | None
+    bos: str | None
     greedy: bool
     temperature: float
     top_k: int | None
@@ -49,15 +52,17 @@ def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
     return Decoder(load_chunks(path, config, ctx), ctx, schedule_of(config, 1, backward=False))
 
 
-def _choose_tokenizer(given: str | None, config: Config) -> Tokenizer:
-    """The tokenizer of the command line, or else of the run."""
-    name = given or config.data.tokenizer
+def _choose_tokenizer(arguments: Arguments, config: Config, checkpoint: Path) -> Tokenizer:
+    """The tokenizer of the command line, or else of the run, or that its weights came with."""
+    given, data = arguments.tokenizer, config.data
+    name = given or tokenizer_beside(data, checkpoint)
     if name is None:
         raise ValueError("the run of this checkpoint has no data.tokenizer. Give one: --tokenizer TOKENIZER.json, or bytes.")
     if name != "bytes" and not Path(name).is_file():
         origin = "--tokenizer" if given else "data.tokenizer of the checkpoint's run"
         raise ValueError(f"{origin} is {name}, and there is no such file here. Say where it is: --tokenizer TOKENIZER.json.")
-    return load_tokenizer(name, config.data.eod, config.data.bos)
+    eod, bos = (data.eod if arguments.eod is None else arguments.eod), (data.bos if arguments.bos is None else arguments.bos)
+    return load_tokenizer(name, eod, bos)
 
 
 def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
@@ -89,16 +94,15 @@ def main(arguments: Arguments) -> int:
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
     try:
         ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, launch.world_size), session.device)
-        decoder = load_decoder(path, config, ctx)
-        _generate(arguments, config, decoder, sys.stdout if session.rank == 0 else io.StringIO())
+        codec = _choose_tokenizer(arguments, config, path)
+        _generate(arguments, config, load_decoder(path, config, ctx), codec, sys.stdout if session.rank == 0 else io.StringIO())
     finally:
         session.close()
     return 0
 
 
-def _generate(arguments: Arguments, config: Config, decoder: Decoder, out: TextIO) -> None:
+def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
     """Write the prompt and what follows it."""
-    codec = _choose_tokenizer(arguments.tokenizer, config)
     if config.data.objective == "glm":
         _fill(arguments, config, decoder, codec, out)
         return
@@ -130,13 +134,14 @@ def beams_of(arguments: Arguments) -> Beams | None:
 
 
 def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: TextIO) -> list[int]:
-    """Write the text of tokens after the text of `before` as it comes; returns the tokens."""
+    """Write the text of tokens after the text of `before` as it comes; special tokens have none. Returns the tokens that were shown."""
     shown: list[int] = []
 
     def passing() -> Iterator[int]:
         for token in tokens:
-            shown.append(token)
-            yield token
+            if codec.special_id(codec.name_of(token)) is None:
+                shown.append(token)
+                yield token
 
     for piece in pieces_of_text(codec, passing(), before):
         out.write(piece)

@@ -15,6 +15,7 @@ from megatrain.checkpoint.hf_files import Weights, check, is_hf, keep_companions
 from megatrain.checkpoint.load import find, load
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
 from megatrain.checkpoint.together import CheckpointError, together
+from megatrain.companions import take_along
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.config.source import ConfigError
 from megatrain.models.gpt import build_gpt
@@ -91,4 +92,7 @@ def start_from(run: Run, path: Path) -> None:
         with together(run.ctx):
             path = find(path)
         load(path, {WEIGHTS: weights}, run.ctx)
+        with together(run.ctx):
+            if run.ctx.world.rank == 0:
+                take_along(path.parent, Path(run.config.checkpoint_dir))
     run.optimizer.refresh()

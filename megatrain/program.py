@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from megatrain.checkpoint.directory import claim
+from megatrain.checkpoint.manifest import MANIFEST
+from megatrain.companions import keep_tokenizer, take_along
 from megatrain.config.budget import budget_of
 from megatrain.config.load import Loaded, dump, from_dict, load
 from megatrain.config.schema import Config, ParallelConfig
@@ -86,10 +88,21 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     job = Job(**parts, session=session, config_text=text, claim=claim(Path(config.checkpoint_dir), ctx))
     try:
         resume(job)
+        with session.together("keeping the tokenizer"):
+            _keep_companions(job)
     except BaseException:
         job.claim.release()
         raise
     return job
+
+
+def _keep_companions(job: Job) -> None:
+    """Put what travels with weights beside the run's own checkpoints."""
+    if job.session.rank:
+        return
+    if job.resumed_from is not None and (job.resumed_from / MANIFEST).is_file():
+        take_along(job.resumed_from.parent, Path(job.config.checkpoint_dir))
+    keep_tokenizer(job.config)
 
 
 def require_schedule(config: Config) -> None:

@@ -14,6 +14,7 @@ import yaml
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
+from megatrain.companions import with_kept_tokenizer
 from megatrain.config.load import from_dict, restored
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
@@ -29,8 +30,9 @@ EMBEDDING = "embedding.tokens"
 
 
 def saved_config(path: Path) -> Config:
-    """The config of the run that saved a checkpoint."""
-    return restored(yaml.safe_load(read_manifest(path).config))
+    """The config of the run that saved a checkpoint; its tokenizer is the copy that was kept, where there is one."""
+    config = restored(yaml.safe_load(read_manifest(path).config))
+    return replace(config, data=with_kept_tokenizer(config.data, path))
 
 
 def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Config:

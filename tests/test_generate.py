@@ -175,7 +175,7 @@ def test_no_global_generator_is_touched():
 
 
 def arguments(checkpoint, **more):
-    defaults = {"prompt": "ab", "max_tokens": 12, "seed": 3, "tokenizer": None, "greedy": False}
+    defaults = {"prompt": "ab", "max_tokens": 12, "seed": 3, "tokenizer": None, "eod": None, "bos": None, "greedy": False}
     sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": [], "beams": None, "length_penalty": 0.0}
     return argparse.Namespace(checkpoint=str(checkpoint), **{**defaults, **sampling, **more})
 

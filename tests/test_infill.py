@@ -181,7 +181,16 @@ def test_what_is_written_is_seen_by_the_next_blank():
 
 
 def arguments(checkpoint, **more):
-    given = {"prompt": "ab[MASK]cd", "max_tokens": 6, "seed": 3, "tokenizer": None, "greedy": True, "beams": None}
+    given = {
+        "prompt": "ab[MASK]cd",
+        "max_tokens": 6,
+        "seed": 3,
+        "tokenizer": None,
+        "eod": None,
+        "bos": None,
+        "greedy": True,
+        "beams": None,
+    }
     others = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": [], "length_penalty": 0.0}
     return argparse.Namespace(checkpoint=str(checkpoint), **{**given, **others, **more})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
-from megatrain.files import HEAD_BYTES, not_text, whole
+from megatrain.files import HEAD_BYTES, doing, not_text, whole
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Portion, axis_of, logical_numel
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 COMPANIONS = (
     "generation_config.json",
+    "chat_template*",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
 )
 """Files that come along with a model."""
 COMPANION_FOLDER = "hf"
@@ -194,13 +196,16 @@ def export(
     weights: Mapping[str, torch.Tensor],
     *,
     like: Path | None = None,
+    companions: Path | None = None,
+    ids: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write a directory of Hugging Face and return its model_type.
 
     weights: every logical tensor, whole, read one stored tensor at a time; dtype: of what is written, else as they are; like: a
-    directory whose config.json is the base, and whose tokenizer files come along. Raises ContentError where no family is such a
+    directory whose config.json is the base; companions: one whose tokenizer files come along; ids: special tokens, for config.json
+    where they are not the base's. Raises ContentError where no family is such a
     model, CheckpointError where `out` holds files.
     """
     out = Path(out)
@@ -213,10 +218,9 @@ def export(
     rows = list(rows_of(FAMILIES[kind], weights.keys()))
     stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype, shard_bytes)
     with whole(out / CONFIG, text=True) as file:
-        file.write(json.dumps(_merged(base, new, kind, stored), indent=2) + "\n")
-    for pattern in COMPANIONS if like is not None else ():
-        for file in sorted(Path(like or out).glob(pattern)):
-            shutil.copyfile(file, out / file.name)
+        file.write(json.dumps({**_merged(base, new, kind, stored), **(ids or {})}, indent=2) + "\n")
+    if companions is not None:
+        copy_files(companions, out, COMPANIONS)
     return kind
 
 
@@ -239,10 +243,13 @@ def _write_weights(
 
     def write() -> None:
         part = out / f"{len(shards)}.part"
+        part.touch()
+        mode = part.stat().st_mode  # of a new file; the library's can be read by its owner alone
         try:
             save_file(tensors, part, {"format": "pt"})
         except SafetensorError as error:  # what the library makes of an OSError
             raise CheckpointError(f"{part} cannot be written: {error}") from error
+        part.chmod(mode)
         shards.append(list(tensors))
         tensors.clear()
 
@@ -268,11 +275,17 @@ def _write_weights(
 
 def keep_companions(source: Path, directory: Path) -> None:
     """Copy what came along with a model to beside the checkpoints made from it."""
-    target = Path(directory) / COMPANION_FOLDER
-    target.mkdir(parents=True, exist_ok=True)
-    for pattern in (CONFIG, *COMPANIONS):
-        for file in Path(source).glob(pattern):
-            shutil.copyfile(file, target / file.name)
+    copy_files(source, Path(directory) / COMPANION_FOLDER, (CONFIG, *COMPANIONS))
+
+
+def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | None = None) -> None:
+    """Copy the files of a folder that match, with the modes of new files; `name`: what a single one is called there."""
+    found = [file for pattern in patterns for file in sorted(Path(source).glob(pattern)) if file.is_file()]
+    if found:
+        target.mkdir(parents=True, exist_ok=True)
+    for file in found:
+        with doing("writing", target / (name or file.name)):
+            shutil.copyfile(file, target / (name or file.name))
 
 
 def _json(file: Path) -> Any:

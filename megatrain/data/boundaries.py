@@ -108,7 +108,7 @@ def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: Asked = N
     if added is False:
         return Beginning(begin)
     if added is True and begin is not None:
-        return Beginning(begin, begin, template or (begin,), f"add_bos_token of {TOKENIZER_CONFIG}")
+        return Beginning(begin, begin, (begin,), f"add_bos_token of {TOKENIZER_CONFIG}")
     first = begin if begin in template else None
     return Beginning(begin, first, template, "the tokenizer.json, which puts it first" if template else "")
 
@@ -187,7 +187,8 @@ def _declared(vocabulary: Vocabulary, folder: Path | None, role: str) -> dict[st
                 option = "eod" if role == "eos_token" else "bos"
                 raise TokenizerError(
                     f"{file} beside {vocabulary.label} says that its {role} is {name!r}, and it has no such token. Is it of another "
-                    f"tokenizer? Say which token is meant, data.{option} in a config, --{option} of `data tokenize`; or {NONE}."
+                    f"tokenizer? Say which token is meant: data.{option} in a config, --{option} of `data tokenize` and `generate`; "
+                    f"or {NONE}."
                 )
             found[file] = token
     return found
@@ -203,7 +204,7 @@ def _several(vocabulary: Vocabulary, tokens: Any, origin: str) -> TokenizerError
     names = shown(vocabulary, tuple(dict.fromkeys(tokens)))
     return TokenizerError(
         f"which token ends a document is not clear for {vocabulary.label}: by {origin} it may be {names}. Say which: data.eod in a "
-        f"config, --eod of `data tokenize`, by name or id; or {NONE}."
+        f"config, --eod of `data tokenize` and `generate`, by name or id; or {NONE}."
     )
 
 

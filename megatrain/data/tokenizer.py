@@ -184,10 +184,20 @@ class JsonTokenizer:
         """A token as the file has it."""
         return str(self._library.id_to_token(token))
 
+    def to_json(self) -> str:
+        """The whole tokenizer.json."""
+        return str(self._library.to_str(pretty=True))
+
     def template(self) -> tuple[int, ...]:
         """The tokens that the file puts before a text, where it puts none behind."""
-        plain, whole = (self._library.encode("x", add_special_tokens=added).ids for added in (False, True))
-        return tuple(whole[: -len(plain)]) if plain and whole[-len(plain) :] == plain else ()
+        before, behind = self.added("x")
+        return () if behind else before
+
+    def added(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the file puts before a text and behind it."""
+        plain, whole = (self._library.encode(text, add_special_tokens=added).ids for added in (False, True))
+        first = next((n for n in range(len(whole) - len(plain) + 1) if plain and whole[n : n + len(plain)] == plain), 0)
+        return (tuple(whole[:first]), tuple(whole[first + len(plain) :])) if plain else ((), ())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

@@ -1,0 +1,126 @@
+"""The tokenizer of an exported model, as `transformers.pipeline("text-generation", DIR)` opens it.
+
+tokenizer.json            the run's own; `bytes` as a byte-level BPE without merges, whose ids are the bytes
+tokenizer_config.json     its class and special tokens
+special_tokens_map.json   those again, for readers that look there
+generation_config.json    at which tokens a text ends
+
+What lay beside the run's tokenizer is copied as it was and says the same, but where the config named other tokens (data.eod, data.bos).
+A prompt begins with the same tokens there as in `megatrain generate`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from megatrain.config.schema import DataConfig
+from megatrain.data.boundaries import END_OF_TEXT, GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG, Ending, TokenizerError
+from megatrain.data.tokenizer import BYTE_VALUES, JsonTokenizer, load_tokenizer
+
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What is written into the directory of a model."""
+
+    texts: dict[str, str]
+    """File -> content."""
+    ids: dict[str, Any]
+    """Special tokens, for config.json."""
+
+
+def files_of(data: DataConfig, positions: int) -> TokenizerFiles:
+    """The files for a run whose tokenizer is `data.tokenizer`, of a model that reads texts of so many tokens. Raises TokenizerError."""
+    name = str(data.tokenizer)
+    own = byte_level(data) if name == "bytes" else load_tokenizer(name, data.eod, data.bos)
+    if not isinstance(own, JsonTokenizer):
+        raise TokenizerError(f"{name} is no tokenizer.json")
+    beside = {} if name == "bytes" else _beside(Path(name).parent)
+    ending = _ending(own)
+    tokens = {"eos_token": ending.eod, "bos_token": own.beginning.bos, "pad_token": _pad(own, ending)}
+    named = {role: own.name_of(token) for role, token in tokens.items() if token is not None}
+    ids = {f"{role}_id": token for role, token in tokens.items()}
+    changed = (data.eod, data.bos) != (None, None)
+    texts: dict[str, str] = dict(beside)
+    texts["tokenizer.json"] = _with_opening(own)
+    if changed or TOKENIZER_CONFIG not in beside:
+        new = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": positions,
+            "clean_up_tokenization_spaces": False,
+        }
+        added = {} if data.bos is None else {"add_bos_token": own.beginning.first is not None}
+        texts[TOKENIZER_CONFIG] = _json({**new, **_loaded(beside, TOKENIZER_CONFIG), **named, **added})
+    if changed or SPECIAL_TOKENS not in beside:
+        texts[SPECIAL_TOKENS] = _json({**_loaded(beside, SPECIAL_TOKENS), **named})
+    if changed or GENERATION not in beside:
+        stops = list(ending.stops)
+        said = ids | {"eos_token_id": stops if len(stops) > 1 else ending.eod}
+        texts[GENERATION] = _json({**_loaded(beside, GENERATION), **said})
+    return TokenizerFiles(texts, ids)
+
+
+def byte_level(data: DataConfig) -> JsonTokenizer:
+    """The `bytes` tokenizer as a tokenizer.json: a BPE of 256 tokens without merges, and the end of a document."""
+    vocab = {letter: value for value, letter in enumerate(_letters())}
+    library = LibraryTokenizer(models.BPE(vocab, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([END_OF_TEXT])
+    return JsonTokenizer(library, "bytes", None, data.eod, data.bos)
+
+
+def _letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies (GPT-2's encoder.py): itself where it can be seen."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
+    unseen = [value for value in range(BYTE_VALUES) if value not in seen]
+    return [chr(value) if value in seen else chr(BYTE_VALUES + unseen.index(value)) for value in range(BYTE_VALUES)]
+
+
+def _beside(folder: Path) -> dict[str, str]:
+    """The files beside a tokenizer that say more of it."""
+    names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template.jinja", "chat_template.json")
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+
+
+def _loaded(beside: dict[str, str], name: str) -> dict[str, Any]:
+    found = json.loads(beside.get(name, "{}"))
+    return found if isinstance(found, dict) else {}
+
+
+def _ending(own: JsonTokenizer) -> Ending:
+    """What ends a document; nothing where that is not clear, as nobody was trained on it then."""
+    try:
+        return own.ending
+    except TokenizerError:
+        return Ending(None)
+
+
+def _pad(own: JsonTokenizer, ending: Ending) -> int | None:
+    """A token to fill batches with: one that is made for it, or what ends a document."""
+    return next((token for name in PADS if (token := own.special_id(name)) is not None), ending.eod)
+
+
+def _with_opening(own: JsonTokenizer) -> str:
+    """The tokenizer.json, which puts before a text what `generate` puts before a prompt, and nothing behind."""
+    description = json.loads(own.to_json())
+    opening = own.beginning.opening
+    if own.added("x") != (opening, ()):
+        names = [own.name_of(token) for token in opening]
+        pieces = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+        texts = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+        tokens = {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in zip(names, opening, strict=True)}
+        single, pair = [*pieces, texts[0]], [*pieces, *texts]
+        description["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+    return json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
