@@ -28,8 +28,10 @@ export PYTHONPATH="$package:$root/docs/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 if "$python" -c 'import pytest' 2>/dev/null; then
     echo "tests marked gpu"
+    workers=() # kernels are compiled on the CPU, one by each worker at a time
+    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n logical --maxprocesses 8 --dist worksteal); fi
     (cd "$root" && timeout 120 "$python" -m pytest -q -m gpu -p no:cacheprovider -o addopts="--import-mode=importlib" -o timeout=0 \
-        -o filterwarnings= tests/kernels tests/parallel tests/end_to_end/test_gpu.py) || failed=1
+        -o filterwarnings= ${workers[@]+"${workers[@]}"} tests/kernels tests/parallel tests/end_to_end/test_gpu.py) || failed=1
 else
     echo "NOTE: pytest is not installed here: the tests marked gpu are left out"
     failed=1

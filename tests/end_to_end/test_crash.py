@@ -209,7 +209,8 @@ ELSEWHERE = {
 }
 
 
-FAST = ("zb_v", "1f1b, recompute, tensor parallel", "zero 3, masters in halves")
+FAST = ("zb_v", "zero 3, masters in halves")
+"""Those of two processes; four start for 20 s of two cores, and test_resume.py resumes every kind of layout in one process."""
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ELSEWHERE])
