@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import chain
-from math import gcd
+from math import lcm
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +35,9 @@ from megatrain.program import require_schedule, vocabulary
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.progress import person_watching
 from megatrain.testing import Disagreement, simulate, spawn
-from megatrain.testing.agree import Trace, agree, agree_in_bf16
-from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
+from megatrain.testing.agree import MARGIN, Trace, agree_in_bf16
+from megatrain.testing.control import Judge
+from megatrain.testing.layouts import Layout, batch_unit, changed_batches, covering, every_layout, for_replicas, shrunk
 from megatrain.testing.resumed import Resumption, half_of
 from megatrain.testing.trace import ANY_DATA, round_weights, trace_run
 from megatrain.testing.worker import end_with_parent
@@ -65,6 +66,8 @@ class Row:
     """Largest of each kind: loss, grad_norm, gradient, weight, state."""
     problem: str = ""
     """What differs, first; "" where all agrees."""
+    note: str = ""
+    """Where rounding alone makes more than the bounds: how much, and beside what; "" elsewhere."""
 
 
 class Verifier:
@@ -74,14 +77,11 @@ class Verifier:
         """Train the reference. config: as the user gave it, its layout aside; resume: interrupt every run half-way."""
         optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
-        if config.data.drawn_per_micro_batch:  # then all layouts need micro-batches of one size
-            share = max(1, train.global_batch_size // LARGEST_WORLD)
-            train = replace(train, micro_batch_size=gcd(train.micro_batch_size, share))
         self.config = Layout().apply(replace(config, optim=optim, train=train))
         self.steps, self.precision = steps, precision
         self._resume = Resumption(self.config, steps, precision) if resume else None
         self._alone = [self._reference(seed) for seed in range(SEEDS)] if precision == "bf16" else []
-        self._reference_trace = None if self._alone else trace_run(ParallelContext.single(), self.config, steps)
+        self.judge = None if self._alone else Judge(self.config, steps)
 
     def _reference(self, seed: int) -> tuple[Trace, Trace]:
         """The first step of one process in float32 and in bfloat16, from the same weights."""
@@ -98,16 +98,22 @@ class Verifier:
         if processes:
             config = _fewer_micro_batches(config, layout)
         if self._resume is not None:
-            return self._resume.check(layout, config, partial(self._run, layout, processes=processes), self._reference_trace)
-        if self._reference_trace is None:
+            return self._resume.check(layout, config, partial(self._run, layout, processes=processes), self.judge)
+        if self.judge is None:
             return self._check_bf16(layout, config, processes)
         traces = self._run(layout, lean_trace, config, self.steps, processes=processes)
         largest: dict[str, float] = {}
         for trace in (trace for trace in traces if trace.weights):
-            for kind, value in agree(self._reference_trace, trace, optimizer=config.optim.name).items():
+            for kind, value in self.judge.hold(trace).items():
                 largest[kind] = max(largest.get(kind, 0.0), value)
         _same_on_all_ranks(traces)
         return largest
+
+    def note(self, deviations: dict[str, float]) -> str:
+        """What is to be said of deviations that `check` gave, although all agrees; "" where nothing is."""
+        moved = {} if self.judge is None else self.judge.excused(deviations)
+        figures = ", ".join(f"{kind} {deviations[kind]:.1e} beside {value:.1e}" for kind, value in moved.items())
+        return f"ill-conditioned: {figures} by a change of one process's weights in their last place" if moved else ""
 
     def _run(self, layout: Layout, work: Callable[..., Trace], *given: Any, processes: bool) -> list[Trace]:
         run = spawn if processes else simulate
@@ -136,7 +142,7 @@ class Verifier:
 
 def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
     """The same batches in about as many micro-batches as the pipeline has stages: messages between processes are slow."""
-    micro, share = config.train.micro_batch_size, config.train.global_batch_size // layout.dp
+    micro, share = config.train.micro_batch_size, batch_unit(config.train) // layout.dp
     fixed = config.data.drawn_per_micro_batch
     while not fixed and share // micro > max(2, layout.pp) and share % (2 * micro) == 0:
         micro *= 2
@@ -160,17 +166,29 @@ def _same_on_all_ranks(traces: Sequence[Trace]) -> None:
                     raise Disagreement(f"step {step}, {what}: rank {rank} reports {mine!r}, rank 0 {first!r}")
 
 
+def comparable(config: Config, layouts: str) -> Config:
+    """The config that all of the layouts train (`for_replicas`). Raises ConfigError for names that are none."""
+    if layouts == "all":
+        return for_replicas(config, LARGEST_WORLD)
+    return for_replicas(config, lcm(*(layout.dp for layout in _named(layouts))))
+
+
+def _named(layouts: str) -> list[Layout]:
+    try:
+        chosen = [Layout.parse(name.strip()) for name in layouts.split(",") if name.strip()]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not chosen:
+        raise ConfigError("--layouts names none. Use --layouts all, or names such as tp2,pp2-zb_h1,dp2-zero3.")
+    return chosen
+
+
 def plan_rows(
     config: Config, layouts: str, precision: Precision, processes: bool
 ) -> tuple[list[tuple[Layout, bool]], list[str]]:
     """(layout, on processes) in the order to run, and why others of `all` are left out. Raises ConfigError for an illegal LIST."""
     if layouts != "all":
-        try:
-            chosen = [Layout.parse(name.strip()) for name in layouts.split(",") if name.strip()]
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if not chosen:
-            raise ConfigError("--layouts names none. Use --layouts all, or names such as tp2,pp2-zb_h1,dp2-zero3.")
+        chosen = _named(layouts)
         for layout in chosen:
             if problem := layout.problem(config):
                 raise ConfigError(f"--layouts {layout}: {problem}")
@@ -214,6 +232,7 @@ def verify(
     and between it and one process. tell: called with every row, how many are done, and of how many.
     Raises ConfigError for a layout that the config cannot have.
     """
+    config = comparable(config, layouts)
     planned, _ = plan_rows(config, layouts, precision, processes)
     check = partial(row_of, config, steps, precision, resume)
     rows: list[Row] = []
@@ -247,6 +266,7 @@ def row_of(config: Config, steps: int, precision: Precision, resume: bool, layou
     verifier, began = _verifier(config, steps, precision, resume), time.monotonic()
     try:
         row.deviations = verifier.check(*layout)
+        row.note = verifier.note(row.deviations)
     except Disagreement as error:
         row.problem = str(error)
     except Exception as error:  # whatever breaks one layout must not hide the others
@@ -285,7 +305,10 @@ def main(
     config = prepared(path, overrides, shrink)
     if resume and steps < 2:
         raise ConfigError(f"--resume interrupts a run half-way, and --steps {steps} has no half. Use --steps 2 or more.")
+    given, config = config, comparable(config, layouts)
     planned, left_out = plan_rows(config, layouts, precision, processes)
+    if config != given:
+        print(f"micro-batches are part of the data of data.objective={config.data.objective}: {changed_batches(given, config)}")
     size = parameter_count(config.model, config.model.vocab_size or 0)
     print(
         f"{len(planned)} layouts, {steps} steps each in {precision}, of {size:,} parameters "
@@ -318,7 +341,8 @@ def _table() -> Iterator[Callable[[Row, int, int], None]]:
     def line(row: Row) -> str:
         values = [row.deviations.get(kind) for kind in ("loss", "grad_norm", "gradient", "weight", "state")]
         numbers = " ".join(f"{'-' if value is None else format(value, '.1e'):>8}" for value in values)
-        return f"{row.layout:40} {row.where:9} " + (f"FAILED: {row.problem}" if row.problem else f"{numbers}  ok")
+        verdict = f"FAILED: {row.problem}" if row.problem else f"{numbers}  ok{' *' if row.note else ''}"
+        return f"{row.layout:40} {row.where:9} {verdict}"
 
     if not person_watching() or find_spec("rich") is None:
 
@@ -350,6 +374,14 @@ def _summarise(rows: Sequence[Row], failed: Sequence[Row]) -> None:
         worst = max((row for row in rows if kind in row.deviations), key=lambda row: row.deviations[kind], default=None)
         if worst is not None:
             print(f"worst {kind}: {worst.deviations[kind]:.3g} ({worst.layout}, {worst.where})")
+    for row in rows:
+        if row.note:
+            print(f"* {row.layout} on {row.where}: {row.note}")
+    if any(row.note for row in rows):
+        print(
+            f"* agree, as far as this config can tell: up to {MARGIN} times what rounding alone makes is no fault here, and smaller faults "
+            "are not seen. Fewer --steps, a smaller model.init_std or optim.lr show more."
+        )
     for row in failed:
         print(f"FAILED {row.layout} on {row.where}: {row.problem}")
     print(f"{len(rows) - len(failed)} of {len(rows)} layouts agree with one process")

@@ -137,7 +137,7 @@ def test_halves_of_masters_are_compared_to_the_bit():
 
 
 def test_ranks_that_report_different_numbers_disagree(verifier):
-    traces = [verifier._reference_trace, replace(verifier._reference_trace, losses=[1.0, 2.0])]
+    traces = [verifier.judge.reference, replace(verifier.judge.reference, losses=[1.0, 2.0])]
     with pytest.raises(Disagreement, match=r"step 0, losses: rank 1 reports 1\.0, rank 0"):
         verify._same_on_all_ranks(traces)
 

@@ -7,18 +7,25 @@
 | updated weights, optimizer states    | max|a-b| / max(max|b|, learning rate)    | 1e-8    | 2e-5, SGD only |
 
 Adam divides rounding noise by itself where a gradient is exactly zero (a key bias), so in float32 its weights are not compared.
+Where a config blows rounding up, correct layouts deviate by more: `control` is one process again with weights that differ in their
+last place, and what that makes is no fault, up to MARGIN times (docs/numerics.md).
 In bfloat16 rounding is too coarse for a fixed tolerance: `agree_in_bf16` asks that a layout is not much worse than one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
+
+MARGIN = 32
+"""A deviation may be so many times that of the control, which rounds each weight once, while a sum of n terms is rounded n times: that
+is worth up to sqrt(n), and 2 to 3 was the most that was seen (models of 16 to 64 features)."""
 
 
 class Disagreement(AssertionError):
@@ -46,6 +53,24 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class _Limit:
+    """The largest deviation of one number or tensor that is rounding."""
+
+    bound: float
+    moved: float
+    """Deviation of the control."""
+
+    @property
+    def largest(self) -> float:
+        return max(self.bound, MARGIN * self.moved)
+
+    def __str__(self) -> str:
+        if self.largest == self.bound:
+            return f"{self.bound:g}"
+        return f"{self.largest:.3g}, {MARGIN} times what a change of the weights in their last place makes"
+
+
+@dataclass(frozen=True)
 class Tolerance:
     """Largest deviations that are rounding."""
 
@@ -64,10 +89,11 @@ def tolerance(dtype: str, optimizer: str) -> Tolerance:
     raise ValueError(f"{dtype} has no fixed tolerance: compare in fp64 or fp32, or with agree_in_bf16")
 
 
-def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw") -> dict[str, float]:
+def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw", control: Sequence[Trace] = ()) -> dict[str, float]:
     """Check that `other` trained the same model as `reference`, up to rounding; `optimizer` is adamw, adam or sgd.
 
-    Returns the largest deviation of each kind (loss, grad_norm, gradient, weight, state). Raises Disagreement that names the
+    control: traces of the reference's process with weights that differ in their last place (`testing/control.py`); none: the bounds
+    alone count. Returns the largest deviation of each kind (loss, grad_norm, gradient, weight, state). Raises Disagreement that names the
     first step and quantity or tensor that differ, with both values; ValueError if the two runs cannot be compared.
     """
     if reference.dtype != other.dtype:
@@ -76,20 +102,34 @@ def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw") -> dict[s
     largest: dict[str, float] = {}
     if len(reference.losses) != len(other.losses) or len(reference.grad_norms) != len(other.grad_norms):
         raise Disagreement(f"the reference has {len(reference.losses)} steps, the other {len(other.losses)}")
-    for step, (a, b) in enumerate(zip(other.losses, reference.losses, strict=True)):
-        _scalar(largest, "loss", step, a, b, allowed.step)
+    moved = {"loss": 0.0, "grad_norm": 0.0}  # by the control so far: errors grow, and that of one step may be small by chance
+
+    def scalar(kind: str, step: int, values: Callable[[Trace], Sequence[float]]) -> None:
+        b = values(reference)[step]
+        moved[kind] = _largest([moved[kind], *(_relative(values(trace)[step], b) for trace in control)])
+        _scalar(largest, kind, step, values(other)[step], b, _Limit(allowed.step, moved[kind]))
+
+    def tensors(kind: str, when: str, values: Callable[[Trace], Tensors], floor: float, bound: float) -> None:
+        _tensors(largest, kind, when, values(other), values(reference), [values(trace) for trace in control], floor, bound)
+
+    for step in range(len(reference.losses)):
+        scalar("loss", step, lambda trace: trace.losses)
         if step == 0:  # before the norm: the name of a tensor says more
-            _tensors(largest, "gradient", "of step 0", other.gradients, reference.gradients, _rms(reference), allowed.step)
+            tensors("gradient", "of step 0", lambda trace: trace.gradients, _rms(reference), allowed.step)
         if step < len(reference.grad_norms):
-            _scalar(largest, "grad_norm", step, other.grad_norms[step], reference.grad_norms[step], allowed.step)
+            scalar("grad_norm", step, lambda trace: trace.grad_norms)
     if allowed.update is None:
         return largest
     after, floor = f"after step {len(reference.losses) - 1}", reference.learning_rate
-    _tensors(largest, "weight", after, other.weights, reference.weights, floor, allowed.update)
+    tensors("weight", after, lambda trace: trace.weights, floor, allowed.update)
     if set(reference.states) != set(other.states):
         raise Disagreement(f"optimizer states: reference has {sorted(reference.states)}, other {sorted(other.states)}")
-    for kind, states in reference.states.items():
-        _tensors(largest, "state", f"({kind}) {after}", other.states[kind], states, floor, allowed.update)
+    for name in reference.states:
+
+        def of_kind(trace: Trace, name: str = name) -> Tensors:
+            return trace.states[name]
+
+        tensors("state", f"({name}) {after}", of_kind, floor, allowed.update)
     return largest
 
 
@@ -122,16 +162,33 @@ def _rms(trace: Trace) -> float:
     return float((squares / max(1, sum(g.numel() for g in trace.gradients.values()))) ** 0.5)
 
 
-def _scalar(largest: dict[str, float], kind: str, step: int, a: float, b: float, allowed: float) -> None:
+def _relative(a: float, b: float) -> float:
+    """Deviation of one number from another."""
+    return 0.0 if a == b else abs(a - b) / max(abs(b), 1e-300)
+
+
+def _largest(deviations: Sequence[float]) -> float:
+    """Of the control's deviations: one that is not finite excuses nothing."""
+    return max((value for value in deviations if math.isfinite(value)), default=0.0)
+
+
+def _scalar(largest: dict[str, float], kind: str, step: int, a: float, b: float, allowed: _Limit) -> None:
     """Compare one number of one step."""
-    deviation = 0.0 if a == b else abs(a - b) / max(abs(b), 1e-300)
-    if not deviation <= allowed:  # written so that NaN disagrees
-        raise Disagreement(f"step {step}, {kind}: {a!r}, but the reference has {b!r}: deviation {deviation:.3g} > {allowed:g}")
+    deviation = _relative(a, b)
+    if not deviation <= allowed.largest:  # written so that NaN disagrees
+        raise Disagreement(f"step {step}, {kind}: {a!r}, but the reference has {b!r}: deviation {deviation:.3g} > {allowed}")
     largest[kind] = max(largest.get(kind, 0.0), deviation)
 
 
 def _tensors(
-    largest: dict[str, float], kind: str, when: str, ours: Tensors, reference: Tensors, floor: float, allowed: float
+    largest: dict[str, float],
+    kind: str,
+    when: str,
+    ours: Tensors,
+    reference: Tensors,
+    control: Sequence[Tensors],
+    floor: float,
+    bound: float,
 ) -> None:
     """Compare tensors by name; `floor` is the size below which a tensor's own size does not count."""
     if set(ours) != set(reference):
@@ -143,18 +200,19 @@ def _tensors(
         if a.shape != b.shape:
             raise Disagreement(f"{kind} {when}: {name} is {list(a.shape)}, but {list(b.shape)} in the reference")
         deviation = _deviation(a, b, floor)
-        if deviation <= allowed:  # false for NaN
+        allowed = _Limit(bound, _largest([_deviation(tensors[name], b, floor) for tensors in control]))
+        if deviation <= allowed.largest:  # false for NaN
             largest[kind] = max(largest.get(kind, 0.0), deviation)
         else:
-            wrong.append((name, deviation))
+            wrong.append((name, deviation, allowed))
     if wrong:
-        name, deviation = wrong[0]
+        name, deviation, allowed = wrong[0]
         place = _place(ours[name], reference[name])
-        others = f"; so do {', '.join(n for n, _ in wrong[1:9])}" if len(wrong) > 1 else ""
+        others = f"; so do {', '.join(n for n, *_ in wrong[1:9])}" if len(wrong) > 1 else ""
         more = f" and {len(wrong) - 9} more" if len(wrong) > 9 else ""
         raise Disagreement(
             f"{kind} {when}: {name}{list(place)} is {ours[name][place].item()!r}, but the reference has "
-            f"{reference[name][place].item()!r}: deviation {deviation:.3g} > {allowed:g}. "
+            f"{reference[name][place].item()!r}: deviation {deviation:.3g} > {allowed}. "
             f"{len(wrong)} of {len(reference)} tensors deviate{others}{more}"
         )
 

@@ -14,12 +14,14 @@ from itertools import combinations
 from math import gcd
 from typing import Any, Literal, TypeVar
 
-from megatrain.config.schema import Config
+from megatrain.config.schema import Config, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.schedules import FAMILIES, chunks_problem
 
+BATCHES = ("global_batch_size", "micro_batch_size", "batch_ramp")
+"""Keys of the train section that say which sequences make a batch."""
 USUAL_CHUNKS = {"interleaved": 2, "zb_v": 2}
 """Schedule -> chunks a stage that it has where none are given; the others have 1."""
 
@@ -60,7 +62,8 @@ class Layout:
         return cls(**found)
 
     def apply(self, config: Config) -> Config:
-        """`config` with this layout; micro-batches become smaller where the replicas' shares of the global batch ask for it."""
+        """`config` with this layout; micro-batches become smaller where the replicas' shares of the global batch ask for it, and
+        they are no part of the data."""
         given, train = config.parallel, config.train
         fits = given.layer_split is not None and len(given.layer_split) == self.pp * self.chunks
         parallel = replace(
@@ -73,7 +76,9 @@ class Layout:
             layer_split=given.layer_split if fits else None,
             zero_stage=self.zero,  # type: ignore[arg-type]
         )
-        micro = gcd(train.micro_batch_size, max(1, train.global_batch_size // self.dp))
+        micro = train.micro_batch_size
+        if not config.data.drawn_per_micro_batch:
+            micro = gcd(micro, max(1, batch_unit(train) // self.dp))
         return replace(
             config,
             parallel=parallel,
@@ -83,13 +88,49 @@ class Layout:
 
     def problem(self, config: Config) -> str:
         """Why `config` cannot be laid out like this; "" where it can."""
-        if config.train.global_batch_size % self.dp:
-            return f"train.global_batch_size={config.train.global_batch_size} cannot be shared by {self.dp} replicas"
+        train, fixed = config.train, config.data.drawn_per_micro_batch
+        if batch_unit(train) % (self.dp * (train.micro_batch_size if fixed else 1)):
+            ramp = "" if train.batch_ramp is None else f" with train.batch_ramp={list(train.batch_ramp)}"
+            whole = f" in whole micro-batches of {train.micro_batch_size}" if fixed else ""
+            return f"train.global_batch_size={train.global_batch_size}{ramp} cannot be shared by {self.dp} replicas{whole}"
         try:
             validate_layout(self.apply(config), self.shape.world)
         except ConfigError as error:
             return str(error)
         return chunks_problem(self.schedule, self.chunks) or ""
+
+
+def batch_unit(train: TrainConfig) -> int:
+    """Sequences that every global batch is a multiple of, those of a ramp too."""
+    start, increment, _ = train.batch_ramp or (0, 0, 0)
+    return gcd(train.global_batch_size, start, increment)
+
+
+def for_replicas(config: Config, replicas: int) -> Config:
+    """A config whose batches so many replicas, and any that divide them, can share without another micro-batch.
+
+    Where micro-batches are part of the data (`drawn_per_micro_batch`) they must be the same under every layout: global batches become
+    the nearest multiples, and micro-batches first a divisor where one of each replica would be more than a batch of today's.
+    Elsewhere nothing changes.
+    """
+    train = config.train
+    if not config.data.drawn_per_micro_batch or batch_unit(train) % (train.micro_batch_size * replicas) == 0:
+        return config
+    sizes = (size for size in range(train.micro_batch_size, 0, -1) if train.micro_batch_size % size == 0)
+    micro = next((size for size in sizes if size * replicas <= train.global_batch_size), 1)
+    unit = micro * replicas
+    whole = max(1, round(train.global_batch_size / unit)) * unit
+    ramp = train.batch_ramp
+    if ramp is not None:
+        start = max(1, round(ramp[0] / unit)) * unit
+        whole, ramp = max(whole, start + unit), (start, unit, ramp[2])
+    return replace(config, train=replace(train, micro_batch_size=micro, global_batch_size=whole, batch_ramp=ramp))
+
+
+def changed_batches(given: Config, config: Config) -> str:
+    """What `for_replicas` made of a config, for the user."""
+    keys = [key for key in BATCHES if getattr(given.train, key) != getattr(config.train, key)]
+    return ", ".join(f"train.{key}={getattr(config.train, key)} here instead of {getattr(given.train, key)}" for key in keys)
 
 
 def _part(part: str, name: str) -> dict[str, Any]:
@@ -165,6 +206,8 @@ def shrunk(config: Config) -> Config:
         max_positions=None if model.max_positions is None else length + unused,
         vocab_size=vocab if vocab is None or vocab <= 128 else 96 + vocab % 16,
     )
-    train = replace(config.train, global_batch_size=16, micro_batch_size=2)
+    # A ramp becomes one of a few steps, from half of the batch: 8 replicas can share both.
+    ramp = None if config.train.batch_ramp is None else (8, 8, 16)
+    train = replace(config.train, global_batch_size=16, micro_batch_size=2, batch_ramp=ramp)
     parallel = replace(config.parallel, layer_split=None, bucket_size=min(config.parallel.bucket_size, 20 * hidden * hidden))
     return replace(config, model=small, train=train, parallel=parallel)

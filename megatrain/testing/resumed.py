@@ -13,7 +13,8 @@ from megatrain.config.load import dump
 from megatrain.config.schema import Config
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.resume import progress_of, restore
-from megatrain.testing.agree import Disagreement, Trace, agree
+from megatrain.testing.agree import Disagreement, Trace
+from megatrain.testing.control import Judge
 from megatrain.testing.layouts import Layout
 from megatrain.testing.trace import trace_run
 from megatrain.training import Run, assemble
@@ -48,11 +49,6 @@ def _from(run: Run, path: Path) -> Run:
     return fresh
 
 
-def last_steps(trace: Trace, at: int) -> Trace:
-    """What `continued` is to be compared with."""
-    return replace(trace, losses=trace.losses[at:], grad_norms=trace.grad_norms[at:], gradients={})
-
-
 def require_same_bits(one: Trace, other: Trace, what: str) -> None:
     """Raise Disagreement where two traces are not the same to the last bit."""
     for name in ("losses", "grad_norms"):
@@ -81,25 +77,22 @@ class Resumption:
         self._single = Path(self._folder.name, "one-process")
         interrupted(ParallelContext.single(), config, steps, self.at, self._single)
 
-    def check(
-        self, layout: Layout, config: Config, run: Callable[..., list[Trace]], reference: Trace | None
-    ) -> dict[str, float]:
+    def check(self, layout: Layout, config: Config, run: Callable[..., list[Trace]], judge: Judge | None) -> dict[str, float]:
         """Largest deviation of each kind. Raises Disagreement.
 
-        config: of the layout; run: what to do on every rank and what with -> a trace of each. reference: of one process,
+        config: of the layout; run: what to do on every rank and what with -> a trace of each. judge: of one process,
         None in bfloat16, where only the layout's own bits are compared.
         """
         mine = Path(self._folder.name, str(layout))
         plain, again = run(trace_run, config, self.steps)[0], run(interrupted, config, self.steps, self.at, mine)[0]
         require_same_bits(plain, again, "resumed under its own layout")
-        if reference is None:
+        if judge is None:
             return {"loss": 0.0}
-        name, rest = config.optim.name, last_steps(reference, self.at)
         step = f"step_{self.at:08d}"
         back = continued(ParallelContext.single(), self.config, self.steps, self.at, mine / step)
         there = run(continued, config, self.steps, self.at, self._single / step)[0]
-        largest = agree(reference, again, optimizer=name)
+        largest = judge.hold(again)
         for other in (back, there):
-            largest |= {kind: max(value, largest[kind]) for kind, value in agree(rest, other, optimizer=name).items()}
+            largest |= {kind: max(value, largest[kind]) for kind, value in judge.hold(other, self.at).items()}
         shutil.rmtree(mine)
         return largest

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatrain.config.budget import budget_of
 from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.batches import Compose
 from megatrain.data.boundaries import Beginning, Ending
@@ -80,8 +81,7 @@ def trace_run(
     if vocab_size is None:
         raise ValueError("model.vocab_size is null, and a traced run has no tokenizer to ask. Set model.vocab_size=101.")
     samples, compose = random_source(config, vocab_size)
-    train = config.train
-    sizes = (train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
+    sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     with Loader(samples, *sizes, compose=compose) as loader:
         run = assemble(config, ctx, loader, vocab_size, objective=objective)
         if prepare is not None:

@@ -142,6 +142,32 @@ def test_shapes_names_and_steps_must_match():
         agree(replace(a, dtype="bf16"), replace(a, dtype="bf16"))
 
 
+def test_a_control_widens_the_limits_of_what_it_moves_alone():
+    a = trace()
+    second = a.gradients["second"].abs().max().item()
+    control = replace(a, gradients=changed(a.gradients, "second", 1e-11 * second), losses=with_step(a.losses, 1, 1e-11))
+    far = lambda factor: replace(a, gradients=changed(a.gradients, "second", factor * 1e-11 * second))  # noqa: E731
+    assert agree(a, far(31), control=[a, control])["gradient"] == pytest.approx(3.1e-10, rel=1e-3)
+    with pytest.raises(
+        Disagreement, match=r"deviation 3\.3e-10 > 3\.2e-10, 32 times what a change of the weights in their last"
+    ):
+        agree(a, far(33), control=[a, control])
+    with pytest.raises(Disagreement, match=r"gradient of step 0: first.* > 1e-12\."):
+        agree(a, replace(a, gradients=changed(a.gradients, "first", 1e-11)), control=[control])
+    for step in (1, 2):  # errors grow: what one step is allowed the next ones are
+        agree(a, replace(a, losses=with_step(a.losses, step, 3e-10)), control=[control])
+    with pytest.raises(Disagreement, match=r"step 0, loss: .* > 1e-12$"):
+        agree(a, replace(a, losses=with_step(a.losses, 0, 1e-11)), control=[control])
+
+
+def test_a_control_that_is_not_finite_excuses_nothing():
+    a = trace()
+    control = replace(a, losses=[2.0, float("nan"), float("inf")], weights=changed(a.weights, "first", float("nan")))
+    for b in (replace(a, losses=with_step(a.losses, 2, 1e-9)), replace(a, weights=changed(a.weights, "first", 1e-3))):
+        with pytest.raises(Disagreement):
+            agree(a, b, control=[control])
+
+
 def test_bfloat16_may_be_twice_as_far_from_float32_as_one_process():
     exact, single = trace("fp32"), replace(trace("fp32"), dtype="bf16", losses=[2.01, 1.5, 1.2])
     agree_in_bf16(exact, single, replace(single, losses=[1.9801, 9.0, 9.0]))
