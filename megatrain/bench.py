@@ -23,7 +23,7 @@ from torch.profiler import profile as profiled
 
 from megatrain.config.load import load
 from megatrain.config.schema import Config
-from megatrain.config.validate import validate
+from megatrain.config.validate import require_effects, validate_step
 from megatrain.data.loader import Loader
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
@@ -48,8 +48,9 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     steps: timed, after `warmup` untimed ones, and as many again in phases. profile: where rank 0 writes a Chrome trace of two more.
     Raises ConfigError.
     """
+    require_effects(config)
     config = replace(config, data=replace(config.data, train=ANY_DATA))
-    validate(config, session.world.size)
+    validate_step(config, session.world.size)
     require_schedule(config)
     vocab_size = vocabulary(config)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)

@@ -75,6 +75,8 @@ def _gauge_then(kept: dict[str, int] | None, then: dict[str, Any], config: Confi
     else:
         keys = ("train.global_batch_size", "train.batch_ramp", "optim.warmup_steps", "model.seq_length")
         found = gauge(*(then[key] for key in keys))
+    if config.optim.warmup_steps is None:
+        return found  # it suited the length that the run had, which may be another now
     now = gauge_of(config)
     return found if found.warmup_steps == now.warmup_steps else replace(now, first=found.first, full=found.full)
 

@@ -114,7 +114,7 @@ class Run(Model):
         """Where in its schedules the run is after so many updates and samples."""
         train, gauge = self.config.train, self.gauge
         if train.tokens is None:
-            return Position(step, train.steps, self.config.optim.warmup_steps)
+            return Position(step, train.steps, gauge.warmup_steps)
         return Position(samples * self.config.model.seq_length, train.tokens, gauge.warmup, gauge.first, gauge.full)
 
 

@@ -24,10 +24,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
+from megatrain.config.budget import warmup_of
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
-from megatrain.config.validate import validate
+from megatrain.config.validate import require_effects, validate_step
 from megatrain.files import whole
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
@@ -39,7 +40,7 @@ from megatrain.testing.agree import MARGIN, Trace, agree_in_bf16
 from megatrain.testing.control import Judge
 from megatrain.testing.layouts import Layout, batch_unit, changed_batches, covering, every_layout, for_replicas, shrunk
 from megatrain.testing.resumed import Resumption, half_of
-from megatrain.testing.trace import ANY_DATA, round_weights, trace_run
+from megatrain.testing.trace import round_weights, trace_run
 from megatrain.testing.worker import end_with_parent
 
 Precision = Literal["fp64", "fp32", "bf16"]
@@ -75,7 +76,7 @@ class Verifier:
 
     def __init__(self, config: Config, steps: int, precision: Precision, resume: bool = False) -> None:
         """Train the reference. config: as the user gave it, its layout aside; resume: interrupt every run half-way."""
-        optim = replace(config.optim, warmup_steps=min(config.optim.warmup_steps, 1))
+        optim = replace(config.optim, warmup_steps=min(warmup_of(config), 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
         self.config = Layout().apply(replace(config, optim=optim, train=train))
         self.steps, self.precision = steps, precision
@@ -281,11 +282,12 @@ def row_of(config: Config, steps: int, precision: Precision, resume: bool, layou
 def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
     """The config of a file, with the size of its vocabulary, in one process and small if asked for. Raises ConfigError."""
     config = load(path, overrides, shapes_of).config
+    require_effects(config)
     config = replace(config, model=replace(config.model, vocab_size=vocabulary(config)))
     if shrink:
         config = shrunk(config)
     alone = Layout().apply(config)
-    validate(alone if alone.data.train else replace(alone, data=replace(alone.data, train=ANY_DATA)), 1)
+    validate_step(alone, 1)
     require_schedule(alone)
     return config
 

@@ -68,6 +68,8 @@ class Watch:
             f"model: {size:,} parameters | layout: {layout} | precision {config.train.precision} | "
             f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
         )
+        if config.optim.warmup_steps is None:
+            self.log.say(f"warm-up: {job.gauge.warmup_steps} of {job.total_steps} steps, as optim.warmup_steps is null")
         for note in self._notes():
             self.log.say(note)
         for what in job.told:

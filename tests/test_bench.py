@@ -28,7 +28,7 @@ ARGUMENTS += [
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "bench.yaml"
-    path.write_text("parallel: {device: cpu}\n")
+    path.write_text("parallel: {device: cpu}\ntrain: {steps: 3}\noptim: {warmup_steps: 100}\n")  # which train would refuse
     return path
 
 

@@ -148,7 +148,7 @@ def _meant(model: ModelConfig, name: str) -> Any:
     if name == "deepnorm_alpha":
         return model.residual_scale
     if name.startswith("rope_") and name not in ("rope_theta", "rope_fraction", "rope_interleaved", "rope_scaling"):
-        if model.rope_scaling == "none" or (model.rope_scaling == "linear" and name != "rope_factor"):
+        if model.rope_scaling == "none" or model.rope_factor == 1 or (model.rope_scaling == "linear" and name != "rope_factor"):
             return None
         if name.startswith("rope_beta") != (model.rope_scaling == "yarn") and name not in (
             "rope_factor",
@@ -163,6 +163,7 @@ def _meant(model: ModelConfig, name: str) -> Any:
         "num_query_groups": model.query_groups,
         "ffn_hidden_size": model.ffn_size,
         "qkv_bias": model.qkv_biased,
+        "rope_scaling": model.rope_scaling if model.rope_factor > 1 else "none",
         "rope_original_length": model.original_length,
         "rope_fraction": model.rotated,
     }

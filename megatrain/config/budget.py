@@ -36,23 +36,33 @@ class Budget:
         if consumed >= self.ramp_samples:
             return self.full
         increments = -(-(self.full - self.start) // self.increment)
-        return min(self.full, self.start + int(consumed * increments / self.ramp_samples) * self.increment)
+        return min(self.full, self.start + consumed * increments // self.ramp_samples * self.increment)
 
     def consumed(self, steps: int, since: int = 0) -> int:
         """Samples after so many updates more than consumed `since`."""
         done, samples = 0, since
         while done < steps and samples < self.ramp_samples:
-            samples += self.batch_size(samples)
-            done += 1
+            alike = min(self._alike(samples), steps - done)
+            samples += alike * self.batch_size(samples)
+            done += alike
         return samples + (steps - done) * self.full
 
     def steps_to(self, samples: int, since: int = 0) -> int:
         """Updates that it takes to go from `since` samples consumed to at least so many."""
         done, consumed = 0, since
         while consumed < min(samples, self.ramp_samples):
-            consumed += self.batch_size(consumed)
-            done += 1
+            batch = self.batch_size(consumed)
+            alike = min(self._alike(consumed), -(-(samples - consumed) // batch))
+            consumed += alike * batch
+            done += alike
         return done + max(0, -(-(samples - consumed) // self.full))
+
+    def _alike(self, consumed: int) -> int:
+        """Updates after so many samples, within the ramp, until its batch grows, so that a long ramp is counted in few steps."""
+        increments = -(-(self.full - self.start) // self.increment)
+        grown = consumed * increments // self.ramp_samples + 1
+        next_batch = -(-grown * self.ramp_samples // increments) if increments else self.ramp_samples
+        return -(-(next_batch - consumed) // self.batch_size(consumed))
 
     def total_steps(self, done: int = 0, consumed: int = 0) -> int:
         """Updates of the whole run, `done` of which have consumed so many samples."""
@@ -65,6 +75,19 @@ def budget_of(config: Config) -> Budget:
     train = config.train
     samples = None if train.tokens is None else math.ceil(train.tokens / config.model.seq_length)
     return Budget(train.global_batch_size, *_ramp(train.global_batch_size, train.batch_ramp), train.steps, samples)
+
+
+DEFAULT_WARMUP = 100
+"""Steps, in a run that is long enough."""
+
+
+def warmup_of(config: Config) -> int:
+    """Steps of a config's warm-up: as given, or as many as suit the length of the run, and with wsd end before the decay begins."""
+    given, steps = config.optim.warmup_steps, budget_of(config).total_steps()
+    if given is not None:
+        return given
+    stays = 1 - config.optim.decay_fraction if config.optim.lr_schedule == "wsd" else 1
+    return min(DEFAULT_WARMUP, steps // 10, int(steps * stays))
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ class Gauge:
 def gauge_of(config: Config) -> Gauge:
     """The gauge of a run that begins with a config."""
     train = config.train
-    return gauge(train.global_batch_size, train.batch_ramp, config.optim.warmup_steps, config.model.seq_length)
+    return gauge(train.global_batch_size, train.batch_ramp, warmup_of(config), config.model.seq_length)
 
 
 def gauge(batch: int, ramp: tuple[int, int, int] | None, warmup_steps: int, seq_length: int) -> Gauge:

@@ -7,10 +7,11 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatrain.config.knob import Effect
 from megatrain.config.schema import Config, CorpusConfig
 
 
@@ -24,6 +25,8 @@ class Knob:
     """The field's type."""
     default: Any
     doc: str
+    effect: Effect | None
+    """When it has one; None: always."""
 
     @property
     def section(self) -> str:
@@ -44,6 +47,20 @@ class Knob:
         """The value that a config has here."""
         return operator.attrgetter(self.key)(config)
 
+    def idle(self, config: Config) -> bool:
+        """Whether a config has here another value than the default, which has no effect."""
+        return self.effect is not None and self.of(config) != self.default and not self.effect.holds(config)
+
+    def ignored(self, config: Config) -> str:
+        """Why the value that a config has here would be ignored; "" where it would not."""
+        if self.effect is None or not self.idle(config):
+            return ""
+        here = " and ".join(f"{key}={show(operator.attrgetter(key)(config))}" for key in self.effect.keys)
+        return (
+            f"{self.key}={show(self.of(config))} has no effect: it has one when {self.effect.words}, and here {here}. "
+            f"Change that, or leave {self.key} out (its default is {show(self.default)})."
+        )
+
 
 def knobs() -> Iterator[Knob]:
     """Every knob of the schema, in its order."""
@@ -59,7 +76,7 @@ def _knobs_of(path: tuple[str, ...], cls: Any) -> Iterator[Knob]:
         if dataclasses.is_dataclass(kind):
             yield from _knobs_of(here, kind)
         else:
-            yield Knob(here, kind, getattr(defaults, item.name), item.metadata["doc"])
+            yield Knob(here, kind, getattr(defaults, item.name), item.metadata["doc"], item.metadata["effect"])
 
 
 def type_name(kind: Any) -> str:
@@ -87,3 +104,18 @@ def fields_of(cls: Any) -> dict[str, Any]:
 def is_optional(kind: Any) -> bool:
     """Whether a type is one that may be None."""
     return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def choices(values: Iterable[Any]) -> str:
+    """`1, 2 or 4`."""
+    words = [str(value) for value in values]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def show(value: Any) -> str:
+    """A value as it is written in a config."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(show, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value).replace("\n", "\\n")

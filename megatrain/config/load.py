@@ -53,10 +53,7 @@ def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | N
     tree = read_file(path)
     _normalize_sections(tree)
     _apply_overrides(tree, overrides)
-    _apply_preset(tree)
-    _apply_shapes(tree, shapes)
-    _apply_family(tree)
-    config = _build(tree)
+    config = _filled(tree, shapes)
     origins = {knob.key: tree.places.get(knob.path, DEFAULT) for knob in knobs()}
     return Loaded(config, origins)
 
@@ -67,10 +64,7 @@ def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
         tree = dataclasses.asdict(tree)
     source = Tree(tree)
     _normalize_sections(source)
-    _apply_preset(source)
-    _apply_shapes(source, shapes)
-    _apply_family(source)
-    return _build(source)
+    return _filled(source, shapes)
 
 
 def restored(tree: Document) -> Config:
@@ -88,7 +82,11 @@ def load_overrides(config: Config, overrides: Iterable[str]) -> Config:
     tree = Tree(dataclasses.asdict(config))
     _normalize_sections(tree)
     _apply_overrides(tree, overrides)
-    return _build(tree)
+    changed = _build(tree)
+    for knob in knobs():
+        if tree.places.get(knob.path) == COMMAND_LINE and (problem := knob.ignored(changed)):
+            raise ConfigError(f"{COMMAND_LINE}: {problem}")
+    return changed
 
 
 def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
@@ -183,9 +181,32 @@ def _replace(tree: Tree, path: tuple[str, ...], new: Tree) -> None:
     target[name] = new.root
 
 
+def _filled(tree: Tree, shapes: Shapes | None) -> Config:
+    """The config of a tree and of what comes along with its preset, its first weights and its family.
+
+    What comes along and has no effect beside the keys that are given is left at its default: it is nobody's mistake, and the saved
+    config is one that could have been given.
+    """
+    given = set(tree.root.setdefault("model", {}))
+    _apply_preset(tree)
+    _apply_shapes(tree, shapes)
+    _apply_family(tree)
+    config = _build(tree)
+    while idle := [
+        knob.path
+        for knob in knobs()
+        if knob.section == "model" and knob.name in set(tree.root["model"]) - given and knob.idle(config)
+    ]:
+        for section, name in idle:
+            del tree.root[section][name]
+            del tree.places[section, name]
+        config = _build(tree)
+    return config
+
+
 def _apply_preset(tree: Tree) -> None:
     """Put the keys of model.preset where the config has none of its own. Raises ConfigError for a name that is not known."""
-    name = tree.root.setdefault("model", {}).get("preset")
+    name = tree.root["model"].get("preset")
     if not isinstance(name, str):
         return
     if name not in PRESETS:
@@ -197,14 +218,14 @@ def _apply_preset(tree: Tree) -> None:
 
 def _apply_shapes(tree: Tree, shapes: Shapes | None) -> None:
     """Put the keys that come with model.init_from where the config has none of its own."""
-    path = tree.root.setdefault("model", {}).get("init_from")
+    path = tree.root["model"].get("init_from")
     if shapes is not None and isinstance(path, str):
         _fill_model(tree, shapes(path), f"init_from {path}")
 
 
 def _apply_family(tree: Tree) -> None:
     """Put the keys that come with model.family where nothing else gives them."""
-    family = tree.root.setdefault("model", {}).get("family")
+    family = tree.root["model"].get("family")
     if isinstance(family, str):
         _fill_model(tree, FAMILIES.get(family, {}), f"family {family}")
 
@@ -355,7 +376,7 @@ def _hint(kind: Any, value: Any) -> str:
     """How to write `value` so that it is of type `kind`, where that can be guessed."""
     if kind is str and isinstance(value, (bool, int, float)):
         return " Put text in quotes."
-    if kind is int and isinstance(value, float) and value.is_integer():
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return f" Write {int(value)}."
     if kind in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]+)?", value):
         return f" Write {value} without quotes."

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from megatrain.config.keys import Knob, knobs, type_name
+from megatrain.config.keys import Knob, choices, knobs, show, type_name
 from megatrain.config.schema import Config
-from megatrain.config.validate import DEFERRED, LATER_WRITERS, choices, show
+from megatrain.config.validate import DEFERRED, LATER_WRITERS
 
 HEAD = """# Configuration
 
@@ -30,8 +30,14 @@ megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenize
 - A corpus list may be written as one path, as a list of paths, or in full:
   `[{path: PREFIX, weight: 0.7}, {path: OTHER, weight: 0.3}]`.
 - `log.dir/config.yaml` holds every value of a run, each with its origin as a comment; `megatrain train` takes it again.
+- A value that cannot have an effect is refused, with the keys that it hangs on: *Has an effect when ...* below. One that equals the
+  default passes, so that a whole config can be pasted; so does what hangs on how many processes there are, or on whether there is
+  held-out text. Keys of a preset, of `model.init_from` and of the family that have no effect beside the given ones are left at
+  their defaults.
 - Values marked *later* are known, but refused in this release with a message that says why.
 """
+
+TABLE = "| key | type | default | what it does |\n| --- | --- | --- | --- |\n"
 
 
 def reference() -> str:
@@ -41,10 +47,9 @@ def reference() -> str:
     for knob in knobs():
         if knob.section != section:
             section = knob.section
-            parts.append(
-                f"\n## {section}\n\n{_purpose(section)}\n\n| key | type | default | what it does |\n| --- | --- | --- | --- |\n"
-            )
-        parts.append(f"| `{knob.name}` | {type_name(knob.kind)} | `{show(knob.default)}` | {knob.doc}{_later(knob)} |\n")
+            parts.append(f"\n## {section}\n\n{_purpose(section)}\n\n{TABLE}")
+        does = f"{knob.doc}{_effect(knob)}{_later(knob)}"
+        parts.append(f"| `{knob.name}` | {type_name(knob.kind)} | `{show(knob.default)}` | {does} |\n")
     return "".join(parts)
 
 
@@ -52,6 +57,11 @@ def _purpose(section: str) -> str:
     """The first line of the section's docstring."""
     cls: Any = type(getattr(Config(), section))
     return str(cls.__doc__).partition("\n")[0]
+
+
+def _effect(knob: Knob) -> str:
+    """When the knob has an effect, where that is not always."""
+    return f" *Has an effect when {knob.effect.words}.*" if knob.effect else ""
 
 
 def _later(knob: Knob) -> str:

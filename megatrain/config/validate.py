@@ -2,20 +2,22 @@
 
 `load.py` has checked that every value is of its type; here the values are held against each other and against the number of
 processes, before anything is built. Each refusal says what is wrong, the numbers, the key to change and a value that works.
-Nothing is ignored: what this release does not do yet is refused, by the table DEFERRED (docs/config.md shows it too).
+Nothing is ignored: what this release does not do yet is refused, by the table DEFERRED, and what cannot have an effect beside the
+other values is too, as the schema says of each knob (docs/config.md shows both).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatrain.config.budget import Gauge
-from megatrain.config.keys import knobs
+from megatrain.config.keys import choices, knobs, show
+from megatrain.config.ranges import require_ranges
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 from megatrain.config.source import ConfigError
-from megatrain.config.validate_glm import require_glm
+from megatrain.config.validate_glm import require_glm, require_glm_text
 from megatrain.config.validate_schedules import require_schedules
 
 
@@ -38,79 +40,34 @@ WRITERS = ("tensorboard",)
 LATER_WRITERS = ("wandb", "mlflow")
 """What `log.to` takes, now and later."""
 
-POSITIVE = (
-    *(f"model.{name}" for name in ("num_layers", "hidden_size", "num_attention_heads", "head_dim", "num_query_groups")),
-    *(
-        f"model.{name}"
-        for name in ("ffn_hidden_size", "seq_length", "max_positions", "vocab_size", "norm_eps", "rope_theta", "init_std")
-    ),
-    *(f"model.{name}" for name in ("rope_fraction", "rope_original_length", "rope_low_freq_factor", "rope_high_freq_factor")),
-    *(
-        f"model.{name}"
-        for name in ("rope_beta_fast", "rope_beta_slow", "rope_factor", "window", "sparse_block", "sparse_local_blocks")
-    ),
-    *(f"model.{name}" for name in ("embedding_init_std", "deepnorm_alpha", "embedding_grad_scale")),
-    *(
-        f"parallel.{name}"
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
-    ),
-    *(f"optim.{name}" for name in ("lr", "eps", "decay_fraction")),
-    *(f"train.{name}" for name in ("steps", "tokens", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),
-    *(f"train.{name}" for name in ("batch_ramp", "skip_steps", "loss_scale", "loss_scale_window", "loss_scale_hysteresis")),
-    *(f"train.{name}" for name in ("loss_scale_min", "exit_after_minutes")),
-    *(f"log.{name}" for name in ("every", "peak_tflops")),
-    *(f"data.glm.blank.{name}" for name in ("poisson_lambda", "min_span", "max_span")),
-    *("data.glm.document.max_ratio", "data.glm.text_length"),
-    "checkpoint.staging_gib",
-)
-PROBABILITIES = ("blank.single_span_prob", "blank.decoder_noise_prob", "document.suffix_prob", "short_seq_prob")
-"""Of `data.glm`, in [0, 1]."""
-NOT_NEGATIVE = (
-    *(f"model.{name}" for name in ("logit_softcap", "sparse_global_blocks", "embedding_grad_steps")),
-    *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
-    *(f"train.{name}" for name in ("seed", "eval_every", "eval_batches", "audit_every", "z_loss", "loss_chunk")),
-    "train.exit_before_end_minutes",
-    *(f"checkpoint.{name}" for name in ("save_every", "keep", "keep_every")),
-    *(f"data.glm.objective_mix.{name}" for name in ("blank", "sentence", "document")),
-    *(f"data.glm.tokens.{name}" for name in ("cls", "eos", "mask", "gmask", "smask", "sop", "eop", "noise")),
-    *("data.glm.blank.min_gap", "data.glm.document.min_ratio", "data.glm.document.reserve_tokens"),
-    *(f"data.glm.{name}" for name in PROBABILITIES),
-    *("data.eod", "data.bos", "log.norms_every"),
-)
-BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
-FRACTIONS = ("data.glm.blank.mask_ratio", "data.glm.sentence.mask_ratio")
-"""In (0, 1)."""
-"""In [0, 1)."""
-AT_MOST_ONE = (
-    *("optim.decay_fraction", "model.rope_fraction", "model.embedding_grad_scale"),
-    *(f"data.glm.{name}" for name in (*PROBABILITIES, "document.min_ratio", "document.max_ratio")),
-)
-NOT_EMPTY = (
-    "model.init_from",
-    "data.tokenizer",
-    "data.eod",
-    "data.bos",
-    "data.cache_dir",
-    "checkpoint.dir",
-    "checkpoint.resume",
-    "log.dir",
-    "train.exit_file",
-)
-
 
 def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] = lambda: None) -> None:
-    """Hold every rule against `config` in a world of `world_size` processes. Raises ConfigError at the first one broken.
+    """Hold every rule against a run in a world of `world_size` processes. Raises ConfigError at the first one broken.
 
     begun: what the schedules of the run that goes on with `config` are measured by, if one does; called on all ranks or on none.
     """
-    _require_released(config)
-    _require_ranges(config)
+    validate_step(config, world_size)
     _require_data(config)
-    require_glm(config, _values(config), {knob.key: knob.default for knob in knobs()})
+    require_glm_text(config)
+    require_schedules(config, begun)
+    require_effects(config)
+
+
+def validate_step(config: Config, world_size: int) -> None:
+    """Hold the rules of a step of training alone, whatever its text and however many there are. Raises ConfigError."""
+    _require_released(config)
+    require_ranges(config)
+    require_glm(config)
     validate_layout(config, world_size)
     _require_batches(config, world_size)
-    require_schedules(config, begun)
     _require_device(config)
+
+
+def require_effects(config: Config) -> None:
+    """Raise ConfigError at the first value, other than its default, that would be ignored."""
+    for knob in knobs():
+        if problem := knob.ignored(config):
+            raise ConfigError(problem)
 
 
 def validate_layout(config: Config, world_size: int) -> None:
@@ -121,21 +78,6 @@ def validate_layout(config: Config, world_size: int) -> None:
     _require_tensor_split(config.model, config.parallel, world_size)
     _require_layer_split(config.model, config.parallel)
     _require_world(config, world_size)
-
-
-def choices(values: Iterable[Any]) -> str:
-    """`1, 2 or 4`."""
-    words = [str(value) for value in values]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def show(value: Any) -> str:
-    """A value as it is written in a config."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(show, value))}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value).replace("\n", "\\n")
 
 
 def _values(config: Config) -> dict[str, Any]:
@@ -157,29 +99,6 @@ def _require_released(config: Config) -> None:
             raise ConfigError(f"log.to={show(config.log.to)}: {writer!r} is no known writer. Use log.to=[tensorboard] or [].")
 
 
-def _require_ranges(config: Config) -> None:
-    """Each number must lie within its own bounds; null stands for a derived value, or for none."""
-    values = _values(config)
-    defaults = {knob.key: knob.default for knob in knobs()}
-    bounds = (
-        (POSITIVE, "must be greater than 0", lambda number: number > 0),
-        (NOT_NEGATIVE, "must be 0 or more", lambda number: isinstance(number, str) or number >= 0),
-        (BELOW_ONE, "must lie in [0, 1)", lambda number: 0 <= number < 1),
-        (FRACTIONS, "must lie in (0, 1)", lambda number: 0 < number < 1),
-        (AT_MOST_ONE, "must be at most 1", lambda number: number <= 1),
-        (("model.rope_factor",), "must be 1 or more", lambda number: number >= 1),
-        (("train.seed",), "must be less than 2^63", lambda number: number < 1 << 63),
-        (NOT_EMPTY, "must not be empty text", lambda text: text != ""),
-    )
-    for keys, rule, holds in bounds:
-        for key in keys:
-            value = values[key]
-            parts = value if isinstance(value, tuple) else (value,)
-            if not all(part is None or holds(part) for part in parts):
-                shown = repr(value) if isinstance(value, str) else show(value)
-                raise ConfigError(f"{key}={shown} {rule}. Use for example {show(defaults[key])}.")
-
-
 def _require_data(config: Config) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty. Use the prefix of a .bin/.idx pair, as `megatrain data tokenize` writes it.")
@@ -190,6 +109,14 @@ def _require_data(config: Config) -> None:
             if not corpus.weight > 0:
                 what = f"data.{name}[{i}].weight={corpus.weight}"
                 raise ConfigError(f"{what} must be greater than 0. Use for example 1.0, or leave the corpus out.")
+            if name == "train" and corpus.set:
+                raise ConfigError(
+                    f"data.train[{i}].set={corpus.set} has no effect: only held-out text is told apart by name. Leave it out."
+                )
+            if name == "valid" and corpus.weight != 1:
+                raise ConfigError(
+                    f"data.valid[{i}].weight={corpus.weight} has no effect: of held-out text every token counts once. Leave it out."
+                )
     for name, token in (("eod", config.data.eod), ("bos", config.data.bos)):
         if token is not None and config.data.tokenizer is None:
             raise ConfigError(
@@ -285,8 +212,8 @@ def _require_layer_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"parallel.pipeline_parallel_size={stages} x parallel.virtual_pipeline_size={chunks} = {stages * chunks} virtual stages"
     )
     if layers < stages * chunks:
-        fewer = [size for size in range(stages, 0, -1) if size * chunks <= layers][:1]
-        smaller = f", or parallel.pipeline_parallel_size={fewer[0]}" if fewer else ""
+        fewer = layers // chunks
+        smaller = f", or parallel.pipeline_parallel_size={fewer}" if fewer else ""
         raise ConfigError(
             f"model.num_layers={layers} cannot be split over {pieces}: each needs a layer. "
             f"Use model.num_layers={stages * chunks} or more{smaller}."

@@ -1,33 +1,19 @@
-"""The rules of `data.glm`: numbers that contradict, and keys that would have no effect."""
+"""The rules of `data.glm`: numbers that contradict."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 
-PREFIX = "data.glm."
 
-
-def require_glm(config: Config, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Raise ConfigError at the first rule broken. values, defaults: of every key of the schema."""
+def require_glm(config: Config) -> None:
+    """Raise ConfigError at the first rule broken."""
     if config.data.objective != "glm":
-        for key, value in values.items():
-            if key.startswith(PREFIX) and value != defaults[key]:
-                raise ConfigError(
-                    f"{key}={value} has no effect, since data.objective={config.data.objective}. Use data.objective=glm."
-                )
         if config.data.has_answers:
             raise ConfigError(
                 f"data.train has a corpus with answers, which data.objective={config.data.objective} does not read. Use data.objective=glm."
             )
         return
-    if any(corpus.answers is not None for corpus in config.data.valid):
-        raise ConfigError(
-            "data.valid has a corpus with answers, which are for data.train alone. Use its text, or leave it out."
-        )
     glm, train = config.data.glm, config.train
     mix, blank, document = glm.objective_mix, glm.blank, glm.document
     shares = {"blank": mix.blank, "sentence": mix.sentence, "document": mix.document}
@@ -44,11 +30,6 @@ def require_glm(config: Config, values: Mapping[str, Any], defaults: Mapping[str
             f"data.glm.loss_norm=microbatch takes means within micro-batches, and data.glm.objective_mix.mode=weighted needs {present} "
             f"sequences in each, but train.micro_batch_size={train.micro_batch_size}. Use train.micro_batch_size={present}."
         )
-    if mix.sentence > 0 and config.data.tokenizer is None:
-        raise ConfigError(
-            f"data.glm.objective_mix.sentence={mix.sentence} needs to know which tokens end a sentence, and data.tokenizer is null. Use "
-            "data.tokenizer=PATH, or data.glm.objective_mix.sentence=0."
-        )
     if blank.min_span > blank.max_span:
         raise ConfigError(
             f"data.glm.blank.min_span={blank.min_span} is above data.glm.blank.max_span={blank.max_span}. Use "
@@ -63,4 +44,20 @@ def require_glm(config: Config, values: Mapping[str, Any], defaults: Mapping[str
         raise ConfigError(
             f"data.glm.text_length={glm.text_length} leaves no room for sentinels in model.seq_length={config.model.seq_length}. Use "
             f"data.glm.text_length={config.model.seq_length - 2} or less, or null."
+        )
+
+
+def require_glm_text(config: Config) -> None:
+    """Raise ConfigError where the text that is given is none for the objectives."""
+    if config.data.objective != "glm":
+        return
+    sentence = config.data.glm.objective_mix.sentence
+    if any(corpus.answers is not None for corpus in config.data.valid):
+        raise ConfigError(
+            "data.valid has a corpus with answers, which are for data.train alone. Use its text, or leave it out."
+        )
+    if sentence > 0 and config.data.tokenizer is None:
+        raise ConfigError(
+            f"data.glm.objective_mix.sentence={sentence} needs to know which tokens end a sentence, and data.tokenizer is null. Use "
+            "data.tokenizer=PATH, or data.glm.objective_mix.sentence=0."
         )

@@ -27,10 +27,10 @@ def _problem(config: Config, gauge: Gauge) -> str | None:
     optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
     steps = budget.total_steps()
     what = f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
-    warmup, total = (optim.warmup_steps, steps) if tokens is None else (gauge.warmup, tokens)
+    warmup, total = (gauge.warmup_steps, steps) if tokens is None else (gauge.warmup, tokens)
     if warmup >= total:
         return (
-            f"optim.warmup_steps={optim.warmup_steps} is not less than {what}. "
+            f"optim.warmup_steps={gauge.warmup_steps} is not less than {what}. "
             f"Use optim.warmup_steps={steps // 10}, or more steps."
         )
     if optim.lr_schedule == "wsd" and warmup + optim.decay_fraction * total > total:
@@ -38,7 +38,7 @@ def _problem(config: Config, gauge: Gauge) -> str | None:
         fits = int(room) if tokens is None else budget.steps_to(int(room / config.model.seq_length) + 1) - 1
         return (
             f"the last optim.decay_fraction={optim.decay_fraction} of {what} begins before "
-            f"optim.warmup_steps={optim.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
+            f"optim.warmup_steps={gauge.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
             f"optim.warmup_steps={fits}."
         )
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatrain.config.load import load
 from megatrain.config.schema import Config
-from megatrain.config.validate import validate
+from megatrain.config.validate import require_effects, validate_step
 from megatrain.init_from import shapes_of
 from megatrain.parallel.schedules import Kind
 from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
@@ -43,7 +43,8 @@ def costs_of(config: Config, vocab_size: int) -> Costs:
 
 def plan_timeline(config: Config, devices: int) -> Timeline:
     """Simulate one step of a config on so many devices. Raises ConfigError where that makes no sense."""
-    validate(config, devices)
+    validate_step(config, devices)
+    require_effects(config)
     require_schedule(config)
     train = config.train
     micro_batches = train.global_batch_size // (train.micro_batch_size * config.data_parallel_size(devices))

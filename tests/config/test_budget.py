@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.config.budget import Budget, Gauge, budget_of, gauge_of
+from megatrain.config.budget import Budget, Gauge, budget_of, gauge_of, warmup_of
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 
 
@@ -81,3 +81,40 @@ def test_a_ramp_that_jumps_over_the_full_batch_stops_there():
     budget = budget_of(config(steps=4, batch_ramp=(10, 10, 20)))
     assert sizes(budget) == [10, 10, 16, 16]
     assert budget.batch_size(10**9) == pytest.approx(16)
+
+
+@pytest.mark.parametrize(
+    ("train", "optim", "steps"),
+    [
+        ({"steps": 1}, {}, 0),
+        ({"steps": 3}, {}, 0),
+        ({"steps": 300}, {}, 30),
+        ({"steps": 1000}, {}, 100),
+        ({"steps": 50_000}, {}, 100),
+        ({"tokens": 16 * 10 * 450.0}, {}, 45),
+        ({"steps": 100}, {"lr_schedule": "wsd", "decay_fraction": 0.95}, 5),
+        ({"steps": 100}, {"lr_schedule": "wsd", "decay_fraction": 1.0}, 0),
+        ({"steps": 3}, {"warmup_steps": 100}, 100),  # validate refuses it
+    ],
+)
+def test_a_warm_up_that_is_not_given_suits_the_length_of_the_run(train, optim, steps):
+    assert warmup_of(replace(config(**train), optim=OptimConfig(**optim))) == steps
+
+
+@given(
+    full=st.integers(1, 40), start=st.integers(1, 40), increment=st.integers(1, 9), ramp=st.integers(0, 500),
+    since=st.integers(0, 300), steps=st.integers(0, 60),
+)  # fmt: skip
+def test_long_ramps_are_counted_as_if_one_by_one(full, start, increment, ramp, since, steps):
+    budget, samples = Budget(full, min(start, full), increment, ramp, 10), since
+    for _ in range(steps):
+        samples += budget.batch_size(samples)
+    assert budget.consumed(steps, since) == samples
+    if steps:
+        assert budget.steps_to(samples, since) == steps and budget.steps_to(samples + 1, since) == steps + 1
+
+
+def test_a_ramp_over_a_billion_samples_is_counted_at_once():
+    budget = Budget(1024, 32, 32, 10**9, 10**8)
+    assert budget.batch_size(10**9 - 1) == 992 and budget.batch_size(10**9) == 1024
+    assert budget.consumed(10**8) == 99_242_841_728  # of updates of 32, 64 ... 992 and 1024 sequences

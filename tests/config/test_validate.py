@@ -8,9 +8,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from megatrain.config.keys import knobs
+from megatrain.config.keys import choices, knobs
 from megatrain.config.load import ConfigError, from_dict
-from megatrain.config.validate import BELOW_ONE, DEFERRED, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE, choices, validate
+from megatrain.config.ranges import BELOW_ONE, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE
+from megatrain.config.validate import DEFERRED, validate
 
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 
@@ -54,6 +55,8 @@ def refusal(world_size=1, **values):
         (1, {"train__precision": "fp64"}),
         (1, {"optim__lr_schedule": "constant", "optim__lr": 1e-6}),
         (1, {"optim__lr_schedule": "wsd", "optim__warmup_steps": 900}),
+        (1, {"train__steps": 3}),
+        (1, {"train__steps": 10, "optim__lr_schedule": "wsd", "optim__decay_fraction": 1.0}),
         (1, {"train__steps": 1, "optim__warmup_steps": 0}),
         (1, {"log__to": []}),
         (1, {"optim__clip_grad": 0, "train__eval_every": 0, "checkpoint__save_every": 0, "checkpoint__keep": 0}),
@@ -173,7 +176,7 @@ def test_what_is_accepted(world_size, values):
         (1, {"optim__lr": 1e-5}, "optim.min_lr=3e-05 is above optim.lr=1e-05. Use optim.min_lr=1e-06."),
         (
             1,
-            {"train__steps": 100},
+            {"train__steps": 100, "optim__warmup_steps": 100},
             "optim.warmup_steps=100 is not less than train.steps=100. Use optim.warmup_steps=10, or more steps.",
         ),
         (

@@ -1,6 +1,6 @@
 """What each change does to a run that goes on: the table of docs/resuming.md, tried row by row."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,10 +13,11 @@ import megatrain
 from megatrain.changed import TABLE, change_of, table
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.checkpoint.together import CheckpointError
+from megatrain.config.budget import gauge_of
 from megatrain.config.keys import knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.data.identity import store_identity
-from megatrain.resume import shared_identity
+from megatrain.resume import _gauge_then, shared_identity
 from megatrain.runtime.launch import Launch
 from megatrain.testing import simulate
 from megatrain.training import train_step
@@ -29,6 +30,7 @@ BEFORE = {
     "": {},
     "bf16": {"train": {"precision": "bf16"}},
     "fp16": {"train": {"precision": "fp16", "loss_scale": 64.0, "loss_scale_window": 3}},
+    "fp16 by default": {"train": {"precision": "fp16"}},
     "tokens": {"train": {"tokens": 16.0 * 8 * STEPS}},
     "embedding": {"model": {"embedding_grad_scale": 0.5}},
     "decay": {"optim": {"weight_decay_end": 0.5}},
@@ -188,7 +190,7 @@ BENT = [
     ("", {"optim": {"name": "adam"}}, {}),
     ("", {"train": {"precision": "fp16"}}, {"scale": 65536.0}),
     ("bf16", {"train": {"precision": "fp16"}}, {"scale": 65536.0}),
-    ("fp16", {"train": {"precision": "bf16"}}, {"scale": 1.0}),
+    ("fp16 by default", {"train": {"precision": "bf16"}}, {"scale": 1.0}),
     ("fp16", {"train": {"loss_scale_min": 256.0}}, {"scale": 256.0}),
     ("", {"train": {"label_smoothing": 0.1}}, {"loss": True}),
     ("", {"train": {"z_loss": 1e-2}}, {"loss": True}),
@@ -306,3 +308,10 @@ def test_nodes_with_another_text_under_the_same_name_are_refused(house):
     for said in simulate(2, look, ("data", "other"), (0, 0)):
         assert said.startswith("rank 1: node-7 has another data.train than the host of rank 0: [['2042-8000-")
         assert said.endswith("Copy the same files to every node.")
+
+
+def test_a_warm_up_that_nobody_gave_stays_as_long_as_the_run_began_with():
+    began = asdict(gauge_of(from_dict({"train": {"steps": 300}})))
+    longer = {"train": {"steps": 800}}
+    assert _gauge_then(began, {}, from_dict(longer)).warmup_steps == 30
+    assert _gauge_then(began, {}, from_dict({**longer, "optim": {"warmup_steps": 50}})).warmup_steps == 50

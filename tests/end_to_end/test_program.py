@@ -53,7 +53,13 @@ def tree(house, tmp_path, **sections):
 def test_files_of_a_run(house, tmp_path):
     """The command as people start it, with everything that INTERFACE promises in the run's folder."""
     config = jobs.write_config(tmp_path / "config.yaml", tree(house, tmp_path, train={"eval_every": 3}))
-    overrides = ["train.seed=5", "log.to=[tensorboard]", "checkpoint.save_every=3", "checkpoint.keep=2"]
+    overrides = [
+        "train.seed=5",
+        "log.to=[tensorboard]",
+        "checkpoint.save_every=3",
+        "checkpoint.keep=2",
+        "optim.warmup_steps=null",
+    ]
     (ended,) = jobs.train(tmp_path / "job", str(config), *overrides)
     assert (ended.code, ended.err) == (0, "")
     run = tmp_path / "run"
@@ -79,6 +85,7 @@ def test_files_of_a_run(house, tmp_path):
     assert sum(line.startswith("step ") for line in ended.out.splitlines()) == 8
     assert "step 8/8 | loss: " in ended.out and "validation loss at step 8" in ended.out
     assert "1 process on cpu" in ended.out
+    assert "warm-up: 0 of 8 steps, as optim.warmup_steps is null" in ended.out
 
 
 def test_a_config_may_be_a_file_a_tree_or_made_by_hand(house, tmp_path):
