@@ -6,6 +6,7 @@ exact and steps are not slowed down. MFU counts model FLOPs as `runtime/flops.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import statistics
@@ -25,6 +26,7 @@ from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import require_effects, validate_step
 from megatrain.data.loader import Loader
+from megatrain.files import doing
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
@@ -136,7 +138,17 @@ def _profile(run: Run, path: Path | None) -> None:
             train_step(run)
         _wait(run)
     if path is not None:
-        profiler.export_chrome_trace(str(path))
+        export_trace(profiler.export_chrome_trace, path)
+
+
+def export_trace(export: Callable[[str], object], path: Path) -> None:
+    """Write a trace, and see that it was written: the profiler says nothing of a full disk. Raises OSError."""
+    with doing("writing", path):
+        with path.open("wb"):
+            pass  # the profiler says nothing of a directory that is not there either
+        export(str(path))
+        if path.suffix != ".gz" and path.is_file() and not path.read_bytes().rstrip().endswith(b"}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _report(

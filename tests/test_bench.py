@@ -1,10 +1,12 @@
 """`megatrain bench`: one line of JSON whose parts add up, alone and on two ranks; and its profile."""
 
 import json
+from pathlib import Path
 
 import jobs
 import pytest
 
+from megatrain.bench import export_trace
 from megatrain.config.load import load
 from megatrain.runtime.flops import model_flops_per_token
 
@@ -60,3 +62,13 @@ def test_under_a_launcher_rank_0_speaks_for_all(config, tmp_path):
     row = json.loads(max(rows, key=len)[0])
     assert row["world_size"] == 2 and row["layout"]["tensor_parallel_size"] == 2
     assert row["hfu"] > row["mfu"]
+
+
+def test_a_trace_that_was_not_written_is_told(tmp_path):
+    path = tmp_path / "t.json"
+    export_trace(lambda to: Path(to).write_text('{"traceEvents": []\n}\n'), path)
+    for half in ("", '{"traceEvents": ['):
+        with pytest.raises(OSError, match=r"No space left on device \(while writing\): '.*t\.json'"):
+            export_trace(lambda to, half=half: Path(to).write_text(half), path)
+    with pytest.raises(FileNotFoundError):
+        export_trace(lambda to: None, tmp_path / "none" / "t.json")

@@ -25,6 +25,7 @@ import xxhash
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain, unique_keys
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
+from megatrain.files import pointer
 from megatrain.parallel.mesh import AXES, Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, ParamSpec, Split
 from megatrain.parallel.portion import Cut, Portions, axis_of
@@ -145,7 +146,7 @@ class Manifest:
         """Parse and check. Raises ContentError for another version, ValueError, TypeError or KeyError on whatever does not belong."""
         match = _CHECKSUM.match(data)
         if match is None:
-            raise ValueError("it does not start with a checksum")
+            raise ValueError(pointer(data) or "it does not start with a checksum")
         start, end = match.span(1)
         found = xxhash.xxh3_128_hexdigest(data[:start] + b"0" * 32 + data[end:])
         if found.encode() != match.group(1):

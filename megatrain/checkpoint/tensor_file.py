@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from megatrain.checkpoint.together import DamagedCheckpointError
-from megatrain.files import HEAD_BYTES, pointer
+from megatrain.files import HEAD_BYTES, head_of, pointer
 
 BLOCK_BYTES = 64 * 2**20
 """Files are hashed in blocks of this many bytes, so that a reader can verify only what it reads."""
@@ -221,7 +221,8 @@ def check_plain(file: Path, size: int | None = None) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise DamagedCheckpointError(f"{file} is a link or no plain file; a checkpoint holds its files itself")
     if size is not None and found.st_size != size:
-        raise DamagedCheckpointError(f"{file} has {found.st_size} bytes, and the manifest says {size}")
+        why = pointer(head_of(file)) or f"it has {found.st_size} bytes, and the manifest says {size}"
+        raise DamagedCheckpointError(f"{file}: {why}")
     return found.st_size
 
 

@@ -39,6 +39,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
+FAIRSEQ = "   (fairseq's index: a sequence is a document)"
 FAIRSEQ_HEADER = struct.Struct("<9sQBQ")
 DTYPES: dict[int, np.dtype] = {
     1: np.dtype("u1"),
@@ -254,6 +255,8 @@ class TokenStore:
         """[documents + 1] first sequence of each document; the last entry is S."""
         self._index = index
         self.documents = self.document_indices.size - 1
+        self.without_documents = document_rows is None
+        """Whether the index knows sequences alone, as fairseq writes it."""
         self._check_index()
         self.data: npt.NDArray[np.integer] = np.frombuffer(_map(self.bin_path), self.dtype)
         """[tokens] every token of the store, in the order of the file."""
@@ -430,7 +433,7 @@ def describe(prefix: str | Path) -> str:
         f"token store {store.prefix}",
         f"  {store.bin_path}: {store.data.nbytes:,} bytes; {store.idx_path}: {store.idx_path.stat().st_size:,} bytes",
         f"  dtype      {store.dtype.name}",
-        f"  documents  {store.documents:,}   sequences  {len(store):,}",
+        f"  documents  {store.documents:,}   sequences  {len(store):,}{store.without_documents * FAIRSEQ}",
         f"  tokens     {store.tokens:,}",
     ]
     if store.tokens:

@@ -249,8 +249,15 @@ def test_a_damaged_block_is_named(tmp_path):
     last = (size - 1) // 64 * 64
     with pytest.raises(DamagedCheckpointError, match=rf"x\.safetensors is damaged between bytes {last} and {size}"):
         damaged.verify([(0, size)])
-    with pytest.raises(DamagedCheckpointError, match=rf"has {size} bytes, and the manifest says {size + 1}"):
+    with pytest.raises(DamagedCheckpointError, match=rf"it has {size} bytes, and the manifest says {size + 1}"):
         check_file(tmp_path, replace(row, bytes=size + 1))
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
+    file.write_bytes(pointer)
+    (tmp_path / "manifest.json").write_bytes(pointer)
+    with pytest.raises(DamagedCheckpointError, match=r"x\.safetensors: this is a Git LFS pointer"):
+        check_file(tmp_path, row)
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used: this is a Git LFS pointer"):
+        read_manifest(tmp_path)
 
 
 def test_a_link_is_not_followed(tmp_path):

@@ -172,6 +172,7 @@ def test_an_index_of_fairseq_is_read_a_sequence_a_document(tmp_path, lengths):
     store = TokenStore(path)
     assert (store.documents, store.tokens) == (len(lengths), sum(lengths))
     assert store.document_lengths().tolist() == lengths
+    assert f"sequences  {len(lengths)}   (fairseq's index: a sequence is a document)" in describe(path)
     if lengths:
         assert [store.document(n).tolist() for n in range(3)] == [[0, 1, 2, 3], [], [4]]
 
