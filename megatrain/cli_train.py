@@ -26,6 +26,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_begun
 
     launch = Launch.from_environment(os.environ)
+    launch.require_ranks()
     marker = Path(load(arguments.config, arguments.overrides).config.log.dir, PREEMPTED)
     if is_stopping(marker, launch):
         return reply(launch, os.EX_TEMPFAIL)

@@ -61,7 +61,9 @@ def build(
     config_file = Path(config) if isinstance(config, (str, Path)) else None
     loaded = load(config, overrides, shapes_of) if isinstance(config, (str, Path)) else Loaded(from_dict(config, shapes_of), {})
     config, text = loaded.config, dump(loaded.config, loaded.origins)
-    session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
+    launch = Launch.from_environment(os.environ)
+    launch.require_ranks()
+    session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
     try:
         job = _build_in(session, config, text, objective)
         job.config_file = config_file

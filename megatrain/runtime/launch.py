@@ -1,6 +1,7 @@
 """Who am I among the processes of a job: the only file that reads RANK and its like. Imports no torch.
 
-`Launch.from_environment` reads torchrun's variables, else srun's, else it is a plain `python` run: a world of one rank.
+`Launch.from_environment` reads torchrun's variables, else srun's, else it is a plain `python` run: a world of one rank. Such is also what
+runs in the script of a SLURM job itself, or in the shell of an allocation, without srun.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port
 
 REPLY = "MEGATRAIN_REPLY"
 """Variable of the launch scripts: the file in which they want a worker's exit code."""
+SPECIAL_STEPS = 0xFFFFFFF0
+"""From this number on a SLURM step is none that srun starts: the batch script, a shell (interactive), what runs beside (extern)."""
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
 
 
@@ -51,18 +54,29 @@ class Launch:
     """Number of the process that started this one, where the launch scripts say so."""
     launcher_serves: bool = False
     """The store where the ranks meet lives in the launcher (torchrun's agent), not in rank 0."""
+    asked: int = 1
+    """Tasks that SLURM was asked for, in a process that srun has not started: it is alone all the same."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Launch:
         """Read the launcher's variables; torchrun's win over srun's. Raises LaunchError where they do not fit together."""
         if "RANK" in env or "WORLD_SIZE" in env:
             launch = _from_torchrun(env)
-        elif "SLURM_PROCID" in env:
+        elif _is_step(env):
             launch = _from_srun(env, _hostnames)
         else:
-            return cls(host=socket.gethostname())
+            return cls(host=socket.gethostname(), asked=_tasks_asked(env))
         launch.check()
         return launch
+
+    def require_ranks(self) -> None:
+        """Raise LaunchError where a job asked for several tasks, and this process, which is to train, is none of them."""
+        if self.asked > 1:
+            raise LaunchError(
+                f"this SLURM job asks for {self.asked} tasks, but this process was started without srun, so that it would train alone. "
+                "Start every rank: `srun megatrain train ...`, or `sbatch launch/srun.sbatch CONFIG.yaml ...`. For one process: "
+                "`srun --ntasks 1 --nodes 1 megatrain train ...`, or a job of one task."
+            )
 
     @property
     def store_prefix(self) -> str:
@@ -102,6 +116,26 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
         raise LaunchError(f"The environment variable {key}={text!r} is not a number.") from None
 
 
+def _is_step(env: Mapping[str, str]) -> bool:
+    """Whether srun has started this process. A batch script is task 0 as well, but of no step that has a number of its own."""
+    if "SLURM_PROCID" not in env:
+        return False
+    step = env.get("SLURM_STEP_ID") or env.get("SLURM_STEPID")
+    if step:
+        return not step.isdecimal() or int(step) < SPECIAL_STEPS
+    in_job = "SLURM_JOB_ID" in env and "SLURM_JOB_NODELIST" in env  # else somebody has set the variables of a rank by hand
+    return env["SLURM_PROCID"] != "0" or "SLURM_STEP_NUM_TASKS" in env or not in_job
+
+
+def _tasks_asked(env: Mapping[str, str]) -> int:
+    """Tasks of the SLURM job around this process; 1 outside of SLURM. Without --ntasks, SLURM gives each node one."""
+    if "SLURM_JOB_ID" not in env:
+        return 1
+    nodes = _number(env, "SLURM_JOB_NUM_NODES", _number(env, "SLURM_NNODES", 1))
+    each = _number(env, "SLURM_NTASKS_PER_NODE", 1)
+    return _number(env, "SLURM_NTASKS", _number(env, "SLURM_NPROCS", nodes * each))
+
+
 def _from_torchrun(env: Mapping[str, str]) -> Launch:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [key for key in needed if not env.get(key)]
@@ -131,7 +165,12 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
 
 
 def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) -> Launch:
-    size_key = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    size_key = next((key for key in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS") if key in env), None)
+    if size_key is None:
+        raise LaunchError(
+            "SLURM_PROCID is set, but neither SLURM_STEP_NUM_TASKS nor SLURM_NTASKS, which say how many ranks there are. "
+            "Start them with srun, which sets all, or for one process unset SLURM_PROCID."
+        )
     size = _number(env, size_key)
     nodes_text = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     if size > 1 and not nodes_text and not env.get("MASTER_ADDR"):

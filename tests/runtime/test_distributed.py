@@ -102,7 +102,7 @@ def without(env, *keys):
         ({**TORCHRUN, "MASTER_ADDR": "127.0.1.1", "TORCHELASTIC_USE_AGENT_STORE": "False"}, "only 4 of the 8 ranks"),
         (without(SRUN, "SLURM_JOB_NODELIST"), "SLURM_JOB_NODELIST is missing"),
         (without(SRUN, "SLURM_JOB_ID"), "SLURM_JOB_ID is missing"),
-        (without(SRUN, "SLURM_NTASKS"), "SLURM_NTASKS=None"),
+        (without(SRUN, "SLURM_NTASKS"), "neither SLURM_STEP_NUM_TASKS nor SLURM_NTASKS"),
         ({**SRUN, "SLURM_JOB_NODELIST": "gpu[7-"}, "no node list"),
         ({**SRUN, "SLURM_NODEID": "2"}, "SLURM_NODEID=2"),
         ({**SRUN, "MASTER_ADDR": "localhost"}, "cannot meet at localhost"),
