@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,12 @@ def use_triton(kernels: Kernels, device: torch.device) -> bool:
         why = "Triton is not installed: pip install 'megatrain[gpu]'" if triton is None else f"Triton has no {device.type}"
         raise ValueError(f"train.kernels=triton cannot be: {why}. Use train.kernels=auto, or reference.")
     return True
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; those of an H100 where Triton interprets."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def next_power(number: int) -> int:

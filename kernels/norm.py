@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatrain.kernels.dispatch import Kernels, jit, next_power, tl, use_triton, warps
+from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power, tl, use_triton, warps
 
-ROWS = 32
-"""Rows that one program of the Triton backward works through, for one partial sum of weight gradients."""
+WIDEST_BYTES = 16_384
+"""A wider row does not fit into the registers of one program beside the sums for weight and bias: the row is read twice, in blocks, and
+the sums are a pass of their own."""
+WIDE_BLOCK, SUMS_BLOCK = 4096, 1024
+"""Numbers of a row that these two passes take at a time."""
+LEAST_ROWS = 4
+"""One program of the Triton backward works through so many rows or more, for one partial sum of weight gradients."""
 
 
 def norm(
@@ -110,7 +115,7 @@ def _forward_kernel(
 @jit
 def _backward_kernel(
     dy, dtotal, total, weight, means, scales, dx, dweight, dbias, rows, n, RMS: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -118,8 +123,8 @@ def _backward_kernel(
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     sum_w = tl.zeros((BLOCK,), tl.float32)
     sum_b = tl.zeros((BLOCK,), tl.float32)
-    for i in range(ROWS):
-        row = program * ROWS + i
+    for i in range(EACH):
+        row = program * EACH + i
         here = columns < tl.where(
             row < rows, n, 0
         )  # no flag is made a block: Triton 3.9's interpreter would make integers of it
@@ -139,6 +144,75 @@ def _backward_kernel(
         if ADD:
             out += tl.load(dtotal + row * n + columns, mask=here, other=0.0).to(tl.float32)
         tl.store(dx + row * n + columns, out.to(dx.dtype.element_ty), mask=here)
+    tl.store(dweight + program * n + columns, sum_w, mask=inside)
+    if BIAS:
+        tl.store(dbias + program * n + columns, sum_b, mask=inside)
+
+
+@jit
+def _wide_backward_kernel(
+    dy, dtotal, total, weight, means, scales, dx, RMS: tl.constexpr, ADD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scales + row)
+    mean = 0.0
+    if not RMS:
+        mean = tl.load(means + row)
+    along = tl.zeros((BLOCK,), tl.float32)
+    plain = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, N, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < N
+        v = tl.load(total + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        g = g * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        along += g * (v - mean) * scale
+        plain += g
+    slope, shift = tl.sum(along, 0) / N, tl.sum(plain, 0) / N
+    for start in range(0, N, BLOCK):  # what was read comes from the cache this time
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < N
+        v = tl.load(total + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        g = g * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        out = g - (v - mean) * scale * slope
+        if not RMS:
+            out -= shift
+        out = out * scale
+        if ADD:
+            out += tl.load(dtotal + row * N + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * N + columns, out.to(dx.dtype.element_ty), mask=inside)
+
+
+@jit
+def _sums_kernel(
+    dy,
+    total,
+    means,
+    scales,
+    dweight,
+    dbias,
+    rows,
+    n,
+    RMS: tl.constexpr,
+    BIAS: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < n
+    sum_w = tl.zeros((BLOCK,), tl.float32)
+    sum_b = tl.zeros((BLOCK,), tl.float32)
+    for i in range(EACH):
+        row = program * EACH + i
+        here = columns < tl.where(row < rows, n, 0)
+        v = tl.load(total + row * n + columns, mask=here, other=0.0).to(tl.float32)
+        g = tl.load(dy + row * n + columns, mask=here, other=0.0).to(tl.float32)
+        if not RMS:
+            v -= tl.load(means + row, mask=row < rows, other=0.0)
+        sum_w += g * v * tl.load(scales + row, mask=row < rows, other=0.0)
+        sum_b += g
     tl.store(dweight + program * n + columns, sum_w, mask=inside)
     if BIAS:
         tl.store(dbias + program * n + columns, sum_b, mask=inside)
@@ -186,14 +260,25 @@ class _TritonNorm(torch.autograd.Function):
         rows = total.numel() // n
         dy = torch.zeros_like(total) if dy is None else dy.contiguous()
         dtotal = None if not added or dtotal is None else dtotal.contiguous()
-        programs = -(-rows // ROWS)
+        # Two programs for each multiprocessor: all run at once, and the partial sums stay few, whatever the number of rows.
+        each = max(LEAST_ROWS, -(-rows // (2 * multiprocessors(total.device))))
+        programs = -(-rows // each)
         dx = torch.empty_like(total)
         dweight = torch.empty(programs, n, dtype=torch.float32, device=total.device)
         dbias = torch.empty_like(dweight) if has_bias else dweight
         block = next_power(n)
-        _backward_kernel[(programs,)](
-            dy, dy if dtotal is None else dtotal, total, weight, means, scales, dx, dweight, dbias, rows, n,
-            RMS=rms, ADD=dtotal is not None, BIAS=has_bias, ROWS=ROWS, BLOCK=block, num_warps=warps(block),
-        )  # fmt: skip
+        added_dy = dy if dtotal is None else dtotal
+        settings: dict[str, Any] = {"RMS": rms, "ADD": dtotal is not None}
+        if block * total.element_size() <= WIDEST_BYTES:
+            _backward_kernel[(programs,)](
+                dy, added_dy, total, weight, means, scales, dx, dweight, dbias, rows, n, **settings, BIAS=has_bias,
+                EACH=each,
+                BLOCK=block, num_warps=warps(2 * block),
+            )  # fmt: skip
+        else:
+            wide = {"N": n, "BLOCK": WIDE_BLOCK, "num_warps": warps(WIDE_BLOCK)}
+            _wide_backward_kernel[(rows,)](dy, added_dy, total, weight, means, scales, dx, **settings, **wide)
+            sums = {"RMS": rms, "BIAS": has_bias, "EACH": each, "BLOCK": SUMS_BLOCK}
+            _sums_kernel[(programs, -(-n // SUMS_BLOCK))](dy, total, means, scales, dweight, dbias, rows, n, **sums)
         summed = dbias.sum(0).to(weight.dtype) if has_bias else None
         return dx, dx if added else None, dweight.sum(0).to(weight.dtype), summed, None, None

@@ -72,14 +72,19 @@ def _kernel(
     here = (head < heads) & (pair < pairs)
     c = tl.load(cos + token * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)
     s = tl.load(sin + token * pairs + pair, mask=pair < pairs, other=0.0).to(tl.float32)
-    first = 2 * pair if INTERLEAVED else pair
-    second = first + 1 if INTERLEAVED else pair + pairs
     source = x + token * stride_token + head * stride_head
     target = y + token * heads * d + head * d
-    x1 = tl.load(source + first, mask=here, other=0.0).to(tl.float32)
-    x2 = tl.load(source + second, mask=here, other=0.0).to(tl.float32)
-    tl.store(target + first, (x1 * c - x2 * s).to(y.dtype.element_ty), mask=here)
-    tl.store(target + second, (x2 * c + x1 * s).to(y.dtype.element_ty), mask=here)
+    if INTERLEAVED:  # read and written as they lie: two numbers at a time, one of each kind, would be two passes of half words
+        both = tl.arange(0, 2 * PAIRS)[None, :]
+        inside = (head < heads) & (both < 2 * pairs)
+        x1, x2 = tl.split(tl.load(source + both, mask=inside, other=0.0).to(tl.float32).reshape(HEADS, PAIRS, 2))
+        turned = tl.join(x1 * c - x2 * s, x2 * c + x1 * s).reshape(HEADS, 2 * PAIRS)
+        tl.store(target + both, turned.to(y.dtype.element_ty), mask=inside)
+    else:
+        x1 = tl.load(source + pair, mask=here, other=0.0).to(tl.float32)
+        x2 = tl.load(source + pair + pairs, mask=here, other=0.0).to(tl.float32)
+        tl.store(target + pair, (x1 * c - x2 * s).to(y.dtype.element_ty), mask=here)
+        tl.store(target + pair + pairs, (x2 * c + x1 * s).to(y.dtype.element_ty), mask=here)
     if REST > 0:
         rest = 2 * pairs + tl.arange(0, REST)[None, :]
         there = (head < heads) & (rest < d)

@@ -46,7 +46,7 @@ def compare(function, given, dtype):
 
 
 @pytest.mark.parametrize("dtype", BANDS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 33), (70, 1, 256), (5, 7, 1000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 33), (70, 1, 256), (5, 7, 1000), (3, 1, 9001)], ids=str)
 @pytest.mark.parametrize("rms", [True, False], ids=["rmsnorm", "layernorm"])
 def test_norm(rms, shape, dtype):
     x, weight, bias = (
@@ -66,6 +66,13 @@ def test_norm(rms, shape, dtype):
         return add_norm(x, residual, weight, bias, 1e-5, rms=rms, kernels=kernels)
 
     compare(added, (x, residual, *given[1:]), dtype)
+
+
+@pytest.mark.parametrize("n", [24, 4100])
+def test_norm_where_a_program_takes_many_rows_and_the_last_one_few(monkeypatch, n):
+    monkeypatch.setattr("megatrain.kernels.norm.multiprocessors", lambda _device: 2)  # 23 rows over 4 programs, 6 each
+    x, weight, bias = numbers(23, 1, n), numbers(n, seed=1), numbers(n, seed=2)
+    compare(lambda x, w, b, kernels: norm(x, w, b, 1e-5, rms=False, kernels=kernels), (x, weight, bias), torch.float32)
 
 
 def test_norm_without_a_bias_and_of_which_one_result_is_used():

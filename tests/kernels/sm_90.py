@@ -1,0 +1,159 @@
+"""Compiles the Triton kernels for sm_90 as their own callers call them, without a GPU: a line of JSON for each.
+
+    python tests/kernels/sm_90.py PATTERN...     (TRITON_INTERPRET must not be set)
+
+The callers run on CPU tensors; in the place of each launch the kernel is compiled for those very arguments (their dtypes, their
+divisibility by 16, their strides of 1), and what ptxas made of it is read from the binary: registers, bytes that were spilled, and the
+accesses to global memory of 2 bytes each, of which a kernel for 16-bit numbers that lie behind one another has none.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from megatrain.kernels import dispatch
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+ROWS = 48
+
+
+class Hopper:
+    """The driver of a GPU that is not there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+
+COMPILED: list[Any] = []
+
+
+def compile_instead(self: JITFunction, grid: Any) -> Callable[..., None]:
+    """What `kernel[grid]` gives here."""
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        COMPILED.append((self.__name__, self.run(*args, grid=grid, warmup=True, **kwargs)))
+
+    return launch
+
+
+def measured(kernel: Any) -> dict[str, int]:
+    """Registers, spilled bytes, and accesses to global memory of 2 bytes."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    widths = [
+        (int(vector or 1)) * int(bits) // 8
+        for vector, bits in re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", kernel.asm["ptx"])
+    ]
+    return {
+        "registers": found["REG"],
+        "spilled": found["STACK"] + found["LOCAL"],
+        "half_words": widths.count(2),
+        "shared": kernel.metadata.shared,
+    }
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
+    from megatrain.kernels.cross_entropy import gradient_of, statistics_of
+    from megatrain.kernels.gated import gated
+    from megatrain.kernels.norm import add_norm, norm
+    from megatrain.kernels.rotary import rotary
+
+    def some(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype).requires_grad_(grad)
+
+    def differentiate(*outputs: torch.Tensor) -> None:
+        torch.autograd.backward(
+            [y for y in outputs if y.requires_grad], [torch.ones_like(y) for y in outputs if y.requires_grad]
+        )
+
+    def normed(n: int, dtype: torch.dtype, rms: bool, add: bool) -> None:
+        x, weight = some(ROWS, n, dtype=dtype), some(n, dtype=dtype)
+        bias = None if rms else some(n, dtype=dtype)
+        if add:
+            differentiate(*add_norm(x, some(ROWS, n, dtype=dtype), weight, bias, 1e-5, rms=rms, kernels="triton"))
+        else:
+            differentiate(norm(x, weight, bias, 1e-5, rms=rms, kernels="triton"))
+
+    def gate(kind: str, columns: int, dtype: torch.dtype, whole: int) -> None:
+        both = some(ROWS, whole, dtype=dtype)
+        differentiate(gated(both[:, :columns], both[:, whole - columns :], kind, kernels="triton"))
+
+    def rotated(heads: int, d: int, turned: int, interleaved: bool, dtype: torch.dtype, fused: int) -> None:
+        x = some(ROWS, 1, heads * d * fused, dtype=dtype)[..., : heads * d].view(ROWS, 1, heads, d)
+        table = some(ROWS, 1, turned // 2, dtype=dtype, grad=False)
+        differentiate(rotary(x, table, table, interleaved=interleaved, kernels="triton"))
+
+    def entropy(columns: int, dtype: torch.dtype, more: bool) -> None:
+        logits = some(ROWS, columns, dtype=dtype, grad=False)
+        local, here = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
+        top, total, label, _ = statistics_of(logits, local, here, with_sum=more, kernels="triton")
+        gradient_of(logits, top, total, total if more else None, local, here, label, kernels="triton")
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        short = str(dtype).removeprefix("torch.")
+        for n in (768, 1000, 1600, 2048, 4096, 5120, 8192, 12288):
+            for rms, add in ((True, False), (True, True), (False, False), (False, True)):
+                name = f"norm n={n} rms={rms:d} add={add:d} {short}"
+                yield name, lambda n=n, dtype=dtype, rms=rms, add=add: normed(n, dtype, rms, add)
+        for columns, whole in ((11008, 22016), (4096, 8192), (1001, 2002), (8, 24)):
+            for kind in ("swiglu", "geglu"):
+                yield f"gate {kind} {columns} of {whole} {short}", lambda k=kind, c=columns, d=dtype, w=whole: gate(k, c, d, w)
+        heads_of = (32, 128, 128, 1), (8, 128, 128, 3), (12, 64, 64, 3), (25, 64, 64, 1), (12, 64, 32, 1), (1, 21, 16, 1)
+        for heads, d, turned, fused in heads_of:
+            for interleaved in (False, True):
+                name = f"rotary {heads}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
+                yield name, lambda h=heads, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
+        for columns in (50304, 50257, 128256, 16384, 101):
+            for more in (False, True):
+                yield f"entropy v={columns} more={more:d} {short}", lambda c=columns, d=dtype, m=more: entropy(c, d, m)
+
+
+def main(patterns: list[str]) -> None:
+    """Compile the calls whose names match a pattern."""
+    driver.set_active(Hopper())
+    dispatch.INTERPRETED = True  # the callers take CPU tensors
+    JITFunction.__getitem__ = compile_instead  # type: ignore[method-assign]
+    for name, call in calls():
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        began = time.perf_counter()
+        COMPILED.clear()
+        call()
+        seconds = round((time.perf_counter() - began) / max(1, len(COMPILED)), 2)
+        for kernel, compiled in COMPILED:
+            sys.stdout.write(json.dumps({"call": name, "kernel": kernel, "seconds": seconds, **measured(compiled)}) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["*"])

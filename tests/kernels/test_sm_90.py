@@ -1,0 +1,59 @@
+"""Every Triton kernel compiles for an H100, without one; nothing spills, and 16-bit numbers are read and written side by side."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="only Linux has Triton")
+EACH_KIND = [
+    "norm n=768 rms=0 add=1 bfloat16",
+    "norm n=8192 rms=0 add=1 bfloat16",
+    "norm n=12288 rms=0 add=1 bfloat16",
+    "norm n=4096 rms=1 add=1 float32",
+    "gate swiglu 11008 of 22016 bfloat16",
+    "gate geglu 1001 of 2002 float16",
+    "rotary 32x128 of 128 interleaved=0 x1 bfloat16",
+    "rotary 12x64 of 64 interleaved=1 x3 bfloat16",
+    "rotary 1x21 of 16 interleaved=1 x1 float32",
+    "entropy v=50304 more=1 bfloat16",
+    "entropy v=101 more=0 float16",
+]
+"""One call of each kind, of those that differ most."""
+
+
+def compiled(tmp_path, *patterns):
+    """What the compiler made of the calls that match, a row for each kernel."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("sm_90.py")), *patterns]
+    done = subprocess.run(
+        command, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows):
+    assert [row for row in rows if row["spilled"]] == []
+    assert max(row["registers"] for row in rows) <= 168, "three blocks of 128 threads on a multiprocessor"
+    odd = ("norm n=1000 ", "gate geglu 1001", "gate swiglu 1001", "rotary 1x21 ", "entropy v=50257 ", "entropy v=101 ")
+    wide = [row for row in rows if "float32" not in row["call"] and not row["call"].startswith(odd)]
+    assert [row for row in wide if row["half_words"] > row["kernel"].startswith("_statistics")] == [], "the label's logit alone"
+
+
+def test_calls_of_each_kind(tmp_path):
+    rows = compiled(tmp_path, *EACH_KIND)
+    assert {row["call"] for row in rows} == set(EACH_KIND) and len(rows) >= 2 * len(EACH_KIND)
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_call(tmp_path):
+    """All dtypes, sizes and views: three minutes of a core."""
+    rows = compiled(tmp_path, "*")
+    assert len(rows) > 400
+    check(rows)
