@@ -10,7 +10,7 @@ from pathlib import Path
 import jobs
 import pytest
 
-IMMEDIATELY = 30.0
+IMMEDIATELY = 15.0
 """Seconds; a rank left waiting would wait for train.hang_timeout_seconds, which is longer in these tests."""
 
 HANG_TIMEOUT = "train.hang_timeout_seconds=100"
