@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,20 +23,19 @@ from megatrain.checkpoint.hf_files import (
     export,
     is_hf,
     keep_companions,
-    model_keys,
 )
 from megatrain.checkpoint.load import StoredElements, find, verify
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_manifest
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.companions import TOKENIZER, take_along
-from megatrain.config.load import dump, from_dict
+from megatrain.config.load import dump
 from megatrain.config.schema import Config
 from megatrain.data.boundaries import TokenizerError
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.export_tokenizer import TokenizerFiles, files_of
 from megatrain.files import whole
-from megatrain.init_from import declared
+from megatrain.init_from import config_of_hf, declared
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.parallel.portion import Cut, Elements, Portion
@@ -123,7 +123,8 @@ def import_hf(source: Path, out: Path) -> int:
     """`megatrain import HF_DIR OUT`."""
     if not is_hf(source):
         raise CheckpointError(f"{source} has no config.json: it is not a directory of Hugging Face")
-    config = from_dict({"model": {**model_keys(source), "init_from": str(source)}, "log": {"dir": str(out)}})
+    config = config_of_hf(source, {"init_from": str(source)})
+    config = replace(config, log=replace(config.log, dir=str(out)))
     model, vocab_size = config.model, config.model.vocab_size or 0
     weights, parts, specs = declared(source, model, vocab_size)
     portions = {name: _portion(spec, HFElements(weights, parts[name], spec.shape)) for name, spec in specs.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import yaml
 
 from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
 from megatrain.checkpoint.hf_config import kind_from
-from megatrain.checkpoint.hf_files import Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
+from megatrain.checkpoint.hf_files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.checkpoint.load import find, load
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
-from megatrain.checkpoint.together import CheckpointError, together
+from megatrain.checkpoint.together import CheckpointError, ContentError, together
 from megatrain.companions import take_along
+from megatrain.config.load import from_dict
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.config.source import ConfigError
+from megatrain.config.validate import validate_model
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import ParallelContext
@@ -44,6 +47,16 @@ def shapes_of(path: str) -> dict[str, Any]:
     return {key: value for key, value in (keys | vocabulary).items() if key not in _OWN}
 
 
+def config_of_hf(path: Path, others: Mapping[str, Any] | None = None) -> Config:
+    """The config of a Hugging Face directory, with `others` in its model section. Raises CheckpointError or ConfigError."""
+    try:
+        config = from_dict({"model": {**model_keys(path), **(others or {})}})
+        validate_model(config)
+    except ConfigError as error:
+        raise ConfigError(f"{Path(path) / CONFIG} gives a model that cannot be: {error}") from None
+    return config
+
+
 def specs_of(model: ModelConfig, vocab_size: int) -> dict[str, ParamSpec]:
     """The logical tensors of a model; it is built where it takes no memory."""
     with torch.device("meta"):
@@ -58,8 +71,11 @@ def declared(path: Path, model: ModelConfig, vocab_size: int) -> tuple[Weights, 
     Only headers are read. Raises CheckpointError for tensors that are missing, too many or of other shapes than the model's.
     """
     family = FAMILIES[kind_from(read_config(path))]
+    weights = Weights(path, family)
+    if model.num_layers > len(weights.names):
+        raise ContentError(f"{path} holds {len(weights.names)} tensors, and the model has {model.num_layers} layers")
     specs = specs_of(model, vocab_size)
-    weights, parts = Weights(path, family), parts_of(family, {name: spec.shape for name, spec in specs.items()}, model)
+    parts = parts_of(family, {name: spec.shape for name, spec in specs.items()}, model)
     check(weights, parts, tied=model.tied_embeddings)
     return weights, parts, specs
 

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from megatrain.checkpoint.hf_config import kind_from
-from megatrain.checkpoint.hf_files import is_hf, load_hf, model_keys, read_config
+from megatrain.checkpoint.hf_files import is_hf, load_hf, read_config
 from megatrain.checkpoint.load import find
 from megatrain.checkpoint.load import load as load_checkpoint
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
-from megatrain.config.load import from_dict
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.data.samples.sentinels import resolve
-from megatrain.init_from import declared
+from megatrain.init_from import config_of_hf, declared
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.glm import Marks, causal_places, places_of
@@ -74,7 +73,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
     """
     path, ctx = Path(path), ParallelContext.single(torch.device(device))
     if is_hf(path):
-        model = from_dict({"model": model_keys(path)}).model
+        model = config_of_hf(path).model
         declared(path, model, model.vocab_size or 0)
         gpt = _empty(model, model.vocab_size or 0, ctx, dtype)
         portions = _portions(gpt)

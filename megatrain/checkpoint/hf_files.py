@@ -64,7 +64,7 @@ def model_keys(path: Path) -> dict[str, Any]:
     """The keys of the model section that a directory of Hugging Face gives. Raises ContentError."""
     try:
         return model_of(read_config(path))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ContentError(f"{Path(path) / CONFIG} cannot be read: {type(error).__name__}: {error}") from error
     except ContentError as error:
         raise ContentError(f"{Path(path) / CONFIG}: {error}") from None

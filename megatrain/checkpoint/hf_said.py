@@ -80,7 +80,7 @@ def value_of(config: Json, of: Key) -> Any:
     said = {name: config[name] for name in of.names if config.get(name) is not None}
     for name, value in said.items():
         first = next(iter(said))
-        if value != said[first]:
+        if name != first and value != said[first]:
             raise contradiction(f"{first}={said[first]!r}", f"{name}={value!r}")
     if said:
         return next(iter(said.values()))

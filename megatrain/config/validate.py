@@ -70,6 +70,14 @@ def require_effects(config: Config) -> None:
             raise ConfigError(problem)
 
 
+def validate_model(config: Config) -> None:
+    """Hold the rules of the model section alone, of whatever else the config is. Raises ConfigError."""
+    require_ranges(config, ("model",))
+    _require_heads(config.model)
+    _require_positions(config.model)
+    _require_rope(config.model)
+
+
 def validate_layout(config: Config, world_size: int) -> None:
     """Hold the rules of the model's shape and its layout alone. Raises ConfigError."""
     _require_heads(config.model)

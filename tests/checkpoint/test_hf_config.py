@@ -11,6 +11,7 @@ from megatrain.checkpoint.hf_config import config_of, kind_of, model_of
 from megatrain.checkpoint.hf_files import _merged
 from megatrain.checkpoint.together import CheckpointError, ContentError
 from megatrain.config.load import from_dict
+from megatrain.config.source import ConfigError
 from megatrain.data.indexed import TokenStoreWriter
 from megatrain.exchange import import_hf
 
@@ -246,3 +247,37 @@ def test_two_sets_of_weights_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, source / "model.safetensors")
     with pytest.raises(ContentError, match=r"two sets of weights, of which transformers takes the first"):
         megatrain.load(source)
+
+
+NO_MODELS = {
+    "heads that cannot share": (
+        {"num_key_value_heads": 3},
+        "model.num_query_groups=3 does not divide model.num_attention_heads=4",
+    ),
+    "no number": ({"rms_norm_eps": float("nan")}, "model.norm_eps is nan; expected a finite number"),
+    "a base of 1": (
+        {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "model.rope_theta=1.0 must be greater",
+    ),
+    "a factor of nothing": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        "model.rope_factor=0.0 must be greater than 0",
+    ),
+    "no length": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 0}},
+        "cannot be read: ZeroDivisionError",
+    ),
+    "layers without end": ({"num_hidden_layers": 60000}, "holds 1 tensors, and the model has 60000 layers"),
+    "a vocabulary without end": ({"vocab_size": 10**30}, "model.vocab_size=10+ must be at most"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODELS)
+def test_a_model_that_cannot_be_is_told_with_its_file(tmp_path, case):
+    keys, said = NO_MODELS[case]
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config("llama", **keys)))
+    with pytest.raises((CheckpointError, ConfigError), match=f"{tmp_path}.*{said}"):
+        megatrain.load(tmp_path)
+    with pytest.raises((CheckpointError, ConfigError), match=said):
+        import_hf(tmp_path, tmp_path / "run")
