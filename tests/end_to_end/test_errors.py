@@ -36,7 +36,10 @@ WRONG = {
     ),
     "vocabulary smaller than the data's": (["model.vocab_size=50"], "model.vocab_size"),
     "ZeRO": (["parallel.zero_stage=4"], "parallel.zero_stage is the integer 4; expected one of 0, 1, 2, 3."),
-    "GLM": (["data.glm.shuffle_spans=false"], "data.glm.shuffle_spans=False has no effect, since data.objective=next_token"),
+    "GLM": (
+        ["data.glm.shuffle_spans=false"],
+        "data.glm.shuffle_spans=false has no effect: it has one when data.objective is glm",
+    ),
     "layers": (
         ["parallel.virtual_pipeline_size=3", "parallel.schedule=interleaved"],
         "model.num_layers=2 cannot be split over",
@@ -54,7 +57,7 @@ WRONG = {
         ["checkpoint.resume=SAVED", "checkpoint.weights_only=true", "model.num_layers=1"],
         "and the config does not give, 16 of 36 tensors of weights: layers.1.",
     ),
-    "damaged checkpoints": (["checkpoint.dir=DAMAGED"], "checkpoint.resume=never"),
+    "damaged checkpoints": (["checkpoint.dir=DAMAGED"], "begin anew in another checkpoint.dir"),
 }
 ON_TWO_RANKS = {
     "another model": (["checkpoint.resume=SAVED", "model.norm_eps=1e-3"], "checkpoint.accept_changes=[model]"),
