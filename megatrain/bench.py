@@ -30,7 +30,7 @@ from megatrain.files import doing
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
-from megatrain.program import mesh_shape, require_schedule, vocabulary
+from megatrain.program import memory_of, mesh_shape, require_memory, require_schedule, vocabulary
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.launch import Launch
@@ -55,6 +55,8 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     validate_step(config, session.world.size)
     require_schedule(config)
     vocab_size = vocabulary(config)
+    with session.together("looking for memory"):
+        require_memory(config, vocab_size, session.world.size, memory_of(session.device))
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     (samples, compose), train = random_source(config, vocab_size), config.train
     with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, compose=compose) as loader:

@@ -22,14 +22,18 @@ def add_train(
 
 def _train(arguments: argparse.Namespace) -> int:
     from megatrain.config.load import load
+    from megatrain.config.validate import validate_step
     from megatrain.runtime.launch import Launch
     from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_begun
 
     launch = Launch.from_environment(os.environ)
     launch.require_ranks()
-    marker = Path(load(arguments.config, arguments.overrides).config.log.dir, PREEMPTED)
+    config = load(arguments.config, arguments.overrides).config
+    marker = Path(config.log.dir, PREEMPTED)
     if is_stopping(marker, launch):
         return reply(launch, os.EX_TEMPFAIL)
+    if config.model.init_from is None:  # which gives shapes, later
+        validate_step(config, launch.world_size)  # what cannot be is told at once, before torch is there
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
         reply_begun(launch)

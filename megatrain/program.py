@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from psutil import virtual_memory
 
 from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.manifest import MANIFEST
@@ -41,13 +42,14 @@ from megatrain.parallel.schedules import chunks_problem
 from megatrain.resume import gauge_kept, resume
 from megatrain.runtime import provenance
 from megatrain.runtime.distributed import Session, connect
+from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.limits import Limits
 from megatrain.runtime.memory import tune_allocator
 from megatrain.runtime.metrics import RunLog
 from megatrain.runtime.stop import PREEMPTED, StopRequest
-from megatrain.training import assemble, train_step
+from megatrain.training import DTYPES, assemble, train_step
 from megatrain.watch import Watch
 
 
@@ -83,6 +85,8 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     with session.together("opening the data"):
         vocab_size = vocabulary(config)
         loader, held_out = open_data(config, ctx, vocab_size)
+    with session.together("looking for memory"):
+        require_memory(config, vocab_size, session.world.size, memory_of(session.device))
     with session.together("looking at the weights to start from"):
         require_weights(config, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
@@ -112,6 +116,25 @@ def require_schedule(config: Config) -> None:
     problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
     if problem is not None:
         raise ConfigError(problem)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device has, used or not."""
+    return int(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total)
+
+
+def require_memory(config: Config, vocab_size: int, world_size: int, available: int) -> None:
+    """Raise ConfigError where not even a rank's weights fit into `available` bytes: a slip, and not a model that is a little large."""
+    parallel, count = config.parallel, parameter_count(config.model, vocab_size)
+    shared = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    shared *= config.data_parallel_size(world_size) if parallel.zero_stage == 3 else 1
+    needed = count * DTYPES[config.train.precision].itemsize / shared
+    if needed > available:
+        raise ConfigError(
+            f"the model has {count:,} parameters: {needed / 2**30:,.0f} GiB of weights a rank in {config.train.precision}, of "
+            f"{available / 2**30:,.0f} GiB that there are. Use a smaller model.hidden_size, model.num_layers or model.vocab_size, or "
+            "more ranks with a larger parallel.tensor_parallel_size, or with parallel.zero_stage=3."
+        )
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> MeshShape:

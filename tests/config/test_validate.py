@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
+import time
 from typing import Literal, get_origin
 
 import pytest
@@ -12,6 +15,7 @@ from megatrain.config.keys import choices, knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.config.ranges import BELOW_ONE, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE
 from megatrain.config.validate import DEFERRED, validate
+from megatrain.program import require_memory
 
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 
@@ -393,3 +397,57 @@ def test_a_config_is_left_as_it_was():
     before = dataclasses.asdict(config)
     validate(config, 1)
     assert dataclasses.asdict(config) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "bound"),
+    [
+        ("model.hidden_size", 1 << 31, "16777216"),
+        ("model.num_layers", 10**23, "65536"),
+        ("model.seq_length", 1 << 31, "16777216"),
+        ("model.vocab_size", 10**23, "16777216"),
+        ("model.window", 1 << 31, "2147483647"),
+        ("parallel.pipeline_parallel_size", (1 << 31) - 1, "16777216"),
+        ("parallel.tensor_parallel_size", 10**23, "16777216"),
+        ("train.global_batch_size", 10**23 + 1, "16777216"),
+        ("train.steps", 1 << 31, "2147483647"),
+        ("train.tokens", 1e23, "1e+18"),
+        ("train.batch_ramp", [4, 4, 10**23], "2147483647"),
+        ("train.hang_timeout_seconds", 1e300, "1000000000000000.0"),
+        ("data.glm.blank.max_span", 1 << 31, "65536"),
+    ],
+)
+def test_what_is_far_too_large_is_refused_at_once(key, bad, bound):
+    began = time.perf_counter()
+    said = refusal(**{key.replace(".", "__"): bad})
+    assert time.perf_counter() - began < 1
+    assert re.match(rf"{re.escape(key)}=.* must be at most {re.escape(bound)}\. Use for example ", said), said
+
+
+def test_rotary_frequencies_must_fall():
+    message = "model.rope_theta=1.0 must be greater than 1. Use for example 10000.0."
+    assert refusal(model__position="rope", model__rope_theta=1.0, model__rope_scaling="yarn", model__rope_factor=4.0) == message
+
+
+def test_a_model_whose_weights_do_not_fit_is_refused_before_it_is_built():
+    config = from_dict({"model": {"hidden_size": 1 << 20, "num_attention_heads": 8}, "train": {"precision": "bf16"}})
+    with pytest.raises(ConfigError) as raised:
+        require_memory(config, 4096, 1, 16 << 30)
+    assert str(raised.value).startswith(
+        "the model has 105,"
+    ) and "GiB of weights a rank in bf16, of 16 GiB that there are. Use" in str(raised.value)
+    require_memory(from_dict({"model": {"preset": "gpt2_124m"}}), 50257, 1, 1 << 30)
+
+
+def test_what_cannot_be_is_told_before_torch_is_there(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {vocab_size: 101}\ndata: {train: PREFIX}\ntrain: {precision: fp64}\n")
+    code = "import sys; from megatrain import cli; print(cli.main(sys.argv[1:]), 'torch' in sys.modules)"
+    for override, message in (
+        ("model.hidden_size=2147483648", "model.hidden_size=2147483648 must be at most 16777216."),
+        ("parallel.tensor_parallel_size=3", "model.num_attention_heads=8 cannot be split over"),
+        ("parallel.device=cuda", "train.precision=fp64 is for checks on CPU"),
+    ):
+        words = [sys.executable, "-c", code, "train", str(file), override]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.stdout == "1 False\n" and message in ended.stderr
