@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 
 def positive(given: str) -> int:
@@ -15,7 +16,9 @@ def positive(given: str) -> int:
 
 
 def text(given: str) -> str:
-    """Text in UTF-8. Other bytes of a command line arrive as lone surrogates, which no tokenizer takes."""
+    """Text in UTF-8, also where the locale is of another mind. Other bytes arrive as lone surrogates, which no tokenizer takes."""
+    with suppress(UnicodeError):
+        return given.encode("utf-8", "surrogateescape").decode()
     try:
         given.encode()
     except UnicodeEncodeError as error:

@@ -41,7 +41,10 @@ def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Confi
     for override in overrides:
         key, _, value = override.partition("=")
         if not key.startswith("parallel."):
-            raise ConfigError(f"{override}: only the layout can be chosen here, such as parallel.pipeline_parallel_size=2.")
+            raise ConfigError(
+                f"{override}: only the layout can be chosen here, such as parallel.pipeline_parallel_size=2 under "
+                "torchrun --nproc-per-node 2."
+            )
         values[key.removeprefix("parallel.")] = yaml.safe_load(value)
     parallel = from_dict({"parallel": values}).parallel
     config = replace(config, parallel=replace(parallel, sequence_parallel=False))

@@ -8,6 +8,7 @@ import types
 import pytest
 
 import megatrain
+from megatrain.arguments import text
 from megatrain.cli import LATER, main
 from megatrain.config.load import ConfigError
 
@@ -296,3 +297,7 @@ def test_an_interrupt_exits_130(room, capsys):
     room("megatrain.program", main=raised_in("megatrain.train", KeyboardInterrupt()))
     assert main(["train", "c.yaml"]) == 130
     assert capsys.readouterr().err == "megatrain: interrupted\n"
+
+
+def test_text_in_utf8_is_read_in_any_locale():
+    assert text("caf\udcc3\udca9") == text("café") == "café"
