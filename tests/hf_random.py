@@ -165,5 +165,6 @@ def changed(rng, legal):
         ("apply_residual_connection_post_layernorm", True), ("final_logit_softcapping", 5.0), ("n_inner", 19), ("max_window_layers", 1),
         ("torch_dtype", "bfloat16"), ("rms_norm_eps", None), ("embedding_multiplier", 3.0), ("qk_layernorm", True),
     ]  # fmt: skip
-    name, value = rng.choice(changes)
+    turning = [change for change in changes if change[0].startswith(("rope", "partial", "original"))]
+    name, value = rng.choice(turning if rng.random() < 0.4 else changes)
     return {**legal, name: value}, name, kind
