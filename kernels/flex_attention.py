@@ -33,6 +33,12 @@ def _function(device_type: str) -> Any:
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
+@cache
+def _make_blocks(device_type: str) -> Any:
+    """Compiled on a GPU: it looks at the mask block by block, and not at a square [b, s, s] of it."""
+    return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask
+
+
 def _alibi(slopes: torch.Tensor) -> Callable[..., torch.Tensor]:
     def add(score: torch.Tensor, _b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return score - slopes[h] * (k - q).abs()
@@ -43,7 +49,7 @@ def _alibi(slopes: torch.Tensor) -> Callable[..., torch.Tensor]:
 @lru_cache(maxsize=16)
 def _static_blocks(mask: AttentionMask, length: int, device: torch.device) -> BlockMask:
     """Which blocks a mask that is the same for all sequences leaves, made once."""
-    return create_block_mask(_visible(mask), None, None, length, length, device=device)
+    return _make_blocks(device.type)(_visible(mask), None, None, length, length, device=device)
 
 
 _latest: list[tuple[AttentionMask, BlockMask]] = []
@@ -55,7 +61,7 @@ def _blocks_of(mask: AttentionMask, q: torch.Tensor) -> BlockMask:
     for known, blocks in _latest:
         if known is mask:
             return blocks
-    made = create_block_mask(_visible(mask), q.shape[0], None, q.shape[2], q.shape[2], device=q.device)
+    made = _make_blocks(q.device.type)(_visible(mask), q.shape[0], None, q.shape[2], q.shape[2], device=q.device)
     _latest.append((mask, made))
     del _latest[:-16]
     return made

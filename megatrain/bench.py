@@ -30,7 +30,7 @@ from megatrain.files import doing
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
-from megatrain.program import memory_of, mesh_shape, require_memory, require_schedule, vocabulary
+from megatrain.program import memory_of, mesh_shape, prepare_torch, require_memory, require_schedule, vocabulary
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.launch import Launch
@@ -54,6 +54,7 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     config = replace(config, data=replace(config.data, train=ANY_DATA))
     validate_step(config, session.world.size)
     require_schedule(config)
+    prepare_torch(config.train)
     vocab_size = vocabulary(config)
     with session.together("looking for memory"):
         require_memory(config, vocab_size, session.world.size, memory_of(session.device))

@@ -24,7 +24,7 @@ from megatrain.checkpoint.manifest import MANIFEST
 from megatrain.companions import keep_tokenizer, take_along
 from megatrain.config.budget import budget_of
 from megatrain.config.load import Loaded, dump, from_dict, load
-from megatrain.config.schema import Config, ParallelConfig
+from megatrain.config.schema import Config, ParallelConfig, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
 from megatrain.data.held_out import Evaluated
@@ -80,7 +80,7 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     session.same("config", text)
     validate(config, session.world.size, partial(gauge_kept, config, session))
     require_schedule(config)
-    _prepare_torch(config)
+    prepare_torch(config.train)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     with session.together("opening the data"):
         vocab_size = vocabulary(config)
@@ -180,9 +180,13 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     return None if data.tokenizer is None else load_tokenizer(data.tokenizer, data.eod, data.bos)
 
 
-def _prepare_torch(config: Config) -> None:
-    """Process-wide settings of torch that the config asks for."""
-    if config.train.deterministic:
+def prepare_torch(train: TrainConfig) -> None:
+    """Process-wide settings of torch: what the config asks for, and products of 16-bit numbers whose sums are float32 throughout."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    if train.precision in ("fp32", "fp64"):  # TensorFloat-32 keeps 10 of 23 bits
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every buffer here is written before it is read

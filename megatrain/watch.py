@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from megatrain.checkpoint.save import Contents, Saver
+from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
@@ -36,7 +37,7 @@ class Watch:
             job.ctx,
             keep=checkpoint.keep,
             keep_every=checkpoint.keep_every,
-            staging_bytes=int(checkpoint.staging_gib * 2**30),
+            staging_bytes=staging_bytes(checkpoint.staging_gib, job.session.launch.local_world_size),
             on_saved=self._saved,
             on_failed=self._save_failed,
         )

@@ -32,6 +32,8 @@ from megatrain.parallel.portion import Elements
 
 PAGE = 4096
 """Bytes that writes past the page cache are multiples of."""
+STAGING_SHARE = 0.25
+"""Of a node's memory, for the copies of all its ranks."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -52,6 +54,17 @@ class PlannedFile:
     def __post_init__(self) -> None:
         named = [(name, elements.dtype, (count,)) for name, (elements, count) in self.runs.items()]
         self.header, self.entries, self.size = header_of(named)
+
+
+def staging_bytes(gib: float, local_ranks: int) -> int:
+    """Host memory for the copy that a rank's checkpoint is written from: so much, and its part of STAGING_SHARE of the node's.
+
+    On a GPU machine it is pinned: nothing else can use it, and the system cannot page it out.
+    """
+    node = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # the bound of a container (cgroup v2), `max` where there is none
+        node = min(node, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return int(min(gib * 2**30, STAGING_SHARE * node / local_ranks))
 
 
 class Staging:

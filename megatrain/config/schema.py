@@ -209,7 +209,9 @@ class CheckpointConfig:
         True, "Train on while a checkpoint is written; a step waits only for a copy of what its rank saves."
     )
     staging_gib: float = knob(
-        16.0, "GiB of host memory a rank may take for that copy; where it saves more, the step waits for the disk."
+        16.0,
+        "GiB of host memory a rank may take for that copy, and all ranks of a node at most a quarter of its memory; where it saves more, "
+        "the step waits for the disk.",
     )
     resume: str = knob(
         "auto",

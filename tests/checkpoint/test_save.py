@@ -484,3 +484,10 @@ def test_multiples_of_keep_every_stay(tmp_path, state):
         saver.save(contents(step), state.portions(state.local(SINGLE), SINGLE))
     saver.close()
     assert names(tmp_path) == ["latest", *[f"step_{step:08d}" for step in (200, 400, 600, 700)]]
+
+
+def test_the_copies_of_all_ranks_of_a_node_take_a_quarter_of_its_memory():
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert writing.staging_bytes(1e-3, 8) == int(2**30 * 1e-3)
+    alone, shared = writing.staging_bytes(1e9, 1), writing.staging_bytes(1e9, 8)
+    assert 0 < alone <= whole / 4 and alone / shared == pytest.approx(8)

@@ -90,3 +90,14 @@ def test_two_ranks_on_one_gpu_agree_with_one_process(store, tmp_path, on_cpu, la
     assert losses(store, tmp_path, size=2, parallel=parallel, model=SWITCHES["llama"]) == pytest.approx(
         on_cpu("llama"), rel=1e-4
     )
+
+
+def test_with_the_flag_a_run_that_was_stopped_ends_on_the_same_bits(store, tmp_path):
+    """Without it the gradient of the embedding is added up in any order on CUDA."""
+    for folder in ("whole", "parts"):
+        (tmp_path / folder).mkdir()
+    whole = losses(store, tmp_path / "whole", model=SWITCHES["llama"], deterministic=True)
+    first = losses(store, tmp_path / "parts", model=SWITCHES["llama"], deterministic=True, steps=4)
+    assert first == whole[:4]
+    both = losses(store, tmp_path / "parts", model=SWITCHES["llama"], deterministic=True)
+    assert both == whole
