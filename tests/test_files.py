@@ -147,8 +147,8 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
 
 CLI = """
 import sys
-from megatrain import cli
-cli._data_inspect = lambda arguments: print("x") or 0
+from megatrain import cli, cli_data
+cli_data._data_inspect = lambda arguments: print("x") or 0
 sys.exit(cli.main(["data", "inspect", "x"]))
 """
 
