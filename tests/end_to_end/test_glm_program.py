@@ -120,7 +120,11 @@ def test_prompts_with_answers(stores, tmp_path):
         ({}, {"seq_length": 8}, "leaves room for"),
         ({"train": ["train", "open"]}, {}, "do not. Tokenize all with --append-eod"),
         ({"tokenizer": None}, {}, "needs to know which tokens end a sentence"),
-        ({"objective": "next_token", "glm": {"shuffle_spans": False}}, {}, "has no effect: it has one when data.objective is glm"),
+        (
+            {"objective": "next_token", "glm": {"shuffle_spans": False}},
+            {},
+            "has no effect: it has one when data.objective is glm",
+        ),
         ({"train": [{"path": "prompts", "answers": "train_none"}]}, {}, "train_none"),
     ],
 )
