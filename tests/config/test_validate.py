@@ -16,6 +16,7 @@ from megatrain.config.load import ConfigError, from_dict
 from megatrain.config.ranges import BELOW_ONE, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE
 from megatrain.config.validate import DEFERRED, validate
 from megatrain.program import require_memory
+from megatrain.trained import laid_out
 
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 
@@ -451,3 +452,11 @@ def test_what_cannot_be_is_told_before_torch_is_there(tmp_path):
         words = [sys.executable, "-c", code, "train", str(file), override]
         ended = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         assert ended.stdout == "1 False\n" and message in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"), [("0", "greater than 0"), ("-2", "greater than 0"), ("2147483648", "at most 16777216")]
+)
+def test_a_layout_to_decode_under_has_bounds_too(override, rule):
+    with pytest.raises(ConfigError, match=rf"^parallel\.pipeline_parallel_size={override} must be {rule}\."):
+        laid_out(from_dict({}), [f"parallel.pipeline_parallel_size={override}"], 1)
