@@ -9,8 +9,9 @@ from megatrain.config.load import from_dict
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.agree import agree
+from megatrain.testing.control import last_steps
 from megatrain.testing.layouts import Layout
-from megatrain.testing.resumed import continued, interrupted, last_steps, require_same_bits
+from megatrain.testing.resumed import continued, interrupted, require_same_bits
 from megatrain.testing.trace import trace_run
 
 STEPS, AT = 4, 2
