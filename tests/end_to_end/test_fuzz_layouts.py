@@ -44,7 +44,6 @@ def model_of(draw: random.Random, glm: bool) -> dict:
         "position": position,
         "bias": draw.random() < 0.6,
         "tied_embeddings": draw.random() < 0.5,
-        "residual_fp32": draw.random() < 0.2,
         "init": draw.choice(["normal", "small", "fan_in", "xavier"]),
     }
     if glm:
