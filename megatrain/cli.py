@@ -151,7 +151,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatrain.plan.timeline import main as plan
+    from megatrain.plan.verb import main as plan
 
     png = None if arguments.timeline is None else Path(arguments.timeline)
     return plan(arguments.config, arguments.overrides, arguments.devices, png)

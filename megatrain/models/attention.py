@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
+from megatrain.kernels import compiled
 from megatrain.kernels.attention import Factors, Variant, attention
+from megatrain.kernels.rotary import rotary
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Norm
 from megatrain.models.position import alibi_slopes
 from megatrain.models.recompute import Remake
-from megatrain.models.rope import Rotary
 from megatrain.parallel import rng
 from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
+
+
+class Rotary(nn.Module):
+    """The tables of cosines and sines [positions, r/2], which all layers of a model share, and the rotation."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(self, build: Build) -> None:
+        super().__init__()
+        config = build.config
+        interleaved = config.rope_interleaved
+        self.turn: Callable[..., torch.Tensor] = partial(rotary, kernels=build.kernels, interleaved=interleaved)
+        if build.compile:
+            self.turn = compiled.compiled(compiled.rotary, "rotary", interleaved=interleaved)
+        self.halves = 2 if config.position == "rope_2d" else 1
+        for name, table in zip(("cos", "sin"), build.rotary_tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotate each of `heads` [s, b, a, d] by its token's positions."""
+        positions = (batch.positions,) if self.halves == 1 else (batch.positions, batch.second_positions)
+        tables = [(self.cos[of], self.sin[of]) for of in positions]
+        return tuple(self._rotate(x, tables) for x in heads)
+
+    def _rotate(self, x: torch.Tensor, tables: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """[s, b, a, d] -> the same shape."""
+        if self.halves == 1:
+            return self.turn(x, *tables[0])
+        parts = x.chunk(self.halves, -1)
+        return torch.cat([self.turn(part, *of) for part, of in zip(parts, tables, strict=True)], -1)
 
 
 class KeyValueCache:

@@ -20,20 +20,10 @@ Longer texts than those of the first training need lower frequencies (`rope_scal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from megatrain.config.schema import ModelConfig
-from megatrain.kernels import compiled
-from megatrain.kernels.rotary import rotary
-from megatrain.models.batch import MicroBatch
-
-if TYPE_CHECKING:
-    from megatrain.models.layers import Build
 
 
 def frequencies(config: ModelConfig) -> torch.Tensor:
@@ -82,37 +72,6 @@ def tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tup
     angles, factor = _angles(config), magnitude(config)
     cos, sin = ((exact * factor).to(device=device, dtype=dtype) for exact in (angles.cos(), angles.sin()))
     return cos, sin
-
-
-class Rotary(nn.Module):
-    """The tables of cosines and sines [positions, r/2], which all layers of a model share, and the rotation."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    def __init__(self, build: Build) -> None:
-        super().__init__()
-        config = build.config
-        interleaved = config.rope_interleaved
-        self.turn: Callable[..., torch.Tensor] = partial(rotary, kernels=build.kernels, interleaved=interleaved)
-        if build.compile:
-            self.turn = compiled.compiled(compiled.rotary, "rotary", interleaved=interleaved)
-        self.halves = 2 if config.position == "rope_2d" else 1
-        for name, table in zip(("cos", "sin"), build.rotary_tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
-
-    def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rotate each of `heads` [s, b, a, d] by its token's positions."""
-        positions = (batch.positions,) if self.halves == 1 else (batch.positions, batch.second_positions)
-        tables = [(self.cos[of], self.sin[of]) for of in positions]
-        return tuple(self._rotate(x, tables) for x in heads)
-
-    def _rotate(self, x: torch.Tensor, tables: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """[s, b, a, d] -> the same shape."""
-        if self.halves == 1:
-            return self.turn(x, *tables[0])
-        parts = x.chunk(self.halves, -1)
-        return torch.cat([self.turn(part, *of) for part, of in zip(parts, tables, strict=True)], -1)
 
 
 def _angles(config: ModelConfig) -> torch.Tensor:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import require_effects, validate_step
-from megatrain.init_from import shapes_of
 from megatrain.parallel.schedules import Kind
 from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
 from megatrain.program import require_schedule, vocabulary
@@ -99,25 +96,3 @@ def _label(event: Event | None, numbered: bool) -> str:
     letter = LETTERS[event.instruction.kind]
     letter = letter.lower() if event.instruction.chunk else letter
     return f"{letter}{event.instruction.micro_batch}" if numbered else letter
-
-
-def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | None) -> int:
-    """`megatrain plan`: print the figures and the timeline of one step, and draw it. Returns 0.
-
-    devices: how many there are; None: as many as one replica needs.
-    """
-    config = load(path, overrides, shapes_of).config
-    p = config.parallel
-    replica = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
-    timeline = plan_timeline(config, devices or replica)
-    pieces, _ = layer_pieces(config, vocabulary(config))
-    print(describe(timeline, pieces))  # noqa: T201
-    print(as_text(timeline))  # noqa: T201
-    if png is not None:
-        from megatrain.plan.picture import draw_timeline  # noqa: PLC0415  matplotlib, which the text does without
-
-        schedule = timeline.schedule
-        title = f"{schedule.name}: step bubble {100 * timeline.step_bubble:.1f}%"
-        draw_timeline([(title, timeline)], png)
-        print(f"drawn: {png}")  # noqa: T201
-    return 0

@@ -7,13 +7,12 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
-from megatrain.models.attention import Attention, KeyValueCache
+from megatrain.models.attention import Attention, KeyValueCache, Rotary
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT
 from megatrain.models.layers import Build
 from megatrain.models.objective import NextToken
 from megatrain.models.position import LearnedPositions
-from megatrain.models.rope import Rotary
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import initialise
 from megatrain.runtime.flops import parameter_count

@@ -1,0 +1,34 @@
+"""`megatrain plan`: what a step of a run will look like, before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatrain.config.load import load
+from megatrain.init_from import shapes_of
+from megatrain.plan.timeline import as_text, describe, plan_timeline
+from megatrain.program import vocabulary
+from megatrain.training import layer_pieces
+
+
+def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | None) -> int:
+    """`megatrain plan`: print the figures and the timeline of one step, and draw it. Returns 0.
+
+    devices: how many there are; None: as many as one replica needs.
+    """
+    config = load(path, overrides, shapes_of).config
+    p = config.parallel
+    replica = p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size
+    timeline = plan_timeline(config, devices or replica)
+    pieces, _ = layer_pieces(config, vocabulary(config))
+    print(describe(timeline, pieces))  # noqa: T201
+    print(as_text(timeline))  # noqa: T201
+    if png is not None:
+        from megatrain.plan.picture import draw_timeline  # noqa: PLC0415  matplotlib, which the text does without
+
+        schedule = timeline.schedule
+        title = f"{schedule.name}: step bubble {100 * timeline.step_bubble:.1f}%"
+        draw_timeline([(title, timeline)], png)
+        print(f"drawn: {png}")  # noqa: T201
+    return 0
