@@ -173,7 +173,7 @@ def assemble(
     flat = FlatParameters(
         units_of(chunks), ctx, stage=parallel.zero_stage, bucket_size=parallel.bucket_size, overlap=parallel.overlap
     )
-    optimizer = Optimizer(flat, config.optim)
+    optimizer = Optimizer(flat, config.optim, train.kernels)
     objective = objective or objective_of(config)
     return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out=held_out or {})
 

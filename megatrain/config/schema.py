@@ -154,7 +154,8 @@ class TrainConfig:
     )
     kernels: Literal["auto", "triton", "reference"] = knob(
         "auto",
-        "Implementation of norms, rotation, gates and losses: auto is Triton on CUDA, else plain PyTorch (kernels/dispatch.py).",
+        "Implementation of norms, rotation, gates, losses and the AdamW update: auto is Triton on CUDA, else plain PyTorch "
+        "(kernels/dispatch.py).",
     )
     compile: Literal["none", "block"] = knob(
         "none",

@@ -7,20 +7,21 @@ BLOOM's run; Micikevicius et al., arXiv:1710.03740, section 3.1). In FP32 and FP
     master: fp32      BF16 parameter 2 + master 4                    bytes a parameter, and the states
     master: split     BF16 parameter 2 + the 16 bits it lacks 2      the same numbers to the bit (kernels/split_float.py)
 
-A buffer is updated block by block, so that what one operation wrote is still in a CPU's cache when the next one reads it.
+Where Triton serves, AdamW and Adam are one kernel, which does all of this in one pass (kernels/adamw.py). Else a buffer is updated block by
+block, so that what one operation wrote is still in a CPU's cache when the next one reads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from megatrain.config.schema import OptimConfig
+from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
+from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
-from megatrain.optim.adamw import adam_step
 from megatrain.optim.sgd import sgd_step
 from megatrain.parallel.flat import Held
 from megatrain.parallel.param import ParamSpec
@@ -35,20 +36,6 @@ STATES = {"adamw": ("exp_avg", "exp_avg_sq"), "adam": ("exp_avg", "exp_avg_sq"),
 BLOCK = 1 << 18
 """Elements updated at a time on a CPU; a GPU takes GPU_BLOCK."""
 GPU_BLOCK = 1 << 26
-
-
-@dataclass(frozen=True)
-class Update:
-    """What one update needs besides tensors."""
-
-    lr: float
-    weight_decay: float
-    grad_divisor: torch.Tensor
-    """Scalar: what gradients are divided by on the way (clipping)."""
-    skip: torch.Tensor
-    """Scalar 0 or 1; where it is 1 nothing changes."""
-    count: torch.Tensor
-    """float32 scalar: updates so far, this one included."""
 
 
 class Masters:
@@ -99,8 +86,10 @@ class Masters:
 class Optimizer:
     """Masters and states of this rank's shards; `updates` (float32 scalar) counts the updates applied."""
 
-    def __init__(self, flat: FlatParameters, config: OptimConfig) -> None:
+    def __init__(self, flat: FlatParameters, config: OptimConfig, kernels: Kernels = "auto") -> None:
+        """kernels: train.kernels. Float64 is the reference's alone, and so is SGD."""
         self.flat, self.config = flat, config
+        self.fused = use_triton(kernels, flat.ctx.device) and config.name != "sgd" and flat.wide == torch.float32
         # Counted on the device, because a skipped step does not count and the host need not know of it.
         self.updates = torch.zeros((), dtype=torch.float32, device=flat.ctx.device)
         self.masters = [Masters(held, flat.wide, config.master) for held in flat.trained]
@@ -120,22 +109,44 @@ class Optimizer:
         """
         self.updates += 1 - skip.to(torch.float32)
         decay = self.config.weight_decay if weight_decay is None else weight_decay
+        adamw = self.config.name == "adamw"
+        rates = AdamRates(lr, self.config.betas, self.config.eps, adamw, self.updates, grad_divisor, skip)
         for index in reversed(range(len(self.masters))):  # the first layers first: the next forward begins with them
             held = self.flat.trained[index]
-            update = Update(lr, decay if held.bucket.decay else 0.0, grad_divisor, skip, self.updates)
-            self._update(index, update)
+            self._update(index, rates, decay if held.bucket.decay else 0.0)
             self.flat.publish(held)
 
-    def _update(self, index: int, update: Update) -> None:
+    def _update(self, index: int, rates: AdamRates, decay: float) -> None:
         """Update what this rank owns of one bucket."""
         masters, grads = self.masters[index], self.flat.trained[index].own_grads
         if grads is None:
             raise ValueError("a frozen bucket has no optimizer state")
-        for part in _blocks(grads, whole=masters.masters is None and masters.low is None):
+        states = [self.states[kind][index] for kind in STATES[self.config.name]]
+        if self.fused:
+            adam_triton(rates, decay, masters.weights, masters.masters, masters.low, grads, *states)
+            return
+        for part in _blocks(grads, whole=masters.direct):
             weights = masters.read(part)
-            states = [self.states[kind][index][part] for kind in STATES[self.config.name]]
-            _apply(self.config, weights, grads[part], states, update)
+            self._apply(rates, decay, weights, grads[part], [state[part] for state in states])
             masters.write(part, weights)
+
+    def _apply(
+        self, rates: AdamRates, decay: float, weights: torch.Tensor, grads: torch.Tensor, states: list[torch.Tensor]
+    ) -> None:
+        """The rule of `optim.name`, in place."""
+        if self.config.name == "sgd":
+            sgd_step(
+                [weights],
+                [grads],
+                states,
+                momentum=self.config.momentum,
+                lr=rates.lr,
+                weight_decay=decay,
+                grad_divisor=rates.grad_divisor,
+                skip=rates.skip,
+            )
+        else:
+            adam_reference(rates, decay, weights, grads, *states)
 
     def tensors(self) -> StateTensors:
         """Everything a checkpoint needs: weights at master precision (frozen ones too), and the states (collective).
@@ -173,36 +184,6 @@ class Optimizer:
         """Let other ranks have what was written into `portions`."""
         for held in self.flat.held:
             self.flat.publish(held)
-
-
-def _apply(config: OptimConfig, weights: torch.Tensor, grads: torch.Tensor, states: list[torch.Tensor], update: Update) -> None:
-    """The rule of `optim.name`, in place."""
-    if config.name == "sgd":
-        sgd_step(
-            [weights],
-            [grads],
-            [states[0]],
-            momentum=config.momentum,
-            lr=update.lr,
-            weight_decay=update.weight_decay,
-            grad_divisor=update.grad_divisor,
-            skip=update.skip,
-        )
-        return
-    adam_step(
-        [weights],
-        [grads],
-        [states[0]],
-        [states[1]],
-        step=update.count,
-        lr=update.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=update.weight_decay,
-        decoupled=config.name == "adamw",
-        grad_divisor=update.grad_divisor,
-        skip=update.skip,
-    )
 
 
 def _blocks(buffer: torch.Tensor, whole: bool) -> Iterator[slice]:

@@ -83,6 +83,7 @@ def measured(kernel: Any) -> dict[str, int]:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
+    from megatrain.kernels.adamw import AdamRates, adam_triton
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
     from megatrain.kernels.gated import gated
     from megatrain.kernels.norm import add_norm, norm
@@ -119,6 +120,20 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         top, total, label, _ = statistics_of(logits, local, here, with_sum=more, kernels="triton")
         gradient_of(logits, top, total, total if more else None, local, here, label, kernels="triton")
 
+    def updated(n: int, dtype: torch.dtype, halves: bool, decoupled: bool) -> None:
+        one = torch.ones(())
+        rates = AdamRates(1e-3, (0.9, 0.95), 1e-8, decoupled, one, one, one)
+        apart, low = dtype != torch.float32 and not halves, torch.zeros(n, dtype=torch.int16) if halves else None
+        masters, grads, *states = (torch.zeros(n) for _ in range(4))
+        adam_triton(rates, 0.1, torch.zeros(n, dtype=dtype), masters if apart else None, low, grads, *states)
+
+    for n in (1 << 20, 1001):
+        for decoupled in (True, False):
+            name = f"adam n={n} decoupled={decoupled:d}"
+            yield f"{name} halves", lambda n=n, d=decoupled: updated(n, torch.bfloat16, True, d)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                short = str(dtype).removeprefix("torch.")
+                yield f"{name} {short}", lambda n=n, y=dtype, d=decoupled: updated(n, y, False, d)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = str(dtype).removeprefix("torch.")
         for n in (768, 1000, 1600, 2048, 4096, 5120, 8192, 12288):

@@ -21,6 +21,9 @@ EACH_KIND = [
     "rotary 1x21 of 16 interleaved=1 x1 float32",
     "entropy v=50304 more=1 bfloat16",
     "entropy v=101 more=0 float16",
+    "adam n=1048576 decoupled=1 bfloat16",
+    "adam n=1048576 decoupled=0 halves",
+    "adam n=1001 decoupled=1 float32",
 ]
 """One call of each kind, of those that differ most."""
 
@@ -39,14 +42,22 @@ def compiled(tmp_path, *patterns):
 def check(rows):
     assert [row for row in rows if row["spilled"]] == []
     assert max(row["registers"] for row in rows) <= 168, "three blocks of 128 threads on a multiprocessor"
-    odd = ("norm n=1000 ", "gate geglu 1001", "gate swiglu 1001", "rotary 1x21 ", "entropy v=50257 ", "entropy v=101 ")
+    odd = (
+        "norm n=1000 ",
+        "gate geglu 1001",
+        "gate swiglu 1001",
+        "rotary 1x21 ",
+        "entropy v=50257 ",
+        "entropy v=101 ",
+        "adam n=1001 ",
+    )
     wide = [row for row in rows if "float32" not in row["call"] and not row["call"].startswith(odd)]
     assert [row for row in wide if row["half_words"] > row["kernel"].startswith("_statistics")] == [], "the label's logit alone"
 
 
 def test_calls_of_each_kind(tmp_path):
     rows = compiled(tmp_path, *EACH_KIND)
-    assert {row["call"] for row in rows} == set(EACH_KIND) and len(rows) >= 2 * len(EACH_KIND)
+    assert {row["call"] for row in rows} == set(EACH_KIND) and len(rows) >= 2 * len(EACH_KIND) - 3, "adam has no backward"
     check(rows)
 
 
