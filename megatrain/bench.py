@@ -50,6 +50,22 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     steps: timed, after `warmup` untimed ones, and as many again in phases. profile: where rank 0 writes a Chrome trace of two more.
     Raises ConfigError.
     """
+    with prepared(session, config) as run:
+        for _ in range(warmup):
+            train_step(run)
+        seconds, waits = [], []
+        for _ in range(steps):
+            seconds.append(_timed(run))
+            waits.append(run.loader.waited)
+        phases = _phases(run, steps)
+        if profile is not None:
+            _profile(run, profile if session.rank == 0 else None)
+    return _report(run, seconds, waits, phases, session)
+
+
+@contextmanager
+def prepared(session: Session, config: Config) -> Iterator[Run]:
+    """The run of `config` on random tokens, with a loader that lives as long as the block (collective). Raises ConfigError."""
     require_effects(config)
     config = replace(config, data=replace(config.data, train=ANY_DATA))
     validate_step(config, session.world.size)
@@ -61,17 +77,7 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     (samples, compose), train = random_source(config, vocab_size), config.train
     with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, compose=compose) as loader:
-        run = assemble(config, ctx, loader, vocab_size)
-        for _ in range(warmup):
-            train_step(run)
-        seconds, waits = [], []
-        for _ in range(steps):
-            seconds.append(_timed(run))
-            waits.append(loader.waited)
-        phases = _phases(run, steps)
-        if profile is not None:
-            _profile(run, profile if session.rank == 0 else None)
-    return _report(run, seconds, waits, phases, session)
+        yield assemble(config, ctx, loader, vocab_size)
 
 
 def _timed(run: Run) -> float:

@@ -15,8 +15,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,10 @@ class PlainGPT(nn.Module):
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
+        return self.loss(x, labels)
+
+    def loss(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What stands behind the blocks."""
         logits = self.head(self.final_norm(x))
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
 
@@ -105,7 +110,18 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
 
 
-def parse() -> argparse.Namespace:
+def compiled(model: PlainGPT | PlainLlama, how: str, backend: str = "inductor") -> nn.Module:
+    """The model under torch.compile: `model` as one graph, `blocks` one for all blocks, which are alike, and one for the loss."""
+    if how == "model":
+        return torch.compile(model, backend=backend)
+    if how == "blocks":
+        for block in model.blocks:
+            block.compile(backend=backend)
+        model.loss = torch.compile(model.loss, backend=backend)
+    return model
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast over float32 weights")
@@ -124,14 +140,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kind", choices=("gpt", "llama"), default="gpt", help="llama: plain_llama.py")
     parser.add_argument("--groups", type=int, default=8, help="key/value heads of a llama")
     parser.add_argument("--ffn", type=int, default=14336, help="inner width of a llama's MLP")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the whole model")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="model",
+        default="none",
+        choices=("none", "model", "blocks"),
+        help="what torch.compile sees",
+    )
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--seed", type=int, default=1234)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
-    """Train on random tokens and print the measurements."""
-    args = parse()
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Train on random tokens; the measurements."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -139,7 +162,7 @@ def main() -> None:
     with torch.device(args.device):
         made = PlainLlama(*shape_of_model, args.groups, args.ffn) if args.kind == "llama" else PlainGPT(*shape_of_model)
     optimizer = make_optimizer(made)
-    model = torch.compile(made) if args.compile else made
+    model = compiled(made, args.compile, args.backend)
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=args.precision == "bf16")
     shape = (args.micro_batches, args.micro_batch_size, args.seq_length + 1)
     seconds = []
@@ -153,7 +176,7 @@ def main() -> None:
         if step >= args.warmup:
             seconds.append(time.perf_counter() - start)
     tokens_per_step = args.micro_batches * args.micro_batch_size * args.seq_length
-    report = {
+    return {
         "program": f"plain_{args.kind}",
         "precision": args.precision,
         "device": args.device,
@@ -167,8 +190,7 @@ def main() -> None:
         "loss": round(loss, 4),
         "torch": torch.__version__,
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure(parse())))

@@ -58,5 +58,9 @@ class PlainLlama(nn.Module):
         x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
+        return self.loss(x, labels)
+
+    def loss(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What stands behind the blocks."""
         logits = self.head(self.final_norm(x))
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

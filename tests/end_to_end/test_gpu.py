@@ -2,6 +2,9 @@
 
 import jobs
 import pytest
+import torch
+
+from megatrain.parallel.rng import bits, dropout, key, normal
 
 pytestmark = pytest.mark.gpu
 
@@ -101,3 +104,12 @@ def test_with_the_flag_a_run_that_was_stopped_ends_on_the_same_bits(store, tmp_p
     assert first == whole[:4]
     both = losses(store, tmp_path / "parts", model=SWITCHES["llama"], deterministic=True)
     assert both == whole
+
+
+def test_a_gpu_makes_the_same_numbers():
+    k, samples = key(1, "device"), torch.arange(4)
+    assert torch.equal(bits(k, 2**32 - 1000, 1 << 20, "cuda").cpu(), bits(k, 2**32 - 1000, 1 << 20))
+    assert torch.equal(normal(k, (1 << 10, 1 << 10), device="cuda").cpu(), normal(k, (1 << 10, 1 << 10)))
+    x = torch.randn(128, 4, 256, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(dropout(x.to("cuda", dtype), 0.1, k, samples).cpu(), dropout(x.to(dtype), 0.1, k, samples))

@@ -309,13 +309,3 @@ def test_dropout_refuses_what_is_no_probability(p):
 def test_dropout_refuses_samples_that_do_not_fit(shape, count):
     with pytest.raises(ValueError, match="samples"):
         dropout(torch.ones(shape), 0.1, key(1), torch.arange(count))
-
-
-@pytest.mark.gpu
-def test_a_gpu_makes_the_same_numbers():
-    k, samples = key(1, "device"), torch.arange(4)
-    assert torch.equal(bits(k, 2**32 - 1000, 1 << 20, "cuda").cpu(), bits(k, 2**32 - 1000, 1 << 20))
-    assert torch.equal(normal(k, (1 << 10, 1 << 10), device="cuda").cpu(), normal(k, (1 << 10, 1 << 10)))
-    x = torch.randn(128, 4, 256, generator=torch.Generator().manual_seed(0))
-    for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(dropout(x.to("cuda", dtype), 0.1, k, samples).cpu(), dropout(x.to(dtype), 0.1, k, samples))

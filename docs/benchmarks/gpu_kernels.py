@@ -1,0 +1,133 @@
+"""Each kernel, forward and backward, beside its reference, torch.compile of the reference, and the time that its bytes take to copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_speeds import copy_speed, seconds_of, tried
+from isolated import Note
+from torch.nn.functional import cross_entropy
+
+from megatrain.kernels import compiled
+from megatrain.kernels.cross_entropy import gradient_of, statistics_of
+from megatrain.kernels.dispatch import Kernels, use_triton
+from megatrain.kernels.gated import gated
+from megatrain.kernels.norm import add_norm, norm
+from megatrain.kernels.rotary import rotary
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape."""
+
+    call: Callable[[Kernels], object]
+    """Forward and backward."""
+    compiled: Callable[[], object]
+    """The same by torch.compile."""
+    moved: int
+    """Bytes that must be read and written."""
+
+
+def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Callable[[], Case]]:
+    """What makes each case, one after the other, so that one alone is in memory."""
+    bf16 = {"dtype": torch.bfloat16, "device": device}
+    row = 2 * tokens * h
+    stretch = compiled.compiled
+
+    def back(results: Any, *inputs: torch.Tensor) -> None:
+        results = [results] if isinstance(results, torch.Tensor) else list(results)
+        torch.autograd.grad(results, inputs, [torch.empty_like(y) for y in results])
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, **bf16).requires_grad_()
+
+    def norms(rms: bool, added: bool) -> Case:
+        x, residual, weight = leaf(tokens, 1, h), leaf(tokens, 1, h), leaf(h)
+        bias = None if rms else leaf(h)
+        ends = [weight] if rms else [weight, bias]
+        given = {"eps": 1e-5, "rms": rms}
+        if added:
+            graph = stretch(compiled.add_norm, "checks", **given)
+            return Case(
+                lambda k: back(add_norm(x, residual, weight, bias, kernels=k, **given), x, residual, *ends),
+                lambda: back(graph(x, residual, weight, bias), x, residual, *ends),
+                8 * row,
+            )
+        graph = stretch(compiled.norm, "checks", **given)
+        return Case(
+            lambda k: back(norm(x, weight, bias, kernels=k, **given), x, *ends),
+            lambda: back(graph(x, weight, bias), x, *ends),
+            5 * row,
+        )
+
+    def turned(interleaved: bool) -> Case:
+        d = min(h, 128)
+        x, angles = leaf(tokens, 1, h // d, d), torch.randn(tokens, 1, d // 2, device=device)
+        cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+        graph = stretch(compiled.rotary, "checks", interleaved=interleaved)
+        return Case(
+            lambda k: back(rotary(x, cos, sin, interleaved=interleaved, kernels=k), x),
+            lambda: back(graph(x, cos, sin), x),
+            4 * row,
+        )
+
+    def gates(kind: str) -> Case:
+        both = leaf(tokens, 1, 2 * h)
+        graph = stretch(compiled.activation, "checks", kind=kind)
+        return Case(
+            lambda k: back(gated(*both.chunk(2, -1), kind, kernels=k), both),
+            lambda: back(graph(*both.chunk(2, -1)), both),
+            8 * row,
+        )
+
+    def losses(vocab: int) -> Case:
+        logits = torch.randn(tokens // 4, vocab, **bf16)
+        local, here = logits.new_zeros(len(logits), dtype=torch.int64), logits.new_ones(len(logits), dtype=torch.bool)
+        one, wanted = torch.ones(len(logits), device=device), logits.clone().requires_grad_()
+        graph = torch.compile(lambda x: cross_entropy(x.float(), local, reduction="sum"), fullgraph=True, dynamic=False)
+
+        def ours(kernels: Kernels) -> None:
+            top, *_ = statistics_of(logits, local, here, kernels=kernels)
+            gradient_of(logits, top, one, None, local, here, one, kernels=kernels)
+
+        return Case(ours, lambda: torch.autograd.grad(graph(wanted), wanted), 3 * logits.nbytes)
+
+    return {
+        "rmsnorm": lambda: norms(True, False),
+        "add + rmsnorm": lambda: norms(True, True),
+        "layernorm": lambda: norms(False, False),
+        "add + layernorm": lambda: norms(False, True),
+        "rotary, halves": lambda: turned(False),
+        "rotary, pairs": lambda: turned(True),
+        "swiglu": lambda: gates("swiglu"),
+        "geglu": lambda: gates("geglu"),
+        f"cross-entropy {vocab}": lambda: losses(vocab),
+        f"cross-entropy {vocab - 47}": lambda: losses(vocab - 47),
+    }
+
+
+def kernels_beside_others(note: Note, smoke: bool) -> None:
+    """The kernel table, noted row by row."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, h, vocab = (64, 128, 512) if smoke else (16384, 4096, 50304)
+    copy = copy_speed(device, 1 << (16 if smoke else 28))
+    serves: Kernels = "triton" if use_triton("auto", device) else "reference"
+    rounds = 2 if smoke else 20
+    rows: dict[str, Any] = {}
+    for name, make in cases(device, tokens, h, vocab).items():
+        rows[name] = tried(lambda make=make: _row(make(), serves, copy, device, rounds, smoke))
+        rows[name]["by"] = serves
+        note(rows)
+
+
+def _row(case: Case, serves: Kernels, copy: float, device: torch.device, rounds: int, smoke: bool) -> dict[str, Any]:
+    """Milliseconds of each side; share: of the copy speed, by the bytes that must move."""
+    ours = seconds_of(lambda: case.call(serves), device, rounds)
+    row: dict[str, Any] = {"ms": 1e3 * ours, "share_of_copy": case.moved / ours / copy}
+    row["reference_ms"] = 1e3 * seconds_of(lambda: case.call("reference"), device, rounds)
+    if not smoke:  # which on CPU calls a C++ compiler for each
+        row["compile_ms"] = tried(lambda: 1e3 * seconds_of(case.compiled, device, rounds))
+    return row
