@@ -7,11 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
+
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
+from megatrain.kernels.matmul import adds_inside
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
 from megatrain.resume import progress_of
@@ -68,6 +71,7 @@ class Watch:
         self.log.say(
             f"model: {size:,} parameters | layout: {layout} | precision {config.train.precision} | "
             f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
+            f"{summing_note(ctx.device, DTYPES[config.train.precision])}"
         )
         if config.optim.warmup_steps is None:
             self.log.say(f"warm-up: {job.gauge.warmup_steps} of {job.total_steps} steps, as optim.warmup_steps is null")
@@ -184,6 +188,13 @@ class Watch:
     def _event(self, kind: Any, **fields: Any) -> None:
         if self.job.session.rank == 0:
             self.log.event(kind, self.job.step, **fields)
+
+
+def summing_note(device: torch.device, dtype: torch.dtype) -> str:
+    """For the start-up line: where a GPU adds products of 16-bit matrices to the float32 sums of weight gradients."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return ""
+    return f" | weight gradients: added {'inside' if adds_inside(device, dtype) else 'after'} the matmul"
 
 
 def unusual_ratio(config: Config) -> list[str]:

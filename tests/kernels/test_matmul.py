@@ -144,6 +144,74 @@ def test_a_product_is_added_to_a_wider_tensor_in_blocks(monkeypatch):
     assert torch.equal(out, expected)
 
 
+class InsideTheMatmul(TorchDispatchMode):
+    """What torch does on a GPU, on the CPU: `addmm` of 16-bit matrices into a float32 output, or refuses, or adds up in 16 bits."""
+
+    def __init__(self, does="adds"):
+        super().__init__()
+        self.does, self.calls = does, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() != "aten::addmm.dtype_out":
+            return function(*args, **(kwargs or {}))
+        self.calls += 1
+        if self.does == "refuses":
+            raise RuntimeError("self and mat2 must have the same dtype")
+        total, a, b, dtype = args
+        out = kwargs["out"]
+        assert dtype == out.dtype == total.dtype == torch.float32 and out.data_ptr() == total.data_ptr()
+        found = total + a.float() @ b.float()
+        return out.copy_(found.bfloat16() if self.does == "rounds" else found)
+
+
+TRIED = kernel.adds_inside.__wrapped__
+
+
+@pytest.mark.parametrize(("does", "inside"), [("adds", True), ("refuses", False), ("rounds", False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_a_gpu_can_is_tried_out(monkeypatch, dtype, does, inside):
+    for name in ("ones", "full"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, make=make, device, **rest: make(*size, **rest))
+    with InsideTheMatmul(does) as gpu:
+        assert TRIED(torch.device("cuda"), dtype) is inside
+    assert gpu.calls == 1
+
+
+def test_nothing_is_tried_on_a_cpu_or_for_matrices_as_wide_as_their_sum():
+    with InsideTheMatmul() as gpu:
+        assert not TRIED(torch.device("cpu"), torch.bfloat16) and not TRIED(torch.device("cuda"), torch.float32)
+    assert gpu.calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(9, 6, 4), (64, 33, 129), (4, 0, 3)])
+def test_a_product_joins_its_float32_sum_inside_the_matmul(monkeypatch, m, k, n, dtype):
+    """Unrounded, unlike the product that is written first; and an empty one is none."""
+    monkeypatch.setattr(kernel, "adds_inside", lambda device, of: of == dtype)
+    dy, x = tensors(k, m, 1, dtype)[0], tensors(k, n, 1, dtype)[0]
+    storage = torch.full((3, m, n), 0.5)
+    with InsideTheMatmul() as gpu:
+        add_matmul(storage[1], dy.t(), x)
+    assert gpu.calls == (k > 0) and (storage[::2] == 0.5).all()
+    torch.testing.assert_close(storage[1].double(), 0.5 + dy.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_a_gpu_adds_to_float32_sums_whichever_way_it_has(monkeypatch, m, k, n, dtype):
+    dy, x = (t.cuda() for t in (tensors(k, m, 1, dtype)[0], tensors(k, n, 1, dtype)[0]))
+    exact = 0.5 + dy.double().t() @ x.double()
+    for inside in {kernel.adds_inside(dy.device, dtype), False}:
+        monkeypatch.setattr(kernel, "adds_inside", lambda *_, inside=inside: inside)
+        storage = torch.full((3, m, n), 0.5, device="cuda")
+        add_matmul(storage[1], dy.t(), x)
+        band = 1e-5 if inside else 1e-2
+        torch.testing.assert_close(storage[1].double(), exact, rtol=band, atol=band)
+        assert (storage[::2] == 0.5).all()
+
+
 @pytest.mark.parametrize(
     ("available", "capability", "cpu", "prefer"),
     [
