@@ -175,6 +175,11 @@ def _largest(deviations: Sequence[float]) -> float:
 def _scalar(largest: dict[str, float], kind: str, step: int, a: float, b: float, allowed: _Limit) -> None:
     """Compare one number of one step."""
     deviation = _relative(a, b)
+    if not math.isfinite(b) and a != b:
+        raise Disagreement(
+            f"step {step}, {kind}: {a!r}, and {b!r} in the reference itself: nothing can be compared with a config that diverges. "
+            "Use a smaller optim.lr or model.init_std, or fewer steps."
+        )
     if not deviation <= allowed.largest:  # written so that NaN disagrees
         raise Disagreement(f"step {step}, {kind}: {a!r}, but the reference has {b!r}: deviation {deviation:.3g} > {allowed}")
     largest[kind] = max(largest.get(kind, 0.0), deviation)

@@ -102,6 +102,16 @@ def test_a_tiny_weight_is_measured_by_the_learning_rate():
         agree(a, replace(a, weights=changed(a.weights, "bias", 2e-11)))
 
 
+@pytest.mark.parametrize("mine", [float("nan"), 1.5])
+def test_a_reference_that_diverges_is_told_as_such(mine):
+    a = trace()
+    reference, other = (replace(a, losses=[2.0, loss, loss]) for loss in (float("nan"), mine))
+    with pytest.raises(
+        Disagreement, match=rf"step 1, loss: {mine}, and nan in the reference itself: .* a config that diverges"
+    ):
+        agree(reference, other)
+
+
 @pytest.mark.parametrize("kind", ["losses", "grad_norms", "gradients", "weights"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_disagrees(kind, value):
