@@ -65,7 +65,8 @@ from megatrain.parallel.transport_store import allow_files  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
-logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+for _logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+    logging.getLogger(_logger).setLevel(logging.CRITICAL)  # what failed is told below; some have a level of their own
 
 
 def main(run: Path, words: list[str]) -> int:

@@ -92,3 +92,14 @@ def test_a_wrong_config_is_one_line_of_the_script(tmp_path):
     assert done.stderr.startswith(said) and done.stdout == ""
     assert [path.read_text() for path in sorted((tmp_path / "run/logs").glob("*.err"))] == [done.stderr] * 4
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_torch_tells_nothing_beside_the_launcher():
+    """Some of its loggers have a level of their own."""
+    program = (
+        f"import logging, sys; sys.path.insert(0, {str(ROOT / 'launch')!r}); import agent; "
+        "from torch.distributed.elastic.agent.server.api import logger; "
+        "print(logger.isEnabledFor(logging.ERROR), logging.getLogger('torch.distributed.elastic').isEnabledFor(logging.ERROR))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == ["False", "False"]
