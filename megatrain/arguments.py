@@ -25,8 +25,8 @@ def text(given: str) -> str:
         code, before = ord(given[error.start]), given[: error.start][-20:]
         what = f"the byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"the lone surrogate U+{code:04X}"
         raise argparse.ArgumentTypeError(
-            f"this text is not UTF-8: {what} stands after {before!r}. Give it in UTF-8; a file in latin1, for example, as "
-            '"$(iconv -f latin1 -t utf-8 FILE)"'
+            f"this text is not UTF-8: {what} stands after {before!r}. Give it in UTF-8; a file in another encoding as "
+            '"$(iconv -f ENCODING -t utf-8 FILE)"'
         ) from None
     return given
 

@@ -19,6 +19,8 @@ from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.hf import Part
 from megatrain.checkpoint.hf_files import (
     COMPANION_FOLDER,
+    COMPANIONS,
+    CONFIG,
     Weights,
     export,
     is_hf,
@@ -140,6 +142,10 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None, dtype: str | None)
     path = find(checkpoint)
     manifest = read_manifest(path)
     config, vocab_size = saved_config(path), vocab_size_of(manifest)
+    if like is not None and not any(file for name in (CONFIG, *COMPANIONS) for file in like.glob(name)):
+        raise CheckpointError(
+            f"--like {like} has no {CONFIG} and no files of a tokenizer. Give a directory that has, or leave it out."
+        )
     companions = path.parent / COMPANION_FOLDER
     came = like or (companions if is_hf(companions) else None)
     tokenizer, said = _tokenizer_files(config, came, chosen=like is not None)

@@ -13,6 +13,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,22 @@ def pointer(head: bytes) -> str | None:
     if not head.startswith(LFS_POINTER):
         return None
     return "this is a Git LFS pointer, not the file itself. In the repository that it came from run: git lfs install && git lfs pull"
+
+
+def opened(path: Path) -> BufferedReader:
+    """A file to read bytes from. Raises OSError as `doing` does."""
+    with doing("reading", path):
+        return path.open("rb")
+
+
+def make_folder(path: Path) -> None:
+    """A directory, made with those that it lies in where it is not there. Raises OSError as `doing` does."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        error.filename = str(path)  # not that of the one above it
+        with doing("making the directory", path):
+            raise
 
 
 def head_of(path: Path) -> bytes:

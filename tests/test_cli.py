@@ -150,8 +150,8 @@ def test_verbs_of_a_later_release_are_refused(verb, rest, capsys):
         (["generate", "c", "--prompt", "x", "--seed", "-1"], "'-1' is not a whole number from 0 to 9223372036854775807"),
         (
             ["generate", "c", "--prompt", "caf\udce9"],
-            "this text is not UTF-8: the byte 0xe9 stands after 'caf'. Give it in UTF-8; a file in latin1, for example, as "
-            '"$(iconv -f latin1 -t utf-8 FILE)"',
+            "this text is not UTF-8: the byte 0xe9 stands after 'caf'. Give it in UTF-8; a file in another encoding as "
+            '"$(iconv -f ENCODING -t utf-8 FILE)"',
         ),
         (["generate", "c", "--prompt", "\ud800"], "the lone surrogate U+D800 stands after ''"),
         (["data", "tokenizer", "--input", "a", "--output", "b"], "required: --vocab-size"),

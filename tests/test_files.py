@@ -18,9 +18,10 @@ from megatrain.config.source import ConfigError, read_file
 from megatrain.data.indexed import TokenStoreWriter
 from megatrain.data.ngram.column import Column
 from megatrain.data.ngram.fit import Settings, fit
+from megatrain.data.ngram.reading import load
 from megatrain.data.ngram.text import TextError
 from megatrain.data.prepare.read import ReadError, read_documents
-from megatrain.data.tokenizer import TokenizerError, load_tokenizer
+from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 from megatrain.files import doing, whole
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
@@ -162,3 +163,14 @@ def test_standard_output_that_takes_no_more_is_named(unbuffered):
         )
     assert done.stderr == b"megatrain: error: standard output cannot be written: No space left on device\n"
     assert done.returncode == 1
+
+
+def test_what_was_being_done_is_told_where_a_file_cannot_be_opened_or_a_directory_made(tmp_path):
+    nowhere, file = tmp_path / "nowhere", tmp_path / "a.txt"
+    file.write_text("a b\n")
+    for read in (lambda: load(nowhere), lambda: fit([nowhere], tmp_path / "m.arpa", Settings(2))):
+        with pytest.raises(FileNotFoundError, match=r"No such file or directory \(while reading\): '.*nowhere'$"):
+            read()
+    for write in (lambda: TokenStoreWriter(file / "b", np.uint16), lambda: train_tokenizer([file], 300, file / "b" / "c")):
+        with pytest.raises(OSError, match=r"\(while making the directory\): '.*a\.txt.*'$"):
+            write()

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
-from megatrain.files import HEAD_BYTES, doing, not_text, whole
+from megatrain.files import HEAD_BYTES, doing, make_folder, not_text, whole
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Portion, axis_of, logical_numel
 
@@ -214,14 +215,26 @@ def export(
     new = config_of(model, vocab_size, kind)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty. Give a directory that is, or that is not there yet.")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     rows = list(rows_of(FAMILIES[kind], weights.keys()))
-    stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype, shard_bytes)
-    with whole(out / CONFIG, text=True) as file:
-        file.write(json.dumps({**_merged(base, new, kind, stored), **(ids or {})}, indent=2) + "\n")
-    if companions is not None:
-        copy_files(companions, out, COMPANIONS)
+    with _taken_back(out):
+        stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype, shard_bytes)
+        with whole(out / CONFIG, text=True) as file:
+            file.write(json.dumps({**_merged(base, new, kind, stored), **(ids or {})}, indent=2) + "\n")
+        if companions is not None:
+            copy_files(companions, out, COMPANIONS)
     return kind
+
+
+@contextmanager
+def _taken_back(out: Path) -> Iterator[None]:
+    """Take away what was written into an empty directory where it is not all of it, so that the same can be tried again."""
+    try:
+        yield
+    except BaseException:
+        for file in out.iterdir():
+            file.unlink()
+        raise
 
 
 def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatrain.files import HEAD_BYTES, not_text
+
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "[EOS]")
 """GPT-2, BLOOM's and LLaMA 2's, LLaMA 3, DeepSeek, Gemma. The first is nobody's name for anything else and wins."""
@@ -213,7 +215,10 @@ def _said(folder: Path | None, file: str) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
-        found = json.loads((folder / file).read_text(encoding="utf-8"))
+        data = (folder / file).read_bytes()
+        if said := not_text(data[:HEAD_BYTES]):
+            raise ValueError(said)
+        found = json.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

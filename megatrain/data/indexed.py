@@ -33,7 +33,7 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.files import HEAD_BYTES, doing, head_of, pointer
+from megatrain.files import HEAD_BYTES, doing, head_of, make_folder, pointer
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -111,7 +111,7 @@ class TokenStoreWriter:
             )
         self._code = codes[0]
         self._bin, self._idx = store_paths(prefix)
-        self._bin.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._bin.parent)
         self._record = record_path(prefix)
         self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx, self._record)]
         self.record: str | None = None

@@ -24,7 +24,7 @@ from megatrain.data.boundaries import END_OF_TEXT, Asked, Beginning, Ending, Tok
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import read_pieces
 from megatrain.data.stream import REPLACEMENT
-from megatrain.files import HEAD_BYTES, not_text, whole
+from megatrain.files import HEAD_BYTES, make_folder, not_text, whole
 
 BYTE_VALUES = 256
 SMALLEST_VOCAB = BYTE_VALUES + 1
@@ -276,7 +276,7 @@ def load_tokenizer(name: str | Path, eod: Asked = None, bos: Asked = None) -> To
     if said := not_text(data[:HEAD_BYTES]):
         raise TokenizerError(f"{path} is not a tokenizer.json: {said}")
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
         json.loads(text)
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not a tokenizer.json: it is not UTF-8 text ({error}).") from None
@@ -315,7 +315,7 @@ def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str |
     if not seen.characters:
         raise TokenizerError(f"{', '.join(map(str, inputs)) or 'the list of inputs'}: no text to train a tokenizer on.")
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with whole(path, text=True) as file:
         file.write(library.to_str(pretty=True))
     return JsonTokenizer(library).vocab_size

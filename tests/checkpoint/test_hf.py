@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import megatrain
+from megatrain.checkpoint import hf_files
 from megatrain.checkpoint.hf import FAMILIES, parts_of
 from megatrain.checkpoint.hf_config import config_of, kind_of, model_of, same_model
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
@@ -237,3 +239,22 @@ def test_export_does_not_write_over_files_or_into_another_family(tmp_path):
 def test_a_text_longer_than_the_positions_is_refused(tmp_path):
     with pytest.raises(ValueError, match="65 tokens are more than the model's 64"):
         megatrain.load(write("gpt2", tmp_path / "hf"))(tokens(1, 65))
+
+
+def test_an_export_that_fails_leaves_nothing_and_one_like_nothing_is_refused(tmp_path, monkeypatch):
+    import_hf(write("glm", tmp_path / "hf"), tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    for like in ("nowhere", "empty"):
+        with pytest.raises(CheckpointError, match=rf"--like .*{like} has no config\.json and no files of a tokenizer"):
+            export_hf(tmp_path / "run", tmp_path / "back", tmp_path / like, None)
+
+    def full(_tensors, path, _metadata):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hf_files, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"cannot be written: No space left on device"):
+            export_hf(tmp_path / "run", tmp_path / "back", None, None)
+    assert list((tmp_path / "back").iterdir()) == []
+    export_hf(tmp_path / "run", tmp_path / "back", None, None)  # once there is room

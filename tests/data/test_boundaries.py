@@ -156,3 +156,15 @@ def test_the_same_tokenizer_in_another_file_has_the_same_identity(tmp_path):
     assert load_tokenizer(tmp_path / "other/tokenizer.json").identity == one.identity
     assert loaded(tmp_path, sentencepiece("metaspace")).identity != one.identity  # another way to cut "\n"
     assert loaded(tmp_path, sentencepiece(eos="<eos>")).identity != one.identity
+
+
+def test_a_mark_of_byte_order_is_passed_over_and_a_pointer_is_called_that(tmp_path):
+    loaded(tmp_path, sentencepiece())
+    for name in ("tokenizer.json", CONFIG):
+        file = tmp_path / name
+        text = file.read_text() if file.exists() else json.dumps({"eos_token": "a"})
+        file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_tokenizer(tmp_path / "tokenizer.json").ending.origin == CONFIG
+    (tmp_path / CONFIG).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json.*this is a Git LFS pointer"):
+        _ = load_tokenizer(tmp_path / "tokenizer.json").ending

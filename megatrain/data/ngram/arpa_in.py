@@ -29,7 +29,7 @@ UNKNOWN_LOG10 = -100.0
 """Of an unknown word where a model says nothing about it, as KenLM has it."""
 FURTHEST_DATA = 1000
 """Line in which the header begins at the latest: some tools write remarks before it."""
-_COUNT = re.compile(rb"ngram\s+(\d+)\s*=\s*(\d+)")
+_COUNT = re.compile(rb"ngram\s+(\d{1,3})\s*=\s*(\d{1,18})")
 
 
 class ArpaError(ValueError):
@@ -184,7 +184,12 @@ class _Reader:
         wrong = (fields != order + 1) & (fields != order + 2)
         if wrong.any():
             at = int(wrong.argmax())
-            line = block.split(b"\n", at + 1)[at]
+            line = block.split(b"\n", at + 1)[at].strip()
+            if not line or line.startswith(b"\\"):
+                raise ArpaError(
+                    f"{self.path}:{self.line + at + 1}: {line[:60]!r} where a {order}-gram was expected: the header gives more of them "
+                    "than there are, or a line is empty that is not their last"
+                )
             raise ArpaError(
                 f"{self.path}:{self.line + at + 1}: {line[:60]!r} is no {order}-gram: {order + 1} or {order + 2} fields were expected"
             )

@@ -32,7 +32,7 @@ from megatrain.data.ngram.optional import give_back
 from megatrain.data.ngram.tables import Tables, pruning
 from megatrain.data.ngram.text import TextError, number_text
 from megatrain.data.ngram.units import WORDS, spacing
-from megatrain.files import whole
+from megatrain.files import doing, make_folder, whole
 
 HIGHEST_ORDER = 10
 BASE_BYTES, WORD_BYTES, POSITION_BYTES = 200 << 20, 64, 76
@@ -90,7 +90,7 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
             f"--skip-symbols is about words, and --units {settings.units} divides them: take the marks out of the text, or leave it out."
         )
     thresholds = pruning(settings.prune, settings.order)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     work = Path(tempfile.mkdtemp(prefix="ngram-", dir=temporary or output.parent))
     try:
         return _fit(inputs, output, settings, thresholds, work)
@@ -99,7 +99,10 @@ def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Pat
 
 
 def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: tuple[int, ...], work: Path) -> Fitted:
-    size = sum(path.stat().st_size for path in inputs)
+    size = 0
+    for path in inputs:
+        with doing("reading", path):
+            size += path.stat().st_size
     with bar("words", size) as tell:
         space = None if settings.units == WORDS else spacing(settings.units)
         corpus = number_text(inputs, work, tell, space, settings.skip_symbols)

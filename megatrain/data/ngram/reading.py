@@ -10,6 +10,7 @@ from megatrain.data.ngram.binary import is_binary, map_binary
 from megatrain.data.ngram.build import model_of
 from megatrain.data.ngram.model import Model
 from megatrain.data.ngram.units import WORDS, spacing
+from megatrain.files import doing
 
 
 def load(path: str | Path, units: str = WORDS) -> Model:
@@ -18,5 +19,6 @@ def load(path: str | Path, units: str = WORDS) -> Model:
     units: what it is a model of (`units.py`), as it was fitted with.
     """
     path = Path(path)
-    model = map_binary(path) if is_binary(path) else model_of(read_arpa(path))
+    with doing("reading", path):
+        model = map_binary(path) if is_binary(path) else model_of(read_arpa(path))
     return replace(model, space=spacing(units))

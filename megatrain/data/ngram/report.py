@@ -10,6 +10,7 @@ import numpy as np
 
 from megatrain.data.ngram.model import Model, perplexity
 from megatrain.data.ngram.text import line_blocks, require_text, split
+from megatrain.files import opened
 
 
 def report(model: Model, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
@@ -18,7 +19,7 @@ def report(model: Model, path: Path, sentences: bool = True, summary_only: bool 
     Raises TextError or OSError.
     """
     sums, lines = np.zeros(4), 0
-    with path.open("rb") as file:
+    with opened(path) as file:
         require_text(file, path)
         for block in line_blocks(file):
             totals = model.totals(split(model.space(block)), bos=sentences, eos=sentences)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from megatrain.data.ngram.column import Column
 from megatrain.data.ngram.optional import pyarrow
-from megatrain.files import HEAD_BYTES, not_text
+from megatrain.files import HEAD_BYTES, not_text, opened
 
 UNKNOWN, BEGIN, END = 0, 1, 2
 SPECIAL = (b"<unk>", b"<s>", b"</s>")
@@ -193,7 +193,7 @@ def number_text(
     special = pyarrow().array(SPECIAL, pyarrow().binary())
     counts = np.zeros(1 << 16, np.int64)
     for path in paths:
-        with path.open("rb") as file:
+        with opened(path) as file:
             require_text(file, path)
             read = pieces(file, on_bytes) if space is None else (split(space(block)) for block in line_blocks(file, on_bytes))
             for piece in map(_without_special, read) if skip_symbols else read:

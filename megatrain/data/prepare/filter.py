@@ -12,7 +12,7 @@ import numpy as np
 from megatrain.data.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
 from megatrain.data.ngram.model import Model
 from megatrain.data.prepare.read import read_documents
-from megatrain.files import whole
+from megatrain.files import make_folder, whole
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ def filter_files(
     cutoffs: of another corpus; else the percentiles of this one, which is read once more for that.
     Raises ReadError, ValueError or OSError.
     """
+    output = Path(output)
+    if any(output.exists() and Path(path).exists() and output.samefile(path) for path in inputs):
+        raise ValueError(f"{output} is read and written: the documents that are not kept would be gone. Give another --output.")
 
     def texts() -> Iterator[str]:
         for document in read_documents(inputs, key):
@@ -61,8 +64,7 @@ def filter_files(
     cuts = cutoffs_of(values, percentiles) if cutoffs is None else cutoffs
     counts = dict.fromkeys(("head", "middle", "tail"), 0)
     kept = 0
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     with whole(output, text=True) as file:
         for text, value in zip(texts(), values.tolist(), strict=True):
             bucket = cuts.bucket(value)

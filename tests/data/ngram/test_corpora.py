@@ -119,3 +119,12 @@ def test_a_model_without_numbers_keeps_nothing_in_silence(corpus, capsys):
     assert main(["data", "filter", *words, "--keep", "head,middle,tail"]) == 1
     assert "has a perplexity of nan: the model's numbers are damaged" in capsys.readouterr().err
     assert not (folder / "x.jsonl").exists()
+
+
+def test_a_filter_does_not_write_over_what_it_reads(corpus, capsys):
+    folder, _ = corpus
+    read = folder / "docs.jsonl"
+    before = read.read_bytes()
+    words = ["--ngram", str(folder / "m.arpa"), "--input", str(read), "--output", str(folder / "." / read.name)]
+    assert main(["data", "filter", *words, "--keep", "head"]) == 1
+    assert "is read and written" in capsys.readouterr().err and read.read_bytes() == before
