@@ -15,6 +15,7 @@ job that is stopped, requeued or restarted makes progress under both. What is no
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import xxhash
 
 from megatrain.changed import changes
 from megatrain.checkpoint.hf_files import is_hf
-from megatrain.checkpoint.manifest import MANIFEST, Manifest
+from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.schema import Config
 from megatrain.runtime.launch import Launch
 
@@ -87,9 +89,19 @@ class Own:
         now = self.began
         if "path" not in was or "path" not in now:
             return False
-        key = "digest" if now["digest"] else "path"
+        key = "digest" if now["digest"] and not self._replaced() else "path"
         gone = not Path(now["path"]).exists()
         return was["path"] == now["path"] if gone else (was["from"], was[key]) == (now["from"], now[key])
+
+    def _replaced(self) -> bool:
+        """Whether the run that began from the weights at checkpoint.resume has come to that step again, and saved in their place."""
+        path = Path(self.began["path"])
+        if path.parent != Path(self.config.checkpoint_dir).resolve():
+            return False
+        with suppress(CheckpointError, OSError):
+            was = read_manifest(path).progress.get("began") or {}
+            return all(was.get(key) == self.began[key] for key in ("from", "path"))
+        return False
 
     def _restarted(self, was: Mapping[str, str]) -> bool:
         """Whether the launcher has started this job again, and the checkpoint is of it."""

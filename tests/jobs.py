@@ -59,6 +59,8 @@ def tiny(data: Path | Mapping[str, str], run: Path, **sections: Mapping[str, Any
         },
         "log": {"dir": str(run), "to": [], "peak_tflops": 1.0},
     }
+    if "tokens" in sections.get("train", {}):
+        del tree["train"]["steps"]
     return {section: {**tree.get(section, {}), **sections.get(section, {})} for section in {**tree, **sections}}
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.hf import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
 from megatrain.checkpoint.hf_config import config_of, kind_from, kind_of, model_of, names_of, same_model
+from megatrain.checkpoint.load import table_hint
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
@@ -150,6 +151,7 @@ def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], eve
 def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
     """Raise ContentError where tensors are missing, too many, or of other shapes."""
     wanted = {part.stored: part for part in parts.values()}
+    logical = {part.stored: name for name, part in parts.items()}
     surplus = weights.names - set(wanted)
     if tied and weights.family.head in surplus:
         head, embedding = (weights.tensor(n) for n in (weights.family.head, parts["embedding.tokens"].stored))
@@ -172,6 +174,7 @@ def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
         if tuple(tensor.shape) != part.shape or not tensor.is_floating_point():
             raise ContentError(
                 f"{weights.path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and the model gives {list(part.shape)}"
+                + table_hint(logical[name], tensor.shape, part.shape)
             )
 
 

@@ -10,7 +10,7 @@ and only blocks in which such elements lie are read and verified:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -276,19 +276,28 @@ def _targets(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> li
     """What to copy from where. Raises ContentError where shapes or dtypes do not fit."""
     given = [(kind, name, portion) for kind, named in portions.items() for name, portion in named.items()]
     problems = [problem for kind, name, portion in given if (problem := _misfit(manifest, kind, name, portion))]
+    problems = list(dict.fromkeys(problems))  # a shape is that of a tensor's moments too
     if problems:
         raise ContentError(f"{len(problems)} tensors do not fit the config: " + "; ".join(problems[:_SHOWN]))
     return [_target(manifest, kind, name, portion, ctx) for kind, name, portion in given]
+
+
+def table_hint(name: str, have: Sequence[int], give: Sequence[int]) -> str:
+    """What to set where only the rows of a table of learned positions differ; "" elsewhere."""
+    if name not in ("embedding.positions", "embedding.block_positions") or tuple(have[1:]) != tuple(give[1:]):
+        return ""
+    return f" (in training: model.max_positions={have[0]}, whatever model.seq_length is)"
 
 
 def _misfit(manifest: Manifest, kind: str, name: str, portion: Portion) -> str:
     """Why a stored tensor cannot fill the one given; "" if it can."""
     stored = manifest.tensors[name]
     if stored.spec.shape != portion.spec.shape:
-        return f"{name}: the checkpoint has {list(stored.spec.shape)}, the config gives {list(portion.spec.shape)}"
-    have, want = dtype_of(stored.dtypes[kind]), portion.elements.dtype
-    if have != want and not (have.is_floating_point and want.is_floating_point):
-        return f"{kind} of {name}: the checkpoint has {have}, this run {want}"
+        have, give = stored.spec.shape, portion.spec.shape
+        return f"{name}: the checkpoint has {list(have)}, the config gives {list(give)}{table_hint(name, have, give)}"
+    kept, want = dtype_of(stored.dtypes[kind]), portion.elements.dtype
+    if kept != want and not (kept.is_floating_point and want.is_floating_point):
+        return f"{kind} of {name}: the checkpoint has {kept}, this run {want}"
     return ""
 
 

@@ -61,6 +61,7 @@ SECOND_POSITIONS = BLANKS & where("model.position", "learned_2d", "rope_2d")
 DECAYS = where("optim.lr_schedule", "cosine", "linear", "wsd")
 WSD = where("optim.lr_schedule", "wsd")
 ADAM, SGD = where("optim.name", "adamw", "adam"), where("optim.name", "sgd")
+IN_STEPS = Effect("train.tokens is null", ("train.tokens",), lambda config: config.train.tokens is None)
 BF16, FP16 = where("train.precision", "bf16"), where("train.precision", "fp16")
 KEPT = above("checkpoint.keep", 0)
 FROM_A_PATH = Effect(

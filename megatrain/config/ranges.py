@@ -85,6 +85,7 @@ LARGEST = {
     **dict.fromkeys((f"data.glm.blank.{name}" for name in ("min_span", "max_span", "poisson_lambda")), 1 << 16),
     "train.seed": (1 << 63) - 1,
     "train.tokens": 1e18,
+    "train.hang_timeout_seconds": 1e6,  # sockets count milliseconds in 32 bits
 }
 
 

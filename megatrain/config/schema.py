@@ -137,7 +137,7 @@ class OptimConfig:
 class TrainConfig:
     """The run: how long, how much at a time, in what precision."""
 
-    steps: int = knob(1000, "Optimizer updates.")
+    steps: int = knob(1000, "Optimizer updates.", effects.IN_STEPS)
     tokens: float | None = knob(
         None, "Token budget instead of steps: the last update is the one that reaches it, and schedules are counted in tokens."
     )

@@ -195,6 +195,14 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, case):
         megatrain.load(source)
 
 
+def test_a_table_of_other_positions_is_refused_with_what_to_set(tmp_path):
+    source = write("gpt2", tmp_path / "hf")
+    rows = json.loads((source / "config.json").read_text())["n_positions"]
+    change(source, n_positions=rows // 2)
+    with pytest.raises(ContentError, match=rf"wpe\.weight is .*\(in training: model\.max_positions={rows}, whatever"):
+        megatrain.load(source)
+
+
 def test_some_layers_with_a_window_are_refused(tmp_path):
     source = write("qwen2, window", tmp_path / "hf")
     change(source, layer_types=["full_attention", "sliding_attention", "full_attention"])

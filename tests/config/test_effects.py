@@ -136,6 +136,7 @@ CASES = [
     ("optim.betas", [0.9, 0.99], None, {"optim.name": "adam"}),
     ("optim.eps", 1e-6, None, {}),
     ("optim.momentum", 0.8, "optim.name=adamw", {"optim.name": "sgd"}),
+    ("train.steps", 500, None, {}),
     *(
         (f"train.{name}", 16, "train.precision=bf16", {"train.precision": "fp16"})
         for name in ("loss_scale", "loss_scale_window", "loss_scale_hysteresis", "loss_scale_min")
@@ -157,6 +158,7 @@ TURNED_OFF = [
     ("optim.master", "split", {"train.precision": "fp32"}, "train.precision=fp32"),
     ("optim.betas", [0.9, 0.99], {"optim.name": "sgd"}, "optim.name=sgd"),
     ("optim.eps", 1e-6, {"optim.name": "sgd"}, "optim.name=sgd"),
+    ("train.steps", 500, {"train.tokens": 1e9}, "train.tokens=1000000000.0"),
     ("checkpoint.keep_every", 100, {"checkpoint.keep": 0}, "checkpoint.keep=0"),
     ("checkpoint.weights_only", True, {"checkpoint.resume": "never"}, "checkpoint.resume=never"),
 ]

@@ -414,7 +414,7 @@ def test_a_config_is_left_as_it_was():
         ("train.steps", 1 << 31, "2147483647"),
         ("train.tokens", 1e23, "1e+18"),
         ("train.batch_ramp", [4, 4, 10**23], "2147483647"),
-        ("train.hang_timeout_seconds", 1e300, "1000000000000000.0"),
+        ("train.hang_timeout_seconds", 1e10, "1000000.0"),
         ("data.glm.blank.max_span", 1 << 31, "65536"),
     ],
 )

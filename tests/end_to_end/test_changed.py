@@ -43,6 +43,8 @@ def tree_of(house, run, *sections):
     tree = jobs.tiny(house / "data", run, model=MODEL)
     for more in sections:
         tree = {name: {**tree.get(name, {}), **more.get(name, {})} for name in {**tree, **more}}
+    if "tokens" in tree["train"]:
+        del tree["train"]["steps"]
     return tree
 
 
@@ -273,6 +275,24 @@ def test_states_of_another_optimizer_and_tensors_of_another_shape_are_refused(ho
         After(house, "", {"optim": {"name": "sgd"}})
     with pytest.raises(CheckpointError, match="tensors"):
         After(house, "", {"model": {"num_layers": 1}} | ACCEPTED["model"])
+
+
+def test_a_table_of_other_positions_is_refused_with_what_to_set(house):
+    learned = {"model": {"position": "learned"}}
+    job = megatrain.build(tree_of(house, house / "learned", learned, {"train": {"steps": 4}}))
+    megatrain.train(job)
+    job.close()
+    where = {"checkpoint": {"resume": str(saved := house / "learned/checkpoints/step_00000004"), "accept_changes": ["model"]}}
+    shorter = tree_of(house, house / "shorter", learned, where, {"model": {"seq_length": 8}})
+    hint = r"\[16, 32\], the config gives \[8, 32\] \(in training: model\.max_positions=16, whatever model\.seq_length is\)$"
+    with pytest.raises(
+        CheckpointError, match=r"^1 tensors do not fit the config: embedding\.positions: the checkpoint has " + hint
+    ):
+        megatrain.build(shorter)
+    shorter["model"]["max_positions"] = 16
+    job = megatrain.build(shorter)
+    assert job.resumed_from == saved
+    job.close()
 
 
 def test_checkpoints_of_earlier_releases_go_on(house, plain):
