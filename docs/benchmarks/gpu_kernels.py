@@ -12,6 +12,7 @@ from isolated import Note
 from torch.nn.functional import cross_entropy
 
 from megatrain.kernels import compiled
+from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import gated
@@ -24,7 +25,7 @@ class Case:
     """One kernel at one shape."""
 
     call: Callable[[Kernels], object]
-    """Forward and backward."""
+    """Forward and backward, or an update."""
     compiled: Callable[[], object]
     """The same by torch.compile."""
     moved: int
@@ -95,7 +96,31 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
 
         return Case(ours, lambda: torch.autograd.grad(graph(wanted), wanted), 3 * logits.nbytes)
 
+    def update(n: int) -> Case:
+        parameters, masters = torch.randn(n, **bf16), torch.randn(n, device=device)
+        grads, first, second = (torch.rand(n, device=device) for _ in range(3))
+        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+        rates = AdamRates(1e-4, (0.9, 0.95), 1e-8, True, one, one, zero)
+
+        def ours(kernels: Kernels) -> None:
+            if kernels == "triton":
+                adam_triton(rates, 0.1, parameters, masters, None, grads, first, second)
+            else:
+                adam_reference(rates, 0.1, masters, grads, first, second)
+                parameters.copy_(masters)
+
+        def written_out(parameters: torch.Tensor, masters: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+            g = grads / one
+            first.lerp_(g, 0.1)
+            second.mul_(0.95).addcmul_(g, g, value=0.05)
+            masters.mul_(1 - 1e-5).addcdiv_(first, second.sqrt() / 0.2236 + 1e-8, value=-1e-3)
+            parameters.copy_(masters)
+
+        graph = torch.compile(written_out, fullgraph=True, dynamic=False)
+        return Case(ours, lambda: graph(parameters, masters, first, second), 30 * n)
+
     return {
+        "adamw, masters": lambda: update(tokens * h),
         "rmsnorm": lambda: norms(True, False),
         "add + rmsnorm": lambda: norms(True, True),
         "layernorm": lambda: norms(False, False),

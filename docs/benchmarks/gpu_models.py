@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gc
 import math
 import os
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import plain_gpt
 import torch
+import torch._dynamo
 from isolated import Note
 from torch.profiler import ProfilerActivity, profile
 
@@ -158,6 +160,19 @@ def plain(note: Note, shape: Shape, how: str, steps: int, warmup: int, backend: 
     report = plain_gpt.measure(plain_gpt.parse(shape.plain(device_name(), how, steps, warmup, backend)))
     flops = report["tokens_per_second"] * model_flops_per_token(model, shape.vocab)
     note(report | {"mfu": flops / PEAK, "shape": shape.name})
+
+
+def compile_ahead(note: Note, shapes: Sequence[Shape], backend: str = "inductor") -> None:
+    """Fill torch's caches on disk with the graphs of whole plain models, whose compilation takes longest."""
+    done = []
+    for shape in shapes:
+        small = replace(shape, micro_batches=1)
+        plain_gpt.measure(plain_gpt.parse(small.plain(device_name(), "model", 1, 1, backend)))
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        done.append(shape.name)
+        note(done)
 
 
 @contextmanager

@@ -104,6 +104,8 @@ def _tests(report: dict[str, Any]) -> Iterable[str]:
     found = _result(report, "2 tests", "tests")
     if found:
         yield f"\ntests marked gpu: {_short(found['outcomes'])}; slowest {found['slowest'][:3]}"
+        if not found["outcomes"]:
+            yield found.get("end", "")[-SAID:]
         for row in found["failures"][:FAILURES]:
             last = [line for line in row["text"].splitlines() if line.startswith("E ")] or [row["text"][-200:]]
             yield f"- {row['test'][-100:]}: {last[0][:200]}"

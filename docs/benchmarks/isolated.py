@@ -82,14 +82,23 @@ class Isolated:
             problem = None if status == 0 else self._why(status)
         spent = time.monotonic() - self.began
         said = self.log.read_text(errors="replace")[-SAID:] if self.log.exists() else ""
+        return Outcome(spent, self.noted(), problem, said)
+
+    def noted(self) -> Any:
+        """The last note; None where there is none."""
         try:
-            result = json.loads(self.notes.read_text())
+            return json.loads(self.notes.read_text())
         except (OSError, ValueError):
-            result = None
-        return Outcome(spent, result, problem, said)
+            return None
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
 
     def end(self) -> None:
-        """Kill it and its descendants."""
+        """Kill it and its descendants; it may have ended by itself."""
         try:
             those = psutil.Process(self.pid).children(recursive=True)
         except psutil.Error:
