@@ -141,18 +141,19 @@ def kernels_beside_others(note: Note, smoke: bool) -> None:
     copy = copy_speed(device, 1 << (16 if smoke else 28))
     serves: Kernels = "triton" if use_triton("auto", device) else "reference"
     rounds = 2 if smoke else 20
-    rows: dict[str, Any] = {}
-    for name, make in cases(device, tokens, h, vocab).items():
-        rows[name] = tried(lambda make=make: _row(make(), serves, copy, device, rounds, smoke))
-        rows[name]["by"] = serves
+    made, rows = cases(device, tokens, h, vocab), {}
+    for name, make in made.items():
+        rows[name] = tried(lambda make=make: _row(make(), serves, copy, device, rounds)) | {"by": serves}
+        note(rows)
+    for name, make in (
+        made.items() if not smoke else ()
+    ):  # last, since each takes seconds to compile; on CPU with a C++ compiler
+        rows[name]["compile_ms"] = tried(lambda make=make: 1e3 * seconds_of(make().compiled, device, rounds))
         note(rows)
 
 
-def _row(case: Case, serves: Kernels, copy: float, device: torch.device, rounds: int, smoke: bool) -> dict[str, Any]:
-    """Milliseconds of each side; share: of the copy speed, by the bytes that must move."""
+def _row(case: Case, serves: Kernels, copy: float, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Milliseconds of ours and of the reference; share: of the copy speed, by the bytes that must move."""
     ours = seconds_of(lambda: case.call(serves), device, rounds)
-    row: dict[str, Any] = {"ms": 1e3 * ours, "share_of_copy": case.moved / ours / copy}
-    row["reference_ms"] = 1e3 * seconds_of(lambda: case.call("reference"), device, rounds)
-    if not smoke:  # which on CPU calls a C++ compiler for each
-        row["compile_ms"] = tried(lambda: 1e3 * seconds_of(case.compiled, device, rounds))
-    return row
+    reference = seconds_of(lambda: case.call("reference"), device, rounds)
+    return {"ms": 1e3 * ours, "share_of_copy": case.moved / ours / copy, "reference_ms": 1e3 * reference}

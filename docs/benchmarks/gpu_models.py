@@ -234,7 +234,7 @@ def _by_kernel(run: Run, gpu: bool, trace: Path, note: Note) -> dict[str, Any]:
             rows.append({"kernel": event.key[:90], "calls": event.count, "ms": spent / 1e3})
     rows.sort(key=lambda row: -row["ms"])
     busy = sum(row["ms"] for row in rows)
-    runtime = {e.key: e.count for e in profiler.key_averages() if e.key.startswith("cu")}
+    runtime = {e.key: e.count for e in profiler.key_averages() if e.key.startswith(("cuda", "cuLaunch"))}
     found = {"wall_ms": 1e3 * wall, "busy_ms": busy, "launches": sum(row["calls"] for row in rows), "calls_of_cuda": runtime}
     found |= {"kernels": rows[:KERNELS_SHOWN], "others_ms": sum(row["ms"] for row in rows[KERNELS_SHOWN:])}
     note(found)

@@ -98,8 +98,8 @@ def _trace(note: Note, file: Path, words: tuple[str, ...], rank: int = 0, size: 
     config = load_overrides(from_dict(tree), words)
     session = connect(Launch.from_environment(os.environ), config.parallel, 30.0)
     traces = {}
-    for precision in ("fp32", "fp64"):
-        run = load_overrides(config, [f"train.precision={precision}"])
+    for precision, kernels in (("fp32", "auto"), ("fp64", "reference")):  # Triton's statistics are float32
+        run = load_overrides(config, [f"train.precision={precision}", f"train.kernels={kernels}"])
         prepare_torch(run.train)
         ctx = ParallelContext.build(session.world, mesh_shape(run, size // (2 if _model_ranks(run) else 1)), session.device)
         traces[precision] = trace_run(ctx, run, STEPS)
