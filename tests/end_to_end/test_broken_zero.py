@@ -127,11 +127,11 @@ def test_a_bucket_gathered_one_element_off(monkeypatch):
 def test_a_shard_of_the_masters_updated_twice(monkeypatch):
     real = Optimizer._update
 
-    def twice_on_one(self, index, update):
-        real(self, index, update)
+    def twice_on_one(self, index, rates, decay):
+        real(self, index, rates, decay)
         names = [p.spec.name for p in self.flat.trained[index].bucket.parameters]
         if "layers.1.mlp.up.weight" in names and self.flat.axis.rank == 1 and float(self.updates) == STEPS:
-            real(self, index, update)
+            real(self, index, rates, decay)
 
     caught(monkeypatch, [(Optimizer, "_update", twice_on_one)], r"weight after step 1: layers\.1\.[\w.]+\.weight\[", 1)
 
