@@ -35,12 +35,18 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out [m, n] += a [m, k] b [k, n], in place; `out` may be wider than a and b (float32 sums of BF16 products)."""
+def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool = False) -> None:
+    """out [m, n] += a [m, k] b [k, n], in place; `out` may be wider than a and b (float32 sums of BF16 products).
+
+    first: nothing is there to be added to, and `out`, whatever it holds, is written.
+    """
+    keep = 0 if first else 1
     if out.dtype == a.dtype and not _onednn_serves(a, b):
-        out.addmm_(a, b)
+        out.addmm_(a, b, beta=keep)
     elif out.dtype == torch.float32 and adds_inside(out.device, a.dtype) and a.numel() > 0:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=keep, out=out)
+    elif first:
+        out.copy_(matmul(a, b))
     elif out.dtype == a.dtype or out.device.type != "cpu":
         out.add_(matmul(a, b))
     else:  # torch on CPU makes a float32 copy first: of a block, so that it stays in the cache

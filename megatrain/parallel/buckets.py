@@ -68,6 +68,13 @@ class Bucket:
         """Elements of one shard."""
         return self.size // self.shards
 
+    def gaps(self) -> Iterator[slice]:
+        """The elements that are no parameter's: alignment."""
+        ends = [0, *(begin + p.numel() for p, begin in zip(self.parameters, self.starts, strict=True))]
+        for end, begin in zip(ends, [*self.starts, self.size], strict=True):
+            if end < begin:
+                yield slice(end, begin)
+
     def segments(self, start: int, stop: int) -> Iterator[tuple[Parameter, int, int, int]]:
         """What lies in elements start .. stop: (parameter, first of its own elements, place in the range, how many)."""
         for parameter, begin in zip(self.parameters, self.starts, strict=True):

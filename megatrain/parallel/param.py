@@ -137,18 +137,19 @@ class Parameter(nn.Parameter):
     """Whether it lies right behind the parameter before it, so that one matmul serves both (q|k|v, gate|up)."""
     open_gradient: Callable[[], None] | None
     """Gives it a main_grad when one is asked for and it has none."""
+    unwritten: bool
+    """Whether there is no gradient yet, and whatever was there before lies in main_grad. Who asks for it gets zeros; see `claim`."""
     _main_grad: torch.Tensor | None
 
     @property
     def main_grad(self) -> torch.Tensor | None:
         """View of the flat gradient buffer, same shape; None outside training, and for a frozen parameter."""
-        if self._main_grad is None and self.open_gradient is not None:
-            self.open_gradient()
-        return self._main_grad
+        buffer, first = claim(self)
+        return buffer.zero_() if first and buffer is not None else buffer
 
     @main_grad.setter
     def main_grad(self, buffer: torch.Tensor | None) -> None:
-        self._main_grad = buffer
+        self._main_grad, self.unwritten = buffer, False
 
     @property
     def accumulated(self) -> torch.Tensor:
@@ -160,8 +161,18 @@ class Parameter(nn.Parameter):
     def __new__(cls, data: torch.Tensor, spec: ParamSpec, follows: bool = False) -> Parameter:
         """Wrap this rank's local tensor `data` (padding included)."""
         self = super().__new__(cls, data, requires_grad=spec.trainable)
-        self.spec, self.follows, self.open_gradient, self._main_grad = spec, follows, None, None
+        self.spec, self.follows, self.open_gradient, self.main_grad = spec, follows, None, None
         return self
+
+
+def claim(parameter: torch.Tensor) -> tuple[torch.Tensor | None, bool]:
+    """(main_grad as it lies, or None where there is none; whether the caller is the first and must write all of it, not add)."""
+    if not isinstance(parameter, Parameter):
+        return getattr(parameter, "main_grad", None), False
+    if parameter._main_grad is None and parameter.open_gradient is not None:
+        parameter.open_gradient()
+    first, parameter.unwritten = parameter.unwritten, False
+    return parameter._main_grad, first
 
 
 def initialise(parameter: Parameter, axis: Axis, seed: int) -> None:

@@ -33,7 +33,7 @@ from megatrain.parallel.collectives import (
     start_scatter_sum,
 )
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, Parameter, ParamSpec, Part, Split
+from megatrain.parallel.param import Init, Parameter, ParamSpec, Part, Split, claim
 from megatrain.parallel.weights import make_parameters
 
 
@@ -125,9 +125,11 @@ class _Logits(torch.autograd.Function):
         start = start_scatter_sum if ctx.sequence_parallel else start_all_reduce
         dx, reduce = start(partial, ctx.tp)
         gather.wait()
-        out = getattr(weight, "main_grad", None)
+        out, first = claim(weight)
         target = torch.zeros_like(weight) if out is None else out
-        add_matmul(target[:rows], dy.t(), whole.flatten(0, 1))
+        add_matmul(target[:rows], dy.t(), whole.flatten(0, 1), first)
+        if first:
+            target[rows:].zero_()
         reduce.wait()
         return dx, (target if out is None else None), None, None, None
 
@@ -266,12 +268,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head, weight = ctx.head, ctx.weight
         whole = gathered(x, head.tp) if head.sequence_parallel else x
         flat, partial = whole.flatten(0, 1), torch.empty_like(whole)
-        out = getattr(weight, "main_grad", None)
+        out, first = claim(weight)
         target = torch.zeros_like(weight) if out is None else out
+        if first:
+            target[head.ids :].zero_()
         for part in head.chunks(flat):
             logits, rows = head.gradient_of_logits(flat[part], weight, labels.flatten()[part], dloss.flatten()[part])
             partial.flatten(0, 1)[part] = matmul(logits, weight[:rows])
-            add_matmul(target[:rows], logits.t(), flat[part])
+            add_matmul(target[:rows], logits.t(), flat[part], first and part.start == 0)
         start = start_scatter_sum if head.sequence_parallel else start_all_reduce
         dx, reduce = start(partial, head.tp)
         reduce.wait()

@@ -9,7 +9,7 @@ from torch import nn
 
 from megatrain.kernels.matmul import add_matmul, matmul
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Parameter, ParamSpec
+from megatrain.parallel.param import Parameter, ParamSpec, claim
 
 Postponed = list[Callable[[], None]]
 """Weight gradients of one micro-batch that wait for their turn (a split backward)."""
@@ -45,7 +45,7 @@ def make_parameters(specs: Sequence[ParamSpec], tp: Axis, dtype: torch.dtype, de
 
 def add_weight_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor | None]:
     """Accumulate dy^T x ([tokens, out], [tokens, in]) into the parameters' joined main_grad, or return it piecewise to autograd."""
-    return _accumulate(parameters, lambda out: add_matmul(out, dy.t(), x), lambda: matmul(dy.t(), x))
+    return _accumulate(parameters, lambda out, first: add_matmul(out, dy.t(), x, first), lambda: matmul(dy.t(), x))
 
 
 def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> list[torch.Tensor | None]:
@@ -53,27 +53,30 @@ def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> l
 
     Like a product, it is added up in float32 and comes in the dtype of dy: asked for another, torch on CPU copies all of dy first.
     """
-    return _accumulate(parameters, lambda out: out.add_(dy.sum(0)), lambda: dy.sum(0))
+    return _accumulate(parameters, lambda out, first: out.copy_(dy.sum(0)) if first else out.add_(dy.sum(0)), lambda: dy.sum(0))
 
 
 def _accumulate(
-    parameters: Sequence[nn.Parameter], add: Callable[[torch.Tensor], object], compute: Callable[[], torch.Tensor]
+    parameters: Sequence[nn.Parameter], add: Callable[[torch.Tensor, bool], object], compute: Callable[[], torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """Add a gradient to the parameters' main_grad where they have one; else return it, cut into their rows.
 
-    `add` does so in one go, for buffers that lie behind one another; `compute` returns the gradient of all rows.
+    `add` does so in one go, for buffers that lie behind one another, and where it is told that it is the first writes them;
+    `compute` returns the gradient of all rows.
     """
     if not any(p.requires_grad for p in parameters):
         return [None] * len(parameters)
-    buffers = [getattr(p, "main_grad", None) for p in parameters]
-    there = [buffer for buffer in buffers if buffer is not None]
-    view = _view_over(there) if len(there) == len(parameters) else None
+    claims = [claim(p) for p in parameters]
+    there = [buffer for buffer, _ in claims if buffer is not None]
+    firsts = {first for _, first in claims}
+    view = _view_over(there) if len(there) == len(parameters) and len(firsts) == 1 else None
     if view is not None:
-        add(view)
+        add(view, firsts.pop())
         return [None] * len(parameters)
     left: list[torch.Tensor | None] = []
-    for parameter, buffer, piece in zip(parameters, buffers, compute().split([p.shape[0] for p in parameters]), strict=True):
+    pieces = compute().split([p.shape[0] for p in parameters])
+    for parameter, (buffer, first), piece in zip(parameters, claims, pieces, strict=True):
         if buffer is not None:
-            buffer.add_(piece)
+            _ = buffer.copy_(piece) if first else buffer.add_(piece)
         left.append(piece if buffer is None and parameter.requires_grad else None)
     return left

@@ -11,9 +11,10 @@ of optimizer states and of weights is waste. Four ranks, a bucket of parameters 
               (each times (d-1)/d; weights in BF16, 2 bytes; m micro-batches)
 
 Weights lie in one contiguous buffer, gradients in another (float32, float64 in float64 runs), in the order of the backward. A
-parameter's `main_grad` is a view. When the backward of a unit (a layer) is over, its bucket is reduced while the next one is at work;
-after the update, buckets are gathered while the next forward begins. Stage 2 opens a bucket's gradients when the backward comes
-to it and closes them when they are reduced; stage 3 does the same with weights, and fetches the next unit's ahead of time.
+parameter's `main_grad` is a view. What comes first writes a matrix's gradient, and what follows adds to it (`param.claim`). When the
+backward of a unit (a layer) is over, its bucket is reduced while the next one is at work; after the update, buckets are gathered while
+the next forward begins. Stage 2 opens a bucket's gradients when the backward comes to it and closes them when they are reduced; stage 3
+does the same with weights, and fetches the next unit's ahead of time.
 
 Who says when: hooks on the units (`enter` and `leave` around a forward; in the backward they are met in reverse), and the
 executor, which says what instruction runs (`during`). Under a split backward a unit is complete when its weight gradients are.
@@ -76,7 +77,8 @@ class FlatParameters(FlatBuffers):
         for number, held in enumerate(self.trained):
             for parameter in held.bucket.parameters:
                 parameter.open_gradient = partial(_open, me, number)
-        self.zero_grad()
+        for held in self.trained:
+            self._place_grads(held)
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_move_gradient)
         for index, unit in enumerate(units):
@@ -193,10 +195,24 @@ class FlatParameters(FlatBuffers):
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self.grads.zero_()
         for held in self.trained:
             held.reduced = False
             self._place_grads(held)
+            if held.grads is None:
+                there(held.own_grads).zero_()
+            else:
+                self._forget(held)
+
+    def _forget(self, held: Held) -> None:
+        """Let the buffer of a bucket have no gradient yet. What comes first writes a matrix, and need neither clear nor read it.
+
+        Norms and biases are many, small, and cleared in one go.
+        """
+        grads = there(held.grads)
+        for gap in held.bucket.gaps() if held.bucket.decay else [slice(None)]:
+            grads[gap].zero_()
+        for parameter in held.bucket.parameters:
+            parameter.unwritten = held.bucket.decay
 
     def _open(self, number: int) -> None:
         """A gradient of a trained bucket is about to be added. Raises ValueError where the bucket has been reduced already."""
@@ -207,8 +223,9 @@ class FlatParameters(FlatBuffers):
                 f"a gradient for the bucket of {names} ... came after it was reduced. A parameter that several units use "
                 "must be among the parameters of each of them (`Unit.parameters`)."
             )
-        held.grads = self._pool.take(there(held.own_grads), held.bucket.size).zero_()
+        held.grads = self._pool.take(there(held.own_grads), held.bucket.size)
         self._place_grads(held)
+        self._forget(held)
 
     def _complete(self, mine: Sequence[Held]) -> None:
         """Reduce buckets that will get no further gradient in this instruction; at stages 0 and 1, in this step."""
@@ -226,6 +243,7 @@ class FlatParameters(FlatBuffers):
     def _start_reduction(self, held: Held) -> None:
         """Stages 0 and 1: sum a bucket over the replicas."""
         held.reduced, grads = True, there(held.grads)
+        _clear_unwritten(held)
         for parameter in held.bucket.parameters:
             parameter.main_grad = None  # a gradient that comes too late is noticed
         if self.stage == 0:
@@ -235,6 +253,7 @@ class FlatParameters(FlatBuffers):
 
     def _reduce_opened(self, held: Held) -> None:
         """Stages 2 and 3: sum a bucket's gradients over the replicas and add this rank's shard to what it keeps."""
+        _clear_unwritten(held)
         grads, held.grads = there(held.grads), None
         self._place_grads(held)
         self._land(IN_FLIGHT - 1 if self.overlap else 0)
@@ -275,6 +294,13 @@ class FlatParameters(FlatBuffers):
             tied = held.bucket.parameters[0].spec.tied
             if tied is not None:
                 all_reduce(there(held.own_grads), getattr(self.ctx, tied))
+
+
+def _clear_unwritten(held: Held) -> None:
+    """Let the gradients that nobody gave be zero."""
+    for parameter in held.bucket.parameters:
+        if parameter.unwritten:
+            there(parameter.main_grad)
 
 
 def _open(flat: FlatParameters, number: int) -> None:

@@ -28,8 +28,8 @@ def test_a_missing_reduction_of_norm_gradients_under_sequence_parallelism(monkey
 def test_a_tied_gradient_counted_twice(monkeypatch):
     real = vocabulary.add_matmul
 
-    def twice_for_the_head(out, a, b):
-        real(out, a, b)
+    def twice_for_the_head(out, a, b, first):
+        real(out, a, b, first)
         if out.shape == (BASE.vocab_size, BASE.hidden_size):
             real(out, a, b)
 

@@ -92,6 +92,17 @@ def test_sums_of_products_are_as_wide_as_their_output(out, dtype, layout):
     assert total.dtype == out and (storage[::2] == 0.5).all(), "only the output is written"
 
 
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_the_first_product_is_written_over_whatever_there_is(m, k, n, dtype):
+    a, b = tensors(m, k, n, dtype)
+    storage = torch.full((3, m, n), torch.nan, dtype=torch.promote_types(dtype, torch.float32))
+    add_matmul(storage[1], a, b, first=True)
+    near(storage[1], a.double() @ b.double(), a, b)
+    assert storage[::2].isnan().all()
+
+
 def test_small_bfloat16_products_are_not_lost_in_a_float32_sum():
     total = torch.zeros(1, 1)
     for _ in range(1000):
@@ -160,7 +171,9 @@ class InsideTheMatmul(TorchDispatchMode):
         total, a, b, dtype = args
         out = kwargs["out"]
         assert dtype == out.dtype == total.dtype == torch.float32 and out.data_ptr() == total.data_ptr()
-        found = total + a.float() @ b.float()
+        found = a.float() @ b.float()
+        if kwargs.get("beta", 1) == 1:
+            found += total
         return out.copy_(found.bfloat16() if self.does == "rounds" else found)
 
 
@@ -195,6 +208,11 @@ def test_a_product_joins_its_float32_sum_inside_the_matmul(monkeypatch, m, k, n,
         add_matmul(storage[1], dy.t(), x)
     assert gpu.calls == (k > 0) and (storage[::2] == 0.5).all()
     torch.testing.assert_close(storage[1].double(), 0.5 + dy.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
+    storage[1] = torch.nan
+    with InsideTheMatmul() as gpu:
+        add_matmul(storage[1], dy.t(), x, first=True)
+    assert gpu.calls == (k > 0)
+    torch.testing.assert_close(storage[1].double(), dy.double().t() @ x.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
