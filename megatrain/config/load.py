@@ -213,6 +213,14 @@ def _apply_preset(tree: Tree) -> None:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
         did_you_mean = f" Did you mean {near[0]}?" if near else ""
         _fail(tree, ("model", "preset"), f"is {name!r}; expected one of {', '.join(PRESETS)}.{did_you_mean}")
+    chosen = tree.places.get(("model", "preset")) == COMMAND_LINE
+    if chosen and PRESETS[name].keys() <= tree.root["model"].keys():
+        _fail(
+            tree,
+            ("model", "preset"),
+            f"{name} has no effect: the file gives each of its keys itself, as the config.yaml of a run does. Leave it out, or take the "
+            "keys of `model` out of the file.",
+        )
     _fill_model(tree, PRESETS[name], f"preset {name}")
 
 

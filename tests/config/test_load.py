@@ -272,6 +272,17 @@ def test_dump_says_origins(write):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names without line breaks")
+def test_a_preset_for_a_config_that_has_every_key_is_refused(tmp_path):
+    whole = tmp_path / "config.yaml"
+    whole.write_text(dump(from_dict({"model": {"preset": "gpt2_124m"}}), {}))
+    assert load(whole).config.model.preset == "gpt2_124m"
+    with pytest.raises(ConfigError, match=r"model.preset llama3_8b has no effect: the file gives each of its keys itself"):
+        load(whole, ["model.preset=llama3_8b"])
+    part = tmp_path / "part.yaml"
+    part.write_text("model: {num_layers: 3}\n")
+    assert load(part, ["model.preset=llama3_8b"]).config.model.hidden_size == 4096
+
+
 def test_dump_survives_a_file_name_with_a_line_break(tmp_path):
     path = tmp_path / "a\nmodel: {num_layers: 99}\n.yaml"
     path.write_text("model: {num_layers: 4}")
