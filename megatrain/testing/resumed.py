@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
@@ -73,8 +74,9 @@ class Resumption:
     def __init__(self, config: Config, steps: int, precision: str) -> None:
         """Leave the checkpoint of one process. config: of one process."""
         self.config, self.steps, self.at, self.precision = config, steps, half_of(steps), precision
-        self._folder = TemporaryDirectory(prefix="megatrain-verify-")
-        self._single = Path(self._folder.name, "one-process")
+        self._folder = Path(mkdtemp(prefix="megatrain-verify-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # with this object, or with the process
+        self._single = self._folder / "one-process"
         interrupted(ParallelContext.single(), config, steps, self.at, self._single)
 
     def check(self, layout: Layout, config: Config, run: Callable[..., list[Trace]], judge: Judge | None) -> dict[str, float]:
@@ -83,7 +85,7 @@ class Resumption:
         config: of the layout; run: what to do on every rank and what with -> a trace of each. judge: of one process,
         None in bfloat16, where only the layout's own bits are compared.
         """
-        mine = Path(self._folder.name, str(layout))
+        mine = self._folder / str(layout)
         plain, again = run(trace_run, config, self.steps)[0], run(interrupted, config, self.steps, self.at, mine)[0]
         require_same_bits(plain, again, "resumed under its own layout")
         if judge is None:
