@@ -7,8 +7,9 @@ import jobs
 import pytest
 
 from megatrain.bench import export_trace
-from megatrain.config.load import load
+from megatrain.config.load import from_dict, load
 from megatrain.runtime.flops import model_flops_per_token
+from megatrain.testing.trace import random_source
 
 ARGUMENTS = [
     "model.num_layers=2",
@@ -72,3 +73,10 @@ def test_a_trace_that_was_not_written_is_told(tmp_path):
             export_trace(lambda to, half=half: Path(to).write_text(half), path)
     with pytest.raises(FileNotFoundError):
         export_trace(lambda to: None, tmp_path / "none" / "t.json")
+
+
+def test_a_vocabulary_that_blanks_use_up_is_told():
+    tree = {"model": {"family": "glm", "vocab_size": 8}, "data": {"train": "x", "tokenizer": "bytes", "objective": "glm"}}
+    with pytest.raises(ValueError, match=r"model.vocab_size=8 leaves no token for text .* Use model.vocab_size=9 or more"):
+        random_source(from_dict(tree), 8)
+    random_source(from_dict(tree), 9)

@@ -79,7 +79,8 @@ def run_tests(note: Note, root: Path, folder: Path, seconds: float, smoke: bool)
         command += [str(root / "tests/kernels/test_triton.py"), "-k", "test_rotary and float32"]
     else:
         command += ["-m", "gpu", *files_with_the_mark(root)]
-    env = {**os.environ, RECORD: str(record), "OMP_NUM_THREADS": "1"}
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # this may run within tests
+    env = {**outer, RECORD: str(record), "OMP_NUM_THREADS": "1"}
     if not smoke:
         env.pop("TRITON_INTERPRET", None)
     began = time.monotonic()

@@ -41,7 +41,8 @@ def model_of(config: Json) -> Json:
     kind = kind_from(config)
     if config.get("quantization_config") or config.get("quantization_bit"):
         raise ContentError(
-            "config.json says that the weights are quantised; give the directory of the model before quantisation"
+            "config.json says that the weights are quantised (quantization_config, quantization_bit); give the directory of the model "
+            "before quantisation"
         )
     dialect = DIALECTS[kind]
     own = names_of(kind)

@@ -71,8 +71,10 @@ def _qwen_window(config: Json, model: Json) -> Json:
     if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise contradiction(f"num_hidden_layers={layers}", f"layer_types={kinds}")
     if len(set(kinds)) > 1:
+        said = f"max_window_layers={whole}" if config.get("layer_types") is None else "layer_types"
         raise ContentError(
-            "config.json gives some layers a sliding window and others none; the model section has one window for all"
+            f"config.json gives some layers a sliding window and others none ({said} of num_hidden_layers={layers}); the model section "
+            "has one window for all"
         )
     slides = "sliding_attention" in kinds
     if slides and window is None:
@@ -93,7 +95,9 @@ def _gpt2_dropout(config: Json, model: Json) -> Json:
 def _glm1_dropout(config: Json, model: Json) -> Json:
     rates = {config.get(name, 0.1) for name in ("embedding_dropout_prob", "output_dropout_prob")}
     if len(rates) > 1:
-        raise ContentError(f"config.json has dropouts of {sorted(rates)} on the embedding and on branches: one dropout")
+        raise ContentError(
+            f"config.json has embedding_dropout_prob and output_dropout_prob of {sorted(rates)}: the model section has one dropout"
+        )
     return {}
 
 
@@ -122,7 +126,7 @@ def _chatglm(config: Json, model: Json) -> Json:
 
 def _activation(name: str) -> str:
     if name not in ACTIVATIONS:
-        raise ContentError(f"config.json has the activation {name!r}; {', '.join(ACTIVATIONS)} are known")
+        raise ContentError(f"config.json has activation_function={name!r}; {', '.join(ACTIVATIONS)} are known")
     return ACTIVATIONS[name]
 
 

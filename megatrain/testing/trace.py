@@ -107,8 +107,16 @@ def trace_run(
 
 
 def random_source(config: Config, vocab_size: int) -> tuple[RandomSamples, Compose]:
-    """Random text of a config, and what becomes of it; every seventh token ends a sentence."""
+    """Random text of a config, and what becomes of it; every seventh token ends a sentence.
+
+    Raises ValueError where the vocabulary has no room for text beside the special tokens of GLM.
+    """
     source = source_of(config, vocab_size, AnyTokens(vocab_size), closed=False)
+    if source.text_vocab < 1:
+        raise ValueError(
+            f"model.vocab_size={vocab_size} leaves no token for text beside GLM's special tokens. Use model.vocab_size="
+            f"{vocab_size - source.text_vocab + 1} or more."
+        )
     length = 3 if config.data.objective == "next_token" else max(3, source.sample_length // 2)
     return RandomSamples(source.text_vocab, source.sample_length, config.train.seed, length), source.compose
 

@@ -114,6 +114,7 @@ def test_a_node_with_a_slow_link_is_named(tmp_path, monkeypatch):
     assert found.message.startswith("node2 (all 2 ranks): slow: links to other nodes") and found.ranks == (4, 5)
 
 
+@pytest.mark.alone  # links are timed
 def test_a_slow_link_between_two_good_nodes_is_named(tmp_path, monkeypatch):
     nodes = [f"node{n}" for n in range(4)]
     reports = measured([tmp_path] * 4, nodes, monkeypatch, lambda rank, to: 0.05 * ({rank, to} == {1, 2}))
