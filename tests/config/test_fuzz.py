@@ -19,7 +19,7 @@ from megatrain.config.source import ConfigError
 from megatrain.config.validate import require_effects, validate, validate_layout, validate_step
 from megatrain.data.loader import Loader
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import require_schedule
+from megatrain.program import require_schedule, vocabulary
 from megatrain.testing.trace import random_source
 from megatrain.training import assemble, train_step
 
@@ -135,15 +135,17 @@ def small(config: Config) -> bool:
     """Whether a step of it takes a moment."""
     model, train, parallel = config.model, config.train, config.parallel
     sizes = (model.num_layers / 4, model.hidden_size / 64, model.num_attention_heads / 16, model.head_size / 64)
-    sizes += (model.ffn_size / 512, model.positions / 4096, model.seq_length / 128, (model.vocab_size or 1) / 2000)
+    sizes += (model.ffn_size / 512, model.positions / 4096, model.seq_length / 128, (model.vocab_size or 257) / 2000)
     sizes += (train.global_batch_size / 16, parallel.virtual_pipeline_size / 4)
+    if model.vocab_size is None and config.data.tokenizer != "bytes":
+        return False  # the vocabulary is in a file that is not there
     here = train.kernels != "triton" and train.compile == "none" and parallel.device != "cuda" and parallel.backend != "nccl"
     return here and max(sizes) <= 1
 
 
 def step(config: Config) -> None:
     """One step on random text. Raises ValueError where GLM's blanks do not fit."""
-    ctx, train, vocab_size = ParallelContext.single(), config.train, config.model.vocab_size
+    ctx, train, vocab_size = ParallelContext.single(), config.train, config.model.vocab_size or vocabulary(config)
     samples, compose = random_source(config, vocab_size)
     with Loader(samples, train.global_batch_size, train.micro_batch_size, 0, 1, compose=compose) as loader:
         run = assemble(config, ctx, loader, vocab_size)
