@@ -191,9 +191,9 @@ def _links(world: World, shape: MeshShape, device: torch.device) -> tuple[dict[i
         source, to = link
         ranks = sorted((pipeline[source], pipeline[to]))
         group = world.group(f"pp {source}>{to}", ranks)
-        sending, one = source == stage, torch.zeros(1, device=device)
-        link_to = to if sending else source
-        made = Link(group, ranks.index(pipeline[link_to]))
-        (sends if sending else receives)[link_to] = made
-        (group.send if sending else group.recv)(one, made.other)
+        sending = source == stage
+        neighbour = to if sending else source
+        place = ranks.index(pipeline[neighbour])
+        (sends if sending else receives)[neighbour] = Link(group, place)
+        (group.send if sending else group.recv)(torch.zeros(1, device=device), place)  # connects it
     return sends, receives
