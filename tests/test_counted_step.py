@@ -1,0 +1,31 @@
+"""What a step launches and moves on a GPU is a budget: whoever adds a pass over the activations is told."""
+
+import pytest
+from counted_step import costs
+
+from megatrain.kernels.dispatch import triton
+
+pytestmark = pytest.mark.skipif(triton is None, reason="only Linux has Triton")
+LAYERS = {"124m": (29, 2726, 14, 3108), "8b shape": (25, 2358, 14, 4582), "1.3b": (29, 1830, 14, 2619)}
+"""Of a layer and micro-batch: launches and MB of passes over activations, then of products and attention."""
+ENDS = {"124m": (69, 11337), "8b shape": (62, 7902), "1.3b": (69, 4098)}
+"""Of embedding, final norm, head and loss: launches and MB, without products."""
+UPDATES = {"124m": 30, "8b shape": 30, "1.3b": 30}
+"""Bytes a parameter."""
+PARAMETERS = {"124m": 7_087_872, "8b shape": 218_112_000, "1.3b": 50_358_272}
+"""Of a layer."""
+
+
+@pytest.mark.parametrize("shape", LAYERS)
+def test_a_layer_and_the_ends_stay_within_their_budgets(shape):
+    found = costs(shape)
+    layer, ends = found.layer, found.ends
+    counted = layer.passes, megabytes(layer.passed), layer.products, megabytes(layer.multiplied)
+    assert all(mine <= allowed for mine, allowed in zip(counted, LAYERS[shape], strict=True)), (counted, found.moved)
+    counted = ends.passes, megabytes(ends.passed)
+    assert all(mine <= allowed for mine, allowed in zip(counted, ENDS[shape], strict=True)), counted
+    assert found.update.passed / PARAMETERS[shape] < UPDATES[shape] + 0.01
+
+
+def megabytes(count):
+    return -(-count // 10**6)
