@@ -33,6 +33,11 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
+def jit_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
+    """As `jit`; of these numbers none is compiled for, not even a 1 or a multiple of 16."""
+    return lambda function: function if triton is None else triton.jit(do_not_specialize=arguments)(function)
+
+
 def use_triton(kernels: Kernels, device: torch.device) -> bool:
     """Whether Triton's kernels serve on a device. Raises ValueError where they are asked for and cannot."""
     if kernels == "reference":

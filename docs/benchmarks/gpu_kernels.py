@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from gpu_speeds import copy_speed, seconds_of, tried
 from isolated import Note
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout
 
 from megatrain.kernels import compiled
 from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
@@ -18,6 +18,7 @@ from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import gated
 from megatrain.kernels.norm import add_norm, norm
 from megatrain.kernels.rotary import rotary
+from megatrain.parallel import rng
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
             8 * row,
         )
 
+    def dropped() -> Case:
+        x, key, samples = leaf(tokens // 4, 4, h), rng.key(1), torch.arange(4, device=device)
+        graph = torch.compile(lambda x: dropout(x, 0.1), fullgraph=True, dynamic=False)
+        return Case(lambda k: back(rng.dropout(x, 0.1, key, samples, kernels=k), x), lambda: back(graph(x), x), 4 * row)
+
     def losses(vocab: int) -> Case:
         logits = torch.randn(tokens // 4, vocab, **bf16)
         local, here = logits.new_zeros(len(logits), dtype=torch.int64), logits.new_ones(len(logits), dtype=torch.bool)
@@ -129,6 +135,7 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
         "rotary, pairs": lambda: turned(True),
         "swiglu": lambda: gates("swiglu"),
         "geglu": lambda: gates("geglu"),
+        "dropout": dropped,
         f"cross-entropy {vocab}": lambda: losses(vocab),
         f"cross-entropy {vocab - 47}": lambda: losses(vocab - 47),
     }

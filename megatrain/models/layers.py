@@ -150,7 +150,8 @@ class Dropout(nn.Module):
         if p == 0 or not self.training:
             return x
         key = rng.key(self.build.seed, "dropout", batch.step, *self.where)
-        return rng.dropout(x, p, key, batch.samples, self.build.first_position(x.shape[0]))
+        first = self.build.first_position(x.shape[0])
+        return rng.dropout(x, p, key, batch.samples, first, kernels=self.build.kernels)
 
 
 class MLP(nn.Module):

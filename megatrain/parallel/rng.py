@@ -32,9 +32,12 @@ from typing import Any
 
 import torch
 
+from megatrain.kernels.dispatch import Kernels, use_triton
+from megatrain.kernels.dropout import dropout_triton
+
 _BLOCK = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Numbers made at a time: on a CPU the buffers (256 KiB each) should stay in the second-level cache, yet a torch call's
-work be well above the cost of making it (1 microsecond); on a GPU only memory is bounded."""
+work be well above the cost of making it (1 microsecond); on a GPU, without Triton, only memory is bounded."""
 
 _SMALL = 1 << 12
 """Elements up to which a dropout mask on a CPU is remembered for its backward, and for ranks of the same process that drop the same:
@@ -104,13 +107,15 @@ def normal(
     return output.reshape([_range(n, part)[1] for n, part in zip(shape, _parts(shape, slices), strict=True)])
 
 
-def dropout(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int = 0) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int = 0, *, kernels: Kernels = "auto"
+) -> torch.Tensor:
     """Zero each element of `x` [s, b, h] with probability `p` and scale the others by 1 / (1 - p).
 
     Row r of x is position `first` + r of its sequence (sequence-parallel ranks pass where their part begins), and `samples`
     [b] int64, below 2^32, is the place of each sequence in the global batch: an element's fate depends on (key, sample, position, column)
     and not on how sequences are grouped into micro-batches or spread over ranks. The backward makes the mask again; but
-    for the smallest ones it is never stored.
+    for the smallest ones it is never stored. Triton makes the same bits (kernels/dropout.py); float64 has the reference everywhere.
     Raises ValueError on a probability outside [0, 1) or where `samples` do not fit `x`.
     """
     if not 0 <= p < 1:
@@ -119,7 +124,7 @@ def dropout(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: i
         raise ValueError(f"dropout wants x [s, b, h] and samples [b]; got x {list(x.shape)} and samples {list(samples.shape)}")
     if p == 0:
         return x
-    return _Dropout.apply(x, p, key, samples, first)
+    return _Dropout.apply(x, p, key, samples, first, use_triton(kernels, x.device) and x.dtype != torch.float64)
 
 
 def attention_dropout(
@@ -142,16 +147,19 @@ class _Dropout(torch.autograd.Function):
     """Dropout is linear and its own transpose: backward is forward on the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int, triton: bool) -> torch.Tensor:
         ctx.save_for_backward(samples)
-        ctx.arguments = p, key, first
+        ctx.arguments = p, key, first, triton
+        if triton:
+            words = _descend_from_zero(key)
+            return dropout_triton(x, samples.to(x.device), first, words, _SPLIT, _threshold(p), 1 / (1 - p))
         return _drop(x, p, key, samples, first)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (samples,) = ctx.saved_tensors
-        p, key, first = ctx.arguments
-        return _Dropout.apply(gradients[0], p, key, samples, first), None, None, None, None
+        p, key, first, triton = ctx.arguments
+        return _Dropout.apply(gradients[0], p, key, samples, first, triton), None, None, None, None, None
 
 
 def _drop(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
@@ -189,8 +197,8 @@ def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, 
 
 
 def _threshold(p: float) -> int:
-    """Of 2^32 signed words, p 2^32 lie below it."""
-    return round(p * (1 << 32)) - (1 << 31)
+    """Of 2^32 signed words, p 2^32 lie below it, and at least one does not."""
+    return min(round(p * (1 << 32)), _WORD) - (1 << 31)
 
 
 def _row_keys(key: Key, samples: torch.Tensor, first: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,6 +85,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
     from megatrain.kernels.adamw import AdamRates, adam_triton
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
+    from megatrain.kernels.dropout import dropout_triton
     from megatrain.kernels.gated import gated
     from megatrain.kernels.norm import add_norm, norm
     from megatrain.kernels.rotary import rotary
@@ -127,6 +128,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         masters, grads, *states = (torch.zeros(n) for _ in range(4))
         adam_triton(rates, 0.1, torch.zeros(n, dtype=dtype), masters if apart else None, low, grads, *states)
 
+    def dropped(h: int, dtype: torch.dtype) -> None:
+        x, samples = some(ROWS // 3, 3, h, dtype=dtype, grad=False), torch.zeros(3, dtype=torch.int64)
+        dropout_triton(x, samples, 1, (-5, 16), (1, 2), -3, 1.25)
+
     for n in (1 << 20, 1001):
         for decoupled in (True, False):
             name = f"adam n={n} decoupled={decoupled:d}"
@@ -148,6 +153,8 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             for interleaved in (False, True):
                 name = f"rotary {heads}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
                 yield name, lambda h=heads, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
+        for h in (768, 1600, 4096, 101):
+            yield f"dropout h={h} {short}", lambda h=h, d=dtype: dropped(h, d)
         for columns in (50304, 50257, 128256, 16384, 101):
             for more in (False, True):
                 yield f"entropy v={columns} more={more:d} {short}", lambda c=columns, d=dtype, m=more: entropy(c, d, m)

@@ -242,6 +242,14 @@ def test_dropout_rate_and_scale(p):
         assert abs(float((a * b).mean()) - p * p) < 4.5 * p / math.sqrt(a.numel())
 
 
+@pytest.mark.parametrize("p", [1 - 2.0**-33, 1 - 2.0**-50])
+def test_all_but_certain_dropout_drops(p):
+    """p 2^32 rounds to 2^32, which is no word."""
+    assert not dropout(torch.ones(64, 2, 64), p, key(1), torch.arange(2)).any()
+    heads = torch.zeros(2, 1, dtype=torch.int64)
+    assert not rng.attention_dropout(p, key(1), torch.arange(2), heads, torch.arange(8), torch.arange(8)).any()
+
+
 def test_dropout_masks_differ_by_step_layer_and_site():
     masks = [
         dropout(torch.ones(64, 2, 64), 0.5, key(1, *what), torch.arange(2))
