@@ -194,6 +194,7 @@ def _report(
             "schedule": parallel.schedule,
             "data_parallel_size": run.ctx.dp.size,
             "zero_stage": parallel.zero_stage,
+            "zero_ranks": parallel.zero_ranks,
         },
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
         "torch": torch.__version__,

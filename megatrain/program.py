@@ -127,20 +127,20 @@ def require_memory(config: Config, vocab_size: int, world_size: int, available: 
     """Raise ConfigError where not even a rank's weights fit into `available` bytes: a slip, and not a model that is a little large."""
     parallel, count = config.parallel, parameter_count(config.model, vocab_size)
     shared = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    shared *= config.data_parallel_size(world_size) if parallel.zero_stage == 3 else 1
+    shared *= config.shard_size(world_size) if parallel.zero_stage == 3 else 1
     needed = count * DTYPES[config.train.precision].itemsize / shared
     if needed > available:
         raise ConfigError(
             f"the model has {count:,} parameters: {needed / 2**30:,.0f} GiB of weights a rank in {config.train.precision}, of "
             f"{available / 2**30:,.0f} GiB that there are. Use a smaller model.hidden_size, model.num_layers or model.vocab_size, or "
-            "more ranks with a larger parallel.tensor_parallel_size, or with parallel.zero_stage=3."
+            "more ranks with a larger parallel.tensor_parallel_size, or with parallel.zero_stage=3 (and parallel.zero_ranks=null)."
         )
 
 
 def mesh_shape(parallel: ParallelConfig, world_size: int) -> MeshShape:
     """The mesh of a config: data-parallel ranks are what remains of the world."""
     tp, cp, pp = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
-    return MeshShape(tp, cp, world_size // (tp * cp * pp), pp, parallel.expert_parallel_size)
+    return MeshShape(tp, cp, world_size // (tp * cp * pp), pp, parallel.expert_parallel_size, parallel.zero_ranks)
 
 
 def vocabulary(config: Config) -> int:

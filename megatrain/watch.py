@@ -65,7 +65,8 @@ class Watch:
         parallel = config.parallel
         sequence = " + sequence parallel" if parallel.sequence_parallel else ""
         chunks = f" x {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size > 1 else ""
-        zero = f" (zero {parallel.zero_stage})" if ctx.dp.size > 1 else ""
+        over = f" over {parallel.zero_ranks}" if parallel.zero_ranks else ""
+        zero = f" (zero {parallel.zero_stage}{over})" if ctx.dp.size > 1 else ""
         layout = f"tp {ctx.tp.size}{sequence}, pp {ctx.pp.size}{chunks} ({parallel.schedule}), dp {ctx.dp.size}{zero}"
         self.log.say(self.job.session.describe())
         self.log.say(
@@ -207,16 +208,18 @@ def unusual_ratio(config: Config) -> list[str]:
 
 def wasteful(config: Config, run: Run) -> list[str]:
     """What ZeRO moves for nothing."""
-    flat, replicas = run.flat, run.ctx.dp_cp.size
+    flat, shards, replicas = run.flat, run.ctx.shards.size, run.ctx.replicas.size
     asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
-    if replicas == 1:
+    if shards * replicas == 1:
         return [f"parallel.zero_stage={asked} changes nothing: there is one replica"] if asked > 1 else []
+    if shards == 1:
+        return [f"parallel.zero_ranks=1 shards nothing: all {replicas} replicas keep everything, as with parallel.zero_stage=0"]
     micro_batches //= run.ctx.dp.size
     elements = sum(held.bucket.size for held in flat.trained)
 
     def moved(stage: int) -> int:
         sizes = flat.dtype.itemsize, flat.wide.itemsize
-        return traffic(elements, replicas, stage, micro_batches, *sizes)
+        return traffic(elements, shards, replicas, stage, micro_batches, *sizes).total
 
     if asked < 2 or moved(asked) <= moved(1):
         return []

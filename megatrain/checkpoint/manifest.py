@@ -38,8 +38,10 @@ WEIGHTS = "weights"
 """The kind that holds the parameters: FP32 masters where there are such."""
 STORED = frozenset(f.name for f in fields(ParamSpec) if f.compare)
 """What of a spec is written."""
-PLACES = {"tp": "tp", "pp": "pp", "dp": "dp_cp"}
-"""Coordinates of a file -> the axis of the mesh whose places hold different elements."""
+PLACES = ("tp", "pp", "dp")
+"""Coordinates of a file; the last one is which part of what the data ranks hold (`ParallelContext.part`)."""
+SIDES = ("tp", "cp", "dp", "pp", "ep")
+"""Of the mesh; which data ranks share shards does not show in the files."""
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
@@ -131,7 +133,7 @@ class Manifest:
             "step": self.step,
             "saved_at": self.saved_at,
             "progress": dict(self.progress),
-            "layout": asdict(self.layout),
+            "layout": {side: getattr(self.layout, side) for side in SIDES},
             "block_bytes": self.block_bytes,
             "versions": dict(self.versions),
             "files": [asdict(row) for row in self.files],
@@ -166,7 +168,7 @@ class Manifest:
             step=_count(body["step"]),
             saved_at=float(body["saved_at"]),
             progress=body["progress"],
-            layout=MeshShape(**{axis: _count(size, least=1) for axis, size in body["layout"].items()}),
+            layout=_layout_from_json(body["layout"]),
             files=tuple(row_from_json(row) for row in body["files"]),
             tensors=tensors,
             config=body["config"],
@@ -186,11 +188,11 @@ class Manifest:
                 raise ValueError(
                     f"{row.name}: {len(row.blocks)} checksums for {row.bytes} bytes in blocks of {self.block_bytes}"
                 )
-        shards = self.layout.dp * self.layout.cp
+        parts = self.layout.dp * self.layout.cp
         for name, tensor in self.tensors.items():
             size = 1 if tensor.spec.split is None else getattr(self.layout, tensor.spec.split.axis)
-            if tensor.cut.start + boxes.numel(tensor.spec.slices(size, 0)) > tensor.cut.shard * shards:
-                raise ValueError(f"{name} has elements behind the last of {shards} shards of {tensor.cut.shard}")
+            if tensor.cut.start + boxes.numel(tensor.spec.slices(size, 0)) > tensor.cut.shard * parts:
+                raise ValueError(f"{name} has elements behind the last of {parts} parts of {tensor.cut.shard}")
         if self.layout.world > _MOST_RANKS or any(tensor.stage >= self.layout.pp for tensor in self.tensors.values()):
             raise ValueError(f"the layout {self.layout} is absurd, or has fewer stages than the tensors name")
         for kind in self.kinds:
@@ -217,6 +219,13 @@ class Manifest:
 
 def _key(kind: str, place: Mapping[str, int]) -> tuple[str, ...]:
     return (kind, *(str(place[axis]) for axis in PLACES))
+
+
+def _layout_from_json(sides: Mapping[str, Any]) -> MeshShape:
+    """Raises ValueError for other sides than there are, or none of 1 or more."""
+    if set(sides) != set(SIDES):
+        raise ValueError(f"the layout has the sides {sorted(sides)}, not {sorted(SIDES)}")
+    return MeshShape(**{side: _count(sides[side], least=1) for side in SIDES})
 
 
 def layout_of(ctx: ParallelContext) -> MeshShape:

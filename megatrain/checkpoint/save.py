@@ -4,7 +4,8 @@
     its thread     .saving_step_00000200/exp_avg-tp00000-pp00000-dp00003.safetensors, ... , fsync, rank-00003.json: rows of the manifest
     rank 0's       when every rank has left such a row: manifest.json, fsync, rename to step_00000200, `latest`
 
-Of data ranks each writes its shard of every slice, whatever the ZeRO stage, so nothing is gathered and all disks and links are used.
+Of data ranks each writes its part of every slice, whatever the ZeRO stage and however many ranks share the shards, so nothing is
+gathered, all disks and links are used, and the files are the same.
 The threads meet in the directory and not in collectives, which the training steps meanwhile need.
 """
 
@@ -214,7 +215,7 @@ def _plan(work: Path, portions: Portions, ctx: ParallelContext) -> dict[str, Pla
 
 
 def _place(ctx: ParallelContext) -> dict[str, int]:
-    return {name: getattr(ctx, axis).rank for name, axis in PLACES.items()}
+    return dict(zip(PLACES, (ctx.tp.rank, ctx.pp.rank, ctx.part), strict=True))
 
 
 def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | None:
@@ -222,7 +223,7 @@ def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | Non
     spec = portion.spec
     if not spec.owned(ctx):
         return None
-    first, stop = portion.cut.run(logical_numel(spec, axis_of(spec, ctx)), ctx.dp_cp.rank)
+    first, stop = portion.cut.run(logical_numel(spec, axis_of(spec, ctx)), ctx.part)
     if first >= stop:
         return None
     if first < portion.first or stop > portion.first + portion.count:

@@ -26,7 +26,14 @@ POSITIVE = (
     *(f"model.{name}" for name in ("embedding_init_std", "deepnorm_alpha", "embedding_grad_scale")),
     *(
         f"parallel.{name}"
-        for name in ("tensor_parallel_size", "pipeline_parallel_size", "virtual_pipeline_size", "layer_split", "bucket_size")
+        for name in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "virtual_pipeline_size",
+            "layer_split",
+            "zero_ranks",
+            "bucket_size",
+        )
     ),
     *(f"optim.{name}" for name in ("lr", "eps", "decay_fraction")),
     *(f"train.{name}" for name in ("steps", "tokens", "global_batch_size", "micro_batch_size", "hang_timeout_seconds")),

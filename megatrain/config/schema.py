@@ -49,6 +49,12 @@ class ParallelConfig:
         1,
         "What the data-parallel ranks shard (ZeRO, arXiv:1910.02054): 1 optimizer states, 2 and gradients, 3 and parameters; 0 nothing.",
     )
+    zero_ranks: int | None = knob(
+        None,
+        "Neighbouring data-parallel ranks, such as those of a node, that share one set of shards, of which the others have replicas "
+        "(MiCS, arXiv:2205.00119); it divides their number; null: all of them.",
+        effects.SHARDED,
+    )
     bucket_size: int = knob(8_000_000, "Parameters that are reduced and gathered over the data-parallel ranks at a time.")
     overlap: bool = knob(True, "Reduce gradients beside the backward and gather parameters beside the forward.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where tensors live; auto takes CUDA where there is one.")
@@ -265,6 +271,11 @@ class Config:
         """Replicas of the model in a world of `world_size` ranks (checked by validate)."""
         p = self.parallel
         return world_size // (p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
+
+    def shard_size(self, world_size: int) -> int:
+        """Ranks that share one set of ZeRO's shards in such a world; 1 at stage 0."""
+        p = self.parallel
+        return (p.zero_ranks or self.data_parallel_size(world_size) * p.context_parallel_size) if p.zero_stage else 1
 
 
 Document = dict[str, Any]

@@ -274,6 +274,12 @@ def _require_world(config: Config, world_size: int) -> None:
             f"parallel.context_parallel_size={p.context_parallel_size} = {ranks} ranks a replica. "
             f"Start {choices(_multiples(world_size, ranks))} processes{smaller}."
         )
+    data = config.data_parallel_size(world_size) * p.context_parallel_size
+    if p.zero_ranks is not None and data % p.zero_ranks:
+        raise ConfigError(
+            f"parallel.zero_ranks={p.zero_ranks} does not divide the {data} data-parallel ranks of a world of size {world_size}. Use "
+            f"parallel.zero_ranks={choices(_nearest(_divisors(data), p.zero_ranks))}, or null: all of them."
+        )
 
 
 def _require_batches(config: Config, world_size: int) -> None:

@@ -3,7 +3,8 @@
 Copies start equal and receive equal updates, so a difference is a bug or a broken device, and it grows: BLOOM's norm weights drifted
 apart over its tensor-parallel ranks for weeks, unseen, because losses hardly move. What is compared, each over its own axis:
 
-    over dp x cp    parameters (ZeRO stages 0 to 2), masters and states (stage 0)
+    over dp x cp    parameters (ZeRO stages 0 to 2)
+    over the replicas of a shard (dp x cp at stage 0)    masters and states, and at stage 3 parameters
     over tp         parameters, masters and states of what is not cut, or cut into fewer slices than there are ranks
     over a tied axis (`ends`)    the copies of tied embeddings, with masters and states
 
@@ -47,7 +48,8 @@ def audit(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> N
     Raises ReplicaError on every rank, which names the first tensors that differ, and the ranks whose copy is not that of most.
     """
     flat.settle()
-    problems = _compare(ctx.dp_cp, list(_over_replicas(flat, optimizer)), whole=True)
+    problems = _compare(ctx.dp_cp, list(_everywhere(flat)), whole=True)
+    problems += _compare(flat.replicas, list(_over_replicas(flat, optimizer)), whole=True)
     problems += _compare(ctx.tp, list(_over_tensor_ranks(flat, optimizer, ctx)))
     for name in sorted({b.spec.tied for held in flat.trained for b in held.bucket.parameters if b.spec.tied is not None}):
         tied = [copy for copy in _owned(flat, optimizer) if copy.parameter.spec.tied == name]
@@ -66,12 +68,15 @@ def audit(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> N
     )
 
 
-def _over_replicas(flat: FlatParameters, optimizer: Optimizer) -> Iterator[_Copy]:
+def _everywhere(flat: FlatParameters) -> Iterator[_Copy]:
     """What every rank of the data axis holds."""
     if flat.stage < 3:
         yield from (_Copy("parameter", p.detach(), p) for held in flat.held for p in held.bucket.parameters)
-    if flat.stage == 0:
-        yield from (copy for copy in _owned(flat, optimizer) if copy.what != "parameter")
+
+
+def _over_replicas(flat: FlatParameters, optimizer: Optimizer) -> Iterator[_Copy]:
+    """What every rank that owns the same shard holds, and not every other one."""
+    return (copy for copy in _owned(flat, optimizer) if flat.stage == 3 or copy.what != "parameter")
 
 
 def _over_tensor_ranks(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> Iterator[_Copy]:

@@ -19,7 +19,7 @@ BLOCK = 2**18
 
 def _counts(segment: Segment, flat: FlatParameters, ctx: ParallelContext) -> bool:
     """Whether this rank is the one, of those that own these elements, that counts them."""
-    return (flat.stage > 0 or ctx.dp_cp.rank == 0) and segment.parameter.spec.owned(ctx)
+    return flat.replicas.rank == 0 and segment.parameter.spec.owned(ctx)
 
 
 def _squares(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +36,7 @@ def _squares(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
 def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tensor:
     """This rank's share of the squared gradient norm: float64 scalar, to be summed over the world.
 
-    A rank looks at the gradients that it owns. Of ranks that own the same elements (replicas at ZeRO stage 0, copies over tp) the
+    A rank looks at the gradients that it owns. Of ranks that own the same elements (replicas of a shard, copies over tp) the
     first one counts them; padding is zero. The others multiply by zero, which leaves NaN for a copy that is not finite: no rank
     may update what another one skips.
     """

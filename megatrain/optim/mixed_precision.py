@@ -173,7 +173,7 @@ class Optimizer:
             bucket = held.bucket
             starts = dict(zip(bucket.parameters, bucket.starts, strict=True))
             for parameter, first, at, count in bucket.segments(held.own.start, held.own.stop):
-                cut = Cut(starts[parameter], bucket.shard)
+                cut = Cut(starts[parameter], bucket.part)
                 for kind, of_bucket in elements.items():
                     portion = Portion(parameter.spec, first, count, Window(of_bucket, at), cut)
                     found[kind][parameter.spec.name] = portion

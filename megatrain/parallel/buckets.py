@@ -4,7 +4,9 @@ A unit is what is used at one time (the embedding, a layer, the head); a bucket 
 axis each own one shard of every bucket, so that a reduce-scatter or an all-gather of it has one contiguous input and output:
 
     backward order    | head | layer 2 | layer 1 | layer 0 | embedding | norms and biases of the chunk |
-    a bucket, d = 4     [ shard 0 | shard 1 | shard 2 | shard 3 ]         a multiple of d x 64 elements, parameters lie across shards
+    a bucket, d = 4     [ part 0 | part 1 | part 2 | part 3 ]             a multiple of d x 64 elements, parameters lie across parts
+    its shards          [ part 0 | part 1 | part 2 | part 3 ]             one for each data rank, or, where 2 ranks share them,
+                        [ shard 0         | shard 1         ]             parts 0 and 1, parts 2 and 3
 
 Every bucket is of one kind: parameters with weight decay (matrices) or without (norms, biases), trainable or frozen, of one dtype; so
 an optimizer step sees one tensor a bucket. Norms and biases of a whole chunk of the model share a bucket: they are few, and under a
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -47,8 +50,9 @@ class Bucket:
     starts: tuple[int, ...]
     """Of each parameter, in elements."""
     size: int
-    """Elements, with alignment: a multiple of the number of shards."""
-    shards: int
+    """Elements, with alignment: a multiple of the number of parts."""
+    parts: int
+    """As many as there are data ranks."""
     chunk: int
     unit: int | None
     """Index of the unit whose backward completes its gradients; None: those of the whole chunk do."""
@@ -64,9 +68,9 @@ class Bucket:
         return self.parameters[0].spec.decay
 
     @property
-    def shard(self) -> int:
-        """Elements of one shard."""
-        return self.size // self.shards
+    def part(self) -> int:
+        """Elements of one part."""
+        return self.size // self.parts
 
     def gaps(self) -> Iterator[slice]:
         """The elements that are no parameter's: alignment."""
@@ -83,25 +87,43 @@ class Bucket:
                 yield parameter, first - begin, first - start, last - first
 
 
-def traffic(elements: int, shards: int, stage: int, micro_batches: int, weight_bytes: int, gradient_bytes: int) -> int:
-    """Bytes that a rank sends over the data axis in a step, for so many parameters of its own (zero.py has the table).
+class Traffic(NamedTuple):
+    """Bytes that a rank sends in a step."""
 
-    Stage 3 counts two gathers a micro-batch; recomputation adds none, since it lies within a layer's backward.
+    shards: int
+    """To the ranks that share the shards with it: neighbours."""
+    replicas: int
+    """To those that have the same shard."""
+
+    @property
+    def total(self) -> int:
+        """Over the whole data axis."""
+        return self.shards + self.replicas
+
+
+def traffic(
+    elements: int, shards: int, replicas: int, stage: int, micro_batches: int, weight_bytes: int, gradient_bytes: int
+) -> Traffic:
+    """What a rank sends over the data axis in a step, for so many parameters of its own (zero.py has the table).
+
+    shards x replicas: data ranks; at stage 0 one shard, and all of them replicas. Stage 3 counts two gathers a micro-batch;
+    recomputation adds none, since it lies within a layer's backward.
     """
     reduce, gather = elements * gradient_bytes, elements * weight_bytes
-    of_stage = {
-        0: 2 * reduce,
+    within = {
+        0: 0,
         1: reduce + gather,
         2: micro_batches * reduce + gather,
         3: micro_batches * (reduce + 2 * gather),
     }
-    return of_stage[stage] * (shards - 1) // shards
+    return Traffic(within[stage] * (shards - 1) // shards, 2 * reduce // shards * (replicas - 1) // replicas)
 
 
-def make_buckets(units: Sequence[Unit], shards: int, largest: int, by_unit: bool) -> list[Bucket]:
+def make_buckets(units: Sequence[Unit], parts: int, largest: int, by_unit: bool) -> list[Bucket]:
     """Every parameter of the units in one bucket, in backward order, the frozen ones last.
 
-    largest: elements after which a bucket takes no more parameters. by_unit: no bucket holds matrices of two units (stage 3).
+    parts: of every bucket, one for each data rank. largest: elements after which a bucket takes no more parameters. by_unit: no bucket
+    holds matrices of two units (stage 3).
     Raises ValueError where the parameters differ in dtype.
     """
     home = _homes(units)
@@ -110,7 +132,7 @@ def make_buckets(units: Sequence[Unit], shards: int, largest: int, by_unit: bool
         raise ValueError(f"parameters must share one dtype to lie in one buffer: found {sorted(map(str, dtypes))}")
     users = Counter(p for unit in units for p in unit.parameters)
     shared = {p for p in home if p.spec.tied is not None or users[p] > 1}
-    return [b for trainable in (True, False) for b in _of_kind(units, home, shared, shards, largest, by_unit, trainable)]
+    return [b for trainable in (True, False) for b in _of_kind(units, home, shared, parts, largest, by_unit, trainable)]
 
 
 def _homes(units: Sequence[Unit]) -> dict[Parameter, int]:
@@ -126,7 +148,7 @@ def _of_kind(
     units: Sequence[Unit],
     home: dict[Parameter, int],
     shared: set[Parameter],
-    shards: int,
+    parts: int,
     largest: int,
     by_unit: bool,
     trainable: bool,
@@ -138,23 +160,23 @@ def _of_kind(
         for index in reversed([i for i, unit in enumerate(units) if unit.chunk == chunk]):
             mine = [p for p in units[index].parameters if home[p] == index and p.spec.trainable == trainable]
             if open_ and by_unit:
-                yield _bucket(open_, shards, chunk, last)
+                yield _bucket(open_, parts, chunk, last)
                 open_ = []
             for group in reversed(list(_adjacent(mine))):
                 if group[0] in shared:
-                    yield _bucket([group], shards, chunk, None)
+                    yield _bucket([group], parts, chunk, None)
                 elif not group[0].spec.decay:
                     small.append(group)
                 else:
                     if open_ and _elements([*open_, group]) > largest:
-                        yield _bucket(open_, shards, chunk, last)
+                        yield _bucket(open_, parts, chunk, last)
                         open_ = []
                     open_.append(group)
                     last = index
         if open_:
-            yield _bucket(open_, shards, chunk, last)
+            yield _bucket(open_, parts, chunk, last)
         if small:
-            yield _bucket(small, shards, chunk, None)
+            yield _bucket(small, parts, chunk, None)
 
 
 def _adjacent(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
@@ -173,7 +195,7 @@ def _elements(groups: Iterable[Sequence[Parameter]]) -> int:
     return sum(p.numel() for group in groups for p in group)
 
 
-def _bucket(groups: Sequence[Sequence[Parameter]], shards: int, chunk: int, unit: int | None) -> Bucket:
+def _bucket(groups: Sequence[Sequence[Parameter]], parts: int, chunk: int, unit: int | None) -> Bucket:
     """Lay the groups out behind one another."""
     starts: list[int] = []
     end = 0
@@ -183,7 +205,7 @@ def _bucket(groups: Sequence[Sequence[Parameter]], shards: int, chunk: int, unit
             starts.append(end)
             end += parameter.numel()
     parameters = tuple(p for group in groups for p in group)
-    return Bucket(parameters, tuple(starts), _up(end, shards * ALIGNMENT), shards, chunk, unit)
+    return Bucket(parameters, tuple(starts), _up(end, parts * ALIGNMENT), parts, chunk, unit)
 
 
 def _up(number: int, unit: int) -> int:

@@ -75,17 +75,23 @@ def start_scatter_sum(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle
 def start_gather_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
     """Begin to gather [n/t, ...] into `output` [n, ...] along dim 0, of which `x` may be this rank's part."""
     if axis.group is None:
-        output.copy_(x)
-        return Done()
+        return _copied(output, x)
     return axis.group.all_gather(output, x, blocking=False)
 
 
 def start_scatter_sum_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
     """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`."""
     if axis.group is None:
-        output.copy_(x)
-        return Done()
+        return _copied(output, x)
     return axis.group.reduce_scatter(output, x, blocking=False)
+
+
+def _copied(output: torch.Tensor, x: torch.Tensor) -> Handle:
+    """Let `output` be `x`, whose memory it may be."""
+    places = [(of.untyped_storage()._cdata, of.storage_offset()) for of in (output, x)]
+    if places[0] != places[1]:
+        output.copy_(x)
+    return Done()
 
 
 def gathered(x: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -3,7 +3,8 @@
     whole       [ bucket 0                        | bucket 1 ... ]       weights below stage 3, gradients below stage 2
     own           [ shard ]                         [ shard ]            what this rank updates: masters and states are of this size
 
-At stage 0 a rank owns all. A parameter and its `main_grad` are views of a whole bucket, and nothing where that is not there.
+At stage 0 a rank owns all: there is one shard, of which every data rank is a replica. A parameter and its `main_grad` are views of a
+whole bucket, and nothing where that is not there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from megatrain.parallel.buckets import Bucket, Unit, make_buckets
 from megatrain.parallel.collectives import start_gather_into
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.transport import Handle
 
@@ -48,9 +49,9 @@ class Held:
     arriving: Handle | None = None
     """All-gather of the weights under way."""
     reducing: Handle | None = None
-    """Stages 0 and 1: reduction under way."""
+    """Sum of this rank's own gradients over the replicas under way."""
     reduced: bool = field(default=False)
-    """Stages 0 and 1: whether the reduction of this step has begun."""
+    """Whether the last reduction of this step has begun."""
 
 
 class FlatBuffers:
@@ -58,18 +59,19 @@ class FlatBuffers:
 
     def __init__(self, units: Sequence[Unit], ctx: ParallelContext, stage: int, bucket_size: int) -> None:
         """units: in the order of the forward pass. Raises ValueError when nothing is trainable, or dtypes differ."""
-        self.ctx, self.axis, self.units = ctx, ctx.dp_cp, units
-        self.stage = stage if self.axis.size > 1 else 0  # the one shard is the whole
-        buckets = make_buckets(units, self.axis.size, bucket_size, by_unit=self.stage == 3)
+        self.ctx, self.units = ctx, units
+        self.stage = stage if ctx.shards.size > 1 else 0  # the one shard is the whole
+        self.shards = ctx.shards if self.stage else Axis("shards")
+        self.replicas = ctx.replicas if self.stage else ctx.dp_cp
+        buckets = make_buckets(units, ctx.dp_cp.size, bucket_size, by_unit=self.stage == 3)
         if not any(bucket.trainable for bucket in buckets):
             raise ValueError("there is no trainable parameter")
         self.dtype = buckets[0].parameters[0].dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
         whole = sum(b.size for b in buckets)
         trained = sum(b.size for b in buckets if b.trainable)
-        shards = self.axis.size
-        self.weights = self._zeros(whole // shards if self.stage == 3 else whole, self.dtype)
-        self.grads = self._zeros(trained // shards if self.stage >= 2 else trained, self.wide)
+        self.weights = self._zeros(whole // self.shards.size if self.stage == 3 else whole, self.dtype)
+        self.grads = self._zeros(trained // self.shards.size if self.stage >= 2 else trained, self.wide)
         self.held = self._lay_out(buckets)
         self.trained = [held for held in self.held if held.bucket.trainable]
         self.parameters = list(dict.fromkeys(p for unit in units for p in unit.parameters if p.spec.trainable))
@@ -83,14 +85,13 @@ class FlatBuffers:
         held: list[Held] = []
         weights = grads = 0
         for bucket in buckets:
-            own = (
-                slice(self.axis.rank * bucket.shard, (self.axis.rank + 1) * bucket.shard)
-                if self.stage
-                else slice(0, bucket.size)
-            )
+            shard = bucket.size // self.shards.size
+            own = slice(self.shards.rank * shard, (self.shards.rank + 1) * shard)
 
-            def part(buffer: torch.Tensor, start: int, sharded: bool, bucket: Bucket = bucket) -> torch.Tensor:
-                return buffer[start : start + (bucket.shard if sharded else bucket.size)]
+            def part(
+                buffer: torch.Tensor, start: int, sharded: bool, whole: int = bucket.size, shard: int = shard
+            ) -> torch.Tensor:
+                return buffer[start : start + (shard if sharded else whole)]
 
             w = part(self.weights, weights, self.stage == 3)
             g = part(self.grads, grads, self.stage >= 2) if bucket.trainable else None
@@ -156,7 +157,7 @@ class FlatBuffers:
             everything = piece
             if self.stage:
                 gathered = piece.new_empty(held.bucket.size)
-                start_gather_into(gathered, piece.contiguous(), self.axis).wait()
+                start_gather_into(gathered, piece.contiguous(), self.shards).wait()
                 everything = gathered.cpu()
             found |= {p.spec.name: (p.spec, view) for p, view in self._views(held, everything)}
         return {p.spec.name: found[p.spec.name] for unit in self.units for p in unit.parameters if p.spec.name in found}

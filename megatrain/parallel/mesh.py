@@ -12,11 +12,11 @@ Four ranks with tp=2, dp=2:                tp ->
                                        v   2  3      tp groups (0,1) (2,3); dp groups (0,2) (1,3)
 
 Everything above `ParallelContext.build` is integer arithmetic, checked without processes for 16,384 ranks. A rank makes only
-the groups it belongs to: axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp) or that combine others (dp_cp
-where gradients are averaged, mp where norms are summed, world), `ends` (first and last stage, where tied embeddings lie), and a
-link in each direction to the stages before and behind it on the ring; those of size 1 cost nothing. Something is sent over a link
-as soon as it is made: NCCL connects at the first message, holds the host until the other side comes, and a schedule has its
-two stages come to a link in whatever order it likes (`simulator.py`, lazy_links).
+the groups it belongs to: axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp; shards, replicas) or that
+combine others (dp_cp where gradients are averaged, mp where norms are summed, world), `ends` (first and last stage, where tied
+embeddings lie), and a link in each direction to the stages before and behind it on the ring; those of size 1 cost nothing.
+Something is sent over a link as soon as it is made: NCCL connects at the first message, holds the host until the other side
+comes, and a schedule has its two stages come to a link in whatever order it likes (`simulator.py`, lazy_links).
 """
 
 from __future__ import annotations
@@ -54,13 +54,15 @@ class Link:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """Sides of the box. All sizes at least 1; `ep` must divide dp * cp."""
+    """Sides of the box. All sizes at least 1; `ep` and `zero_ranks` must each divide dp * cp."""
 
     tp: int = 1
     cp: int = 1
     dp: int = 1
     pp: int = 1
     ep: int = 1
+    zero_ranks: int | None = None
+    """Neighbouring data ranks, of dp x cp, that share one set of ZeRO's shards; None: all of them."""
 
     @property
     def world(self) -> int:
@@ -83,7 +85,8 @@ class MeshShape:
     def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
         """World ranks that differ from `rank` only along `axis`, in order of place.
 
-        Axes: tp, cp, dp, pp; dp_cp (gradient average); ep and edp (its two factors: experts, and copies of an expert);
+        Axes: tp, cp, dp, pp; dp_cp (gradient average); ep and edp (its two factors: experts, and copies of an expert); shards and
+        replicas (two factors again: the ranks that have one copy of ZeRO's shards between them, and those that have the same shard);
         mp (tp x pp: the ranks that hold one whole model between them); world.
         """
         at = self.coordinates(rank)
@@ -100,11 +103,12 @@ class MeshShape:
         mine = at["cp"] + self.cp * at["dp"]
         if axis == "dp_cp":
             return tuple(replicas)
-        if axis == "ep":
-            start = mine - mine % self.ep
-            return tuple(replicas[start : start + self.ep])
-        if axis == "edp":
-            return tuple(replicas[mine % self.ep :: self.ep])
+        inner = {"ep": self.ep, "edp": self.ep}.get(axis, self.zero_ranks or len(replicas))
+        if axis in ("ep", "shards"):
+            start = mine - mine % inner
+            return tuple(replicas[start : start + inner])
+        if axis in ("edp", "replicas"):
+            return tuple(replicas[mine % inner :: inner])
         raise ValueError(f"unknown axis {axis!r}; axes are {', '.join(AXES)}")
 
     def links(self, rank: int) -> list[tuple[int, int] | None]:
@@ -129,7 +133,7 @@ class MeshShape:
         return 2 if self.pp % 2 and stage == self.pp - 1 else stage % 2
 
 
-AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "mp", "ends", "world")
+AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "shards", "replicas", "mp", "ends", "world")
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class ParallelContext:
     ep: Axis
     edp: Axis
     dp_cp: Axis
+    shards: Axis
+    replicas: Axis
     mp: Axis
     ends: Axis
     world: Axis
@@ -152,6 +158,11 @@ class ParallelContext:
     receives: Mapping[int, Link] = field(default_factory=dict)
     """Stage of the same pipeline -> the link from it."""
 
+    @property
+    def part(self) -> int:
+        """Which of dp * cp equal parts of what the data ranks hold this rank writes: its own among the parts of its shard."""
+        return self.shards.rank * self.replicas.size + self.replicas.rank
+
     @classmethod
     def build(cls, world: World, shape: MeshShape, device: torch.device | str = "cpu") -> ParallelContext:
         """Make this rank's axes and their groups (collective: every rank of the world calls it). Raises ValueError on a size mismatch."""
@@ -159,6 +170,8 @@ class ParallelContext:
             raise ValueError(f"a mesh of {shape.world} ranks ({shape}) cannot be laid over a world of {world.size} ranks")
         if (shape.dp * shape.cp) % shape.ep:
             raise ValueError(f"expert_parallel_size={shape.ep} must divide data x context parallel size {shape.dp * shape.cp}")
+        if shape.zero_ranks is not None and (shape.dp * shape.cp) % shape.zero_ranks:
+            raise ValueError(f"zero_ranks={shape.zero_ranks} must divide data x context parallel size {shape.dp * shape.cp}")
         axes: dict[str, Any] = {}
         made: dict[tuple[int, ...], Group] = {}  # axes over the same ranks (dp and dp_cp when cp is 1) share one group
         for name in AXES:

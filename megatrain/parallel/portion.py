@@ -88,20 +88,20 @@ class Window(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the ranks of the data axis share the elements of one slice: those that lie in a row of shards from `start` on."""
+    """Which ranks of the data axis write the elements of one slice: those that lie in a row of equal parts from `start` on."""
 
     start: int
-    """Place of the slice's first element in the row of shards (in its bucket, parallel/buckets.py)."""
+    """Place of the slice's first element in the row of parts (in its bucket, parallel/buckets.py)."""
     shard: int
-    """Elements of a shard; data rank r has the r-th."""
+    """Elements of a part; `ParallelContext.part` says which one a rank writes, of those that it holds."""
 
     def run(self, numel: int, place: int) -> tuple[int, int]:
-        """Half-open range of a slice's `numel` elements that lies in shard `place`; empty where stop <= start."""
+        """Half-open range of a slice's `numel` elements that lies in part `place`; empty where stop <= start."""
         first = max(place * self.shard - self.start, 0)
         return first, max(first, min((place + 1) * self.shard - self.start, numel))
 
     def places(self, first: int, stop: int) -> range:
-        """Shards that the elements first .. stop - 1 lie in."""
+        """Parts that the elements first .. stop - 1 lie in."""
         return (
             range((self.start + first) // self.shard, (self.start + stop - 1) // self.shard + 1) if stop > first else range(0)
         )

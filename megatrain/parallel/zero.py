@@ -10,6 +10,14 @@ of optimizer states and of weights is waste. Four ranks, a bucket of parameters 
     3         own               own                            own                  m reduce-scatters of 4 Psi, 2 m all-gathers of 2 Psi
               (each times (d-1)/d; weights in BF16, 2 bytes; m micro-batches)
 
+Links between nodes are slow. So z neighbouring ranks (a node) may share one set of shards, of which there are r = d/z replicas (MiCS,
+Zhang et al., arXiv:2205.00119; FSDP's hybrid sharding). The data axis is then `shards` x `replicas`:
+
+    data rank           0 1 2 3         what is above goes over `shards`, times (z-1)/z; and once a step the own gradients
+    its shard, z = 2    0 1 0 1         are all-reduced over `replicas`: 4 Psi/z, x2, times (r-1)/r
+
+Stage 0 is z = 1: one shard, which all ranks own.
+
 Weights lie in one contiguous buffer, gradients in another (float32, float64 in float64 runs), in the order of the backward. A
 parameter's `main_grad` is a view. What comes first writes a matrix's gradient, and what follows adds to it (`param.claim`). When the
 backward of a unit (a layer) is over, its bucket is reduced while the next one is at work; after the update, buckets are gathered while
@@ -28,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import proxy
 
 import torch
@@ -44,7 +52,7 @@ from megatrain.parallel.weights import Postponed
 
 BUCKET_SIZE = 8_000_000
 IN_FLIGHT = 2
-"""Reductions of opened gradients under way at a time, each of which holds a bucket's buffer."""
+"""Reductions under way at a time where each holds a bucket's buffer, or has another one behind it."""
 
 
 class FlatParameters(FlatBuffers):
@@ -66,10 +74,13 @@ class FlatParameters(FlatBuffers):
         super().__init__(units, ctx, stage, bucket_size)
         self.overlap = overlap
         self._pool = Pool()
-        self._flying: list[tuple[Held, torch.Tensor, Handle]] = []
+        self._flying: list[_Flight] = []
         self._now: Instruction | None = None
         self._postponed: Postponed | None = None
         self._uses = _Uses(units)
+        # Landing lets the next sum begin, or gives a buffer back; where there is neither to gain, it is put off to the end.
+        waits = self.stage >= 2 or self.replicas.group is not None
+        self._aloft = 0 if not overlap or self.shards.group is None else IN_FLIGHT if waits else len(self.trained)
         homes = {p: held for held in self.held for p in held.bucket.parameters}
         self._of_chunk = {c: [h for h in self.held if h.bucket.chunk == c] for c in {u.chunk for u in units}}
         self._of_unit = [list(dict.fromkeys(homes[p] for p in unit.parameters)) for unit in units]
@@ -161,7 +172,7 @@ class FlatParameters(FlatBuffers):
         """Stage 3: begin to gather weights that are not here; at the other stages they are, or `publish` has begun it."""
         if held.weights is None:
             held.weights = self._pool.take(held.own_weights, held.bucket.size)
-            held.arriving = start_gather_into(held.weights, held.own_weights, self.axis)
+            held.arriving = start_gather_into(held.weights, held.own_weights, self.shards)
 
     def _let_go_unit(self, index: int) -> None:
         kept = self._of_unit[self._uses.next] if self._uses.next is not None else []
@@ -183,7 +194,7 @@ class FlatParameters(FlatBuffers):
     def publish(self, held: Held) -> None:
         """What this rank owns of a bucket has been updated: let the other ranks have it, beside what comes next."""
         if self.stage in (1, 2):
-            held.arriving = start_gather_into(there(held.weights), held.own_weights, self.axis)
+            held.arriving = start_gather_into(there(held.weights), held.own_weights, self.shards)
             if not self.overlap:
                 self._fetch([held])
 
@@ -231,59 +242,54 @@ class FlatParameters(FlatBuffers):
         """Reduce buckets that will get no further gradient in this instruction; at stages 0 and 1, in this step."""
         if self._now is None:
             return
-        if self.stage >= 2:
+        if self.stage >= 2 or (self._now.last and self.overlap):
             for held in mine:
-                if held.grads is not None:
-                    self._reduce_opened(held)
-        elif self._now.last and self.overlap:
-            for held in mine:
-                if held.bucket.trainable and not held.reduced:
-                    self._start_reduction(held)
+                if held.grads is not None and not held.reduced:
+                    self._start_reduction(held, self._now.last)
 
-    def _start_reduction(self, held: Held) -> None:
-        """Stages 0 and 1: sum a bucket over the replicas."""
-        held.reduced, grads = True, there(held.grads)
+    def _start_reduction(self, held: Held, last: bool) -> None:
+        """Begin to sum a bucket's gradients over the ranks that share its shards. last: there will be no others in this step."""
+        grads, held.reduced = there(held.grads), last
         _clear_unwritten(held)
+        if self.stage >= 2:
+            held.grads = None
         for parameter in held.bucket.parameters:
             parameter.main_grad = None  # a gradient that comes too late is noticed
-        if self.stage == 0:
-            held.reducing = start_all_reduce(grads, self.axis)[1]
-        else:
-            held.reducing = start_scatter_sum_into(there(held.own_grads), grads, self.axis)
-
-    def _reduce_opened(self, held: Held) -> None:
-        """Stages 2 and 3: sum a bucket's gradients over the replicas and add this rank's shard to what it keeps."""
-        _clear_unwritten(held)
-        grads, held.grads = there(held.grads), None
-        self._place_grads(held)
-        self._land(IN_FLIGHT - 1 if self.overlap else 0)
-        self._flying.append((held, grads, start_scatter_sum_into(grads[held.own], grads, self.axis)))
-        if not self.overlap:
+        self._land(self._aloft - 1)
+        self._flying.append(_Flight(held, grads, start_scatter_sum_into(grads[held.own], grads, self.shards), last))
+        if self._aloft == 0:
             self._land(0)
 
     def _land(self, flying: int) -> None:
-        """Wait until at most so many reductions of opened gradients are under way."""
-        while len(self._flying) > flying:
-            held, grads, reducing = self._flying.pop(0)
+        """Wait until at most so many reductions are under way, and keep what this rank owns of the others."""
+        while len(self._flying) > max(flying, 0):
+            held, grads, reducing, last = self._flying.pop(0)
             reducing.wait()
-            there(held.own_grads).add_(grads[held.own])
-            self._pool.give(grads)
+            if self.stage >= 2:
+                there(held.own_grads).add_(grads[held.own])
+                self._pool.give(grads)
+            if last:
+                self._sum_replicas(held)
+
+    def _sum_replicas(self, held: Held) -> None:
+        """Begin to sum what this rank owns of a bucket's gradients, once a step, over the ranks that own the same."""
+        held.reducing = start_all_reduce(there(held.own_grads), self.replicas)[1]
+        if not self.overlap:
+            held.reducing.wait()
 
     def reduce(self) -> None:
         """The step's gradients are all there: finish their sums over replicas, over ranks that hold the same slice, and tied ones."""
         self._let_go(self.held)
-        if self.stage >= 2:
-            for held in self.trained:
-                if held.grads is not None:
-                    self._reduce_opened(held)
-            self._land(0)
-        else:
-            for held in self.trained:
-                if not held.reduced:
-                    self._start_reduction(held)
-                there(held.reducing).wait()
-                held.reducing = None
-                self._place_grads(held)
+        for held in self.trained:
+            if held.grads is not None and not held.reduced:
+                self._start_reduction(held, last=True)
+        self._land(0)
+        for held in self.trained:
+            if held.reducing is None:  # the last micro-batch gave it no gradient
+                self._sum_replicas(held)
+            there(held.reducing).wait()
+            held.reducing = None
+            self._place_grads(held)
         partial = [s for s in self.segments() if s.parameter.spec.partial_over is not None]
         if partial:
             _sum_partial(partial, self.ctx)
@@ -294,6 +300,17 @@ class FlatParameters(FlatBuffers):
             tied = held.bucket.parameters[0].spec.tied
             if tied is not None:
                 all_reduce(there(held.own_grads), getattr(self.ctx, tied))
+
+
+class _Flight(NamedTuple):
+    """A reduction over the ranks that share the shards, under way."""
+
+    held: Held
+    grads: torch.Tensor
+    """The whole bucket; this rank's own part of it is what is being summed."""
+    reducing: Handle
+    last: bool
+    """Whether it completes the step's gradients on these ranks."""
 
 
 def _clear_unwritten(held: Held) -> None:

@@ -79,12 +79,12 @@ class StateBytes:
 
 def state_bytes(
     stage: int,
-    replicas: int,
+    shards: int,
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16",
     optimizer: str = "adamw",
     master: Literal["fp32", "split"] = "fp32",
 ) -> StateBytes:
-    """Bytes per trainable parameter of the rank at a ZeRO stage on so many replicas (arXiv:1910.02054, figure 1, with FP32 gradients).
+    """Bytes per trainable parameter of the rank at a ZeRO stage over so many ranks (arXiv:1910.02054, figure 1, with FP32 gradients).
 
     Parameters 2, 4 or 8 bytes; gradients 4 (8 in fp64); masters 4 in bf16 and fp16, or in halves 2; two states of 4 (8), one for sgd.
     """
@@ -93,7 +93,7 @@ def state_bytes(
     masters = (4 if master == "fp32" else 2) if weight == 2 else 0
     states = wide * (1 if optimizer == "sgd" else 2)
     return StateBytes(
-        weight / (replicas if stage >= 3 else 1),
-        wide / (replicas if stage >= 2 else 1),
-        (masters + states) / (replicas if stage >= 1 else 1),
+        weight / (shards if stage >= 3 else 1),
+        wide / (shards if stage >= 2 else 1),
+        (masters + states) / (shards if stage >= 1 else 1),
     )

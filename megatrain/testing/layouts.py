@@ -2,7 +2,7 @@
 
 A name is what differs from one process, joined by `-`:
 
-    single      tp2-sp      pp4-zb_h1      tp2-sp-pp2-interleaved:2-dp2-zero3      dp4-zero2-split
+    single      tp2-sp      pp4-zb_h1      tp2-sp-pp2-interleaved:2-dp2-zero3      dp4-zero2-split      dp4-zero3:2
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from math import gcd
 from typing import Any, Literal, TypeVar
 
@@ -38,11 +38,13 @@ class Layout:
     dp: int = 1
     zero: int = 1
     master: Literal["fp32", "split"] = "fp32"
+    zero_ranks: int | None = None
+    """Replicas that share one set of shards; None: all."""
 
     @property
     def shape(self) -> MeshShape:
         """Its mesh."""
-        return MeshShape(tp=self.tp, dp=self.dp, pp=self.pp)
+        return MeshShape(tp=self.tp, dp=self.dp, pp=self.pp, zero_ranks=self.zero_ranks)
 
     def __str__(self) -> str:
         """Its name."""
@@ -50,7 +52,8 @@ class Layout:
         if self.pp > 1 or self.schedule != "1f1b":
             usual = self.chunks == USUAL_CHUNKS.get(self.schedule, 1)
             parts.append(self.schedule if usual else f"{self.schedule}:{self.chunks}")
-        parts += [f"dp{self.dp}", f"zero{self.zero}"] * (self.dp > 1) + ["split"] * (self.master == "split")
+        zero = f"zero{self.zero}" if self.zero_ranks is None else f"zero{self.zero}:{self.zero_ranks}"
+        parts += [f"dp{self.dp}", zero] * (self.dp > 1) + ["split"] * (self.master == "split")
         return "-".join(parts) or "single"
 
     @classmethod
@@ -75,6 +78,7 @@ class Layout:
             schedule=self.schedule,  # type: ignore[arg-type]
             layer_split=given.layer_split if fits else None,
             zero_stage=self.zero,  # type: ignore[arg-type]
+            zero_ranks=self.zero_ranks,
         )
         micro = train.micro_batch_size
         if not config.data.drawn_per_micro_batch:
@@ -142,17 +146,19 @@ def _part(part: str, name: str) -> dict[str, Any]:
     schedule, _, chunks = part.partition(":")
     if schedule in FAMILIES:
         return {"schedule": schedule, "chunks": int(chunks) if chunks.isdigit() else USUAL_CHUNKS.get(schedule, 1)}
+    if shared := re.fullmatch(r"zero([123]):([1-9]\d*)", part):
+        return {"zero": int(shared[1]), "zero_ranks": int(shared[2])}
     number = re.fullmatch(r"(tp|pp|dp|zero)(\d+)", part)
     if number is None or (number[1] == "zero" and int(number[2]) > 3) or (number[1] != "zero" and int(number[2]) < 1):
         raise ValueError(
             f"{part!r} in the layout {name!r} is not understood. A layout is `single`, or parts joined by `-`: tp2, sp, pp2, "
-            f"a schedule ({', '.join(FAMILIES)}, with :N for N chunks), dp2, zero0 to zero3, split."
+            f"a schedule ({', '.join(FAMILIES)}, with :N for N chunks), dp2, zero0 to zero3 (with :N for shards over N replicas), split."
         )
     return {number[1]: int(number[2])}
 
 
 def every_layout(world: int, masters: Sequence[str] = ("fp32",)) -> Iterator[Layout]:
-    """All layouts on 1, 2, 4 ... up to `world` ranks; ZeRO's stages only where there are replicas."""
+    """All layouts on 1, 2, 4 ... up to `world` ranks; ZeRO's stages only where there are replicas, to share shards or to have copies."""
     sizes = [1 << power for power in range(world.bit_length()) if 1 << power <= world]
     for pp in sizes:
         for tp in sizes:
@@ -161,10 +167,18 @@ def every_layout(world: int, masters: Sequence[str] = ("fp32",)) -> Iterator[Lay
                     continue
                 for sequence_parallel in (False, True) if tp > 1 else (False,):
                     for schedule in FAMILIES:
-                        for zero in (0, 1, 2, 3) if dp > 1 else (1,):
+                        for zero, ranks in _shardings(dp):
                             for master in masters:
                                 chunks = USUAL_CHUNKS.get(schedule, 1)
-                                yield Layout(tp, sequence_parallel, pp, schedule, chunks, dp, zero, master)  # type: ignore[arg-type]
+                                yield Layout(tp, sequence_parallel, pp, schedule, chunks, dp, zero, master, ranks)  # type: ignore[arg-type]
+
+
+def _shardings(dp: int) -> list[tuple[int, int | None]]:
+    """(ZeRO's stage, how many of so many replicas share the shards)."""
+    if dp == 1:
+        return [(1, None)]
+    some = [1 << power for power in range(1, dp.bit_length() - 1)]
+    return [(0, None), *product((1, 2, 3), (None, *some))]
 
 
 Point = TypeVar("Point", bound=tuple[Any, ...])

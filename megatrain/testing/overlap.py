@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -85,9 +86,14 @@ def measured_overlap(ctx: ParallelContext, config: Config, steps: int, delay_sec
     """
     if ctx.dp_cp.group is None or config.model.vocab_size is None:
         raise ValueError("overlap is measured between replicas: start two ranks or more, with model.vocab_size given")
-    inner = ctx.dp_cp.group
-    timed = TimedGroup(DelayedGroup(inner, delay_seconds) if delay_seconds else inner)
-    ctx = replace(ctx, dp_cp=replace(ctx.dp_cp, group=timed))
+    made: dict[Group, TimedGroup] = {}
+    axes: dict[str, Any] = {}
+    for axis in (ctx.dp_cp, ctx.shards, ctx.replicas):
+        if axis.group is not None:
+            inner = axis.group
+            made.setdefault(inner, TimedGroup(DelayedGroup(inner, delay_seconds) if delay_seconds else inner))
+            axes[axis.name] = replace(axis, group=made[inner])
+    ctx = replace(ctx, **axes)
     samples, train = RandomSamples(config.model.vocab_size, config.model.seq_length), config.train
     spans: list[tuple[Instruction, float, float]] = []
     seen: list[Overlap] = []
@@ -95,14 +101,16 @@ def measured_overlap(ctx: ParallelContext, config: Config, steps: int, delay_sec
         run = assemble(config, ctx, loader, config.model.vocab_size)
         run.observe = lambda *span: spans.append(span)
         for _ in range(steps + 1):
-            timed.reset()
+            for timed in made.values():
+                timed.reset()
             spans.clear()
             began = time.monotonic()
             train_step(run)
             run.flat.settle()
             seconds = time.monotonic() - began
             _, start, end = next(span for span in reversed(spans) if span[0].frees)
-            first = (timed.reductions[0] - start) / (end - start)
-            seen.append(Overlap(seconds, timed.exposed, first))
+            began_first = min(began for timed in made.values() for began in timed.reductions)
+            exposed = sum(timed.exposed for timed in made.values())
+            seen.append(Overlap(seconds, exposed, (began_first - start) / (end - start)))
     rest = seen[1:]  # the first step sets up connections
     return Overlap(*(statistics.median(getattr(s, name) for s in rest) for name in Overlap.__dataclass_fields__))

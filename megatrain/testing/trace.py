@@ -60,7 +60,8 @@ class RandomSamples:
 def mesh_shape(config: Config, data_parallel_size: int = 1) -> MeshShape:
     """The mesh that `config.parallel` describes, with so many replicas."""
     p = config.parallel
-    return MeshShape(p.tensor_parallel_size, p.context_parallel_size, data_parallel_size, p.pipeline_parallel_size)
+    sides = p.tensor_parallel_size, p.context_parallel_size, data_parallel_size, p.pipeline_parallel_size
+    return MeshShape(*sides, zero_ranks=p.zero_ranks)
 
 
 def trace_run(

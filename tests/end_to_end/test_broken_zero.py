@@ -50,11 +50,11 @@ def test_a_tied_gradient_summed_twice(monkeypatch):
 def test_a_bucket_that_is_not_reduced(monkeypatch):
     real = FlatParameters._start_reduction
 
-    def forget_one(self, held):
+    def forget_one(self, held, last):
         if "layers.2.mlp.down.weight" in {p.spec.name for p in held.bucket.parameters}:
             held.reduced, held.reducing = True, Done()
         else:
-            real(self, held)
+            real(self, held, last)
 
     expected = r"gradient of step 0: layers\.2\.mlp\.down\.weight"
     caught(monkeypatch, [(FlatParameters, "_start_reduction", forget_one)], expected, 1)
@@ -75,7 +75,7 @@ def test_gradients_averaged_over_the_replicas_instead_of_summed(monkeypatch):
 def test_micro_batches_that_replace_each_other_at_stage_2(monkeypatch):
     def land(self, flying):
         while len(self._flying) > flying:
-            held, grads, reducing = self._flying.pop(0)
+            held, grads, reducing, _ = self._flying.pop(0)
             reducing.wait()
             held.own_grads.copy_(grads[held.own])
             self._pool.give(grads)
@@ -130,7 +130,7 @@ def test_a_shard_of_the_masters_updated_twice(monkeypatch):
     def twice_on_one(self, index, rates, decay):
         real(self, index, rates, decay)
         names = [p.spec.name for p in self.flat.trained[index].bucket.parameters]
-        if "layers.1.mlp.up.weight" in names and self.flat.axis.rank == 1 and float(self.updates) == STEPS:
+        if "layers.1.mlp.up.weight" in names and self.flat.shards.rank == 1 and float(self.updates) == STEPS:
             real(self, index, rates, decay)
 
     caught(monkeypatch, [(Optimizer, "_update", twice_on_one)], r"weight after step 1: layers\.1\.[\w.]+\.weight\[", 1)
@@ -189,7 +189,7 @@ def doubly_counting(owned):
 
 def test_shards_left_out_of_the_norm(monkeypatch):
     real = FlatParameters.segments
-    first = lambda self: (s for s in real(self) if self.axis.rank == 0)  # noqa: E731
+    first = lambda self: (s for s in real(self) if self.shards.rank == 0)  # noqa: E731
     reference(True, "fp64")
     run(2)
 
@@ -207,7 +207,7 @@ def test_clipping_skipped_on_one_replica(monkeypatch):
     real = Optimizer.step
 
     def unclipped(self, lr, divisor, *rest):
-        real(self, lr, torch.ones_like(divisor) if self.flat.axis.rank == 1 else divisor, *rest)
+        real(self, lr, torch.ones_like(divisor) if self.flat.shards.rank == 1 else divisor, *rest)
 
     sharp = lambda config: replace(config, optim=replace(config.optim, clip_grad=0.1))  # noqa: E731
     point = (1, ONE, (1, False), 2, 3, True, "none", 500)

@@ -86,23 +86,23 @@ def test_different_dtypes_cannot_share_a_buffer():
 @settings(deadline=None)
 @given(
     sizes=st.lists(st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, max_size=5), min_size=1, max_size=6),
-    shards=st.integers(1, 9),
+    parts=st.integers(1, 9),
     largest=st.integers(1, 1000),
     by_unit=st.booleans(),
 )
-def test_every_element_has_one_place_and_one_owner(sizes, shards, largest, by_unit):
+def test_every_element_has_one_place_and_one_owner(sizes, parts, largest, by_unit):
     units = [
         Unit(tuple(parameter(f"{i}.{j}", n, decay=decay) for j, (n, decay) in enumerate(unit))) for i, unit in enumerate(sizes)
     ]
-    buckets = make_buckets(units, shards, largest, by_unit)
+    buckets = make_buckets(units, parts, largest, by_unit)
     assert sorted(n for b in buckets for n in names(b)) == sorted(p.spec.name for u in units for p in u.parameters)
     for bucket in buckets:
-        assert bucket.size % (shards * ALIGNMENT) == 0 and bucket.shard * shards == bucket.size
+        assert bucket.size % (parts * ALIGNMENT) == 0 and bucket.part * parts == bucket.size
         assert len({(p.spec.decay, p.spec.trainable) for p in bucket.parameters}) == 1
         owned = {p: [] for p in bucket.parameters}
-        for rank in range(shards):
-            for p, first, at, count in bucket.segments(rank * bucket.shard, (rank + 1) * bucket.shard):
-                assert at >= 0 and at + count <= bucket.shard
+        for rank in range(parts):
+            for p, first, at, count in bucket.segments(rank * bucket.part, (rank + 1) * bucket.part):
+                assert at >= 0 and at + count <= bucket.part
                 owned[p] += range(first, first + count)
         assert all(elements == list(range(p.numel())) for p, elements in owned.items())
         if largest > 300 or len(bucket.parameters) == 1:
@@ -113,4 +113,11 @@ def test_every_element_has_one_place_and_one_owner(sizes, shards, largest, by_un
 @pytest.mark.parametrize(("stage", "expected"), [(0, 8), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * (4 + 2 * 2))])
 def test_bytes_over_the_data_axis(stage, expected):
     """Of the table in zero.py: BF16 weights, float32 gradients, 3 micro-batches, 4 ranks."""
-    assert traffic(1000, 4, stage, 3, 2, 4) == expected * 1000 * 3 // 4
+    shards, replicas = (4, 1) if stage else (1, 4)
+    assert traffic(1000, shards, replicas, stage, 3, 2, 4).total == expected * 1000 * 3 // 4
+
+
+@pytest.mark.parametrize(("stage", "within"), [(1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * (4 + 2 * 2))])
+def test_bytes_within_a_node_and_between_nodes(stage, within):
+    """16 ranks: 4 of a node share the shards, 4 nodes have replicas."""
+    assert traffic(1000, 4, 4, stage, 3, 2, 4) == (within * 1000 * 3 // 4, 2 * 4 * 1000 // 4 * 3 // 4)

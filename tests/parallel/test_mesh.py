@@ -23,7 +23,7 @@ def shapes(draw, largest=LARGEST):
         room //= sides[axis]
     replicas = sides["dp"] * sides["cp"]
     divisors = [n for n in range(1, min(replicas, 256) + 1) if replicas % n == 0]
-    return MeshShape(**sides, ep=draw(st.sampled_from(divisors)))
+    return MeshShape(**sides, ep=draw(st.sampled_from(divisors)), zero_ranks=draw(st.sampled_from([None, *divisors])))
 
 
 def expected_size(shape, axis, rank):
@@ -31,6 +31,8 @@ def expected_size(shape, axis, rank):
     if axis == "ends":
         return len({0, shape.pp - 1}) if shape.coordinates(rank)["pp"] in (0, shape.pp - 1) else 1
     sizes = {"edp": replicas // shape.ep, "dp_cp": replicas, "mp": shape.tp * shape.pp, "world": shape.world}
+    sizes["shards"] = shape.zero_ranks or replicas
+    sizes["replicas"] = replicas // sizes["shards"]
     return sizes[axis] if axis in sizes else getattr(shape, axis)
 
 
@@ -96,7 +98,7 @@ def test_a_rank_makes_few_groups_and_sits_in_each(shape, data):
     world = CountingWorld(rank, shape.world)
     ctx = ParallelContext.build(world, shape)
     links = shape.links(rank)
-    assert len(world.made) <= len(AXES) + len(links) <= 16
+    assert len(world.made) <= 16 + 2 * (shape.zero_ranks is not None)
     of_axes = world.made[: -len(links) or None]
     assert len(of_axes) == len(set(of_axes)) and all(rank in ranks for ranks in world.made)
     assert sum(len(ranks) == 1 for ranks in of_axes) <= (shape.pp > 2), "only `ends` may stand by"
@@ -128,6 +130,7 @@ def test_tensor_parallel_ranks_are_neighbours_and_stages_far_apart():
     assert shape.ranks_along("dp_cp", 5) == (1, 3, 5, 7)
     assert shape.ranks_along("ep", 5) == (5, 7)
     assert shape.ranks_along("edp", 5) == (1, 5)
+    assert (shape.ranks_along("shards", 5), shape.ranks_along("replicas", 5)) == ((1, 3, 5, 7), (5,))
     assert shape.ranks_along("mp", 5) == (4, 5, 12, 13)
     assert shape.ranks_along("ends", 5) == (5, 13)
     assert [MeshShape(tp=2, pp=3).ranks_along("ends", rank) for rank in (1, 3, 5)] == [(1, 5), (3,), (1, 5)]
@@ -153,14 +156,26 @@ def test_both_ranks_of_a_link_make_it_at_the_same_place(stages, other):
     assert len(groups) == 1
 
 
+@pytest.mark.parametrize(("inner", "outer"), [("ep", "edp"), ("shards", "replicas")])
 @settings(max_examples=40, deadline=None)
 @given(shapes(), st.data())
-def test_experts_divide_the_replicas(shape, data):
+def test_experts_and_shards_divide_the_replicas(inner, outer, shape, data):
     rank = data.draw(st.integers(0, shape.world - 1))
-    experts, copies = shape.ranks_along("ep", rank), shape.ranks_along("edp", rank)
-    assert set(experts) & set(copies) == {rank}
-    assert set(experts) | set(copies) <= set(shape.ranks_along("dp_cp", rank))
-    assert len(experts) * len(copies) == shape.dp * shape.cp
+    different, copies = shape.ranks_along(inner, rank), shape.ranks_along(outer, rank)
+    assert set(different) & set(copies) == {rank}
+    assert set(different) | set(copies) <= set(shape.ranks_along("dp_cp", rank))
+    assert len(different) * len(copies) == shape.dp * shape.cp
+
+
+def test_ranks_of_a_node_share_the_shards_and_each_writes_a_part():
+    """tp 2 x dp 4, two data ranks a node of four: shards stay within the node, the two parts of a shard are its replicas'."""
+    shape = MeshShape(tp=2, dp=4, zero_ranks=2)
+    assert [shape.ranks_along("shards", rank) for rank in (0, 3, 4, 7)] == [(0, 2), (1, 3), (4, 6), (5, 7)]
+    assert [shape.ranks_along("replicas", rank) for rank in (0, 3, 4, 7)] == [(0, 4), (3, 7), (0, 4), (3, 7)]
+    parts = [ParallelContext.build(CountingWorld(rank, 8), shape).part for rank in range(8)]
+    assert parts == [0, 0, 2, 2, 1, 1, 3, 3]
+    whole = [ParallelContext.build(CountingWorld(rank, 8), MeshShape(tp=2, dp=4)).part for rank in range(8)]
+    assert whole == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_errors_name_the_numbers():
@@ -172,6 +187,8 @@ def test_errors_name_the_numbers():
         ParallelContext.build(CountingWorld(0, 6), MeshShape(tp=4))
     with pytest.raises(ValueError, match=r"expert_parallel_size=3 must divide .* 4"):
         ParallelContext.build(CountingWorld(0, 4), MeshShape(dp=4, ep=3))
+    with pytest.raises(ValueError, match=r"zero_ranks=3 must divide .* 4"):
+        ParallelContext.build(CountingWorld(0, 4), MeshShape(dp=4, zero_ranks=3))
 
 
 def test_a_single_process_has_axes_without_groups():

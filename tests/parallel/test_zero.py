@@ -235,7 +235,7 @@ def test_a_gradient_after_the_reduction_is_an_error():
     def late(ctx):
         layer = Layer(0, True)
         flat = FlatParameters([Unit((layer.weight, layer.bias), module=layer)], ctx, stage=1)
-        flat._start_reduction(flat.trained[0])
+        flat._start_reduction(flat.trained[0], last=True)
         layer(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
 
     with pytest.raises(ValueError, match=r"a gradient for the bucket of 0\.\w+ .* came after it was reduced"):
