@@ -23,9 +23,9 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig
 
+from megatrain.doctor import ports
 from megatrain.parallel.transport import TransportError
 from megatrain.parallel.transport_store import await_listener, within
-from megatrain.runtime import ports
 from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces
 from megatrain.runtime.launch import LaunchError
 from megatrain.runtime.slurm import address_of

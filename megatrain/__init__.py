@@ -20,13 +20,13 @@ __version__ = "0.1.0"
 __all__ = ["build", "load", "train", "train_step"]
 
 if TYPE_CHECKING:
-    from megatrain.plain import load
+    from megatrain.inference.plain import load
     from megatrain.program import build, train
     from megatrain.training import train_step
 
 _HOMES = {
     "build": "megatrain.program",
-    "load": "megatrain.plain",
+    "load": "megatrain.inference.plain",
     "train": "megatrain.program",
     "train_step": "megatrain.training",
 }

@@ -2,7 +2,7 @@
 
 import sys
 
-from megatrain.cli import main
+from megatrain.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

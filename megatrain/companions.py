@@ -11,9 +11,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from megatrain.checkpoint.hf_files import COMPANION_FOLDER, copy_files
 from megatrain.config.schema import Config, DataConfig
 from megatrain.data.boundaries import GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from megatrain.huggingface.files import COMPANION_FOLDER, copy_files
 
 TOKENIZER, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
 BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*")

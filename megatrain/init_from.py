@@ -10,9 +10,6 @@ from typing import Any
 import torch
 import yaml
 
-from megatrain.checkpoint.hf import FAMILIES, Part, parts_of
-from megatrain.checkpoint.hf_config import kind_from
-from megatrain.checkpoint.hf_files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.checkpoint.load import find, load
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
 from megatrain.checkpoint.together import CheckpointError, ContentError, together
@@ -21,6 +18,9 @@ from megatrain.config.load import from_dict
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_model
+from megatrain.huggingface.config import kind_from
+from megatrain.huggingface.families import FAMILIES, Part, parts_of
+from megatrain.huggingface.files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import ParallelContext

@@ -39,7 +39,7 @@ from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
-from megatrain.resume import gauge_kept, resume
+from megatrain.resuming.resume import gauge_kept, resume
 from megatrain.runtime import provenance
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count

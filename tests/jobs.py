@@ -1,7 +1,7 @@
 """Small training jobs as real processes: the command itself, alone or as ranks that are started by hand and meet over gloo.
 
 Importing torch takes each process 2 to 4 seconds, so `commands` also runs many command lines, one after the other, in one
-process (or one pair of them): each goes through `megatrain.cli.main`, and each joins its world anew.
+process (or one pair of them): each goes through `megatrain.cli.main.main`, and each joins its world anew.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def commands(folder: Path, lines: Sequence[Sequence[str] | Sequence[Sequence[str
 
 def _serve(tasks: Path, answers: Path) -> None:
     """One rank of `commands`."""
-    from megatrain import cli
+    from megatrain.cli import main as cli
 
     given = json.loads(tasks.read_text())
     rank, results = int(os.environ.get("RANK", "0")), []

@@ -12,17 +12,17 @@ import pytest
 
 from megatrain import files
 from megatrain.checkpoint.directory import write_file
-from megatrain.checkpoint.hf_files import read_config
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.source import ConfigError, read_file
 from megatrain.data.indexed import TokenStoreWriter
-from megatrain.data.ngram.column import Column
-from megatrain.data.ngram.fit import Settings, fit
-from megatrain.data.ngram.reading import load
-from megatrain.data.ngram.text import TextError
 from megatrain.data.prepare.read import ReadError, read_documents
 from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 from megatrain.files import doing, whole
+from megatrain.huggingface.files import read_config
+from megatrain.ngram.column import Column
+from megatrain.ngram.fit import Settings, fit
+from megatrain.ngram.reading import load
+from megatrain.ngram.text import TextError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
 TEXT = '{"text": "what is written here"}\n' * 3
@@ -148,8 +148,8 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
 
 CLI = """
 import sys
-from megatrain import cli, cli_data
-cli_data._data_inspect = lambda arguments: print("x") or 0
+from megatrain.cli import data, main as cli
+data._data_inspect = lambda arguments: print("x") or 0
 sys.exit(cli.main(["data", "inspect", "x"]))
 """
 

@@ -70,7 +70,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) ->
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
     assert files == modules(source) | {"megatrain/py.typed"}
-    assert "megatrain = megatrain.cli:main" in metadata["entry_points.txt"]
+    assert "megatrain = megatrain.cli.main:main" in metadata["entry_points.txt"]
     assert "Apache License" in metadata["LICENSE"]
     headers = Parser().parsestr(metadata["METADATA"])
     assert headers["Name"] == "megatrain"

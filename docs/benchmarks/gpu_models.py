@@ -21,7 +21,6 @@ import torch._dynamo
 from isolated import Note
 from torch.profiler import ProfilerActivity, profile
 
-from megatrain.bench import bench, export_trace, prepared
 from megatrain.config.load import from_dict, load_overrides
 from megatrain.config.schema import Config
 from megatrain.plan.memory import Layout, layer_activation_bytes, state_bytes
@@ -29,6 +28,7 @@ from megatrain.runtime.distributed import connect
 from megatrain.runtime.flops import model_flops_per_token, parameter_count
 from megatrain.runtime.launch import Launch
 from megatrain.training import Run, train_step
+from megatrain.verbs.bench import bench, export_trace, prepared
 
 PEAK = 989.4e12
 """FLOP/s of an H100 SXM or H200, dense, BF16: what every MFU here is a share of."""

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatrain.data.ngram.discounts import Discounts
-from megatrain.data.ngram.estimate import interpolate, unigrams
-from megatrain.data.ngram.grams import count_part, parts_of
-from megatrain.data.ngram.tables import Tables
-from megatrain.data.ngram.text import number_text
+from megatrain.ngram.discounts import Discounts
+from megatrain.ngram.estimate import interpolate, unigrams
+from megatrain.ngram.grams import count_part, parts_of
+from megatrain.ngram.tables import Tables
+from megatrain.ngram.text import number_text
 
 TEXT = b"a b a c a b\n"
 GIVEN = Discounts((0.5, 1.0, 1.5), fallback=True)

@@ -39,14 +39,14 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, _NodeDesc, _RendezvousState
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatrain.doctor.measure import Report, look, neighbours
+from megatrain.doctor.rules import judge
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.transport_board import Board
 from megatrain.parallel.transport_store import meet_all
 from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import Call, Recorder
 from megatrain.runtime.blame import Identity, State, Verdict
-from megatrain.runtime.doctor import Report, look, neighbours
-from megatrain.runtime.doctor_rules import judge
 from megatrain.runtime.guard import STORE_SECONDS, Guard
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.metrics import RunLog, StepRow
@@ -141,8 +141,8 @@ WORKER = """
 import os
 from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
-from megatrain.runtime.doctor import Report, look, neighbours
-from megatrain.runtime.doctor_rules import judge
+from megatrain.doctor.measure import Report, look, neighbours
+from megatrain.doctor.rules import judge
 from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
 session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), 60.0)

@@ -13,7 +13,7 @@ from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
 from megatrain.config.schema import Config
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.resume import progress_of, restore
+from megatrain.resuming.resume import progress_of, restore
 from megatrain.testing.agree import Disagreement, Trace
 from megatrain.testing.control import Judge
 from megatrain.testing.layouts import Layout

@@ -15,8 +15,8 @@ from megatrain.config.keys import choices, knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.config.ranges import BELOW_ONE, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE
 from megatrain.config.validate import DEFERRED, validate
+from megatrain.inference.trained import laid_out
 from megatrain.program import require_memory
-from megatrain.trained import laid_out
 
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import megatrain
-from megatrain.beginning import Own, beginning_of
-from megatrain.changed import values_then
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
 from megatrain.parallel.mesh import MeshShape
+from megatrain.resuming.beginning import Own, beginning_of
+from megatrain.resuming.changed import values_then
 from megatrain.runtime.launch import Launch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

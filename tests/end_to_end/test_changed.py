@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import megatrain
-from megatrain.changed import TABLE, change_of, table
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.budget import gauge_of
 from megatrain.config.keys import knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.data.identity import store_identity
-from megatrain.resume import _gauge_then, shared_identity
+from megatrain.resuming.changed import TABLE, change_of, table
+from megatrain.resuming.resume import _gauge_then, shared_identity
 from megatrain.runtime.launch import Launch
 from megatrain.testing import simulate
 from megatrain.training import train_step

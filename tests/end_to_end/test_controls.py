@@ -14,7 +14,7 @@ from megatrain.testing import simulate
 from megatrain.testing.layouts import Layout
 from megatrain.testing.trace import trace_run
 from megatrain.training import train_step
-from megatrain.verify import Verifier
+from megatrain.verbs.verify import Verifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -152,7 +152,9 @@ def test_data_missing_on_one_rank(house, tmp_path):
     port = jobs.free_port()
     with jobs.Job(tmp_path / "job") as job:
         for rank, folder in enumerate(("has", "has_not")):
-            command = f"import os, sys; os.chdir({str(tmp_path / folder)!r}); from megatrain.cli import main; sys.exit(main())"
+            command = (
+                f"import os, sys; os.chdir({str(tmp_path / folder)!r}); from megatrain.cli.main import main; sys.exit(main())"
+            )
             job.start([sys.executable, "-c", command, *line], jobs.environment(rank, 2, port))
         ended = job.finish()
     assert [e.code for e in ended] == [1, 1], ended

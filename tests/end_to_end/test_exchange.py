@@ -5,7 +5,7 @@ import json
 import jobs
 import pytest
 
-from megatrain import cli
+from megatrain.cli import main as cli
 
 pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
 from hf_models import tensors_of, write
@@ -124,10 +124,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_an_event(house):
 
 
 def test_changes_are_told_by_value_and_a_new_key_is_none(house):
-    from megatrain.changed import changes
     from megatrain.checkpoint.manifest import Manifest
     from megatrain.config.load import dump, from_dict
     from megatrain.parallel.mesh import MeshShape
+    from megatrain.resuming.changed import changes
 
     was = from_dict({"model": {"dropout": 0.1}, "optim": {"betas": [0.9, 0.99]}})
     text = "".join(line for line in dump(was).splitlines(keepends=True) if "rope_theta" not in line)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tokenizer_models import byte_level, sentencepiece, wordpiece
 
-from megatrain import cli
 from megatrain.checkpoint.save import Contents, save
+from megatrain.cli import main as cli
 from megatrain.config.load import dump, from_dict
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.models.gpt import build_gpt

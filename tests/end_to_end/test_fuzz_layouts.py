@@ -13,7 +13,7 @@ from megatrain.config.validate import validate
 from megatrain.parallel.schedules import FAMILIES
 from megatrain.testing.layouts import USUAL_CHUNKS, Layout, for_replicas
 from megatrain.testing.trace import ANY_DATA
-from megatrain.verify import Verifier
+from megatrain.verbs.verify import Verifier
 
 LARGEST_WORLD = 8
 STEPS = 2

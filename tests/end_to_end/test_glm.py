@@ -13,17 +13,17 @@ from megatrain.checkpoint.together import ContentError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import ModelConfig
 from megatrain.data.loader import Loader
-from megatrain.exchange import export_hf, import_hf
+from megatrain.inference.glm import Marks, places_of
 from megatrain.init_from import shapes_of, start_from
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
-from megatrain.models.glm import Marks, places_of
 from megatrain.models.gpt import build_gpt
 from megatrain.models.rope import _angles
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.trace import random_source
 from megatrain.training import assemble, train_step
+from megatrain.verbs.exchange import export_hf, import_hf
 
 V, H, HEADS, LAYERS, LENGTH = 101, 32, 4, 3, 40
 GLM1_CONFIG = {

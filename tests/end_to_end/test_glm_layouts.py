@@ -7,7 +7,7 @@ import pytest
 
 from megatrain.config.load import from_dict
 from megatrain.testing.layouts import Layout, covering, every_layout
-from megatrain.verify import Verifier
+from megatrain.verbs.verify import Verifier
 
 ONE = {"blank": 0.0, "sentence": 0.0, "document": 0.0}
 GLM1 = {"family": "glm", "num_layers": 4, "hidden_size": 16, "num_attention_heads": 4, "seq_length": 24, "vocab_size": 61}

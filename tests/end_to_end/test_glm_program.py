@@ -7,7 +7,7 @@ import jobs
 import pytest
 
 import megatrain
-from megatrain.cli import main
+from megatrain.cli.main import main
 from megatrain.config.source import ConfigError
 from megatrain.data.prepare.tokenize import tokenize_files
 

@@ -25,7 +25,7 @@ def verbs(package, words):
         del sys.modules[name]
     sys.meta_path.insert(0, Missing(package))
     torch.set_num_threads(1)
-    from megatrain.cli import main
+    from megatrain.cli.main import main
     config, run = words[1], Path(words[2], package)
     codes = [
         main(["train", config, f"log.dir={run}", "log.to=[tensorboard]"]),
@@ -90,7 +90,7 @@ def test_a_run_goes_on_without(said, package):
 
 
 def test_a_verb_that_needs_a_package_says_which(capsys, monkeypatch):
-    from megatrain import cli
+    from megatrain.cli import main as cli
 
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "megatrain.plan.picture", raising=False)

@@ -11,7 +11,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.layouts import Layout
-from megatrain.verify import Verifier
+from megatrain.verbs.verify import Verifier
 
 BASE = ModelConfig(
     num_layers=4,

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from megatrain.cli import main
+from megatrain.cli.main import main
 from megatrain.config.schema import Config, CorpusConfig, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.parallel.schedules import Schedule

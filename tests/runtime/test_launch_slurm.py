@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.cli import main
+from megatrain.cli.main import main
 from megatrain.runtime.launch import Launch, LaunchError
 
 JOB = {"SLURM_JOB_ID": "70000", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2"}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from megatrain.cli import main
+from megatrain.cli.main import main
 from megatrain.data.indexed import TokenStore
 from megatrain.data.prepare import read, tokenize
 from megatrain.data.prepare.read import ReadError

@@ -1,0 +1,100 @@
+"""The arguments of `megatrain data`: tokenizer, tokenize, inspect, filter."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from megatrain.cli.arguments import positive, text
+from megatrain.cli.ngram import add_data_filter
+
+AddVerb = Callable[..., argparse.ArgumentParser]
+
+
+def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
+    """Put `data` and its stages among the verbs."""
+    what = "text files to token store, one stage each"
+    data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
+    stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=parser_class)
+    _add_data_tokenizer(stages, add_verb)
+    _add_data_tokenize(stages, add_verb)
+    _add_data_inspect(stages, add_verb)
+    add_data_filter(stages, add_verb)
+
+
+def _data_tokenizer(arguments: argparse.Namespace) -> int:
+    from megatrain.data.tokenizer import train_tokenizer
+
+    train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=arguments.key)
+    return 0
+
+
+def _data_tokenize(arguments: argparse.Namespace) -> int:
+    from megatrain.data.prepare.tokenize import tokenize_files
+
+    report = tokenize_files(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.output,
+        workers=arguments.workers,
+        append_eod=arguments.append_eod,
+        key=arguments.key,
+        eod=arguments.eod,
+        bos=arguments.bos,
+    )
+    print(report)
+    return 0
+
+
+def _data_inspect(arguments: argparse.Namespace) -> int:
+    from megatrain.data.store_record import describe
+
+    print(describe(arguments.prefix))
+    return 0
+
+
+def _add_data_tokenizer(stages: Any, add_verb: AddVerb) -> None:
+    example = "megatrain data tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer.json"
+    parser = add_verb(stages, "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on text", example)
+    _add_input(parser)
+    parser.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
+    parser.add_argument("--output", required=True, metavar="TOKENIZER.json", help="the file to write")
+
+
+def _add_data_tokenize(stages: Any, add_verb: AddVerb) -> None:
+    example = (
+        "megatrain data tokenize --input corpus.jsonl --tokenizer tokenizer.json --output data/train --workers 2 --append-eod"
+    )
+    parser = add_verb(stages, "tokenize", _data_tokenize, "write text as a token store (PREFIX.bin, PREFIX.idx)", example)
+    _add_input(parser)
+    parser.add_argument("--tokenizer", required=True, metavar="bytes|TOKENIZER.json", help="`bytes`, or a file of `tokenizers`")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="of the two files to write")
+    parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes; any number writes the same bytes")
+    parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    parser.add_argument(
+        "--eod",
+        type=text,
+        metavar="TOKEN",
+        help="end every document with this one: a name or an id (--append-eod: that of tokenizer_config.json, special_tokens_map.json "
+        "or generation_config.json beside the tokenizer, or one with a known name)",
+    )
+    parser.add_argument(
+        "--bos",
+        type=text,
+        metavar="TOKEN",
+        help="begin every document with this one, or `none` (default: with what the tokenizer puts first, if anything)",
+    )
+
+
+def _add_data_inspect(stages: Any, add_verb: AddVerb) -> None:
+    example = "megatrain data inspect data/train"
+    parser = add_verb(stages, "inspect", _data_inspect, "print what is in a token store", example)
+    parser.add_argument("prefix", metavar="PREFIX", help="of a .bin/.idx pair")
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, plain or as .gz or .zst")
+    parser.add_argument(
+        "--key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
+    )

@@ -1,0 +1,340 @@
+"""`megatrain VERB ...`: one small function per verb, which imports its room only when it runs.
+
+Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong
+use; 75 stopped early with a checkpoint saved: a scheduler should start the run again; 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import megatrain
+from megatrain.cli.arguments import finite, positive, probability, seed, temperature, text
+from megatrain.cli.data import add_data
+from megatrain.cli.doctor import add_doctor
+from megatrain.cli.ngram import add_ngram
+from megatrain.cli.train import add_train
+from megatrain.cli.weights import add_exchange
+from megatrain.files import lost_output
+
+_CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
+DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+LATER = {
+    "data read": "text from raw files",
+    "data clean": "clean text",
+    "data dedup": "remove duplicate documents",
+    "data prepare": "all stages from one config",
+    "serve": "a model over HTTP",
+    "find-lr": "a learning rate to start from",
+    "quantize": "INT8 and INT4 weights",
+    "prune": "sparse weights",
+}
+"""Verbs that a later release delivers; refused until then."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. An error that is not expected leaves as it came, with its traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as stderr: a character that the terminal lacks is shown, not an error
+    if later := _later_verb(words):
+        message = f"error: `megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is."
+        return _complain(message, WRONG_USE)
+    try:
+        arguments = _parse(words)
+    except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
+        return stop.code if isinstance(stop.code, int) else WRONG_USE
+    if argv is None and words[:1] in (["train"], ["bench"]):
+        _begin_program(words[0])
+    arguments.ends_process = argv is None
+    try:
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        package = (error.name or "megatrain").partition(".")[0]
+        if arguments.traceback or package == "megatrain":
+            raise
+        return _complain(f"error: {package}, which this needs, is not installed: pip install {package}", FAILED)
+    except Exception as error:
+        if arguments.traceback or not _expected(error):
+            raise
+        return _complain(f"error: {lost_output(error) or error}", FAILED)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a verb; overrides may stand between and after options. Raises SystemExit on wrong use."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if rest and (overrides != rest or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += overrides
+    return arguments
+
+
+def _begin_program(verb: str) -> None:
+    """What a program of its own does before torch is imported and memory is taken."""
+    from megatrain.runtime.memory import restart_with_better_allocator
+    from megatrain.runtime.stop import hold_signals
+
+    if verb == "train":
+        hold_signals()
+    restart_with_better_allocator()
+
+
+def _expected(error: Exception) -> bool:
+    """Whether an error speaks to the user, and needs no traceback.
+
+    Such are: the error classes of megatrain's rooms (ConfigError, TransportError ...), errors of the operating system, and a
+    ValueError that megatrain's own code raised. A ValueError from within a library is a fault of megatrain.
+    """
+    if isinstance(error, OSError) or _of_megatrain(type(error).__module__):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return isinstance(error, ValueError) and bool(frames) and _of_megatrain(frames[-1][0].f_globals.get("__name__", ""))
+
+
+def _of_megatrain(module: str) -> bool:
+    return module.partition(".")[0] == "megatrain"
+
+
+def _complain(message: str, code: int) -> int:
+    _say(f"megatrain: {message}")
+    return code
+
+
+def _say(text: str) -> None:
+    """On stderr; where the launch scripts ask, they say it, once for all ranks."""
+    from megatrain.runtime.stop import leave_error
+
+    if not leave_error(text, os.environ):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _later_verb(words: list[str]) -> str | None:
+    """The verb of LATER that a command line begins with."""
+    return next((verb for verb in LATER if words[: verb.count(" ") + 1] == verb.split()), None)
+
+
+# --- verbs --------------------------------------------------------------------------------------------------------------------
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
+    clash = [name for name, value in sampling.items() if value is not None] + ["--greedy"] * arguments.greedy
+    if (arguments.greedy and len(clash) > 1) or (arguments.beams is not None and clash):
+        which = "--greedy takes" if arguments.beams is None else f"--beams {arguments.beams} looks for"
+        said = f"{which} what is most probable, so {clash[0]} means nothing. Leave one out."
+        return _complain(f"error: {said}", WRONG_USE)
+    if arguments.length_penalty is not None and (arguments.beams or 1) < 2:
+        said = "--length-penalty ranks texts of several beams, and there is one. Leave it out, or use --beams 4."
+        return _complain(f"error: {said}", WRONG_USE)
+    arguments.length_penalty = 0.0 if arguments.length_penalty is None else arguments.length_penalty
+    arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
+    from megatrain.verbs.generate import main as generate
+
+    return generate(arguments)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.plan import main as plan
+
+    png = None if arguments.timeline is None else Path(arguments.timeline)
+    return plan(arguments.config, arguments.overrides, arguments.devices, png)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.verify import main as verify
+
+    return verify(
+        arguments.config,
+        arguments.overrides,
+        arguments.layouts,
+        arguments.steps,
+        arguments.precision,
+        arguments.processes,
+        arguments.shrink,
+        arguments.resume,
+        None if arguments.json is None else Path(arguments.json),
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.bench import main as bench
+
+    return bench(arguments.config, arguments.overrides, arguments.steps, arguments.warmup, arguments.profile)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.eval import main as evaluate
+
+    return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
+
+
+# --- arguments ----------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, keeps the lines of its examples and speaks as `megatrain: error:`."""
+
+    def __init__(self, *, example: str, notes: str = "", **settings: Any) -> None:
+        epilog = f"{notes}example:\n  {example}"
+        super().__init__(epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and how to use the verb; exit 2."""
+        _say(f"{self.format_usage()}megatrain: error: {message}")
+        self.exit(WRONG_USE)
+
+
+_Verbs = Any
+"""What `add_subparsers` returns; argparse has no public name for it."""
+
+
+def _parser() -> _Parser:
+    """The whole command line."""
+    later = "\n".join(f"  {verb:14} {what}" for verb, what in LATER.items())
+    parser = _Parser(
+        prog="megatrain",
+        description=megatrain.__doc__,
+        notes=f"not in this release (refused until they are):\n{later}\n\n",
+        example="megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX",
+    )
+    parser.add_argument("--version", action="version", version=f"megatrain {megatrain.__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
+    add_train(verbs, _add_verb, _add_config)
+    _add_generate(verbs)
+    _add_plan(verbs)
+    _add_verify(verbs)
+    _add_bench(verbs)
+    _add_eval(verbs)
+    add_exchange(verbs, _add_verb, _Parser, _CHECKPOINT)
+    add_ngram(verbs, _add_verb, _Parser)
+    add_doctor(verbs, _add_verb)
+    add_data(verbs, _add_verb, _Parser)
+    return parser
+
+
+def _add_verb(
+    verbs: _Verbs, name: str, run: Callable[[argparse.Namespace], int], what: str, example: str
+) -> argparse.ArgumentParser:
+    """A parser for one verb; its namespace carries `run`."""
+    parser = verbs.add_parser(name, help=what, description=what, example=example)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from, not only what it says")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, what: str = "the run; every key is in docs/config.md") -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help=what)
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
+
+
+def _add_generate(verbs: _Verbs) -> None:
+    example = 'megatrain generate runs/demo/checkpoints --prompt "def main" --max-tokens 100 --temperature 0.8'
+    parser = _add_verb(verbs, "generate", _generate, "continue a text with a trained model", example)
+    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
+    parser.add_argument(
+        "overrides", metavar="parallel.key=value", nargs="*", help="the layout, under torchrun (default: one process)"
+    )
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        type=text,
+        metavar="TEXT",
+        help="the text to continue; a GLM fills its [MASK], [sMASK] and [gMASK]",
+    )
+    parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default 64)")
+    parser.add_argument("--seed", type=seed, default=1234, metavar="N", help="seed of the samples (default 1234)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or `bytes` (default: the one of the run)")
+    parser.add_argument("--eod", type=text, metavar="TOKEN", help="ends the text; a name, an id or `none` (default: the run's)")
+    parser.add_argument("--bos", type=text, metavar="TOKEN", help="goes before the prompt; likewise (default: the run's)")
+    how = parser.add_argument_group("how the next token is chosen")
+    how.add_argument("--greedy", action="store_true", help="the most probable one; goes with none of the following")
+    how.add_argument("--temperature", type=temperature, metavar="T", help="divides the logits before sampling (default 1.0)")
+    how.add_argument("--top-k", type=positive, metavar="K", help="sample among the K most probable (default: all)")
+    how.add_argument(
+        "--top-p", type=probability, metavar="P", help="sample among the fewest that together have P (default: all)"
+    )
+    how.add_argument(
+        "--beams", type=positive, metavar="N", help="beam search for the most probable text, N side by side; 1 is --greedy"
+    )
+    how.add_argument(
+        "--length-penalty",
+        type=finite,
+        metavar="A",
+        help="beams: above 0 favours longer texts (default 0; arXiv:1609.08144)",
+    )
+
+
+def _add_plan(verbs: _Verbs) -> None:
+    example = "megatrain plan launch/configs/gpt_pipeline.yaml --timeline timeline.png parallel.schedule=zb_h1"
+    what = "what a step of a run will look like: its pipeline's timeline and idle shares; starts nothing"
+    parser = _add_verb(verbs, "plan", _plan, what, example)
+    _add_config(parser)
+    parser.add_argument("--devices", type=positive, metavar="N", help="how many there are (default: those of one replica)")
+    parser.add_argument("--timeline", metavar="PNG", help="draw the timeline there")
+
+
+def _add_verify(verbs: _Verbs) -> None:
+    example = (
+        "megatrain verify launch/configs/gpt_tiny.yaml --layouts all --shrink\n"
+        "  megatrain verify run.yaml --layouts tp2-sp,pp2-zb_h1-dp2-zero3 --steps 5 --json report.json"
+    )
+    what = "train a few steps under many layouts and compare every number with those of one process"
+    parser = _add_verb(verbs, "verify", _verify, what, example)
+    _add_config(parser, "the run; tokens are random, only the vocabulary's size is read")
+    parser.add_argument(
+        "--layouts", default="all", metavar="all|LIST", help="every legal one on 1, 2, 4 and 8 ranks, or names joined by commas"
+    )
+    parser.add_argument("--steps", type=positive, default=5, metavar="K", help="steps of each layout (default 5)")
+    parser.add_argument(
+        "--precision", choices=("fp64", "fp32", "bf16"), default="fp64", help="fp64 finds faults, the others show their noise"
+    )
+    parser.add_argument("--processes", action="store_true", help="run every layout on gloo processes, not on simulated ranks")
+    parser.add_argument("--shrink", action="store_true", help="verify a small model of the same structure")
+    parser.add_argument(
+        "--resume", action="store_true", help="save and resume every run half-way, also from and to one process"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write every row there")
+
+
+def _add_bench(verbs: _Verbs) -> None:
+    example = (
+        "megatrain bench launch/configs/gpt_30m.yaml\n"
+        "  torchrun --nproc-per-node 2 -m megatrain bench run.yaml parallel.tensor_parallel_size=2 --profile trace.json"
+    )
+    what = "train on random tokens and print tokens per second, MFU, memory and phases as one line of JSON"
+    parser = _add_verb(verbs, "bench", _bench, what, example)
+    _add_config(parser, "the run; no data is needed, but model.vocab_size or a tokenizer")
+    parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps to time (default 10)")
+    parser.add_argument("--warmup", type=positive, default=3, metavar="N", help="steps before (default 3)")
+    parser.add_argument("--profile", metavar="JSON", help="write a Chrome trace of two more steps there")
+
+
+def _add_eval(verbs: _Verbs) -> None:
+    example = "megatrain eval runs/demo/checkpoints data.valid='{web: data/web, code: data/code}'"
+    what = "print loss, perplexity, bits per byte and token accuracy of a checkpoint on held-out text, set by set"
+    parser = _add_verb(verbs, "eval", _eval, what, example)
+    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="other data, layout, train.micro_batch_size or train.eval_batches than the run's (default: all of data.valid)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -1,0 +1,75 @@
+"""The arguments of the verbs about directories of weights: import, export, checkpoint inspect / verify / convert."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+AddVerb = Callable[..., argparse.ArgumentParser]
+
+
+def add_exchange(verbs: Any, add_verb: AddVerb, parser_class: Any, checkpoint_help: str) -> None:
+    """Put them among the verbs."""
+    what = "make a checkpoint of a Hugging Face directory (training may start from that as it is: model.init_from)"
+    parser = add_verb(verbs, "import", _import, what, "megatrain import ~/models/qwen3-0.6b runs/qwen3")
+    parser.add_argument("source", metavar="HF_DIR", type=Path, help="it holds config.json and safetensors files")
+    parser.add_argument("out", metavar="OUT", type=Path, help="run directory; the checkpoint is OUT/checkpoints/step_00000000")
+    what = "make a Hugging Face directory of a checkpoint"
+    parser = add_verb(verbs, "export", _export, what, "megatrain export runs/demo/checkpoints ~/models/demo --dtype bfloat16")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help=checkpoint_help)
+    parser.add_argument("out", metavar="HF_DIR", type=Path, help="a directory that is empty or not there yet")
+    parser.add_argument("--like", metavar="DIR", type=Path, help="take config.json and tokenizer files from there")
+    _add_dtype(parser)
+    what = "what is in a checkpoint, is it whole"
+    checkpoint = verbs.add_parser("checkpoint", help=what, description=what, example="megatrain checkpoint verify runs/demo")
+    stages = checkpoint.add_subparsers(metavar="WHAT", required=True, parser_class=parser_class)
+    inspect = add_verb(stages, "inspect", _checkpoint_inspect, "print what is in it", "megatrain checkpoint inspect runs/demo")
+    inspect.add_argument("--json", action="store_true", help="as one JSON object")
+    verify = add_verb(stages, "verify", _checkpoint_verify, "check every byte", "megatrain checkpoint verify runs/demo")
+    what, example = (
+        "write it again, one file a kind",
+        "megatrain checkpoint convert runs/demo out --weights-only --dtype bfloat16",
+    )
+    convert = add_verb(stages, "convert", _checkpoint_convert, what, example)
+    for stage in (inspect, verify, convert):
+        stage.add_argument("checkpoint", metavar="CKPT", type=Path, help=checkpoint_help)
+    convert.add_argument("out", metavar="OUT", type=Path, help="directory of checkpoints to write it in")
+    convert.add_argument("--weights-only", action="store_true", help="leave the optimizer's states out")
+    _add_dtype(convert)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    names = ("float32", "bfloat16", "float16", "float64")
+    parser.add_argument("--dtype", choices=names, help="of the weights (default: as they are stored)")
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.exchange import import_hf
+
+    return import_hf(arguments.source, arguments.out)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.exchange import export_hf
+
+    return export_hf(arguments.checkpoint, arguments.out, arguments.like, arguments.dtype)
+
+
+def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.exchange import inspect
+
+    return inspect(arguments.checkpoint, arguments.json)
+
+
+def _checkpoint_verify(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.exchange import verify_all
+
+    return verify_all(arguments.checkpoint)
+
+
+def _checkpoint_convert(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.exchange import convert
+
+    return convert(arguments.checkpoint, arguments.out, arguments.weights_only, arguments.dtype)

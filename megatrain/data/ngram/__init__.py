@@ -1,5 +1,0 @@
-"""Kneser-Ney n-gram models: from text to perplexity (docs/ngram.md)."""
-
-from megatrain.data.ngram.reading import load
-
-__all__ = ["load"]

@@ -1,0 +1,246 @@
+"""What a machine can do for a job, rank by rank: the looking and measuring of `megatrain doctor`.
+
+Each rank looks at its own machine (`look`) before anything is joined, then measures itself among the others (`measure`). The reports of all
+ranks are judged in one place, without any machine: `rules.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatrain.kernels.dispatch import triton
+from megatrain.kernels.matmul import matmul
+from megatrain.parallel.consensus import broadcast_text, gather_texts
+from megatrain.parallel.transport import Group
+from megatrain.parallel.transport_torch import backends
+from megatrain.runtime.interface import BACKENDS
+
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "megatrain")
+DISK_TEST_BYTES = 64 << 20
+MESSAGE_NUMBERS = 4 << 20
+"""float32 numbers of an all-reduce, and of a message between nodes."""
+
+
+@dataclass
+class Report:
+    """What one rank found."""
+
+    rank: int
+    node: str
+    local_world_size: int = 1
+    """Ranks that the launcher says are on this node."""
+    problems: list[str] = field(default_factory=list)
+    """Why a job would fail on this rank: its config, device or port."""
+    doubts: list[str] = field(default_factory=list)
+    """What may be wrong."""
+    versions: dict[str, str] = field(default_factory=dict)
+    devices: list[str] = field(default_factory=list)
+    kernels: str = ""
+    """Whether Triton's kernels would serve, and why not."""
+    backends: list[str] = field(default_factory=list)
+    """Collectives libraries that torch has."""
+    backend: str = ""
+    """The one that this rank would use, and for tensors where: `nccl on cuda`."""
+    interfaces: dict[str, list[str]] = field(default_factory=dict)
+    """Name -> its IPv4 and IPv6 addresses."""
+    asked_interfaces: dict[str, str] = field(default_factory=dict)
+    """Variable -> what it names."""
+    interface: str = ""
+    """The one that is chosen for the ranks' messages, where there is a choice."""
+    free_bytes: int = 0
+    write_mb_per_second: float = 0.0
+    directory_problem: str = ""
+    """Why checkpoint.dir cannot be written."""
+    sees_token: bool = True
+    """Whether a file that rank 0 wrote in checkpoint.dir is there."""
+    clock_seconds: float = 0.0
+    """This machine's time when all ranks had just met; 0 before."""
+    tflops: float = 0.0
+    """0: not measured, as for the following."""
+    all_reduce_mb_per_second: float = 0.0
+    links_mb_per_second: dict[str, float] = field(default_factory=dict)
+    """Rank of a neighbouring node -> speed of messages to and from it."""
+
+    @property
+    def name(self) -> str:
+        """Of the rank, for people."""
+        return f"rank {self.rank} on {self.node}"
+
+    @property
+    def link_mb_per_second(self) -> float:
+        """The best link to another node: what this rank's own port can do."""
+        return max(self.links_mb_per_second.values(), default=0.0)
+
+
+def look(report: Report, device: torch.device, directory: Path, env: Mapping[str, str]) -> None:
+    """Add what this machine has; joins nothing."""
+    report.versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            report.versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            report.versions[package] = "not installed"
+    _look_at_device(report, device)
+    report.kernels = (
+        "triton"
+        if triton is not None and device.type == "cuda"
+        else "plain PyTorch: "
+        + ("Triton is not installed (pip install 'megatrain[gpu]')" if triton is None else f"Triton has no {device.type}")
+    )
+    report.backends = backends()
+    for name, entries in psutil.net_if_addrs().items():
+        ip = [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]
+        report.interfaces[name] = [address for address in ip if not address.startswith("fe80:")] or ip
+    report.asked_interfaces = {key: env[key] for key in BACKENDS if env.get(key)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        report.free_bytes = shutil.disk_usage(directory).free
+        report.write_mb_per_second = write_speed(directory, report.rank)
+    except OSError as error:
+        report.directory_problem = error.strerror or str(error)
+
+
+def _look_at_device(report: Report, device: torch.device) -> None:
+    report.devices = [f"cpu, {os.cpu_count() or 1} cores"]
+    if device.type != "cuda":
+        return
+    report.versions["cuda"] = str(torch.version.cuda)
+    try:
+        report.devices = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        float(torch.ones(1, device=device) + 1)
+    except RuntimeError as error:
+        report.problems.append(f"{device} does not compute: {str(error).splitlines()[0]}")
+
+
+def write_speed(directory: Path, rank: int, size: int = DISK_TEST_BYTES) -> float:
+    """MB/s of a file that is on the disk when its time is taken. Raises OSError."""
+    path = directory / f".doctor-{rank}-{os.getpid()}"
+    data = os.urandom(1 << 20)
+    began = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            for _ in range(size >> 20):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return size / 1e6 / (time.perf_counter() - began)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def measure(report: Report, group: Group | None, device: torch.device, directory: Path) -> None:
+    """Add what a rank is among the others (collective). Raises TransportError."""
+    token = _write_token(report, directory)
+    name = broadcast_text(token, group, device)
+    _meet(group)
+    report.clock_seconds = time.time()
+    report.sees_token = not name or bool(report.directory_problem) or (directory / name).exists()
+    _meet(group)
+    if token:
+        (directory / token).unlink(missing_ok=True)
+    report.tflops = _matmul_speed(device)
+    if group is None:
+        return
+    numbers = torch.zeros(MESSAGE_NUMBERS, device=device)
+    report.all_reduce_mb_per_second = _all_reduce_speed(group, numbers)
+    for peer in neighbours(gather_texts(report.node, group, device), group.rank):
+        if peer is not None:
+            report.links_mb_per_second[str(peer)] = _link_speed(group, peer, numbers)
+
+
+def _write_token(report: Report, directory: Path) -> str:
+    """On rank 0 the name of a new file in checkpoint.dir that no earlier run can have left; else, and where it cannot, nothing."""
+    if report.rank != 0 or report.directory_problem:
+        return ""
+    name = f".doctor-{report.node}-{os.getpid()}-{time.time_ns()}"
+    try:
+        (directory / name).touch()
+    except OSError as error:
+        report.directory_problem = error.strerror or str(error)
+        return ""
+    return name
+
+
+def neighbours(nodes: Sequence[str], rank: int) -> list[int | None]:
+    """With whom a rank exchanges messages, round by round, for ranks on these nodes; None: with nobody.
+
+    The nodes are a ring; a rank's partner is the rank of the same place on the next node, then on the one before, so that each rank
+    measures at most two links in any world, and all network ports of a node are used at once. An odd ring takes a third round:
+
+        0 - 1   2 - 3   4      then      0   1 - 2   3 - 4      then      4 - 0
+    """
+    members: dict[str, list[int]] = {}
+    for other, node in enumerate(nodes):
+        members.setdefault(node, []).append(other)
+    ring = list(members)
+    mine, place, size = ring.index(nodes[rank]), members[nodes[rank]].index(rank), len(ring)
+    links = size if size > 2 else size - 1
+    rounds: list[int | None] = [None] * min(links, 2 + size % 2)
+    for link in range(links):
+        ends = (link, (link + 1) % size)
+        if mine in ends:
+            partners = members[ring[ends[0] if mine == ends[1] else ends[1]]]
+            last_of_odd = size % 2 and link == size - 1
+            rounds[2 if last_of_odd else link % 2] = partners[place] if place < len(partners) else None
+    return rounds
+
+
+def _meet(group: Group | None) -> None:
+    if group is not None:
+        group.barrier()
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matmul_speed(device: torch.device, seconds: float = 0.5) -> float:
+    """TFLOP/s of one matrix product, the best of several."""
+    size = 4096 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, _seconds(lambda: matmul(a, a), device))
+    return 2 * size**3 / best / 1e12
+
+
+def _all_reduce_speed(group: Group, numbers: torch.Tensor, rounds: int = 5) -> float:
+    """MB/s of the numbers of an all-reduce, the best round."""
+    best = float("inf")
+    for _ in range(rounds):
+        group.barrier()
+        best = min(best, _seconds(lambda: group.all_reduce(numbers), numbers.device))
+    return numbers.nbytes / 1e6 / best
+
+
+def _link_speed(group: Group, peer: int, numbers: torch.Tensor, turns: int = 3) -> float:
+    """MB/s of a message to a rank and back, the best turn but the first, which makes the connection."""
+
+    def there_and_back() -> None:
+        calls: list[Callable[[torch.Tensor, int], object]] = [group.send, group.recv]
+        for call in calls if group.rank < peer else reversed(calls):
+            call(numbers, peer)
+
+    seconds = [_seconds(there_and_back, numbers.device) for _ in range(turns)]
+    return 2 * numbers.nbytes / 1e6 / min(seconds[1:])
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes, its work on the device included."""
+    began = time.perf_counter()
+    call()
+    _finish(device)
+    return time.perf_counter() - began

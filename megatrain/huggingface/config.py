@@ -1,0 +1,171 @@
+"""config.json of Hugging Face <-> the `model` section, by a table for each family: which key is called what, and what must be so.
+
+What a name means is in said.py, rotary settings are in rope.py. Defaults are those of transformers' classes. What the model section
+cannot say is refused by name, never dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from megatrain.checkpoint.together import ContentError
+from megatrain.config.schema import ModelConfig
+from megatrain.huggingface.dialects import DIALECTS
+from megatrain.huggingface.families import FAMILIES
+from megatrain.huggingface.rope import NAMES as ROPE_NAMES
+from megatrain.huggingface.rope import rope_of, rope_to
+from megatrain.huggingface.said import (
+    SAME,
+    Json,
+    refuse_foreign,
+    require_one_meaning,
+    value_of,
+)
+
+_WHOLE = {
+    *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "seq_length"),
+    "vocab_size",
+}
+"""Keys that are counts."""
+_NOT_OF_THE_SHAPE = {
+    *("family", "preset", "init_from", "seq_length", "dropout", "attention_dropout", "softmax_fp32", "residual_fp32"),
+    *("init", "init_std", "embedding_init_std", "scale_residual_init", "vocab_size", "rope_angle_dtype"),
+    *("embedding_grad_scale", "embedding_grad_steps"),
+}
+"""Keys of the model section that a file of weights does not depend on."""
+
+
+def model_of(config: Json) -> Json:
+    """The keys of the model section that a config.json gives. Raises ContentError for what cannot be said there."""
+    kind = kind_from(config)
+    if config.get("quantization_config") or config.get("quantization_bit"):
+        raise ContentError(
+            "config.json says that the weights are quantised (quantization_config, quantization_bit); give the directory of the model "
+            "before quantisation"
+        )
+    dialect = DIALECTS[kind]
+    own = names_of(kind)
+    refuse_foreign(config, kind, own, dialect.also)
+    for name, allowed in dialect.demands.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise ContentError(f"config.json has {name}={config[name]!r}, and a {kind} can be read with {allowed[0]!r} alone")
+    model = dict(dialect.fixed)
+    for ours, of in dialect.keys.items():
+        model[ours] = value_of(config, of)
+        if ours in _WHOLE and model[ours] is not None and (type(model[ours]) is not int or model[ours] < 1):
+            raise ContentError(f"config.json has {of.names[0]}={model[ours]!r}, which is no whole number above 0")
+    model["max_positions"] = model["seq_length"]
+    model |= dialect.read(config, model)
+    meant = _filled(model)
+    names = {ours: of.names[0] for ours, of in dialect.keys.items()}
+    require_one_meaning(config, meant, names | {"max_positions": names["seq_length"]}, own)
+    rope = {}
+    if dialect.rope and model["position"] == "rope":
+        rope = rope_of(config, kind, model["max_positions"], meant["head_dim"], dialect.rotated)
+    return {**model, **rope}
+
+
+def names_of(kind: str) -> set[str]:
+    """All names of config.json that are read of a kind of model."""
+    dialect = DIALECTS[kind]
+    keys = {name for of in dialect.keys.values() for name in of.names}
+    rope = ROPE_NAMES if dialect.rope and dialect.fixed.get("position") == "rope" else ()
+    return keys | set(dialect.demands) | set(dialect.reads) | set(rope)
+
+
+def _filled(model: Json) -> Json:
+    """The sizes of a model, with what null means."""
+    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    means = {"num_query_groups": heads, "head_dim": hidden // heads, "ffn_hidden_size": 4 * hidden}
+    return {name: means[name] if model.get(name) is None and name in means else model.get(name) for name in (*SAME, *means)}
+
+
+def kind_from(config: Json) -> str:
+    """The kind of model of a config.json. THUDM's first models share their model_type with later ones. Raises ContentError."""
+    kind = str(config.get("model_type"))
+    if kind == "chatglm" and ("inner_hidden_size" in config or config.get("position_encoding_2d")):
+        return "chatglm_6b"
+    if kind == "glm" and ("block_position_encoding" in config or "max_sequence_length" in config):
+        return "glm_1"
+    if kind not in FAMILIES:
+        raise ContentError(f"config.json is of model_type {config.get('model_type')!r}; known are {', '.join(FAMILIES)}")
+    return kind
+
+
+def config_of(model: ModelConfig, vocab_size: int, kind: str) -> Json:
+    """The config.json of a model. Raises ContentError where the family cannot say what the model is."""
+    dialect = DIALECTS[kind]
+    config: Json = {"model_type": dialect.model_type or kind, "architectures": [FAMILIES[kind].architecture]}
+    for name, allowed in dialect.demands.items():
+        config[name] = allowed[0]
+    values = {item.name: getattr(model, item.name) for item in fields(model)} | {
+        "vocab_size": vocab_size,
+        "seq_length": model.positions,
+        "num_query_groups": model.query_groups,
+        "head_dim": model.head_size,
+        "ffn_hidden_size": model.ffn_size,
+        "qkv_bias": model.qkv_biased,
+    }
+    for ours, of in dialect.keys.items():
+        config[of.names[0]] = values[ours]
+    if dialect.rope and model.position == "rope":
+        config |= rope_to(model, dialect.rotated)
+    config |= dialect.write(model)
+    lost = [name for name in _differences(model, ModelConfig(**model_of(config))) if name not in _NOT_OF_THE_SHAPE]
+    if lost:
+        lost = [f"{name}={getattr(model, name)!r}" for name in lost]
+        raise ContentError(f"a {kind} of Hugging Face cannot have {', '.join(lost)}")
+    return config
+
+
+def same_model(one: Json, other: Json) -> bool:
+    """Whether two config.json say the same of the model section."""
+    return not _differences(ModelConfig(**model_of(one)), ModelConfig(**model_of(other)))
+
+
+def _differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Keys of the model section in which two models are not the same."""
+    return [item.name for item in fields(one) if _meant(one, item.name) != _meant(other, item.name)]
+
+
+def kind_of(model: ModelConfig, vocab_size: int) -> str:
+    """The first family that can say what a model is. Raises ContentError where none can."""
+    reasons = []
+    for kind in DIALECTS:
+        try:
+            config_of(model, vocab_size, kind)
+        except ContentError as error:
+            reasons.append(str(error))
+        else:
+            return kind
+    raise ContentError("no family of Hugging Face is such a model: " + "; ".join(reasons))
+
+
+def _meant(model: ModelConfig, name: str) -> Any:
+    """A value with what null means filled in; of rotary settings nothing where there are none."""
+    if name.startswith("rope_") and not model.rotary:
+        return None
+    if name == "deepnorm_alpha":
+        return model.residual_scale
+    if name.startswith("rope_") and name not in ("rope_theta", "rope_fraction", "rope_interleaved", "rope_scaling"):
+        if model.rope_scaling == "none" or model.rope_factor == 1 or (model.rope_scaling == "linear" and name != "rope_factor"):
+            return None
+        if name.startswith("rope_beta") != (model.rope_scaling == "yarn") and name not in (
+            "rope_factor",
+            "rope_original_length",
+        ):
+            return None
+    if name.startswith("sparse_") and model.sparse is None:
+        return None
+    means = {
+        "max_positions": model.positions,
+        "head_dim": model.head_size,
+        "num_query_groups": model.query_groups,
+        "ffn_hidden_size": model.ffn_size,
+        "qkv_bias": model.qkv_biased,
+        "rope_scaling": model.rope_scaling if model.rope_factor > 1 else "none",
+        "rope_original_length": model.original_length,
+        "rope_fraction": model.rotated,
+    }
+    return means.get(name, getattr(model, name))

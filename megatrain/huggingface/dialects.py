@@ -1,0 +1,349 @@
+"""What config.json says in each family of Hugging Face, a table each: which key of the model section is called what, and what must be so.
+
+Defaults are those of transformers' classes (tests/huggingface/test_config.py compares them); THUDM's own files have none of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatrain.checkpoint.together import ContentError
+from megatrain.config.schema import ModelConfig
+from megatrain.huggingface.said import Json, Key, contradiction, key, lenient
+
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+"""Names of activations without a gate -> model.activation."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What config.json says in one family."""
+
+    fixed: Json
+    """Of the model section: what the family always is."""
+    keys: Mapping[str, Key]
+    """Key of the model section -> its name."""
+    demands: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Keys that must have one of these values, where they are there; the first is written."""
+    also: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Names that the family does not read, with values that say what it is in any case; a null does."""
+    reads: tuple[str, ...] = ()
+    """Names that `read` looks at."""
+    rotated: float | None = None
+    """Share of a head that is rotated where config.json does not say; None: always all of it."""
+    read: Callable[[Json, Json], Json] = lambda config, model: {}
+    """(config.json, what `keys` and `fixed` give) -> what else follows."""
+    write: Callable[[ModelConfig], Json] = lambda model: {}
+    """What else there is to write."""
+    model_type: str = ""
+    """Of config.json, where it is not the kind's own name."""
+    rope: bool = True
+    """Whether config.json says more of rotary positions than `keys` and `read` do."""
+
+
+_WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
+
+
+def _mistral_window(config: Json, model: Json) -> Json:
+    """One window for all layers, whatever else is said. Raises ContentError where something else is."""
+    window = config.get("sliding_window", 4096)
+    kinds = config.get("layer_types")
+    every = {"full_attention" if window is None else "sliding_attention"}
+    if config.get("use_sliding_window") not in (None, window is not None):
+        raise contradiction(f"sliding_window={window}", f"use_sliding_window={config['use_sliding_window']!r}")
+    if kinds is not None and set(kinds) != every:
+        raise contradiction(f"sliding_window={window}, which a mistral has in all layers,", f"layer_types={kinds}")
+    return {"window": window}
+
+
+def _qwen_window(config: Json, model: Json) -> Json:
+    """The window, which may be there and unused, or used by some layers only. Raises ContentError for the last."""
+    used = config.get("use_sliding_window", False)
+    if type(used) is not bool:
+        raise ContentError(f"config.json has use_sliding_window={used!r}, which is neither true nor false")
+    window = config.get("sliding_window", 4096) if used else None
+    layers, whole = model["num_layers"], config.get("max_window_layers", 28)
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if window is not None and n >= whole else "full_attention" for n in range(layers)]
+    if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise contradiction(f"num_hidden_layers={layers}", f"layer_types={kinds}")
+    if len(set(kinds)) > 1:
+        said = f"max_window_layers={whole}" if config.get("layer_types") is None else "layer_types"
+        raise ContentError(
+            f"config.json gives some layers a sliding window and others none ({said} of num_hidden_layers={layers}); the model section "
+            "has one window for all"
+        )
+    slides = "sliding_attention" in kinds
+    if slides and window is None:
+        said = f"use_sliding_window={used}, sliding_window={config.get('sliding_window', 4096)}"
+        raise contradiction(f"layer_types={kinds}", said)
+    return {"window": window if slides else None}
+
+
+def _gpt2_dropout(config: Json, model: Json) -> Json:
+    rates = {config.get(name, 0.1) for name in ("embd_pdrop", "resid_pdrop")}
+    if len(rates) > 1:
+        raise ContentError(
+            f"config.json has embd_pdrop={config.get('embd_pdrop')} and resid_pdrop={config.get('resid_pdrop')}: one dropout"
+        )
+    return {"dropout": rates.pop(), "activation": _activation(config.get("activation_function", "gelu_new"))}
+
+
+def _glm1_dropout(config: Json, model: Json) -> Json:
+    rates = {config.get(name, 0.1) for name in ("embedding_dropout_prob", "output_dropout_prob")}
+    if len(rates) > 1:
+        raise ContentError(
+            f"config.json has embedding_dropout_prob and output_dropout_prob of {sorted(rates)}: the model section has one dropout"
+        )
+    return {}
+
+
+def _llama_heads(config: Json, model: Json) -> Json:
+    """Nothing; transformers refuses widths that heads do not divide here, and only here."""
+    hidden, heads = model["hidden_size"], model["num_attention_heads"]
+    if hidden % heads:
+        raise ContentError(f"config.json has hidden_size={hidden}, which num_attention_heads={heads} do not divide")
+    return {}
+
+
+def _chatglm(config: Json, model: Json) -> Json:
+    shared = config.get("multi_query_attention")
+    if shared and config.get("multi_query_group_num") is None:
+        raise ContentError("config.json has multi_query_attention and no multi_query_group_num")
+    head = model["head_dim"] or model["hidden_size"] // model["num_attention_heads"]
+    if head % 4:
+        raise ContentError(
+            f"config.json rotates half of the {head} numbers of a head (kv_channels), and pairs need an even number"
+        )
+    return {
+        "num_query_groups": config["multi_query_group_num"] if shared else None,
+        "rope_theta": 10000.0 * (1 if config.get("rope_ratio") is None else config["rope_ratio"]),
+    }
+
+
+def _activation(name: str) -> str:
+    if name not in ACTIVATIONS:
+        raise ContentError(f"config.json has activation_function={name!r}; {', '.join(ACTIVATIONS)} are known")
+    return ACTIVATIONS[name]
+
+
+def _shapes(layers: int, hidden: int, heads: int, ffn: int, positions: int, vocab: int, **others: Key) -> dict[str, Key]:
+    """The keys of LLaMA's descendants, with the defaults of a family."""
+    return {
+        "num_layers": key("num_hidden_layers", default=layers),
+        "hidden_size": key("hidden_size", default=hidden),
+        "num_attention_heads": key("num_attention_heads", default=heads),
+        "num_query_groups": key("num_key_value_heads", default=heads, null=None),
+        "head_dim": key("head_dim", default=None, null=None),
+        "ffn_hidden_size": key("intermediate_size", default=ffn),
+        "seq_length": key("max_position_embeddings", default=positions),
+        "vocab_size": key("vocab_size", default=vocab),
+        "norm_eps": key("rms_norm_eps", default=1e-6),
+        "init_std": key("initializer_range", default=0.02),
+        "attention_dropout": key("attention_dropout", default=0.0),
+        "tied_embeddings": key("tie_word_embeddings", default=False),
+        **others,
+    }
+
+
+_GLM_SHAPES = _shapes(
+    *(40, 4096, 32, 13696, 131072, 151552),
+    num_query_groups=key("num_key_value_heads", default=2),
+    head_dim=key("head_dim", default=128),
+    norm_eps=key("rms_norm_eps", default=1.5625e-07),
+    attention_dropout=key("attention_dropout", default=0.0, null=0.0),
+    qkv_bias=key("attention_bias", default=True),
+)
+_LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "bias": False, "norm_placement": "pre"}
+_GLM = {**_LLAMA, "rope_interleaved": True}
+_SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+
+
+def _write_window(model: ModelConfig) -> Json:
+    used = {"use_sliding_window": model.window is not None, "max_window_layers": 0 if model.window else model.num_layers}
+    kinds = ["full_attention" if model.window is None else "sliding_attention"] * model.num_layers
+    return {"sliding_window": model.window, **used, "layer_types": kinds}
+
+
+DIALECTS = {
+    "gpt2": Dialect(
+        {"norm": "layernorm", "position": "learned", "bias": True, "norm_placement": "pre"},
+        {
+            "num_layers": key("n_layer", "num_hidden_layers", default=12),
+            "hidden_size": key("n_embd", "hidden_size", default=768),
+            "num_attention_heads": key("n_head", "num_attention_heads", default=12),
+            "ffn_hidden_size": key("n_inner", default=None, null=None),
+            "seq_length": key("n_positions", "n_ctx", "max_position_embeddings", default=1024),
+            "vocab_size": key("vocab_size", default=50257),
+            "norm_eps": key("layer_norm_epsilon", default=1e-5),
+            "init_std": key("initializer_range", default=0.02),
+            "attention_dropout": key("attn_pdrop", default=0.1),
+            "tied_embeddings": key("tie_word_embeddings", default=True),
+        },
+        {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
+        read=_gpt2_dropout,
+        write=lambda model: {
+            "embd_pdrop": model.dropout,
+            "resid_pdrop": model.dropout,
+            "activation_function": next(
+                (name for name, ours in ACTIVATIONS.items() if ours == model.activation), model.activation
+            ),
+        },
+    ),
+    "llama": Dialect(
+        _LLAMA,
+        _shapes(
+            *(32, 4096, 32, 11008, 2048, 32000),
+            num_query_groups=key("num_key_value_heads", default=None, null=None),
+            attention_dropout=key("attention_dropout", default=0.0, null=0.0),
+        ),
+        {**_SILU, "attention_bias": (False,), "mlp_bias": (False,)},
+        read=_llama_heads,
+    ),
+    "mistral": Dialect(
+        _LLAMA,
+        _shapes(*(32, 4096, 32, 14336, 131072, 32000), num_query_groups=key("num_key_value_heads", default=8)),
+        _SILU,
+        reads=_WINDOW,
+        read=_mistral_window,
+        write=lambda model: {"sliding_window": model.window},
+    ),
+    "qwen2": Dialect(
+        {**_LLAMA, "qkv_bias": True},
+        _shapes(32, 4096, 32, 22016, 32768, 151936),
+        _SILU,
+        also={"attention_bias": (True,), "qkv_bias": (True,)},
+        reads=_WINDOW,
+        read=_qwen_window,
+        write=_write_window,
+    ),
+    "qwen3": Dialect(
+        {**_LLAMA, "qk_norm": True},
+        _shapes(*(32, 4096, 32, 22016, 32768, 151936), head_dim=key("head_dim", default=128)),
+        {**_SILU, "attention_bias": (False,)},
+        also={"qk_norm": (True,), "use_qk_norm": (True,), "qk_layernorm": (True,)},
+        reads=_WINDOW,
+        read=_qwen_window,
+        write=_write_window,
+    ),
+    "glm": Dialect(
+        _GLM,
+        _GLM_SHAPES,
+        _SILU,
+        rotated=0.5,
+        write=lambda model: {"pad_token_id": None},  # transformers' default is an id of the published vocabulary
+    ),
+    "glm4": Dialect(
+        {**_GLM, "norm_placement": "sandwich"},
+        _GLM_SHAPES,
+        _SILU,
+        rotated=0.5,
+        write=lambda model: {"pad_token_id": None},
+    ),
+    "bloom": Dialect(
+        {
+            "norm": "layernorm",
+            "position": "alibi",
+            "bias": True,
+            "embedding_norm": True,
+            "activation": "gelu_tanh",
+            "norm_placement": "pre",
+        },
+        {
+            "num_layers": key("n_layer", "num_hidden_layers", default=2),
+            "hidden_size": key("hidden_size", "n_embed", default=64),
+            "num_attention_heads": key("n_head", "num_attention_heads", default=8),
+            "seq_length": key("seq_length", default=2048, null=2048),
+            "vocab_size": key("vocab_size", default=250880),
+            "norm_eps": key("layer_norm_epsilon", default=1e-5),
+            "init_std": key("initializer_range", default=0.02),
+            "dropout": key("hidden_dropout", default=0.0),
+            "attention_dropout": key("attention_dropout", default=0.0),
+            "tied_embeddings": key("tie_word_embeddings", default=True),
+        },
+        {"apply_residual_connection_post_layernorm": (False,)},
+    ),
+    "chatglm": Dialect(
+        {**_GLM, "qkv_bias": True, "rope_fraction": 0.5},
+        {
+            "num_layers": lenient("num_layers"),
+            "hidden_size": lenient("hidden_size"),
+            "num_attention_heads": lenient("num_attention_heads"),
+            "head_dim": lenient("kv_channels", default=None),
+            "ffn_hidden_size": lenient("ffn_hidden_size"),
+            "seq_length": lenient("seq_length"),
+            "vocab_size": lenient("padded_vocab_size"),
+            "norm_eps": lenient("layernorm_epsilon", default=1e-5),
+            "dropout": lenient("hidden_dropout", default=0.0),
+            "attention_dropout": lenient("attention_dropout", default=0.0),
+            "tied_embeddings": lenient("tie_word_embeddings", default=False),
+        },
+        {
+            "rmsnorm": (True,),
+            "post_layer_norm": (True,),
+            "add_bias_linear": (False,),
+            "add_qkv_bias": (True,),
+            "original_rope": (True,),
+            "apply_residual_connection_post_layernorm": (False,),
+            "position_encoding_2d": (False,),
+            "prefix_projection": (False,),
+            "pre_seq_len": (None,),
+            "rope_ratio_mode": ("base",),
+        },
+        reads=("multi_query_attention", "multi_query_group_num", "rope_ratio"),
+        read=_chatglm,
+        write=lambda model: {
+            "multi_query_attention": model.query_groups != model.num_attention_heads,
+            "multi_query_group_num": model.query_groups,
+            "rope_ratio": model.rope_theta / 10000,
+        },
+        rope=False,
+    ),
+    "chatglm_6b": Dialect(
+        {"norm": "layernorm", "norm_placement": "deepnorm", "activation": "gelu_tanh", "bias": True},
+        {
+            "num_layers": lenient("num_layers"),
+            "hidden_size": lenient("hidden_size"),
+            "num_attention_heads": lenient("num_attention_heads"),
+            "ffn_hidden_size": lenient("inner_hidden_size", default=None),
+            "seq_length": lenient("max_sequence_length", default=2048),
+            "vocab_size": lenient("vocab_size"),
+            "norm_eps": lenient("layernorm_epsilon", default=1e-5),
+            "tied_embeddings": lenient("tie_word_embeddings", default=False),
+        },
+        {"prefix_projection": (False,), "pre_seq_len": (None,)},
+        reads=("position_encoding_2d",),
+        read=lambda config, model: {"position": "rope_2d" if config.get("position_encoding_2d", True) else "rope"},
+        write=lambda model: {"position_encoding_2d": model.position == "rope_2d"},
+        model_type="chatglm",
+        rope=False,
+    ),
+    "glm_1": Dialect(
+        {
+            "norm": "layernorm",
+            "norm_placement": "pre",
+            "activation": "gelu_tanh",
+            "position": "learned_2d",
+            "bias": True,
+            "tied_embeddings": True,
+        },
+        {
+            "num_layers": lenient("num_layers"),
+            "hidden_size": lenient("hidden_size"),
+            "num_attention_heads": lenient("num_attention_heads"),
+            "seq_length": lenient("max_sequence_length"),
+            "vocab_size": lenient("vocab_size"),
+            "dropout": lenient("output_dropout_prob", default=0.1),
+            "attention_dropout": lenient("attention_dropout_prob", default=0.1),
+        },
+        {"block_position_encoding": (True,), "relative_encoding": (False,), "spell_length": (None,)},
+        read=_glm1_dropout,
+        write=lambda model: {"embedding_dropout_prob": model.dropout},
+        model_type="glm",
+        rope=False,
+    ),
+}
+"""Kind of model -> what its config.json says."""

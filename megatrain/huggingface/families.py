@@ -1,0 +1,296 @@
+"""Hugging Face's model families, one table each: which logical tensors a stored tensor holds, read in both directions.
+
+    Stored("self_attention.query_key_value.weight", QKV, "heads")
+
+says that the stored tensor is made of the logical query, key and value matrices, head by head: [heads, 3, d, h]. A row of which a
+model has no tensor (biases it was built without) does not apply. `{n}` is a layer's number. What config.json says is in
+dialects.py. Sources: the implementations in transformers 5, and for ChatGLM the names of THUDM's own files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from megatrain.checkpoint.boxes import Box
+from megatrain.checkpoint.together import ContentError
+from megatrain.config.schema import ModelConfig
+
+
+class Stored(NamedTuple):
+    """One stored tensor, and the logical ones that it holds."""
+
+    name: str
+    of: tuple[str, ...]
+    join: Literal["rows", "heads"] = "rows"
+    """Behind one another, or a head of each in turn."""
+    transposed: bool = False
+    """Stored as [in, out] (GPT-2's Conv1D)."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the tensors of a family are stored."""
+
+    architecture: str
+    prefix: str
+    """Of all names but the head's; files on the hub may lack it."""
+    rows: tuple[Stored, ...]
+    """All of a model; those of layers have {n} on both sides."""
+    head: str = "lm_head.weight"
+    """Of an untied head."""
+    ignored: tuple[str, ...] = ()
+    """Ends of the names of buffers that hold no weights."""
+    outer: str = ""
+    """What some files put before all names."""
+    head_always: bool = False
+    """The head is stored also where it is the embedding."""
+
+
+QKV = ("attention.query", "attention.key", "attention.value")
+_LAYER = "layers.{n}."
+
+
+def _both(stored: str, *of: str, join: Literal["rows", "heads"] = "rows", transposed: bool = False) -> tuple[Stored, Stored]:
+    """Weight and bias of a linear layer or norm of a layer."""
+    names = tuple(_LAYER + name for name in of)
+    weight = Stored(f"{stored}.weight", tuple(f"{name}.weight" for name in names), join, transposed)
+    return weight, Stored(f"{stored}.bias", tuple(f"{name}.bias" for name in names), join)
+
+
+def _norm(stored: str, of: str) -> tuple[Stored, Stored]:
+    return Stored(f"{stored}.weight", (f"{of}.weight",)), Stored(f"{stored}.bias", (f"{of}.bias",))
+
+
+def _layers(prefix: str, *rows: tuple[Stored, Stored]) -> tuple[Stored, ...]:
+    """Rows whose stored names begin with the prefix of a layer."""
+    return tuple(row._replace(name=prefix + row.name) for pair in rows for row in pair)
+
+
+def _llama(architecture: str, *others: tuple[Stored, Stored], fused: bool = False, sandwich: bool = False) -> Family:
+    """LLaMA and the families that took over its names. fused: gate and up in one tensor."""
+    inner = (
+        (_both("mlp.gate_up_proj", "mlp.gate", "mlp.up"),)
+        if fused
+        else (_both("mlp.gate_proj", "mlp.gate"), _both("mlp.up_proj", "mlp.up"))
+    )
+    outputs = (
+        (_both("post_self_attn_layernorm", "attention_output_norm"), _both("post_mlp_layernorm", "mlp_output_norm"))
+        if sandwich
+        else ()
+    )
+    rows = _layers(
+        "layers.{n}.",
+        _both("input_layernorm", "attention_norm"),
+        _both("self_attn.q_proj", "attention.query"),
+        _both("self_attn.k_proj", "attention.key"),
+        _both("self_attn.v_proj", "attention.value"),
+        *others,
+        _both("self_attn.o_proj", "attention.output"),
+        _both("post_attention_layernorm", "mlp_norm"),
+        *inner,
+        _both("mlp.down_proj", "mlp.down"),
+        *outputs,
+    )
+    embedding = Stored("embed_tokens.weight", ("embedding.tokens",))
+    return Family(architecture, "model.", (embedding, *rows, *_norm("norm", "final_norm")), ignored=("rotary_emb.inv_freq",))
+
+
+def _glm_layers(prefix: str, join: Literal["rows", "heads"]) -> tuple[Stored, ...]:
+    """Layers of GLM-1 and of the first ChatGLM-6B."""
+    return _layers(
+        prefix,
+        _both("input_layernorm", "attention_norm"),
+        _both("attention.query_key_value", *QKV, join=join),
+        _both("attention.dense", "attention.output"),
+        _both("post_attention_layernorm", "mlp_norm"),
+        _both("mlp.dense_h_to_4h", "mlp.up"),
+        _both("mlp.dense_4h_to_h", "mlp.down"),
+    )
+
+
+FAMILIES = {
+    "gpt2": Family(
+        "GPT2LMHeadModel",
+        "transformer.",
+        (
+            Stored("wte.weight", ("embedding.tokens",)),
+            Stored("wpe.weight", ("embedding.positions",)),
+            *_layers(
+                "h.{n}.",
+                _both("ln_1", "attention_norm"),
+                _both("attn.c_attn", *QKV, transposed=True),
+                _both("attn.c_proj", "attention.output", transposed=True),
+                _both("ln_2", "mlp_norm"),
+                _both("mlp.c_fc", "mlp.up", transposed=True),
+                _both("mlp.c_proj", "mlp.down", transposed=True),
+            ),
+            *_norm("ln_f", "final_norm"),
+        ),
+        ignored=(".attn.bias", ".attn.masked_bias"),
+    ),
+    "llama": _llama("LlamaForCausalLM"),
+    "mistral": _llama("MistralForCausalLM"),
+    "qwen2": _llama("Qwen2ForCausalLM"),
+    "qwen3": _llama(
+        "Qwen3ForCausalLM",
+        _both("self_attn.q_norm", "attention.query_norm"),
+        _both("self_attn.k_norm", "attention.key_norm"),
+    ),
+    "glm": _llama("GlmForCausalLM", fused=True),
+    "glm4": _llama("Glm4ForCausalLM", fused=True, sandwich=True),
+    "bloom": Family(
+        "BloomForCausalLM",
+        "transformer.",
+        (
+            Stored("word_embeddings.weight", ("embedding.tokens",)),
+            *_norm("word_embeddings_layernorm", "embedding.norm"),
+            *_layers(
+                "h.{n}.",
+                _both("input_layernorm", "attention_norm"),
+                _both("self_attention.query_key_value", *QKV, join="heads"),
+                _both("self_attention.dense", "attention.output"),
+                _both("post_attention_layernorm", "mlp_norm"),
+                _both("mlp.dense_h_to_4h", "mlp.up"),
+                _both("mlp.dense_4h_to_h", "mlp.down"),
+            ),
+            *_norm("ln_f", "final_norm"),
+        ),
+    ),
+    "chatglm": Family(
+        "ChatGLMForConditionalGeneration",
+        "transformer.",
+        (
+            Stored("embedding.word_embeddings.weight", ("embedding.tokens",)),
+            *_layers(
+                "encoder.layers.{n}.",
+                _both("input_layernorm", "attention_norm"),
+                _both("self_attention.query_key_value", *QKV),
+                _both("self_attention.dense", "attention.output"),
+                _both("post_attention_layernorm", "mlp_norm"),
+                _both("mlp.dense_h_to_4h", "mlp.gate", "mlp.up"),
+                _both("mlp.dense_4h_to_h", "mlp.down"),
+            ),
+            *_norm("encoder.final_layernorm", "final_norm"),
+        ),
+        head="transformer.output_layer.weight",
+        ignored=("rotary_pos_emb.inv_freq",),
+    ),
+    "chatglm_6b": Family(
+        "ChatGLMModel",
+        "transformer.",
+        (
+            Stored("word_embeddings.weight", ("embedding.tokens",)),
+            *_glm_layers("layers.{n}.", "heads"),
+            *_norm("final_layernorm", "final_norm"),
+        ),
+        ignored=("rotary_emb.inv_freq",),
+        head_always=True,
+    ),
+    "glm_1": Family(
+        "GLMForConditionalGeneration",
+        "",
+        (
+            Stored("word_embeddings.weight", ("embedding.tokens",)),
+            Stored("transformer.position_embeddings.weight", ("embedding.positions",)),
+            Stored("transformer.block_position_embeddings.weight", ("embedding.block_positions",)),
+            *_glm_layers("transformer.layers.{n}.", "rows"),
+            *_norm("transformer.final_layernorm", "final_norm"),
+        ),
+        outer="glm.",
+    ),
+}
+"""Kind of model -> family: model_type of config.json, or what `config.kind_from` makes of it. `chatglm` is ChatGLM2-6B, ChatGLM3-6B and
+GLM-4-9B in THUDM's naming, `chatglm_6b` the first ChatGLM-6B, `glm_1` the GLM of arXiv:2103.10360."""
+
+
+Shapes = dict[str, tuple[int, ...]]
+"""Logical name -> shape."""
+
+
+class Part(NamedTuple):
+    """A logical tensor within a stored one."""
+
+    stored: str
+    """Name, with prefix."""
+    shape: tuple[int, ...]
+    """Of the stored tensor."""
+    row: Stored
+    place: int
+    """Which of the logical tensors that the stored one holds."""
+    start: int
+    """join rows: row of the (transposed back) stored tensor at which it begins."""
+    heads: int
+    """join heads: how many there are."""
+
+    def read(self, stored: torch.Tensor, box: Box) -> torch.Tensor:
+        """A box of the logical tensor; only what lies in it is touched."""
+        whole = stored.t() if self.row.transposed and stored.dim() == 2 else stored
+        rows, others = box[0], tuple(box[1:])
+        if self.row.join == "rows":
+            there: Box = (slice(self.start + rows.start, self.start + rows.stop), *others)
+            return whole[there]
+        of = len(self.row.of)
+        d = whole.shape[0] // (self.heads * of)
+        mine = whole.view(self.heads, of, d, *whole.shape[1:])[:, self.place]
+        first, last = rows.start // d, -(-rows.stop // d)
+        there = (slice(rows.start - first * d, rows.stop - first * d), *others)
+        return mine[first:last].reshape(-1, *whole.shape[1:])[there]
+
+
+def rows_of(family: Family, names: Collection[str]) -> Iterator[Stored]:
+    """The rows that apply to a model with these logical tensors, layer by layer, with prefixes. Raises ContentError for a
+    tensor that the family has no place for."""
+    layers = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
+    known = set(names)
+    placed: set[str] = set()
+    first = next((i for i, row in enumerate(family.rows) if "{n}" in row.name), len(family.rows))
+    last = max((i + 1 for i, row in enumerate(family.rows) if "{n}" in row.name), default=first)
+    repeated = [_of_layer(row, n) for n in range(layers) for row in family.rows[first:last]]
+    for row in (*family.rows[:first], *repeated, *family.rows[last:]):
+        if known.issuperset(row.of):
+            placed.update(row.of)
+            yield row._replace(name=family.prefix + row.name)
+    if "head.weight" in known:
+        placed.add("head.weight")
+        yield Stored(family.head, ("head.weight",))
+    elif family.head_always:
+        yield Stored(family.head, ("embedding.tokens",))
+    lost = sorted(known - placed)
+    if lost:
+        raise ContentError(
+            f"{family.architecture} has no place for {len(lost)} of the model's tensors: {', '.join(lost[:4])}. "
+            "The model section of the config gives what this family does not have."
+        )
+
+
+def parts_of(family: Family, shapes: Shapes, model: ModelConfig) -> dict[str, Part]:
+    """Where each logical tensor of a model lies. Raises ContentError as `rows_of` does."""
+    found: dict[str, Part] = {}
+    for row in rows_of(family, shapes):
+        start = 0
+        rows = sum(shapes[name][0] for name in row.of)
+        shape = (rows, *shapes[row.of[0]][1:])
+        stored = shape[::-1] if row.transposed else shape
+        for index, name in enumerate(row.of):
+            found.setdefault(name, Part(row.name, stored, row, index, start, model.num_attention_heads))
+            start += shapes[name][0]
+    return found
+
+
+def joined(row: Stored, parts: list[torch.Tensor], heads: int) -> torch.Tensor:
+    """The stored tensor of its logical ones, contiguous."""
+    if row.join == "heads":
+        by_head = [part.view(heads, -1, *part.shape[1:]) for part in parts]
+        return torch.stack(by_head, 1).reshape(-1, *parts[0].shape[1:])
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (whole.t() if row.transposed and whole.dim() == 2 else whole).contiguous()
+
+
+def _of_layer(row: Stored, n: int) -> Stored:
+    """A row of layer n."""
+    number = str(n)
+    return row._replace(name=row.name.replace("{n}", number), of=tuple(name.replace("{n}", number) for name in row.of))

@@ -1,0 +1,317 @@
+"""Directories of Hugging Face: weights into whatever this rank holds, and out of a checkpoint.
+
+Every rank reads, out of memory-mapped safetensors files, the elements that it holds and no others, under any layout; nothing is
+converted beforehand. Files with pickles in them (pytorch_model.bin) are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from megatrain.checkpoint import boxes
+from megatrain.checkpoint.load import table_hint
+from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
+from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
+from megatrain.config.schema import ModelConfig
+from megatrain.files import HEAD_BYTES, doing, make_folder, not_text, whole
+from megatrain.huggingface.config import config_of, kind_from, kind_of, model_of, names_of, same_model
+from megatrain.huggingface.families import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion, axis_of, logical_numel
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+COMPANIONS = (
+    "generation_config.json",
+    "chat_template*",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files that come along with a model."""
+COMPANION_FOLDER = "hf"
+"""Beside the checkpoints of a model that came from Hugging Face: its config.json and what else came along."""
+SHARD_BYTES = 5 * 10**9
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_LARGEST_JSON = 10**8
+
+
+def is_hf(path: Path) -> bool:
+    """Whether a directory is one of Hugging Face."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a directory. Raises ContentError."""
+    found = _json(Path(path) / CONFIG)
+    if not isinstance(found, dict):
+        raise ContentError(f"{Path(path) / CONFIG} is no JSON object")
+    return found
+
+
+def model_keys(path: Path) -> dict[str, Any]:
+    """The keys of the model section that a directory of Hugging Face gives. Raises ContentError."""
+    try:
+        return model_of(read_config(path))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ContentError(f"{Path(path) / CONFIG} cannot be read: {type(error).__name__}: {error}") from error
+    except ContentError as error:
+        raise ContentError(f"{Path(path) / CONFIG}: {error}") from None
+
+
+class Weights:
+    """The tensors of a directory, by their names with the family's prefix."""
+
+    def __init__(self, path: Path, family: Family) -> None:
+        """Raises ContentError or DamagedCheckpointError."""
+        self.path, self.family = Path(path), family
+        self._files: dict[str, TensorFile] = {}
+        self._home: dict[str, tuple[str, str]] = {}
+        for name, file in self._listed():
+            if not name.endswith(family.ignored or ("\0",)):
+                self._home[self._prefixed(name)] = (name, file)
+
+    @property
+    def names(self) -> set[str]:
+        """All of them."""
+        return set(self._home)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, memory-mapped. Raises DamagedCheckpointError where its file lacks it."""
+        own, file = self._home[name]
+        if own not in self._open(file).entries:
+            raise DamagedCheckpointError(f"{self.path / file} has no {own}, which {INDEX} says it holds")
+        return self._open(file).tensor(own)
+
+    def _open(self, file: str) -> TensorFile:
+        if file not in self._files:
+            self._files[file] = TensorFile((self.path / file).resolve())  # the hub's cache is made of links
+        return self._files[file]
+
+    def _listed(self) -> Iterator[tuple[str, str]]:
+        """Every tensor and its file."""
+        if (self.path / INDEX).is_file():
+            if (self.path / SINGLE).is_file():
+                raise ContentError(
+                    f"{self.path} has {SINGLE} and {INDEX}: two sets of weights, of which transformers takes the first. Move away the "
+                    "one that is not meant."
+                )
+            listed = _json(self.path / INDEX)
+            where = listed.get("weight_map") if isinstance(listed, dict) else None
+            if not isinstance(where, dict) or not all(isinstance(f, str) and _FILE.fullmatch(f) for f in where.values()):
+                raise ContentError(
+                    f"{self.path / INDEX}: weight_map must give each tensor the name of a safetensors file beside it"
+                )
+            yield from where.items()
+        elif (self.path / SINGLE).is_file():
+            yield from ((name, SINGLE) for name in self._open(SINGLE).entries)
+        else:
+            pickles = sorted(file.name for file in self.path.glob("pytorch_model*.bin"))
+            why = f": {pickles[0]} holds pickles, which can run code and are not read" if pickles else ""
+            raise ContentError(
+                f"{self.path} has neither {SINGLE} nor {INDEX}{why}. Save it again with transformers: "
+                "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT)."
+            )
+
+    def _prefixed(self, name: str) -> str:
+        """A name as the family's rows have it; files on the hub may lack the prefix."""
+        name = name.removeprefix(self.family.outer)
+        return name if name == self.family.head or name.startswith(self.family.prefix) else self.family.prefix + name
+
+
+def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], every: Shapes, ctx: ParallelContext) -> None:
+    """Fill the weights that this rank holds from a directory of Hugging Face (collective).
+
+    every: all logical tensors of the model, those of other ranks too. Raises ContentError or DamagedCheckpointError on every rank.
+    """
+    with together(ctx), torch.no_grad():
+        config = read_config(path)
+        model_keys(path)
+        kind = kind_from(config)
+        weights = Weights(path, FAMILIES[kind])
+        parts = parts_of(FAMILIES[kind], every, model)
+        check(weights, parts, tied=model.tied_embeddings)
+        for name, portion in portions.items():
+            _fill(portion, parts[name], weights, ctx)
+
+
+def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
+    """Raise ContentError where tensors are missing, too many, or of other shapes."""
+    wanted = {part.stored: part for part in parts.values()}
+    logical = {part.stored: name for name, part in parts.items()}
+    surplus = weights.names - set(wanted)
+    if tied and weights.family.head in surplus:
+        head, embedding = (weights.tensor(n) for n in (weights.family.head, parts["embedding.tokens"].stored))
+        if not (head.shape == embedding.shape and torch.equal(head, embedding)):
+            raise ContentError(
+                f"{weights.path} has a {weights.family.head} that is not its embedding, and the model ties the two: set "
+                "model.tied_embeddings=false"
+            )
+        surplus.discard(weights.family.head)
+    if not tied and weights.family.head in set(wanted) - weights.names:
+        raise ContentError(
+            f"{weights.path} has no {weights.family.head}, and config.json says that the model has a head of its own. If its head is the "
+            'embedding, set "tie_word_embeddings": true in config.json, or in training model.tied_embeddings=true.'
+        )
+    for names, what in ((set(wanted) - weights.names, "lacks"), (surplus, "has, and the model section does not give,")):
+        if names:
+            raise ContentError(f"{weights.path} {what} {len(names)} tensors: {', '.join(sorted(names)[:4])}")
+    for name, part in wanted.items():
+        tensor = weights.tensor(name)
+        if tuple(tensor.shape) != part.shape or not tensor.is_floating_point():
+            raise ContentError(
+                f"{weights.path}: {name} is {list(tensor.shape)} of {tensor.dtype}, and the model gives {list(part.shape)}"
+                + table_hint(logical[name], tensor.shape, part.shape)
+            )
+
+
+def _fill(portion: Portion, part: Part, weights: Weights, ctx: ParallelContext) -> None:
+    """Copy what one portion needs."""
+    spec, axis = portion.spec, axis_of(portion.spec, ctx)
+    mine = spec.slices(axis.size, axis.rank)
+    shape = tuple(s.stop - s.start for s in mine)
+    stop = min(portion.first + portion.count, logical_numel(spec, axis))
+    everything = slice(0, portion.count)
+    values = portion.elements.read(everything)
+    values[max(stop - portion.first, 0) :] = 0
+    stored = weights.tensor(part.stored)
+    for box in boxes.of_run(shape, portion.first, stop):
+        boxes.view(values, shape, portion.first, box).copy_(part.read(stored, boxes.moved(box, mine)))
+    portion.elements.write(everything, values)
+
+
+def export(
+    out: Path,
+    model: ModelConfig,
+    vocab_size: int,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    like: Path | None = None,
+    companions: Path | None = None,
+    ids: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Write a directory of Hugging Face and return its model_type.
+
+    weights: every logical tensor, whole, read one stored tensor at a time; dtype: of what is written, else as they are; like: a
+    directory whose config.json is the base; companions: one whose tokenizer files come along; ids: special tokens, for config.json
+    where they are not the base's. Raises ContentError where no family is such a
+    model, CheckpointError where `out` holds files.
+    """
+    out = Path(out)
+    base = read_config(like) if like is not None and is_hf(like) else {}
+    kind = kind_from(base) if base else kind_of(model, vocab_size)
+    new = config_of(model, vocab_size, kind)
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty. Give a directory that is, or that is not there yet.")
+    make_folder(out)
+    rows = list(rows_of(FAMILIES[kind], weights.keys()))
+    with _taken_back(out):
+        stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype, shard_bytes)
+        with whole(out / CONFIG, text=True) as file:
+            file.write(json.dumps({**_merged(base, new, kind, stored), **(ids or {})}, indent=2) + "\n")
+        if companions is not None:
+            copy_files(companions, out, COMPANIONS)
+    return kind
+
+
+@contextmanager
+def _taken_back(out: Path) -> Iterator[None]:
+    """Take away what was written into an empty directory where it is not all of it, so that the same can be tried again."""
+    try:
+        yield
+    except BaseException:
+        for file in out.iterdir():
+            file.unlink()
+        raise
+
+
+def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The base's config.json with what the model says now; as it was where that is the same."""
+    named = {"torch_dtype": str(dtype).removeprefix("torch.")}
+    if base and same_model(base, new):
+        return base | {name: named["torch_dtype"] for name in ("torch_dtype", "dtype") if name in base}
+    others = {key: value for key, value in base.items() if key not in names_of(kind) and key not in ("dtype", "torch_dtype")}
+    return {**others, **new, **named}
+
+
+def _write_weights(
+    out: Path, rows: list[Any], weights: Mapping[str, torch.Tensor], heads: int, dtype: torch.dtype | None, shard_bytes: int
+) -> torch.dtype:
+    """Write the stored tensors in files of at most `shard_bytes`, each read once; return the dtype of the last one."""
+    shards: list[list[str]] = []
+    tensors: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def write() -> None:
+        part = out / f"{len(shards)}.part"
+        part.touch()
+        mode = part.stat().st_mode  # of a new file; the library's can be read by its owner alone
+        try:
+            save_file(tensors, part, {"format": "pt"})
+        except SafetensorError as error:  # what the library makes of an OSError
+            raise CheckpointError(f"{part} cannot be written: {error}") from error
+        part.chmod(mode)
+        shards.append(list(tensors))
+        tensors.clear()
+
+    for row in rows:
+        made = joined(row, [weights[name] for name in row.of], heads)
+        made = made if dtype is None else made.to(dtype)
+        if tensors and sum(t.nbytes for t in tensors.values()) + made.nbytes > shard_bytes:
+            write()
+        tensors[row.name] = made
+        total += made.nbytes
+    write()
+    where: dict[str, str] = {}
+    for number, names in enumerate(shards):  # how many there are is known only now
+        file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"{number}.part").rename(out / file)
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        listed = {"metadata": {"total_size": total}, "weight_map": where}
+        with whole(out / INDEX, text=True) as file:
+            file.write(json.dumps(listed, indent=2) + "\n")
+    return made.dtype
+
+
+def keep_companions(source: Path, directory: Path) -> None:
+    """Copy what came along with a model to beside the checkpoints made from it."""
+    copy_files(source, Path(directory) / COMPANION_FOLDER, (CONFIG, *COMPANIONS))
+
+
+def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | None = None) -> None:
+    """Copy the files of a folder that match, with the modes of new files; `name`: what a single one is called there."""
+    found = [file for pattern in patterns for file in sorted(Path(source).glob(pattern)) if file.is_file()]
+    if found:
+        target.mkdir(parents=True, exist_ok=True)
+    for file in found:
+        with doing("writing", target / (name or file.name)):
+            shutil.copyfile(file, target / (name or file.name))
+
+
+def _json(file: Path) -> Any:
+    """A JSON file. Raises ContentError."""
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it has {file.stat().st_size} bytes")
+        data = file.read_bytes()
+        if said := not_text(data[:HEAD_BYTES]):
+            raise ValueError(said)
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ContentError(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,161 @@
+"""Rotary settings of config.json, in either spelling: `rope_parameters` of transformers 5, and `rope_theta` with `rope_scaling` before it.
+
+transformers takes rope_scaling for all that there is where both are given, and a value within for stronger than the same one outside;
+here two that differ are refused. The older spelling is written, which all versions understand.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatrain.checkpoint.together import ContentError
+from megatrain.config.schema import ModelConfig
+from megatrain.huggingface.said import Json, contradiction
+
+NAMES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
+"""All of config.json that is read here."""
+_ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+_SCALED = {"factor", "original_max_position_embeddings"}
+_LLAMA3 = {"rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor"}
+_YARN = {"rope_beta_fast": ("beta_fast", 32), "rope_beta_slow": ("beta_slow", 1)}
+_KNOWN = {
+    "default": _ALWAYS,
+    "linear": _ALWAYS | _SCALED,
+    "llama3": _ALWAYS | _SCALED | set(_LLAMA3.values()),
+    "yarn": _ALWAYS | _SCALED | {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
+}
+"""rope_type -> what may stand beside it."""
+
+
+def rope_of(config: Json, kind: str, positions: int, head_size: int, part: float | None) -> Json:
+    """Keys of the model section. Raises ContentError for what they cannot say, and for contradictions.
+
+    positions: max_position_embeddings; part: of a head that is rotated where nothing is said; None for families that rotate whole heads.
+    """
+    spelled = {name: _object(config, name) for name in ("rope_scaling", "rope_parameters")}
+    given = {name: said for name, said in spelled.items() if said}
+    read = {name: _read(config, name, said, positions) for name, said in given.items()} or {
+        "": _read(config, "", {}, positions)
+    }
+    found, *others = read.values()
+    for other in others:
+        for name in found.keys() | other.keys():
+            if found.get(name) != other.get(name):
+                raise contradiction(f"rope_scaling={spelled['rope_scaling']}", f"rope_parameters={spelled['rope_parameters']}")
+    fraction = _fraction(config, kind, next(iter(given.values()), {}), part)
+    turned = int(head_size * fraction)
+    if turned % 2 or not 0 < fraction <= 1:
+        raise ContentError(
+            f"config.json rotates {turned} of the {head_size} numbers of a head (partial_rotary_factor={fraction}), and pairs need an even "
+            "number up to that. transformers rounds up what is odd; the model section has no word for such a model."
+        )
+    return {**found, "rope_fraction": fraction}
+
+
+def _object(config: Json, name: str) -> Json:
+    said = config.get(name) or {}
+    if not isinstance(said, dict):
+        raise ContentError(f"config.json has {name}={said!r}, which is no JSON object")
+    return said
+
+
+def _read(config: Json, where: str, said: Json, positions: int) -> Json:
+    """The settings that one of the two objects gives together with what stands outside of it."""
+    kind = said.get("rope_type") or said.get("type") or "default"
+    if said.get("type") not in (None, kind):
+        raise contradiction(f"{where}.rope_type={kind!r}", f"{where}.type={said['type']!r}")
+    if kind not in _KNOWN:
+        raise ContentError(f"config.json has {where}.rope_type={kind!r}; linear, llama3 and yarn are known")
+    for name, value in said.items():
+        if name not in _KNOWN[kind] and value is not None and (kind, name, value) != ("default", "factor", 1):
+            raise ContentError(
+                f"config.json has {where}.{name}={value!r}, which rotary frequencies of rope_type={kind!r} do not have. Remove it, or "
+                "give the rope_type that it belongs to."
+            )
+    theta = _one(config, where, said, "rope_theta")
+    found: Json = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": "none" if kind == "default" else kind}
+    if kind == "default":
+        return found
+    original = _one(config, where, said, "original_max_position_embeddings")
+    original = positions if original is None else original
+    factor = said.get("factor")
+    if kind == "yarn" and factor is None and "factor" in said:
+        factor = positions / original
+    if not isinstance(factor, (int, float)):
+        raise ContentError(f"config.json has {where}.rope_type={kind!r} and gives no factor")
+    found["rope_factor"] = factor
+    if kind != "linear":
+        found["rope_original_length"] = original
+    if kind == "llama3":
+        for ours, name in _LLAMA3.items():
+            if said.get(name) is None:
+                raise ContentError(f"config.json has {where}.rope_type='llama3' and gives no {name}")
+            found[ours] = said[name]
+    if kind == "yarn":
+        _require_plain_yarn(where, said, factor)
+        found |= {ours: said.get(name) or default for ours, (name, default) in _YARN.items()}
+    return found
+
+
+def _one(config: Json, where: str, said: Json, name: str) -> Any:
+    """What is said within and outside of an object; None for nothing."""
+    within, outside = said.get(name), config.get(name)
+    if within is not None and outside is not None and within != outside:
+        raise contradiction(f"{where}.{name}={within!r}", f"{name}={outside!r}")
+    return outside if within is None else within
+
+
+def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:
+    """The share of a head that is rotated."""
+    fraction = _one(config, "rope_parameters", said, "partial_rotary_factor")
+    if fraction is None:
+        return 1.0 if part is None or "partial_rotary_factor" in config else part  # null is 1 where `part` is the default
+    if not isinstance(fraction, (int, float)):
+        raise ContentError(f"config.json has partial_rotary_factor={fraction!r}, which is no number")
+    if part is None and fraction != 1:
+        raise ContentError(
+            f"config.json has partial_rotary_factor={fraction}, and a {kind} of transformers rotates whole heads"
+        )
+    return float(fraction)
+
+
+def _require_plain_yarn(where: str, said: Json, factor: float) -> None:
+    """Raise ContentError for a factor of cosines, or a ramp, that is not the one of models/rope.py."""
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
+
+    one, every = said.get("mscale"), said.get("mscale_all_dim")
+    given = said.get("attention_factor")
+    if given is None and one and every:
+        given = scale(one) / scale(every)
+    if given is not None and not math.isclose(given, scale(1), rel_tol=1e-9):
+        raise ContentError(
+            f"config.json has in {where} an attention_factor, or mscale and mscale_all_dim, that make {given:g} for yarn, whose factor "
+            f"here is always 0.1 log(factor) + 1 = {scale(1):g}"
+        )
+    if not said.get("truncate", True):
+        raise ContentError(
+            f"config.json has {where}.truncate=false for yarn, whose ramp here always begins and ends at whole pairs"
+        )
+
+
+def rope_to(model: ModelConfig, part: float | None) -> Json:
+    """Rotary settings as transformers wrote them before version 5."""
+    written: Json = {"rope_theta": model.rope_theta, "rope_scaling": None}
+    if part is not None:
+        fraction = model.rope_fraction
+        if int(model.head_size * fraction) != model.rotated:  # what is odd is rounded down here, and up there
+            fraction = (model.rotated + 0.5) / model.head_size
+        written["partial_rotary_factor"] = fraction
+    if model.rope_scaling == "none":
+        return written
+    scaling: Json = {"rope_type": model.rope_scaling, "type": model.rope_scaling, "factor": model.rope_factor}
+    if model.rope_scaling != "linear":
+        scaling["original_max_position_embeddings"] = int(model.original_length)
+    if model.rope_scaling == "llama3":
+        scaling |= {name: getattr(model, ours) for ours, name in _LLAMA3.items()}
+    if model.rope_scaling == "yarn":
+        scaling |= {name: getattr(model, ours) for ours, (name, _) in _YARN.items()}
+    return {**written, "rope_scaling": scaling}

@@ -1,0 +1,1 @@
+"""A trained model at work: its weights again under any layout, decoding, blanks filled, a plain module."""

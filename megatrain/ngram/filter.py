@@ -1,0 +1,76 @@
+"""Keep documents by how usual an n-gram model finds them: `megatrain data filter`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatrain.data.prepare.read import read_documents
+from megatrain.files import make_folder, whole
+from megatrain.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
+from megatrain.ngram.model import Model
+
+
+@dataclass(frozen=True)
+class FilterReport:
+    """What was kept; `str()` of it is a line for people."""
+
+    output: str
+    documents: dict[str, int]
+    """In each bucket."""
+    kept: int
+    cutoffs: Cutoffs
+
+    def __str__(self) -> str:
+        each = ", ".join(f"{name} {count:,}" for name, count in self.documents.items())
+        return (
+            f"{self.output}: {self.kept:,} of {sum(self.documents.values()):,} documents ({each}); the middle begins at perplexity "
+            f"{self.cutoffs.middle:.1f}, the tail at {self.cutoffs.tail:.1f}"
+        )
+
+
+def filter_files(
+    inputs: Sequence[str | Path],
+    model: Model,
+    output: str | Path,
+    keep: frozenset[str],
+    percentiles: tuple[float, float] = PERCENTILES,
+    cutoffs: Cutoffs | None = None,
+    key: str = "text",
+) -> FilterReport:
+    """Write the documents of the buckets `keep` as lines of JSON with their perplexity and bucket, whole or not at all.
+
+    cutoffs: of another corpus; else the percentiles of this one, which is read once more for that.
+    Raises ReadError, ValueError or OSError.
+    """
+    output = Path(output)
+    if any(output.exists() and Path(path).exists() and output.samefile(path) for path in inputs):
+        raise ValueError(f"{output} is read and written: the documents that are not kept would be gone. Give another --output.")
+
+    def texts() -> Iterator[str]:
+        for document in read_documents(inputs, key):
+            yield document.text
+
+    values = np.fromiter(perplexities(model, texts()), np.float64)
+    if not np.isfinite(values).all():
+        at = int(np.isfinite(values).argmin())
+        raise ValueError(
+            f"document {at + 1} has a perplexity of {values[at]}: the model's numbers are damaged. Make it again from its text."
+        )
+    cuts = cutoffs_of(values, percentiles) if cutoffs is None else cutoffs
+    counts = dict.fromkeys(("head", "middle", "tail"), 0)
+    kept = 0
+    make_folder(output.parent)
+    with whole(output, text=True) as file:
+        for text, value in zip(texts(), values.tolist(), strict=True):
+            bucket = cuts.bucket(value)
+            counts[bucket] += 1
+            if bucket in keep:
+                kept += 1
+                row = {key: text, "perplexity": round(value, 1), "bucket": bucket}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return FilterReport(str(output), counts, kept, cuts)

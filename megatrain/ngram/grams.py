@@ -1,0 +1,232 @@
+"""Every n-gram of a text once, with its counts, in suffix order: by the last word, then the one before, and so on to the first.
+
+Word positions are dealt out by their last word into parts that fit in memory; n-grams that share a suffix are in one part, so a part knows
+all about its own. Within a part, order k follows from order k - 1:
+
+    key of a position = (number of its (k-1)-gram) << 32 | word k - 1 places before it          one sort makes the k-grams of a part
+
+The number of a k-gram at a position is also written down in the order of positions: the prefix of the k-gram that ends at p is the
+(k-1)-gram that ends at p - 1, and this is how a context is found without comparing words (`contexts.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.ngram.column import Column
+from megatrain.ngram.text import BEGIN, END
+
+NONE = np.uint32(0xFFFFFFFF)
+"""No n-gram of this order ends here: it would begin before its sentence."""
+SCAN = 1 << 20
+"""Word positions that are looked at at a time."""
+SAMPLE, SAMPLED = 1 << 16, 1 << 22
+"""Positions of a stretch, and of all stretches, from which the words before common words are counted."""
+ANY = 1 << 32
+"""More than any number of a word."""
+
+Ids = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Positions whose word is first_word .. end_word - 1, and the word before first_before .. end_before - 1."""
+
+    number: int
+    first_word: int
+    end_word: int
+    first_before: int = 0
+    end_before: int = ANY
+
+
+def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[Part]:
+    """Parts of about `size` positions, by the counts of words; of a word that occurs more often, by the words before it."""
+    found: list[Part] = []
+    ends = np.cumsum(counts)
+    first, before = 0, 0
+    common = np.flatnonzero(counts > size)
+    cuts = _cuts(ids, common, counts, size) if ids is not None and common.size else {}
+    while first < counts.size:
+        end = max(int(np.searchsorted(ends, before + size, side="right")), first + 1)
+        edges = [0, *cuts.get(first, []), ANY]
+        found += [Part(len(found) + n, first, end, *pair) for n, pair in enumerate(pairwise(edges))]
+        first, before = end, int(ends[end - 1])
+    return found
+
+
+def _cuts(ids: Column, words: npt.NDArray[np.int64], counts: Counts, size: int) -> dict[int, list[int]]:
+    """For each of these words, numbers of words before it that cut its positions into pieces of about `size`, as a sample tells."""
+    seen: dict[int, list[Ids]] = {int(word): [] for word in words}
+    total = len(ids)
+    step = max(SAMPLE, total // (SAMPLED // SAMPLE))
+    for first in range(0, total, step):
+        block = ids.read(first, min(first + SAMPLE, total))
+        at = np.flatnonzero(np.isin(block[1:], words)) + 1
+        before, here = _before(block[at - 1]), block[at]
+        for word in np.unique(here).tolist():
+            seen[word].append(before[here == word])
+    cuts: dict[int, list[int]] = {}
+    for word, stretches in seen.items():
+        pieces = -(-int(counts[word]) // size)
+        ordered = np.sort(np.concatenate([*stretches, np.zeros(0, np.uint32)]))
+        marks = ordered[(np.arange(1, pieces) * ordered.size) // pieces] if ordered.size else ordered
+        cuts[word] = sorted({int(mark) + 1 for mark in marks})
+    return cuts
+
+
+def _before(words: Ids) -> Ids:
+    """The words before others, as n-grams have them: BEGIN for the end of another sentence."""
+    return np.where(words == END, np.uint32(BEGIN), words)
+
+
+def part_at(parts: list[Part], size: int) -> Callable[[Ids, Ids], npt.NDArray[np.uint16]]:
+    """A function of words and the words before them: the number of each one's part. size: of the vocabulary."""
+    home = np.zeros(size, np.uint16)
+    several: dict[int, list[Part]] = {}
+    for part in reversed(parts):
+        home[part.first_word : part.end_word] = part.number
+        if (part.first_before, part.end_before) != (0, ANY):
+            several.setdefault(part.first_word, []).insert(0, part)
+
+    def find(words: Ids, before: Ids) -> npt.NDArray[np.uint16]:
+        found = home[words]
+        for word, of in several.items():
+            mine = np.flatnonzero(words == word)
+            edges = np.array([part.end_before for part in of[:-1]], np.int64)
+            found[mine] = of[0].number + np.searchsorted(edges, _before(before[mine]), side="right")
+        return found
+
+    return find
+
+
+@dataclass(frozen=True)
+class PartFiles:
+    """What a part leaves in files, for orders k = 2 .. N; numbers of n-grams are those within the part."""
+
+    folder: Path
+    part: Part
+
+    def column(self, order: int, name: str) -> Column:
+        """`first` word, number of the `suffix` (for order 2 a word), `raw` and `adjusted` count of each n-gram in suffix order; and
+        `at`: the number of the n-gram at each of the part's positions, or NONE."""
+        return Column(self.folder / f"{self.part.number}.{order}.{name}", np.uint32)
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """What a part tells of its n-grams."""
+
+    sizes: list[int]
+    """n-grams of order 2 .. N."""
+    unigram_raw: Counts
+    """[words of the part]."""
+    unigram_children: Counts
+    """[words of the part] distinct words before each, <s> among them."""
+    counts_of_counts: Counts
+    """[N - 1, 5] for orders 2 .. N, n-grams of adjusted count 0 (none), 1, 2, 3, 4."""
+    last: list[tuple[int, int, int]]
+    """(first word, raw, adjusted) of the last n-gram of order 2 .. N; (0, 0, 0) where there is none."""
+
+
+def part_positions(ids: Column, part: Part, order: int) -> Iterator[tuple[Ids, list[Ids]]]:
+    """For each stretch of the text: [n] the part's words, and for j = 1 .. order - 1 the words j places before them.
+
+    BEGIN stands before a sentence, and NONE before that.
+    """
+    total, back = len(ids), order - 1
+    for first in range(0, total, SCAN):
+        block = ids.read(max(first - back, 0), min(first + SCAN, total))
+        if first < back:
+            block = np.concatenate([np.full(back - first, END, np.uint32), block])
+        mine = block[back:]
+        at = np.flatnonzero((mine >= part.first_word) & (mine < part.end_word)) + back
+        if order > 1 and (part.first_before, part.end_before) != (0, ANY):
+            first_word_before = _before(block[at - 1])
+            at = at[(first_word_before >= part.first_before) & (first_word_before < part.end_before)]
+        before: list[Ids] = []
+        over = np.zeros(at.size, bool)
+        for j in range(1, order):
+            words = block[at - j]
+            ends = words == END
+            words = np.where(over, NONE, np.where(ends, np.uint32(BEGIN), words))
+            over |= ends
+            before.append(words)
+        yield block[at], before
+
+
+def count_part(ids: Column, part: Part, order: int, folder: Path) -> PartCounts:
+    """Find the n-grams of a part and write its files."""
+    files = PartFiles(folder, part)
+    stretches = list(part_positions(ids, part, order))
+    words = np.concatenate([stretch[0] for stretch in stretches])
+    before = [np.concatenate([stretch[1][j] for stretch in stretches]) for j in range(order - 1)]
+    del stretches
+    width = part.end_word - part.first_word
+    raw = np.bincount(words - np.uint32(part.first_word), minlength=width)
+    children = np.zeros(width, np.int64)
+    counts_of_counts = np.zeros((max(order - 1, 0), 5), np.int64)
+    sizes: list[int] = []
+    last: list[tuple[int, int, int]] = []
+    numbers = words - np.uint32(part.first_word)
+    held: tuple[Ids, Ids] | None = None  # first words and raw counts of the order before
+    where = np.arange(words.size)
+    for k in range(2, order + 1):
+        longer = before[k - 2][where] != NONE
+        where, numbers = where[longer], numbers[longer]
+        keys, numbers = _ranked(numbers.astype(np.uint64) << np.uint64(32) | before[k - 2][where])
+        starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
+        firsts, suffixes = (
+            (keys[starts] & np.uint64(0xFFFFFFFF)).astype(np.uint32),
+            (keys[starts] >> np.uint64(32)).astype(np.uint32),
+        )
+        counts = np.diff(starts, append=keys.size).astype(np.uint32)
+        at = np.full(words.size, NONE, np.uint32)
+        at[where] = numbers
+        extended = np.bincount(suffixes, minlength=sizes[-1] if sizes else width)
+        if held is None:
+            children = extended
+        else:
+            _finish(files, k - 1, held, extended, counts_of_counts, last)
+        base = np.uint32(part.first_word if k == 2 else 0)
+        for name, values in (("at", at), ("first", firsts), ("suffix", suffixes + base), ("raw", counts)):
+            files.column(k, name).append(values)
+        held = firsts, counts
+        sizes.append(firsts.size)
+    if held is not None:
+        _finish(files, order, held, None, counts_of_counts, last)
+    return PartCounts(sizes, raw, children, counts_of_counts, last)
+
+
+def _ranked(keys: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], Ids]:
+    """Keys in order, and for each key the number of distinct ones below it."""
+    order = np.argsort(keys)
+    ordered = keys[order]
+    rank = np.zeros(keys.size, np.uint32)
+    if keys.size:
+        rank[1:] = np.cumsum(ordered[1:] != ordered[:-1], dtype=np.uint32)
+    numbers = np.empty_like(rank)
+    numbers[order] = rank
+    return ordered, numbers
+
+
+def _finish(
+    files: PartFiles,
+    order: int,
+    held: tuple[Ids, Ids],
+    extended: Counts | None,
+    counts_of_counts: Counts,
+    last: list[tuple[int, int, int]],
+) -> None:
+    """Write the adjusted counts of an order: distinct words before each n-gram; its own count where nothing can stand before it."""
+    firsts, raw = held
+    adjusted = raw if extended is None else np.where(firsts == BEGIN, raw, extended.astype(np.uint32))
+    files.column(order, "adjusted").append(adjusted)
+    counts_of_counts[order - 2] = np.bincount(np.minimum(adjusted, 5), minlength=6)[:5]
+    last.append((int(firsts[-1]), int(raw[-1]), int(adjusted[-1])) if firsts.size else (0, 0, 0))

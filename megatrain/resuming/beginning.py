@@ -1,0 +1,115 @@
+"""Which checkpoints of a directory are a run's own, so that the same command goes on from them, whatever checkpoint.resume says.
+
+What a run began from is kept in each of its checkpoints, and stays the same as the run goes on:
+
+    checkpoint.resume    a checkpoint in checkpoint.dir is the run's own where ...                        else it begins ...
+    auto                 always                                                                           anew
+    PATH                 its run began from the same checkpoint (or directory)                            from PATH
+    never                its run began so, with this very config, and has not finished (or is this very    anew
+                         job, which its launcher has started again), and none is newer that is not its own
+
+So PATH may be one of the directory's own earlier checkpoints (a rewind); `never` begins anew beside what an older run has left, and a
+job that is stopped, requeued or restarted makes progress under both. What is not the run's own is left where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megatrain.checkpoint.together import CheckpointError
+from megatrain.config.schema import Config
+from megatrain.huggingface.files import is_hf
+from megatrain.resuming.changed import changes
+from megatrain.runtime.launch import Launch
+
+
+def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
+    """What a run begins from that has no checkpoint of its own yet, as plain JSON."""
+    resume = config.checkpoint.resume
+    if resume in ("auto", "never"):
+        return {"from": resume, "job": f"{launch.launcher} {launch.job}"}
+    path = Path(resume)
+    manifest = path / MANIFEST
+    digest = xxhash.xxh3_128_hexdigest(manifest.read_bytes()) if manifest.is_file() else ""
+    return {"from": "weights" if only_weights(config) else "checkpoint", "path": str(path.resolve()), "digest": digest}
+
+
+def only_weights(config: Config) -> bool:
+    """Whether checkpoint.resume gives a run that is new its weights and nothing else."""
+    return config.checkpoint.weights_only or is_hf(Path(config.checkpoint.resume))
+
+
+@dataclass
+class Own:
+    """Tells a run's own checkpoints from others, asked newest first, and remembers why those are not."""
+
+    config: Config
+    launch: Launch
+    began: Mapping[str, str]
+    """What a run of this config begins from."""
+    others: list[str] = field(default_factory=list)
+    """Checkpoints of other runs, newest first, each with what makes it one."""
+    _over: bool = field(default=False, init=False)
+    """All others are not the run's own."""
+
+    def __call__(self, path: Path, manifest: Manifest | None) -> bool:
+        """Whether a checkpoint of checkpoint.dir is the run's own; `manifest` is None where it cannot be read."""
+        if self.began["from"] == "auto":
+            return True
+        why = "its manifest cannot be read" if manifest is None else next(self._against(manifest), "")
+        if why:
+            self.others.append(f"{path.name} is not this run's: {why}")
+            # Older ones are of that run as well, or of one before.
+            self._over = self._over or (manifest is not None and self.began["from"] == "never")
+        return not why
+
+    def _against(self, manifest: Manifest) -> Iterator[str]:
+        """What speaks against it."""
+        if self._over:
+            yield "a newer one is not"
+        was = manifest.progress.get("began")
+        if was is None:  # of an earlier release, which went on from any checkpoint where weights alone were asked for
+            if self.began["from"] != "weights":
+                yield "it was saved by an earlier release, which did not say where its run began"
+        elif self.began["from"] == "never" == was["from"]:
+            if manifest.progress.get("finished") and not self._restarted(was):
+                yield "its run has finished"
+            yield from (f"its run had {key}={before}" for key, before, _ in changes(manifest, self.config))
+        elif not self._same_path(was):
+            yield f"its run began {said(was)}"
+
+    def _same_path(self, was: Mapping[str, str]) -> bool:
+        """Whether a run began from what checkpoint.resume names: from the same bytes, where it is a checkpoint that is still there."""
+        now = self.began
+        if "path" not in was or "path" not in now:
+            return False
+        key = "digest" if now["digest"] and not self._replaced() else "path"
+        gone = not Path(now["path"]).exists()
+        return was["path"] == now["path"] if gone else (was["from"], was[key]) == (now["from"], now[key])
+
+    def _replaced(self) -> bool:
+        """Whether the run that began from the weights at checkpoint.resume has come to that step again, and saved in their place."""
+        path = Path(self.began["path"])
+        if path.parent != Path(self.config.checkpoint_dir).resolve():
+            return False
+        with suppress(CheckpointError, OSError):
+            was = read_manifest(path).progress.get("began") or {}
+            return all(was.get(key) == self.began[key] for key in ("from", "path"))
+        return False
+
+    def _restarted(self, was: Mapping[str, str]) -> bool:
+        """Whether the launcher has started this job again, and the checkpoint is of it."""
+        return self.launch.restart_count > 0 and self.launch.job not in ("", "none") and was["job"] == self.began["job"]
+
+
+def said(began: Mapping[str, str]) -> str:
+    """What a run began from, in words."""
+    if began["from"] in ("checkpoint", "weights"):
+        return f"from {'the weights of ' if began['from'] == 'weights' else ''}{began['path']}"
+    return "anew" if began["from"] == "auto" else "anew, with checkpoint.resume=never"

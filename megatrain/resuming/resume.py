@@ -1,0 +1,218 @@
+"""Going on from a checkpoint: which one, whether it is of this run, and what of the config has changed since.
+
+A run goes on from the newest of its own checkpoints that is whole (beginning.py says which are its own). Layout, schedule, batch and
+optimizer settings may be others than they were (changed.py says what that does); another model, tokenizer or training text is refused
+unless checkpoint.accept_changes names it, since a loss curve that changes its subject half-way looks like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.directory import catalogue
+from megatrain.checkpoint.load import load, load_newest
+from megatrain.checkpoint.manifest import Manifest, read_manifest
+from megatrain.checkpoint.together import CheckpointError, ContentError, together
+from megatrain.config.budget import Gauge, gauge, gauge_of
+from megatrain.config.schema import Config
+from megatrain.data.identity import identity_of, other_corpora, other_judged
+from megatrain.init_from import start_from
+from megatrain.job import Job
+from megatrain.optim.schedule import learning_rate
+from megatrain.parallel.consensus import broadcast_text
+from megatrain.resuming.beginning import Own, beginning_of, said
+from megatrain.resuming.changed import bends_schedules, change_of, changes, told, values_then
+from megatrain.runtime.distributed import Session
+from megatrain.training import Run
+
+_COMPARED = ("data.train", "data.tokenizer")
+"""Keys that say where something is, whose contents are compared."""
+
+
+def progress_of(run: Run) -> dict[str, Any]:
+    """The run's own state in a checkpoint."""
+    config = run.config
+    return {
+        "samples": run.consumed_samples,
+        "step": run.step,
+        "tokens": run.consumed_samples * config.model.seq_length,
+        "updates": int(run.optimizer.updates.item()),
+        "loss_scale": run.loss_scale.state(),
+        "gauge": asdict(run.gauge),
+        "finished": run.step >= run.total_steps,
+    }
+
+
+def restore(run: Run, path: Path) -> Manifest:
+    """Bring a run to where the checkpoint at `path` has left off (collective). Raises CheckpointError on every rank."""
+    manifest = load(path, run.optimizer.portions(), run.ctx)
+    take_over(run, manifest)
+    return manifest
+
+
+def take_over(run: Run, manifest: Manifest) -> None:
+    """Go on from a checkpoint whose tensors the optimizer's portions hold (collective)."""
+    progress, then = manifest.progress, values_then(manifest)
+    run.optimizer.refresh()
+    run.step = progress["step"]
+    # The number that it was, unless samples have another length now.
+    run.consumed_samples = -(-progress["tokens"] // run.config.model.seq_length)
+    run.optimizer.updates.fill_(progress["updates"])
+    run.gauge = _gauge_then(progress.get("gauge"), then, run.config)
+    if then["train.precision"] == "fp16":
+        run.loss_scale.restore(progress["loss_scale"])
+
+
+def _gauge_then(kept: dict[str, int] | None, then: dict[str, Any], config: Config) -> Gauge:
+    """What the run's schedules are measured by since it began, but for a warm-up of other steps; earlier releases did not keep it."""
+    if kept is not None:
+        found = Gauge(**kept)
+    else:
+        keys = ("train.global_batch_size", "train.batch_ramp", "optim.warmup_steps", "model.seq_length")
+        found = gauge(*(then[key] for key in keys))
+    if config.optim.warmup_steps is None:
+        return found  # it suited the length that the run had, which may be another now
+    now = gauge_of(config)
+    return found if found.warmup_steps == now.warmup_steps else replace(now, first=found.first, full=found.full)
+
+
+def gauge_kept(config: Config, session: Session) -> Gauge | None:
+    """What the schedules of the run are measured by that goes on with a config, if one does (collective)."""
+    text = "null"
+    with session.together("looking at the checkpoints"):
+        if session.rank == 0:
+            began = beginning_of(config, session.launch)
+            own, listed = Own(config, session.launch, began), catalogue(Path(config.checkpoint_dir))
+            manifest = next((manifest for path, manifest, _ in listed if manifest is not None and own(path, manifest)), None)
+            if manifest is None and began["from"] == "checkpoint":
+                manifest = read_manifest(Path(config.checkpoint.resume))
+            if manifest is not None:
+                text = json.dumps(asdict(_gauge_then(manifest.progress.get("gauge"), values_then(manifest), config)))
+    found = json.loads(broadcast_text(text, session.everyone, session.device))
+    return None if found is None else Gauge(**found)
+
+
+def resume(job: Job) -> None:
+    """Bring a run to where its newest checkpoint has left it, or to where `checkpoint.resume` says that it begins (collective).
+
+    A run that has no checkpoint of its own yet starts from the weights at that path with checkpoint.weights_only, or where the path
+    is a directory of Hugging Face, or else from those of model.init_from, if it is given.
+    """
+    job.identity = shared_identity(job)
+    config, ctx, launch = job.config, job.ctx, job.session.launch
+    text = ""
+    with together(ctx):
+        if ctx.world.rank == 0:
+            text = json.dumps(beginning_of(config, launch))
+    job.began = json.loads(broadcast_text(text, ctx.world.group, ctx.device))
+    directory, own = Path(config.checkpoint_dir), Own(config, launch, job.began)
+
+    def accept(path: Path, manifest: Manifest) -> None:
+        _require_same_subject(path, manifest, config, job.identity)
+
+    def tell(path: Path, why: str) -> None:
+        _tell(job, path, why)
+
+    found = load_newest(directory, job.optimizer.portions(), ctx, tell, accept, own)
+    if found is not None:
+        if job.began["from"] != "auto":
+            job.told.append(
+                f"checkpoint.resume={config.checkpoint.resume}, and {found[0]} is this run's own, which began {said(job.began)}: it goes "
+                "on from there. To begin there again, set checkpoint.dir to another directory"
+            )
+        _go_on(job, *found)
+        job.began = dict(found[1].progress.get("began", job.began))
+        return
+    if job.began["from"] != "auto":
+        job.told += [f"the run begins {said(job.began)}", *own.others[:1]]
+    if job.began["from"] == "checkpoint":
+        path = Path(config.checkpoint.resume)
+        with together(ctx):
+            accept(path, read_manifest(path))
+        _go_on(job, path, load(path, job.optimizer.portions(), ctx))
+    elif job.began["from"] == "weights":
+        start_from(job, Path(config.checkpoint.resume))
+        job.resumed_from = Path(config.checkpoint.resume)
+    elif config.model.init_from is not None:
+        start_from(job, Path(config.model.init_from))
+
+
+def shared_identity(job: Job) -> dict[str, Any]:
+    """What the run's texts are (collective). Raises CheckpointError on every rank where nodes have different ones under one name."""
+    ctx, launch, mine = job.ctx, job.session.launch, ""
+    with together(ctx):
+        if launch.local_rank == 0:  # files may be the node's own
+            mine = json.dumps(identity_of(job.config))
+    first = broadcast_text(mine, ctx.world.group, ctx.device)
+    with together(ctx):
+        if mine not in ("", first):
+            here, there = json.loads(mine), json.loads(first)
+            key = next(name for name in there if here[name] != there[name])
+            raise CheckpointError(
+                f"{launch.host} has another data.{'train' if key == 'data' else key} than the host of rank 0: {here[key]} and "
+                f"{there[key]}. Copy the same files to every node."
+            )
+    return dict(json.loads(first))
+
+
+def _tell(job: Job, path: Path, reason: str) -> None:
+    job.damaged.append(f"{path}: {reason}")
+    if job.session.rank == 0:
+        print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
+    """Take over what a loaded checkpoint says of the run."""
+    take_over(job, manifest)
+    job.resumed_from = path
+    changed = list(changes(manifest, job.config))
+    was, now = manifest.progress.get("identity", {}), job.identity
+    same = {
+        "data.train": "data" in was and not any(other_corpora(was["data"], now["data"], job.config.data.train)),
+        "data.tokenizer": "tokenizer" in was and was["tokenizer"] == now["tokenizer"],
+        "data.valid": "valid" in was and not other_judged(was["valid"], now["valid"]),
+    }
+    job.changes = [f"changed since then: {told(*change, same=same.get(change[0], False))}" for change in changed]
+    if "valid" in was and not same["data.valid"]:
+        job.changes.append("changed since then: data.valid is another text; losses of before and after do not compare")
+    if any(bends_schedules(key) for key, _, _ in changed) and job.step < job.total_steps:
+        job.changes.append(f"from here {_ahead(job)}")
+
+
+def _ahead(run: Run) -> str:
+    """What is left of a run, and its rates."""
+    left, since, length = run.total_steps - run.step, run.consumed_samples, run.config.model.seq_length
+    last, end = (run.budget.consumed(count, since) for count in (left - 1, left))
+    rate = learning_rate(run.config.optim, run.position(run.total_steps - 1, last))
+    return (
+        f"{left} steps are left, {run.step + 1} to {run.total_steps}, with {(end - since) * length:,} tokens, {end * length:,} in all; the "
+        f"learning rate is {run.lr:.3E} in the next step and {rate:.3E} in the last"
+    )
+
+
+def _require_same_subject(path: Path, manifest: Manifest, config: Config, identity: dict[str, Any]) -> None:
+    """Raise ContentError where model, tokenizer or training text are others than they were, and nobody has asked for that."""
+    accepted = set(config.checkpoint.accept_changes)
+    for subject, what in _other_subjects(manifest, config, identity):
+        if subject not in accepted:
+            raise ContentError(
+                f"{path} is of another {subject} than this config: {what}. Use the same, or another checkpoint.dir to begin anew; to "
+                f"go on with the change, checkpoint.accept_changes=[{', '.join(sorted(accepted | {subject}))}]."
+            )
+
+
+def _other_subjects(manifest: Manifest, config: Config, identity: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(model, tokenizer or data, what is another in it)."""
+    was = manifest.progress.get("identity", {})
+    for what in other_corpora(was["data"], identity["data"], config.data.train) if "data" in was else ():
+        yield "data", what
+    if "tokenizer" in was and was["tokenizer"] != identity["tokenizer"]:
+        yield "tokenizer", f"data.tokenizer={config.data.tokenizer}: {was['tokenizer']} -> {identity['tokenizer']}"
+    for key, before, after in changes(manifest, config):
+        if change_of(key).then == "refused" and key not in _COMPARED:
+            yield "model" if key.startswith("model.") else "data", f"{key}: {before} -> {after}"
