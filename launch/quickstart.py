@@ -34,8 +34,8 @@ from megatrain.data.indexed import TokenStore
 from megatrain.data.loader import build_samples
 from megatrain.data.prepare import stdlib_corpus
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.runtime.metrics import read_metrics
-from megatrain.runtime.plot import draw_loss
+from megatrain.records.plot import draw_loss
+from megatrain.records.rows import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MINUTES = 6.0

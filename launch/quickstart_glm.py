@@ -15,8 +15,8 @@ from megatrain.data.held_out import Evaluated
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.runtime.metrics import read_metrics
-from megatrain.runtime.plot import draw_loss
+from megatrain.records.plot import draw_loss
+from megatrain.records.rows import read_metrics
 
 PROMPTS = (
     "def area([MASK]):\n    return width * height\n",

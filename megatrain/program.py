@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from psutil import virtual_memory
 
 from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.manifest import MANIFEST
@@ -39,15 +38,16 @@ from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
+from megatrain.records import provenance
+from megatrain.records.log import RunLog
 from megatrain.resuming.resume import gauge_kept, resume
-from megatrain.runtime import provenance
+from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.limits import Limits
-from megatrain.runtime.memory import tune_allocator
-from megatrain.runtime.metrics import RunLog
+from megatrain.runtime.memory import memory_of
 from megatrain.runtime.stop import PREEMPTED, StopRequest
 from megatrain.training import DTYPES, assemble, train_step
 from megatrain.watch import Watch
@@ -116,11 +116,6 @@ def require_schedule(config: Config) -> None:
     problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
     if problem is not None:
         raise ConfigError(problem)
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that a device has, used or not."""
-    return int(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total)
 
 
 def require_memory(config: Config, vocab_size: int, world_size: int, available: int) -> None:

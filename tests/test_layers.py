@@ -1,10 +1,12 @@
 """Who may import whom: the contracts of setup.cfg hold, cover every room and dimension, and break when they should."""
 
+import ast
 import configparser
 import os
 import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,31 @@ def test_every_dimension_is_under_the_independence_contract() -> None:
     files = {path.stem for path in (ROOT / "megatrain/parallel").glob("*.py")}
     dimensions = {name for name in files - SUPPORT if not name.startswith("transport_")}
     assert listed == {f"megatrain.parallel.{name}" for name in dimensions}
+
+
+def imports() -> dict[str, set[str]]:
+    """Modules of megatrain -> those that they import anywhere, in a function or for types too."""
+    homes = {"megatrain": ROOT / "megatrain", "megatrain.kernels": ROOT / "kernels"}
+    modules = {
+        ".".join((root, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+        for root, folder in homes.items()
+        for path in folder.rglob("*.py")
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                named |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+        graph[module] = (named & set(modules)) - {module, "megatrain"}
+    return graph
+
+
+def test_no_two_modules_import_each_other_not_even_late() -> None:
+    with pytest.raises(CycleError):
+        TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+    graph = imports()
+    assert len(graph) > 200 and "megatrain.records.tensorboard" in graph["megatrain.records.log"]  # a deferred one
+    TopologicalSorter(graph).prepare()

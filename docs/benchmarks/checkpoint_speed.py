@@ -30,7 +30,7 @@ from megatrain.checkpoint.save import Contents, Saver
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.parallel.portion import Portion
-from megatrain.runtime.memory import tune_allocator
+from megatrain.runtime.allocator import tune_allocator
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 CTX = ParallelContext.single()

@@ -372,7 +372,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     if args.tuned:
-        from megatrain.runtime.memory import tune_allocator
+        from megatrain.runtime.allocator import tune_allocator
 
         tune_allocator()
     if args.what in ("plain", "transformers"):

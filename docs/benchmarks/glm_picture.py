@@ -19,7 +19,7 @@ from megatrain.data.draws import Draws
 from megatrain.data.samples.infilling import Laid, Rules, Sentinels, fill_blanks
 from megatrain.data.samples.spans import Spans
 from megatrain.kernels.attention_mask import AttentionMask
-from megatrain.runtime.metrics import read_metrics
+from megatrain.records.rows import read_metrics
 
 WORDS = ["def", "area", "(", "width", ",", "height", ")", ":", "return", "width", "*", "height"]
 IDS = Sentinels(cls=100, eos=101, mask=102, gmask=103, smask=104, sop=105, eop=106, noise=107)

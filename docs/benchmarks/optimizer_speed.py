@@ -23,7 +23,7 @@ from megatrain.parallel.buckets import Unit
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.zero import FlatParameters
-from megatrain.runtime.memory import tune_allocator
+from megatrain.runtime.allocator import tune_allocator
 
 HIDDEN, LAYERS = 512, 9  # 12 h^2 parameters a layer: about 28 million
 

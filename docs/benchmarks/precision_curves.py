@@ -20,7 +20,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatrain.runtime.metrics import read_metrics
+from megatrain.records.rows import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["model.hidden_size=160", "model.num_attention_heads=4", "model.num_layers=3", "model.seq_length=128"]

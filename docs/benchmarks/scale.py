@@ -46,10 +46,11 @@ from megatrain.parallel.transport_board import Board
 from megatrain.parallel.transport_store import meet_all
 from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import Call, Recorder
+from megatrain.records.log import RunLog
+from megatrain.records.rows import StepRow
 from megatrain.runtime.blame import Identity, State, Verdict
 from megatrain.runtime.guard import STORE_SECONDS, Guard
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.metrics import RunLog, StepRow
 from megatrain.runtime.slurm import expand_nodes
 
 NODES, RANK = RANKS // 8, 61

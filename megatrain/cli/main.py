@@ -88,7 +88,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _begin_program(verb: str) -> None:
     """What a program of its own does before torch is imported and memory is taken."""
-    from megatrain.runtime.memory import restart_with_better_allocator
+    from megatrain.runtime.allocator import restart_with_better_allocator
     from megatrain.runtime.stop import hold_signals
 
     if verb == "train":

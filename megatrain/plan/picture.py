@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from megatrain.parallel.simulator import Timeline
 from megatrain.plan.timeline import LETTERS
-from megatrain.runtime.plot import save_png
+from megatrain.records.plot import save_png
 
 _COLOURS = {"F": "#2f6fb5", "B": "#4b9b6e", "W": "#d9a62b"}
 _LEGEND = {"F": "forward", "B": "backward (split: input gradient)", "W": "weight gradient"}

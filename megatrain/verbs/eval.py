@@ -27,9 +27,9 @@ from megatrain.inference.trained import laid_out, load_chunks, saved_config, say
 from megatrain.models.objective import NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape, tokenizer_of
+from megatrain.records.rows import perplexity
 from megatrain.runtime.distributed import connect
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.metrics import perplexity
 from megatrain.training import Model
 
 COUNTED_TOKENS = 1 << 22

@@ -33,8 +33,8 @@ from megatrain.files import whole
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import require_schedule, vocabulary
+from megatrain.records.progress import person_watching
 from megatrain.runtime.flops import parameter_count
-from megatrain.runtime.progress import person_watching
 from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.agree import MARGIN, Trace, agree_in_bf16
 from megatrain.testing.control import Judge

@@ -2,7 +2,7 @@
 
 import stat
 
-from megatrain.runtime.provenance import HIDDEN, keep
+from megatrain.records.provenance import HIDDEN, keep
 
 
 def test_everything_is_there_and_no_secret(tmp_path):

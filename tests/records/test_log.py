@@ -12,17 +12,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatrain.runtime.metrics import (
-    EvaluationRow,
-    JsonLines,
-    RunLog,
-    StepRow,
-    evaluation_lines,
-    peak_memory_bytes,
-    perplexity,
-    read_metrics,
-    step_line,
-)
+from megatrain.records.log import JsonLines, RunLog, evaluation_lines, step_line
+from megatrain.records.rows import EvaluationRow, StepRow, perplexity, read_metrics
+from megatrain.runtime.memory import peak_memory_bytes
 
 
 def row(step, loss=2.3456, **changes):

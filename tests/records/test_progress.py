@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatrain.runtime.progress import StepBar, person_watching, short
+from megatrain.records.progress import StepBar, person_watching, short
 
 
 @pytest.fixture

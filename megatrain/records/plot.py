@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from megatrain.files import whole
-from megatrain.runtime.metrics import read_metrics
+from megatrain.records.rows import read_metrics
 
 _INK, _FAINT, _GRID = "#22272e", "#7a828c", "#e6e8eb"
 _TRAIN, _VALID, _RATE = "#2f6fb5", "#d9622b", "#4b9b6e"

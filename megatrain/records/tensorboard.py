@@ -23,7 +23,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from megatrain.runtime.metrics import perplexity
+from megatrain.records.rows import perplexity
 
 RESTORED_ROWS = 4000
 """Rows written again on a resume, evenly spaced; TensorBoard itself shows 1000 points of a scalar unless told otherwise."""

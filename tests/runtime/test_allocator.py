@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatrain.runtime.memory import better_allocator_environment, loaded_allocator
+from megatrain.runtime.allocator import better_allocator_environment, loaded_allocator
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
 
 FAULTS = """
 import resource, torch
-from megatrain.runtime.memory import tune_allocator
+from megatrain.runtime.allocator import tune_allocator
 TUNE
 torch.set_num_threads(1)
 def step():
@@ -35,7 +35,7 @@ def run(code: str, **env: str) -> str:
 
 
 def describe(**env: str) -> str:
-    return run("from megatrain.runtime.memory import tune_allocator; tune_allocator(); print(tune_allocator())", **env)
+    return run("from megatrain.runtime.allocator import tune_allocator; tune_allocator(); print(tune_allocator())", **env)
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -63,7 +63,7 @@ def test_whole_heap_is_reserved_for_huge_pages_and_stays_so():
     """Freeing what was reserved must not give it back: a run that needs gigabytes gets all of them in huge pages."""
     code = """
 import os, re
-from megatrain.runtime.memory import tune_allocator
+from megatrain.runtime.allocator import tune_allocator
 said = tune_allocator()
 heaps = re.findall(r"\\[heap\\]\\nSize: +(\\d+) kB.*?VmFlags: ([^\\n]*)", open("/proc/self/smaps").read(), re.DOTALL)
 size, flags = max((1024 * int(kb), flags) for kb, flags in heaps)
@@ -78,7 +78,7 @@ print(said.endswith("on huge pages"), size / (os.sysconf("SC_PAGE_SIZE") * os.sy
 
 def test_little_address_space_is_no_error():
     limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))\n"
-    said = run(limit + "from megatrain.runtime.memory import tune_allocator; print(tune_allocator())")
+    said = run(limit + "from megatrain.runtime.allocator import tune_allocator; print(tune_allocator())")
     assert said == "glibc malloc that keeps freed memory"
     assert int(run(limit + FAULTS.replace("TUNE", "tune_allocator()"))) < 73_728 / 4
 
@@ -111,7 +111,7 @@ def test_restart_keeps_process_and_arguments_and_happens_once(tmp_path):
     (tmp_path / "libjemalloc.so.2").symlink_to(library)
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, megatrain.runtime.memory as memory\n"
+        "import os, sys, megatrain.runtime.allocator as memory\n"
         f"memory.better_allocator_environment.__defaults__ = (os.environ, [{str(tmp_path)!r}])\n"
         "print(os.getpid(), flush=True)\n"
         "memory.restart_with_better_allocator()\n"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from megatrain.runtime.plot import draw_loss, smooth
+from megatrain.records.plot import draw_loss, smooth
 
 
 def write(path, rows):

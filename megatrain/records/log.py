@@ -14,22 +14,20 @@ import errno
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from megatrain.runtime.progress import StepBar, person_watching
+from megatrain.records.progress import StepBar, person_watching
+from megatrain.records.rows import EvaluationRow, StepRow, finite, perplexity, read_metrics
 
 if TYPE_CHECKING:
-    from megatrain.runtime.tensorboard import TensorBoard
+    from megatrain.records.tensorboard import TensorBoard
 
 EventKind = Literal[
     "start",
@@ -45,56 +43,6 @@ EventKind = Literal[
     "signal",
     "end",
 ]
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One optimizer update, as in metrics.jsonl."""
-
-    step: int
-    """Updates so far, this one included: the first is 1."""
-    loss: float
-    """Mean over the valid tokens of the global batch, before the update, in nats."""
-    token_accuracy: float | None
-    """Share of these tokens whose most probable prediction was right."""
-    grad_norm: float
-    """Global L2 norm before clipping."""
-    learning_rate: float
-    tokens: int
-    """Tokens consumed since the first step, this one included."""
-    tokens_per_second: float
-    """Of the whole job, in this step."""
-    step_seconds: float
-    tflops_per_device: float
-    mfu: float | None
-    hfu: float | None
-    memory_peak_bytes: int
-    """Largest so far on this rank."""
-    skipped: bool = False
-    """The weights were left alone: the gradient was not finite, or train.skip_steps said so."""
-    loss_scale: float | None = None
-    """Of the next step, in fp16."""
-    wait_seconds: float = 0.0
-    """In which rank 0 waited for its batch: more than a few thousandths of a step mean that the data cannot keep up."""
-
-
-@dataclass(frozen=True)
-class EvaluationRow:
-    """One evaluation on held-out tokens, as in metrics.jsonl."""
-
-    step: int
-    """Updates done before it."""
-    valid_loss: float
-    """Mean over the held-out tokens, in nats."""
-    valid_tokens: int
-    valid_token_accuracy: float | None
-    tokens: int
-    """Training tokens consumed before it."""
-    eval_seconds: float
-    valid_losses: dict[str, float] = field(default_factory=dict)
-    """Of each named validation set."""
-    cloze_accuracy: float | None = None
-    """Share of the blanks of which every token is predicted right; None where there are none."""
 
 
 IN_FLIGHT_SECONDS = 0.05
@@ -133,40 +81,6 @@ class JsonLines:
                 return False
             time.sleep(IN_FLIGHT_SECONDS)
         return True
-
-
-def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for every value that JSON cannot hold, and then `nonfinite`, which says what these were."""
-    lost = {key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
-    kept = {key: None if key in lost else value for key, value in record.items()}
-    return {**kept, "nonfinite": lost} if lost else kept
-
-
-def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of a metrics.jsonl that count: (steps, evaluations), each in order of step.
-
-    A run that goes back to an earlier step (a resume) takes back what was written from there on: the last row of a step counts.
-    Lines that are no whole JSON object (the end of a file after a crash) are skipped. A file that is not there is an OSError.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
-    latest = -1
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                step = int(row["step"])
-            except (ValueError, KeyError, TypeError):
-                continue
-            if "valid_loss" in row:
-                evaluations[step] = row
-                continue
-            if step <= latest:
-                steps = {s: r for s, r in steps.items() if s < step}
-                evaluations = {s: r for s, r in evaluations.items() if s < step}
-            steps[step] = row
-            latest = step
-    return list(steps.values()), [evaluations[step] for step in sorted(evaluations)]
 
 
 class RunLog:
@@ -291,7 +205,7 @@ class RunLog:
         self.close()
 
     def _open_tensorboard(self, sequence_length: int, world_size: int, start_step: int) -> None:
-        from megatrain.runtime.tensorboard import TensorBoard  # noqa: PLC0415  (0.3 s that only rank 0 need spend)
+        from megatrain.records.tensorboard import TensorBoard  # noqa: PLC0415  (0.3 s that only rank 0 need spend)
 
         self._tensorboard = TensorBoard(self.directory / "tensorboard", sequence_length, world_size, start_step)
         if start_step > 0:
@@ -305,7 +219,7 @@ class RunLog:
         self._events = JsonLines(self.directory / "events.jsonl")
 
     def _draw(self, references: Mapping[str, float]) -> None:
-        from megatrain.runtime.plot import draw_loss  # noqa: PLC0415  (0.5 s that only rank 0 need spend)
+        from megatrain.records.plot import draw_loss  # noqa: PLC0415  (0.5 s that only rank 0 need spend)
 
         draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
 
@@ -369,20 +283,6 @@ def evaluation_lines(row: EvaluationRow) -> str:
     ]
     rule = "-" * max(map(len, lines))
     return "\n".join((rule, *lines, rule))
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), of at most 20 nats as in Megatron, so that a diverged run still has a number."""
-    return math.exp(min(20.0, loss))
-
-
-def peak_memory_bytes(device: torch.device | str) -> int:
-    """Largest memory so far: of tensors on a GPU, of the whole process (resident set) on CPU."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _print(text: str) -> None:
