@@ -8,8 +8,8 @@
 
 torch's fused CPU kernel spends most of its time outside matrix products; this one takes 0.4x (BF16) and 0.8x (float32) of its
 time at [512, 4, 8, 64]. Scores are rounded to the inputs' dtype, as in Megatron's unfused core; the softmax is at least float32
-unless asked otherwise. On CUDA causal attention is torch's fused kernel, other masks and ALiBi are FlexAttention
-(`flex_attention.py`); what neither has (dropout keyed by a token's place, a narrow softmax) is done here.
+unless asked otherwise. On CUDA causal attention is one of torch's fused kernels (`sdpa.py`), other masks and ALiBi are FlexAttention
+(`flex_attention.py`); what neither has (dropout keyed by a token's place, a narrow softmax, float64) is done here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
 from megatrain.kernels.flex_attention import flex
+from megatrain.kernels.sdpa import STEADY, Fused, fused
 
 BLOCK = 128
 """Queries in a block."""
@@ -44,6 +44,8 @@ class Variant:
     dropout: Factors | None = None
     wide_softmax: bool = True
     """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
+    order: tuple[Fused, ...] = STEADY
+    """Which of torch's fused kernels serve on a GPU, best first (`sdpa.py`)."""
 
     @property
     def fused(self) -> bool:
@@ -64,24 +66,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Varian
 
     Head i of q uses head i // (a/g) of k and v. The queries are the last s of the n tokens.
     """
-    if variant.fused and (q.device.type == "cuda" or len(q) < len(k)):
-        return _fused(q, k, v)
-    if q.device.type == "cuda" and variant.exact and len(q) == len(k):
+    if variant.fused:
+        if len(q) < len(k) or (q.device.type == "cuda" and variant.order):
+            return fused(q, k, v, variant.order)
+    elif q.device.type == "cuda" and variant.exact and len(q) == len(k):
         return flex(q, k, v, variant.mask, variant.slopes)
     return _BlockAttention.apply(q, k, v, variant).flatten(2)
-
-
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """torch's causal kernel, which wants [b, heads, s, d]."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    queries, keys = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < queries < keys:  # a prompt continued from a cache: the triangle is not square
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    y = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=queries == keys, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return y.permute(2, 0, 1, 3).flatten(2)
 
 
 class _BlockAttention(torch.autograd.Function):

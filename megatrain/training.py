@@ -20,6 +20,7 @@ from megatrain.data.loader import Loader
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.kernels.compiled import require_compiler
 from megatrain.kernels.dispatch import use_triton
+from megatrain.models.attention import kernels_of
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.objective import Mixture, NextToken, Objective
@@ -155,6 +156,7 @@ def assemble(
     use_triton(train.kernels, ctx.device)  # an error now, and not in the first step
     if train.compile == "block":
         require_compiler(ctx.device)
+    serving = kernels_of(config, ctx.tp.size, DTYPES[train.precision], ctx.device)  # first, while the device is empty
     chunks = build_gpt(
         config.model,
         vocab_size,
@@ -167,6 +169,7 @@ def assemble(
         loss_chunk=train.loss_chunk,
         kernels=train.kernels,
         compile=train.compile == "block",
+        fused=serving.order,
     )
     check_whole(chunks, config, vocab_size, ctx)
     parallel = config.parallel

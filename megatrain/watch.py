@@ -15,6 +15,7 @@ from megatrain.config.schema import Config
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.matmul import adds_inside
+from megatrain.models.attention import kernels_of
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
 from megatrain.records.log import RunLog
@@ -78,6 +79,9 @@ class Watch:
         )
         if config.optim.warmup_steps is None:
             self.log.say(f"warm-up: {job.gauge.warmup_steps} of {job.total_steps} steps, as optim.warmup_steps is null")
+        attention = kernels_of(config, ctx.tp.size, DTYPES[config.train.precision], ctx.device).note
+        if attention:
+            self.log.say(attention)
         for note in self._notes():
             self.log.say(note)
         for what in job.told:

@@ -57,6 +57,7 @@ def _models(report: dict[str, Any]) -> Iterable[str]:
             yield f"| {' | '.join(columns)} |"
         if "ratio" in table:
             yield f"\nbest of ours : best of plain = **{table['ratio']:.3f}**; ours is {table['mfu']:.1%} of 989 TFLOP/s"
+        yield from sorted({row["attention"] for row in table["rows"].values() if row.get("attention")})
         if "expected_memory" in table:
             parts = ", ".join(f"{key} {value / 1e9:.1f}" for key, value in table["expected_memory"].items())
             yield f"docs/memory.md: {sum(table['expected_memory'].values()) / 1e9:.1f} GB ({parts})"

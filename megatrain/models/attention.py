@@ -8,15 +8,28 @@ from functools import partial
 import torch
 from torch import nn
 
+from megatrain.config.schema import Config
 from megatrain.kernels import compiled
 from megatrain.kernels.attention import Factors, Variant, attention
 from megatrain.kernels.rotary import rotary
+from megatrain.kernels.sdpa import Choice, Shape, choose
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Norm
 from megatrain.models.position import alibi_slopes
 from megatrain.models.recompute import Remake
 from megatrain.parallel import rng
 from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
+
+
+def kernels_of(config: Config, tp_size: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Which of torch's kernels serve a run's causal attention: tried on a GPU, once, where its training has no other attention."""
+    model, data = config.model, config.data
+    masked = model.window or model.sparse or data.isolate_documents or data.objective == "glm"
+    if masked or model.position == "alibi" or model.attention_dropout > 0 or not model.softmax_fp32:
+        return Choice()
+    heads, groups = model.num_attention_heads // tp_size, max(1, model.query_groups // tp_size)
+    shape = Shape(model.seq_length, config.train.micro_batch_size, heads, groups, model.head_size)
+    return choose(shape, dtype, device, config.train.deterministic)
 
 
 class Rotary(nn.Module):
@@ -138,7 +151,7 @@ class Attention(nn.Module):
                 v = v.contiguous()  # else it would keep the unrotated q and k alive, which lie in the same storage
         if cache is not None:
             k, v = cache.extend(k, v)
-        variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32)
+        variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32, self.build.fused)
         return self.output(attention(q, k, v, variant), batch.postponed)
 
     def _dropout(self, batch: MicroBatch) -> Factors | None:

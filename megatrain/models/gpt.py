@@ -10,6 +10,7 @@ from torch import nn
 
 from megatrain.config.schema import ModelConfig
 from megatrain.kernels.dispatch import Kernels
+from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Dropout, Norm, scaled_gradient
@@ -180,6 +181,7 @@ def build_gpt(
     loss_chunk: int = 0,
     kernels: Kernels = "auto",
     compile: bool = False,
+    fused: tuple[Fused, ...] = STEADY,
 ) -> list[GPT]:
     """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
 
@@ -198,6 +200,7 @@ def build_gpt(
         loss_chunk,
         kernels,
         compile,
+        fused,
     )
     chunks: list[GPT] = []
     for virtual, layers in enumerate(pieces):

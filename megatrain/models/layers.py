@@ -15,6 +15,7 @@ from megatrain.kernels import compiled
 from megatrain.kernels.dispatch import Kernels
 from megatrain.kernels.gated import GATES, PLAIN, gated
 from megatrain.kernels.norm import add_norm, norm
+from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake
 from megatrain.models.rope import tables
@@ -45,6 +46,8 @@ class Build:
     """Which implementation of an operation serves (kernels/dispatch.py)."""
     compile: bool = False
     """Whether what lies between matrix products is compiled (kernels/compiled.py)."""
+    fused: tuple[Fused, ...] = STEADY
+    """Which of torch's kernels for causal attention serve on a GPU, best first (kernels/sdpa.py)."""
 
     def init(self, inputs: int, outputs: int) -> Init:
         """Of weights that read the residual stream; inputs, outputs: of the matrix."""

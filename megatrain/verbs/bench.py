@@ -28,6 +28,7 @@ from megatrain.config.validate import require_effects, validate_step
 from megatrain.data.loader import Loader
 from megatrain.files import doing
 from megatrain.init_from import shapes_of
+from megatrain.models.attention import kernels_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, prepare_torch, require_memory, require_schedule, vocabulary
@@ -196,6 +197,7 @@ def _report(
             "zero_stage": parallel.zero_stage,
             "zero_ranks": parallel.zero_ranks,
         },
+        "attention": kernels_of(config, run.ctx.tp.size, DTYPES[train.precision], run.ctx.device).note or None,
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
     }

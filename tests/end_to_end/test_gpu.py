@@ -1,5 +1,7 @@
 """On a GPU: the numbers of the CPU, under every switch that takes another kernel there, and several ranks on one GPU over gloo."""
 
+import re
+
 import jobs
 import pytest
 import torch
@@ -71,6 +73,14 @@ def test_every_switch_has_the_losses_of_the_cpu(store, tmp_path, on_cpu, switch)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_kind_of_kernel_has_the_losses_of_the_cpu(store, tmp_path, on_cpu, way):
     assert losses(store, tmp_path, model=LLAMA, **WAYS[way]) == pytest.approx(on_cpu("llama"), rel=1e-4)
+
+
+def test_the_log_says_which_attention_serves(store, tmp_path):
+    tree = jobs.tiny(store, tmp_path / "run", model={**MODEL, **LLAMA}, train={"precision": "bf16", "steps": 1})
+    config = jobs.write_config(tmp_path / "config.yaml", {**tree, "parallel": {"device": "cuda"}})
+    (ended,) = jobs.train(tmp_path / "job", str(config), seconds=120)
+    assert ended.code == 0, ended.err
+    assert re.search(r"attention: (cudnn|flash|efficient) .*at \[\d+, 4, 64, 16\]", ended.out), ended.out
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
