@@ -219,7 +219,8 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
     owned = [p for p in logical_parameters(chunks) if p.spec.owned(ctx)]
     elements = sum(prod(s.stop - s.start for s in p.spec.slices(ctx.tp.size, ctx.tp.rank)) for p in owned)
     layers = sum(len(chunk.stack.blocks) for chunk in chunks) * (ctx.tp.rank == 0)
-    built = to_host(all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.mp), ctx.mp).tolist()
+    of_stage = all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.tp)
+    built = to_host(all_reduce(of_stage, ctx.pp), ctx.pp).tolist()
     wanted = [config.model.num_layers, parameter_count(config.model, vocab_size)]
     if built != wanted:
         raise ValueError(

@@ -13,10 +13,12 @@ Four ranks with tp=2, dp=2:                tp ->
 
 Everything above `ParallelContext.build` is integer arithmetic, checked without processes for 16,384 ranks. A rank makes only
 the groups it belongs to: axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp; shards, replicas) or that
-combine others (dp_cp where gradients are averaged, mp where norms are summed, world), `ends` (first and last stage, where tied
-embeddings lie), and a link in each direction to the stages before and behind it on the ring; those of size 1 cost nothing.
-Something is sent over a link as soon as it is made: NCCL connects at the first message, holds the host until the other side
-comes, and a schedule has its two stages come to a link in whatever order it likes (`simulator.py`, lazy_links).
+combine others (dp_cp where gradients are averaged, world), `ends` (first and last stage, where tied embeddings lie), and a link
+in each direction to the stages before and behind it on the ring; those of size 1 cost nothing. Axes over the same ranks (dp and
+dp_cp without context parallelism, pp and ends of two stages, tp and world of a world of tp) are one group under several names:
+each rank calls them in one order, from one thread. Links are groups of their own even there, since the two ranks of one come to
+it in orders that differ. Something is sent over a link as soon as it is made: NCCL connects at the first message, holds the host
+until the other side comes, and a schedule has its two stages come to a link in whatever order it likes (`simulator.py`, lazy_links).
 """
 
 from __future__ import annotations
@@ -87,18 +89,16 @@ class MeshShape:
 
         Axes: tp, cp, dp, pp; dp_cp (gradient average); ep and edp (its two factors: experts, and copies of an expert); shards and
         replicas (two factors again: the ranks that have one copy of ZeRO's shards between them, and those that have the same shard);
-        mp (tp x pp: the ranks that hold one whole model between them); world.
+        ends (first and last stage); world.
         """
         at = self.coordinates(rank)
         if axis in ("tp", "cp", "dp", "pp"):
             return tuple(self.rank_at(**{**at, axis: i}) for i in range(getattr(self, axis)))
         if axis == "world":
             return tuple(range(self.world))
-        if axis in ("mp", "ends"):
+        if axis == "ends":
             ends = {0, self.pp - 1}
-            stages = range(self.pp) if axis == "mp" else sorted(ends if at["pp"] in ends else {at["pp"]})
-            places = range(self.tp) if axis == "mp" else (at["tp"],)
-            return tuple(self.rank_at(i, at["cp"], at["dp"], j) for j in stages for i in places)
+            return tuple(self.rank_at(**{**at, "pp": i}) for i in sorted(ends if at["pp"] in ends else {at["pp"]}))
         replicas = [self.rank_at(at["tp"], c, d, at["pp"]) for d in range(self.dp) for c in range(self.cp)]
         mine = at["cp"] + self.cp * at["dp"]
         if axis == "dp_cp":
@@ -133,7 +133,7 @@ class MeshShape:
         return 2 if self.pp % 2 and stage == self.pp - 1 else stage % 2
 
 
-AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "shards", "replicas", "mp", "ends", "world")
+AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "shards", "replicas", "ends", "world")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,6 @@ class ParallelContext:
     dp_cp: Axis
     shards: Axis
     replicas: Axis
-    mp: Axis
     ends: Axis
     world: Axis
     device: torch.device
@@ -173,14 +172,14 @@ class ParallelContext:
         if shape.zero_ranks is not None and (shape.dp * shape.cp) % shape.zero_ranks:
             raise ValueError(f"zero_ranks={shape.zero_ranks} must divide data x context parallel size {shape.dp * shape.cp}")
         axes: dict[str, Any] = {}
-        made: dict[tuple[int, ...], Group] = {}  # axes over the same ranks (dp and dp_cp when cp is 1) share one group
-        for name in AXES:
+        made: dict[tuple[int, ...], Group] = {}
+        for name in sorted(AXES, key=lambda name: name != "world"):  # first the one that is connected already
             ranks = shape.ranks_along(name, world.rank)
+            group = made[ranks].named(name) if ranks in made else None
             elsewhere = name == "ends" and shape.pp > 2  # a transport may number groups: each rank must make as many
-            if (len(ranks) > 1 or elsewhere) and ranks not in made:
-                made[ranks] = world.group(name, ranks)
-            group = made.get(ranks) if len(ranks) > 1 else None
-            axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, group)
+            if group is None and (len(ranks) > 1 or elsewhere):
+                group = made[ranks] = world.group(name, ranks)
+            axes[name] = Axis(name, len(ranks), ranks.index(world.rank), ranks, group if len(ranks) > 1 else None)
         axes["sends"], axes["receives"] = _links(world, shape, torch.device(device))
         return cls(**axes, device=torch.device(device))
 

@@ -10,6 +10,7 @@ waited. Tensors must be contiguous. Ranks of one group call the same operations 
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -49,6 +50,15 @@ class Group(ABC):
     def size(self) -> int:
         """Number of ranks."""
         return len(self.ranks)
+
+    def named(self, name: str) -> Group:
+        """This group for another axis of the same ranks: the same connections, and messages that name that axis.
+
+        Calls of both are one sequence, in the same order on every rank. Implementations keep what the two share in objects.
+        """
+        other = copy.copy(self)
+        other.name = name
+        return other
 
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:

@@ -14,6 +14,7 @@ compute in turns (`transport_turns.py`).
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -203,8 +204,8 @@ class MemoryGroup(Group):
         self.world_rank = world_rank
         self.job = job
         self._meeting = meeting
-        self._calls = 0
-        self._messages = 0
+        self._calls = itertools.count()
+        self._messages = itertools.count()
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """Reduce `tensor` over the group, in place, in rank order."""
@@ -265,8 +266,7 @@ class MemoryGroup(Group):
         job = self.job
         with job.lock:
             job.check()
-            part.sequence = self._calls
-            self._calls += 1
+            part.sequence = next(self._calls)
             rounds = self._meeting.rounds
             current = rounds.get(part.sequence)
             if current is None:
@@ -304,8 +304,7 @@ class MemoryGroup(Group):
         place = 0 if part.operation == "send" else 1
         with job.lock:
             job.check()
-            part.sequence = self._messages
-            self._messages += 1
+            part.sequence = next(self._messages)
             box = self._meeting.mail.setdefault(way, deque())
             if box and place not in box[0].parts:
                 current = box.popleft()

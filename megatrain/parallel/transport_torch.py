@@ -104,6 +104,14 @@ class _TorchHandle(Handle):
         return refuse(group, f"{self._call} of {shapes}" if shapes else self._call, problem)
 
 
+class _Connection:
+    """What the axes over the same ranks share."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None, timeout_seconds: float) -> None:
+        self.process_group = process_group
+        self.exchanges = Exchanges(timeout_seconds)
+
+
 class TorchGroup(Group):
     """The ranks along one axis, over torch.distributed. Made by `TorchWorld.group`.
 
@@ -118,7 +126,7 @@ class TorchGroup(Group):
         name: str,
         ranks: tuple[int, ...],
         world_rank: int,
-        process_group: dist.ProcessGroup | None,
+        connection: _Connection,
         device: torch.device,
         timeout_seconds: float,
         watch: Watch,
@@ -126,13 +134,18 @@ class TorchGroup(Group):
         self.name = name
         self.ranks = ranks
         self.rank = ranks.index(world_rank)
-        self.process_group = process_group
         self.timeout_seconds = timeout_seconds
-        self._gloo = dist.get_backend(process_group) == "gloo"
+        self._connection = connection
+        self._gloo = dist.get_backend(connection.process_group) == "gloo"
         self._watch = watch
         self._staged = self._gloo and device.type == "cuda"
         self._device_ids = None if self._gloo else [device.index or 0]
-        self._shared = Exchanges(timeout_seconds)
+        self._shared = connection.exchanges
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """None once it is closed."""
+        return self._connection.process_group
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """Reduce `tensor` over the group, in place; the same bits on every rank."""
@@ -231,11 +244,11 @@ class TorchGroup(Group):
         handle.wait()
 
     def close(self) -> None:
-        """Release the connections."""
+        """Release the connections; those that all groups of a world are made over go with the world."""
         self._shared.close()
-        if self.process_group is not None:
+        if self.process_group not in (None, dist.group.WORLD):
             dist.destroy_process_group(self.process_group)
-            self.process_group = None
+        self._connection.process_group = None
 
     def _isend(self, tensor: torch.Tensor, **kwargs: Any) -> Work | None:
         """A send that can be asked whether it has ended."""
@@ -284,7 +297,9 @@ class TorchWorld(World):
         self._store = store
         self._device = device
         self._timeout_seconds = timeout_seconds
-        self._groups: list[TorchGroup] = []
+        self._connections: list[_Connection] = []
+        self._unused: dist.ProcessGroup | None = None
+        """Torch's own group of all ranks, until an axis of all ranks takes it."""
         self._watch = Watch("megatrain-sends")
 
     @classmethod
@@ -329,7 +344,9 @@ class TorchWorld(World):
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         except (RuntimeError, ValueError) as error:
             raise TransportError(f"rank {rank} of {size} cannot start {backend} on {device}: {error}") from error
-        return cls(rank, size, device, timeout_seconds, store)
+        world = cls(rank, size, device, timeout_seconds, store)
+        world._unused = dist.group.WORLD
+        return world
 
     def group(self, name: str, ranks: Sequence[int]) -> Group:
         """Make the group of `ranks`, ascending. Raises TransportError if the others do not make it within the timeout."""
@@ -338,16 +355,22 @@ class TorchWorld(World):
             raise TransportError(
                 f"group {name}: ranks {name_ranks(members)} are not ascending ranks of a world of {self.size}, with rank {self.rank}"
             )
+        if len(members) == self.size and self._unused is not None:
+            made, self._unused = self._unused, None
+        else:
+            made = self._new_group(name, members)
+        connection = _Connection(made, self._timeout_seconds)
+        self._connections.append(connection)
+        return TorchGroup(name, members, self.rank, connection, self._device, self._timeout_seconds, self._watch)
+
+    def _new_group(self, name: str, members: tuple[int, ...]) -> dist.ProcessGroup:
         limit = timedelta(seconds=self._timeout_seconds)
         try:
-            made = dist.new_group(list(members), timeout=limit, use_local_synchronization=True, group_desc=name)
+            return dist.new_group(list(members), timeout=limit, use_local_synchronization=True, group_desc=name)
         except (RuntimeError, ValueError) as error:
             raise TransportError(
                 f"axis {name}: rank {self.rank} cannot make the group of {name_ranks(members)}: {error}"
             ) from error
-        group = TorchGroup(name, members, self.rank, made, self._device, self._timeout_seconds, self._watch)
-        self._groups.append(group)
-        return group
 
     def _linger(self) -> None:
         """Wait until all ranks leave, for LINGER_SECONDS at most. Two messages a rank: nothing is polled."""
@@ -366,8 +389,9 @@ class TorchWorld(World):
         """
         self._linger()
         self._watch.close()
-        for group in self._groups:
-            group.process_group = None  # connections close when the last reference goes
-        self._groups.clear()
+        for connection in self._connections:
+            connection.process_group = None  # connections close when the last reference goes
+        self._connections.clear()
+        self._unused = None
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
@@ -121,6 +122,12 @@ class Wrapper(Group):
         self.name, self.ranks, self.rank = inner.name, inner.ranks, inner.rank
         self.inner = inner
 
+    def named(self, name: str) -> Group:
+        """As the inner group's, wrapped."""
+        other = copy.copy(self)
+        other.name, other.inner = name, self.inner.named(name)
+        return other
+
     @abstractmethod
     def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
         """Start the inner call, which is never blocking; wait for it if `blocking`."""
@@ -182,6 +189,10 @@ class RecordedGroup(Wrapper):
         super().__init__(inner)
         self._recorder = recorder
         self._calls = 0
+
+    def named(self, name: str) -> Group:
+        """As the inner group's, with calls counted by themselves."""
+        return RecordedGroup(self.inner.named(name), self._recorder)
 
     def barrier(self) -> None:
         """As the inner group's."""

@@ -178,7 +178,7 @@ def _keep_first_gradients(run: Run, gradients: dict[str, torch.Tensor]) -> None:
 def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The logical tensors of all stages, on every rank. Collective over the ranks of a model."""
     shapes = {name: (spec.shape, str(tensor.dtype)) for name, (spec, tensor) in local.items()}
-    texts = gather_texts(json.dumps(shapes), ctx.mp.group, ctx.device)
+    texts = gather_texts(json.dumps(shapes), ctx.pp.group, ctx.device)
     everywhere = {name: what for text in texts for name, what in json.loads(text).items()}
     sizes = [math.prod(shape) for shape, _ in everywhere.values()]
     message = torch.zeros(sum(sizes), dtype=torch.float64, device=ctx.device)  # all in one sum; it holds any float exactly
@@ -188,7 +188,7 @@ def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, tor
         if name in local:
             _fill(logical, ctx, *local[name])
         found[name] = logical, getattr(torch, dtype.removeprefix("torch."))
-    all_reduce(message, ctx.mp)
+    all_reduce(all_reduce(message, ctx.tp), ctx.pp)
     return {name: logical.to(dtype).cpu() for name, (logical, dtype) in found.items()}
 
 

@@ -153,7 +153,7 @@ def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
 def lean_trace(ctx: ParallelContext, config: Config, steps: int) -> Trace:
     """The trace of one rank, with tensors only where another rank does not have the same ones: one rank a replica."""
     trace = trace_run(ctx, config, steps)
-    if ctx.mp.rank == 0:
+    if ctx.tp.rank == ctx.pp.rank == 0:
         return trace
     return replace(trace, gradients={}, weights={}, states={})
 

@@ -11,11 +11,11 @@ CPU = torch.device("cpu")
 
 def test_texts_travel_whole():
     def exchange(ctx):
-        mine = "" if ctx.mp.rank == 0 else "place 1 " + "\u00fc" * 50
+        mine = "" if ctx.tp.rank == 0 else "place 1 " + "\u00fc" * 50
         return (
-            gather_texts(mine, ctx.mp.group, CPU),
-            broadcast_text(mine, ctx.mp.group, CPU, 1),
-            broadcast_text(mine, ctx.mp.group, CPU),
+            gather_texts(mine, ctx.tp.group, CPU),
+            broadcast_text(mine, ctx.tp.group, CPU, 1),
+            broadcast_text(mine, ctx.tp.group, CPU),
         )
 
     texts = ["", "place 1 " + "\u00fc" * 50]

@@ -30,7 +30,7 @@ def expected_size(shape, axis, rank):
     replicas = shape.dp * shape.cp
     if axis == "ends":
         return len({0, shape.pp - 1}) if shape.coordinates(rank)["pp"] in (0, shape.pp - 1) else 1
-    sizes = {"edp": replicas // shape.ep, "dp_cp": replicas, "mp": shape.tp * shape.pp, "world": shape.world}
+    sizes = {"edp": replicas // shape.ep, "dp_cp": replicas, "world": shape.world}
     sizes["shards"] = shape.zero_ranks or replicas
     sizes["replicas"] = replicas // sizes["shards"]
     return sizes[axis] if axis in sizes else getattr(shape, axis)
@@ -40,11 +40,14 @@ class CountingWorld(World):
     """Makes groups that can do nothing but be connected."""
 
     def __init__(self, rank, size):
-        self.rank, self.size, self.made = rank, size, []
+        self.rank, self.size, self.made, self.names = rank, size, [], []
 
     def group(self, name, ranks):
         self.made.append(tuple(ranks))
-        return object.__new__(Idle)
+        self.names.append(name)
+        idle = object.__new__(Idle)
+        idle.name = name
+        return idle
 
 
 class Idle(Group):
@@ -98,7 +101,7 @@ def test_a_rank_makes_few_groups_and_sits_in_each(shape, data):
     world = CountingWorld(rank, shape.world)
     ctx = ParallelContext.build(world, shape)
     links = shape.links(rank)
-    assert len(world.made) <= 16 + 2 * (shape.zero_ranks is not None)
+    assert len(world.made) <= 15 + 2 * (shape.zero_ranks is not None)
     of_axes = world.made[: -len(links) or None]
     assert len(of_axes) == len(set(of_axes)) and all(rank in ranks for ranks in world.made)
     assert sum(len(ranks) == 1 for ranks in of_axes) <= (shape.pp > 2), "only `ends` may stand by"
@@ -107,6 +110,25 @@ def test_a_rank_makes_few_groups_and_sits_in_each(shape, data):
         assert axis.name == name and axis.size == len(axis.ranks) == expected_size(shape, name, rank)
         assert axis.ranks[axis.rank] == rank
         assert (axis.group is None) == (axis.size == 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "made"),
+    [
+        (MeshShape(tp=2, pp=2, dp=2), ["world", "tp", "dp", "pp", "pp 0>1", "pp 1>0"]),
+        (MeshShape(tp=2, dp=2), ["world", "tp", "dp"]),
+        (MeshShape(tp=8), ["world"]),
+        (MeshShape(dp=8), ["world"]),
+        (MeshShape(pp=2), ["world", "pp 0>1", "pp 1>0"]),
+        (MeshShape(cp=2, dp=4, ep=4), ["world", "cp", "dp", "ep", "edp"]),
+    ],
+)
+def test_axes_of_the_same_ranks_are_one_group_under_their_own_names(shape, made):
+    world = CountingWorld(0, shape.world)
+    ctx = ParallelContext.build(world, shape)
+    assert world.names == made
+    groups = {name: getattr(ctx, name).group for name in AXES if getattr(ctx, name).size > 1}
+    assert {name: group.name for name, group in groups.items()} == {name: name for name in groups}
 
 
 def test_16384_ranks_make_as_many_distinct_groups_as_the_axes_have():
@@ -130,8 +152,7 @@ def test_tensor_parallel_ranks_are_neighbours_and_stages_far_apart():
     assert shape.ranks_along("dp_cp", 5) == (1, 3, 5, 7)
     assert shape.ranks_along("ep", 5) == (5, 7)
     assert shape.ranks_along("edp", 5) == (1, 5)
-    assert (shape.ranks_along("shards", 5), shape.ranks_along("replicas", 5)) == ((1, 3, 5, 7), (5,))
-    assert shape.ranks_along("mp", 5) == (4, 5, 12, 13)
+    assert shape.ranks_along("shards", 5) == (1, 3, 5, 7) and shape.ranks_along("replicas", 5) == (5,)
     assert shape.ranks_along("ends", 5) == (5, 13)
     assert [MeshShape(tp=2, pp=3).ranks_along("ends", rank) for rank in (1, 3, 5)] == [(1, 5), (3,), (1, 5)]
 

@@ -91,7 +91,7 @@ def test_calls_that_are_looked_at_once_give_the_same_culprits(data):
     shape = MeshShape(tp=2, dp=2, pp=2)
     states = []
     for rank in range(shape.world):
-        axis = data.draw(st.sampled_from(["tp", "dp", "mp", "world", "pp", ""]))
+        axis = data.draw(st.sampled_from(["tp", "dp", "dp_cp", "world", "pp", ""]))
         operation = data.draw(st.sampled_from(["send", "recv"])) if axis == "pp" else "all_reduce"
         ranks = shape.ranks_along(axis, rank) if axis else ()
         states.append(waiting(rank, ranks, axis, operation, data.draw(st.integers(0, 2))) if axis else State(rank, "busy"))

@@ -91,7 +91,7 @@ def test_the_first_failure_is_raised_and_the_pool_lives_on():
     story = str(caught.value.__cause__)
     assert isinstance(caught.value.__cause__, RankTraceback)
     assert story.startswith("rank 1 of 2 failed first:\nTraceback")
-    assert "in fail_on_one" in story and "then rank 0: TransportError: barrier on axis dp" in story
+    assert "in fail_on_one" in story and "then rank 0: TransportError: barrier on axis world" in story
     assert spawn(2, process) == before
 
 
