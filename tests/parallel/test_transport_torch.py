@@ -1,6 +1,10 @@
 """Groups of torch.distributed, without its connections: which are made, and how."""
 
+from datetime import timedelta
+from types import SimpleNamespace
+
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -10,17 +14,41 @@ from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 
 
+class FakeNCCL:
+    """As torch's, which is there in builds for CUDA alone."""
+
+    class Options:
+        def __init__(self, is_high_priority_stream=False):
+            self.is_high_priority_stream = is_high_priority_stream
+            self._timeout = timedelta(minutes=10)
+
+
 @pytest.fixture
 def connect(monkeypatch):
-    """connect(size): rank 0 of a world whose other ranks are not there, and whose calls do nothing; the groups it makes."""
+    """connect(size): rank 0 of a world whose other ranks are not there, and whose calls do nothing.
+
+    And the groups that it makes: name, limit, and what the backend is told.
+    """
     worlds, made, init, new = [], [], dist.init_process_group, dist.new_group
     monkeypatch.setattr(transport_torch, "open_store", lambda *_: FakeStore())
     monkeypatch.setattr(transport_torch, "meet_all", lambda *_: None)
-    monkeypatch.setattr(dist, "init_process_group", lambda _backend, **given: made.append("all") or init("fake", **given))
-    monkeypatch.setattr(dist, "new_group", lambda *ranks, **given: made.append(given["group_desc"]) or new(*ranks, **given))
 
-    def connected(size):
-        worlds.append(TorchWorld.connect(0, size, backend="gloo", rendezvous=("nowhere", 1)))
+    def init_fake(backend, pg_options, **given):
+        made.append(("all", given["timeout"], pg_options))
+        monkeypatch.setattr(dist, "get_backend", lambda *_: backend)
+        init("fake", **given)
+
+    def new_fake(*ranks, pg_options, **given):
+        made.append((given["group_desc"], given["timeout"], pg_options))
+        return new(*ranks, backend="fake", **given)
+
+    monkeypatch.setattr(dist, "init_process_group", init_fake)
+    monkeypatch.setattr(dist, "new_group", new_fake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU 0"))
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNCCL, raising=False)
+
+    def connected(size, backend="gloo"):
+        worlds.append(TorchWorld.connect(0, size, backend=backend, rendezvous=("nowhere", 1), timeout_seconds=77.0))
         return worlds[-1], made
 
     yield connected
@@ -43,7 +71,8 @@ def test_a_run_makes_each_communicator_once(connect, shape, groups):
     world = RecordedWorld(world, Recorder())
     everyone = world.group("world", range(shape.world))
     ctx = ParallelContext.build(world, shape)
-    assert made == groups
+    assert [name for name, *_ in made] == groups
+    assert [options for *_, options in made] == [None] * len(groups), "gloo takes none"
     assert ctx.world.group is everyone and everyone.inner.process_group is dist.group.WORLD
     for axis in (axis for axis in (ctx.tp, ctx.dp, ctx.dp_cp, ctx.pp, ctx.ends) if axis.size > 1):
         assert axis.group.name == axis.group.inner.name == axis.name
@@ -59,3 +88,27 @@ def test_calls_are_told_by_the_axis_that_makes_them(connect):
     ctx.dp.group.close()
     assert ctx.dp_cp.group.inner.process_group is None
     assert dist.is_initialized(), "the group of all ranks goes with the world"
+
+
+def test_nccl_has_a_stream_of_high_priority_for_each_group(connect):
+    """Torch warns where the limits differ, and writes into the options: they are no two groups'."""
+    world, made = connect(8, "nccl")
+    ParallelContext.build(world, MeshShape(tp=2, pp=2, dp=2))
+    assert [name for name, *_ in made] == ["all", "tp", "dp", "pp", "pp 0>1", "pp 1>0"]
+    assert len({id(options) for *_, options in made}) == 6
+    for _, limit, options in made:
+        assert options.is_high_priority_stream
+        assert limit == options._timeout == timedelta(seconds=77)
+
+
+@pytest.mark.gpu
+def test_nccl_takes_the_options(tmp_path):
+    world = TorchWorld.connect(0, 1, backend="nccl", rendezvous=tmp_path / "meet", device="cuda:0")
+    try:
+        group, other, x = world.group("world", (0,)), world.group("dp", (0,)), torch.ones(3, device="cuda:0")
+        for made in (group, other):
+            made.all_reduce(x)
+            assert made.process_group._get_backend(x.device).options.is_high_priority_stream
+        assert group.to_host(x).tolist() == [1.0, 1.0, 1.0]
+    finally:
+        world.close()
