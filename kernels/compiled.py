@@ -77,6 +77,9 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
 
 
-def activation(*inner: torch.Tensor, kind: str) -> torch.Tensor:
-    """An MLP's activation of one tensor, or gate and up."""
-    return GATES[kind](inner[0]) * inner[1] if kind in GATES else PLAIN[kind](inner[0])
+def activation(inner: torch.Tensor, kind: str) -> torch.Tensor:
+    """An MLP's activation of [..., f], or of gate|up [..., 2 f] beside one another, as its gradient will lie too."""
+    if kind not in GATES:
+        return PLAIN[kind](inner)
+    gate, up = inner.chunk(2, -1)
+    return GATES[kind](gate) * up

@@ -12,8 +12,9 @@ from torch import nn
 
 from megatrain.config.schema import ModelConfig
 from megatrain.kernels import compiled
+from megatrain.kernels.beside import together
 from megatrain.kernels.dispatch import Kernels
-from megatrain.kernels.gated import GATES, PLAIN, gated
+from megatrain.kernels.gated import GATES, activated, gated
 from megatrain.kernels.norm import add_norm, norm
 from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import MicroBatch
@@ -174,19 +175,20 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape. remake: makes x again, so that neither it nor the activation is kept."""
-        inner = self.inner(x, batch.postponed, remake)
+        bias = self.inner.bias_place() if self.fused is None else None
+        inner = self.inner(x, batch.postponed, remake, sums_bias=bias is None)
         cheaper_kept = remake is None or self.activation == "relu"  # its own backward keeps the output, not the input
-        again = None if cheaper_kept else (lambda: self._activate(inner, keep=False))
-        return self.down(self._activate(inner, keep=remake is None), batch.postponed, again)
+        again = None if cheaper_kept else (lambda: self._activate(inner, None, keep=False))
+        return self.down(self._activate(inner, bias, keep=remake is None), batch.postponed, again)
 
-    def _activate(self, inner: tuple[torch.Tensor, ...], keep: bool) -> torch.Tensor:
-        """One or two [s, b, f/t] -> [s, b, f/t]. keep: whether what the backward reads twice may be kept."""
+    def _activate(self, inner: tuple[torch.Tensor, ...], bias: torch.Tensor | None, keep: bool) -> torch.Tensor:
+        """One or two [s, b, f/t] -> [s, b, f/t]. bias: the inner ones' place; keep: whether what the backward reads twice may be kept."""
         if self.fused is not None:
-            return self.fused(*inner)
+            return self.fused(together(*inner))
         if self.activation not in GATES:
-            return PLAIN[self.activation](inner[0])
+            return activated(inner[0], self.activation, bias=bias, kernels=self.kernels)
         gate, up = inner
-        return gated(gate, up, self.activation, keep=keep, kernels=self.kernels)
+        return gated(gate, up, self.activation, bias=bias, keep=keep, kernels=self.kernels)
 
 
 def scaled_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:

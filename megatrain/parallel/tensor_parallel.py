@@ -33,6 +33,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from megatrain.kernels.beside import beside
 from megatrain.kernels.matmul import linear, matmul
 from megatrain.parallel.collectives import (
     Done,
@@ -46,7 +47,7 @@ from megatrain.parallel.collectives import (
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec, Part, Split
 from megatrain.parallel.transport import Handle
-from megatrain.parallel.weights import Postponed, add_bias_gradient, add_weight_gradient, joined, make_parameters
+from megatrain.parallel.weights import Postponed, add_bias_gradient, add_weight_gradient, bias_place, joined, make_parameters
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
@@ -62,6 +63,8 @@ class _Linear:
     postponed: Postponed | None = None
     remake: Callable[[], torch.Tensor] | None = None
     """Makes the input again, which is then not kept."""
+    sums_bias: bool = True
+    """Whether the biases' gradient is made here, and not by who makes that of the output (`bias_place`)."""
 
     def weight(self) -> torch.Tensor:
         """[sum of out, in], one matrix."""
@@ -77,6 +80,10 @@ class _Linear:
             return saved[0]
         with torch.no_grad():
             return self.remake()
+
+    def bias_gradients(self, dy: torch.Tensor) -> list[torch.Tensor | None]:
+        """Of the biases, from dy [tokens, out]: for autograd, what it shall have."""
+        return add_bias_gradient(self.biases, dy) if self.sums_bias else [None] * len(self.biases)
 
     def weight_gradients(self, compute: Callable[[], list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
         """What `compute` returns for autograd; or nothing, and `compute` waits until its turn comes."""
@@ -110,7 +117,7 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: torch.Tensor) -> Any:
         layer: _Linear = ctx.layer
         saved = ctx.saved_tensors
-        dy = (dys[0] if len(dys) == 1 else torch.cat(dys, dim=-1)).flatten(0, 1)
+        dy = beside(dys).flatten(0, 1)
 
         def gather_input() -> tuple[torch.Tensor, Handle]:
             x = layer.input(saved)
@@ -128,7 +135,7 @@ class _ColumnLinear(torch.autograd.Function):
             whole, gather = begun or gather_input()
             gather.wait()
             grads = add_weight_gradient(layer.weights, dy, whole.flatten(0, 1))
-            return grads + (add_bias_gradient(layer.biases, dy) if layer.biases else [])
+            return grads + layer.bias_gradients(dy)
 
         grads = layer.weight_gradients(weights)  # beside the reduction
         reduce.wait()
@@ -152,7 +159,7 @@ class _RowLinear(torch.autograd.Function):
         layer: _Linear = ctx.layer
         saved = ctx.saved_tensors
         whole, gather = start_gather(dy, layer.tp) if layer.sequence_parallel else (dy, Done())
-        bias_grads = add_bias_gradient(layer.biases, dy.flatten(0, 1)) if layer.biases else []  # beside the gather
+        bias_grads = layer.bias_gradients(dy.flatten(0, 1))  # beside the gather
         gather.wait()
         whole = whole.flatten(0, 1)
         dx = matmul(whole, layer.weight()).view(ctx.shape) if ctx.needs_input_grad[0] else None
@@ -168,12 +175,15 @@ def column_linear(
     sequence_parallel: bool,
     postponed: Postponed | None = None,
     remake: Callable[[], torch.Tensor] | None = None,
+    sums_bias: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     """x W_i^T + b_i for every weight: x [s/t, b, in] with sequence parallelism, else [s, b, in] -> each [s, b, out_i/t].
 
     postponed: where the weight gradients are put, to be computed later. remake: makes x again for them, so that it is not kept.
+    sums_bias: whether the gradient of the biases is made here; else by who makes that of the output (`bias_place`).
     """
-    return _ColumnLinear.apply(x, _Linear(tp, sequence_parallel, weights, biases, postponed, remake), *weights, *biases)
+    layer = _Linear(tp, sequence_parallel, weights, biases, postponed, remake, sums_bias)
+    return _ColumnLinear.apply(x, layer, *weights, *biases)
 
 
 class Linears(TypedDict):
@@ -221,12 +231,20 @@ class ColumnParallelLinear(nn.Module):
         self.weights = nn.ParameterList(make_parameters(weights, tp, dtype, device))
         self.biases = nn.ParameterList(make_parameters(biases, tp, dtype, device) if bias else [])
 
+    def bias_place(self) -> torch.Tensor | None:
+        """Where who makes the outputs' gradients gives that of all biases, [sum of out/t]; None without biases."""
+        return bias_place(tuple(self.biases)) if self.biases else None
+
     def forward(
-        self, x: torch.Tensor, postponed: Postponed | None = None, remake: Callable[[], torch.Tensor] | None = None
+        self,
+        x: torch.Tensor,
+        postponed: Postponed | None = None,
+        remake: Callable[[], torch.Tensor] | None = None,
+        sums_bias: bool = True,
     ) -> tuple[torch.Tensor, ...]:
-        """[s/t or s, b, in] -> one [s, b, out/t] per output."""
+        """[s/t or s, b, in] -> one [s, b, out/t] per output. sums_bias: False where `bias_place` is given the biases' gradient."""
         weights, biases = tuple(self.weights), tuple(self.biases)
-        return column_linear(x, weights, biases, self.tp, self.sequence_parallel, postponed, remake)
+        return column_linear(x, weights, biases, self.tp, self.sequence_parallel, postponed, remake, sums_bias)
 
 
 class RowParallelLinear(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,6 +55,31 @@ def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> l
     Like a product, it is added up in float32 and comes in the dtype of dy: asked for another, torch on CPU copies all of dy first.
     """
     return _accumulate(parameters, lambda out, first: out.copy_(dy.sum(0)) if first else out.add_(dy.sum(0)), lambda: dy.sum(0))
+
+
+def bias_place(biases: Sequence[nn.Parameter]) -> torch.Tensor:
+    """Stands for the joined biases [out] that a matmul has added to its output already, without their values.
+
+    Who makes the gradient of that output sums it over the tokens in the same pass, and gives the sum as this tensor's gradient, in at
+    least float32; it goes where `add_bias_gradient` would have brought it.
+    """
+    place: torch.Tensor = _Place.apply(*biases)
+    return place
+
+
+class _Place(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *biases: nn.Parameter) -> torch.Tensor:
+        ctx.biases = biases
+        wide = torch.promote_types(biases[0].dtype, torch.float32)
+        return biases[0].new_empty((), dtype=wide).expand(sum(len(b) for b in biases))
+
+    @staticmethod
+    def backward(ctx: Any, total: torch.Tensor) -> Any:
+        def add(out: torch.Tensor, first: bool) -> object:
+            return out.copy_(total) if first else out.add_(total)
+
+        return tuple(_accumulate(ctx.biases, add, lambda: total.to(ctx.biases[0].dtype)))
 
 
 def _accumulate(

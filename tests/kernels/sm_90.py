@@ -30,6 +30,8 @@ from megatrain.kernels import dispatch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 ROWS = 48
+MANY = 4096
+"""Rows of which a program of an activation takes several."""
 
 
 class Hopper:
@@ -86,7 +88,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     from megatrain.kernels.adamw import AdamRates, adam_triton
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
     from megatrain.kernels.dropout import dropout_triton
-    from megatrain.kernels.gated import gated
+    from megatrain.kernels.gated import activated, gated
     from megatrain.kernels.norm import add_norm, norm
     from megatrain.kernels.rotary import rotary
 
@@ -106,9 +108,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         else:
             differentiate(norm(x, weight, bias, 1e-5, rms=rms, kernels="triton"))
 
-    def gate(kind: str, columns: int, dtype: torch.dtype, whole: int) -> None:
-        both = some(ROWS, whole, dtype=dtype)
-        differentiate(gated(both[:, :columns], both[:, whole - columns :], kind, kernels="triton"))
+    def gate(kind: str, columns: int, dtype: torch.dtype, whole: int, biased: bool) -> None:
+        both, bias = some(MANY, whole, dtype=dtype), some(2 * columns, dtype=torch.float32) if biased else None
+        differentiate(gated(both[:, :columns], both[:, whole - columns :], kind, bias=bias, kernels="triton"))
+
+    def act(kind: str, columns: int, dtype: torch.dtype, biased: bool) -> None:
+        bias = some(columns, dtype=torch.float32) if biased else None
+        differentiate(activated(some(MANY, columns, dtype=dtype), kind, bias=bias, kernels="triton"))
 
     def rotated(heads: int, d: int, turned: int, interleaved: bool, dtype: torch.dtype, fused: int) -> None:
         x = some(ROWS, 1, heads * d * fused, dtype=dtype)[..., : heads * d].view(ROWS, 1, heads, d)
@@ -146,8 +152,14 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 name = f"norm n={n} rms={rms:d} add={add:d} {short}"
                 yield name, lambda n=n, dtype=dtype, rms=rms, add=add: normed(n, dtype, rms, add)
         for columns, whole in ((11008, 22016), (4096, 8192), (1001, 2002), (8, 24)):
-            for kind in ("swiglu", "geglu"):
-                yield f"gate {kind} {columns} of {whole} {short}", lambda k=kind, c=columns, d=dtype, w=whole: gate(k, c, d, w)
+            for kind, biased in (("swiglu", False), ("geglu", False), ("geglu", True)):
+                name = f"gate {kind} {columns} of {whole} bias={biased:d} {short}"
+                yield name, lambda k=kind, c=columns, d=dtype, w=whole, b=biased: gate(k, c, d, w, b)
+        for columns in (3072, 8192, 1001):
+            for kind in ("gelu", "gelu_tanh", "relu"):
+                for biased in (False, True):
+                    name = f"act {kind} {columns} bias={biased:d} {short}"
+                    yield name, lambda k=kind, c=columns, d=dtype, b=biased: act(k, c, d, b)
         heads_of = (32, 128, 128, 1), (8, 128, 128, 3), (12, 64, 64, 3), (25, 64, 64, 1), (12, 64, 32, 1), (1, 21, 16, 1)
         for heads, d, turned, fused in heads_of:
             for interleaved in (False, True):

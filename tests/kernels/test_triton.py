@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatrain.kernels import dispatch
+from megatrain.kernels.beside import beside
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
-from megatrain.kernels.gated import gated
+from megatrain.kernels.gated import GATES, PLAIN, activated, gated
 from megatrain.kernels.norm import add_norm, norm
 from megatrain.kernels.rotary import rotary
 
@@ -124,6 +125,42 @@ def test_gated(width, kind, dtype):
     both = numbers(4, 3, 2 * width, dtype=dtype)
     compare(lambda x, kernels: gated(*x.split(width, -1), kind, kernels=kernels), (both,), dtype)
     compare(lambda x, kernels: gated(*x.chunk(2, 0), kind, kernels=kernels), (both,), dtype)
+
+
+@pytest.mark.parametrize("dtype", BANDS, ids=str)
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("width", [1, 33, 1500])
+def test_activated(width, kind, dtype):
+    x = numbers(4, 3, 2 * width, dtype=dtype)
+    compare(lambda x, kernels: activated(x[..., width:], kind, kernels=kernels), (x,), dtype)
+
+
+@pytest.mark.parametrize("dtype", BANDS, ids=str)
+@pytest.mark.parametrize("kind", [*PLAIN, *GATES])
+@pytest.mark.parametrize("processors", [132, 1], ids=["a row each", "rows together"])
+def test_gradient_of_the_bias_before_an_activation(processors, kind, dtype, monkeypatch):
+    monkeypatch.setattr("megatrain.kernels.gated.multiprocessors", lambda _device: processors)  # of 1: 23 rows over 8 programs
+    width = 40 if kind in PLAIN else 80
+    x, bias = numbers(23, 1, width), torch.zeros(width, device=DEVICE).requires_grad_()
+    scale = numbers(23, 1, 40, seed=1).detach()
+    wide = (x.detach().to(dtype).double() + bias.double()).requires_grad_()  # what is summed by torch from the product on
+    act = PLAIN[kind](wide) if kind in PLAIN else GATES[kind](wide[..., :40]) * wide[..., 40:]
+    (exact,) = torch.autograd.grad((act * scale).sum(), wide)
+    for kernels in ("triton", "reference"):
+        given = x.detach().to(dtype).requires_grad_()
+        settings = {"bias": bias, "kernels": kernels}
+        y = activated(given, kind, **settings) if kind in PLAIN else gated(*given.split(40, -1), kind, **settings)
+        grads = torch.autograd.grad((y * scale.to(dtype)).sum(), (given, bias))
+        assert grads[1].dtype == torch.float32
+        close(grads, (exact, exact.sum((0, 1))), dtype)
+
+
+def test_gradients_of_gate_and_up_lie_beside_one_another():
+    both = numbers(4, 3, 20)
+    for kernels in ("triton", "reference"):
+        gate, up = (x.detach().requires_grad_() for x in both.split(10, -1))
+        parts = torch.autograd.grad(gated(gate, up, "swiglu", kernels=kernels).sum(), (gate, up))
+        assert beside(parts).data_ptr() == parts[0].data_ptr() and beside(parts).shape == (4, 3, 20)
 
 
 @pytest.mark.parametrize("dtype", BANDS, ids=str)
