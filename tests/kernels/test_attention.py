@@ -108,8 +108,8 @@ def test_never_the_whole_square(monkeypatch, groups):
     monkeypatch.setattr(kernel, "SCRATCH", limit)
     sizes, saved, bmm = [], [], torch.bmm
 
-    def product(a, b):
-        y = bmm(a, b)
+    def product(a, b, **more):
+        y = bmm(a, b, **more)
         sizes.append(y.numel())
         return y
 
@@ -120,6 +120,37 @@ def test_never_the_whole_square(monkeypatch, groups):
     y.sum().backward()
     assert max(sizes) <= limit < s * s
     assert max(saved) == q.numel(), "the backward keeps inputs and output alone"
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_is_multiplied_in_16_bits_is_no_slice(monkeypatch, groups):
+    """torch on a CPU copies any other operand, element by element where it is a transposed slice, at every product."""
+    monkeypatch.setattr(kernel, "BLOCK", 8)
+    seen, bmm, scaled = [], torch.bmm, kernel._scaled_product
+
+    def product(a, b, **more):
+        seen.extend((a, b))
+        return bmm(a, b, **more)
+
+    def scaled_product(scale, a, b, room=None):
+        seen.extend((a, b))
+        return scaled(scale, a, b, room)
+
+    monkeypatch.setattr(torch, "bmm", product)
+    monkeypatch.setattr(kernel, "_scaled_product", scaled_product)
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in inputs(20, 2, 4, groups, 4))
+    attention(q, k, v).sum().backward()
+    assert len(seen) == 2 * 7 * 3, "two operands of seven products of three blocks"
+    assert all(x.is_contiguous() or x.transpose(1, 2).is_contiguous() for x in seen)
+
+
+def test_the_memory_of_scores_is_used_again():
+    room = kernel._Room(torch.empty(0, dtype=torch.bfloat16))
+    first = room.of(2, 3, 8)
+    assert room.of(4, 2, 5).data_ptr() == first.data_ptr() and room.of(4, 2, 5).is_contiguous()
+    assert room.of(4, 4, 5).shape == (4, 4, 5)
+    assert room.triangle(2, torch.float32).tolist() == [[0, -torch.inf], [0, 0]]
+    assert room.triangle(3, torch.bfloat16).shape == (3, 3)
 
 
 def test_no_more_scores_at_a_time_than_the_limit(monkeypatch):
