@@ -21,7 +21,7 @@ from megatrain.checkpoint.tensor_file import BLOCK_BYTES, header_of
 from megatrain.config.load import dump, from_dict
 from megatrain.config.schema import Config
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.buckets import Bucket, make_buckets
+from megatrain.parallel.buckets import Bucket, make_buckets, usual_size
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.portion import Cut
 from megatrain.training import layer_pieces, units_of
@@ -44,7 +44,9 @@ def stage_buckets(config: Config, stage: int) -> list[Bucket]:
     with patch("megatrain.models.gpt.initialise", lambda *_: None):
         pieces = layer_pieces(config, VOCABULARY)
         chunks = build_gpt(config.model, VOCABULARY, ctx, *pieces, sequence_parallel=True, dtype=torch.bfloat16, seed=1)
-    return make_buckets(units_of(chunks), SHAPE.dp, config.parallel.bucket_size, by_unit=False)
+    units = units_of(chunks)
+    elements = sum(p.numel() for p in {p for unit in units for p in unit.parameters})
+    return make_buckets(units, SHAPE.dp, usual_size(elements, SHAPE.dp, config.parallel.zero_stage), by_unit=False)
 
 
 def runs_of(buckets: list[Bucket], place: int) -> dict[str, int]:
@@ -52,14 +54,14 @@ def runs_of(buckets: list[Bucket], place: int) -> dict[str, int]:
     return {
         parameter.spec.name: count
         for bucket in buckets
-        for parameter, _, _, count in bucket.segments(place * bucket.shard, (place + 1) * bucket.shard)
+        for parameter, _, _, count in bucket.segments(place * bucket.part, (place + 1) * bucket.part)
     }
 
 
 def stored(buckets: list[Bucket], stage: int) -> dict[str, StoredTensor]:
     """Name -> row of the manifest."""
     return {
-        parameter.spec.name: StoredTensor(parameter.spec, stage, dict.fromkeys(KINDS, "float32"), Cut(start, bucket.shard))
+        parameter.spec.name: StoredTensor(parameter.spec, stage, dict.fromkeys(KINDS, "float32"), Cut(start, bucket.part))
         for bucket in buckets
         for parameter, start in zip(bucket.parameters, bucket.starts, strict=True)
     }

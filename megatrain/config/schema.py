@@ -55,7 +55,11 @@ class ParallelConfig:
         "(MiCS, arXiv:2205.00119); it divides their number; null: all of them.",
         effects.SHARDED,
     )
-    bucket_size: int = knob(8_000_000, "Parameters that are reduced and gathered over the data-parallel ranks at a time.")
+    bucket_size: int | None = knob(
+        None,
+        "Parameters that are reduced and gathered over the data-parallel ranks at a time; null: 8 million, or 1 million for each of "
+        "these ranks up to an eighth of the rank's own (zero_stage 2 and 3: a thirty-second).",
+    )
     overlap: bool = knob(True, "Reduce gradients beside the backward and gather parameters beside the forward.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where tensors live; auto takes CUDA where there is one.")
     backend: Literal["auto", "gloo", "nccl"] = knob("auto", "Collectives library; auto is nccl on CUDA and gloo on CPU.")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatrain.parallel.buckets import Bucket, Unit, make_buckets
+from megatrain.parallel.buckets import Bucket, Unit, make_buckets, usual_size
 from megatrain.parallel.collectives import start_gather_into
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
@@ -57,13 +57,15 @@ class Held:
 class FlatBuffers:
     """The parameters of this rank's part of the model in buffers, and their gradients."""
 
-    def __init__(self, units: Sequence[Unit], ctx: ParallelContext, stage: int, bucket_size: int) -> None:
+    def __init__(self, units: Sequence[Unit], ctx: ParallelContext, stage: int, bucket_size: int | None) -> None:
         """units: in the order of the forward pass. Raises ValueError when nothing is trainable, or dtypes differ."""
         self.ctx, self.units = ctx, units
         self.stage = stage if ctx.shards.size > 1 else 0  # the one shard is the whole
         self.shards = ctx.shards if self.stage else Axis("shards")
         self.replicas = ctx.replicas if self.stage else ctx.dp_cp
-        buckets = make_buckets(units, ctx.dp_cp.size, bucket_size, by_unit=self.stage == 3)
+        self.parameters = list(dict.fromkeys(p for unit in units for p in unit.parameters if p.spec.trainable))
+        largest = bucket_size or usual_size(sum(p.numel() for p in self.parameters), ctx.dp_cp.size, self.stage)
+        buckets = make_buckets(units, ctx.dp_cp.size, largest, by_unit=self.stage == 3)
         if not any(bucket.trainable for bucket in buckets):
             raise ValueError("there is no trainable parameter")
         self.dtype = buckets[0].parameters[0].dtype
@@ -74,7 +76,6 @@ class FlatBuffers:
         self.grads = self._zeros(trained // self.shards.size if self.stage >= 2 else trained, self.wide)
         self.held = self._lay_out(buckets)
         self.trained = [held for held in self.held if held.bucket.trainable]
-        self.parameters = list(dict.fromkeys(p for unit in units for p in unit.parameters if p.spec.trainable))
         for held in self.held:
             self._adopt(held)
 

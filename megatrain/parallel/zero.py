@@ -50,7 +50,6 @@ from megatrain.parallel.schedules import Instruction
 from megatrain.parallel.transport import Handle
 from megatrain.parallel.weights import Postponed
 
-BUCKET_SIZE = 8_000_000
 IN_FLIGHT = 2
 """Reductions under way at a time where each holds a bucket's buffer, or has another one behind it."""
 
@@ -64,10 +63,10 @@ class FlatParameters(FlatBuffers):
         ctx: ParallelContext,
         *,
         stage: int = 0,
-        bucket_size: int = BUCKET_SIZE,
+        bucket_size: int | None = None,
         overlap: bool = True,
     ) -> None:
-        """units: in the order of the forward pass. overlap: reduce and gather beside the computation.
+        """units: in the order of the forward pass. bucket_size: None for `usual_size`. overlap: reduce and gather beside the computation.
 
         Raises ValueError when nothing is trainable, or when the parameters differ in dtype.
         """

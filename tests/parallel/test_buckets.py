@@ -1,16 +1,20 @@
 """Buckets: every parameter once, in backward order, one kind each, cut into equal shards."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.parallel.buckets import ALIGNMENT, Unit, make_buckets, traffic
+from megatrain.parallel.buckets import ALIGNMENT, Unit, make_buckets, traffic, usual_size
+from megatrain.parallel.flat import FlatBuffers
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 
 
-def parameter(name, *shape, follows=False, dtype=torch.float32, **spec):
-    return Parameter(torch.zeros(shape, dtype=dtype), ParamSpec(name, shape, **spec), follows=follows)
+def parameter(name, *shape, follows=False, dtype=torch.float32, device="cpu", **spec):
+    return Parameter(torch.zeros(shape, dtype=dtype, device=device), ParamSpec(name, shape, **spec), follows=follows)
 
 
 def layer(number, **spec):
@@ -108,6 +112,30 @@ def test_every_element_has_one_place_and_one_owner(sizes, parts, largest, by_uni
         if largest > 300 or len(bucket.parameters) == 1:
             continue
         assert sum(p.numel() for p in bucket.parameters) <= largest or not bucket.decay
+
+
+@pytest.mark.parametrize(
+    ("elements", "stage", "sizes"),
+    [
+        (40 * 10**9, 0, [8_000_000, 8_000_000, 64_000_000, 1_024_000_000]),
+        (40 * 10**9, 3, [8_000_000, 8_000_000, 64_000_000, 1_024_000_000]),
+        (1_400_000_000, 1, [8_000_000, 8_000_000, 64_000_000, 175_000_000]),
+        (1_400_000_000, 2, [8_000_000, 8_000_000, 43_750_000, 43_750_000]),
+        (124_000_000, 1, [8_000_000, 8_000_000, 15_500_000, 15_500_000]),
+        (124_000_000, 2, [8_000_000] * 4),
+    ],
+)
+def test_buckets_grow_with_the_number_of_replicas(elements, stage, sizes):
+    assert [usual_size(elements, ranks, stage) for ranks in (1, 8, 64, 1024)] == sizes
+
+
+@pytest.mark.parametrize(("given", "buckets"), [(None, 8), (2**22, 32)])
+def test_a_rank_takes_the_usual_size_unless_one_is_given(given, buckets):
+    """128 matrices of 2^20 elements: an eighth of them is 16.8M."""
+    unit = Unit(tuple(parameter(f"{i}", 2**20, device="meta") for i in range(128)))
+    ctx = replace(ParallelContext.single("meta"), dp_cp=Axis("dp_cp", 64))
+    flat = FlatBuffers([unit], ctx, 1, given)
+    assert len(flat.held) == buckets
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, 8), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * (4 + 2 * 2))])
