@@ -27,5 +27,5 @@ share_cores "$ranks"
 if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && [ -e /sys/class/net/lo ]; then
     export GLOO_SOCKET_IFNAME=lo # all ranks are here: no need of a name or a network
 fi
-exec "$python" "$root/launch/agent.py" "$dir" --standalone --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
+exec "$python" -m megatrain.lifecycle.agent "$dir" --standalone --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
     -m megatrain "$verb" ${words[@]+"${words[@]}"}

@@ -46,6 +46,6 @@ python="$(find_python)"
 dir="$(run_dir ${words[@]+"${words[@]}"})" || exit
 ranks="${NPROC_PER_NODE:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 share_cores "$ranks"
-exec "$python" "$root/launch/agent.py" "$dir" --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
+exec "$python" -m megatrain.lifecycle.agent "$dir" --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
     --rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${RUN_ID:-megatrain}" \
     -m megatrain "$verb" ${words[@]+"${words[@]}"}

@@ -22,10 +22,10 @@ from megatrain.huggingface.config import kind_from
 from megatrain.huggingface.families import FAMILIES, Part, parts_of
 from megatrain.huggingface.files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.training import Run
+from megatrain.transport.consensus import gather_texts
 
 _OWN = ("init_from", "preset")
 """Keys of a model section that are no shapes."""

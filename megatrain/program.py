@@ -34,6 +34,9 @@ from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.files import whole
 from megatrain.init_from import require_weights, shapes_of
 from megatrain.job import Job
+from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.limits import Limits
+from megatrain.lifecycle.stop import PREEMPTED, StopRequest
 from megatrain.models.objective import Objective
 from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
@@ -44,11 +47,8 @@ from megatrain.resuming.resume import gauge_kept, resume
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
-from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.limits import Limits
 from megatrain.runtime.memory import memory_of
-from megatrain.runtime.stop import PREEMPTED, StopRequest
 from megatrain.training import DTYPES, assemble, train_step
 from megatrain.watch import Watch
 

@@ -15,6 +15,7 @@ from megatrain.config.schema import Config
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.matmul import adds_inside
+from megatrain.lifecycle.stop import PREEMPTED, write_marker
 from megatrain.models.attention import kernels_of
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
@@ -23,7 +24,6 @@ from megatrain.records.rows import EvaluationRow, StepRow
 from megatrain.resuming.resume import progress_of
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.memory import peak_memory_bytes
-from megatrain.runtime.stop import PREEMPTED, write_marker
 from megatrain.training import DTYPES, Run, StepReport
 
 

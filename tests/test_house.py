@@ -76,20 +76,20 @@ def imported_names(tree: ast.AST) -> set[str]:
     return names
 
 
-def test_only_the_transport_names_torch_distributed() -> None:
+def test_only_the_transport_and_the_launchers_agent_name_torch_distributed() -> None:
     imports = {name(path): imported_names(ast.parse(path.read_text())) for path in PACKAGE}
     users = {file for file, names in imports.items() if any(used.startswith("torch.distributed") for used in names)}
-    assert {user for user in users if not user.startswith("megatrain/parallel/transport")} == set()
+    assert {user for user in users if not user.startswith(("megatrain/transport/", "megatrain/lifecycle/agent"))} == set()
 
 
-def test_only_runtime_launch_reads_the_launcher_variables() -> None:
+def test_only_runtime_launch_and_the_agent_know_the_launcher_variables() -> None:
     variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
     readers = set()
     for path in PACKAGE:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in variables:
                 readers.add(name(path))
-    assert readers <= {"megatrain/runtime/launch.py"}
+    assert readers <= {"megatrain/runtime/launch.py", "megatrain/lifecycle/agent_logs.py"}  # the second is the launcher
 
 
 def test_every_dependency_is_pinned_and_explained(setup: configparser.ConfigParser) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SUPPORT = {"__init__", "buckets", "collectives", "consensus", "flat", "mesh", "param", "rng", "schedules", "simulator"}
-SUPPORT |= {"portion", "transport", "vocabulary", "weights"}
-"""Files of parallel/ that are no dimension of parallelism (and `transport_*`): dimensions may import them."""
+SUPPORT = {"__init__", "buckets", "collectives", "flat", "mesh", "param", "rng", "schedules", "simulator"}
+SUPPORT |= {"portion", "vocabulary", "weights"}
+"""Files of parallel/ that are no dimension of parallelism: dimensions may import them."""
 
 
 def lint(root: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +41,7 @@ def test_contracts_hold() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "broken"),
     [
-        ("megatrain/parallel/collectives.py", "import megatrain.config.schema", "parallel imports kernels alone"),
+        ("megatrain/parallel/collectives.py", "import megatrain.config.schema", "parallel imports kernels and transport alone"),
         ("megatrain/models/gpt.py", "import megatrain.optim", "rooms import downwards"),
         ("megatrain/config/schema.py", "import yaml", "config.schema imports only the standard library"),
         ("megatrain/data/indexed.py", "import torch", "data and ngram need numpy alone"),
@@ -64,7 +64,7 @@ def test_every_dimension_is_under_the_independence_contract() -> None:
     setup.read(ROOT / "setup.cfg")
     listed = set(setup["importlinter:contract:dimensions"]["modules"].split())
     files = {path.stem for path in (ROOT / "megatrain/parallel").glob("*.py")}
-    dimensions = {name for name in files - SUPPORT if not name.startswith("transport_")}
+    dimensions = files - SUPPORT
     assert listed == {f"megatrain.parallel.{name}" for name in dimensions}
 
 

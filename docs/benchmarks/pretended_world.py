@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatrain.parallel.mesh import MeshShape
-from megatrain.parallel.transport import Group, World
+from megatrain.transport.group import Group, World
 
 SHAPE = MeshShape(tp=8, pp=16, dp=128)
 RANKS = SHAPE.world

@@ -41,17 +41,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatrain.doctor.measure import Report, look, neighbours
 from megatrain.doctor.rules import judge
+from megatrain.lifecycle.blame import Identity, State, Verdict
+from megatrain.lifecycle.guard import STORE_SECONDS, Guard
 from megatrain.parallel.mesh import MeshShape, ParallelContext
-from megatrain.parallel.transport_board import Board
-from megatrain.parallel.transport_store import meet_all
-from megatrain.parallel.transport_torch import TorchWorld
-from megatrain.parallel.transport_wrappers import Call, Recorder
 from megatrain.records.log import RunLog
 from megatrain.records.rows import StepRow
-from megatrain.runtime.blame import Identity, State, Verdict
-from megatrain.runtime.guard import STORE_SECONDS, Guard
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.slurm import expand_nodes
+from megatrain.transport.board import Board
+from megatrain.transport.processes import TorchWorld
+from megatrain.transport.store import meet_all
+from megatrain.transport.wrappers import Call, Recorder
 
 NODES, RANK = RANKS // 8, 61
 SIZES = (64, 1024, RANKS)
@@ -144,7 +144,7 @@ from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
 from megatrain.doctor.measure import Report, look, neighbours
 from megatrain.doctor.rules import judge
-from megatrain.runtime.guard import Guard
+from megatrain.lifecycle.guard import Guard
 from megatrain.runtime.launch import Launch
 session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), 60.0)
 port = f":{int(os.environ['MASTER_PORT']):04X}"

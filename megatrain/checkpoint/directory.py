@@ -25,8 +25,8 @@ from pathlib import Path
 from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_file, read_manifest
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
 from megatrain.files import doing
-from megatrain.parallel.consensus import broadcast_text
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.transport.consensus import broadcast_text
 
 LOCK = ".lock"
 SAVING, _REMOVING, _REPLACED, _LATEST_DRAFT = ".saving_", ".removing_", ".replaced_", ".latest_draft"

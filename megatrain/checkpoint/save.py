@@ -44,9 +44,9 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
-from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Elements, Portion, Portions, Window, axis_of, logical_numel
+from megatrain.transport.consensus import gather_texts
 
 DEFAULT_STAGING_BYTES = 16 * 2**30
 _LOOK_SECONDS = 0.02

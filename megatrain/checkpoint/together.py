@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatrain.parallel.consensus import broadcast_text, lowest
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.transport.consensus import broadcast_text, lowest
 
 
 class CheckpointError(RuntimeError):

@@ -88,8 +88,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def _begin_program(verb: str) -> None:
     """What a program of its own does before torch is imported and memory is taken."""
+    from megatrain.lifecycle.stop import hold_signals
     from megatrain.runtime.allocator import restart_with_better_allocator
-    from megatrain.runtime.stop import hold_signals
 
     if verb == "train":
         hold_signals()
@@ -119,7 +119,7 @@ def _complain(message: str, code: int) -> int:
 
 def _say(text: str) -> None:
     """On stderr; where the launch scripts ask, they say it, once for all ranks."""
-    from megatrain.runtime.stop import leave_error
+    from megatrain.lifecycle.stop import leave_error
 
     if not leave_error(text, os.environ):
         print(text, file=sys.stderr, flush=True)

@@ -23,8 +23,8 @@ def add_train(
 def _train(arguments: argparse.Namespace) -> int:
     from megatrain.config.load import load
     from megatrain.config.validate import validate_step
+    from megatrain.lifecycle.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_begun
     from megatrain.runtime.launch import Launch
-    from megatrain.runtime.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_begun
 
     launch = Launch.from_environment(os.environ)
     launch.require_ranks()

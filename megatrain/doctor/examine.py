@@ -19,20 +19,20 @@ import torch
 
 from megatrain.config.load import from_dict, load
 from megatrain.config.schema import Config
-from megatrain.doctor import ports
 from megatrain.doctor.measure import MESSAGE_NUMBERS, Report, look, measure
 from megatrain.doctor.rules import Finding, as_json, judge, judge_apart, judge_missing, name_wrong_interfaces, short
 from megatrain.init_from import shapes_of
 from megatrain.kernels.dispatch import use_triton
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_meeting import Meeting
 from megatrain.plan.memory import state_bytes
 from megatrain.program import vocabulary
+from megatrain.runtime import ports
 from megatrain.runtime.distributed import choose_device, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.interface import use as use_interface
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.slurm import expand_nodes
+from megatrain.transport.group import TransportError
+from megatrain.transport.meeting import Meeting
 
 MARGIN_SECONDS = 30.0
 """What measuring may take beyond the limit of one collective."""

@@ -21,10 +21,10 @@ import torch
 
 from megatrain.kernels.dispatch import triton
 from megatrain.kernels.matmul import matmul
-from megatrain.parallel.consensus import broadcast_text, gather_texts
-from megatrain.parallel.transport import Group
-from megatrain.parallel.transport_torch import backends
 from megatrain.runtime.interface import BACKENDS
+from megatrain.transport.consensus import broadcast_text, gather_texts
+from megatrain.transport.group import Group
+from megatrain.transport.processes import backends
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "megatrain")
 DISK_TEST_BYTES = 64 << 20

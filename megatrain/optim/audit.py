@@ -20,10 +20,10 @@ import torch
 
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.parallel import rng
-from megatrain.parallel.consensus import gather_texts, lowest
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter
 from megatrain.parallel.zero import FlatParameters
+from megatrain.transport.consensus import gather_texts, lowest
 
 _KEY = rng.key(0, "audit")
 _BLOCK = 1 << 20

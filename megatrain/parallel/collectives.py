@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatrain.parallel.mesh import Axis
-from megatrain.parallel.transport import Handle, ReduceOp
+from megatrain.transport.group import Handle, ReduceOp
 
 
 class Done(Handle):

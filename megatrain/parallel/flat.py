@@ -19,7 +19,7 @@ from megatrain.parallel.buckets import Bucket, Unit, make_buckets, usual_size
 from megatrain.parallel.collectives import start_gather_into
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
-from megatrain.parallel.transport import Handle
+from megatrain.transport.group import Handle
 
 
 class Segment(NamedTuple):

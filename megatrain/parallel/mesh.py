@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from megatrain.parallel.transport import Group, World
+from megatrain.transport.group import Group, World
 
 
 @dataclass(frozen=True)

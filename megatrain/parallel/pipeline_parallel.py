@@ -31,8 +31,8 @@ import torch
 
 from megatrain.parallel.mesh import Link
 from megatrain.parallel.schedules import Instruction, Message, Schedule
-from megatrain.parallel.transport import Handle
 from megatrain.parallel.weights import Postponed
+from megatrain.transport.group import Handle
 
 
 class Chunk(Protocol):

@@ -46,8 +46,8 @@ from megatrain.parallel.collectives import (
 )
 from megatrain.parallel.mesh import Axis
 from megatrain.parallel.param import Init, ParamSpec, Part, Split
-from megatrain.parallel.transport import Handle
 from megatrain.parallel.weights import Postponed, add_bias_gradient, add_weight_gradient, bias_place, joined, make_parameters
+from megatrain.transport.group import Handle
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
 

@@ -47,8 +47,8 @@ from megatrain.parallel.collectives import all_reduce, start_all_reduce, start_g
 from megatrain.parallel.flat import FlatBuffers, Held, Pool, Segment, there
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
-from megatrain.parallel.transport import Handle
 from megatrain.parallel.weights import Postponed
+from megatrain.transport.group import Handle
 
 IN_FLIGHT = 2
 """Reductions under way at a time where each holds a bucket's buffer, or has another one behind it."""

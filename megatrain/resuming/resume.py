@@ -24,11 +24,11 @@ from megatrain.data.identity import identity_of, other_corpora, other_judged
 from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.optim.schedule import learning_rate
-from megatrain.parallel.consensus import broadcast_text
 from megatrain.resuming.beginning import Own, beginning_of, said
 from megatrain.resuming.changed import bends_schedules, change_of, changes, told, values_then
 from megatrain.runtime.distributed import Session
 from megatrain.training import Run
+from megatrain.transport.consensus import broadcast_text
 
 _COMPARED = ("data.train", "data.tokenizer")
 """Keys that say where something is, whose contents are compared."""

@@ -22,13 +22,13 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ParallelConfig
-from megatrain.parallel.consensus import broadcast_text, lowest
-from megatrain.parallel.transport import Group, TransportError, World
-from megatrain.parallel.transport_torch import TorchWorld
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 from megatrain.runtime.interface import Interface, use
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.waiting import has_policy
+from megatrain.transport.consensus import broadcast_text, lowest
+from megatrain.transport.group import Group, TransportError, World
+from megatrain.transport.processes import TorchWorld
+from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 BACKEND_MARGIN_SECONDS = 45.0
 """A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more, and its verdict, 30 s at most

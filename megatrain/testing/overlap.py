@@ -14,10 +14,10 @@ from megatrain.config.schema import Config
 from megatrain.data.loader import Loader
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
-from megatrain.parallel.transport import Group, Handle
-from megatrain.parallel.transport_wrappers import DelayedGroup, Wrapper
 from megatrain.testing.trace import RandomSamples
 from megatrain.training import assemble, train_step
+from megatrain.transport.group import Group, Handle
+from megatrain.transport.wrappers import DelayedGroup, Wrapper
 
 SMALL = 4096
 """Bytes up to which a call is bookkeeping (loss, norm), not gradients or parameters."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from megatrain.parallel.mesh import MeshShape, ParallelContext
-from megatrain.parallel.transport import World
-from megatrain.parallel.transport_memory import MemoryWorld
 from megatrain.testing.failure import Failure, raise_first
+from megatrain.transport.group import World
+from megatrain.transport.threads import MemoryWorld
 
 
 def mesh_of(shape: int | MeshShape) -> MeshShape:

@@ -21,11 +21,11 @@ from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
 from megatrain.models.objective import Objective
 from megatrain.parallel.collectives import all_reduce
-from megatrain.parallel.consensus import gather_texts
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.testing.agree import Trace
 from megatrain.training import Run, assemble, train_step
+from megatrain.transport.consensus import gather_texts
 
 ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
 """data.train of a run on random tokens, for the rules between knobs."""

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_torch import TorchWorld
 from megatrain.testing.failure import Failure
 from megatrain.testing.spawn import Answer, Task
+from megatrain.transport.group import TransportError
+from megatrain.transport.processes import TorchWorld
 
 
 def main() -> None:

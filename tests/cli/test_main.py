@@ -248,7 +248,7 @@ def test_the_data_verbs_pass_their_options(room, capsys):
 class RoomError(RuntimeError):
     """Stands for an error class of a room."""
 
-    __module__ = "megatrain.parallel.transport"
+    __module__ = "megatrain.transport.group"
 
 
 def raised_in(module, error):

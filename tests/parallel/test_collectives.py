@@ -17,8 +17,8 @@ from megatrain.parallel.collectives import (
     start_scatter_sum,
 )
 from megatrain.parallel.mesh import Axis, MeshShape
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 from megatrain.testing import simulate
+from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 N, M = 8, 3
 SIZES = [1, 2, 4]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.parallel.mesh import AXES, MeshShape, ParallelContext
-from megatrain.parallel.transport import Group, World
 from megatrain.testing import simulate
+from megatrain.transport.group import Group, World
 
 LARGEST = 16_384
 

@@ -11,8 +11,8 @@ from megatrain.parallel.mesh import Link, MeshShape
 from megatrain.parallel.pipeline_parallel import Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import simulate as on_paper
-from megatrain.parallel.transport import Handle
 from megatrain.testing import simulate, spawn
+from megatrain.transport.group import Handle
 
 WIDTH, ROWS, SCALE = 4, 3, 0.25
 SHAPES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("zb_h1", 1), ("zb_v", 2)]

@@ -21,8 +21,6 @@ from megatrain.parallel.tensor_parallel import (
     RowParallelLinear,
     column_linear,
 )
-from megatrain.parallel.transport import Handle, World
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder, Wrapper
 from megatrain.parallel.vocabulary import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
@@ -32,6 +30,8 @@ from megatrain.parallel.vocabulary import (
 from megatrain.parallel.weights import joined, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
+from megatrain.transport.group import Handle, World
+from megatrain.transport.wrappers import RecordedWorld, Recorder, Wrapper
 
 S, B, H, D = 8, 3, 12, 4
 DTYPE = torch.float64

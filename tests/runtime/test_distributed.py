@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from megatrain.config.schema import ParallelConfig
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_memory import MemoryWorld
-from megatrain.parallel.transport_wrappers import Recorder
 from megatrain.runtime.distributed import RemoteError, Session, choose_device, connect
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
+from megatrain.transport.group import TransportError
+from megatrain.transport.threads import MemoryWorld
+from megatrain.transport.wrappers import Recorder
 
 TORCHRUN = {
     "RANK": "5",

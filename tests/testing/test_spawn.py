@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatrain.parallel.mesh import MeshShape
-from megatrain.parallel.transport import TransportError
 from megatrain.testing import RankFailed, RankTraceback, spawn
+from megatrain.transport.group import TransportError
 
 
 @dataclass(frozen=True)

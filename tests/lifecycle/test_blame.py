@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
+from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge
+from megatrain.lifecycle.guard import Guard
 from megatrain.parallel.mesh import AXES, MeshShape
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_board import Board
-from megatrain.parallel.transport_wrappers import Call, Recorder
-from megatrain.runtime.blame import Identity, State, Verdict, behind, find_culprits, judge
-from megatrain.runtime.guard import Guard
 from megatrain.runtime.launch import Launch
+from megatrain.transport.board import Board
+from megatrain.transport.group import TransportError
+from megatrain.transport.wrappers import Call, Recorder
 
 LARGEST = MeshShape(tp=8, pp=16, dp=128)
 

@@ -25,10 +25,10 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Literal, NoReturn
 
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_board import Board
-from megatrain.runtime.blame import Identity, State, Verdict, judge
+from megatrain.lifecycle.blame import Identity, State, Verdict, judge
 from megatrain.runtime.distributed import Session
+from megatrain.transport.board import Board
+from megatrain.transport.group import TransportError
 
 OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
 """Called with the kind, the rank to blame where it is one, and the message; from a thread, on one rank (usually)."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from megatrain.parallel.transport import Group, Handle, ReduceOp, World, name_ranks
+from megatrain.transport.group import Group, Handle, ReduceOp, World, name_ranks
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """torchrun as the launch scripts use it: what is told to stop stops, with exit code 75; nothing is left behind; errors are short.
 
-    python launch/agent.py RUN [torchrun's options] -m megatrain VERB ...
+    python lifecycle/agent.py RUN [torchrun's options] -m megatrain VERB ...
 
 RUN is the run's directory: ranks write logs/rank_00000.out and .err there, and a run that was told to stop leaves the file `preempted`.
 Plain torchrun differs in this: it dies of SIGUSR2 and leaves its workers alone; a second signal while they save ends the wait for
@@ -23,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from megatrain.lifecycle.stop import BEGUN, INSIST_SECONDS, PREEMPTED, SIGNALS, write_marker
 from megatrain.runtime.launch import Launch, LaunchError
-from megatrain.runtime.stop import BEGUN, INSIST_SECONDS, PREEMPTED, SIGNALS, write_marker
 
 SHUTDOWN_SECONDS = 600
 """Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
@@ -52,8 +52,6 @@ _chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that has gone at the end is no news: no stacks of C++
 
 import psutil  # noqa: E402  # after the signals: the rest takes seconds
-from agent_logs import RankLogs  # noqa: E402
-from agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
 from torch.distributed import DistError  # noqa: E402
 from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
@@ -61,7 +59,9 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTime
 from torch.distributed.launcher.api import elastic_launch  # noqa: E402
 from torch.distributed.run import config_from_args, parse_args  # noqa: E402
 
-from megatrain.parallel.transport_store import allow_files  # noqa: E402
+from megatrain.lifecycle.agent_logs import RankLogs  # noqa: E402
+from megatrain.lifecycle.agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
+from megatrain.transport.store import allow_files  # noqa: E402
 
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves

@@ -10,18 +10,18 @@ from pathlib import Path
 import jobs
 import pytest
 
-from megatrain.runtime.blame import Identity, State, Verdict, behind, find_culprits, judge
+from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge
 
 WORKER = """
 import os, signal, sys, time
 import torch
 from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
-from megatrain.parallel.transport import Handle, World
-from megatrain.parallel.transport_wrappers import Wrapper
+from megatrain.transport.group import Handle, World
+from megatrain.transport.wrappers import Wrapper
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.guard import Guard
-from megatrain.runtime.stop import StopRequest, end_with_launcher
+from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.stop import StopRequest, end_with_launcher
 
 what, victim, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), timeout + 10)

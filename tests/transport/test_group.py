@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.parallel.mesh import MeshShape
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_memory import MemoryWorld
-from megatrain.parallel.transport_torch import TorchWorld
-from megatrain.parallel.transport_wrappers import DelayedGroup, RecordedGroup, RecordedWorld, Recorder
 from megatrain.testing import simulate, spawn
+from megatrain.transport.group import TransportError
+from megatrain.transport.processes import TorchWorld
+from megatrain.transport.threads import MemoryWorld
+from megatrain.transport.wrappers import DelayedGroup, RecordedGroup, RecordedWorld, Recorder
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 REDUCE = {"sum": sum, "max": lambda x: torch.stack(x).amax(0), "min": lambda x: torch.stack(x).amin(0)}

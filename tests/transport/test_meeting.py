@@ -7,9 +7,8 @@ import jobs
 import pytest
 from torch.distributed import TCPStore
 
-from megatrain.parallel import transport_meeting
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_meeting import Meeting
+from megatrain.transport.group import TransportError
+from megatrain.transport.meeting import Meeting
 
 
 def meet(rank, size, port, seconds=10.0, launcher_serves=False):
@@ -88,7 +87,7 @@ def test_rank_0_does_not_come():
 
 def test_the_store_of_another_job(monkeypatch):
     """Rank 0 cannot serve, and no other rank takes the store that is there for its own."""
-    monkeypatch.setattr(transport_meeting, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("megatrain.transport.meeting.ANSWER_SECONDS", 0.5)
     port = jobs.free_port()
     other = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     with pytest.raises(TransportError, match=f"rank 0 cannot serve port {port}"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatrain.parallel.transport import Group
+from megatrain.transport.group import Group
 
 
 def lowest(mine: bool, group: Group | None, device: torch.device) -> int | None:

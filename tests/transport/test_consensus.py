@@ -2,9 +2,9 @@
 
 import torch
 
-from megatrain.parallel.consensus import broadcast_text, gather_texts, lowest
 from megatrain.parallel.mesh import MeshShape
 from megatrain.testing import simulate
+from megatrain.transport.consensus import broadcast_text, gather_texts, lowest
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from megatrain.config.schema import TrainConfig
-from megatrain.runtime import limits, slurm
+from megatrain.lifecycle import limits
+from megatrain.lifecycle.limits import Limits
+from megatrain.runtime import slurm
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.limits import Limits
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from megatrain.parallel import transport_store
-from megatrain.parallel.transport import TransportError, World, name_ranks
-from megatrain.parallel.transport_board import Board
-from megatrain.parallel.transport_store import meet_all
-from megatrain.parallel.transport_torch import TorchWorld
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
 from megatrain.runtime.interface import interfaces
+from megatrain.transport import store as meeting_place
+from megatrain.transport.board import Board
+from megatrain.transport.group import TransportError, World, name_ranks
+from megatrain.transport.processes import TorchWorld
+from megatrain.transport.store import meet_all
+from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 LARGEST = 16_384
 LIMIT = timedelta(seconds=0.2)
@@ -119,8 +119,8 @@ def test_the_process_that_serves_the_store_may_have_a_file_open_for_every_connec
     asked = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
-    monkeypatch.setattr(transport_store, "TCPStore", lambda *_, **__: "served")
-    assert transport_store.open_store(0, LARGEST, ("127.0.0.1", 0), LIMIT, serve=True) == "served"
+    monkeypatch.setattr(meeting_place, "TCPStore", lambda *_, **__: "served")
+    assert meeting_place.open_store(0, LARGEST, ("127.0.0.1", 0), LIMIT, serve=True) == "served"
     assert asked == ([] if wanted is None else [(wanted, hard)])
 
 
@@ -169,8 +169,8 @@ def bound(host, monkeypatch, meaning=None):
     if meaning is not None:
         family = socket.AF_INET
         answer = [(family, socket.SOCK_STREAM, 6, "", (meaning, 0))]
-        monkeypatch.setattr(transport_store.socket, "getaddrinfo", lambda *words, **more: answer)
-    with transport_store._listen(host, 0) as listener:
+        monkeypatch.setattr(meeting_place.socket, "getaddrinfo", lambda *words, **more: answer)
+    with meeting_place._listen(host, 0) as listener:
         return listener.getsockname()[0]
 
 

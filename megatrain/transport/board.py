@@ -12,8 +12,8 @@ from functools import partial
 
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_store import MOST_KEYS, answer_seconds, within
+from megatrain.transport.group import TransportError
+from megatrain.transport.store import MOST_KEYS, answer_seconds, within
 
 STORE = "the rendezvous store"
 """As messages call it."""

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from megatrain.parallel.transport_watch import Watch
 from megatrain.testing import simulate, spawn
+from megatrain.transport.background import Watch
 
 
 class Call:

@@ -1,8 +1,8 @@
 """`Group`: the eight calls megatrain needs from a transport, and nothing else.
 
-Implementations: `TorchGroup` in `transport_torch.py` (torch.distributed: NCCL, gloo; the only code that names it, with the
-alarm's `transport_board.py`) and `MemoryGroup` in `transport_memory.py` (ranks that are threads of one process: simulated process
-groups). Wrappers, in `transport_wrappers.py`: `RecordedGroup` (who waits for what), `DelayedGroup` (tests of overlap).
+Implementations: `TorchGroup` in `processes.py` (torch.distributed: NCCL, gloo; the only code that names it, with the
+alarm's `board.py`) and `MemoryGroup` in `threads.py` (ranks that are threads of one process: simulated process
+groups). Wrappers, in `wrappers.py`: `RecordedGroup` (who waits for what), `DelayedGroup` (tests of overlap).
 
 Every call is given its output, so nothing is copied that need not be, and returns a `Handle`; a blocking call has already
 waited. Tensors must be contiguous. Ranks of one group call the same operations in the same order.

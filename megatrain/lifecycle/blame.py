@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from megatrain.parallel.transport_wrappers import Call
+from megatrain.transport.wrappers import Call
 
 SHOWN = 8
 """Ranks written out before `and N more`."""

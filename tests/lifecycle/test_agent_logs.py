@@ -7,13 +7,10 @@ from pathlib import Path
 import jobs
 import pytest
 
+from megatrain.lifecycle.agent_logs import RankLogs, distinct
+from megatrain.lifecycle.stop import errors_file, leave_error
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "launch"))
-
-from agent_logs import RankLogs, distinct  # noqa: E402
-
-from megatrain.runtime.stop import errors_file, leave_error  # noqa: E402
-
 SHAPE = "megatrain: error: hidden_size=7\n"
 
 
@@ -66,7 +63,7 @@ def test_without_a_launcher_a_worker_speaks_for_itself(tmp_path):
 def test_nodes_of_one_console_leave_it_to_the_first(tmp_path, capsys, monkeypatch):
     """Under SLURM all nodes write to one file; where they share no disk each tells its own."""
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    monkeypatch.setattr("agent_logs.RANK_0_SECONDS", 0.0)
+    monkeypatch.setattr("megatrain.lifecycle.agent_logs.RANK_0_SECONDS", 0.0)
     for node, (folder, told) in {1: ("shared", ""), 0: ("shared", SHAPE), 2: ("shared", ""), 3: ("own", SHAPE)}.items():
         logs, (env,) = logs_of(tmp_path / folder, node)
         if node == 1:  # rank 0's is there only later
@@ -97,7 +94,7 @@ def test_a_wrong_config_is_one_line_of_the_script(tmp_path):
 def test_torch_tells_nothing_beside_the_launcher():
     """Some of its loggers have a level of their own."""
     program = (
-        f"import logging, sys; sys.path.insert(0, {str(ROOT / 'launch')!r}); import agent; "
+        "import logging, megatrain.lifecycle.agent; "
         "from torch.distributed.elastic.agent.server.api import logger; "
         "print(logger.isEnabledFor(logging.ERROR), logging.getLogger('torch.distributed.elastic').isEnabledFor(logging.ERROR))"
     )

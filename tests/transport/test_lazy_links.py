@@ -11,9 +11,9 @@ from megatrain.parallel.pipeline_parallel import Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import ScheduleError
 from megatrain.parallel.simulator import simulate as on_paper
-from megatrain.parallel.transport import World
-from megatrain.parallel.transport_wrappers import Wrapper
 from megatrain.testing import simulate
+from megatrain.transport.group import World
+from megatrain.transport.wrappers import Wrapper
 
 CHUNKS = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zb_h1": 1, "zb_v": 2}
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatrain.parallel import transport_torch
 from megatrain.parallel.mesh import MeshShape, ParallelContext
-from megatrain.parallel.transport_torch import TorchWorld
-from megatrain.parallel.transport_wrappers import RecordedWorld, Recorder
+from megatrain.transport import processes
+from megatrain.transport.processes import TorchWorld
+from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 
 class FakeNCCL:
@@ -30,8 +30,8 @@ def connect(monkeypatch):
     And the groups that it makes: name, limit, and what the backend is told.
     """
     worlds, made, init, new = [], [], dist.init_process_group, dist.new_group
-    monkeypatch.setattr(transport_torch, "open_store", lambda *_: FakeStore())
-    monkeypatch.setattr(transport_torch, "meet_all", lambda *_: None)
+    monkeypatch.setattr(processes, "open_store", lambda *_: FakeStore())
+    monkeypatch.setattr(processes, "meet_all", lambda *_: None)
 
     def init_fake(backend, pg_options, **given):
         made.append(("all", given["timeout"], pg_options))
@@ -52,7 +52,7 @@ def connect(monkeypatch):
         return worlds[-1], made
 
     yield connected
-    monkeypatch.setattr(transport_torch, "LINGER_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "LINGER_SECONDS", 0.0)
     for world in worlds:
         world.close()
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from megatrain.parallel.transport import (
+from megatrain.transport.background import Watch, Work
+from megatrain.transport.group import (
     Group,
     Handle,
     ReduceOp,
@@ -27,9 +28,8 @@ from megatrain.parallel.transport import (
     name_ranks,
     refuse,
 )
-from megatrain.parallel.transport_exchange import Exchanges, reduce_in_order
-from megatrain.parallel.transport_store import meet_all, open_store
-from megatrain.parallel.transport_watch import Watch, Work
+from megatrain.transport.shared_exchange import Exchanges, reduce_in_order
+from megatrain.transport.store import meet_all, open_store
 
 _DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # Torch 2.13 renamed these two; 2.9 to 2.12 know the old names alone.

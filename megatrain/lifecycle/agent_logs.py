@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
-from megatrain.runtime.stop import errors_file
+from megatrain.lifecycle.stop import errors_file
 
 RANK_0_SECONDS = 2.0
 """Where the nodes of a job write to one console: how long the error of rank 0 is waited for, to see whether it is told already."""

@@ -9,7 +9,7 @@ The last rank to arrive at a collective carries it out for everyone, in rank ord
 Results are therefore the same bits on every rank and on every run. Calls are matched by their number in the group, messages by
 their order between two ranks; whatever does not match fails the whole world at once, as does a rank that dies, and a world in
 which every rank waits. A rank is one thread: another thread of the same rank must not wait while the first does. Ranks that ask for it
-compute in turns (`transport_turns.py`).
+compute in turns (`turns.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatrain.parallel.transport import (
+from megatrain.transport.group import (
     REDUCTIONS,
     Group,
     Handle,
@@ -35,7 +35,7 @@ from megatrain.parallel.transport import (
     check_place,
     check_reduction,
 )
-from megatrain.parallel.transport_turns import Turns
+from megatrain.transport.turns import Turns
 
 _NOTHING = torch.empty(0)
 

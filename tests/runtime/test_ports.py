@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatrain.doctor import ports
+from megatrain.runtime import ports
 
 
 @pytest.fixture(params=["127.0.0.1", "0.0.0.0", "::1"])

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megatrain.parallel.transport import REDUCTIONS, Group, ReduceOp
-from megatrain.parallel.transport_shared import SharedSlots, fits
-from megatrain.parallel.transport_watch import Watch, Work
+from megatrain.transport.background import Watch, Work
+from megatrain.transport.group import REDUCTIONS, Group, ReduceOp
+from megatrain.transport.shared_memory import SharedSlots, fits
 
 BACKGROUND_BYTES = 1 << 18
 """A block of so many is worth the thread."""

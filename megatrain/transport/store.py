@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from megatrain.parallel.transport import TransportError
+from megatrain.transport.group import TransportError
 
 T = TypeVar("T")
 

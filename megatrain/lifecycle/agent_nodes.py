@@ -11,8 +11,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from agent_logs import RankLogs
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousError,
@@ -23,12 +22,13 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig
 
-from megatrain.doctor import ports
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_store import await_listener, within
+from megatrain.lifecycle.agent_logs import RankLogs
+from megatrain.runtime import ports
 from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces
 from megatrain.runtime.launch import LaunchError
 from megatrain.runtime.slurm import address_of
+from megatrain.transport.group import TransportError
+from megatrain.transport.store import await_listener, within
 
 T = TypeVar("T")
 PROBE_SECONDS = 5.0
@@ -78,7 +78,12 @@ def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
             except RendezvousError:
                 return False
 
-        handler.num_nodes_waiting, handler.next_rendezvous, handler.shutdown = num_nodes_waiting, next_rendezvous, shutdown
+        for name, asked in (
+            ("num_nodes_waiting", num_nodes_waiting),
+            ("next_rendezvous", next_rendezvous),
+            ("shutdown", shutdown),
+        ):
+            setattr(handler, name, asked)
         return handler
 
     rendezvous_handler_registry.register("megatrain", create)

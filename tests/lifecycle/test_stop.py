@@ -9,15 +9,15 @@ import time
 
 import pytest
 
+from megatrain.lifecycle.stop import PREEMPTED, SIGNALS, StopRequest, is_stopping, write_marker
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.stop import PREEMPTED, SIGNALS, StopRequest, is_stopping, write_marker
 
 TORCHRUN = Launch(launcher="torchrun", job="a job", restart_count=1)
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.stop import StopRequest
+from megatrain.lifecycle.stop import StopRequest
 with StopRequest(Path(sys.argv[1]), Launch(job="a job")) as stop:
     if sys.argv[2] == "training":
         stop.started()
@@ -124,7 +124,7 @@ def test_what_was_ignored_stays_ignored():
 
 def test_signals_held_across_exec_are_not_lost(tmp_path):
     code = (
-        "import os, signal, sys; from megatrain.runtime.stop import hold_signals; hold_signals(); "
+        "import os, signal, sys; from megatrain.lifecycle.stop import hold_signals; hold_signals(); "
         "os.kill(os.getpid(), signal.SIGUSR2); os.execv(sys.executable, [sys.executable, '-c', *sys.argv[1:]])"
     )
     command = [sys.executable, "-c", code, PROGRAM, str(tmp_path / PREEMPTED), "starting"]

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from megatrain.parallel.transport import TransportError
-from megatrain.parallel.transport_store import ANSWER_SECONDS, open_store
+from megatrain.transport.group import TransportError
+from megatrain.transport.store import ANSWER_SECONDS, open_store
 
 T = TypeVar("T")
 
