@@ -11,7 +11,7 @@ import torch
 
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
-from megatrain.config.schema import Config
+from megatrain.config.schema import Config, ParallelConfig
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.matmul import adds_inside
@@ -19,6 +19,7 @@ from megatrain.lifecycle.stop import PREEMPTED, write_marker
 from megatrain.models.attention import kernels_of
 from megatrain.optim.clip import part_norms
 from megatrain.parallel.buckets import traffic
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.records.log import RunLog
 from megatrain.records.rows import EvaluationRow, StepRow
 from megatrain.resuming.resume import progress_of
@@ -82,7 +83,7 @@ class Watch:
         attention = kernels_of(config, ctx.tp.size, DTYPES[config.train.precision], ctx.device).note
         if attention:
             self.log.say(attention)
-        for note in self._notes():
+        for note in (*self._notes(), *between_nodes(parallel, ctx, job.session.launch.local_world_size)):
             self.log.say(note)
         for what in job.told:
             self.log.say(what)
@@ -210,6 +211,19 @@ def unusual_ratio(config: Config) -> list[str]:
     if config.data.objective != "glm" or 0.1 <= ratio <= 0.2:
         return []
     return [f"data.glm.blank.mask_ratio={ratio}: GLMs are trained with 0.1 to 0.2, usually 0.15"]
+
+
+def between_nodes(parallel: ParallelConfig, ctx: ParallelContext, of_node: int) -> list[str]:
+    """A note where some of the replicas share shards, to spare the links between nodes, and shards go over them; of_node: its ranks."""
+    inner = ctx.tp.size * ctx.cp.size
+    if parallel.zero_ranks is None or ctx.world.size == of_node or of_node % (inner * ctx.shards.size) == 0:
+        return []
+    fits = of_node // inner
+    advice = f": parallel.zero_ranks={fits} stays within one" if fits > 1 and ctx.dp_cp.size % fits == 0 else ""
+    return [
+        f"parallel.zero_ranks={parallel.zero_ranks}: {inner * ctx.shards.size} neighbouring ranks have the shards, and a node has "
+        f"{of_node}, so that shards go between nodes{advice}"
+    ]
 
 
 def wasteful(config: Config, run: Run) -> list[str]:

@@ -47,6 +47,8 @@ def refusal(world_size=1, **values):
         (1, {}),
         (1, {"model__vocab_size": None, "data__tokenizer": "bytes"}),
         (8, {"parallel__tensor_parallel_size": 8}),
+        (4, {"parallel__zero_ranks": 2}),
+        (8, {"parallel__tensor_parallel_size": 2, "parallel__zero_ranks": 4, "parallel__zero_stage": 3}),
         (8, {"parallel__tensor_parallel_size": 2, "parallel__sequence_parallel": True}),
         (4, {"parallel__tensor_parallel_size": 4, "model__num_query_groups": 2}),
         (2, {"parallel__tensor_parallel_size": 2, "model__num_query_groups": 4}),
@@ -119,6 +121,25 @@ def test_what_is_accepted(world_size, values):
             "a world of size 2 cannot be split over parallel.tensor_parallel_size=4 x parallel.pipeline_parallel_size=1 x "
             "parallel.context_parallel_size=1 = 4 ranks a replica. Start 4 processes, or parallel.tensor_parallel_size=1 or 2.",
         ),
+        (
+            4,
+            {"parallel__zero_ranks": 3},
+            "parallel.zero_ranks=3 does not divide the 4 data-parallel ranks of a world of size 4. "
+            "Use parallel.zero_ranks=1, 2 or 4, or null: all of them.",
+        ),
+        (
+            4,
+            {"parallel__zero_ranks": 4, "parallel__tensor_parallel_size": 2},
+            "parallel.zero_ranks=4 does not divide the 2 data-parallel ranks of a world of size 4. "
+            "Use parallel.zero_ranks=1 or 2, or null: all of them.",
+        ),
+        (
+            2,
+            {"parallel__zero_ranks": 2, "parallel__zero_stage": 0},
+            "parallel.zero_ranks=2 has no effect: it has one when parallel.zero_stage is 1, 2 or 3, and here parallel.zero_stage=0. "
+            "Change that, or leave parallel.zero_ranks out (its default is null).",
+        ),
+        (4, {"parallel__zero_ranks": 0}, "parallel.zero_ranks=0 must be greater than 0. Use for example null."),
         (0, {}, "a world of 0 ranks cannot train anything. Start 1 process or more."),
         (
             4,

@@ -11,6 +11,7 @@ import pytest
 from megatrain.cli import main as cli
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from megatrain.config.source import ConfigError
+from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import Disagreement, resumed
 from megatrain.testing.layouts import Layout, covering, every_layout, shrunk
@@ -48,6 +49,7 @@ def write(tmp_path, **sections):
         "tp2-sp-pp2-interleaved-dp2-zero3",
         "pp2-interleaved:3",
         "dp4-zero2-split",
+        "pp2-zb_v-dp4-zero3:2-split",
         "gpipe",
     ],
 )
@@ -58,9 +60,11 @@ def test_names(name):
 def test_what_a_name_says():
     assert Layout.parse("tp2-sp-pp2-zb_v-dp4-zero3-split") == Layout(2, True, 2, "zb_v", 2, 4, 3, "split")
     assert Layout.parse("pp2-interleaved:3").chunks == 3
+    shared = Layout.parse("dp8-zero1:4")
+    assert (shared.zero, shared.zero_ranks, shared.shape) == (1, 4, MeshShape(dp=8, zero_ranks=4))
 
 
-@pytest.mark.parametrize("name", ["tp", "tp0", "zero4-dp2", "tp2,pp2", "pp2-1F1B", "tp2--sp", ""])
+@pytest.mark.parametrize("name", ["tp", "tp0", "zero4-dp2", "dp2-zero0:2", "dp2-zero1:0", "tp2,pp2", "pp2-1F1B", "tp2--sp", ""])
 def test_names_that_mean_nothing(name):
     with pytest.raises(ValueError, match=r"is not understood\. A layout is `single`, or parts joined by `-`"):
         Layout.parse(name)
@@ -71,6 +75,8 @@ def test_every_layout_once_and_on_powers_of_two():
     assert len(set(map(str, layouts))) == len(set(layouts)) == len(layouts)
     assert Counter(layout.shape.world for layout in layouts).keys() == {1, 2, 4, 8}
     assert {layout.zero for layout in layouts if layout.dp > 1} == {0, 1, 2, 3}
+    assert {(layout.dp, layout.zero_ranks) for layout in layouts if layout.zero_ranks} == {(4, 2), (8, 2), (8, 4)}
+    assert {layout.zero for layout in layouts if layout.zero_ranks} == {1, 2, 3}
     assert all(layout.tp > 1 or not layout.sequence_parallel for layout in layouts)
     assert {layout.master for layout in layouts} == {"fp32", "split"}
 
@@ -79,6 +85,7 @@ def test_illegal_layouts_have_a_reason():
     assert "num_attention_heads=8" in Layout(tp=16).problem(SMALL)
     assert "num_layers=9" in Layout(pp=8, schedule="zb_v", chunks=2).problem(SMALL)
     assert "global_batch_size=16" in Layout(dp=32).problem(SMALL)
+    assert "parallel.zero_ranks=3 does not divide the 4 data-parallel ranks" in Layout(dp=4, zero_ranks=3).problem(SMALL)
     assert Layout(pp=4, schedule="zb_v", chunks=2, dp=2).problem(SMALL) == ""
 
 
