@@ -10,7 +10,6 @@ from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
 from megatrain.optim.audit import ReplicaError, audit
 from megatrain.parallel.buckets import traffic
-from megatrain.transport.wrappers import RecordedWorld, Recorder
 from megatrain.parallel.zero import FlatParameters
 from megatrain.plan.memory import state_bytes
 from megatrain.resuming.resume import progress_of, restore
@@ -19,6 +18,7 @@ from megatrain.testing.agree import agree
 from megatrain.testing.resumed import interrupted, require_same_bits
 from megatrain.testing.trace import mesh_shape, trace_run
 from megatrain.training import train_step
+from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 ONE, ZB = ("1f1b", 1, 1), ("zb_h1", 1, 2)
 
