@@ -32,7 +32,10 @@ from megatrain.program import tokenizer_of
 
 
 class PlainModel(nn.Module):
-    """A model as a function of token ids; its parameters have the logical names."""
+    """A model as a function of token ids; its parameters have the logical names.
+
+    Those of the vocabulary may have rows of zeros behind their ids, which get no gradient (`padded`, parallel/param.py).
+    """
 
     def __init__(self, gpt: GPT, config: ModelConfig, marks: Marks | None = None) -> None:
         """marks: tokens from which positions and prefix follow where they are not given (ChatGLM-6B, and GLM's own training)."""

@@ -107,9 +107,10 @@ class Head(nn.Module):
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> whole logits [s, b, v] without padding, on every rank; no gradient."""
         local = self.local_logits(x)
-        padded = local.new_zeros(self.weight.shape[0], *local.shape[:2])
-        padded[: local.shape[-1]] = local.permute(2, 0, 1)
-        return gathered(padded, self.build.tp)[: self.vocab_size].permute(1, 2, 0)
+        most = self.weight.spec.slices(self.build.tp.size, 0)[0].stop  # of the first rank; the last may have fewer
+        even = local.new_zeros(most, *local.shape[:2])
+        even[: local.shape[-1]] = local.permute(2, 0, 1)
+        return gathered(even, self.build.tp)[: self.vocab_size].permute(1, 2, 0)
 
 
 def _head_weight(vocab_size: int, build: Build) -> Parameter:

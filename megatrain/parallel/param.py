@@ -4,6 +4,7 @@ The logical model is a set of named tensors. A spec says how such a tensor is cu
 without asking any other rank, which slice lies where:
 
     vocab 10, tp 4, padded:   rows 0-2 | 3-5 | 6-8 | 9 (+2 rows of padding that never leave the rank)
+    vocab 50257, tp 1:        rows 0-50256 (+47 of padding: 393 tiles of 128)
     2 key heads, tp 4:        head 0 | head 0 | head 1 | head 1       (each head lies on 2 ranks: replicas)
 """
 
@@ -24,6 +25,12 @@ Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
 """Of a model, as reports tell them apart; biases belong to their matrices' part."""
 
 
+TILE = 128
+"""Rows of a matrix that one block of a GPU's matmul works on (NVIDIA, Matrix Multiplication Background, "tile quantization")."""
+ROWS_A_PADDING = 32
+"""Rows are padded to whole tiles where each row of padding has so many real ones beside it: from 4,064 rows on, always."""
+
+
 @dataclass(frozen=True)
 class Init:
     """How the logical tensor is filled: normal(0, std) from the counter-based generator, or a constant."""
@@ -38,7 +45,7 @@ class Split:
     """Dim `dim` is cut into `units` equal indivisible pieces (heads, columns, rows) that are dealt out over an axis.
 
     With at least as many units as ranks, each rank has units/size neighbouring ones (if `pad`, the last ranks may have fewer and
-    fill up with padding); with fewer, each unit lies on size/units neighbouring ranks.
+    fill up with padding, as all do to whole tiles: see `padded`); with fewer, each unit lies on size/units neighbouring ranks.
     """
 
     dim: int
@@ -53,7 +60,7 @@ class Split:
     def slice(self, length: int, size: int, rank: int) -> tuple[int, int]:
         """Half-open range of the dim, `length` long, that place `rank` of `size` holds. Raises ValueError if it cannot be cut."""
         if self.pad:
-            local = self.local(length, size)
+            local = -(-length // size)
             return min(rank * local, length), min((rank + 1) * local, length)
         parts = size // self.copies(size)
         if self.units % parts or size % parts or length % self.units:
@@ -66,7 +73,20 @@ class Split:
 
     def local(self, length: int, size: int) -> int:
         """Length of the dim on every rank, padding included."""
-        return -(-length // size) if self.pad else length * self.copies(size) // size
+        return padded(-(-length // size)) if self.pad else length * self.copies(size) // size
+
+
+def padded(rows: int) -> int:
+    """Rows, padding included, of a rank that has `rows` of a padded matrix: whole tiles, where that is cheap.
+
+    What a head makes are rows of as many numbers, and of 50,257 of 2 bytes seven rows in eight begin at no multiple of 16 bytes.
+    Tensor cores are fed well in multiples of 16 bytes, on an A100 of 128 (the same page); the copy engine of an H100 takes no other
+    strides (cuTensorMapEncodeTiled), so that the library falls back to kernels without it; and the loss reads 2 bytes at a time. A
+    last tile that is partly full costs a whole one in any case. Megatron-LM pads to 128 too (`make_vocab_size_divisible_by`), at any
+    price: 261 bytes and marks would become 384 rows.
+    """
+    whole = -(-rows // TILE) * TILE
+    return whole if (whole - rows) * ROWS_A_PADDING <= rows else rows
 
 
 @dataclass(frozen=True)

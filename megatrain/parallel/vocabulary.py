@@ -7,8 +7,9 @@ Problem: a head [v, h] and its logits [s, b, v] are the largest tensors of a sma
     rank 2   ...                                                         --> sum of exponentials, label's logit: all-reduce of [s, b]
     rank 3   ...                                                             loss on all ranks; no logit travels
 
-(Megatron, arXiv:1909.08053, section 3.) A vocabulary that does not divide is padded inside the last ranks alone, and padding never
-becomes a logit. In chunks (`loss_chunk`) the logits of so many tokens exist at a time, and are made again in the backward (Wijmans et
+(Megatron, arXiv:1909.08053, section 3.) A rank's rows are padded to whole tiles of a matmul, and where the vocabulary does not divide
+(`padded`, parallel/param.py). Rows of padding are zero, and stay so: their logits are zero, no loss reads them, and their gradient is
+written as zero. In chunks (`loss_chunk`) the logits of so many tokens exist at a time, and are made again in the backward (Wijmans et
 al., arXiv:2411.09009): the memory of a chunk for a third more work in the head.
 """
 
@@ -42,10 +43,10 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: torch.Tensor, tokens: torch.Tensor, first: int, tp: Axis, sequence_parallel: bool
+        ctx: Any, weight: torch.Tensor, tokens: torch.Tensor, ids: range, tp: Axis, sequence_parallel: bool
     ) -> torch.Tensor:
-        local = tokens - first
-        here = (local >= 0) & (local < weight.shape[0])
+        local = tokens - ids.start
+        here = (local >= 0) & (local < len(ids))
         local = torch.where(here, local, 0)
         ctx.save_for_backward(local, here)
         ctx.weight, ctx.tp, ctx.sequence_parallel = weight, tp, sequence_parallel
@@ -64,7 +65,7 @@ class _Embedding(torch.autograd.Function):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding [v, h], its rows split over the ranks; a vocabulary that does not divide is padded inside the rank only."""
+    """Token embedding [v, h], its rows split over the ranks, with padding that no id looks up."""
 
     def __init__(
         self,
@@ -85,8 +86,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """[s, b] int64 -> [s/t, b, h] with sequence parallelism, else [s, b, h]."""
-        first = self.tp.rank * self.weight.shape[0]
-        return _Embedding.apply(self.weight, tokens, first, self.tp, self.sequence_parallel)
+        return _Embedding.apply(self.weight, tokens, ids_of(self.weight, self.tp), self.tp, self.sequence_parallel)
 
 
 def vocab_parameter(
@@ -100,49 +100,48 @@ def vocab_parameter(
     tied: str | None = None,
     part: Part = "other",
 ) -> Parameter:
-    """A [v, h] parameter split by rows over tp, padded where v does not divide. tied: axis whose ranks hold a copy each."""
+    """A [v, h] parameter split by rows over tp, padded. tied: axis whose ranks hold a copy each."""
     spec = ParamSpec(name, (vocab_size, hidden), Split(0, vocab_size, pad=True), tied=tied, init=init, part=part)
     return make_parameters([spec], tp, dtype, device)[0]
 
 
 class _Logits(torch.autograd.Function):
-    """x [s/t or s, b, h] -> this rank's logits [s, b, v_local] over the logical rows of `weight` alone."""
+    """x [s/t or s, b, h] -> this rank's logits [s, b, v_local], and zeros for rows of padding behind them."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, rows: int, tp: Axis, sequence_parallel: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence_parallel: bool) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.weight, ctx.rows, ctx.tp, ctx.sequence_parallel = weight, rows, tp, sequence_parallel
+        ctx.weight, ctx.tp, ctx.sequence_parallel = weight, tp, sequence_parallel
         whole = gathered(x, tp) if sequence_parallel else x
-        return linear(whole, weight[:rows])
+        return linear(whole, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        weight, rows = ctx.weight, ctx.rows
+        weight = ctx.weight
         dy = dy.flatten(0, 1)
         whole, gather = start_gather(x, ctx.tp) if ctx.sequence_parallel else (x, Done())
-        partial = matmul(dy, weight[:rows]).view(-1, *x.shape[1:])
+        partial = matmul(dy, weight).view(-1, *x.shape[1:])
         start = start_scatter_sum if ctx.sequence_parallel else start_all_reduce
         dx, reduce = start(partial, ctx.tp)
         gather.wait()
         out, first = claim(weight)
         target = torch.zeros_like(weight) if out is None else out
-        add_matmul(target[:rows], dy.t(), whole.flatten(0, 1), first)
-        if first:
-            target[rows:].zero_()
+        add_matmul(target, dy.t(), whole.flatten(0, 1), first)
         reduce.wait()
-        return dx, (target if out is None else None), None, None, None
+        return dx, (target if out is None else None), None, None
 
 
 def vocab_parallel_logits(x: torch.Tensor, weight: Parameter, tp: Axis, sequence_parallel: bool) -> torch.Tensor:
-    """x [s/t or s, b, h] -> logits [s, b, v_local] of the ids this rank holds; padding rows never become logits."""
-    first, last = _vocab_range(weight, tp)
-    return _Logits.apply(x, weight, last - first, tp, sequence_parallel)
+    """x [s/t or s, b, h] -> logits [s, b, v_local] of the ids this rank holds, without padding."""
+    logits: torch.Tensor = _Logits.apply(x, weight, tp, sequence_parallel)
+    return logits[..., : len(ids_of(weight, tp))]
 
 
-def _vocab_range(weight: Parameter, tp: Axis) -> tuple[int, int]:
+def ids_of(weight: Parameter, tp: Axis) -> range:
+    """The ids whose rows this rank holds."""
     rows = weight.spec.slices(tp.size, tp.rank)[0]
-    return rows.start, rows.stop
+    return range(rows.start, rows.stop)
 
 
 @dataclass(frozen=True)
@@ -179,13 +178,14 @@ class _Rows:
 
 
 def _reduce_rows(
-    logits: torch.Tensor, labels: torch.Tensor, first: int, vocab_size: int, tp: Axis, target: Target, kernels: Kernels
+    logits: torch.Tensor, labels: torch.Tensor, ids: range, vocab_size: int, tp: Axis, target: Target, kernels: Kernels
 ) -> tuple[_Rows, torch.Tensor, torch.Tensor]:
     """Logits [n, v_local], turned into their exponentials in place, labels [n] -> (rows, loss [n], correct [n])."""
-    local = labels - first
-    here = (local >= 0) & (local < logits.shape[1])
+    local = labels - ids.start
+    here = (local >= 0) & (local < len(ids))
     local = torch.where(here, local, 0)
-    top, total, label, added = statistics_of(logits, local, here, with_sum=target.label_smoothing > 0, kernels=kernels)
+    with_sum = target.label_smoothing > 0
+    top, total, label, added = statistics_of(logits, local, here, ids=len(ids), with_sum=with_sum, kernels=kernels)
     highest = all_reduce(top.clone(), tp, "max")
     share = torch.exp(top - highest)
     sums = all_reduce(torch.stack([total * share, label] if added is None else [total * share, label, added]), tp)
@@ -201,7 +201,7 @@ def _reduce_rows(
 
 
 def _gradient(
-    logits: torch.Tensor, rows: _Rows, dloss: torch.Tensor, vocab_size: int, target: Target, kernels: Kernels
+    logits: torch.Tensor, rows: _Rows, dloss: torch.Tensor, ids: range, vocab_size: int, target: Target, kernels: Kernels
 ) -> None:
     """Turn what `_reduce_rows` left of logits [n, v_local] into the gradient of the logits, in place; dloss [n]."""
     scale = dloss.to(rows.to_probability.dtype)
@@ -215,27 +215,28 @@ def _gradient(
     if spread is not None:
         label = label + smoothed - spread
     factor = rows.to_probability * of_sum
-    gradient_of(logits, rows.top, factor, spread, rows.local, rows.here, label, kernels=kernels)
+    gradient_of(logits, rows.top, factor, spread, rows.local, rows.here, label, ids=len(ids), kernels=kernels)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """logits [s, b, v_local] -> (loss [s, b], correct [s, b]); the logits become their exponentials, then their gradient, in place."""
+    """logits [s, b, v_local], with or without padding -> (loss [s, b], correct [s, b]); in place the logits become their
+    exponentials, then their gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits: torch.Tensor,
         labels: torch.Tensor,
-        first: int,
+        ids: range,
         vocab_size: int,
         tp: Axis,
         target: Target,
         kernels: Kernels,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         flat = logits.detach().flatten(0, 1)
-        rows, loss, correct = _reduce_rows(flat, labels.flatten(), first, vocab_size, tp, target, kernels)
+        rows, loss, correct = _reduce_rows(flat, labels.flatten(), ids, vocab_size, tp, target, kernels)
         ctx.save_for_backward(flat, *vars(rows).values())
-        ctx.rest = logits.shape, vocab_size, target, kernels
+        ctx.rest = logits.shape, ids, vocab_size, target, kernels
         ctx.mark_non_differentiable(correct)
         return loss.view(labels.shape), correct.view(labels.shape)
 
@@ -270,12 +271,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         flat, partial = whole.flatten(0, 1), torch.empty_like(whole)
         out, first = claim(weight)
         target = torch.zeros_like(weight) if out is None else out
-        if first:
-            target[head.ids :].zero_()
         for part in head.chunks(flat):
-            logits, rows = head.gradient_of_logits(flat[part], weight, labels.flatten()[part], dloss.flatten()[part])
-            partial.flatten(0, 1)[part] = matmul(logits, weight[:rows])
-            add_matmul(target[:rows], logits.t(), flat[part], first and part.start == 0)
+            logits = head.gradient_of_logits(flat[part], weight, labels.flatten()[part], dloss.flatten()[part])
+            partial.flatten(0, 1)[part] = matmul(logits, weight)
+            add_matmul(target, logits.t(), flat[part], first and part.start == 0)
         start = start_scatter_sum if head.sequence_parallel else start_all_reduce
         dx, reduce = start(partial, head.tp)
         reduce.wait()
@@ -288,10 +287,8 @@ class _Head:
 
     tp: Axis
     sequence_parallel: bool
-    first: int
-    """First id of this rank."""
-    ids: int
-    """How many it has."""
+    ids: range
+    """Of this rank."""
     vocab_size: int
     target: Target
     chunk: int
@@ -306,18 +303,18 @@ class _Head:
         self, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, _Rows, torch.Tensor], torch.Tensor, torch.Tensor]:
         """x [n, h], labels [n] -> ((exponentials, rows, slope of the cap), loss [n], correct [n])."""
-        logits = capped(linear(x, weight[: self.ids]), self.target.softcap)
+        logits = capped(linear(x, weight), self.target.softcap)
         slope = 1 - (logits / self.target.softcap).square() if self.target.softcap else logits.new_ones(())
-        rows, loss, correct = _reduce_rows(logits, labels, self.first, self.vocab_size, self.tp, self.target, self.kernels)
+        rows, loss, correct = _reduce_rows(logits, labels, self.ids, self.vocab_size, self.tp, self.target, self.kernels)
         return (logits, rows, slope), loss, correct
 
     def gradient_of_logits(
         self, x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dloss: torch.Tensor
-    ) -> tuple[torch.Tensor, int]:
-        """(gradient of the uncapped logits [n, ids], ids)."""
+    ) -> torch.Tensor:
+        """Of the uncapped logits [n, v_local], padding included."""
         (logits, rows, slope), _, _ = self.rows_of(x, weight, labels)
-        _gradient(logits, rows, dloss, self.vocab_size, self.target, self.kernels)
-        return (logits.mul_(slope) if self.target.softcap else logits), self.ids
+        _gradient(logits, rows, dloss, self.ids, self.vocab_size, self.target, self.kernels)
+        return logits.mul_(slope) if self.target.softcap else logits
 
 
 def vocab_parallel_cross_entropy(
@@ -331,10 +328,9 @@ def vocab_parallel_cross_entropy(
     """Cross-entropy over logits that stay split: [s, b, v_local], labels [s, b] -> (loss [s, b] in nats, correct [s, b] bool).
 
     At least float32 inside. Two small all-reduces of [s, b]: the largest logit, then the sum of exponentials and the label's
-    logit. `correct`: no logit is larger than the label's. `logits` are used up: do not read them afterwards.
+    logit. `correct`: no logit is larger than the label's. Padding may be there. `logits` are used up: do not read them afterwards.
     """
-    first, _ = _vocab_range(weight, tp)
-    return _CrossEntropy.apply(logits, labels, first, weight.spec.shape[0], tp, target, kernels)
+    return _CrossEntropy.apply(logits, labels, ids_of(weight, tp), weight.spec.shape[0], tp, target, kernels)
 
 
 def vocab_parallel_loss(
@@ -352,10 +348,9 @@ def vocab_parallel_loss(
     chunk: tokens (of s b) whose logits exist at a time; 0: all, and they are kept for the backward.
     """
     if not chunk:
-        logits = capped(vocab_parallel_logits(x, weight, tp, sequence_parallel), target.softcap)
+        logits = capped(_Logits.apply(x, weight, tp, sequence_parallel), target.softcap)
         return vocab_parallel_cross_entropy(logits, labels, weight, tp, target, kernels)
-    first, last = _vocab_range(weight, tp)
-    head = _Head(tp, sequence_parallel, first, last - first, weight.spec.shape[0], target, chunk, kernels)
+    head = _Head(tp, sequence_parallel, ids_of(weight, tp), weight.spec.shape[0], target, chunk, kernels)
     return _LinearCrossEntropy.apply(x, weight, labels, head)
 
 

@@ -121,11 +121,11 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         table = some(ROWS, 1, turned // 2, dtype=dtype, grad=False)
         differentiate(rotary(x, table, table, interleaved=interleaved, kernels="triton"))
 
-    def entropy(columns: int, dtype: torch.dtype, more: bool) -> None:
+    def entropy(columns: int, ids: int, dtype: torch.dtype, more: bool) -> None:
         logits = some(ROWS, columns, dtype=dtype, grad=False)
         local, here = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
-        top, total, label, _ = statistics_of(logits, local, here, with_sum=more, kernels="triton")
-        gradient_of(logits, top, total, total if more else None, local, here, label, kernels="triton")
+        top, total, label, _ = statistics_of(logits, local, here, ids=ids, with_sum=more, kernels="triton")
+        gradient_of(logits, top, total, total if more else None, local, here, label, ids=ids, kernels="triton")
 
     def updated(n: int, dtype: torch.dtype, halves: bool, decoupled: bool) -> None:
         one = torch.ones(())
@@ -167,9 +167,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                 yield name, lambda h=heads, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
         for h in (768, 1600, 4096, 101):
             yield f"dropout h={h} {short}", lambda h=h, d=dtype: dropped(h, d)
-        for columns in (50304, 50257, 128256, 16384, 101):
+        for columns, ids in ((50304, 50257), (50304, 50304), (128256, 128256), (16384, 16384), (101, 101)):
             for more in (False, True):
-                yield f"entropy v={columns} more={more:d} {short}", lambda c=columns, d=dtype, m=more: entropy(c, d, m)
+                name = f"entropy v={ids} of {columns} more={more:d} {short}"
+                yield name, lambda c=columns, v=ids, d=dtype, m=more: entropy(c, v, d, m)
 
 
 def main(patterns: list[str]) -> None:

@@ -165,20 +165,24 @@ def test_gradients_of_gate_and_up_lie_beside_one_another():
 
 @pytest.mark.parametrize("dtype", BANDS, ids=str)
 @pytest.mark.parametrize("with_sum", [False, True], ids=["", "smoothed"])
-@pytest.mark.parametrize("columns", [1, 29, 5000])
-def test_cross_entropy(columns, with_sum, dtype):
+@pytest.mark.parametrize(("columns", "padding"), [(1, 0), (1, 1), (29, 0), (29, 3), (5000, 120), (4097, 4000)])
+def test_cross_entropy(columns, padding, with_sum, dtype):
+    """What lies in the padding, which could be anything, is not read; its gradient is zero."""
     rows = 9
-    logits = numbers(rows, columns, dtype=dtype).detach() * 3
+    logits = numbers(rows, columns + padding, dtype=dtype).detach() * 3
+    logits[:, columns:] = torch.inf
     local = torch.arange(rows, device=DEVICE) % columns
     here = torch.arange(rows, device=DEVICE) % 3 > 0
     factor, spread, label = (numbers(rows, seed=s).detach() for s in (1, 2, 3))
     sides = []
     for x, kernels in ((logits.clone(), "triton"), (logits.double(), "reference")):
-        found = [t for t in statistics_of(x, local, here, with_sum=with_sum, kernels=kernels) if t is not None]
+        statistics = statistics_of(x, local, here, ids=columns, with_sum=with_sum, kernels=kernels)
+        found = [t for t in statistics if t is not None]
         gradient_of(
             x, found[0], factor.to(found[0].dtype), spread.to(found[0].dtype) if with_sum else None, local, here,
-            label.to(found[0].dtype), kernels=kernels,
+            label.to(found[0].dtype), ids=columns, kernels=kernels,
         )  # fmt: skip
+        assert (x[:, columns:] == 0).all()
         sides.append((*found, x))
     close(*sides, dtype)
 

@@ -25,12 +25,13 @@ def holders(spec: ParamSpec, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return held, owned
 
 
-@given(rows=st.integers(1, 40), size=st.integers(1, 8))
+@given(rows=st.one_of(st.integers(1, 40), st.integers(200, 600)), size=st.integers(1, 8))
 def test_a_padded_dim_covers_every_row_once(rows, size):
     spec = ParamSpec("p", (rows, 3), Split(0, rows, pad=True))
     held, owned = holders(spec, size)
     assert (held == 1).all() and (owned == 1).all()
-    assert spec.local_shape(size) == (-(-rows // size), 3)
+    most, (there, columns) = -(-rows // size), spec.local_shape(size)
+    assert columns == 3 and (there == most or (there % 128 == 0 and 0 < there - most <= most / 32))
 
 
 @given(units=st.integers(1, 8), width=st.integers(1, 3), size=st.sampled_from([1, 2, 4, 8]), dim=st.integers(0, 1))

@@ -248,7 +248,7 @@ class Vocabulary:
 
 @pytest.mark.parametrize("mode", ["autograd", "apart"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("vocab", [3, 10, 101])
+@pytest.mark.parametrize("vocab", [3, 10, 101, 497])
 @pytest.mark.parametrize(("size", "sequence_parallel"), LAYOUTS)
 def test_vocabulary(size, sequence_parallel, vocab, tied, mode):
     vocabulary = Vocabulary(vocab, tied, sequence_parallel, mode)
