@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +25,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

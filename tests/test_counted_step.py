@@ -1,7 +1,9 @@
 """What a step launches and moves on a GPU is a budget: whoever adds a pass over the activations is told."""
 
+from dataclasses import replace
+
 import pytest
-from counted_step import costs
+from counted_step import config_of, costs, counted_step
 
 from megatrain.kernels.dispatch import triton
 
@@ -25,6 +27,16 @@ def test_a_layer_and_the_ends_stay_within_their_budgets(shape):
     counted = ends.passes, megabytes(ends.passed)
     assert all(mine <= allowed for mine, allowed in zip(counted, ENDS[shape], strict=True)), counted
     assert found.update.passed / PARAMETERS[shape] < UPDATES[shape] + 0.01
+
+
+def test_a_site_of_dropout_is_a_launch_and_4_bytes_an_element_each_way():
+    """Behind the embedding, attention and the MLP; the mask, its words and its keys are never in memory."""
+    plain = config_of("124m", 1, 1)
+    dropping = replace(plain, model=replace(plain.model, dropout=0.1))
+    (without, _), (found, _) = counted_step(plain), counted_step(dropping)
+    assert found.launches - without.launches == {"dropout_kernel": 6} and not without.launches - found.launches
+    moved, elements, rows = sum((found.moved - without.moved).values()), 32 * 1024 * 768, 32
+    assert moved == 6 * (4 * elements + 8 * rows), "and the sequences' places"
 
 
 def megabytes(count):

@@ -191,10 +191,12 @@ def unpadded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2-sp", "tp4-dp2-zero3"])
-def test_a_run_has_the_numbers_of_one_without_padding_and_goes_on_from_its_checkpoint(unpadded, layout, one_thread):
+def test_a_run_has_the_numbers_of_one_without_padding_and_goes_on_from_its_checkpoint(unpadded, layout, tmp_path, one_thread):
+    """And one process goes on from the checkpoint of either."""
     trace, path = unpadded
-    agree(trace, traced(layout, config_of(steps=4)))
+    agree(trace, traced(layout, config_of(steps=4), interrupted, 2, tmp_path))
     agree(last_steps(trace, 2), traced(layout, config_of(steps=4), continued, 2, path))
+    agree(last_steps(trace, 2), traced("single", config_of(steps=4), continued, 2, tmp_path / "step_00000002"))
 
 
 # --- after training ---------------------------------------------------------------------------------------------------
