@@ -15,24 +15,22 @@ unless asked otherwise. On CUDA causal attention is one of torch's fused kernels
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megatrain.kernels.attention_dropout import DTYPES, LARGEST_HEAD, Dropout, drop_weights, tiled
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
 from megatrain.kernels.flex_attention import flex
 from megatrain.kernels.sdpa import STEADY, Fused, fused
 
-BLOCK = 128
+BLOCK = {"cpu": 128, "cuda": 256}
 """Queries in a block."""
-SCRATCH = 1 << 20
-"""Largest number of scores at a time, so that they stay in a CPU's last cache."""
-
-Factors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of attention dropout: which of the b sequences [n], which of the a heads [n, r], places of queries [q] and of keys [k] -> factors
-of the probabilities [n, r, q, k], 0 or 1 / (1 - p)."""
+SCRATCH = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Largest number of scores at a time: on a CPU they stay in the last cache, on a GPU an operation takes far longer than its launch, while
+some five tensors of them, 134 MB each in 16 bits, are in memory at the worst."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Variant:
     mask: AttentionMask = CAUSAL
     slopes: torch.Tensor | None = None
     """[a] of ALiBi (arXiv:2108.12409): slope times the distance of key and query is taken from the scores."""
-    dropout: Factors | None = None
+    dropout: Dropout | None = None
     wide_softmax: bool = True
     """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
     order: tuple[Fused, ...] = STEADY
@@ -72,7 +70,15 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Varian
             return fused(q, k, v, variant.order)
     elif q.device.type == "cuda" and variant.exact and len(q) == len(k):
         return flex(q, k, v, variant.mask, variant.slopes)
+    elif variant.dropout is not None and variant.dropout.words is not None and _fits_tiles(q, k, variant):
+        return tiled(q, k, v, variant.dropout.words)
     return _BlockAttention.apply(q, k, v, variant).flatten(2)
+
+
+def _fits_tiles(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> bool:
+    """Whether the kernels that drop weights in registers do this."""
+    causal = variant.mask.only_causal and variant.slopes is None and variant.wide_softmax
+    return causal and len(q) == len(k) and q.shape[-1] <= LARGEST_HEAD and q.dtype in DTYPES
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -218,11 +224,16 @@ class _Block:
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, r block, keys] times the factors of dropout."""
-        if self.variant.dropout is None:
+        dropout = self.variant.dropout
+        if dropout is None:
             return x
+        if dropout.words is not None and x.dtype != torch.float64:
+            return drop_weights(
+                x, dropout.words, self.part.start, self.groups, self.heads, self.offset + self.start, self.spans
+            )
         numbers = self._numbers(x.device)
         heads = (numbers % self.groups)[:, None] * self.heads + torch.arange(self.heads, device=x.device)
-        factors = self.variant.dropout(numbers // self.groups, heads, *self.places(x.device))
+        factors = dropout.factors(numbers // self.groups, heads, *self.places(x.device))
         return (x * factors.flatten(1, 2)).to(x.dtype)
 
     def _bias(self, slopes: torch.Tensor) -> torch.Tensor:
@@ -248,10 +259,12 @@ def _blocks(queries: torch.Tensor, keys: torch.Tensor, groups: int, variant: Var
     count, heads, s, _ = queries.shape
     n = keys.shape[2]
     offset = n - s
-    for start in range(0, s, BLOCK):
-        end = min(start + BLOCK, s)
+    kind = "cpu" if queries.device.type == "cpu" else "cuda"
+    height, scratch = BLOCK[kind], SCRATCH[kind]
+    for start in range(0, s, height):
+        end = min(start + height, s)
         spans = variant.mask.spans(offset + start, offset + end, n)
-        largest = max(1, SCRATCH // (heads * (end - start) * sum(span.stop - span.start for span in spans)))
+        largest = max(1, scratch // (heads * (end - start) * sum(span.stop - span.start for span in spans)))
         size = -(-count // -(-count // largest))  # parts of about one size
         for first in range(0, count, size):
             yield _Block(slice(first, min(first + size, count)), start, end, spans, offset, heads, groups, variant)

@@ -38,6 +38,21 @@ def jit_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
     return lambda function: function if triton is None else triton.jit(do_not_specialize=arguments)(function)
 
 
+if INTERPRETED:
+
+    @jit
+    def bound(x):
+        """The bound of a loop: Triton's interpreter holds an array of one number there, of which numpy 2.4 makes no index."""
+        return x.handle.data.item()
+
+else:
+
+    @jit
+    def bound(x):
+        """The bound of a loop, which is a number where it is compiled."""
+        return x
+
+
 def use_triton(kernels: Kernels, device: torch.device) -> bool:
     """Whether Triton's kernels serve on a device. Raises ValueError where they are asked for and cannot."""
     if kernels == "reference":

@@ -29,8 +29,15 @@ def _mix(x):
 
 
 @jit
-def _number(word, a, c):
+def number(word, a, c):
+    """The number of a counter under a key of two words, all uint32."""
     return _mix(_mix(word ^ a) ^ c)
+
+
+@jit
+def descend(word, a, c, SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr):
+    """The key below a key, of a word."""
+    return number(word, a, c), number(word, a ^ SPLIT_FIRST, c ^ SPLIT_SECOND)
 
 
 @jit_varying("first", "key_first", "key_second", "threshold")
@@ -42,16 +49,16 @@ def _dropout_kernel(
     sample = tl.load(samples + row % batch).to(tl.uint32)
     position = (first + row // batch).to(tl.uint32)
     a, c = key_first.to(tl.uint32), key_second.to(tl.uint32)
-    a, c = _number(sample, a, c), _number(sample, a ^ SPLIT_FIRST, c ^ SPLIT_SECOND)
-    a, c = _number(position, a, c), _number(position, a ^ SPLIT_FIRST, c ^ SPLIT_SECOND)
+    a, c = descend(sample, a, c, SPLIT_FIRST, SPLIT_SECOND)
+    a, c = descend(position, a, c, SPLIT_FIRST, SPLIT_SECOND)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     at = row.to(tl.int64) * columns + column
-    word = _number(column.to(tl.uint32), a, c).to(tl.int32, bitcast=True)
+    word = number(column.to(tl.uint32), a, c).to(tl.int32, bitcast=True)
     stays = (word >= threshold).to(tl.float32)
-    number = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     # In this order, as the reference: what is not finite is not hidden by a mask.
-    tl.store(y + at, (number * stays * scale).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + at, (value * stays * scale).to(y.dtype.element_ty), mask=inside)
 
 
 def dropout_triton(

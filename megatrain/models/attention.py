@@ -10,7 +10,9 @@ from torch import nn
 
 from megatrain.config.schema import Config
 from megatrain.kernels import compiled
-from megatrain.kernels.attention import Factors, Variant, attention
+from megatrain.kernels.attention import Variant, attention
+from megatrain.kernels.attention_dropout import Dropout
+from megatrain.kernels.dispatch import use_triton
 from megatrain.kernels.rotary import rotary
 from megatrain.kernels.sdpa import Choice, Shape, choose
 from megatrain.models.batch import MicroBatch
@@ -154,14 +156,10 @@ class Attention(nn.Module):
         variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32, self.build.fused)
         return self.output(attention(q, k, v, variant), batch.postponed)
 
-    def _dropout(self, batch: MicroBatch) -> Factors | None:
+    def _dropout(self, batch: MicroBatch) -> Dropout | None:
         """Dropout of attention's weights, keyed by (sample, head, query, key): the same under every layout."""
         p = self.build.config.attention_dropout
         if p == 0 or not self.training:
             return None
         key = rng.key(self.build.seed, "attention dropout", batch.step, self.name)
-
-        def factors(sequences: torch.Tensor, heads: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-            return rng.attention_dropout(p, key, batch.samples[sequences], heads + self.first_head, queries, keys)
-
-        return factors
+        return rng.weight_dropout(p, key, batch.samples, self.first_head, use_triton(self.build.kernels, self.build.device))

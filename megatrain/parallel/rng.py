@@ -32,6 +32,8 @@ from typing import Any
 
 import torch
 
+from megatrain.kernels.attention_dropout import Dropout as AttentionDropout
+from megatrain.kernels.attention_dropout import Words
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.dropout import dropout_triton
 
@@ -141,6 +143,20 @@ def attention_dropout(
     words = keys.to(torch.int32).expand(*a.shape, len(keys)).clone()
     _number(words, torch.empty_like(words), a[..., None], c[..., None])
     return (words >= _threshold(p)).to(torch.float32).mul_(1 / (1 - p))
+
+
+def weight_dropout(p: float, key: Key, samples: torch.Tensor, first_head: int, triton: bool) -> AttentionDropout:
+    """`attention_dropout` as attention's kernels take it.
+
+    samples [b] int64: place of each sequence in the global batch; first_head: number in the whole model of the first one here; triton:
+    whether its kernels serve.
+    """
+
+    def factors(sequences: torch.Tensor, heads: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return attention_dropout(p, key, samples[sequences], heads + first_head, queries, keys)
+
+    words = Words(_descend_from_zero(key), _SPLIT, _threshold(p), 1 / (1 - p), samples.contiguous(), first_head)
+    return AttentionDropout(factors, words if triton else None)
 
 
 class _Dropout(torch.autograd.Function):

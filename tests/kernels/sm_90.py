@@ -86,6 +86,7 @@ def measured(kernel: Any) -> dict[str, int]:
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
     from megatrain.kernels.adamw import AdamRates, adam_triton
+    from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
     from megatrain.kernels.dropout import dropout_triton
     from megatrain.kernels.gated import activated, gated
@@ -138,6 +139,15 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         x, samples = some(ROWS // 3, 3, h, dtype=dtype, grad=False), torch.zeros(3, dtype=torch.int64)
         dropout_triton(x, samples, 1, (-5, 16), (1, 2), -3, 1.25)
 
+    words = Words((-5, 16), (1, 2), -3, 1.25, torch.zeros(2, dtype=torch.int64), 1)
+
+    def attended(heads: int, groups: int, d: int, dtype: torch.dtype) -> None:
+        parts = some(ROWS, 2, (heads + 2 * groups) * d, dtype=dtype).split((heads * d, groups * d, groups * d), -1)
+        differentiate(tiled(*(x.unflatten(-1, (-1, d)) for x in parts), words))
+
+    def weighed(columns: int, dtype: torch.dtype) -> None:
+        drop_weights(some(4, 6, columns, dtype=dtype, grad=False), words, 0, 2, 3, 1, [slice(0, columns)])
+
     for n in (1 << 20, 1001):
         for decoupled in (True, False):
             name = f"adam n={n} decoupled={decoupled:d}"
@@ -165,6 +175,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             for interleaved in (False, True):
                 name = f"rotary {heads}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
                 yield name, lambda h=heads, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
+        for columns in (1024, 101):
+            yield f"weights n={columns} {short}", lambda c=columns, d=dtype: weighed(c, d)
+        for heads, groups, d in ((12, 12, 64), (32, 8, 128), (4, 4, 80), (3, 1, 21)) if dtype != torch.float32 else ():
+            yield f"attention {heads} of {groups} x {d} {short}", lambda a=heads, g=groups, n=d, y=dtype: attended(a, g, n, y)
         for h in (768, 1600, 4096, 101):
             yield f"dropout h={h} {short}", lambda h=h, d=dtype: dropped(h, d)
         for columns, ids in ((50304, 50257), (50304, 50304), (128256, 128256), (16384, 16384), (101, 101)):

@@ -33,8 +33,8 @@ def inputs(s, b, a, g, d, dtype=torch.float64, n=None):
     ("s", "b", "a", "g"), [(1, 1, 1, 1), (7, 2, 4, 4), (9, 3, 4, 2), (130, 1, 2, 1), (16, 2, 6, 3), (11, 3, 6, 1)]
 )
 def test_values_and_gradients(monkeypatch, s, b, a, g, block, scratch):
-    monkeypatch.setattr(kernel, "BLOCK", block)
-    monkeypatch.setattr(kernel, "SCRATCH", scratch)
+    monkeypatch.setitem(kernel.BLOCK, "cpu", block)
+    monkeypatch.setitem(kernel.SCRATCH, "cpu", scratch)
     q, k, v = inputs(s, b, a, g, 8)
     ours, theirs = attention(q, k, v), written_out(q, k, v)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -67,8 +67,8 @@ def test_queries_that_continue_a_cache(s, n, causal):
 
 
 def test_gradients_are_the_derivatives(monkeypatch):
-    monkeypatch.setattr(kernel, "BLOCK", 2)
-    monkeypatch.setattr(kernel, "SCRATCH", 12)
+    monkeypatch.setitem(kernel.BLOCK, "cpu", 2)
+    monkeypatch.setitem(kernel.SCRATCH, "cpu", 12)
     assert torch.autograd.gradcheck(attention, inputs(5, 2, 4, 2, 3))
 
 
@@ -104,8 +104,8 @@ def test_bfloat16_is_about_as_exact_as_torchs_own_kernel():
 @pytest.mark.parametrize("groups", [1, 4])
 def test_never_the_whole_square(monkeypatch, groups):
     s, limit = 96, 4000
-    monkeypatch.setattr(kernel, "BLOCK", 8)
-    monkeypatch.setattr(kernel, "SCRATCH", limit)
+    monkeypatch.setitem(kernel.BLOCK, "cpu", 8)
+    monkeypatch.setitem(kernel.SCRATCH, "cpu", limit)
     sizes, saved, bmm = [], [], torch.bmm
 
     def product(a, b, **more):
@@ -125,7 +125,7 @@ def test_never_the_whole_square(monkeypatch, groups):
 @pytest.mark.parametrize("groups", [1, 4])
 def test_what_is_multiplied_in_16_bits_is_no_slice(monkeypatch, groups):
     """torch on a CPU copies any other operand, element by element where it is a transposed slice, at every product."""
-    monkeypatch.setattr(kernel, "BLOCK", 8)
+    monkeypatch.setitem(kernel.BLOCK, "cpu", 8)
     seen, bmm, scaled = [], torch.bmm, kernel._scaled_product
 
     def product(a, b, **more):
@@ -154,8 +154,18 @@ def test_the_memory_of_scores_is_used_again():
 
 
 def test_no_more_scores_at_a_time_than_the_limit(monkeypatch):
-    monkeypatch.setattr(kernel, "SCRATCH", 40_000)
+    monkeypatch.setitem(kernel.SCRATCH, "cpu", 40_000)
     x = torch.empty(12, 1, 300, 8)
     for block in kernel._blocks(x, x, 12, PLAIN):
         groups = block.part.stop - block.part.start
         assert groups * (block.end - block.start) * block.end <= 40_000 or groups == 1
+
+
+def test_a_gpu_takes_few_and_large_blocks():
+    """GPT-2 124M with 32 sequences of 1,024: what is bounded is memory, not a cache."""
+    queries, keys = (torch.empty(32 * 12, 1, 1024, 64, device="meta") for _ in range(2))
+    sizes = [
+        (block.part.stop - block.part.start, block.end - block.start, block.end)
+        for block in kernel._blocks(queries, keys, 12, PLAIN)
+    ]
+    assert sizes == [(384, 256, 256), (384, 256, 512), *[(192, 256, 768)] * 2, *[(192, 256, 1024)] * 2]

@@ -5,6 +5,7 @@ import torch
 
 from megatrain.kernels import attention as kernel
 from megatrain.kernels.attention import Variant, attention
+from megatrain.kernels.attention_dropout import Dropout
 from megatrain.kernels.attention_mask import AttentionMask, BlockSparse, keys_seen
 from megatrain.kernels.flex_attention import flex
 
@@ -77,8 +78,8 @@ def same(ours, theirs, given, tolerance=1e-11):
 @pytest.mark.parametrize("slopes", [None, SLOPES], ids=["", "alibi"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_and_biases(monkeypatch, mask, slopes, block, scratch):
-    monkeypatch.setattr(kernel, "BLOCK", block)
-    monkeypatch.setattr(kernel, "SCRATCH", scratch)
+    monkeypatch.setitem(kernel.BLOCK, "cpu", block)
+    monkeypatch.setitem(kernel.SCRATCH, "cpu", scratch)
     given, variant = inputs(), Variant(MASKS[mask], slopes)
     same(attention(*given, variant), written_out(*given, variant), given)
 
@@ -95,14 +96,14 @@ def test_flex_attention_sees_the_same(mask, slopes):
 @pytest.mark.parametrize("block", [128, 5])
 @pytest.mark.parametrize("mask", ["causal", "window", "documents"])
 def test_dropout_multiplies_probabilities(monkeypatch, mask, block):
-    monkeypatch.setattr(kernel, "BLOCK", block)
-    monkeypatch.setattr(kernel, "SCRATCH", 200)
+    monkeypatch.setitem(kernel.BLOCK, "cpu", block)
+    monkeypatch.setitem(kernel.SCRATCH, "cpu", 200)
     whole = (torch.rand(B, A, S, S, generator=torch.Generator().manual_seed(3)) < 0.7).double() / 0.7
 
     def factors(sequences, heads, queries, keys):
         return whole[sequences[:, None, None, None], heads[:, :, None, None], queries[:, None], keys]
 
-    given, variant = inputs(), Variant(MASKS[mask], dropout=factors)
+    given, variant = inputs(), Variant(MASKS[mask], dropout=Dropout(factors))
     same(attention(*given, variant), written_out(*given, variant, whole), given)
 
 
@@ -135,7 +136,7 @@ def test_a_long_prefix_makes_no_square_of_scores(monkeypatch):
     monkeypatch.setattr(kernel, "_scaled_product", product)
     q = torch.randn(5000, 2, 1, 4)
     attention(q, q, q, Variant(AttentionMask(prefix=torch.tensor([4000, 300]))))
-    assert max(sizes) <= kernel.SCRATCH
+    assert max(sizes) <= kernel.SCRATCH["cpu"]
 
 
 def test_a_narrow_softmax_is_nearly_the_wide_one():

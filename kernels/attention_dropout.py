@@ -1,0 +1,302 @@
+"""Attention whose weights are dropped by a token's place, in one Triton kernel forward and two backward: no square is in memory.
+
+    y_i = sum_j w_ij P_ij v_j        P = softmax(q k^T / sqrt(d)), causal; w_ij = 0 with probability p, else 1 / (1 - p)
+
+A weight's fate is a word of (key, sample, head, query, key's place), `parallel/rng.py`'s. A row's two words are made once a tile,
+after which a weight costs one word, some 20 integer operations in registers. Tiles as in FlashAttention-2 (arXiv:2307.08691):
+
+    forward     a tile of queries meets its keys, the softmax is kept up as it goes; of it the logarithm of its sum is saved
+    queries     the same way again, for dq; and for each query D = y dy, the sum of P dP over its keys, dropout or not
+    keys        a tile of keys meets the queries that see it, of all heads that share it, for dk and dv: nothing is added up by atomics
+
+Sums are float32, scores are not rounded. Masks other than causal take blocks of queries (`attention.py`), where the weights that are in
+memory are multiplied by a kernel that makes the same words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatrain.kernels.dispatch import bound, jit, jit_varying, next_power, tl
+from megatrain.kernels.dropout import descend, number
+
+LARGEST_HEAD = 128
+"""Beyond it a tile does not fit the registers."""
+DTYPES = (torch.bfloat16, torch.float16)
+QUERIES, KEYS = 64, 64
+"""Of a tile."""
+COLUMNS = 1024
+"""Weights in memory that a program takes."""
+
+Factors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Which of the b sequences [n], which of the a heads [n, r], places of queries [q] and of keys [k] -> factors of the weights
+[n, r, q, k], 0 or 1 / (1 - p)."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the kernels make the factors of."""
+
+    key: tuple[int, int]
+    """Signed words of the key below which samples lie."""
+    split: tuple[int, int]
+    """How the second word of a key is told from the first."""
+    threshold: int
+    """Signed words below it drop."""
+    scale: float
+    """1 / (1 - p)."""
+    samples: torch.Tensor
+    """[b] int64 place of each sequence in the global batch."""
+    first_head: int
+    """Number of this rank's first head in the whole model."""
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """As the kernels take them."""
+        return (self.samples, self.first_head, *self.key, self.threshold, self.scale)
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """As the kernels take them."""
+        return {"SPLIT_FIRST": self.split[0], "SPLIT_SECOND": self.split[1]}
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of attention's weights, in plain PyTorch and, where Triton serves, for its kernels."""
+
+    factors: Factors
+    words: Words | None = None
+
+
+# --- weights in memory ----------------------------------------------------------------------------------------------------
+
+
+@jit_varying("first_group", "first_query", "first_key", "second_key", "first_head", "key_first", "key_second", "threshold")
+def _weights_kernel(
+    x, y, samples, first_head, key_first, key_second, threshold, scale, first_group, groups, heads, queries, first_query,
+    columns, near, first_key, second_key, SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    group = first_group + row // (heads * queries)
+    head = first_head + group % groups * heads + row // queries % heads
+    sample = tl.load(samples + group // groups).to(tl.uint32)
+    a, c = descend(sample, key_first.to(tl.uint32), key_second.to(tl.uint32), SPLIT_FIRST, SPLIT_SECOND)
+    a, c = descend(head.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
+    a, c = descend((first_query + row % queries).to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.where(column < near, first_key + column, second_key + column - near)
+    word = number(place.to(tl.uint32), a, c).to(tl.int32, bitcast=True)
+    inside = column < columns
+    at = row.to(tl.int64) * columns + column
+    weight = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.where(word >= threshold, scale, 0.0)
+    tl.store(y + at, (weight * factor).to(y.dtype.element_ty), mask=inside)
+
+
+def drop_weights(
+    x: torch.Tensor, words: Words, first_group: int, groups: int, heads: int, first_query: int, spans: list[slice]
+) -> torch.Tensor:
+    """Weights [n, heads q, k], of n of the b g groups from number `first_group` on, times their factors.
+
+    groups: of a sequence, of `heads` heads each; queries lie from place `first_query` on, keys where one or two `spans` say.
+    """
+    y = torch.empty_like(x)
+    n, rows, columns = x.shape
+    if y.numel() > 0:
+        first, second = spans[0], spans[-1]
+        block = min(COLUMNS, next_power(columns))
+        _weights_kernel[(n * rows, -(-columns // block))](
+            x, y, *words.numbers, first_group, groups, heads, rows // heads, first_query, columns, first.stop - first.start,
+            first.start, second.start, **words.constants, BLOCK=block, num_warps=max(1, block // 256),
+        )  # fmt: skip
+    return y
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _tile(x, rows, stride, dims, s, D: tl.constexpr):
+    """Rows of one head: [rows, dims]."""
+    inside = (rows < s)[:, None] & (dims < D)[None, :]
+    return tl.load(x + rows.to(tl.int64)[:, None] * stride + dims[None, :], mask=inside, other=0.0)
+
+
+@jit
+def _put(x, values, rows, stride, dims, s, D: tl.constexpr):
+    inside = (rows < s)[:, None] & (dims < D)[None, :]
+    tl.store(x + rows.to(tl.int64)[:, None] * stride + dims[None, :], values.to(x.dtype.element_ty), mask=inside)
+
+
+@jit
+def _head_key(samples, sequence, head, key_first, key_second, SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr):
+    sample = tl.load(samples + sequence).to(tl.uint32)
+    a, c = descend(sample, key_first.to(tl.uint32), key_second.to(tl.uint32), SPLIT_FIRST, SPLIT_SECOND)
+    return descend(head.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
+
+
+@jit_varying("first_head", "key_first", "key_second", "threshold")
+def _forward_kernel(
+    q, k, v, y, lse, samples, first_head, key_first, key_second, threshold, scale, s, heads, repeat, bits,
+    q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, y_s, y_b,
+    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(s, M)
+    which, start = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M  # the longest rows first
+    sequence, head = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
+    rows, dims = start + tl.arange(0, M), tl.arange(0, DIMS)
+    k += sequence * k_b + head // repeat * k_h
+    v += sequence * v_b + head // repeat * v_h
+    query = _tile(q + sequence * q_b + head * q_h, rows, q_s, dims, s, D)
+    a, c = _head_key(samples, sequence, first_head + head, key_first, key_second, SPLIT_FIRST, SPLIT_SECOND)
+    a, c = descend(rows.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
+    top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    out = tl.zeros([M, DIMS], tl.float32)
+    for at in range(0, bound(tl.minimum(start + M, s)), N):
+        columns = at + tl.arange(0, N)
+        key = _tile(k, columns, k_s, dims, s, D)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * bits
+        scores = tl.where(columns[None, :] <= rows[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
+        word = number(columns.to(tl.uint32)[None, :], a[:, None], c[:, None]).to(tl.int32, bitcast=True)
+        kept = tl.where(word >= threshold, p * scale, 0.0)
+        value = _tile(v, columns, v_s, dims, s, D)
+        out = out * fade[:, None] + tl.dot(kept.to(value.dtype), value, input_precision="ieee")
+        total = total * fade + tl.sum(p, 1)
+        top = higher
+    _put(y + sequence * y_b + head * D, out / total[:, None], rows, y_s, dims, s, D)
+    tl.store(lse + which.to(tl.int64) * s + rows, top + tl.log2(total), mask=rows < s)
+
+
+@jit_varying("first_head", "key_first", "key_second", "threshold")
+def _queries_kernel(
+    q, k, v, y, dy, dq, lse, delta, samples, first_head, key_first, key_second, threshold, scale, s, heads, repeat, bits, root,
+    q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, y_s, y_b,
+    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(s, M)
+    which, start = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
+    sequence, head = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
+    rows, dims = start + tl.arange(0, M), tl.arange(0, DIMS)
+    k += sequence * k_b + head // repeat * k_h
+    v += sequence * v_b + head // repeat * v_h
+    mine = sequence * y_b + head * D
+    query = _tile(q + sequence * q_b + head * q_h, rows, q_s, dims, s, D)
+    grad = _tile(dy + mine, rows, y_s, dims, s, D)
+    sums = tl.sum(_tile(y + mine, rows, y_s, dims, s, D).to(tl.float32) * grad.to(tl.float32), 1)
+    saved = which.to(tl.int64) * s + rows
+    tl.store(delta + saved, sums, mask=rows < s)
+    level = tl.load(lse + saved, mask=rows < s, other=float("inf"))
+    a, c = _head_key(samples, sequence, first_head + head, key_first, key_second, SPLIT_FIRST, SPLIT_SECOND)
+    a, c = descend(rows.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
+    out = tl.zeros([M, DIMS], tl.float32)
+    for at in range(0, bound(tl.minimum(start + M, s)), N):
+        columns = at + tl.arange(0, N)
+        key = _tile(k, columns, k_s, dims, s, D)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * bits
+        p = tl.where(columns[None, :] <= rows[:, None], tl.exp2(scores - level[:, None]), 0.0)
+        value = _tile(v, columns, v_s, dims, s, D)
+        dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
+        word = number(columns.to(tl.uint32)[None, :], a[:, None], c[:, None]).to(tl.int32, bitcast=True)
+        ds = p * (tl.where(word >= threshold, dp * scale, 0.0) - sums[:, None])
+        out += tl.dot(ds.to(key.dtype), key, input_precision="ieee")
+    _put(dq + mine, out * root, rows, y_s, dims, s, D)
+
+
+@jit_varying("first_head", "key_first", "key_second", "threshold")
+def _keys_kernel(
+    q, k, v, dy, dk, dv, lse, delta, samples, first_head, key_first, key_second, threshold, scale, s, groups, repeat, bits, root,
+    q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, y_s, y_b, g_s, g_b,
+    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(s, N)
+    which, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * N  # the longest columns first
+    sequence, group = (which // groups).to(tl.int64), (which % groups).to(tl.int64)
+    columns, dims = start + tl.arange(0, N), tl.arange(0, DIMS)
+    key = _tile(k + sequence * k_b + group * k_h, columns, k_s, dims, s, D)
+    value = _tile(v + sequence * v_b + group * v_h, columns, v_s, dims, s, D)
+    dkey, dvalue = tl.zeros([N, DIMS], tl.float32), tl.zeros([N, DIMS], tl.float32)
+    for number_of_head in range(0, bound(repeat)):
+        head = group * repeat + number_of_head
+        saved = (sequence * groups * repeat + head) * s
+        first, second = _head_key(samples, sequence, first_head + head, key_first, key_second, SPLIT_FIRST, SPLIT_SECOND)
+        for at in range(bound(start // M * M), bound(s), M):
+            rows = at + tl.arange(0, M)
+            query = _tile(q + sequence * q_b + head * q_h, rows, q_s, dims, s, D)
+            level = tl.load(lse + saved + rows, mask=rows < s, other=float("inf"))
+            scores = tl.dot(key, tl.trans(query), input_precision="ieee") * bits
+            p = tl.where(columns[:, None] <= rows[None, :], tl.exp2(scores - level[None, :]), 0.0)
+            a, c = descend(rows.to(tl.uint32), first, second, SPLIT_FIRST, SPLIT_SECOND)
+            word = number(columns.to(tl.uint32)[:, None], a[None, :], c[None, :]).to(tl.int32, bitcast=True)
+            factor = tl.where(word >= threshold, scale, 0.0)
+            grad = _tile(dy + sequence * y_b + head * D, rows, y_s, dims, s, D)
+            dvalue += tl.dot((p * factor).to(grad.dtype), grad, input_precision="ieee")
+            dp = tl.dot(value, tl.trans(grad), input_precision="ieee") * factor
+            sums = tl.load(delta + saved + rows, mask=rows < s, other=0.0)
+            ds = p * (dp - sums[None, :])
+            dkey += tl.dot(ds.to(query.dtype), query, input_precision="ieee")
+    at_group = sequence * g_b + group * D
+    _put(dk + at_group, dkey * root, columns, g_s, dims, s, D)
+    _put(dv + at_group, dvalue, columns, g_s, dims, s, D)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------------
+
+
+def tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words) -> torch.Tensor:
+    """Causal attention with dropout: q [s, b, a, d], k and v [s, b, g, d], g dividing a, d at most 128 -> [s, b, a d]."""
+    return _Tiled.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), words).flatten(2)
+
+
+class _Tiled(torch.autograd.Function):
+    """-> [s, b, a, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words) -> torch.Tensor:
+        s, b, heads, d = q.shape
+        y, lse = q.new_empty(q.shape), torch.empty(b * heads, s, dtype=torch.float32, device=q.device)
+        if y.numel() > 0:
+            _forward_kernel[(-(-s // QUERIES) * b * heads,)](
+                q, k, v, y, lse, *words.numbers, s, heads, heads // k.shape[2], d**-0.5 * math.log2(math.e),
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:2], **words.constants, **_tiles(d),
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, y, lse)
+        ctx.words = words
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        q, k, v, y, lse = ctx.saved_tensors
+        words, (s, b, heads, d), groups = ctx.words, q.shape, k.shape[2]
+        dq, dk, dv, delta, dy = (
+            torch.empty_like(y),
+            k.new_empty(k.shape),
+            v.new_empty(v.shape),
+            torch.empty_like(lse),
+            dy.contiguous(),
+        )
+        if dq.numel() > 0:
+            lie = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:2])
+            sizes = s, heads, heads // groups, d**-0.5 * math.log2(math.e), d**-0.5
+            _queries_kernel[(-(-s // QUERIES) * b * heads,)](
+                q, k, v, y, dy, dq, lse, delta, *words.numbers, *sizes, *lie, **words.constants, **_tiles(d)
+            )
+            sizes = s, groups, heads // groups, d**-0.5 * math.log2(math.e), d**-0.5
+            _keys_kernel[(-(-s // KEYS) * b * groups,)](
+                q, k, v, dy, dk, dv, lse, delta, *words.numbers, *sizes, *lie, *dk.stride()[:2], **words.constants,
+                **_tiles(d, QUERIES if d <= 64 else QUERIES // 2),
+            )  # fmt: skip
+        return dq, dk, dv, None
+
+
+def _tiles(d: int, queries: int = QUERIES) -> dict[str, Any]:
+    """queries: of a tile; with fewer, what the kernel for keys adds up for heads of 128 has room in the registers."""
+    dims = max(16, next_power(d))
+    return {"D": d, "DIMS": dims, "M": queries, "N": KEYS, "num_warps": 4 if dims <= 64 else 8, "num_stages": 2}
