@@ -1,7 +1,7 @@
-"""A thread that waits for works one after the other.
+"""A thread that waits for asynchronous calls, one after the other.
 
 It serves gloo's sends, which cannot be asked whether they have ended (`is_completed` stays false until `wait`), and exchanges through
-shared memory, of which waiting is the work.
+shared memory, where the copying is done inside `wait`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Work(Protocol):
-    """What is used of a call of torch.distributed."""
+    """The part of a torch.distributed work (an asynchronous call) that is used here."""
 
     def wait(self) -> object:
         """Block until it has ended. Raises RuntimeError or OSError."""
@@ -22,7 +22,7 @@ class Work(Protocol):
 
 
 class WatchedWork:
-    """A call that the thread waits for; others may ask, or wait for the thread."""
+    """A call that the thread waits for. Others may ask whether it has ended, or wait until the thread has seen it end."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -38,7 +38,7 @@ class WatchedWork:
         self._ended.set()
 
     def wait(self) -> None:
-        """Block until the call has ended. Raises what it ended with."""
+        """Block until the call has ended. Raises the error it ended with."""
         self._ended.wait()
         if self._error is not None:
             raise self._error
@@ -57,7 +57,7 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def watched(self, work: Work) -> WatchedWork:
-        """Have a call waited for."""
+        """Hand `work` to the thread, which waits for it."""
         if self._thread is None:
             # A daemon: a work that never ends must not keep a failed process from ending.
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -67,7 +67,7 @@ class Watch:
         return followed
 
     def close(self) -> None:
-        """Let the thread end, once it has waited for all."""
+        """End the thread after it has waited for all calls handed to it."""
         self._works.put(None)
 
     def _run(self) -> None:

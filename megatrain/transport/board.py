@@ -16,10 +16,10 @@ from megatrain.transport.group import TransportError
 from megatrain.transport.store import MOST_KEYS, answer_seconds, within
 
 STORE = "the rendezvous store"
-"""As messages call it."""
+"""The store's name in error messages."""
 
 _SLICE_SECONDS = 3600.0
-"""A wait without limit is asked again this often."""
+"""A wait without a time limit is repeated in slices of this length."""
 
 
 class Board:
@@ -31,7 +31,7 @@ class Board:
 
     @classmethod
     def open(cls, host: str, port: int, prefix: str, seconds: float, ranks: int = 1) -> Board:
-        """Connect to the store at host:port, as so many ranks may do at the same time; keys are kept apart by `prefix`.
+        """Connect to the store at host:port; `ranks` may do so at the same time. `prefix` keeps the keys apart from others'.
 
         No later call but `wait` takes longer than `seconds`. Raises TransportError if the store does not answer.
         """
@@ -56,9 +56,9 @@ class Board:
             within(self._seconds, partial(self._store.multi_set, part, [text] * len(part)), STORE)  # type: ignore[attr-defined]
 
     def read_all(self, keys: Sequence[str]) -> dict[str, str]:
-        """The texts of those of many keys that are set. Raises TransportError.
+        """The texts of those `keys` that are set. Raises TransportError.
 
-        A part of the keys is read by one message if all of them are set, else halved: each that is missing costs a few messages.
+        If all keys of a part are set, one message reads them; else the part is halved: each missing key costs a few messages.
         """
         found: dict[str, str] = {}
         parts = list(_parts(keys))
@@ -76,7 +76,7 @@ class Board:
         return all(within(self._seconds, partial(self._store.check, part), STORE) for part in _parts(keys))
 
     def wait(self, key: str, seconds: float | None = None) -> str | None:
-        """Block until a key is set and return its text; None after `seconds`. Raises TransportError if the store is lost.
+        """Block until `key` is set and return its text; None after `seconds` (None: no limit). Raises TransportError if the store is lost.
 
         The server answers when the key is set: nothing is polled.
         """

@@ -1,4 +1,4 @@
-"""What ranks must agree on in a few bytes: who failed first, and short texts. On no group (one rank) nothing is sent."""
+"""Small agreements between ranks: the first rank that failed, and short texts. Without a group (one rank) nothing is sent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatrain.transport.group import Group
 
 
 def lowest(mine: bool, group: Group | None, device: torch.device) -> int | None:
-    """The lowest place for which `mine` is true, the same on every rank; None if there is none. One collective of 8 bytes."""
+    """The lowest place in the group for which `mine` is true, the same on every rank; None if none. One collective of 8 bytes."""
     if group is None:
         return 0 if mine else None
     first = torch.tensor([group.rank if mine else group.size], dtype=torch.int64, device=device)
@@ -18,7 +18,7 @@ def lowest(mine: bool, group: Group | None, device: torch.device) -> int | None:
 
 
 def broadcast_text(text: str, group: Group | None, device: torch.device, source: int = 0) -> str:
-    """The text of place `source`, on every rank."""
+    """The text of the rank at place `source`, on every rank."""
     if group is None:
         return text
     data = _encode(text, device)
@@ -31,7 +31,7 @@ def broadcast_text(text: str, group: Group | None, device: torch.device, source:
 
 
 def gather_texts(text: str, group: Group | None, device: torch.device) -> list[str]:
-    """Every rank's text, in order of place, on every rank."""
+    """Every rank's text, in order of place in the group, on every rank."""
     if group is None:
         return [text]
     data = _encode(text, device)

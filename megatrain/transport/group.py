@@ -4,8 +4,8 @@ Implementations: `TorchGroup` in `processes.py` (torch.distributed: NCCL, gloo; 
 alarm's `board.py`) and `MemoryGroup` in `threads.py` (ranks that are threads of one process: simulated process
 groups). Wrappers, in `wrappers.py`: `RecordedGroup` (who waits for what), `DelayedGroup` (tests of overlap).
 
-Every call is given its output, so nothing is copied that need not be, and returns a `Handle`; a blocking call has already
-waited. Tensors must be contiguous. Ranks of one group call the same operations in the same order.
+Every call is given its output tensor, so no copy is made that could be avoided, and returns a `Handle`; a blocking call has waited
+before it returns. Tensors must be contiguous. Ranks of one group call the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Handle(ABC):
 
     @abstractmethod
     def wait(self) -> None:
-        """Block until the outputs are there (on CUDA: until the current stream may use them). Raises TransportError."""
+        """Block until the outputs may be read (on CUDA: until the current stream may use them). Raises TransportError."""
 
     @abstractmethod
     def done(self) -> bool:
-        """Whether the call has ended, well or badly, so that `wait` would return at once."""
+        """Whether the call has ended, in success or failure, so that `wait` would return at once."""
 
 
 class Group(ABC):
@@ -42,7 +42,7 @@ class Group(ABC):
     name: str
     """The axis, for messages: tp, dp, world ..."""
     ranks: tuple[int, ...]
-    """World ranks, in order of place."""
+    """World ranks of the members; a member's index here is its place in the group."""
     rank: int
     """This rank's place in the group."""
 
@@ -103,10 +103,10 @@ class Group(ABC):
         """Return once every rank of the group has called."""
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that calls of this group, and others, have made, in the host's memory.
+        """A copy in host memory of a tensor that a call of this group wrote.
 
-        On a GPU `wait` only orders streams, and the host waits here; so what comes from other ranks is read by this call, which
-        is seen by whoever watches for hangs.
+        On a GPU `wait` only orders streams, and the host blocks in this copy. Results of other ranks are read with this call, so that the
+        watch for hangs sees where the host blocks.
         """
         return tensor.cpu()
 
@@ -122,7 +122,7 @@ class World(ABC):
 
     @abstractmethod
     def group(self, name: str, ranks: Sequence[int]) -> Group:
-        """Make the group of `ranks` (this rank among them); only those ranks call, in the same order of their groups.
+        """Make the group of `ranks` (this rank is one of them). Only those ranks call, and each makes its groups in the same order.
 
         Some transports tell groups of the same ranks apart by how many groups a process has made before: the ranks of a group
         must have made equally many, those of one rank (which cost nothing) included.
@@ -137,18 +137,18 @@ REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": t
 
 
 SHOWN_RANKS = 16
-"""A message lists no more ranks than these."""
+"""Error messages list at most this many ranks."""
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """Ranks for a message: `[0, 1]`, and of many `[0, 8, 16, ..., 16376] (2048 ranks)`: every rank may print it, and many at once."""
+    """Ranks for a message: `[0, 1]`, or if many `[0, 8, 16, ..., 16376] (2048 ranks)`, since every rank may print it at once."""
     if len(ranks) <= SHOWN_RANKS:
         return str(list(ranks))
     return f"[{', '.join(map(str, ranks[:3]))}, ..., {ranks[-1]}] ({len(ranks)} ranks)"
 
 
 def refuse(group: Group, operation: str, problem: str) -> TransportError:
-    """The error for a call of `group`, to be raised."""
+    """The error for an invalid call of `group`; the caller raises it."""
     return TransportError(f"{operation} on axis {group.name} (ranks {name_ranks(group.ranks)}): {problem}")
 
 

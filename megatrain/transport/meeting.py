@@ -1,7 +1,7 @@
-"""Ranks that talk through the store where they meet, without any group: before one is made, and where none can be.
+"""Ranks exchange short texts through the store where they meet, before a group exists, or where none can be made.
 
-A rank that could not join the others' group (its network interface is missing, it has no GPU) can still say so here, and rank 0 can
-still end all of them at once. Rank 0 hears from everybody; nobody else does, so that a word costs a rank the same in any world.
+A rank that could not join the others' group (its network interface is missing, it has no GPU) can still report it here, and rank 0 can
+still end all of them at once. All ranks write, only rank 0 reads them all: the cost for any other rank does not grow with their number.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from megatrain.transport.store import ANSWER_SECONDS, open_store
 T = TypeVar("T")
 
 SECONDS_PER_RANK = 0.002
-"""What each of many ranks that come at once may take of the store's time."""
+"""Time of the store that each rank may take when many connect at once."""
 LINGER_SECONDS = 5.0
-"""How long rank 0, in which the store may live, waits for the others to read its last word."""
+"""How long rank 0, whose process may serve the store, waits for the others to read its decision."""
 
 
 class Meeting:
-    """The ranks of a job at a store. All call the same methods in the same order; a world of 1 needs no store."""
+    """The ranks of a job at a store. All call the same methods in the same order; a job of 1 rank needs no store."""
 
     def __init__(
         self, rank: int, size: int, rendezvous: tuple[str, int], limit_seconds: float, *, launcher_serves: bool, prefix: str
     ) -> None:
         """Reach the store at rendezvous (host, port), which rank 0 serves unless the launcher does, within limit_seconds.
 
-        prefix: keeps this meeting apart from other users of the store. Raises TransportError where the port is in use on rank 0,
-        and elsewhere where nothing is there in time, or something that is not this job's store.
+        prefix: keeps this meeting apart from other users of the store. Raises TransportError: on rank 0 where the port is in use; on the
+        others where nothing answers in time, or something that is not this job's store does.
         """
         self.rank = rank
         self.size = size
@@ -58,7 +58,7 @@ class Meeting:
             ) from error
 
     def collect(self, text: str, limit_seconds: float) -> dict[int, str]:
-        """Rank -> its text, at rank 0, of those that have come within limit_seconds; nothing elsewhere. Raises TransportError."""
+        """At rank 0: rank -> text of the ranks that wrote within limit_seconds. On other ranks: {}. Raises TransportError."""
         store, size = self._store, self.size
         if store is None:
             return {0: text}
@@ -76,12 +76,12 @@ class Meeting:
             return {}
         try:
             store.wait([everyone], timedelta(seconds=limit_seconds))
-            there = list(range(size))
+            came = list(range(size))
         except RuntimeError:  # some do not come: who has?
-            there = self._call(lambda: [rank for rank in range(size) if store.check([words[rank]])])
-        self._came = len(there)
-        texts = self._call(lambda: store.multi_get([words[rank] for rank in there]))
-        return {rank: said.decode() for rank, said in zip(there, texts, strict=True)}
+            came = self._call(lambda: [rank for rank in range(size) if store.check([words[rank]])])
+        self._came = len(came)
+        texts = self._call(lambda: store.multi_get([words[rank] for rank in came]))
+        return {rank: said.decode() for rank, said in zip(came, texts, strict=True)}
 
     def decide(self, text: str, limit_seconds: float) -> str:
         """Rank 0's text, on every rank; the others wait for it up to limit_seconds. Raises TransportError."""
@@ -101,7 +101,7 @@ class Meeting:
         return self._call(lambda: store.get(key)).decode()
 
     def close(self) -> None:
-        """Leave. Rank 0 waits a moment for those that came: its store may be what they read from."""
+        """Leave. Rank 0 waits up to LINGER_SECONDS for the ranks that came: it may serve the store that they still read from."""
         store, self._store = self._store, None
         if store is None:
             return
@@ -114,7 +114,7 @@ class Meeting:
             return
 
     def _call(self, call: Callable[[], T]) -> T:
-        """What a call of the store gives. Raises TransportError."""
+        """The result of a call of the store. Raises TransportError."""
         try:
             return call()
         except RuntimeError as error:

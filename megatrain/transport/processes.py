@@ -36,19 +36,19 @@ _DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.Red
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 LINGER_SECONDS = 0.5
-"""How long a rank that leaves waits for the others."""
+"""How long a rank that leaves waits for the others to leave too."""
 _MESSAGES, _BLOCKS = 0, 1
-"""Tags on gloo: the caller's messages, and the blocks that collectives made of messages exchange."""
+"""Message tags on gloo: `send` and `recv` of the caller, and the blocks of collectives that are made of messages."""
 
 
 def backends() -> list[str]:
-    """What torch was built with, of those that megatrain uses."""
-    there = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
-    return [name for name, available in there.items() if available()]
+    """The backends of megatrain (gloo, nccl) that this torch was built with."""
+    built = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
+    return [name for name, available in built.items() if available()]
 
 
 class _TorchHandle(Handle):
-    """Works of torch.distributed, the tensors they use, and what is left to do once they are done."""
+    """The works of one call, the tensors they use, and the functions to run once the works are done."""
 
     __slots__ = ("_call", "_finish", "_group", "_tensors", "_works")
 
@@ -69,18 +69,18 @@ class _TorchHandle(Handle):
             self._works.append(work)
 
     def follow(self, start: Callable[[], Work]) -> None:
-        """Start an exchange through shared memory, and wait for it as for the others. Raises TransportError."""
+        """Start an exchange through shared memory; `wait` waits for it as for the other works. Raises TransportError."""
         try:
             self._works.append(start())
         except OSError as error:
             raise self.failed(error) from error
 
     def then(self, finish: Callable[[], object]) -> None:
-        """Have `finish` called when all works are done, by the thread that waits, after those given before."""
+        """Have `wait` call `finish` when all works are done, after the functions given before."""
         self._finish.append(finish)
 
     def wait(self) -> None:
-        """Block until the outputs are there. Raises TransportError."""
+        """Block until the outputs may be read. Raises TransportError."""
         works, self._works = self._works, []
         todo, self._finish = self._finish, []
         try:
@@ -93,11 +93,11 @@ class _TorchHandle(Handle):
         self._tensors = ()
 
     def done(self) -> bool:
-        """Whether the backend has ended its part."""
+        """Whether the backend has ended its calls; functions given to `then` may still have to run."""
         return all(work.is_completed() for work in self._works)
 
     def failed(self, error: Exception) -> TransportError:
-        """The error to raise for one of the backend's."""
+        """The TransportError to raise for an error of the backend."""
         shapes = ", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in self._tensors)
         group = self._group
         problem = f"failed on rank {group.ranks[group.rank]} (limit {group.timeout_seconds:g} s): {error}"
@@ -107,18 +107,18 @@ class _TorchHandle(Handle):
 def _options(backend: str, limit: timedelta) -> Any:
     """How NCCL runs one group: on a stream of high priority. None with gloo.
 
-    A matmul has more blocks than a GPU has room for. As one of them ends, a call for which other ranks wait takes its place, and not
-    the next one of the matmul. Each group needs options of its own, since torch writes the group into them.
+    A matmul has more thread blocks than fit on a GPU. As one of them ends, a block of a collective, for which other ranks wait, takes its
+    place, and not the matmul's next. Each group needs an options object of its own, since torch writes the group into it.
     """
     if backend != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = limit  # torch warns where it is another one than the group's
+    options._timeout = limit  # torch warns where it differs from the group's
     return options
 
 
 class _Connection:
-    """What the axes over the same ranks share."""
+    """The process group and shared memory that the axes over the same ranks share."""
 
     def __init__(self, process_group: dist.ProcessGroup | None, timeout_seconds: float) -> None:
         self.process_group = process_group
@@ -129,8 +129,8 @@ class TorchGroup(Group):
     """The ranks along one axis, over torch.distributed. Made by `TorchWorld.group`.
 
     On gloo, all_gather and reduce_scatter go through shared memory between ranks of one machine, else they are made of
-    messages: gloo's own move twice the bytes (its reduce_scatter is an all-reduce whose other parts are thrown away) or copy the
-    output once more. Sums are then in rank order, as in memory.
+    messages: gloo's own calls move twice the bytes (its reduce_scatter is an all-reduce that drops the other ranks' parts) or copy the
+    output once more. Sums are taken in rank order, as in `MemoryGroup`.
     Gloo reads host memory: tensors on a GPU go through pinned copies.
     """
 
@@ -157,7 +157,7 @@ class TorchGroup(Group):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """None once it is closed."""
+        """The process group of torch; None once it is closed."""
         return self._connection.process_group
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
@@ -257,26 +257,26 @@ class TorchGroup(Group):
         handle.wait()
 
     def close(self) -> None:
-        """Release the connections; those that all groups of a world are made over go with the world."""
+        """Release the connections. Torch's group of all ranks stays until the world closes, as all other groups are made over it."""
         self._shared.close()
         if self.process_group not in (None, dist.group.WORLD):
             dist.destroy_process_group(self.process_group)
         self._connection.process_group = None
 
     def _isend(self, tensor: torch.Tensor, **kwargs: Any) -> Work | None:
-        """A send that can be asked whether it has ended."""
+        """Send; on gloo through the watching thread, so that the work can be asked whether it has ended."""
         work = dist.isend(tensor, **kwargs)
         return self._watch.watched(work) if self._gloo and work is not None else work
 
     def _near(self, tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
-        """`tensor` where the backend can read it: itself, or a pinned copy (with copy=False: pinned room) on the host."""
+        """`tensor` itself if the backend can read it, else a pinned copy in host memory (with copy=False: pinned, not filled)."""
         if not self._staged:
             return tensor
         near = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         return near.copy_(tensor.detach()) if copy else near
 
     def _given(self, handle: _TorchHandle, near: torch.Tensor, output: torch.Tensor, blocking: bool) -> Handle:
-        """The handle, with the way back from pinned memory added; waited for if blocking."""
+        """The handle; copies `near` back to `output` if they differ, and waits if blocking."""
         if near is not output:
             handle.then(lambda: output.detach().copy_(near, non_blocking=True))
         if blocking:
@@ -284,11 +284,11 @@ class TorchGroup(Group):
         return handle
 
     def _others(self) -> list[int]:
-        """Places to exchange blocks with, nearest first, so that not everybody talks to place 0 at once."""
+        """The other places, starting with the next one, so that ranks do not all begin with place 0."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def _swap(self, handle: _TorchHandle, received: dict[int, torch.Tensor], sent: dict[int, torch.Tensor]) -> None:
-        """Start to receive a block from, and send one to, every other place."""
+        """Start to receive a block from, and to send one to, each other place."""
         for place, block in received.items():
             handle.start(dist.irecv, block, group_src=place, tag=_BLOCKS)
         for place, block in sent.items():
@@ -302,7 +302,7 @@ def _blocks(whole: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
 
 
 class TorchWorld(World):
-    """All ranks of a job of several processes, over torch.distributed. One at a time in a process."""
+    """All ranks of a job of several processes, over torch.distributed. A process can have one at a time."""
 
     def __init__(self, rank: int, size: int, device: torch.device, timeout_seconds: float, store: Store | None = None) -> None:
         self.rank = rank
@@ -336,7 +336,7 @@ class TorchWorld(World):
         device: where this rank's tensors live; with nccl its own GPU, which becomes the current one.
         timeout_seconds: limit of every later call. join_seconds: how long to wait for the other ranks here (None: as long).
         hosts_store: whether this process serves the port; None means rank 0 does, False that the launcher does (torchrun).
-        prefix: kept apart from other users, and earlier attempts, of the same store.
+        prefix: keeps the keys apart from other users, and earlier attempts, of the same store.
         interface: network interface for connections between ranks, such as `eth0`; None lets the backend choose.
 
         Raises TransportError if the port is in use, the store cannot be reached, or ranks do not come (it lists them).
@@ -390,7 +390,7 @@ class TorchWorld(World):
             ) from error
 
     def _linger(self) -> None:
-        """Wait until all ranks leave, for LINGER_SECONDS at most. Two messages a rank: nothing is polled."""
+        """Wait until all ranks leave, for LINGER_SECONDS at most. Two messages a rank, no polling."""
         store = self._store
         with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
             if store is not None and store.add("leaving", 1) == self.size:
@@ -401,8 +401,8 @@ class TorchWorld(World):
     def close(self) -> None:
         """Leave the job: release every group made here. Ranks that still wait for this one get an error.
 
-        Waits a moment for ranks that are about to leave too: a connection that is closed early takes along what the other side has
-        not read yet, and it would report a lost connection instead of what all ranks failed of.
+        Waits a moment for ranks that are about to leave too: closing a connection early drops what the other side has not read yet, and
+        that rank would report a lost connection instead of the failure that all ranks share.
         """
         self._linger()
         self._watch.close()

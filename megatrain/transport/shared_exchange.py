@@ -1,8 +1,8 @@
 """all_gather and reduce_scatter between the ranks of one machine, as exchanges of blocks through shared memory.
 
-A call that its caller waits for copies in the caller's thread. One that goes on beside the computation is given to a thread of the
-group's own, so that the caller is held for nothing but what is not there yet; small blocks are copied sooner than that thread
-wakes. Ranks decide alike, since they all call with the same sizes, but need not: exchanges are matched by number.
+A blocking call copies in the caller's thread. A call that overlaps with computation is given to a thread of the group, so that the
+caller never waits for other ranks; blocks under BACKGROUND_BYTES are copied by the caller, which takes less time than waking that
+thread. All ranks call with the same sizes and so choose alike, but correctness does not depend on it: exchanges are matched by number.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from megatrain.transport.group import REDUCTIONS, Group, ReduceOp
 from megatrain.transport.shared_memory import SharedSlots, fits
 
 BACKGROUND_BYTES = 1 << 18
-"""A block of so many is worth the thread."""
+"""Smallest block that is given to the thread."""
 
 
 class Exchanges:
     """The exchanges of one rank of a group. Made with the group, set up when first needed."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        """timeout_seconds: how long to wait for another rank."""
+        """timeout_seconds: how long to wait for another rank in one exchange."""
         self._timeout = timeout_seconds
         self._slots: SharedSlots | None = None
         self._tried = False
         self._thread = Watch("megatrain-exchanges")
 
     def ready(self, group: Group, blocks: int, block: torch.Tensor) -> bool:
-        """Whether an exchange of so many blocks may go this way; sets up the shared memory when first asked (collective)."""
+        """Whether `blocks` blocks like `block` may be exchanged here; the first call sets up the shared memory (collective)."""
         if not fits(blocks, block.numel() * block.element_size()):
             return False
         if not self._tried:
@@ -55,10 +55,7 @@ class Exchanges:
         return self._start(write, read, blocking or part.nbytes < BACKGROUND_BYTES)
 
     def reduce_scatter(self, output: torch.Tensor, parts: dict[int, torch.Tensor], op: ReduceOp, blocking: bool) -> Work:
-        """Start to reduce this rank's part of each place into `output`, in the order of places; sums read where the blocks lie.
-
-        Raises OSError as `gather` does.
-        """
+        """Start to reduce, in order of place, each place's part for this rank into `output`; parts are read in shared memory."""
         slots = self._opened()
 
         def write(number: int) -> None:
@@ -73,7 +70,7 @@ class Exchanges:
         return self._start(write, read, blocking or output.nbytes < BACKGROUND_BYTES)
 
     def close(self) -> None:
-        """Let go of the memory; other ranks that wait for this one are told."""
+        """Unmap the memory; other ranks that wait for this one get an error."""
         self._thread.close()
         if self._slots is not None:
             self._slots.close()
@@ -96,24 +93,24 @@ class Exchanges:
 
 
 class _Exchange:
-    """One exchange as a work: `begin` offers this rank's blocks, `wait` takes the others'."""
+    """One exchange as a work: `begin` writes this rank's blocks, `wait` reads the others'."""
 
     def __init__(
         self, slots: SharedSlots, number: int, write: Callable[[int], None], read: Callable[[int], None], patient: bool
     ) -> None:
-        """patient: sleep at once where another rank must be waited for, rather than look for a moment first."""
+        """patient: sleep at once when another rank must be waited for, instead of spinning first."""
         self._slots, self._number, self._write, self._read, self._patient = slots, number, write, read, patient
         self._begun = self._ended = False
 
     def begin(self) -> None:
-        """Copy into the slot, once it is free. Raises OSError."""
+        """Write this rank's blocks into its slot, once the slot is free. Raises OSError."""
         self._begun = True
         self._slots.claim(self._number, self._patient)
         self._write(self._number)
         self._slots.publish(self._number)
 
     def wait(self) -> None:
-        """Take what the others offer, once. Raises OSError."""
+        """Read the other ranks' blocks. Later calls return at once. Raises OSError."""
         if self._ended:
             return
         if not self._begun:
@@ -124,12 +121,12 @@ class _Exchange:
         self._ended = True
 
     def is_completed(self) -> bool:
-        """Whether the result is there."""
+        """Whether the other ranks' blocks have been read."""
         return self._ended
 
 
 def reduce_in_order(output: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
-    """Reduce the parts into `output`, which may be one of them."""
+    """Reduce the parts, in the order given, into `output`, which may be one of them."""
     total = parts[0]
     for part in parts[1:-1]:
         total = REDUCTIONS[op](total, part)

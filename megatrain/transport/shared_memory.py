@@ -33,24 +33,24 @@ import torch
 SLOTS = 4
 SLOT_BYTES = 8 << 20
 SMALLEST_BLOCK = 1 << 15
-"""Bytes; smaller blocks travel faster in gloo's own message."""
+"""Bytes. Smaller blocks are sent faster by gloo."""
 SPIN_SECONDS = 3e-4
-"""How long to look before sleeping: about what one sleep and wake cost on a virtual machine."""
+"""How long to spin before sleeping: about the cost of one sleep and wake on a virtual machine."""
 NAP_SECONDS = 0.1
-"""How long to sleep before looking whether the other process is still there."""
+"""How long to sleep before checking that the other process is still alive."""
 _PUBLISHED, _READ = 0, 1
 _SEMAPHORE_BYTES = 64
-"""Room for one sem_t (32 bytes in glibc), a cache line of its own."""
+"""Space for one sem_t (32 bytes in glibc) in a cache line of its own."""
 _FOLDER = Path("/dev/shm")
 
 
 def fits(blocks: int, block_bytes: int) -> bool:
-    """Whether an exchange of `blocks` different blocks of so many bytes may go through a slot."""
+    """Whether an exchange of `blocks` different blocks of `block_bytes` each may go through a slot."""
     return block_bytes >= SMALLEST_BLOCK and blocks * block_bytes <= SLOT_BYTES
 
 
 class SharedSlots:
-    """The mapped files of a group's ranks, seen from one of them."""
+    """The files of a group's ranks, mapped by one of them."""
 
     def __init__(self, place: int, size: int, files: list[Path], timeout_seconds: float) -> None:
         """Map every rank's file, and hold the lock on this rank's own. Raises OSError."""
@@ -65,12 +65,12 @@ class SharedSlots:
 
     @staticmethod
     def path(name: str, place: int) -> Path:
-        """The file of a place of the group called `name`."""
+        """The file of the rank at `place` in the group called `name`."""
         return _FOLDER / f"{name}-{place}"
 
     @staticmethod
     def create(name: str, place: int, size: int) -> Path:
-        """Make this rank's file, filled with room, its semaphores at zero. Raises OSError where there is no room."""
+        """Make this rank's file at its full size, its semaphores at zero. Raises OSError where there is no space."""
         path = SharedSlots.path(name, place)
         length = _header_bytes(size) + SLOTS * SLOT_BYTES
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -89,7 +89,7 @@ class SharedSlots:
         return path
 
     def take(self) -> int:
-        """Number of a new exchange; the one that had its slot before is finished, if that was left."""
+        """The number of a new exchange. An unfinished exchange that used the same slot is finished first."""
         number = self._exchanges
         self._exchanges += 1
         earlier = self._unfinished.pop(number - SLOTS, None)
@@ -98,13 +98,13 @@ class SharedSlots:
         return number
 
     def left(self, number: int, finish: Callable[[], object]) -> None:
-        """Have an exchange finished by `finish`, if nobody has done so when its slot is needed again."""
+        """Register `finish`, which finishes exchange `number` when its slot is needed again, unless it has ended by then."""
         self._unfinished[number] = finish
 
     def claim(self, number: int, patient: bool = False) -> None:
-        """Wait until the slot of an exchange is free to be written. patient: sleep at once, do not look for a moment first.
+        """Wait until the slot of exchange `number` is free to be written. patient: sleep at once instead of spinning first.
 
-        Raises TimeoutError if another rank never reads what lay in the slot, ConnectionError if that rank has ended.
+        Raises TimeoutError if another rank never reads the slot's earlier blocks, ConnectionError if that rank has ended.
         """
         if number >= SLOTS:
             for place in self.others():
@@ -117,30 +117,30 @@ class SharedSlots:
         return self._memory[place][start : start + size].view(like.dtype).view(like.shape)
 
     def publish(self, number: int) -> None:
-        """Say that this rank's blocks of exchange `number` lie in its slot."""
+        """Tell the other ranks that this rank's blocks of exchange `number` are in its slot."""
         for place in self.others():
             self._libc.sem_post(self._semaphore(self.place, _PUBLISHED, place, number))
 
     def receive(self, number: int, patient: bool = False) -> None:
-        """Wait until every other rank's blocks of exchange `number` lie in its slot, once. patient and errors: as in `claim`."""
+        """Wait until every other rank's blocks of exchange `number` are in its slot. Call once. patient and errors: as in `claim`."""
         for place in self.others():
             self._await(place, _PUBLISHED, self.place, number, f"has not come to exchange {number}", patient)
 
     def end(self, number: int) -> None:
-        """Say that this rank has read all it wants of exchange `number`."""
+        """Tell the other ranks that this rank has read their blocks of exchange `number`."""
         self._unfinished.pop(number, None)
         for place in self.others():
             self._libc.sem_post(self._semaphore(place, _READ, self.place, number))
 
     def close(self) -> None:
-        """Let go of the files; other ranks that wait for this one are told."""
+        """Close the files; other ranks that wait for this one get an error."""
         for file in self._files:
             fcntl.flock(file, fcntl.LOCK_UN)  # the mapping holds a copy of the descriptor, and with it the lock
             os.close(file)
         self._files.clear()
 
     def others(self) -> list[int]:
-        """The other places."""
+        """The places of the other ranks."""
         return [place for place in range(self.size) if place != self.place]
 
     def _semaphore(self, owner: int, kind: int, reader: int, number: int) -> int:
@@ -149,7 +149,7 @@ class SharedSlots:
         return self._memory[owner].data_ptr() + index * _SEMAPHORE_BYTES
 
     def _await(self, owner: int, kind: int, reader: int, number: int, problem: str, patient: bool) -> None:
-        """Take one from a semaphore. Raises TimeoutError or, if the other rank has ended, ConnectionError."""
+        """Decrement a semaphore, waiting while it is zero. Raises TimeoutError, or ConnectionError if the other rank has ended."""
         semaphore, other = self._semaphore(owner, kind, reader, number), reader if owner == self.place else owner
         start = time.monotonic()
         while not patient and time.monotonic() < start + SPIN_SECONDS:
@@ -162,13 +162,13 @@ class SharedSlots:
                 raise TimeoutError(f"place {other} of the group {problem}")
 
     def _nap(self, semaphore: int) -> bool:
-        """Sleep until the semaphore could be taken, or for a moment; whether it was."""
+        """Wait up to NAP_SECONDS to decrement the semaphore; whether that succeeded."""
         fraction, seconds = divmod(time.time() + NAP_SECONDS, 1)[::-1]
         until = (ctypes.c_long * 2)(int(seconds), int(fraction * 1e9))
         return bool(self._libc.sem_timedwait(semaphore, until) == 0)
 
     def _has_ended(self, place: int) -> bool:
-        """Whether nobody holds the lock of that rank's file any more."""
+        """Whether the rank at `place` has released the lock of its file, as it does when its process ends."""
         try:
             fcntl.flock(self._files[place], fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -177,7 +177,7 @@ class SharedSlots:
 
 
 def _header_bytes(size: int) -> int:
-    """Of the semaphores of one file in a group of `size`, in whole pages."""
+    """Bytes of the semaphores in one file of a group of `size`, rounded up to whole pages."""
     return -(-2 * SLOTS * size * _SEMAPHORE_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
 
 

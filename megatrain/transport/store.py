@@ -23,24 +23,24 @@ T = TypeVar("T")
 ANSWER_SECONDS = 10.0
 """How long the store where ranks meet may take to answer once its port is open, in a small world."""
 ATTEMPT_SECONDS = 5.0
-"""Of one attempt to reach a host that may not be there yet."""
+"""Time limit of one attempt to reach a host that may not be up yet."""
 ANSWERS_PER_SECOND = 500.0
-"""At least so many ranks a second are let in: torch's store looks up the name of each who connects, one after the other."""
+"""Ranks that the store accepts a second, at least: torch's store looks up the name of each that connects, one after the other."""
 CONNECTIONS_PER_RANK = 4
-"""To the store, at most at a time; with what else the process that serves it has open."""
+"""Most connections that a rank has to the store at one time."""
 SPARE_FILES = 1024
 _BACKLOG = 4096
-"""Connections that may wait to be let in; the system's own limit may be lower."""
+"""Connections that may wait to be accepted; the system's own limit may be lower."""
 _SHOWN = 16
-"""How many ranks that have not come a message lists."""
+"""A message lists at most this many missing ranks."""
 _LOOKERS = 16
-"""How many ranks may look for those that have not come; later ones are told what these have found."""
+"""How many ranks may search for the missing ranks; the others read what these found."""
 MOST_KEYS = 512
-"""Of one message: the store takes four times as long for a message twice as long."""
+"""Most keys in one message: the store's time grows with the square of a message's length."""
 
 
 def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: timedelta, serve: bool) -> Store:
-    """The key-value store where ranks meet. Raises TransportError."""
+    """The key-value store where ranks meet: a file, or host:port that this process serves (`serve`). Raises TransportError."""
     if isinstance(rendezvous, Path):
         return FileStore(str(rendezvous), size)
     host, port = rendezvous
@@ -61,8 +61,8 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at the address that `host` names, on no other interface: whoever reaches the store may write to it. Raises OSError.
 
-    On all interfaces where that address is none of this machine's (others reach it by a translated one), or where a name stands for
-    loopback here, as a machine's own name does on many systems, and for something else on the other machines.
+    On all interfaces where that address is not one of this machine (others reach it by a translated address), or where the name means
+    loopback here, as a machine's own name does on many systems, and another address on the other machines.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     text = str(address[0])
@@ -78,24 +78,24 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def answer_seconds(ranks: int) -> float:
-    """How long to wait for the store's answer where so many ranks connect at the same time."""
+    """How long to wait for the store's answer when `ranks` ranks connect at the same time."""
     return ANSWER_SECONDS + ranks / ANSWERS_PER_SECOND
 
 
 def allow_files(number: int) -> None:
-    """Let this process have so many files open, as far as the system's hard limit goes: the usual soft one is 1024."""
+    """Raise the soft limit of open files (usually 1024) to `number`, or to the hard limit if that is lower."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(ValueError, OSError):  # what a system refuses was not to be had; the ranks that are not let in say so
+        with suppress(ValueError, OSError):  # where the system refuses, ranks that the store cannot accept report it
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _reach_store(rank: int, size: int, host: str, port: int, limit: timedelta) -> Store:
     """The store that another process serves at host:port, which may start later. Raises TransportError.
 
-    Whether anything listens is asked first: only then may a short limit end the wait for the store's answer, which torch's own
-    time limit does not (a port that another program holds, and never answers on, would be waited for without end).
+    First waits until the port accepts connections. Only then can the wait for the store's answer be short; torch's own time limit does
+    not end it: a port that another program holds, and never answers on, would be waited for without end.
     """
     try:
         await_listener(host, port, limit.total_seconds())
@@ -118,7 +118,7 @@ def _reach_store(rank: int, size: int, host: str, port: int, limit: timedelta) -
 
 
 def await_listener(host: str, port: int, seconds: float) -> None:
-    """Return when something listens at host:port. Raises OSError, that of the last attempt, if nothing does for so long."""
+    """Return when something listens at host:port. Raises the last attempt's OSError if nothing does within `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -135,14 +135,14 @@ def _other_port(port: int) -> str:
 
 
 def _headline(error: Exception) -> str:
-    """The first line of an error of torch, which may go on with a stack of C++."""
+    """The first line of an error; torch may add a C++ stack."""
     return str(error).partition("\n")[0]
 
 
 def within(seconds: float, call: Callable[[], T], what: str) -> T:
-    """The result of a call made in a thread, left behind after `seconds`. Raises TransportError then, and where torch's store fails.
+    """The result of `call`, made in a thread that is abandoned after `seconds`. Raises TransportError then, and where torch's store fails.
 
-    what: names in the message what was called.
+    what: name of the thing called, for the message.
     """
     outcome: list[Any] = []
 
@@ -166,9 +166,9 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
 
 
 def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str = "") -> None:
-    """Return when all ranks have come. Raises TransportError with a list of those that have not.
+    """Return when all ranks have come. Raises TransportError that lists the ranks that have not.
 
-    device: names a device that this rank needs for itself; two ranks that name the same are an error on all.
+    device: name of a device that this rank needs for itself; if two ranks give the same one, all ranks raise.
     """
     try:
         if device and store.add(f"device {device}", 1) > 1:
@@ -195,7 +195,7 @@ def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str =
 
 
 def _missing(store: Store, size: int) -> str:
-    """Which ranks have not come, for a message. All that wait ask at once, and to look takes a message of all ranks' keys."""
+    """The ranks that have not come, as text for a message. All waiting ranks ask at once, and one search reads all ranks' keys."""
     if store.add("asked", 1) <= _LOOKERS:
         found = _absent(store, 0, size, _SHOWN)
         more = size - store.add("arrived", 0) - len(found)
@@ -205,7 +205,7 @@ def _missing(store: Store, size: int) -> str:
 
 
 def _absent(store: Store, first: int, stop: int, most: int) -> list[int]:
-    """The lowest of ranks first .. stop - 1 that have not come, at most so many; ranks that are all there cost one question."""
+    """Up to `most` of the ranks first .. stop - 1 that have not come, lowest first; a range that is complete costs one question."""
     if stop - first <= MOST_KEYS and store.check([f"rank {rank}" for rank in range(first, stop)]):
         return []
     if stop - first == 1:

@@ -7,9 +7,9 @@ The last rank to arrive at a collective carries it out for everyone, in rank ord
     rank 2  .......... post tensors, reduce 0+1+2 into all three, wake them
 
 Results are therefore the same bits on every rank and on every run. Calls are matched by their number in the group, messages by
-their order between two ranks; whatever does not match fails the whole world at once, as does a rank that dies, and a world in
-which every rank waits. A rank is one thread: another thread of the same rank must not wait while the first does. Ranks that ask for it
-compute in turns (`turns.py`).
+their order between two ranks. A call that does not match fails all ranks at once, and so does a rank that dies, or that every rank
+waits. A rank is one thread: a second thread of the same rank must not wait while the first does. Ranks that ask for it compute in
+turns (`turns.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NOTHING = torch.empty(0)
 
 
 class _Part:
-    """What one rank brings to a call."""
+    """One rank's arguments to a call."""
 
     __slots__ = ("detail", "group", "operation", "output", "rows", "sequence", "tensor")
 
@@ -63,7 +63,7 @@ class _Part:
         self.sequence = -1
 
     def fits(self, other: _Part) -> bool:
-        """Whether two ranks mean the same collective."""
+        """Whether two ranks call the same collective with matching tensors."""
         if self.operation != other.operation or self.detail != other.detail:
             return False
         mine, theirs = self.tensor, other.tensor
@@ -83,7 +83,7 @@ class _Part:
 
 
 class _Round:
-    """One collective or message: the parts that have arrived, and whether it is done."""
+    """One collective or message: the ranks' parts that have arrived, and whether it is done."""
 
     __slots__ = ("done", "parts")
 
@@ -93,7 +93,7 @@ class _Round:
 
 
 class _Meeting:
-    """What the members of one group share: calls not yet complete, by number, and messages not yet matched, by (source, to)."""
+    """State that the members of one group share: incomplete calls by number, and unmatched messages by (source, to)."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -102,7 +102,7 @@ class _Meeting:
 
 
 class _Job:
-    """What all ranks share: the lock, who waits where, and the failure that ends everything."""
+    """State that all ranks share: the lock, which rank waits in which call, and the failure that ends all calls."""
 
     def __init__(self, size: int, timeout_seconds: float) -> None:
         self.size = size
@@ -130,7 +130,7 @@ class _Job:
                 awake.notify()
 
     def report(self) -> str:
-        """Which rank waits where, one line a rank."""
+        """For each rank a line: the call it waits in, or that it has returned or computes."""
         lines = []
         for rank in range(self.size):
             if rank in self.waiting:
@@ -140,7 +140,7 @@ class _Job:
         return "\n  ".join(["", *lines])
 
     def check_progress(self) -> None:
-        """Fail if every rank that has not returned waits: nothing can ever wake one."""
+        """Fail the job if every rank that has not returned waits: no rank can wake another."""
         if self.waiting and len(self.waiting) + len(self.ended) == self.size:
             self.fail(f"deadlock: no rank can go on.{self.report()}")
 
@@ -171,7 +171,7 @@ class _Job:
 
 
 class _MemoryHandle(Handle):
-    """A call of a `MemoryGroup`."""
+    """A call of a `MemoryGroup`, under way or done."""
 
     __slots__ = ("_part", "_round")
 
@@ -190,7 +190,7 @@ class _MemoryHandle(Handle):
                 job.turns.begin(rank, lambda: job.failure)
 
     def done(self) -> bool:
-        """Whether all parts have met."""
+        """Whether every rank's part has arrived and the call is carried out."""
         return self._round.done
 
 
@@ -282,7 +282,7 @@ class MemoryGroup(Group):
         return handle
 
     def _compare(self, current: _Round, part: _Part) -> None:
-        """Fail the world if another rank means something else by this call."""
+        """Fail all ranks if another rank's part of this call does not match `part`."""
         for place, other in current.parts.items():
             if other is part:
                 continue
@@ -299,7 +299,7 @@ class MemoryGroup(Group):
                 return  # all who arrived before agree with each other
 
     def _exchange(self, part: _Part, way: tuple[int, int], blocking: bool) -> Handle:
-        """Match a send with a recv, in order, for each way from one rank to another."""
+        """Match a send with a recv: for each (source, to), the n-th send with the n-th recv."""
         job = self.job
         place = 0 if part.operation == "send" else 1
         with job.lock:
@@ -320,7 +320,7 @@ class MemoryGroup(Group):
         return handle
 
     def _deliver(self, current: _Round) -> None:
-        """Copy a message into its receiver's output, or fail the world if they do not fit."""
+        """Copy a message into its receiver's output, or fail all ranks if shapes or dtypes differ."""
         sent, received = current.parts[0], current.parts[1]
         source, target = sent.tensor, received.output
         if source.shape != target.shape or source.dtype != target.dtype:
@@ -334,7 +334,7 @@ class MemoryGroup(Group):
         self.job.finish(current)
 
     def _carry_out(self, current: _Round) -> None:
-        """Do a complete collective for every rank and wake them."""
+        """Carry out a collective whose parts have all arrived, for every rank, and wake the ranks."""
         parts = [current.parts[place] for place in range(self.size)]
         try:
             with torch.no_grad():
@@ -386,7 +386,7 @@ def _broadcast(parts: list[_Part]) -> None:
 
 
 def _barrier(parts: list[_Part]) -> None:
-    """Everyone is here, which is all there is to it."""
+    """Nothing to compute: every rank has arrived."""
 
 
 _OPERATIONS = {
@@ -400,7 +400,7 @@ _OPERATIONS = {
 
 
 class MemoryWorld(World):
-    """All ranks of a job that lives in one process, seen from one of them. `create` makes the whole set."""
+    """All ranks of a job that runs in one process, seen from one of them. `create` makes one for each rank."""
 
     def __init__(self, job: _Job, rank: int) -> None:
         self.rank = rank
@@ -428,7 +428,7 @@ class MemoryWorld(World):
         return MemoryGroup(self._job, meeting, members, self.rank)
 
     def begin_turn(self) -> None:
-        """Compute in turns with the other ranks that do, until `leave`."""
+        """Compute in turns with the other ranks that called this, until `leave`."""
         self._job.turns.begin(self.rank, lambda: self._job.failure)
 
     def leave(self, error: BaseException | None = None) -> None:

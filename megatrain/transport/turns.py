@@ -1,7 +1,7 @@
 """Turns: ranks that are threads of one process compute one at a time.
 
-Every operation of torch lets go of the interpreter's lock and takes it again, and eight threads that all want it make a step take three
-times as long as one after the other. So a rank that computes holds its turn until it waits in a collective.
+Every operation of torch releases the interpreter's lock and takes it again; eight threads that compete for it take three times as long
+for a step as one after the other. So a rank that computes keeps the turn until it waits in a collective.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import threading
 from collections.abc import Callable
 
 _LOOK_SECONDS = 0.2
-"""How often a rank that waits for its turn looks whether it still has to."""
+"""How often a rank that waits for its turn checks whether the job has failed."""
 
 
 class Turns:
-    """Whose turn it is, among the ranks of one process."""
+    """The rank, among those of one process, that may compute."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._rank: int | None = None
 
     def begin(self, rank: int, over: Callable[[], object]) -> None:
-        """Wait until no other rank is in turn; once `over` says so, nobody waits."""
+        """Wait until no other rank has the turn, and take it; return without it once `over()` is true."""
         while not self._lock.acquire(timeout=_LOOK_SECONDS):
             if over():
                 return
         self._rank = rank
 
     def end(self, rank: int) -> bool:
-        """Let another rank compute; whether this one was in turn."""
+        """Give up the turn, if `rank` has it; whether it had."""
         if self._rank != rank:
             return False
         self._rank = None

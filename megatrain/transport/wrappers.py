@@ -1,4 +1,4 @@
-"""Wrappers around any `Group`: recorded (who waits for what, how much is moved) and delayed (does work overlap with it?)."""
+"""Wrappers around any `Group`: recorded (calls and bytes counted, waits visible) and delayed (tests that work overlaps)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Call:
     """World ranks of the group."""
     operation: str
     sequence: int
-    """Number of the call in its group, from 0; of a `read`, that of the last call before it."""
+    """Number of the call in its group, from 0. For a `read` (`to_host`): the number of the last call before it."""
     started: float
     """When the thread began to wait (time.monotonic, seconds)."""
     shape: tuple[int, ...]
-    """Of the larger of input and output; () for a barrier."""
+    """Shape of the larger of input and output; () for a barrier."""
     dtype: torch.dtype | None
     """None for a barrier."""
 
@@ -47,12 +47,12 @@ class Total:
 
     calls: int
     bytes: int
-    """Sum over the calls of the larger of input and output: what a ring moves (size-1)/size of per rank, or twice that in
-    an all_reduce."""
+    """Sum over the calls of the bytes of the larger of input and output. Of these a ring sends (size-1)/size from each rank, twice
+    that in an all_reduce."""
 
 
 class Recorder:
-    """What the calls of one process (of one rank, where ranks are threads) are doing: read by other threads at any time."""
+    """The calls of one process (of one rank, where ranks are threads): counts, and where they wait. Any thread may read it."""
 
     def __init__(self) -> None:
         self._waiting: dict[int, Call] = {}
@@ -62,20 +62,20 @@ class Recorder:
         self._lock = threading.Lock()
 
     def waiting(self) -> Call | None:
-        """The oldest call that some thread is blocked in, if any."""
+        """The oldest call in which a thread is blocked now; None if there is none."""
         return min(list(self._waiting.values()), key=lambda call: call.started, default=None)
 
     def totals(self) -> dict[tuple[str, str], Total]:
-        """Calls so far, by (axis, operation)."""
+        """Calls and bytes so far, by (axis, operation)."""
         with self._lock:
             return {key: Total(calls, size) for key, (calls, size) in self._totals.items()}
 
     def issued(self) -> dict[str, int]:
-        """Calls begun in each group so far, by `axis/first rank`, which no two groups share."""
+        """Number of calls begun in each group so far, by `axis/first rank`, which is unique to a group."""
         return {f"{axis}/{first}": calls for (axis, first), calls in list(self._issued.items())}
 
     def reset(self) -> None:
-        """Forget the totals."""
+        """Set the totals to zero."""
         with self._lock:
             self._totals.clear()
 
@@ -89,10 +89,10 @@ class Recorder:
             total[1] += size
 
     def wait(self, call: tuple[Group, str, int, torch.Tensor | None], block: Callable[[], T]) -> T:
-        """Return `block()`, which may wait for a call (group, operation, number, larger tensor), and say so meanwhile."""
+        """Return `block()`. While it blocks, `waiting` shows the call (group, operation, number, larger tensor)."""
         group, operation, sequence, tensor = call
         shape, dtype = ((), None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
-        token = next(self._tokens)  # dict and count are safe between threads, so that waiting costs no lock
+        token = next(self._tokens)  # dict and itertools.count are thread-safe, so no lock is needed
         self._waiting[token] = Call(group.name, group.ranks, operation, sequence, time.monotonic(), shape, dtype)
         try:
             return block()
@@ -116,7 +116,7 @@ class _RecordedHandle(Handle):
 
 
 class Wrapper(Group):
-    """A group that does what `inner` does, every call through `_around`."""
+    """A group that makes every call of `inner` through `_around`."""
 
     def __init__(self, inner: Group) -> None:
         self.name, self.ranks, self.rank = inner.name, inner.ranks, inner.rank
@@ -183,7 +183,7 @@ class Wrapper(Group):
 
 
 class RecordedGroup(Wrapper):
-    """A group whose calls are counted, and whose waiting is seen, by a `Recorder`."""
+    """A group whose calls and waits are recorded by a `Recorder`."""
 
     def __init__(self, inner: Group, recorder: Recorder) -> None:
         super().__init__(inner)
@@ -191,7 +191,7 @@ class RecordedGroup(Wrapper):
         self._calls = 0
 
     def named(self, name: str) -> Group:
-        """As the inner group's, with calls counted by themselves."""
+        """The inner group under another name, with a count of calls of its own."""
         return RecordedGroup(self.inner.named(name), self._recorder)
 
     def barrier(self) -> None:
@@ -209,7 +209,7 @@ class RecordedGroup(Wrapper):
 
     def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
         call = self._counted(operation, larger)
-        handle = _RecordedHandle(self._recorder.wait(call, start), self._recorder, call)  # to start may mean to connect first
+        handle = _RecordedHandle(self._recorder.wait(call, start), self._recorder, call)  # may connect first
         if blocking:
             handle.wait()
         return handle
@@ -225,7 +225,7 @@ class RecordedWorld(World):
         self._everyone: Group | None = None
 
     def group(self, name: str, ranks: Sequence[int]) -> Group:
-        """Make the inner world's group, recorded. The axis `world` is made once: connections of all ranks are the dearest."""
+        """The inner world's group, recorded. The axis `world` is made once: connections between all ranks cost the most."""
         if name != "world":
             return RecordedGroup(self.inner.group(name, ranks), self.recorder)
         if self._everyone is None:
@@ -260,7 +260,7 @@ class DelayedGroup(Wrapper):
         self._seconds = seconds
 
     def barrier(self) -> None:
-        """As the inner group's, later."""
+        """The inner group's barrier; returns `seconds` after it began, at the earliest."""
         due = time.monotonic() + self._seconds
         self.inner.barrier()
         time.sleep(max(0.0, due - time.monotonic()))
