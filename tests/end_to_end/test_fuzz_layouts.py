@@ -138,7 +138,8 @@ def layout_of(draw: random.Random, config) -> tuple:
         schedule = draw.choice(list(FAMILIES))
         chunks = draw.choice([USUAL_CHUNKS.get(schedule, 1), USUAL_CHUNKS.get(schedule, 1), 3])
         zero = draw.choice([0, 1, 2, 3]) if dp > 1 else 1
-        layout = Layout(tp, tp > 1 and draw.random() < 0.5, pp, schedule, chunks, dp, zero)
+        ranks = draw.choice([None, *(n for n in range(1, dp + 1) if dp % n == 0)]) if zero else None
+        layout = Layout(tp, tp > 1 and draw.random() < 0.5, pp, schedule, chunks, dp, zero, zero_ranks=ranks)
         shared, stages = for_replicas(config, dp), pp * chunks
         if stages <= config.model.num_layers and draw.random() < 0.3:
             cuts = [0, *sorted(draw.sample(range(1, config.model.num_layers), stages - 1)), config.model.num_layers]

@@ -13,7 +13,7 @@ from megatrain.parallel.buckets import traffic
 from megatrain.parallel.zero import FlatParameters
 from megatrain.plan.memory import state_bytes
 from megatrain.resuming.resume import progress_of, restore
-from megatrain.testing import Disagreement, simulate
+from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.agree import agree
 from megatrain.testing.resumed import interrupted, require_same_bits
 from megatrain.testing.trace import mesh_shape, trace_run
@@ -38,6 +38,13 @@ def traces(config, shape, steps=STEPS, **options):
 @pytest.mark.parametrize(("schedule", "tp"), [(ONE, (1, False)), (ONE, (2, True)), (ZB, (1, False))], ids=str)
 def test_two_by_two_replicas_agree_with_one_process(stage, schedule, tp):
     for trace in traces(*shared(stage, schedule, tp)):
+        agree(reference(True, "fp64"), trace)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gloo_processes_agree_with_one_process(stage):
+    config, shape = shared(stage, micro_batches=1)
+    for trace in spawn(shape, trace_run, config, STEPS):
         agree(reference(True, "fp64"), trace)
 
 
