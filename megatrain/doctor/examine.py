@@ -1,8 +1,8 @@
-"""`megatrain doctor`: before a job, alone or on all its ranks through the same launchers: would it run, and how fast is each rank?
+"""`megatrain doctor` checks before a job, on one machine or on all its ranks through the same launchers: would it run, how fast is it?
 
-every rank looks at its machine -> tells rank 0, through the store where they meet, while there is no group yet
-rank 0 judges: can all join?    -> no: it says why, and all end at once
-all join and measure            -> tell rank 0, which judges again and says with what exit code all end
+every rank inspects its machine -> sends its report to rank 0 through the store where they meet; no group exists yet
+rank 0: can all ranks join?     -> if not, it prints why, and all ranks end
+all ranks join and measure      -> send their reports to rank 0, which prints its findings and gives all ranks one exit code
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from megatrain.transport.group import TransportError
 from megatrain.transport.meeting import Meeting
 
 MARGIN_SECONDS = 30.0
-"""What measuring may take beyond the limit of one collective."""
+"""Time that measuring may take beyond the limit of one collective."""
 MULTINODE_PORT = 29400
-"""Where launch/multinode.sh meets unless told otherwise."""
+"""The port that launch/multinode.sh uses by default."""
 SHOWN = 16
-"""Ranks in the table and findings below it; the JSON has all."""
+"""Most ranks in the printed table, and findings below it; --json gives all."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of the doctor."""
+    """The command's inputs: config, directory, and how to print."""
 
     config: Config
     directory: Path
-    """Of the checkpoints; where there is no config, this one."""
+    """checkpoint.dir, or the working directory if no config is given."""
     checkpoint_bytes: int
-    """Of a whole checkpoint; 0: not known."""
+    """Size of one whole checkpoint; 0: unknown."""
     json_too: bool
 
 
 def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port: int | None, wait_seconds: float) -> int:
-    """Exit code 0 where a job would run, 1 where it would fail.
+    """Run the command. Returns exit code 0 where a job would run, 1 where it would fail.
 
-    port: must be free on rank 0's node, beside the one where the ranks will meet. wait_seconds: for ranks that do not come.
-    Raises LaunchError where the environment does not say who this is, and TransportError, on other ranks than 0, where rank 0 cannot
-    be reached; both name the node.
+    port: a port that must be free on rank 0's node besides the one where the ranks will meet. wait_seconds: how long to wait for ranks.
+    Raises LaunchError where the environment does not tell this process's rank, and TransportError, on ranks other than 0, where rank 0
+    cannot be reached; both messages name the node.
     """
     node = socket.gethostname()
     try:
@@ -93,7 +93,7 @@ def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port
 
 
 def _examine(meeting: Meeting, job: Job, mine: Report, launch: Launch, device: torch.device, wait_seconds: float) -> int:
-    """The exit code, the same on all ranks: of what they saw apart, and where they can join, of what they measured together."""
+    """Exit code, the same on all ranks: judges what ranks saw alone and, if they can join, what they measured together."""
     # Rank 0 may come as late as the others wait for it, and then wait as long for the last of them.
     patience = 2 * wait_seconds + MARGIN_SECONDS
     texts = meeting.collect(json.dumps(asdict(mine)), wait_seconds)
@@ -126,20 +126,20 @@ def _reports(texts: Mapping[int, str]) -> list[Report]:
 
 
 def _nodes(env: Mapping[str, str]) -> list[str]:
-    """Names of the job's machines, where SLURM tells."""
+    """Names of the job's machines from SLURM's variables; [] without them."""
     try:
         return expand_nodes(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "")
     except ValueError:
         return []
 
 
-# --- what a rank sees -----------------------------------------------------------------------------------------------------
+# --- looking and measuring -----------------------------------------------------------------------------------------------------
 
 
 def _look(
     mine: Report, launch: Launch, config_path: str | None, overrides: Sequence[str], json_too: bool
 ) -> tuple[Job, torch.device]:
-    """The job and this rank's device. What is wrong goes into the report: the others must hear of it, not wait."""
+    """The job and this rank's device. A problem goes into the report `mine`, so that the other ranks learn of it instead of waiting."""
     config, device, count = from_dict({}), torch.device("cpu"), 0
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:
@@ -153,7 +153,7 @@ def _look(
         mine.problems.append(str(error))
     directory = Path.cwd() if config_path is None else Path(config.checkpoint_dir)
     look(mine, device, directory, os.environ)
-    if not name_wrong_interfaces(mine):  # else one fault would be told twice
+    if not name_wrong_interfaces(mine):  # else the same fault would be reported twice
         try:
             mine.interface = str(use_interface(launch, dict(os.environ)) or "")
         except LaunchError as error:
@@ -162,7 +162,7 @@ def _look(
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Of a whole checkpoint: weights, masters and moments; 0 where the vocabulary is not known."""
+    """Size of a whole checkpoint (weights, masters, moments) in bytes; 0 where the vocabulary size is unknown."""
     if config.model.vocab_size is None and config.data.tokenizer is None:
         return 0
     each = state_bytes(0, 1, config.train.precision, config.optim.name, config.optim.master)
@@ -170,7 +170,9 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def _look_at_ports(mine: Report, launch: Launch, asked: int | None) -> bool:
-    """Whether rank 0 can serve where the ranks will meet, seen by rank 0 alone; other ports that are asked for are reported."""
+    """False if rank 0 cannot listen on the port where the ranks will meet (checked by rank 0). Other ports in use only go into the
+    report.
+    """
     if launch.rank != 0:
         return True
     meets = launch.master_port if launch.world_size > 1 and not launch.launcher_serves else None
@@ -185,9 +187,9 @@ def _look_at_ports(mine: Report, launch: Launch, asked: int | None) -> bool:
 
 
 def _measure(mine: Report, job: Job, launch: Launch, wait_seconds: float) -> None:
-    """Join the others and measure. A failure goes into the report."""
+    """Join the other ranks and measure. A failure goes into the report."""
     try:
-        # To `connect` the store is there already: the meeting's, which rank 0 serves.
+        # The meeting's store, which rank 0 serves, is already up: `connect` must not serve another.
         session = connect(replace(launch, launcher_serves=True), job.config.parallel, wait_seconds)
         try:
             measure(mine, session.everyone, session.device, job.directory)
@@ -197,11 +199,11 @@ def _measure(mine: Report, job: Job, launch: Launch, wait_seconds: float) -> Non
         mine.problems.append(str(error))
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------------
+# --- printing -------------------------------------------------------------------------------------------------------------
 
 
 def _end(job: Job, reports: Sequence[Report], missing: Sequence[Finding] = ()) -> int:
-    """Judge, print, and return the exit code."""
+    """Judge the reports, print, and return the exit code."""
     findings = [*missing, *judge(reports, job.checkpoint_bytes, job.config.checkpoint.keep)]
     if job.json_too:
         sys.stdout.write(json.dumps(as_json(reports, findings)) + "\n")
@@ -212,7 +214,7 @@ def _end(job: Job, reports: Sequence[Report], missing: Sequence[Finding] = ()) -
 
 
 def _lines(reports: Sequence[Report], findings: Sequence[Finding]) -> list[str]:
-    """A line a rank, slowest first, then what is wrong."""
+    """The printed lines: one for each rank, slowest first, then the findings."""
     first = reports[0]
     interfaces = [" ".join([name, *addresses]) for name, addresses in first.interfaces.items() if addresses]
     lines = [

@@ -1,7 +1,7 @@
-"""What a machine can do for a job, rank by rank: the looking and measuring of `megatrain doctor`.
+"""What `megatrain doctor` reads and measures on each rank.
 
-Each rank looks at its own machine (`look`) before anything is joined, then measures itself among the others (`measure`). The reports of all
-ranks are judged in one place, without any machine: `rules.py`.
+Each rank reads the properties of its own machine (`look`) before any group exists, then measures together with the others (`measure`).
+`rules.py` judges the reports of all ranks without touching a machine.
 """
 
 from __future__ import annotations
@@ -29,62 +29,62 @@ from megatrain.transport.processes import backends
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pyyaml", "megatrain")
 DISK_TEST_BYTES = 64 << 20
 MESSAGE_NUMBERS = 4 << 20
-"""float32 numbers of an all-reduce, and of a message between nodes."""
+"""Float32 numbers in the measured all-reduce, and in a message between nodes."""
 
 
 @dataclass
 class Report:
-    """What one rank found."""
+    """The findings of one rank about itself and its machine."""
 
     rank: int
     node: str
     local_world_size: int = 1
     """Ranks that the launcher says are on this node."""
     problems: list[str] = field(default_factory=list)
-    """Why a job would fail on this rank: its config, device or port."""
+    """Reasons why a job would fail on this rank: its config, device or port."""
     doubts: list[str] = field(default_factory=list)
-    """What may be wrong."""
+    """Things that may be wrong; each becomes a warning."""
     versions: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
     kernels: str = ""
-    """Whether Triton's kernels would serve, and why not."""
+    """`triton`, or `plain PyTorch: ` and why Triton's kernels cannot be used."""
     backends: list[str] = field(default_factory=list)
-    """Collectives libraries that torch has."""
+    """The libraries for collectives (gloo, nccl) that torch has."""
     backend: str = ""
-    """The one that this rank would use, and for tensors where: `nccl on cuda`."""
+    """The backend and device type that this rank would use: `nccl on cuda`."""
     interfaces: dict[str, list[str]] = field(default_factory=dict)
     """Name -> its IPv4 and IPv6 addresses."""
     asked_interfaces: dict[str, str] = field(default_factory=dict)
-    """Variable -> what it names."""
+    """Environment variable that selects network interfaces (NCCL_SOCKET_IFNAME ...) -> its value."""
     interface: str = ""
-    """The one that is chosen for the ranks' messages, where there is a choice."""
+    """The interface chosen for messages between ranks; empty where the backend chooses."""
     free_bytes: int = 0
     write_mb_per_second: float = 0.0
     directory_problem: str = ""
-    """Why checkpoint.dir cannot be written."""
+    """Why checkpoint.dir cannot be written; empty if it can."""
     sees_token: bool = True
-    """Whether a file that rank 0 wrote in checkpoint.dir is there."""
+    """Whether this rank sees a file that rank 0 wrote in checkpoint.dir."""
     clock_seconds: float = 0.0
-    """This machine's time when all ranks had just met; 0 before."""
+    """This machine's time (Unix, seconds) just after a barrier of all ranks; 0 before."""
     tflops: float = 0.0
-    """0: not measured, as for the following."""
+    """Speed of a matrix product. Here and below, 0 means not measured."""
     all_reduce_mb_per_second: float = 0.0
     links_mb_per_second: dict[str, float] = field(default_factory=dict)
-    """Rank of a neighbouring node -> speed of messages to and from it."""
+    """Rank on a neighbouring node -> speed of messages to it and back."""
 
     @property
     def name(self) -> str:
-        """Of the rank, for people."""
+        """`rank N on NODE`, for messages."""
         return f"rank {self.rank} on {self.node}"
 
     @property
     def link_mb_per_second(self) -> float:
-        """The best link to another node: what this rank's own port can do."""
+        """The fastest link to another node: what this rank's own network port can do."""
         return max(self.links_mb_per_second.values(), default=0.0)
 
 
 def look(report: Report, device: torch.device, directory: Path, env: Mapping[str, str]) -> None:
-    """Add what this machine has; joins nothing."""
+    """Fill in what this machine has, without joining any group."""
     report.versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -124,7 +124,7 @@ def _look_at_device(report: Report, device: torch.device) -> None:
 
 
 def write_speed(directory: Path, rank: int, size: int = DISK_TEST_BYTES) -> float:
-    """MB/s of a file that is on the disk when its time is taken. Raises OSError."""
+    """MB/s of writing a file of `size` bytes, fsync included. Raises OSError."""
     path = directory / f".doctor-{rank}-{os.getpid()}"
     data = os.urandom(1 << 20)
     began = time.perf_counter()
@@ -140,7 +140,7 @@ def write_speed(directory: Path, rank: int, size: int = DISK_TEST_BYTES) -> floa
 
 
 def measure(report: Report, group: Group | None, device: torch.device, directory: Path) -> None:
-    """Add what a rank is among the others (collective). Raises TransportError."""
+    """Fill in what a rank measures together with the others (collective). Raises TransportError."""
     token = _write_token(report, directory)
     name = broadcast_text(token, group, device)
     _meet(group)
@@ -160,7 +160,7 @@ def measure(report: Report, group: Group | None, device: torch.device, directory
 
 
 def _write_token(report: Report, directory: Path) -> str:
-    """On rank 0 the name of a new file in checkpoint.dir that no earlier run can have left; else, and where it cannot, nothing."""
+    """On rank 0: the name of a new, unique file in checkpoint.dir. Empty on other ranks, and where the file cannot be made."""
     if report.rank != 0 or report.directory_problem:
         return ""
     name = f".doctor-{report.node}-{os.getpid()}-{time.time_ns()}"
@@ -173,10 +173,10 @@ def _write_token(report: Report, directory: Path) -> str:
 
 
 def neighbours(nodes: Sequence[str], rank: int) -> list[int | None]:
-    """With whom a rank exchanges messages, round by round, for ranks on these nodes; None: with nobody.
+    """The partner that `rank` exchanges messages with, round by round; None: no partner in that round. nodes: node of each rank.
 
-    The nodes are a ring; a rank's partner is the rank of the same place on the next node, then on the one before, so that each rank
-    measures at most two links in any world, and all network ports of a node are used at once. An odd ring takes a third round:
+    The nodes form a ring. A rank's partner is the rank at the same place on the next node, then on the node before: each rank measures
+    at most two links whatever their number, and all network ports of a node are used at once. An odd ring takes a third round:
 
         0 - 1   2 - 3   4      then      0   1 - 2   3 - 4      then      4 - 0
     """
@@ -207,7 +207,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _matmul_speed(device: torch.device, seconds: float = 0.5) -> float:
-    """TFLOP/s of one matrix product, the best of several."""
+    """TFLOP/s of a matrix product, the best of those done in `seconds`."""
     size = 4096 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=device)
@@ -218,7 +218,7 @@ def _matmul_speed(device: torch.device, seconds: float = 0.5) -> float:
 
 
 def _all_reduce_speed(group: Group, numbers: torch.Tensor, rounds: int = 5) -> float:
-    """MB/s of the numbers of an all-reduce, the best round."""
+    """MB/s of an all-reduce: bytes of `numbers` over the time of the best round."""
     best = float("inf")
     for _ in range(rounds):
         group.barrier()
@@ -227,7 +227,7 @@ def _all_reduce_speed(group: Group, numbers: torch.Tensor, rounds: int = 5) -> f
 
 
 def _link_speed(group: Group, peer: int, numbers: torch.Tensor, turns: int = 3) -> float:
-    """MB/s of a message to a rank and back, the best turn but the first, which makes the connection."""
+    """MB/s of a message to `peer` and back, the best turn after the first, which makes the connection."""
 
     def there_and_back() -> None:
         calls: list[Callable[[torch.Tensor, int], object]] = [group.send, group.recv]
@@ -239,7 +239,7 @@ def _link_speed(group: Group, peer: int, numbers: torch.Tensor, turns: int = 3) 
 
 
 def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long a call takes, its work on the device included."""
+    """Time of `call`, with its work on the device."""
     began = time.perf_counter()
     call()
     _finish(device)

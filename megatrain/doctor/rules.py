@@ -1,6 +1,6 @@
-"""What of the reports of all ranks would make a job fail, or slow: the judging of `megatrain doctor`. Looks at no machine.
+"""The rules of `megatrain doctor`: from the reports of all ranks, what would make a job fail or slow. Touches no machine.
 
-Every fault has its rule here. A finding names the ranks, or the node where all of its ranks are meant, and is said once for all of them.
+Each kind of fault has a rule. A finding names its ranks, or the node where all ranks of the node share it, and covers all of them at once.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from megatrain.doctor.measure import Report
 from megatrain.runtime.interface import serves
 
 SLOW = 0.75
-"""Whose matrix products reach less of the median is named."""
+"""A rank whose matrix products are slower than this share of the median gets a finding."""
 SLOW_PATH = 0.5
-"""The same for disks and links, which vary by more from one time to the next."""
+"""The same share for disks and links, whose speeds vary more between measurements."""
 SKEWED_SECONDS = 2.0
-"""Clocks that are further apart make logs and timeouts hard to read."""
+"""A larger difference between clocks makes logs and timeouts hard to read."""
 SHOWN = 16
-"""Names in a message; the JSON has all."""
+"""Most names listed in a message; --json gives all."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be."""
+    """One fault, with the ranks and nodes that have it."""
 
     level: Literal["fail", "warn"]
     """fail: a job would not run, or would lose its work."""
     message: str
     ranks: tuple[int, ...]
-    """Whose fault it is."""
+    """The ranks at fault."""
     nodes: tuple[str, ...]
-    """Theirs."""
+    """The nodes of these ranks."""
 
 
 def judge_apart(reports: Sequence[Report]) -> list[Finding]:
-    """What keeps ranks from meeting in a group, from what each has seen of its own machine."""
+    """Findings that keep ranks from joining a group, from what each rank saw of its own machine."""
     said: dict[str, list[Report]] = {}
     for report in reports:
         for problem in [*report.problems, *name_wrong_interfaces(report)]:
@@ -52,7 +52,7 @@ def judge_apart(reports: Sequence[Report]) -> list[Finding]:
 
 
 def name_wrong_interfaces(report: Report) -> list[str]:
-    """What is wrong with the interfaces that the backends are told to use on a rank."""
+    """Problems with the network interfaces that the environment tells the backends to use on a rank."""
     return [
         f"{key}={value} names no interface with an address there; there are {', '.join(_addressed(report.interfaces))}. "
         f"Set {key} to one of them."
@@ -62,10 +62,7 @@ def name_wrong_interfaces(report: Report) -> list[str]:
 
 
 def judge_missing(reports: Sequence[Report], size: int, seconds: float, nodes: Sequence[str], advice: str) -> list[Finding]:
-    """Which ranks of a world of `size` have sent no report within so many seconds.
-
-    nodes: names of the job's machines, as far as they are known. advice: ends the message.
-    """
+    """The finding that ranks of a world of `size` have sent no report within `seconds`; [] if all have."""
     here = {report.rank for report in reports}
     missing = [rank for rank in range(size) if rank not in here]
     if not missing:
@@ -83,7 +80,7 @@ def judge_missing(reports: Sequence[Report], size: int, seconds: float, nodes: S
 
 
 def judge(reports: Sequence[Report], checkpoint_bytes: int, kept: int) -> list[Finding]:
-    """What is not as it should be, worst first. checkpoint_bytes: of a whole checkpoint; kept: how many stay."""
+    """All findings, failures first. checkpoint_bytes: size of a whole checkpoint; kept: checkpoint.keep, 0 for all."""
     found = judge_apart(reports)
     for rule in (_versions, _devices, _directories, _doubts, _clocks, _speeds, _links):
         found += rule(reports)
@@ -92,16 +89,16 @@ def judge(reports: Sequence[Report], checkpoint_bytes: int, kept: int) -> list[F
 
 
 def as_json(reports: Sequence[Report], findings: Sequence[Finding]) -> dict[str, Any]:
-    """Everything, for programs."""
+    """Reports and findings as one dictionary, for --json."""
     ok = not any(finding.level == "fail" for finding in findings)
     return {"ok": ok, "findings": [asdict(finding) for finding in findings], "ranks": [asdict(report) for report in reports]}
 
 
-# --- who ------------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------------
 
 
 def names(some: Sequence[Report], everyone: Sequence[Report]) -> str:
-    """`rank 5 on node2`, or `node2 (all 8 ranks)` where no rank of a node of several is left out."""
+    """The ranks of `some` as text: `rank 5 on node2`, or `node2 (all 8 ranks)` if they are all of a node's several ranks."""
     sizes = Counter(report.node for report in everyone)
     words = []
     for node, who in _by_node(some).items():
@@ -113,18 +110,18 @@ def names(some: Sequence[Report], everyone: Sequence[Report]) -> str:
 
 
 def _listed(words: Iterable[object]) -> str:
-    """Joined by commas, the first of them if they are many."""
+    """Joined by commas; after the first SHOWN, the number of the rest."""
     every = [str(word) for word in words]
     return ", ".join(every[:SHOWN]) + (f" and {len(every) - SHOWN} more" if len(every) > SHOWN else "")
 
 
 def short(number: float) -> str:
-    """Three digits, or the whole number where it has more."""
+    """Three significant digits; from 100 on the whole number."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def size(number: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes in MB or GB, for messages."""
     return f"{short(number / 1e9)} GB" if number >= 1e9 else f"{short(number / 1e6)} MB"
 
 
@@ -136,12 +133,12 @@ def _by_node(reports: Iterable[Report]) -> dict[str, list[Report]]:
 
 
 def _finding(level: Literal["fail", "warn"], who: Sequence[Report], everyone: Sequence[Report], text: str) -> Finding:
-    """Of those who are meant, whose names begin the message."""
+    """A finding about the reports `who`, whose names begin the message."""
     return Finding(level, names(who, everyone) + text, tuple(report.rank for report in who), tuple(_by_node(who)))
 
 
 def _unlike(reports: Sequence[Report], value: Callable[[Report], str]) -> list[tuple[list[Report], str, str]]:
-    """(who, what they have, what most have) for each value that is not the most common one."""
+    """(reports, their value, the most common value) for each value that is not the most common one."""
     if not reports:
         return []
     usual = Counter(value(report) for report in reports).most_common(1)[0][0]
@@ -214,7 +211,7 @@ def _doubts(reports: Sequence[Report]) -> list[Finding]:
 
 def _clocks(reports: Sequence[Report]) -> list[Finding]:
     met = [report for report in reports if report.clock_seconds]
-    # One of the clocks, not a mean: of two that differ one is named.
+    # A median that is one of the clocks, not a mean of two: if two ranks differ, one of them gets the finding.
     middle = statistics.median_low(report.clock_seconds for report in met) if met else 0.0
     wrong = [report for report in met if abs(report.clock_seconds - middle) > SKEWED_SECONDS]
     return [
@@ -226,7 +223,7 @@ def _clocks(reports: Sequence[Report]) -> list[Finding]:
 
 
 def _speeds(reports: Sequence[Report]) -> list[Finding]:
-    """Slow ranks, node by node."""
+    """Findings about ranks whose compute, links or disk are slow, one for each node."""
     measures: tuple[tuple[str, str, float, Callable[[Report], float]], ...] = (
         ("matrix products", "TFLOP/s", SLOW, lambda report: report.tflops),
         ("links to other nodes", "MB/s", SLOW_PATH, lambda report: report.link_mb_per_second),
@@ -245,7 +242,7 @@ def _speeds(reports: Sequence[Report]) -> list[Finding]:
 
 
 def _links(reports: Sequence[Report]) -> list[Finding]:
-    """Links between two nodes that are slow although both ends are fast elsewhere."""
+    """Findings about links between two nodes that are slow although both nodes are faster with their other neighbour."""
     by_rank = {report.rank: report for report in reports}
     slow: dict[tuple[str, str], float] = {}
     for report in reports:
@@ -272,7 +269,7 @@ def _space(reports: Sequence[Report], checkpoint_bytes: int, kept: int) -> list[
         return []
     least = min(able, key=lambda report: report.free_bytes)  # they differ where the directory is not shared
     room = f": checkpoint.dir has {size(least.free_bytes)} free"
-    if least.free_bytes < 2 * checkpoint_bytes:  # the one that is and the one that is being written
+    if least.free_bytes < 2 * checkpoint_bytes:  # the finished one and the one being written
         text = (
             f"{room}, and two checkpoints take {size(2 * checkpoint_bytes)}. Free some, or set checkpoint.dir to a larger disk."
         )
