@@ -1,1 +1,1 @@
-"""What keeps a run alive and ends it: the guard, who is to blame, signals and limits, the launcher's agent."""
+"""What keeps a run alive and ends it: the watch for hangs (guard, blame), signals and limits that stop it, torchrun's agent."""

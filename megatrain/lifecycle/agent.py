@@ -1,12 +1,12 @@
-"""torchrun as the launch scripts use it: what is told to stop stops, with exit code 75; nothing is left behind; errors are short.
+"""torchrun as the launch scripts start it: a stop request saves and exits with 75, no process is left behind, errors are short.
 
     python lifecycle/agent.py RUN [torchrun's options] -m megatrain VERB ...
 
 RUN is the run's directory: ranks write logs/rank_00000.out and .err there, and a run that was told to stop leaves the file `preempted`.
-Plain torchrun differs in this: it dies of SIGUSR2 and leaves its workers alone; a second signal while they save ends the wait for
-them; a machine's own name may lead it to a loopback address; it returns 1 whatever its workers return, after 40 lines of traceback.
+Plain torchrun differs: SIGUSR2 kills it and leaves its workers running; a second signal while workers save ends the wait for them;
+a machine's own host name may lead it to a loopback address; its exit code is 1 whatever the workers' is, after 40 lines of traceback.
 
-Exit code: 0 done, 75 stopped early, start it again, 1 a failure.
+Exit code: 0 done; 75 stopped early, start it again; 1 a failure.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from megatrain.lifecycle.stop import BEGUN, INSIST_SECONDS, PREEMPTED, SIGNALS, 
 from megatrain.runtime.launch import Launch, LaunchError
 
 SHUTDOWN_SECONDS = 600
-"""Workers that were told to stop have so long to end a step and save; a scheduler's own limit is usually shorter."""
+"""Time that workers have, once told to stop, to end a step and save; a scheduler's own limit is usually shorter."""
 INSISTED_SECONDS = 2.0
-"""What is left of the workers so long after Ctrl-C was pressed once more is killed."""
+"""Workers still running this long after a second Ctrl-C are killed."""
 MOST_FILES = 1 << 20
 
 
 def _end_at_start(number: int, frame: FrameType | None) -> NoReturn:
-    """No worker was started: nothing is to be saved."""
+    """Signal handler until workers are started: nothing to save, so leave the marker and exit with 75."""
     say_stopped(Path(sys.argv[1], PREEMPTED), number)
     os._exit(os.EX_TEMPFAIL)
 
 
 def say_stopped(marker: Path, number: int) -> None:
-    """Leave the marker, which a job script looks for, where no worker has."""
+    """Write the marker that a job script looks for, in place of workers that could not."""
     with contextlib.suppress(OSError):
         write_marker(marker, Launch(), signal.Signals(number).name, None)
 
@@ -49,9 +49,9 @@ HEARD = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsi
 for _number in HEARD:
     signal.signal(_number, _end_at_start)
 _chosen = os.environ.get("TORCH_CPP_LOG_LEVEL")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that has gone at the end is no news: no stacks of C++
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that closes at the end needs no C++ stack
 
-import psutil  # noqa: E402  # after the signals: the rest takes seconds
+import psutil  # noqa: E402  # after the signal handlers, since these imports take seconds
 from torch.distributed import DistError  # noqa: E402
 from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402
@@ -66,7 +66,7 @@ from megatrain.transport.store import allow_files  # noqa: E402
 if _chosen is None:
     del os.environ["TORCH_CPP_LOG_LEVEL"]  # workers decide for themselves
 for _logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-    logging.getLogger(_logger).setLevel(logging.CRITICAL)  # what failed is told below; some have a level of their own
+    logging.getLogger(_logger).setLevel(logging.CRITICAL)  # failures are reported below; some loggers have a level of their own
 
 
 def main(run: Path, words: list[str]) -> int:
@@ -92,9 +92,9 @@ def main(run: Path, words: list[str]) -> int:
 
 
 def after_signal(logs: RankLogs, marker: Path) -> int:
-    """The exit code of a run that was told to stop, once its workers have ended: 0 where they were done just then."""
+    """Exit code of a run that was told to stop, once its workers have ended; the workers' own code if they had just finished."""
     replies = logs.replies()
-    if not replies or "" in replies:  # some worker did not hear yet, so that none has trained
+    if not replies or "" in replies:  # a worker does not listen for signals yet: none has trained
         say_stopped(marker, logs.told)
         return os.EX_TEMPFAIL
     if BEGUN not in replies:
@@ -107,12 +107,12 @@ def after_signal(logs: RankLogs, marker: Path) -> int:
 def launch(logs: RankLogs, words: list[str]) -> int:
     """Start the workers and wait for them."""
     arguments = parse_args(words)
-    arguments.log_dir = os.devnull  # torchrun's own logs, in whose place `logs` stands: else it makes a folder and leaves it
+    arguments.log_dir = os.devnull  # `logs` replaces torchrun's own, for which it would leave a folder behind
     if arguments.standalone:  # a store of this machine at a free port, and a name that no other job has
         arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", "localhost:0", os.urandom(8).hex()
     config, command, rest = config_from_args(arguments)
     config.logs_specs, config.signals_to_handle = logs, "SIGQUIT"  # the other signals are handled here
-    config.log_line_prefix_template, config.role = "${role_name}", ""  # lines as they are: programs read them too
+    config.log_line_prefix_template, config.role = "${role_name}", ""  # no prefix on lines, which programs read too
     if not arguments.standalone:
         meet_at(config)
         logs.where = config.rdzv_endpoint
@@ -121,7 +121,7 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     try:
         elastic_launch(config, command)(*rest)
     except ChildFailedError as failed:
-        told = {os.EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # by torchrun, since another one failed
+        told = {os.EX_TEMPFAIL, 128 + signal.SIGTERM, -signal.SIGTERM}  # torchrun's signal to the others when one fails
         codes = {one.exitcode for one in failed.failures.values()}
         if os.EX_TEMPFAIL in codes and codes <= told:
             return os.EX_TEMPFAIL  # a worker was told to stop, and the others by it, or by torchrun before their first step
@@ -141,9 +141,9 @@ def launch(logs: RankLogs, words: list[str]) -> int:
 
 
 def listen(logs: RankLogs) -> None:
-    """From here on the first signal makes torchrun tell the workers and wait for them; Ctrl-C once more is passed on.
+    """From here on the first signal makes torchrun tell the workers to stop and wait for them; a second Ctrl-C is passed on to them.
 
-    They are told by SIGUSR2: SIGTERM is what torchrun sends to the others when one worker has failed, which is no request.
+    Workers are told by SIGUSR2: torchrun sends SIGTERM to the other workers when one has failed, which is no request to stop.
     """
     heard: list[float] = []
 
@@ -162,14 +162,14 @@ def listen(logs: RankLogs) -> None:
 
 
 def tell_workers(number: int) -> None:
-    """Send a signal to the processes that this one has started."""
+    """Send a signal to the direct children of this process."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)
 
 
 def complain(message: str) -> int:
-    """Say what is wrong; the exit code of a failure."""
+    """Print an error; returns 1, the exit code of a failure."""
     print(f"megatrain: {message}", file=sys.stderr, flush=True)
     return 1
 

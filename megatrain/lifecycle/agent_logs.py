@@ -1,8 +1,8 @@
-"""What the workers of a launcher write: a file for each rank's stdout and stderr, the exit code that each means, and its error.
+"""Output of the workers of a launcher: files for each rank's stdout and stderr, its intended exit code, and its error.
 
-An error that ranks share is told once, not by each of them.
+An error that several ranks report is printed once.
 
-Beside `agent.py`, and imported by it and `agent_nodes.py`.
+`agent.py` and `agent_nodes.py` import it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from megatrain.lifecycle.stop import errors_file
 
 RANK_0_SECONDS = 2.0
-"""Where the nodes of a job write to one console: how long the error of rank 0 is waited for, to see whether it is told already."""
+"""In a job whose nodes share one console: how long to wait for rank 0's error, to see whether it has printed the same."""
 
 
 class RankLogs(LogsSpecs):
-    """Each rank's stdout and stderr in a file of its own, and on the console; on a terminal, rank 0's on the terminal alone.
+    """Each rank's stdout and stderr go to files of its own and to the console; on a terminal, rank 0's to the terminal alone.
 
-    What an earlier start of the same rank wrote is kept, with a number.
+    A file from an earlier start of the same rank is kept, with a number added to its name.
     """
 
     def __init__(self, folder: Path, marker: Path, terminal: bool) -> None:
@@ -39,19 +39,19 @@ class RankLogs(LogsSpecs):
         self.where = "this machine"
         self._replies: dict[int, Path] = {}
         self.grows = False
-        """Nodes wait to join: the workers are stopped, which they take for a request to stop, only to be started again with them."""
+        """Whether nodes wait to join. The workers are then stopped, as by a stop request, only to be started again with the new nodes."""
 
     @property
     def root_log_dir(self) -> str:
-        """Where the files are."""
+        """The directory of the files."""
         return str(self.folder)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """The files of the workers that are about to start."""
+        """The output files and environment of the workers that torchrun is about to start (torchrun's interface)."""
         if self.grows:
             self.marker.unlink(missing_ok=True)
             self.grows = False
-        self.tell_errors()  # of an earlier start
+        self.tell_errors()  # errors of an earlier start
         self.folder.mkdir(parents=True, exist_ok=True)
         replies = tempfile.mkdtemp(prefix="megatrain-")
         atexit.register(shutil.rmtree, replies, ignore_errors=True)
@@ -61,7 +61,7 @@ class RankLogs(LogsSpecs):
             places.error_files[local] = env["TORCHELASTIC_ERROR_FILE"] = f"{replies}/{local}.json"
             self._replies[rank] = Path(replies, f"{local}.code")
             env["MEGATRAIN_REPLY"] = str(self._replies[rank])
-            places.stdouts[local] = places.stderrs[local] = ""  # as this process's own
+            places.stdouts[local] = places.stderrs[local] = ""  # inherit this process's stdout and stderr
             if rank == 0 and self.terminal:
                 continue
             places.stdouts[local] = places.tee_stdouts[local] = str(kept(self.folder / f"rank_{rank:05d}.out"))
@@ -69,11 +69,11 @@ class RankLogs(LogsSpecs):
         return places
 
     def replies(self) -> set[str]:
-        """The exit codes that the workers meant; BEGUN of one that failed or was killed; empty of one that hears nothing yet."""
+        """What the workers have replied: an exit code; BEGUN if it failed or was killed; empty if it does not listen for signals yet."""
         return {read(path) for path in self._replies.values()}
 
     def tell_errors(self) -> set[int]:
-        """Print each error that workers have left and not been told of, once; put it in the file of each rank that had it.
+        """Print each error that workers have left in files, once, and append it to the log of each rank that had it.
 
         Returns these ranks.
         """
@@ -88,7 +88,9 @@ class RankLogs(LogsSpecs):
         return set(errors)
 
     def _told_by_rank_0(self, text: str) -> bool:
-        """Whether the first node has told this, in a job whose nodes write to one console; False where their disks are not shared."""
+        """Whether rank 0's node has printed this error, in a job whose nodes share one console; False if rank 0's log is not visible
+        here.
+        """
         if 0 in self._replies or "SLURM_STEP_ID" not in os.environ:
             return False
         end = time.monotonic() + RANK_0_SECONDS
@@ -98,14 +100,14 @@ class RankLogs(LogsSpecs):
 
 
 def distinct(errors: Mapping[int, str]) -> list[str]:
-    """Errors of ranks, each once, in the order of ranks; not those that another one quotes: where a rank fails, the others say so."""
+    """Different errors of ranks, in rank order, without those quoted inside another: when a rank fails, the others quote its error."""
     texts = list(dict.fromkeys(errors[rank] for rank in sorted(errors)))
     cores = {text: text.removeprefix("megatrain: error: ").strip() for text in texts}
     return [text for text in texts if not any(cores[text] in other for other in texts if other != text)]
 
 
 def kept(path: Path) -> Path:
-    """The path, free: a file that is there already gets a number; an empty one is of no use."""
+    """`path`, after a non-empty file there was renamed by adding a number."""
     if path.exists() and path.stat().st_size:
         number = 1
         while (older := path.with_name(f"{path.name}.{number}")).exists():
@@ -115,7 +117,7 @@ def kept(path: Path) -> Path:
 
 
 def read(path: Path) -> str:
-    """A file's text, empty where there is none."""
+    """A file's text; empty if it cannot be read."""
     try:
         return path.read_text()
     except OSError:

@@ -1,6 +1,6 @@
-"""Where the nodes of a job meet: torchrun's rendezvous, told what it would guess, and asked with a limit.
+"""The rendezvous of a job's nodes: torchrun's, with addresses that it would guess given to it, and time limits on its store.
 
-Beside `agent.py`, and imported by it alone.
+`agent.py` imports it.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from megatrain.transport.store import await_listener, within
 T = TypeVar("T")
 PROBE_SECONDS = 5.0
 ANSWER_SECONDS = 15
-"""How long the store may take to answer: where its host has gone, each of the last words to it waits so long."""
+"""Limit of one call to the store. When its host is gone, each of the last calls, while leaving, takes this long."""
 
 
 def meet_at(config: LaunchConfig) -> None:
-    """Say to torchrun's rendezvous what it would otherwise guess from host names. Raises LaunchError."""
+    """Give torchrun's rendezvous the addresses that it would otherwise guess from host names. Raises LaunchError."""
     host, _, port = config.rdzv_endpoint.rpartition(":")
     host, present = address_of(host), interfaces()
     check_names(os.environ, [one.name for one in present])
@@ -48,14 +48,14 @@ def meet_at(config: LaunchConfig) -> None:
     if not serves:
         wait_for(host, int(port))
     config.rdzv_configs |= {"is_host": serves, "join_timeout": join_seconds(), "read_timeout": ANSWER_SECONDS}
-    # A store of its own for each start of the workers: one that is shared keeps the address of a node that has gone.
+    # Each start of the workers gets its own store: a shared one keeps the address of a node that is gone.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
 def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
-    """Have `logs` know when torchrun restarts the workers because nodes have come, and no call wait for a store whose host has gone.
+    """Tell `logs` when torchrun restarts the workers because nodes have come, and limit each call to a store whose host may be gone.
 
-    torch's own limits do not hold there: a host that is cut off or has no power is waited for until TCP gives up, a quarter of an hour.
+    Torch's own limits do not work there: it waits for a host that is cut off or has no power until TCP gives up, a quarter of an hour.
     """
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
@@ -69,7 +69,7 @@ def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
             return waiting
 
         def next_rendezvous() -> RendezvousInfo:
-            answered(handler.is_closed)  # is the store there?
+            answered(handler.is_closed)  # does the store answer?
             return enter()
 
         def shutdown() -> bool:
@@ -91,7 +91,7 @@ def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
 
 
 def answered(call: Callable[[], T]) -> T:
-    """What a call to the store gives. Raises RendezvousConnectionError if it does not end in time; it is left behind in its thread."""
+    """The result of a call to the store. Raises RendezvousConnectionError if it takes too long; it is then abandoned in its thread."""
     try:
         return within(ANSWER_SECONDS, call, "the store where the nodes meet")
     except TransportError as error:
@@ -99,12 +99,12 @@ def answered(call: Callable[[], T]) -> T:
 
 
 def join_seconds() -> int:
-    """How long nodes wait for each other."""
+    """How long nodes wait for each other, in seconds: $JOIN_TIMEOUT or 600."""
     return int(os.environ.get("JOIN_TIMEOUT") or 600)
 
 
 def serves_store(host: str, port: int, present: Sequence[Interface]) -> bool:
-    """Whether this agent is to serve the store: it is at MASTER_ADDR, and no other agent of the job was there before."""
+    """Whether this agent must serve the store: it runs at MASTER_ADDR, and no agent of the job there does yet. Raises LaunchError."""
     node = os.environ.get("SLURM_NODEID") if "SLURM_STEP_ID" in os.environ else None
     mine = is_here(host, present) if node is None else node == "0"
     problem = ports.trouble(port) if mine else ""
@@ -114,7 +114,7 @@ def serves_store(host: str, port: int, present: Sequence[Interface]) -> bool:
 
 
 def is_here(host: str, present: Sequence[Interface]) -> bool:
-    """Whether a host is this machine."""
+    """Whether `host` is this machine. Raises LaunchError if its name cannot be resolved."""
     try:
         addresses = {str(one[4][0]) for one in socket.getaddrinfo(host, None)}
     except OSError as error:
@@ -124,7 +124,7 @@ def is_here(host: str, present: Sequence[Interface]) -> bool:
 
 
 def is_store(host: str, port: int) -> bool:
-    """Whether another agent of this job, on the same machine, serves the store already."""
+    """Whether a store answers at the port, served by another agent of this job on the same machine."""
     try:
         within(PROBE_SECONDS, lambda: TCPStore(host, port, is_master=False, wait_for_workers=False), "the store")
     except TransportError:
@@ -133,7 +133,7 @@ def is_store(host: str, port: int) -> bool:
 
 
 def wait_for(host: str, port: int) -> None:
-    """Return when something listens there. Raises LaunchError."""
+    """Return when something listens at host:port. Raises LaunchError after `join_seconds`."""
     try:
         await_listener(host, port, join_seconds())
     except OSError as error:

@@ -1,12 +1,12 @@
-"""Who is to blame for a hang or a death: what each rank says of itself, and what follows. Pure, but for looking into /proc.
+"""Finds the ranks to blame for a hang or a death, from what each rank reports. Pure functions, but for reads of /proc.
 
-rank 0 waits in dp for rank 2,  rank 2 waits in tp for rank 3,  rank 3 says nothing        ->  rank 3
-rank 0 waits in tp for rank 1,  rank 1 waits for nobody: it sleeps in load_sample          ->  rank 1, and where
+rank 0 waits in dp for rank 2,  rank 2 waits in tp for rank 3,  rank 3 reports nothing     ->  rank 3
+rank 0 waits in tp for rank 1,  rank 1 waits in no call: it sleeps in load_sample          ->  rank 1, and where
 rank 0 waits in tp for rank 1,  rank 1 waits in dp for rank 0                              ->  both: a deadlock
 
-On a GPU a call of a group returns at once, and the host waits when it reads what has come (operation `read`). Which call it is that does
-not end is not known then; but each rank says how many calls it has begun in each of its groups, and who has begun fewer than
-the one that reads is who it waits for.
+On a GPU a call of a group returns at once, and the host blocks when it reads a result (operation `read`), so the call that does not
+end is unknown. But each rank reports how many calls it has begun in each of its groups, and a rank that reads waits for those that
+have begun fewer.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from typing import Literal
 from megatrain.transport.wrappers import Call
 
 SHOWN = 8
-"""Ranks written out before `and N more`."""
+"""Most ranks listed before `and N more`."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A process, so that it can be found again and is not mistaken for a later one with the same number."""
+    """A process, described so that it is not mistaken for a later one with the same process number."""
 
     rank: int
     machine: str
-    """Differs between machines and between containers, whose process numbers mean different things."""
+    """Differs between machines and between containers, each of which has process numbers of its own."""
     host: str
     pid: int
     born: str
-    """Start time in /proc; empty where there is none."""
+    """Start time in /proc; empty if there is no /proc."""
 
     @classmethod
     def own(cls, rank: int) -> Identity:
-        """This process."""
+        """The identity of this process."""
         return cls(rank, _machine(), socket.gethostname(), os.getpid(), _process("self")[1])
 
     @classmethod
@@ -51,11 +51,11 @@ class Identity:
         return cls(**json.loads(text))
 
     def text(self) -> str:
-        """As JSON."""
+        """The identity as JSON."""
         return json.dumps(asdict(self))
 
     def condition(self) -> Literal["gone", "stopped", "running", "elsewhere"]:
-        """What has become of it; elsewhere: on another machine, or this one does not tell."""
+        """The state of the process; elsewhere: on another machine, or unknown because there is no /proc."""
         if self.machine != _machine() or not self.born:
             return "elsewhere"
         state, born = _process(self.pid)
@@ -64,7 +64,7 @@ class Identity:
         return "stopped" if state in ("T", "t") else "running"
 
     def kill(self) -> bool:
-        """Send SIGKILL if it runs on this machine and still is the same process; whether it was sent."""
+        """Send SIGKILL if the same process still runs on this machine; whether it was sent."""
         if self.condition() in ("gone", "elsewhere"):
             return False
         try:
@@ -78,7 +78,7 @@ class Identity:
 
 
 def _process(pid: int | str) -> tuple[str, str]:
-    """State letter and start time (clock ticks since boot) of a process; empty where it is not there."""
+    """State letter and start time (clock ticks since boot) of a process; empty if it does not exist."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -95,7 +95,7 @@ def _machine() -> str:
 
 
 def _runs(ranks: Sequence[int]) -> str:
-    """Ascending ranks as evenly spaced runs: `0-7,1024-1031`, or with a step `3-16379/8`."""
+    """Ascending ranks as text of evenly spaced runs: `0-7,1024-1031`, or with a step `3-16379/8`."""
     found: list[str] = []
     at = 0
     while at < len(ranks):
@@ -110,7 +110,7 @@ def _runs(ranks: Sequence[int]) -> str:
 
 @cache
 def _written_out(runs: str) -> tuple[int, ...]:
-    """The inverse of `_runs`; one object for all ranks of a group, so that they are known to be equal without a look at each."""
+    """The inverse of `_runs`. Cached, so all ranks of a group share one tuple and are compared by identity, not element by element."""
     ranks: list[int] = []
     for run in filter(None, runs.split(",")):
         ends, _, step = run.partition("/")
@@ -121,27 +121,27 @@ def _written_out(runs: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class State:
-    """What a rank says of itself when there is an alarm."""
+    """One rank's report during an alarm."""
 
     rank: int
     doing: Literal["waiting", "busy", "failed", "raised", "left"]
-    """waiting in a call; busy outside of any; failed: its transport broke; raised: ended by an exception; left: finished."""
+    """waiting: in a call; busy: in no call; failed: its transport broke; raised: ended by an exception; left: finished."""
     detail: str = ""
-    """The call in words, or the error."""
+    """The call as text, or the error."""
     axis: str = ""
     ranks: tuple[int, ...] = ()
     operation: str = ""
     sequence: int = 0
     seconds: float = 0.0
-    """Since when it waits."""
+    """How long it has waited."""
     stack: str = ""
-    """Where its main thread is, innermost last."""
+    """Stack of its main thread, innermost call last."""
     issued: Mapping[str, int] = field(default_factory=dict)
-    """Calls that it has begun in each of its groups, by `axis/first rank`."""
+    """Number of calls that the rank has begun in each of its groups, by `axis/first rank`."""
 
     @classmethod
     def waiting(cls, rank: int, call: Call, now: float, stack: str, issued: Mapping[str, int] | None = None) -> State:
-        """Of a rank in a call."""
+        """The report of a rank that is blocked in a call."""
         of = call.axis, call.ranks, call.operation, call.sequence
         return cls(rank, "waiting", str(call), *of, now - call.started, stack, issued or {})
 
@@ -152,7 +152,7 @@ class State:
         return cls(**{**said, "ranks": _written_out(said["ranks"])})
 
     def text(self) -> str:
-        """As JSON, as short for a call of all ranks as for one of two: every rank writes one, and one reads all."""
+        """The report as JSON. Its size does not grow with the call's ranks: every rank writes one, and one rank reads all."""
         return json.dumps({**{of.name: getattr(self, of.name) for of in fields(self)}, "ranks": _runs(self.ranks)})
 
     def __str__(self) -> str:
@@ -168,13 +168,13 @@ class State:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happened, for everybody to print."""
+    """The outcome of an alarm, printed by every rank."""
 
     kind: Literal["hang", "death"]
     culprits: tuple[int, ...]
     text: str
     kill: tuple[Identity, ...] = ()
-    """Processes that cannot end by themselves."""
+    """Processes to kill, as they cannot end by themselves."""
 
     @classmethod
     def parse(cls, text: str) -> Verdict:
@@ -184,12 +184,12 @@ class Verdict:
         return cls(said["kind"], tuple(said["culprits"]), said["text"], kill)
 
     def as_json(self) -> str:
-        """As JSON."""
+        """The verdict as JSON."""
         return json.dumps(asdict(self))
 
 
 def behind(state: State, states: Mapping[int, State]) -> tuple[int, ...]:
-    """The ranks that a waiting rank waits for: those of its call that are not in it, nor in a later one of the same axis."""
+    """The ranks that a waiting rank waits for: those of its call that are neither in it nor in a later call of the same axis."""
     return tuple(rank for rank in state.ranks if rank != state.rank and not _has_come(state, states.get(rank)))
 
 
@@ -197,12 +197,12 @@ def _has_come(state: State, other: State | None) -> bool:
     if other is None or other.doing != "waiting" or (other.axis, other.ranks) != (state.axis, state.ranks):
         return False
     if {state.operation, other.operation} & {"send", "recv"}:
-        return {state.operation, other.operation} == {"send", "recv"}  # each counts its own messages: numbers mean nothing
+        return {state.operation, other.operation} == {"send", "recv"}  # sends and receives are numbered separately on each rank
     return other.sequence >= state.sequence
 
 
 def _waits(states: Mapping[int, State]) -> dict[int, tuple[int, ...]]:
-    """Rank -> the ranks it waits for. Those that wait in one call wait for the same: worked out, and held, once for all of them."""
+    """Rank -> the ranks it waits for. Ranks that wait in the same call share one tuple, computed once."""
     waits: dict[int, tuple[int, ...]] = {}
     of_call: dict[tuple[str, int, int], tuple[int, ...]] = {}
     fewer = _Fewer(states)
@@ -220,7 +220,7 @@ def _waits(states: Mapping[int, State]) -> dict[int, tuple[int, ...]]:
 
 
 class _Fewer:
-    """The ranks that have begun fewer calls in a group than another one: those that a `read` of that one waits for."""
+    """For a rank blocked in a `read`: the ranks that have begun fewer calls than it in one of its groups."""
 
     def __init__(self, states: Mapping[int, State]) -> None:
         begun: dict[str, dict[int, list[int]]] = {}
@@ -235,7 +235,7 @@ class _Fewer:
         self._unions: dict[tuple[tuple[str, int], ...], tuple[int, ...]] = {}
 
     def than(self, state: State) -> tuple[int, ...]:
-        """Who is behind a rank in some group of its; one object for all ranks that are behind the same."""
+        """The ranks that are behind `state.rank` in any of its groups; ranks with the same answer share one tuple."""
         groups = tuple(key for key in state.issued.items() if self._behind[key])
         if groups not in self._unions:
             self._unions[groups] = tuple(sorted({rank for key in groups for rank in self._behind[key]}))
@@ -243,10 +243,10 @@ class _Fewer:
 
 
 def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ...]:
-    """The ranks to blame: those that say nothing or have raised; else those at the ends of the chains of waiting; else a cycle.
+    """The ranks to blame: those that raised, else those without a report, else the ends of the chains of waiting, else a cycle of waiting.
 
-    Where no rank waits for another: those whose transport failed, else those that are busy with something else. Empty where all
-    ranks wait in the same call: then it is the network between them.
+    Where no rank waits for another: ranks whose transport failed, else busy ranks. Empty where all ranks wait in the same call: then the
+    network between them is at fault.
     """
     silent = tuple(rank for rank in range(world_size) if rank not in states)
     raised = tuple(rank for rank, state in sorted(states.items()) if state.doing == "raised")
@@ -279,7 +279,7 @@ def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ..
 
 
 def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world_size: int) -> Verdict:
-    """Blame, and say it: axis, call, culprit. `identities` has at least the ranks that say nothing."""
+    """The verdict: culprits, axis and call as text. `identities` has at least the ranks without a report."""
     culprits = find_culprits(states, world_size)
     silent = [rank for rank in culprits if rank not in states]
     conditions = {rank: identities[rank].condition() if rank in identities else "elsewhere" for rank in silent}
@@ -309,7 +309,7 @@ def _describe_silent(rank: int, identity: Identity | None, condition: str) -> st
 
 
 def _witnesses(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
-    """What the others wait for: those that wait for a culprit directly, longest first; then what broke."""
+    """Reports shown beside the culprits': ranks that wait for a culprit directly, longest first; then ranks whose transport broke."""
     blamed, waits = set(culprits), _waits(states)
     waiting = [s for s in states.values() if s.doing == "waiting" and s.rank not in blamed]
     guilty = {id(ranks): not blamed.isdisjoint(ranks) for ranks in {id(ranks): ranks for ranks in waits.values()}.values()}

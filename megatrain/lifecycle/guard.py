@@ -1,16 +1,16 @@
-"""The guard of a run: no rank waits for ever, and the message says for whom it would have.
+"""The guard of a run: no rank waits for ever, and the error names the rank that it waited for.
 
-It costs nothing on the network while all is well. Each rank has two threads: one looks once a second whether this rank has
+It sends nothing while all is well. Each rank has two threads: one checks once a second whether this rank has
 been in one collective, or has made no step, for longer than train.hang_timeout_seconds; the other waits for a key in the store where
 the ranks met.
 An alarm (a rank has waited too long, or its transport broke because a peer died) sets that key for every rank. Then
 
-    every rank    writes what it does: waits in this call, is busy there, has failed
-    one of them   the judge, first at a counter: after 2 s reads all that, names the culprits (`blame.py`), writes the verdict
+    every rank    writes its state: waits in this call, is busy there, has failed
+    one of them   (the first to raise the alarm) after 2 s reads all states, finds the culprits (`blame.py`), writes the verdict
     every rank    prints it, kills a frozen culprit on its own machine, and ends with exit code 1
 
-by `os._exit`: a rank blocked in C++ cannot raise. A rank that writes nothing is dead or frozen. Where the store itself does not
-answer, the rank that serves it is to blame. Every wait on this way has a limit; together they stay below 30 s.
+by `os._exit`, since a rank blocked in C++ cannot raise. A rank that writes nothing is dead or frozen. If the store itself does not
+answer, the rank that serves it is to blame. Every wait in this protocol has a limit; together they stay below 30 s.
 """
 
 from __future__ import annotations
@@ -31,27 +31,24 @@ from megatrain.transport.board import Board
 from megatrain.transport.group import TransportError
 
 OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
-"""Called with the kind, the rank to blame where it is one, and the message; from a thread, on one rank (usually)."""
+"""Called with the kind, the rank to blame if it is a single one, and the message; in a thread, usually on one rank only."""
 
 LOOK_SECONDS = 1.0
 STORE_SECONDS = 4.0
 """Limit of each call to the store during an alarm."""
 TESTIMONY_SECONDS = 2.0
-"""How long the judge waits for the ranks to write what they do."""
+"""How long the judging rank waits for all ranks to write their states."""
 VERDICT_SECONDS = 8.0
-"""How long the others wait for the judge."""
+"""How long the other ranks wait for the verdict."""
 LINGER_SECONDS = 3.0
-"""The rank that serves the store, and the others wait for, ends this much later."""
+"""The rank that serves the store, which the others still read, ends this much later."""
 SUSPENDED_SECONDS = 5.0
-"""A look that comes this much too late means that this process itself was suspended."""
+"""If a check comes this much too late, this process itself was suspended."""
 STACK_FRAMES = 6
 
 
 class Guard:
-    """Watches one run, as a context manager around its loop. A TransportError that leaves the body ends the process, explained.
-
-    timeout_seconds: train.hang_timeout_seconds.
-    """
+    """Watches one run, as a context manager around its loop. A TransportError that leaves the body ends the process with an explanation."""
 
     def __init__(self, session: Session, timeout_seconds: float, on_event: OnEvent | None = None) -> None:
         self._session = session
@@ -68,17 +65,17 @@ class Guard:
         self._threads: list[threading.Thread] = []
         self._waker: Board | None = None
         self._board: Board | None = None
-        """Open from the start on: in an alarm, and at the end, all ranks would connect in the same moment."""
+        """Opened at the start: during an alarm, and at the end, all ranks would connect in the same moment."""
         self._server: Identity | None = None
         self._served_by_rank_0 = self._size > 1 and not self._launch.launcher_serves
 
     def tick(self) -> None:
-        """Say that the loop moves: once a step, and once a batch of an evaluation."""
+        """Record progress: once a step, and once a batch of an evaluation."""
         self._ticked = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is neither a step nor a collective, and takes as long as the disk does."""
+        """Suspend the limit on time without a step, around work on the disk that may take long."""
         self._paused += 1
         try:
             yield
@@ -87,7 +84,7 @@ class Guard:
             self.tick()
 
     def explain(self, error: TransportError) -> NoReturn:
-        """End this process, and every other rank, after naming the rank whose death or fault broke the transport."""
+        """End this process and every other rank, with a message that names the rank whose death or fault broke the transport."""
         frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-STACK_FRAMES:])
         self._alarm(State(self._session.rank, "failed", str(error), stack="".join(frames).rstrip()))
 
@@ -114,14 +111,14 @@ class Guard:
             self._threads[-1].start()
 
     def _open_board(self, ranks: int = 1) -> Board:
-        """A connection to the store, opened by so many ranks at the same time. Raises TransportError."""
+        """A connection to the store, opened by `ranks` ranks at the same time. Raises TransportError."""
         address, port = self._launch.master_addr, self._launch.master_port
         if address is None or port is None:
             raise TransportError("a world of several ranks has no rendezvous store: MASTER_ADDR and MASTER_PORT are missing")
         return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Say that this rank is gone for good, so that it is not taken for dead, and end the threads."""
+        """Report that this rank has finished, so that it is not taken for dead, and end the threads."""
         if self._store_lost.is_set():
             return  # nobody is left to tell
         said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
@@ -130,19 +127,19 @@ class Guard:
             board = self._testify(state)
             board.write(f"wake/{state.rank}", "bye")
         except TransportError:
-            return  # the store has gone just now
+            return  # the store closed just now
         for thread in self._threads:
             thread.join(STORE_SECONDS)
         if error is None and self._session.everyone is not None:
-            self._session.everyone.barrier()  # the rank that serves the store must not go first
+            self._session.everyone.barrier()  # the rank that serves the store must not end first
 
     def _look(self) -> None:
-        """Once a second: has this rank waited too long?"""
+        """Thread: once a second, check whether this rank has waited too long."""
         looked = awake = time.monotonic()
         while not self._closing.wait(min(LOOK_SECONDS, self._timeout / 4)):
             now = time.monotonic()
             if now - looked > SUSPENDED_SECONDS + LOOK_SECONDS:
-                awake = now  # a suspended job is given its whole time again when it goes on
+                awake = now  # a job that was suspended gets the whole limit again
             looked = now
             call = self._session.recorder.waiting()
             since = max(awake, self._ticked if call is None else call.started)
@@ -150,13 +147,13 @@ class Guard:
                 self._alarm(self._own_state())
 
     def _await_alarm(self) -> None:
-        """Block until another rank raises the alarm, or this one leaves."""
+        """Thread: block until another rank raises the alarm, or this rank leaves."""
         if self._waker is None:
             return
         try:
             text = self._waker.wait(f"wake/{self._session.rank}")
         except TransportError:
-            self._store_lost.set()  # whoever served it has gone; the ranks that wait for it find out
+            self._store_lost.set()  # its server is gone; ranks that wait for that process find out
             return
         if text == "alarm":
             self._alarm(self._own_state())
@@ -173,7 +170,7 @@ class Guard:
         return State(self._session.rank, "busy", detail, seconds=now - self._ticked, stack=stack, issued=recorder.issued())
 
     def _alarm(self, state: State) -> NoReturn:
-        """Raise the alarm or follow it; end the process. Of several threads that come here, the first does it."""
+        """Raise the alarm or follow it; end the process. If several threads call this, the first does it and the others block."""
         if not self._alarmed.acquire(blocking=False):
             threading.Event().wait()
         try:
@@ -183,7 +180,7 @@ class Guard:
         self._end(state, verdict, speaker)
 
     def _hold_court(self, state: State) -> tuple[Verdict, bool]:
-        """The verdict, and whether this rank is the one that reached it. Raises TransportError if the store does not answer."""
+        """The verdict, and whether this rank reached it. Raises TransportError if the store does not answer."""
         if self._server is not None and self._server.condition() in ("gone", "stopped"):
             raise TransportError(f"{self._server} is {self._server.condition()}")
         board = self._testify(state)
@@ -199,10 +196,10 @@ class Guard:
         return verdict, True
 
     def _testify(self, state: State) -> Board:
-        """Write this rank's state, and return the board that took it. Raises TransportError."""
+        """Write this rank's state; returns the board that it was written to. Raises TransportError."""
         key, text = f"state/{state.rank}", state.text()
         if self._board is not None:
-            with suppress(TransportError):  # a network may have forgotten a connection that nobody has used for days
+            with suppress(TransportError):  # the network may have dropped a connection that was idle for days
                 self._board.write(key, text)
                 return self._board
         board = self._open_board()
@@ -231,7 +228,7 @@ class Guard:
         return Verdict("death" if dead else "hang", (0,), text, () if self._server is None else (self._server,))
 
     def _end(self, state: State, verdict: Verdict, speaker: bool) -> NoReturn:
-        """Print, tell the run's log, kill what cannot end by itself, exit."""
+        """Print the verdict, call `on_event`, kill processes that cannot end by themselves, exit with 1."""
         named = ", ".join(str(rank) for rank in verdict.culprits[:8]) or "none"
         text = verdict.text.replace("\n", "\n    ")
         own = "" if str(state) in verdict.text or state.rank in verdict.culprits else f"\n    this {state}"
@@ -250,5 +247,5 @@ class Guard:
 
 
 def print_error(text: str) -> None:
-    """Write whole lines to stderr, past Python's buffers: another thread may hold their locks for ever."""
+    """Write lines to stderr without Python's buffers, whose locks another thread may hold for ever."""
     os.write(2, (text + "\n").encode(errors="replace"))

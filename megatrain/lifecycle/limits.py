@@ -1,4 +1,4 @@
-"""When a run stops by itself before its last step: after a time, before its allocation ends, or when a file appears."""
+"""Conditions that stop a run before its last step: a time limit, the end of its allocation, a file that appears."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ EndTime = Callable[[Mapping[str, str]], "float | None"]
 
 
 class Limits:
-    """Asked once a step on every rank; a step's own all-reduce tells the others.
+    """Checked once a step on every rank; the step's all-reduce tells the other ranks.
 
-    Only rank 0 asks the scheduler when the allocation ends, and asks again when that time has come: it may have been extended. One rank of
+    Only rank 0 asks the scheduler when the allocation ends, and asks again at that time, since it may have been extended. One rank of
     each node looks for the file.
     """
 
@@ -26,18 +26,18 @@ class Limits:
         self, train: TrainConfig, launch: Launch, env: Mapping[str, str] = os.environ, end_time: EndTime = job_end
     ) -> None:
         self.why = ""
-        """Which limit was reached."""
+        """The limit that was reached; empty if none."""
         minutes = train.exit_after_minutes
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._file = None if train.exit_file is None or launch.local_rank else Path(train.exit_file)
         self._end = (lambda: end_time(env)) if launch.rank == 0 else (lambda: None)
         end = self._end()
         left = math.inf if end is None else max(0.0, end - time.time())
-        self._margin = min(60 * train.exit_before_end_minutes, left / 2)  # a short allocation is not all margin
+        self._margin = min(60 * train.exit_before_end_minutes, left / 2)  # in a short allocation, at most half of what is left
         self._before_end = time.monotonic() + left - self._margin
 
     def reached(self) -> bool:
-        """Whether it is time."""
+        """Whether a limit is reached; `why` then names it."""
         if time.monotonic() >= self._before_end:
             end = self._end()
             self._before_end = math.inf if end is None else time.monotonic() + end - time.time() - self._margin

@@ -1,16 +1,17 @@
-"""The request to stop: a signal that lets the step end, has a checkpoint saved, and ends the run so that it can go on later.
+"""The request to stop: a signal after which the step ends, a checkpoint is saved, and the run ends so that it can go on later.
 
 Any of SIGNALS is such a request: schedulers send SIGTERM, or what they are told to (SLURM: --signal=USR2@120), a person presses Ctrl-C.
-A thread hears them, since the main thread may be in a call that lasts (waiting for ranks that do not come, copying a checkpoint):
+A thread receives them, since the main thread may be in a long call (waiting for other ranks, copying a checkpoint):
 
-    starting   nothing is trained yet, so nothing is to be saved: the process ends at once, with 75
+    starting   nothing is trained yet, so nothing needs saving: the process ends at once, with 75
     training   the request is remembered; `train_step` tells all ranks, the run saves and ends with 75
     ending     it changes nothing
 
-Ctrl-C once more ends the process at once. A launcher sends SIGTERM to the others when one worker has failed: at the start it is therefore
-no request, and the process ends with 143; the launch scripts know whether they were told to stop. torchrun sees a worker that ends with
-75 as one that failed, and would start it again: so a file, the marker, says that this job is stopping (`write_marker`), and a worker that
-is started again ends at once (`is_stopping`). Imports only the standard library: it listens before torch is imported, which takes seconds.
+A second Ctrl-C ends the process at once. A launcher sends SIGTERM to the others when one worker has failed: at the start SIGTERM is
+therefore no request, and the process ends with 143; the launch scripts know whether they were told to stop. To torchrun, a worker that
+ends with 75 has failed and should be started again: so a file, the marker, says that this job is stopping (`write_marker`), and a worker
+that is started again ends at once (`is_stopping`). Imports only the standard library, so as to listen before torch, which takes seconds
+to import.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from megatrain.runtime.launch import REPLY, Launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 INSIST_SECONDS = 3.0
-"""Ctrl-C reaches a process from the terminal and from its launcher: only one that comes this much later is another."""
+"""Ctrl-C reaches a process from the terminal and from its launcher: only one that comes this much later counts as a second."""
 PREEMPTED = "preempted"
-"""File in log.dir that says: stopped early; start me again."""
+"""Name of the marker file in log.dir: the run stopped early and wants to be started again."""
 INTERRUPTED = 130
 BEGUN = "begun"
-"""In the reply to the launch scripts, until there is an exit code."""
+"""The reply to the launch scripts until there is an exit code."""
 
 
 class StopRequest:
-    """Whether this process was told to stop. A context manager that listens, and may be entered again inside.
+    """Whether this process was told to stop. A context manager that receives signals while it is entered; it may be nested.
 
-    marker: where to say so when a signal comes at the start; None where no launcher asks.
+    marker: file to write when a signal comes at the start; None where no launcher reads it.
     """
 
     def __init__(self, marker: Path | None = None, launch: Launch | None = None) -> None:
         self.signal: signal.Signals | None = None
-        """The first that came."""
+        """The first signal received."""
         self._marker, self._launch = marker, launch
         self._starting = marker is not None
         self._came = 0.0
@@ -62,12 +63,12 @@ class StopRequest:
         return self.signal is not None
 
     def started(self) -> None:
-        """From here on a request waits for the end of a step."""
+        """Call when training starts: from here on a request waits for the end of a step."""
         with self._lock:
             self._starting = False
 
     def ignore(self) -> None:
-        """From here on requests change nothing, to the end of the process."""
+        """Call when the run ends: from here on signals are ignored, to the end of the process."""
         signal.set_wakeup_fd(self._before.pop(0, -1))
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
@@ -98,7 +99,7 @@ class StopRequest:
         os.close(self._pipe[1])  # ends the thread
 
     def _listen(self, pipe: int) -> None:
-        """Take signals from the pipe that C's handler writes their numbers to, whatever the main thread does."""
+        """Thread: read the numbers of signals from the pipe that C's handler writes them to, whatever the main thread does."""
         while numbers := os.read(pipe, 64):
             for number in numbers:
                 self._hear(number)
@@ -117,7 +118,7 @@ class StopRequest:
             self.signal, self._came = signal.Signals(number), now
             if self._starting:
                 self._end_at_start()
-        if sys.stderr is not None and sys.stderr.isatty():  # a log needs no such line from every rank
+        if sys.stderr is not None and sys.stderr.isatty():  # not in a log, where every rank would write it
             _say(f"{self.signal.name}: ending after this step, with a checkpoint saved; Ctrl-C again ends at once")
 
     def _end_at_start(self) -> NoReturn:
@@ -134,23 +135,23 @@ class StopRequest:
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """A handler in Python there must be, so that C's handler writes to the pipe."""
+    """An empty handler in Python, without which C's handler would not write to the pipe."""
 
 
 def _say(text: str) -> None:
-    """Past Python's buffers, whose locks another thread may hold."""
+    """Write to stderr without Python's buffers, whose locks another thread may hold."""
     os.write(2, f"megatrain: {text}\n".encode(errors="replace"))
 
 
 def hold_signals() -> None:
-    """Keep the signals waiting until a StopRequest listens, also across `exec`: none is lost, none kills in between."""
+    """Block the signals until a StopRequest receives them, also across `exec`: none is lost, and none kills the process before."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> None:
-    """Say that this job stops early. why: the signal, or what else; step: the last one trained, None if none was.
+    """Write the marker: this job stops early. why: the signal's name, or the limit; step: the last one trained, None if none was.
 
-    Every node has its own log.dir where it is not shared: one rank of each writes. Raises OSError.
+    One rank of each node writes it, since log.dir may not be shared. Raises OSError.
     """
     marker.parent.mkdir(parents=True, exist_ok=True)
     part = marker.with_name(f".{marker.name}.{launch.rank}.{os.getpid()}")
@@ -160,18 +161,18 @@ def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> No
 
 
 def reply(launch: Launch, code: int) -> int:
-    """Tell the launch scripts the exit code that is meant; returns it."""
+    """Write the intended exit code for the launch scripts; returns it."""
     _write_reply(launch, str(code))
     return code
 
 
 def reply_begun(launch: Launch) -> None:
-    """Tell the launch scripts that this process hears signals: whatever it does from here on, it can say how it ended."""
+    """Tell the launch scripts that this process receives signals: from here on it can reply how it ended."""
     _write_reply(launch, BEGUN)
 
 
 def leave_error(text: str, env: Mapping[str, str]) -> bool:
-    """Leave what is wrong to the launch scripts, which tell once what several ranks say; False where no script asks."""
+    """Leave an error for the launch scripts, which print once what several ranks report; False if no script started this process."""
     if REPLY not in env:
         return False
     try:
@@ -183,7 +184,7 @@ def leave_error(text: str, env: Mapping[str, str]) -> bool:
 
 
 def errors_file(reply: str | Path) -> Path:
-    """Beside the file of a worker's exit code, the one of its errors."""
+    """The file of a worker's errors, beside that of its exit code."""
     return Path(reply).with_suffix(".error")
 
 
@@ -194,9 +195,9 @@ def _write_reply(launch: Launch, text: str) -> None:
 
 
 def is_stopping(marker: Path, launch: Launch) -> bool:
-    """Whether this process was started again by torchrun in a job that is stopping."""
+    """Whether torchrun has started this process again in a job that is stopping."""
     if launch.launcher != "torchrun" or launch.restart_count == 0:
-        return False  # SLURM, which also counts its restarts, means it
+        return False  # SLURM counts restarts too, but restarts on purpose
     try:
         return bool(json.loads(marker.read_text())["job"] == launch.job)
     except (OSError, ValueError, KeyError, TypeError):
@@ -204,11 +205,11 @@ def is_stopping(marker: Path, launch: Launch) -> bool:
 
 
 def end_with_launcher(launch: Launch) -> None:
-    """Linux: have SIGTERM sent to this process when torchrun dies that started it: a killed launcher leaves no orphans."""
+    """Linux: have SIGTERM sent to this process when the torchrun that started it dies, so that a killed launcher leaves no orphans."""
     if not sys.platform.startswith("linux") or launch.launcher != "torchrun":
         return
     parent = launch.launcher_process or os.getppid()
     set_parent_death_signal = 1
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, int(signal.SIGTERM), 0, 0, 0)
-    if os.getppid() != parent:  # it died just before
+    if os.getppid() != parent:  # it died before the call
         os.kill(os.getpid(), signal.SIGTERM)
