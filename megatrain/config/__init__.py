@@ -1,1 +1,1 @@
-"""Every knob, how YAML becomes it, and the rules between knobs."""
+"""The configuration: the schema of all keys (knobs), how YAML becomes it, the rules between keys."""

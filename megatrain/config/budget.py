@@ -1,11 +1,12 @@
-"""How much a run trains: the samples of each update, and how many updates there are. Pure functions of the samples consumed.
+"""The length of a run and its batch sizes: samples of each update, number of updates. Pure functions of the samples consumed.
 
-train.steps              updates, whatever their batch
-train.tokens             instead: as many updates as it takes to have consumed so many tokens
+train.steps              number of updates, whatever their batch
+train.tokens             instead: as many updates as it takes to consume this many tokens
 train.batch_ramp         [start, increment, samples]: the global batch begins at `start` sequences and grows by `increment` at a
                          time, evenly over the first `samples`, to train.global_batch_size (GPT-3, arXiv:2005.14165, appendix B)
 
-Schedules are counted in what the length is given in: updates or tokens. So another batch, ramp or number of replicas bends none.
+Learning-rate schedules are counted in the unit that the length is given in, updates or tokens. With train.tokens, another batch size,
+ramp or number of replicas therefore does not bend the schedule.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ class Budget:
     """The samples of each update, and how many updates there are."""
 
     full: int
-    """Sequences of an update once the ramp is over."""
+    """Sequences of an update after the ramp."""
     start: int
     increment: int
     ramp_samples: int
     steps: int
-    """Updates of the whole run, where `samples` does not say."""
+    """Updates of the whole run; unused where `samples` is given."""
     samples: int | None = None
-    """Of the whole run, where its length is given in tokens: the last update is the one that reaches them."""
+    """Samples of the whole run, where its length is given in tokens: the last update is the one that reaches them."""
 
     def batch_size(self, consumed: int) -> int:
-        """Sequences of the update that comes after `consumed` samples."""
+        """Sequences of the update that follows `consumed` samples."""
         if consumed >= self.ramp_samples:
             return self.full
         increments = -(-(self.full - self.start) // self.increment)
         return min(self.full, self.start + consumed * increments // self.ramp_samples * self.increment)
 
     def consumed(self, steps: int, since: int = 0) -> int:
-        """Samples after so many updates more than consumed `since`."""
+        """Samples consumed after `steps` more updates, starting from `since`."""
         done, samples = 0, since
         while done < steps and samples < self.ramp_samples:
             alike = min(self._alike(samples), steps - done)
@@ -48,7 +49,7 @@ class Budget:
         return samples + (steps - done) * self.full
 
     def steps_to(self, samples: int, since: int = 0) -> int:
-        """Updates that it takes to go from `since` samples consumed to at least so many."""
+        """Updates needed to go from `since` samples consumed to at least `samples`."""
         done, consumed = 0, since
         while consumed < min(samples, self.ramp_samples):
             batch = self.batch_size(consumed)
@@ -58,14 +59,14 @@ class Budget:
         return done + max(0, -(-(samples - consumed) // self.full))
 
     def _alike(self, consumed: int) -> int:
-        """Updates after so many samples, within the ramp, until its batch grows, so that a long ramp is counted in few steps."""
+        """Updates, after `consumed` samples within the ramp, that have the same batch size: a long ramp is counted in few steps."""
         increments = -(-(self.full - self.start) // self.increment)
         grown = consumed * increments // self.ramp_samples + 1
         next_batch = -(-grown * self.ramp_samples // increments) if increments else self.ramp_samples
         return -(-(next_batch - consumed) // self.batch_size(consumed))
 
     def total_steps(self, done: int = 0, consumed: int = 0) -> int:
-        """Updates of the whole run, `done` of which have consumed so many samples."""
+        """Updates of the whole run, of which `done` have consumed `consumed` samples."""
         return self.steps if self.samples is None else done + self.steps_to(self.samples, consumed)
 
 
@@ -78,11 +79,11 @@ def budget_of(config: Config) -> Budget:
 
 
 DEFAULT_WARMUP = 100
-"""Steps, in a run that is long enough."""
+"""Steps of warm-up where optim.warmup_steps is null and the run is long enough."""
 
 
 def warmup_of(config: Config) -> int:
-    """Steps of a config's warm-up: as given, or as many as suit the length of the run, and with wsd end before the decay begins."""
+    """Steps of warm-up: optim.warmup_steps, or if null a number that suits the run's length and, with wsd, ends before the decay begins."""
     given, steps = config.optim.warmup_steps, budget_of(config).total_steps()
     if given is not None:
         return given
@@ -92,15 +93,15 @@ def warmup_of(config: Config) -> int:
 
 @dataclass(frozen=True)
 class Gauge:
-    """What the schedules of a run with train.tokens are measured by: tokens, with the batch that the run began with."""
+    """With train.tokens, a run's schedules are measured in tokens: this holds the batch and warm-up, in tokens, that the run began with."""
 
     first: int
-    """Of its first update."""
+    """Tokens of the run's first update."""
     full: int
-    """Of an update once the ramp is over."""
+    """Tokens of an update after the ramp."""
     warmup_steps: int
     warmup: int
-    """Of so many first updates."""
+    """Tokens of the first `warmup_steps` updates."""
 
 
 def gauge_of(config: Config) -> Gauge:
@@ -110,12 +111,12 @@ def gauge_of(config: Config) -> Gauge:
 
 
 def gauge(batch: int, ramp: tuple[int, int, int] | None, warmup_steps: int, seq_length: int) -> Gauge:
-    """The gauge of a run that begins with such batches (sequences), warm-up (updates) and samples (tokens)."""
+    """The gauge of a run that begins with global batches of `batch` sequences; warmup_steps in updates, seq_length in tokens a sample."""
     budget = Budget(batch, *_ramp(batch, ramp), warmup_steps)
     first, warmup = budget.batch_size(0), budget.consumed(warmup_steps)
     return Gauge(first * seq_length, batch * seq_length, warmup_steps, warmup * seq_length)
 
 
 def _ramp(batch: int, ramp: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    """(start, increment, samples) of a ramp; one that is over at once where there is none."""
+    """(start, increment, samples) of a ramp; without one, a ramp that is over at once."""
     return (batch, 1, 0) if ramp is None else ramp

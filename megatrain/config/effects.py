@@ -1,4 +1,4 @@
-"""When the knobs of the schema have an effect, where they do not always: the conditions that several of them share."""
+"""Conditions under which a knob has an effect, where several knobs share one."""
 
 from __future__ import annotations
 

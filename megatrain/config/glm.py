@@ -1,4 +1,4 @@
-"""The knobs of GLM's objectives (`data.glm`): which blanks are made of a text, and how they are laid out (docs/glm.md)."""
+"""The knobs of GLM's objectives (`data.glm`): how spans of a text become blanks, and how a sample is laid out (docs/glm.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatrain.config.knob import knob
 
 @dataclass(frozen=True)
 class ObjectiveMix:
-    """Which of the three objectives a text serves."""
+    """Shares of the three objectives: short spans, sentences, one long span."""
 
     mode: Literal["sample", "weighted"] = knob(
         "sample",
@@ -33,13 +33,13 @@ class BlankConfig:
     poisson_lambda: float = knob(3.0, "Lengths are Poisson-distributed, restricted to min_span .. max_span.", effects.BLANKS)
     min_span: int = knob(1, "Tokens of the shortest span.", effects.BLANKS)
     max_span: int = knob(39, "Tokens of the longest span.", effects.BLANKS)
-    min_gap: int = knob(1, "Tokens between neighbouring spans that stay, at least.", effects.BLANKS)
+    min_gap: int = knob(1, "Least number of unmasked tokens between neighbouring spans.", effects.BLANKS)
     overflow: Literal["keep", "clip", "drop"] = knob(
-        "keep", "The span that exceeds the ratio stays, is cut short, or is left out.", effects.BLANKS
+        "keep", "The span that exceeds mask_ratio: keep it whole, clip it, or drop it.", effects.BLANKS
     )
     on_unplaceable: Literal["drop", "redraw"] = knob(
         "drop",
-        "Where not all spans fit: the sample stays without a loss, or lengths are drawn again, up to 8 times.",
+        "Where not all spans fit: drop: the sample has no loss; redraw: draw lengths again, up to 8 times.",
         effects.BLANKS,
     )
     span_layout: Literal["sorted_draws", "uniform"] = knob(
@@ -47,9 +47,9 @@ class BlankConfig:
         "Places of spans: sorted independent draws, as in GLM's code, or each arrangement equally often.",
         effects.BLANKS,
     )
-    single_span_prob: float = knob(0.0, "Probability of exactly one span a sample.", effects.BLANKS)
+    single_span_prob: float = knob(0.0, "Probability that a sample has exactly one span.", effects.BLANKS)
     decoder_noise_prob: float = knob(
-        0.0, "Probability that a token of part B is shown as noise; what it should predict stays.", effects.NOISY
+        0.0, "Probability that an input token of part B is replaced by the noise token; its target stays.", effects.NOISY
     )
 
 
@@ -59,12 +59,12 @@ class DocumentConfig:
 
     min_ratio: float = knob(0.5, "Share of the text that is generated, at least (GLM's released runs: 0.25).", effects.SPANS)
     max_ratio: float = knob(1.0, "Share of the text that is generated, at most.", effects.SPANS)
-    reserve_tokens: int = knob(2, "Tokens of the text that stay, at least.", effects.SPANS)
+    reserve_tokens: int = knob(2, "Least number of tokens of the text that stay unmasked.", effects.SPANS)
     suffix_prob: float = knob(
         0.5, "Probability that the span is the end of the text; always so where a sample has several documents.", effects.SPANS
     )
     length_granularity: Literal["batch", "sample"] = knob(
-        "batch", "One length for a micro-batch, or one for each sample.", effects.SPANS
+        "batch", "Draw one length for a micro-batch, or one for each sample.", effects.SPANS
     )
 
 
@@ -78,7 +78,7 @@ class SentenceConfig:
 
 @dataclass(frozen=True)
 class SentinelConfig:
-    """Ids of the special tokens; null: as the tokenizer has them, else behind its vocabulary."""
+    """Ids of the special tokens; null: the tokenizer's, or an id after its vocabulary if it has none."""
 
     cls: int | None = knob(None, "Begins a text: [CLS].", effects.BLANKS)
     eos: int | None = knob(None, "Ends a document; null means the tokenizer's.", effects.BLANKS)
@@ -107,18 +107,22 @@ class GlmConfig:
         "Tokens of text in a sample, with [CLS]; null leaves room in seq_length for the sentinels of nearly every draw.",
         effects.BLANKS,
     )
-    shuffle_spans: bool = knob(True, "Blanks are filled in random order; else as in the text.", effects.BLANKS)
-    task_masks: bool = knob(True, "[gMASK] and [sMASK] are tokens of their own; else [MASK] stands for all.", effects.BLANKS)
+    shuffle_spans: bool = knob(True, "Part B has the blanks in random order; false: in the order of the text.", effects.BLANKS)
+    task_masks: bool = knob(
+        True, "[gMASK] and [sMASK] are tokens of their own; false: [MASK] stands for all three.", effects.BLANKS
+    )
     position_dim1: Literal["corrupted", "original_start"] = knob(
         "corrupted",
         "Positions count the text with its blanks, or the original one (part A then sees how long a blank is).",
         effects.BLANKS,
     )
     position_dim2: bool = knob(
-        True, "The second position counts within a blank; else it is 1 in all of part B.", effects.SECOND_POSITIONS
+        True, "The second position counts within a blank; false: it is 1 in all of part B.", effects.SECOND_POSITIONS
     )
     short_seq_prob: float = knob(
-        0.0, "Probability that the samples of a micro-batch are cut into short texts, apart from each other.", effects.BLANKS
+        0.0,
+        "Probability that the samples of a micro-batch are cut into short texts that do not see each other.",
+        effects.BLANKS,
     )
     loss_norm: Literal["global_tokens", "microbatch"] = knob(
         "global_tokens",

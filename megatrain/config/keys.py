@@ -20,39 +20,39 @@ class Knob:
     """One value of one section of the schema."""
 
     path: tuple[str, ...]
-    """Section, groups within it, name."""
+    """Section, groups within it, name: ("data", "glm", "blank", "mask_ratio")."""
     kind: Any
     """The field's type."""
     default: Any
     doc: str
     effect: Effect | None
-    """When it has one; None: always."""
+    """When the value has an effect; None: always."""
 
     @property
     def section(self) -> str:
-        """Of the config."""
+        """The section's name."""
         return self.path[0]
 
     @property
     def name(self) -> str:
-        """Within the section: `name`, or `group.name`."""
+        """The name within its section: `name`, or `group.name`."""
         return ".".join(self.path[1:])
 
     @property
     def key(self) -> str:
-        """`section.name`."""
+        """The whole key: `section.name`."""
         return ".".join(self.path)
 
     def of(self, config: Config) -> Any:
-        """The value that a config has here."""
+        """The value of this knob in a config."""
         return operator.attrgetter(self.key)(config)
 
     def idle(self, config: Config) -> bool:
-        """Whether a config has here another value than the default, which has no effect."""
+        """Whether the config's value differs from the default but has no effect."""
         return self.effect is not None and self.of(config) != self.default and not self.effect.holds(config)
 
     def ignored(self, config: Config) -> str:
-        """Why the value that a config has here would be ignored; "" where it would not."""
+        """The error for a value of the config that would be ignored; "" if it has an effect or is the default."""
         if self.effect is None or not self.idle(config):
             return ""
         here = " and ".join(f"{key}={show(operator.attrgetter(key)(config))}" for key in self.effect.keys)
@@ -69,7 +69,7 @@ def knobs() -> Iterator[Knob]:
 
 
 def _knobs_of(path: tuple[str, ...], cls: Any) -> Iterator[Knob]:
-    """Those of a section, or of a group within one."""
+    """The knobs of a section, or of a group within one."""
     defaults = cls()
     for item in dataclasses.fields(cls):
         kind, here = fields_of(cls)[item.name], (*path, item.name)
@@ -102,18 +102,18 @@ def fields_of(cls: Any) -> dict[str, Any]:
 
 
 def is_optional(kind: Any) -> bool:
-    """Whether a type is one that may be None."""
+    """Whether a type is a union, such as `int | None`."""
     return typing.get_origin(kind) in (types.UnionType, typing.Union)
 
 
 def choices(values: Iterable[Any]) -> str:
-    """`1, 2 or 4`."""
+    """Values as text: `1, 2 or 4`."""
     words = [str(value) for value in values]
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def show(value: Any) -> str:
-    """A value as it is written in a config."""
+    """A value as it is written in YAML."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(show, value))}]"
     if value is None or isinstance(value, bool):

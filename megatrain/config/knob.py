@@ -1,4 +1,4 @@
-"""What a field of the schema is made of: its default, its documentation and when it has an effect, which docs/config.md shows."""
+"""`knob` makes a field of the schema: its default, its documentation and when it has an effect, all shown in docs/config.md."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Effect:
-    """When a knob has an effect: a key given otherwise is refused, since what is given is not ignored."""
+    """The condition under which a knob has an effect. Elsewhere a value other than the default is refused, so that no value is ignored."""
 
     words: str
-    """After `when`."""
+    """The condition as text, to follow `when`."""
     keys: tuple[str, ...]
-    """What it hangs on."""
+    """The keys whose values decide."""
     holds: Callable[[Any], bool]
-    """Of a whole config."""
+    """The condition as a function of a whole config."""
 
     def __and__(self, other: Effect) -> Effect:
         keys = (*self.keys, *(key for key in other.keys if key not in self.keys))
@@ -27,7 +27,7 @@ class Effect:
 
 
 def where(key: str, *values: Any) -> Effect:
-    """An effect while a key has one of some values."""
+    """The effect of a knob that counts only while `key` has one of `values`."""
     get = attrgetter(key)
     shown = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
     words = " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
@@ -35,13 +35,13 @@ def where(key: str, *values: Any) -> Effect:
 
 
 def above(key: str, number: float) -> Effect:
-    """An effect while a key is above a number."""
+    """The effect of a knob that counts only while `key` is above `number`."""
     get = attrgetter(key)
     return Effect(f"{key} is above {number:g}", (key,), lambda config: get(config) > number)
 
 
 def given(key: str) -> Effect:
-    """An effect while a key has a value: not null, nor an empty list."""
+    """The effect of a knob that counts only while `key` has a value: not null, nor an empty list."""
     get = attrgetter(key)
     return Effect(f"{key} is given", (key,), lambda config: get(config) not in (None, ()))
 

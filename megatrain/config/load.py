@@ -1,9 +1,9 @@
-"""How YAML and the command line become a `Config`: every key known, every value of its type, every origin remembered.
+"""YAML and the command line become a `Config`: every key is known, every value has its type, every origin is kept.
 
     loaded = load("gpt.yaml", ["optim.lr=1e-3"])     # loaded.config, loaded.origins["optim.lr"] == "command line"
 
-The file has one mapping per section of `schema.Config`; an override `section.key=value` replaces one value, read as YAML.
-Nothing is coerced, except an integer to a float and text like `1e-4` (which YAML 1.1 does not take for a number) to a float. A
+The file has one mapping for each section of `schema.Config`; an override `section.key=value` replaces one value, read as YAML.
+No value is converted to another type, except an integer to a float and text like `1e-4` (no number in YAML 1.1) to a float. A
 corpus list may be a plain string (a list of one), and its elements strings or {path, weight}. Relative paths stay relative to
 the working directory.
 """
@@ -30,7 +30,7 @@ from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, 
 __all__ = ["ConfigError", "Loaded", "dump", "from_dict", "load"]
 
 Shapes = Callable[[str], Mapping[str, Any]]
-"""Value of model.init_from -> the keys of `model` that come with it."""
+"""Function: value of model.init_from -> the keys of `model` read there."""
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -48,7 +48,7 @@ class Loaded:
 def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | None = None) -> Loaded:
     """The config of a YAML file, changed by `section.key=value` overrides. Raises ConfigError.
 
-    shapes: reads the keys of `model` that come with model.init_from, which this room cannot.
+    shapes: reads the keys of `model` at model.init_from, which needs rooms that config must not import.
     """
     tree = read_file(path)
     _normalize_sections(tree)
@@ -59,7 +59,7 @@ def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | N
 
 
 def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
-    """The config of a tree {section: {key: value}}, or of a Config made by hand, checked like a file. Raises ConfigError."""
+    """The config of a tree {section: {key: value}}, or of a Config made in Python, checked like a file. Raises ConfigError."""
     if isinstance(tree, Config):
         tree = dataclasses.asdict(tree)
     source = Tree(tree)
@@ -68,9 +68,9 @@ def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
 
 
 def restored(tree: Document) -> Config:
-    """The config of a tree that `dump` has written, perhaps of an older release. Raises ConfigError.
+    """The config of a tree that `dump` wrote, perhaps in an older release. Raises ConfigError.
 
-    It has every key that there was; one that has come since then is at its default, whatever preset it names.
+    The tree has every key of that release; a key that was added since gets its default, not the value of the preset that the tree names.
     """
     source = Tree(tree)
     _normalize_sections(source)
@@ -90,9 +90,9 @@ def load_overrides(config: Config, overrides: Iterable[str]) -> Config:
 
 
 def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
-    """YAML of every value of `config`, each with its origin as a comment; `load` makes an equal config of it.
+    """YAML of every value of `config`, each with its origin as a comment; `load` gives an equal config.
 
-    Without an origin a value is `default` where it equals the default, and else `python`.
+    A value without an origin is marked `default` if it equals the default, else `python`.
     """
     lines = ["# The whole configuration; each comment says where the value comes from."]
     group: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
 
 
 def _read_override(text: str) -> tuple[tuple[str, ...], Tree]:
-    """`section.key=value`, or `section.group.key=value`, as (section, ..., key) and the tree of the value."""
+    """`section.key=value`, or `section.group.key=value`, as the path (section, ..., key) and the tree of the value."""
     key, equals, value = text.partition("=")
     section, _, name = key.strip().partition(".")
     here = f"{COMMAND_LINE}: {text!r}"
@@ -165,7 +165,7 @@ def _read_override(text: str) -> tuple[tuple[str, ...], Tree]:
 
 
 def _replace(tree: Tree, path: tuple[str, ...], new: Tree) -> None:
-    """Put the value of `new`, whose paths begin with `path`, in the place of what `tree` has at `path` (section, ..., key)."""
+    """Replace what `tree` has at `path` (section, ..., key) by the value of `new`, whose paths begin with `path`."""
     tree.places = {at: place for at, place in tree.places.items() if at[: len(path)] != path} | new.places
     tree.places[path] = COMMAND_LINE
     *groups, name = path
@@ -182,10 +182,10 @@ def _replace(tree: Tree, path: tuple[str, ...], new: Tree) -> None:
 
 
 def _filled(tree: Tree, shapes: Shapes | None) -> Config:
-    """The config of a tree and of what comes along with its preset, its first weights and its family.
+    """The config of a tree, completed by the keys of its preset, of model.init_from and of its family.
 
-    What comes along and has no effect beside the keys that are given is left at its default: it is nobody's mistake, and the saved
-    config is one that could have been given.
+    A completed key that has no effect beside the given keys is left at its default: it is not the user's mistake, and the saved config then
+    loads again as it is.
     """
     given = set(tree.root.setdefault("model", {}))
     _apply_preset(tree)
@@ -205,7 +205,7 @@ def _filled(tree: Tree, shapes: Shapes | None) -> Config:
 
 
 def _apply_preset(tree: Tree) -> None:
-    """Put the keys of model.preset where the config has none of its own. Raises ConfigError for a name that is not known."""
+    """Add the keys of model.preset that the config does not give. Raises ConfigError for an unknown preset."""
     name = tree.root["model"].get("preset")
     if not isinstance(name, str):
         return
@@ -225,21 +225,21 @@ def _apply_preset(tree: Tree) -> None:
 
 
 def _apply_shapes(tree: Tree, shapes: Shapes | None) -> None:
-    """Put the keys that come with model.init_from where the config has none of its own."""
+    """Add the keys read at model.init_from that neither the config nor its preset gives."""
     path = tree.root["model"].get("init_from")
     if shapes is not None and isinstance(path, str):
         _fill_model(tree, shapes(path), f"init_from {path}")
 
 
 def _apply_family(tree: Tree) -> None:
-    """Put the keys that come with model.family where nothing else gives them."""
+    """Add the keys of model.family that nothing else gives."""
     family = tree.root["model"].get("family")
     if isinstance(family, str):
         _fill_model(tree, FAMILIES.get(family, {}), f"family {family}")
 
 
 def _fill_model(tree: Tree, keys: Mapping[str, Any], origin: str) -> None:
-    """Put keys of the model section where it has none of its own."""
+    """Add `keys` to the model section, except those that it has."""
     model = tree.root["model"]
     for key, value in keys.items():
         if key not in model:
@@ -268,11 +268,11 @@ def _dataclass(tree: Tree, path: Path, cls: Any, values: Mapping[str, Any]) -> A
 
 
 def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
-    """`value` as the type of its field. Raises ConfigError where it has another."""
+    """`value` as the type of its field. Raises ConfigError if it is of another type."""
     expected = kind
     if is_optional(kind):
         kind, *others = typing.get_args(kind)
-        if type(value) in others:  # null, or another type that serves as well
+        if type(value) in others:  # null, or another member of the union
             return value
     if dataclasses.is_dataclass(kind):
         return _corpus(tree, path, value) if kind is CorpusConfig else _group(tree, path, kind, value)
@@ -288,7 +288,7 @@ def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
 
 
 def _group(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
-    """A mapping of keys within a section; null (all of them commented out) is an empty one."""
+    """A group of keys within a section; null (all of them commented out) is an empty one."""
     if value is not None and not isinstance(value, Mapping):
         _fail(tree, path, f"is {_describe(value)}, not a mapping. Write its keys indented below `{path[-1]}:`.")
     return _dataclass(tree, path, kind, value or {})
@@ -334,7 +334,7 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
 
 
 def _named_sets(tree: Tree, path: Path, kind: Any, value: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Validation sets {name: corpora} as one list, in which each corpus has the name of its set."""
+    """Validation sets {name: corpora} as one list; each corpus carries the name of its set."""
     corpora: list[CorpusConfig] = []
     for name, members in value.items():
         if not name:
@@ -358,13 +358,13 @@ def _corpus(tree: Tree, path: Path, value: Any) -> CorpusConfig:
 
 
 def _fail(tree: Tree, path: Path, message: str) -> typing.NoReturn:
-    """Raise ConfigError: place, full path, message."""
+    """Raise ConfigError with place, full path and message."""
     place = tree.place(path)
     raise ConfigError(f"{place + ': ' if place else ''}{dotted(path)} {message}")
 
 
 def _describe(value: Any) -> str:
-    """A value in words, short: `the text '8'`."""
+    """A value as short text for messages: `the text '8'`."""
     if value is None:
         return "null"
     words = {bool: "the truth value", int: "the integer", float: "the number", str: "the text"}
@@ -381,7 +381,7 @@ def _describe(value: Any) -> str:
 
 
 def _hint(kind: Any, value: Any) -> str:
-    """How to write `value` so that it is of type `kind`, where that can be guessed."""
+    """How to write `value` so that it is of type `kind`; "" where that cannot be guessed."""
     if kind is str and isinstance(value, (bool, int, float)):
         return " Put text in quotes."
     if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
@@ -392,7 +392,7 @@ def _hint(kind: Any, value: Any) -> str:
 
 
 def _suggest_section(name: str) -> str:
-    """What may have been meant by an unknown section: a section of a similar name, or a key that lost its section."""
+    """Advice for an unknown section: one with a similar name, or the section of a key with that name, or all sections."""
     sections = list(fields_of(Config))
     if near := difflib.get_close_matches(name, sections, n=1):
         return f"Did you mean {near[0]}? Sections: {', '.join(sections)}."
@@ -402,7 +402,7 @@ def _suggest_section(name: str) -> str:
 
 
 def _suggest_key(path: Path, name: str, known: list[str]) -> str:
-    """What may have been meant by an unknown key: one of the same section, or one of this name in another."""
+    """Advice for an unknown key: a key of that name in another section, or one of the same section with a similar name, or all its keys."""
     if len(path) == 1:
         for knob in knobs():
             if knob.name == name:
@@ -429,6 +429,6 @@ def _render(value: Any) -> str:
 
 
 def _reads_as_itself(text: str) -> bool:
-    """Whether plain (unquoted) `text` is that text to YAML everywhere, within brackets too."""
+    """Whether YAML reads `text` without quotes as that same text, within brackets too."""
     looks_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) is not None
     return looks_plain and yaml.SafeLoader("").resolve(yaml.ScalarNode, text, (True, False)) == "tag:yaml.org,2002:str"

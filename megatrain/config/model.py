@@ -1,4 +1,4 @@
-"""The `model` section: the logical model's shapes and switches, and what follows from them."""
+"""The `model` section: the logical model's shapes and switches, and properties derived from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ModelConfig:
     seq_length: int = knob(512, "Tokens per training sample.")
     max_positions: int | None = knob(
         None,
-        "Positions that there are: rows of the learned table, and how far decoding goes; null means seq_length.",
+        "Number of positions: rows of the learned table, and the longest text when decoding; null means seq_length.",
         effects.POSITIONS,
     )
     vocab_size: int | None = knob(None, "Vocabulary size v; null means the tokenizer's.")
@@ -68,18 +68,20 @@ class ModelConfig:
         "Lower frequencies for longer texts: linear arXiv:2306.15595, llama3 arXiv:2407.21783, yarn arXiv:2309.00071.",
         effects.STRETCHED,
     )
-    rope_factor: float = knob(1.0, "rope_scaling: how much longer the texts are.", effects.SCALED)
+    rope_factor: float = knob(1.0, "rope_scaling: length of the new texts over that of the first training's.", effects.SCALED)
     rope_original_length: int | None = knob(
         None,
         "rope_scaling: tokens of the first training's texts; null means max_positions / rope_factor.",
         effects.FROM_ORIGINAL,
     )
     rope_low_freq_factor: float = knob(
-        1.0, "llama3: pairs with fewer waves than this in the original length are scaled whole.", effects.LLAMA3
+        1.0, "llama3: pairs with fewer periods than this in the original length are scaled by the whole factor.", effects.LLAMA3
     )
-    rope_high_freq_factor: float = knob(4.0, "llama3: pairs with more waves than this stay.", effects.LLAMA3)
-    rope_beta_fast: float = knob(32.0, "yarn: pairs with more turns than this in the original length stay.", effects.YARN)
-    rope_beta_slow: float = knob(1.0, "yarn: pairs with fewer turns than this are scaled whole.", effects.YARN)
+    rope_high_freq_factor: float = knob(4.0, "llama3: pairs with more periods than this are not scaled.", effects.LLAMA3)
+    rope_beta_fast: float = knob(
+        32.0, "yarn: pairs with more turns than this in the original length are not scaled.", effects.YARN
+    )
+    rope_beta_slow: float = knob(1.0, "yarn: pairs with fewer turns than this are scaled by the whole factor.", effects.YARN)
     window: int | None = knob(
         None,
         "Sliding window: keys that a query sees, its own included (arXiv:2004.05150; Mistral, arXiv:2310.06825); null is all.",
@@ -132,7 +134,7 @@ class ModelConfig:
     )
     embedding_grad_steps: tuple[int, int] | None = knob(
         None,
-        "[hold, rise]: embedding_grad_scale for so many steps, then linearly to 1 over so many; null keeps it.",
+        "[hold, rise]: embedding_grad_scale for `hold` steps, then linearly to 1 over `rise` steps; null keeps it.",
         effects.DAMPED,
     )
 
@@ -158,29 +160,29 @@ class ModelConfig:
 
     @property
     def positions(self) -> int:
-        """Tokens of the longest text."""
+        """Number of positions: tokens of the longest text."""
         return self.seq_length if self.max_positions is None else self.max_positions
 
     @property
     def position_rows(self) -> int:
-        """Rows of a table of positions: with a second one, 0 stands for no blank."""
+        """Rows of a table of positions; with two-dimensional positions one more, row 0 for tokens that are in no blank."""
         return self.positions + self.two_dimensional
 
     @property
     def rotated(self) -> int:
-        """Numbers r of each head, or with rope_2d of each half of it, that are rotated; an even number."""
+        """Numbers r of each head (with rope_2d: of each half of a head) that are rotated; even."""
         size = self.head_size // 2 if self.position == "rope_2d" else self.head_size
         return int(size * self.rope_fraction) // 2 * 2
 
     @property
     def residual_scale(self) -> float:
-        """What the residual stream is multiplied by where a branch is added to it."""
+        """Factor of the residual stream where a branch is added to it; 1 but for deepnorm."""
         if self.norm_placement != "deepnorm":
             return 1.0
         return (2 * self.num_layers) ** 0.5 if self.deepnorm_alpha is None else self.deepnorm_alpha
 
     def embedding_grad(self, step: int) -> float:
-        """Factor of the token embedding's gradient in a step, from 0."""
+        """Factor of the token embedding's gradient in step `step`, counted from 0."""
         if self.embedding_grad_steps is None:
             return self.embedding_grad_scale
         hold, rise = self.embedding_grad_steps
@@ -194,7 +196,7 @@ class ModelConfig:
 
     @property
     def original_length(self) -> float:
-        """Tokens of the texts that the rotary frequencies were first trained on."""
+        """Length, in tokens, of the texts of the first training, before the rotary frequencies were scaled."""
         return self.positions / self.rope_factor if self.rope_original_length is None else self.rope_original_length
 
     @property

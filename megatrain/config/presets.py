@@ -1,11 +1,11 @@
-"""Published shapes by name (`model.preset`): data alone. Explicit keys of `model` win over a preset's."""
+"""Published shapes by name (`model.preset`), as data. Keys that a config gives win over its preset's."""
 
 from __future__ import annotations
 
 from typing import Any
 
 Shape = dict[str, Any]
-"""Keys of `model` that differ from their defaults, and those that make the shape."""
+"""The keys of `model` that differ from their defaults, and those that are the model's size."""
 
 
 def _gpt(layers: int, hidden: int, heads: int, seq_length: int = 1024) -> Shape:
@@ -22,7 +22,7 @@ def _gpt(layers: int, hidden: int, heads: int, seq_length: int = 1024) -> Shape:
 
 
 def _llama(layers: int, hidden: int, heads: int, groups: int, ffn: int, seq_length: int, vocab: int, **others: Any) -> Shape:
-    """LLaMA 2 (arXiv:2307.09288) and the families that took over its block."""
+    """LLaMA 2 (arXiv:2307.09288) and the families with the same block."""
     return {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -62,7 +62,7 @@ def _qwen3(layers: int, hidden: int, heads: int, ffn: int, tied: bool = False) -
 
 
 def _bloom(layers: int, hidden: int, heads: int) -> Shape:
-    """BLOOM (arXiv:2211.05100, table 3): ALiBi, and a norm behind the embedding."""
+    """BLOOM (arXiv:2211.05100, table 3): ALiBi, and a norm after the embedding."""
     return {
         "num_layers": layers,
         "hidden_size": hidden,
@@ -75,7 +75,7 @@ def _bloom(layers: int, hidden: int, heads: int) -> Shape:
 
 
 def _glm1(layers: int, hidden: int, heads: int, positions: int = 512, vocab: int = 30592) -> Shape:
-    """GLM (arXiv:2103.10360): positions in two dimensions, learned, one more of them than tokens."""
+    """GLM (arXiv:2103.10360): learned two-dimensional positions."""
     return {
         "family": "glm",
         "num_layers": layers,
@@ -91,16 +91,16 @@ def _glm1(layers: int, hidden: int, heads: int, positions: int = 512, vocab: int
 
 
 def _chatglm(layers: int, vocab: int, seq_length: int, **others: Any) -> Shape:
-    """ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, in THUDM's files: LLaMA's block, of which half of each head is rotated, by neighbours."""
+    """ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B, as in THUDM's files: LLaMA's block; half of each head is rotated, in neighbouring pairs."""
     shape = {"family": "glm", "qkv_bias": True, "rope_fraction": 0.5, "rope_interleaved": True, "head_dim": 128}
     return _llama(layers, 4096, 32, 2, 13696, seq_length, vocab, **shape, **others)
 
 
 _DEEPNORM: Shape = {"family": "glm", "norm_placement": "deepnorm", "init": "xavier", "embedding_grad_scale": 0.1}
-"""ChatGLM-6B and GLM-130B (arXiv:2210.02414, sections 2.1 and 3.3)."""
+"""Keys that ChatGLM-6B and GLM-130B share (arXiv:2210.02414, sections 2.1 and 3.3)."""
 
 FAMILIES: dict[str, Shape] = {"gpt": {}, "glm": {"position": "learned_2d"}}
-"""model.family -> the keys that it gives where neither the config nor a preset does."""
+"""model.family -> its keys, for a config whose own keys and preset do not give them."""
 
 PRESETS: dict[str, Shape] = {
     "gpt2_124m": _gpt(12, 768, 12),
@@ -165,4 +165,4 @@ PRESETS: dict[str, Shape] = {
     "chatglm3_6b": _chatglm(28, 65024, 8192),
     "glm4_9b": _chatglm(40, 151552, 131072, rope_theta=5e6, norm_eps=1.5625e-7),
 }
-"""Mistral 7B is its first version (arXiv:2310.06825), the one with a window."""
+"""`mistral_7b` is the first version (arXiv:2310.06825), which has a sliding window."""

@@ -1,6 +1,6 @@
-"""The bounds of every number by itself, held before numbers are held against each other, so that no rule meets what it cannot compute.
+"""The bounds of each number. They are checked before the rules between numbers, so that no rule has to compute with an absurd number.
 
-Upper bounds lie far beyond what anybody trains; what is above is a slip, and would else be told by whatever breaks first, late.
+Upper bounds lie far beyond what anybody trains. A larger number is a slip, which would otherwise surface late, as some other error.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ POSITIVE = (
     "checkpoint.staging_gib",
 )
 PROBABILITIES = ("blank.single_span_prob", "blank.decoder_noise_prob", "document.suffix_prob", "short_seq_prob")
-"""Of `data.glm`, in [0, 1]."""
+"""Keys of `data.glm` in [0, 1]."""
 NOT_NEGATIVE = (
     *(f"model.{name}" for name in ("logit_softcap", "sparse_global_blocks", "embedding_grad_steps")),
     *(f"optim.{name}" for name in ("min_lr", "warmup_steps", "weight_decay", "weight_decay_end", "clip_grad")),
@@ -59,9 +59,9 @@ NOT_NEGATIVE = (
     *("data.eod", "data.bos", "log.norms_every"),
 )
 BELOW_ONE = ("model.dropout", "model.attention_dropout", "optim.betas", "optim.momentum", "train.label_smoothing")
-"""In [0, 1)."""
+"""Keys in [0, 1)."""
 FRACTIONS = ("data.glm.blank.mask_ratio", "data.glm.sentence.mask_ratio")
-"""In (0, 1)."""
+"""Keys in (0, 1)."""
 AT_MOST_ONE = (
     *("optim.decay_fraction", "model.rope_fraction", "model.embedding_grad_scale"),
     *(f"data.glm.{name}" for name in (*PROBABILITIES, "document.min_ratio", "document.max_ratio")),
@@ -79,7 +79,7 @@ NOT_EMPTY = (
 )
 
 LARGEST_INTEGER, LARGEST_NUMBER = (1 << 31) - 1, 1e15
-"""Where LARGEST says nothing."""
+"""Upper bounds for keys that LARGEST does not list."""
 LARGEST = {
     **dict.fromkeys(
         (f"model.{name}" for name in ("num_layers", "num_attention_heads", "num_query_groups", "head_dim")), 1 << 16
@@ -97,9 +97,9 @@ LARGEST = {
 
 
 def require_ranges(config: Config, sections: tuple[str, ...] | None = None) -> None:
-    """Raise ConfigError at the first number outside of its bounds; null stands for a derived value, or for none.
+    """Raise ConfigError at the first number outside of its bounds; null, which stands for a derived value or for none, passes.
 
-    sections: to look at, where not at all.
+    sections: check only these; None: all.
     """
     found = {knob.key: knob for knob in knobs() if sections is None or knob.section in sections}
     bounds = (

@@ -54,18 +54,18 @@ def reference() -> str:
 
 
 def _purpose(section: str) -> str:
-    """The first line of the section's docstring."""
+    """The first line of the docstring of the section's class."""
     cls: Any = type(getattr(Config(), section))
     return str(cls.__doc__).partition("\n")[0]
 
 
 def _effect(knob: Knob) -> str:
-    """When the knob has an effect, where that is not always."""
+    """The text that says when the knob has an effect; empty if always."""
     return f" *Has an effect when {knob.effect.words}.*" if knob.effect else ""
 
 
 def _later(knob: Knob) -> str:
-    """What of the knob is refused today, and why."""
+    """The text that says which values of the knob are refused in this release, and why; empty if none."""
     if knob.key == "log.to":
         return f" *Later: {choices(LATER_WRITERS)}.*"
     for rule in DEFERRED:

@@ -1,8 +1,8 @@
-"""Every knob of megatrain: typed, defaulted, explained. Nothing else; imports only the standard library.
+"""The schema: every key (knob) with its type, default and documentation. Imports only the standard library.
 
-A config is a tree of frozen dataclasses. Each field is made by `knob(default, doc)`; the docstring travels in the field's
-metadata and becomes `docs/config.md`. Values that follow from other values are properties, never fields. How YAML becomes
-these objects is in `load.py`; the rules between knobs (and what a later release will allow) are in `validate.py`.
+A config is a tree of frozen dataclasses. Each field is made by `knob(default, doc)`; the text `doc` is kept in the field's metadata and
+becomes docs/config.md. Values that follow from other values are properties, never fields. `load.py` turns YAML into these objects; the
+rules between keys, and the values that this release refuses, are in `validate.py`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the logical model is laid out over ranks. data_parallel_size is what remains of the world."""
+    """How the logical model is laid out over ranks. The data-parallel size is the number of ranks over the product of the other sizes."""
 
     tensor_parallel_size: int = knob(1, "Ranks that share each layer's matrices (Megatron, arXiv:1909.08053).")
     sequence_parallel: bool = knob(False, "Split activations along the sequence between the matrices (arXiv:2205.05198).")
@@ -110,7 +110,7 @@ class DataConfig:
 
     @property
     def drawn_per_micro_batch(self) -> bool:
-        """Whether a sample also depends on which micro-batch it is in, so that another train.micro_batch_size is other data."""
+        """Whether a sample also depends on the micro-batch it is in, so that another train.micro_batch_size gives other data."""
         return self.objective == "glm"
 
 
@@ -183,7 +183,7 @@ class TrainConfig:
     )
     skip_steps: tuple[int, ...] = knob(
         (),
-        "Steps, from 1, whose batch is consumed without an update: where a loss spiked before (PaLM, arXiv:2204.02311, section 5.1).",
+        "Steps, from 1, whose batch is consumed without an update, such as where a loss spiked (PaLM, arXiv:2204.02311, section 5.1).",
     )
     loss_scale: float = knob(
         65536.0, "fp16: first scale of the loss, so that small gradients do not vanish (arXiv:1710.03740).", effects.FP16
@@ -195,14 +195,14 @@ class TrainConfig:
     loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.", effects.FP16)
     exit_after_minutes: float | None = knob(None, "Stop after this time with a checkpoint and exit code 75, as on a signal.")
     exit_before_end_minutes: float = knob(
-        2.0, "Under SLURM, stop as on a signal so long before the job's time limit. More than a step and a checkpoint take."
+        2.0, "Under SLURM, minutes before the job's time limit to stop, as on a signal. A step and a checkpoint must fit."
     )
     exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.")
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
     audit_every: int = knob(
         500,
-        "Steps between comparisons of what several ranks hold copies of, bit by bit; a difference ends the run. 0 means never.",
+        "Steps between bitwise comparisons of the replicas that ranks hold of the same state; a difference ends the run. 0 means never.",
     )
     hang_timeout_seconds: float = knob(600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.")
     deterministic: bool = knob(False, "The same bits on every run of the same layout (torch.use_deterministic_algorithms).")
@@ -221,13 +221,13 @@ class CheckpointConfig:
     )
     staging_gib: float = knob(
         16.0,
-        "GiB of host memory a rank may take for that copy, and all ranks of a node at most a quarter of its memory; where it saves more, "
-        "the step waits for the disk.",
+        "GiB of host memory a rank may take for the copy that `asynchronous` writes from, all ranks of a node at most a quarter of its "
+        "memory; where a rank saves more, the step waits for the disk.",
     )
     resume: str = knob(
         "auto",
-        "Where a run begins: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint; the same command goes "
-        "on from what the run has saved itself.",
+        "Where a run begins: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint; started again, the run "
+        "goes on from its own checkpoints.",
     )
     weights_only: bool = knob(
         False,
@@ -235,13 +235,13 @@ class CheckpointConfig:
         effects.FROM_A_PATH,
     )
     accept_changes: tuple[Literal["model", "tokenizer", "data"], ...] = knob(
-        (), "What may be another than when the checkpoint was saved; else such a change is refused."
+        (), "Which of these may differ from the checkpoint's when a run resumes; a difference in any other is refused."
     )
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written where people look."""
+    """Where and how often a run writes what people read."""
 
     dir: str = knob("runs/demo", "Run directory.")
     every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.")
@@ -268,16 +268,16 @@ class Config:
 
     @property
     def checkpoint_dir(self) -> str:
-        """Directory of the checkpoints."""
+        """The directory of checkpoints: checkpoint.dir, or log.dir/checkpoints."""
         return self.checkpoint.dir or f"{self.log.dir}/checkpoints"
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model in a world of `world_size` ranks (checked by validate)."""
+        """Number of replicas of the model in a world of `world_size` ranks (validate checks that it divides)."""
         p = self.parallel
         return world_size // (p.tensor_parallel_size * p.pipeline_parallel_size * p.context_parallel_size)
 
     def shard_size(self, world_size: int) -> int:
-        """Ranks that share one set of ZeRO's shards in such a world; 1 at stage 0."""
+        """Number of ranks that share one set of ZeRO's shards in a world of `world_size`; 1 at stage 0."""
         p = self.parallel
         return (p.zero_ranks or self.data_parallel_size(world_size) * p.context_parallel_size) if p.zero_stage else 1
 

@@ -1,8 +1,8 @@
-"""YAML text -> a plain tree that remembers where each part was written, so that every error can name file and line.
+"""YAML text as a plain tree that keeps the place of each part, so that every error can name file and line.
 
-Only what a config needs is read: mappings with plain keys, lists and scalars, one document. Tags, anchors and aliases are
-refused before anything is built (no object construction, no alias bombs), duplicate keys are errors, and the surprises of
-YAML 1.1 are too: `010` is not 8, `1:30` is not 90, a date stays text.
+Reads only what a config needs: one document of mappings with plain keys, lists and scalars. Tags, anchors and aliases are refused before
+any object is built (no object construction, no alias bombs). Duplicate keys are errors, and so are the surprises of YAML 1.1: `010` is not
+8, `1:30` is not 90; a date stays text.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ import yaml
 from megatrain.files import HEAD_BYTES, not_text
 
 LARGEST_FILE = 1 << 18
-"""Bytes; a config has a few thousand. Keeps a checkpoint or a corpus given by mistake from being read whole."""
+"""Bytes. A config has a few thousand; the limit keeps a checkpoint or corpus given by mistake from being read."""
 
 DEEPEST = 16
 """Levels of nesting; the schema needs four."""
 
 Path = tuple[str | int, ...]
-"""Keys and list places from the root: ("data", "train", 0, "path")."""
+"""Keys and list indices from the root: ("data", "train", 0, "path")."""
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used: says what is wrong, where, and what would work."""
+    """A config that cannot be used. The message says what is wrong, where, and which value would work."""
 
 
 @dataclass
 class Tree:
-    """A plain tree of mappings, lists and scalars, and where its parts were written."""
+    """A plain tree of mappings, lists and scalars, and the place in the source of its parts."""
 
     root: Any = None
     places: dict[Path, str] = field(default_factory=dict)
     """`file:line`, `command line` ... of every key and list element; empty for a tree made in Python."""
 
     def place(self, path: Path) -> str | None:
-        """Where `path` was written, or else the nearest part of the tree around it."""
+        """The place where `path` was written, or else of the nearest part of the tree around it."""
         return next((self.places[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.places), None)
 
 
 def dotted(path: Path) -> str:
-    """The path as messages show it: data.train[0].path."""
+    """A path as messages show it: data.train[0].path."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
@@ -78,9 +78,9 @@ def read_file(path: str | FilePath) -> Tree:
 
 
 def read_text(text: str, name: str, locate: Callable[[yaml.Mark], str], root: Path = ()) -> Tree:
-    """The tree of YAML text, every path headed by `root`. Raises ConfigError.
+    """The tree of YAML text; every path begins with `root`. Raises ConfigError.
 
-    `locate` words the place of a mark; `name` stands in messages where no mark is known.
+    `locate` turns a mark into text for messages; `name` stands in messages where no mark is known.
     """
     try:
         _refuse_yaml_machinery(text, locate)
@@ -96,7 +96,7 @@ def read_text(text: str, name: str, locate: Callable[[yaml.Mark], str], root: Pa
 
 
 def _refuse_yaml_machinery(text: str, locate: Callable[[yaml.Mark], str]) -> None:
-    """Refuse tags, anchors, aliases and deep nesting by the tokens alone, in time linear in the text."""
+    """Refuse tags, anchors, aliases and deep nesting, from the tokens alone, in time linear in the text."""
     kinds = {yaml.TagToken: "a YAML tag (!)", yaml.AnchorToken: "a YAML anchor (&)", yaml.AliasToken: "a YAML alias (*)"}
     opens = (yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
     closes = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
@@ -115,7 +115,7 @@ def _refuse_yaml_machinery(text: str, locate: Callable[[yaml.Mark], str]) -> Non
 
 
 def _plain(node: yaml.Node, path: Path, tree: Tree, locate: Callable[[yaml.Mark], str]) -> Any:
-    """The plain value of a node; notes the places of all that is in it."""
+    """The plain value of a node; records the places of all its parts."""
     if path not in tree.places:
         tree.places[path] = locate(node.start_mark)
     if isinstance(node, yaml.MappingNode):

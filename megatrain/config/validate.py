@@ -1,9 +1,9 @@
-"""The rules between knobs: what cannot be split, what contradicts, what a later release delivers.
+"""The rules between keys: sizes that cannot be split, values that contradict each other, values that a later release supports.
 
-`load.py` has checked that every value is of its type; here the values are held against each other and against the number of
-processes, before anything is built. Each refusal says what is wrong, the numbers, the key to change and a value that works.
-Nothing is ignored: what this release does not do yet is refused, by the table DEFERRED, and what cannot have an effect beside the
-other values is too, as the schema says of each knob (docs/config.md shows both).
+`load.py` has checked the type of every value. Here values are compared with each other and with the number of processes, before
+anything is built. Each error says what is wrong, the numbers, the key to change and a value that works.
+No value is ignored: values that this release does not support are refused (table DEFERRED), and so are values that have no effect
+beside the others, as the schema says for each key (docs/config.md shows both).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatrain.config.validate_schedules import require_schedules
 
 @dataclass(frozen=True)
 class Deferred:
-    """A knob of which this release accepts some values only."""
+    """A key of which this release accepts only some values."""
 
     key: str
     allowed: tuple[Any, ...]
@@ -38,13 +38,13 @@ DEFERRED = (
 
 WRITERS = ("tensorboard",)
 LATER_WRITERS = ("wandb", "mlflow")
-"""What `log.to` takes, now and later."""
+"""Values of `log.to`: WRITERS work, LATER_WRITERS are refused in this release."""
 
 
 def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] = lambda: None) -> None:
-    """Hold every rule against a run in a world of `world_size` processes. Raises ConfigError at the first one broken.
+    """Check every rule for a run with `world_size` processes. Raises ConfigError at the first one broken.
 
-    begun: what the schedules of the run that goes on with `config` are measured by, if one does; called on all ranks or on none.
+    begun: the gauge of the run that `config` continues, or None; called on all ranks or on none.
     """
     validate_step(config, world_size)
     _require_data(config)
@@ -54,7 +54,7 @@ def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] 
 
 
 def validate_step(config: Config, world_size: int) -> None:
-    """Hold the rules of a step of training alone, whatever its text and however many there are. Raises ConfigError."""
+    """Check the rules of one training step, which do not depend on the corpora or the number of steps. Raises ConfigError."""
     _require_released(config)
     require_ranges(config)
     require_glm(config)
@@ -71,7 +71,7 @@ def require_effects(config: Config) -> None:
 
 
 def validate_model(config: Config) -> None:
-    """Hold the rules of the model section alone, of whatever else the config is. Raises ConfigError."""
+    """Check the rules of the model section alone, whatever the rest of the config. Raises ConfigError."""
     require_ranges(config, ("model",))
     _require_heads(config.model)
     _require_positions(config.model)
@@ -79,7 +79,7 @@ def validate_model(config: Config) -> None:
 
 
 def validate_layout(config: Config, world_size: int) -> None:
-    """Hold the rules of the model's shape and its layout alone. Raises ConfigError."""
+    """Check the rules of the model's shape and layout alone. Raises ConfigError."""
     _require_heads(config.model)
     _require_positions(config.model)
     _require_rope(config.model)
@@ -89,7 +89,7 @@ def validate_layout(config: Config, world_size: int) -> None:
 
 
 def _values(config: Config) -> dict[str, Any]:
-    """`section.key` -> value."""
+    """`section.key` -> value of a config."""
     return {knob.key: knob.of(config) for knob in knobs()}
 
 
@@ -152,7 +152,7 @@ def _require_heads(model: ModelConfig) -> None:
 
 
 def _require_positions(model: ModelConfig) -> None:
-    """A sample must not be longer than the positions that there are."""
+    """Check that a sample is not longer than the number of positions."""
     if model.seq_length <= model.positions:
         return
     wider = f"model.max_positions={model.seq_length}"
@@ -168,7 +168,7 @@ def _require_positions(model: ModelConfig) -> None:
 
 
 def _require_rope(model: ModelConfig) -> None:
-    """Rotary embeddings turn pairs, and their scalings need an order."""
+    """Check that rotary embeddings have pairs to rotate, and that the bounds of a scaling are in order."""
     if not model.rotary:
         return
     hidden, heads = model.hidden_size, model.num_attention_heads
@@ -202,7 +202,7 @@ def _require_rope(model: ModelConfig) -> None:
 
 
 def _require_tensor_split(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
-    """Every matrix, and with sequence parallelism every sequence, must fall into equal parts."""
+    """Check that every matrix and, with sequence parallelism, every sequence splits into equal parts."""
     size = parallel.tensor_parallel_size
     problem = _split_problem(model, size, parallel.sequence_parallel)
     if problem is None:
@@ -214,7 +214,7 @@ def _require_tensor_split(model: ModelConfig, parallel: ParallelConfig, world_si
 
 
 def _require_layer_split(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Every virtual stage of the pipeline must have a layer, and all layers must lie somewhere."""
+    """Check that every virtual stage of the pipeline has a layer, and that layer_split covers all layers."""
     layers, stages, chunks = model.num_layers, parallel.pipeline_parallel_size, parallel.virtual_pipeline_size
     pieces = (
         f"parallel.pipeline_parallel_size={stages} x parallel.virtual_pipeline_size={chunks} = {stages * chunks} virtual stages"
@@ -237,9 +237,9 @@ def _require_layer_split(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _split_problem(model: ModelConfig, size: int, sequence_parallel: bool) -> str | None:
-    """The key, with its value, that `size` tensor-parallel ranks cannot share; None where all is well.
+    """The key, with its value, that does not split over `size` tensor-parallel ranks; None if all do.
 
-    Key/value heads are either shared out (size <= groups) or replicated, each over size / groups ranks.
+    Key/value heads are either split (size <= groups) or replicated, each on size / groups ranks.
     """
     groups = model.query_groups
     if model.num_attention_heads % size:
@@ -254,7 +254,7 @@ def _split_problem(model: ModelConfig, size: int, sequence_parallel: bool) -> st
 
 
 def _fitting_tensor_sizes(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
-    """Every tensor-parallel size that this model can be split over; 1 is among them."""
+    """All tensor-parallel sizes that this model can be split over; 1 is among them."""
     sizes = _divisors(model.num_attention_heads)
     return [size for size in sizes if _split_problem(model, size, parallel.sequence_parallel) is None]
 
@@ -306,7 +306,7 @@ def _require_batches(config: Config, world_size: int) -> None:
 
 
 def _require_multiple(what: str, batch: int, micro: int, replicas: int) -> None:
-    """Every batch is dealt out in whole micro-batches to all replicas."""
+    """Check that a batch is a whole number of micro-batches for each replica."""
     if batch % (micro * replicas) == 0:
         return
     fits = _nearest(_divisors(batch // replicas), micro) if batch % replicas == 0 else []
@@ -334,17 +334,17 @@ def _require_device(config: Config) -> None:
 
 
 def _divisors(number: int) -> list[int]:
-    """Every divisor, rising."""
+    """Every divisor, ascending."""
     small = [i for i in range(1, int(number**0.5) + 1) if number % i == 0]
     return sorted({*small, *(number // i for i in small)})
 
 
 def _multiples(number: int, unit: int) -> list[int]:
-    """The multiples of `unit` just below and just above `number`; 0 is none."""
+    """The multiples of `unit` just below and just above `number`, without 0."""
     below = number // unit * unit
     return [multiple for multiple in (below, below + unit) if multiple]
 
 
 def _nearest(values: list[int], to: int, count: int = 8) -> list[int]:
-    """At most `count` of the values, those nearest to `to`, rising."""
+    """The `count` values nearest to `to`, ascending."""
     return sorted(sorted(values, key=lambda value: abs(value - to))[:count])

@@ -1,4 +1,4 @@
-"""The rules of `data.glm`: numbers that contradict."""
+"""The rules of `data.glm`: numbers that contradict each other."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def require_glm(config: Config) -> None:
 
 
 def require_glm_text(config: Config) -> None:
-    """Raise ConfigError where the text that is given is none for the objectives."""
+    """Raise ConfigError where the given corpora do not suit the objectives."""
     if config.data.objective != "glm":
         return
     sentence = config.data.glm.objective_mix.sentence

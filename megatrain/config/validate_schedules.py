@@ -1,4 +1,4 @@
-"""The rules of schedules: what passes them reaches its peak, and its end."""
+"""The rules of learning-rate schedules: the warm-up ends within the run, and before the decay begins."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatrain.config.source import ConfigError
 
 
 def require_schedules(config: Config, begun: Callable[[], Gauge | None]) -> None:
-    """Raise ConfigError at the first rule broken. begun: what a run that goes on is measured by, asked for where that matters."""
+    """Raise ConfigError at the first rule broken. begun: the gauge of the run that `config` continues; called only where it matters."""
     optim = config.optim
     if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
     problem = _problem(config, gauge_of(config))
-    if problem is not None and config.train.tokens is not None:  # another batch since the run began is no shorter run
+    if problem is not None and config.train.tokens is not None:  # in tokens, a changed batch does not make the run shorter
         kept = begun()
         problem = problem if kept is None else _problem(config, kept)
     if problem is not None:
@@ -23,7 +23,7 @@ def require_schedules(config: Config, begun: Callable[[], Gauge | None]) -> None
 
 
 def _problem(config: Config, gauge: Gauge) -> str | None:
-    """What is wrong with the warm-up, held against the run's length in the unit that schedules are counted in."""
+    """The error if the warm-up does not fit into the run's length, both in the unit that schedules are counted in; None if it fits."""
     optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
     steps = budget.total_steps()
     what = f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
