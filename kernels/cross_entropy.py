@@ -10,12 +10,15 @@ row's ids is read by neither, and Triton's loads go over it whole: rows of 50,30
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from megatrain.kernels.dispatch import Kernels, jit, next_power, tl, use_triton
 
 BLOCK = 4096
 """Ids that a Triton program takes at a time."""
+LOG2_E = math.log2(math.e)
 
 
 def statistics_of(
@@ -58,7 +61,7 @@ def statistics_of(
         if added is not None:
             added[block] = x.sum(1)
         top[block] = x.amax(1)
-        x = x.sub_(top[block, None]).exp_()
+        x = x.sub_(top[block, None]).exp_() if wide is None else _exponentials_in_16_bits(x, top[block, None])
         total[block] = x.sum(1)
         if wide is not None:
             logits[block] = x
@@ -101,6 +104,11 @@ def gradient_of(
         logits.sub_(spread[:, None].to(logits.dtype))
     rows = torch.arange(logits.shape[0], device=logits.device)
     logits[rows, local] = torch.where(here, label.to(logits.dtype), logits[rows, local])  # scatter_ would copy all logits
+
+
+def _exponentials_in_16_bits(x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    """exp(x - top), in place in float32, as good as 16 bits need: torch has exp2 of float32 on a CPU in a third of the time of exp."""
+    return torch.add(top * -LOG2_E, x, alpha=LOG2_E, out=x).exp2_()
 
 
 def _row_blocks(rows: torch.Tensor) -> list[slice]:

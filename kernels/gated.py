@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional
 
 from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, tl, use_triton
+from megatrain.kernels.gelu_tanh import gelu_tanh
 
 PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": functional.gelu,
@@ -48,7 +49,7 @@ def activated(x: torch.Tensor, kind: str, *, bias: torch.Tensor | None = None, k
     bias: stands for what was added to x before, [f]; its gradient is made here.
     """
     triton = use_triton(kernels, x.device)
-    if bias is None and not triton:
+    if bias is None and not triton and not _by_sigmoid(x, kind):
         return PLAIN[kind](x)
     return _Activated.apply(x, bias, kind, triton)
 
@@ -70,10 +71,15 @@ def gated(
     return _Gated.apply(gate, up, bias, kind, keep, use_triton(kernels, gate.device))
 
 
+def _by_sigmoid(x: torch.Tensor, kind: str) -> bool:
+    return kind == "gelu_tanh" and x.device.type == "cpu"
+
+
 class _Activated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, kind: str, triton: bool) -> torch.Tensor:
-        y = _forward_triton(x, None, kind) if triton else PLAIN[kind](x)
+        act = gelu_tanh if _by_sigmoid(x, kind) else PLAIN[kind]
+        y = _forward_triton(x, None, kind) if triton else act(x)
         ctx.save_for_backward(y if kind == "relu" else x)
         ctx.settings = kind, triton, None if bias is None else bias.dtype
         return y

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference_schedules import reference_rates
 
 from megatrain.config.schema import OptimConfig
-from megatrain.optim.clip import BLOCK, clip_divisor, local_squared_norm, part_norms
+from megatrain.optim.clip import BLOCK, ROW, _squares, clip_divisor, local_squared_norm, part_norms
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import Position, learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
@@ -144,6 +144,19 @@ def test_norms_are_summed_in_float64(dtype, value):
     norms = part_norms(flat, SINGLE, torch.tensor(2.0))
     assert norms["mlp"] == pytest.approx((value / 2 * (elements - 64) ** 0.5, 0.5 * (elements - 64) ** 0.5), rel=1e-7)
     assert norms["norm"] == pytest.approx((value / 2 * 8, 0.5 * 8), rel=1e-7) and set(norms) == {"mlp", "norm"}
+
+
+def test_rows_are_summed_in_float32_where_their_squares_are_some():
+    """Whole rows, a rest, a row of zeros, one too large, one too small; and one number that is not finite."""
+    x = torch.randn(4 * ROW + 10, generator=torch.Generator().manual_seed(0))
+    x[:ROW], x[ROW : 2 * ROW], x[2 * ROW : 3 * ROW] = 0, 3e20, 2e-30
+    squares, owners = _squares([x, torch.ones(3), x[3 * ROW :]])
+    assert squares.dtype == torch.float64 and owners.tolist() == [0, 1, 2, 0, 0, 0, 0, 2]
+    assert squares[3:6].tolist() == pytest.approx([0, ROW * 9e40, ROW * 4e-60], rel=1e-6)
+    of_last = x[3 * ROW :].double().square().sum().item()
+    assert squares[owners == 2].sum().item() == pytest.approx(of_last, rel=5e-7)
+    x[3 * ROW] = torch.nan
+    assert _squares([x])[0].isnan().tolist() == [False, False, False, False, True]
 
 
 def test_a_part_that_is_not_finite_leaves_the_others_their_norms():
