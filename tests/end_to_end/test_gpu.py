@@ -23,6 +23,7 @@ SWITCHES = {
     "gpt2": {},
     "llama": LLAMA,
     "dropout": {"dropout": 0.1},
+    "padded vocabulary": {"vocab_size": 497, "logit_softcap": 5.0},
     "window": {**LLAMA, "window": 17},
     "sparse": {"sparse_block": 16, "sparse_local_blocks": 2},
     "alibi": {"position": "alibi"},
