@@ -174,7 +174,12 @@ def assemble(
     check_whole(chunks, config, vocab_size, ctx)
     parallel = config.parallel
     flat = FlatParameters(
-        units_of(chunks), ctx, stage=parallel.zero_stage, bucket_size=parallel.bucket_size, overlap=parallel.overlap
+        units_of(chunks),
+        ctx,
+        stage=parallel.zero_stage,
+        bucket_size=parallel.bucket_size,
+        overlap=parallel.overlap,
+        reduce_dtype=torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
     )
     optimizer = Optimizer(flat, config.optim, train.kernels)
     objective = objective or objective_of(config)

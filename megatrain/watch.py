@@ -70,7 +70,8 @@ class Watch:
         sequence = " + sequence parallel" if parallel.sequence_parallel else ""
         chunks = f" x {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size > 1 else ""
         over = f" over {parallel.zero_ranks}" if parallel.zero_ranks else ""
-        zero = f" (zero {parallel.zero_stage}{over})" if ctx.dp.size > 1 else ""
+        rounded = ", gradients sent in bf16" if parallel.reduce_dtype == "bf16" else ""
+        zero = f" (zero {parallel.zero_stage}{over}{rounded})" if ctx.dp.size > 1 else ""
         layout = f"tp {ctx.tp.size}{sequence}, pp {ctx.pp.size}{chunks} ({parallel.schedule}), dp {ctx.dp.size}{zero}"
         self.log.say(self.job.session.describe())
         self.log.say(
@@ -231,14 +232,16 @@ def wasteful(config: Config, run: Run) -> list[str]:
     flat, shards, replicas = run.flat, run.ctx.shards.size, run.ctx.replicas.size
     asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
     if shards * replicas == 1:
-        return [f"parallel.zero_stage={asked} changes nothing: there is one replica"] if asked > 1 else []
+        rounded = config.parallel.reduce_dtype
+        given = {f"parallel.zero_stage={asked}": asked > 1, f"parallel.reduce_dtype={rounded}": rounded != "fp32"}
+        return [f"{key} changes nothing: there is one replica" for key, changed in given.items() if changed]
     if shards == 1:
         return [f"parallel.zero_ranks=1 shards nothing: all {replicas} replicas keep everything, as with parallel.zero_stage=0"]
     micro_batches //= run.ctx.dp.size
     elements = sum(held.bucket.size for held in flat.trained)
 
     def moved(stage: int) -> int:
-        sizes = flat.dtype.itemsize, flat.wide.itemsize
+        sizes = flat.dtype.itemsize, flat.sent.itemsize
         return traffic(elements, shards, replicas, stage, micro_batches, *sizes).total
 
     if asked < 2 or moved(asked) <= moved(1):

@@ -38,6 +38,7 @@ SEVERAL_STAGES = Effect(
     ("parallel.pipeline_parallel_size", "parallel.virtual_pipeline_size"),
     lambda config: max(config.parallel.pipeline_parallel_size, config.parallel.virtual_pipeline_size) > 1,
 )
+NOT_DOUBLE = where("train.precision", "bf16", "fp16", "fp32")
 SHARDED = where("parallel.zero_stage", 1, 2, 3)
 BLANKS = where("data.objective", "glm")
 DRAWN = BLANKS & where("data.glm.objective_mix.mode", "sample")

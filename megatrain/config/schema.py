@@ -60,6 +60,12 @@ class ParallelConfig:
         "Parameters that are reduced and gathered over the data-parallel ranks at a time; null: 8 million, or 1 million for each of "
         "these ranks up to an eighth of the rank's own (zero_stage 2 and 3: a thirty-second).",
     )
+    reduce_dtype: Literal["fp32", "bf16"] = knob(
+        "fp32",
+        "What gradients are rounded to on their way over the data-parallel ranks: bf16 moves half the bytes of them. They are "
+        "accumulated over micro-batches in float32 either way.",
+        effects.NOT_DOUBLE,
+    )
     overlap: bool = knob(True, "Reduce gradients beside the backward and gather parameters beside the forward.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where tensors live; auto takes CUDA where there is one.")
     backend: Literal["auto", "gloo", "nccl"] = knob("auto", "Collectives library; auto is nccl on CUDA and gloo on CPU.")

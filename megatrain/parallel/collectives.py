@@ -80,7 +80,7 @@ def start_gather_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Hand
 
 
 def start_scatter_sum_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
-    """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`."""
+    """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`, or wider than `x`."""
     if axis.group is None:
         return _copied(output, x)
     return axis.group.reduce_scatter(output, x, blocking=False)

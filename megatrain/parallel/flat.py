@@ -57,7 +57,9 @@ class Held:
 class FlatBuffers:
     """The parameters of this rank's part of the model in buffers, and their gradients."""
 
-    def __init__(self, units: Sequence[Unit], ctx: ParallelContext, stage: int, bucket_size: int | None) -> None:
+    def __init__(
+        self, units: Sequence[Unit], ctx: ParallelContext, stage: int, bucket_size: int | None, reduce_dtype: torch.dtype | None
+    ) -> None:
         """units: in the order of the forward pass. Raises ValueError when nothing is trainable, or dtypes differ."""
         self.ctx, self.units = ctx, units
         self.stage = stage if ctx.shards.size > 1 else 0  # the one shard is the whole
@@ -70,6 +72,7 @@ class FlatBuffers:
             raise ValueError("there is no trainable parameter")
         self.dtype = buckets[0].parameters[0].dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
+        self.sent = reduce_dtype or self.wide
         whole = sum(b.size for b in buckets)
         trained = sum(b.size for b in buckets if b.trainable)
         self.weights = self._zeros(whole // self.shards.size if self.stage == 3 else whole, self.dtype)
@@ -177,10 +180,11 @@ class Pool:
     def __init__(self) -> None:
         self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
 
-    def take(self, like: torch.Tensor, elements: int) -> torch.Tensor:
-        """A buffer of so many elements, of the dtype and device of `like`, not cleared."""
-        free = self._free.get((elements, like.dtype))
-        return free.pop() if free else like.new_empty(elements)
+    def take(self, like: torch.Tensor, elements: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A buffer of so many elements, of the device and, unless one is given, the dtype of `like`, not cleared."""
+        dtype = dtype or like.dtype
+        free = self._free.get((elements, dtype))
+        return free.pop() if free else like.new_empty(elements, dtype=dtype)
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back."""

@@ -27,6 +27,12 @@ does the same with weights, and fetches the next unit's ahead of time.
 Who says when: hooks on the units (`enter` and `leave` around a forward; in the backward they are met in reverse), and the
 executor, which says what instruction runs (`during`). Under a split backward a unit is complete when its weight gradients are.
 
+With `parallel.reduce_dtype: bf16` gradients are rounded on their way: a bucket (what a rank owns of it, over the replicas) is copied
+to bfloat16, half the bytes are moved, and the sum joins the float32 buffer. Micro-batches are summed in float32 as ever. Nothing is
+scaled for it: the loss has been divided by the weight of the whole batch, so that ranks add up, and bfloat16 has the range of float32.
+One rounding is 2^-8 of a rank's gradient at most. Stages 1 to 3 add in float32 what comes from the ranks, in rank order; NCCL rounds
+each of its d - 1 additions, as do sums over the replicas everywhere (stage 0; `zero_ranks`).
+
 Gradients that are partial sums over the tensor-parallel ranks (norms under sequence parallelism, replicated key/value heads), or
 that the ends of a pipeline share (tied embeddings), are summed at the end of the step, each rank its own shard.
 """
@@ -45,8 +51,9 @@ from torch import nn
 from megatrain.parallel.buckets import Unit
 from megatrain.parallel.collectives import all_reduce, start_all_reduce, start_gather_into, start_scatter_sum_into
 from megatrain.parallel.flat import FlatBuffers, Held, Pool, Segment, there
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.schedules import Instruction
+from megatrain.parallel.uses import Uses
 from megatrain.parallel.weights import Postponed
 from megatrain.transport.group import Handle
 
@@ -65,20 +72,23 @@ class FlatParameters(FlatBuffers):
         stage: int = 0,
         bucket_size: int | None = None,
         overlap: bool = True,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         """units: in the order of the forward pass. bucket_size: None for `usual_size`. overlap: reduce and gather beside the computation.
+        reduce_dtype: what gradients are rounded to on their way over the data axis; None: they keep theirs.
 
         Raises ValueError when nothing is trainable, or when the parameters differ in dtype.
         """
-        super().__init__(units, ctx, stage, bucket_size)
+        super().__init__(units, ctx, stage, bucket_size, reduce_dtype)
         self.overlap = overlap
         self._pool = Pool()
         self._flying: list[_Flight] = []
+        self._summing: list[tuple[Held, torch.Tensor | None]] = []
         self._now: Instruction | None = None
         self._postponed: Postponed | None = None
-        self._uses = _Uses(units)
+        self._uses = Uses(units)
         # Landing lets the next sum begin, or gives a buffer back; where there is neither to gain, it is put off to the end.
-        waits = self.stage >= 2 or self.replicas.group is not None
+        waits = self.stage >= 2 or self.replicas.group is not None or self.sent != self.wide
         self._aloft = 0 if not overlap or self.shards.group is None else IN_FLIGHT if waits else len(self.trained)
         homes = {p: held for held in self.held for p in held.bucket.parameters}
         self._of_chunk = {c: [h for h in self.held if h.bucket.chunk == c] for c in {u.chunk for u in units}}
@@ -255,26 +265,51 @@ class FlatParameters(FlatBuffers):
         for parameter in held.bucket.parameters:
             parameter.main_grad = None  # a gradient that comes too late is noticed
         self._land(self._aloft - 1)
-        self._flying.append(_Flight(held, grads, start_scatter_sum_into(grads[held.own], grads, self.shards), last))
+        sent, room = self._to_send(grads, self.shards)
+        self._flying.append(_Flight(held, grads, start_scatter_sum_into(grads[held.own], sent, self.shards), last, room))
         if self._aloft == 0:
             self._land(0)
 
     def _land(self, flying: int) -> None:
         """Wait until at most so many reductions are under way, and keep what this rank owns of the others."""
         while len(self._flying) > max(flying, 0):
-            held, grads, reducing, last = self._flying.pop(0)
+            held, grads, reducing, last, room = self._flying.pop(0)
             reducing.wait()
+            if room is not None:
+                self._pool.give(room)
             if self.stage >= 2:
                 there(held.own_grads).add_(grads[held.own])
                 self._pool.give(grads)
             if last:
                 self._sum_replicas(held)
 
+    def _to_send(self, grads: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Gradients as they go over an axis: themselves, or rounded; then also the buffer that this lies in, to be given back."""
+        if axis.group is None or self.sent == grads.dtype:
+            return grads, None
+        room = self._pool.take(grads, max(held.bucket.size for held in self.trained), self.sent)  # one that serves all of them
+        return room[: grads.numel()].copy_(grads), room
+
     def _sum_replicas(self, held: Held) -> None:
         """Begin to sum what this rank owns of a bucket's gradients, once a step, over the ranks that own the same."""
-        held.reducing = start_all_reduce(there(held.own_grads), self.replicas)[1]
+        own = there(held.own_grads)
+        if self.sent != self.wide:
+            self._end_sums(IN_FLIGHT - 1)
+        sent, room = self._to_send(own, self.replicas)
+        held.reducing = start_all_reduce(sent, self.replicas)[1]
+        self._summing.append((held, room))
         if not self.overlap:
-            held.reducing.wait()
+            self._end_sums(0)
+
+    def _end_sums(self, under_way: int) -> None:
+        """Wait until at most so many sums over the replicas are under way."""
+        while len(self._summing) > under_way:
+            held, room = self._summing.pop(0)
+            there(held.reducing).wait()
+            if room is not None:
+                own = there(held.own_grads)
+                own.copy_(room[: own.numel()])
+                self._pool.give(room)
 
     def reduce(self) -> None:
         """The step's gradients are all there: finish their sums over replicas, over ranks that hold the same slice, and tied ones."""
@@ -286,7 +321,8 @@ class FlatParameters(FlatBuffers):
         for held in self.trained:
             if held.reducing is None:  # the last micro-batch gave it no gradient
                 self._sum_replicas(held)
-            there(held.reducing).wait()
+        self._end_sums(0)
+        for held in self.trained:
             held.reducing = None
             self._place_grads(held)
         partial = [s for s in self.segments() if s.parameter.spec.partial_over is not None]
@@ -310,6 +346,8 @@ class _Flight(NamedTuple):
     reducing: Handle
     last: bool
     """Whether it completes the step's gradients on these ranks."""
+    room: torch.Tensor | None
+    """Where the rounded copy lies that is sent; None: they are sent themselves."""
 
 
 def _clear_unwritten(held: Held) -> None:
@@ -346,43 +384,6 @@ class _Tell(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         ctx.tell()
         return dy, None
-
-
-class _Uses:
-    """Which unit is used when, as far ahead as the program says."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = units
-        self._order: list[int] = []
-        self._chunks: list[int] = []
-        self._at = 0
-
-    def plan(self, program: Sequence[Instruction]) -> None:
-        """Forwards use a chunk's units in order, backwards in reverse; split-off weight gradients read no matrix."""
-        self._order, self._at = [], 0
-        self._chunks = [instruction.chunk for instruction in program][::-1]
-        for instruction in program:
-            mine = [i for i, unit in enumerate(self.units) if unit.chunk == instruction.chunk]
-            if instruction.kind == "forward":
-                self._order += mine
-            elif instruction.kind != "backward_weight":
-                self._order += [i for i in reversed(mine) if not self.units[i].source]
-
-    @property
-    def next(self) -> int | None:
-        """The unit after the one at work; None where nothing is planned."""
-        return self._order[self._at] if self._at < len(self._order) else None
-
-    def come_to(self, index: int) -> None:
-        """A unit is used now."""
-        if self.next == index:
-            self._at += 1
-
-    def next_instruction(self, chunk: int) -> bool:
-        """An instruction is over: whether the next one is on the same chunk."""
-        if self._chunks:
-            self._chunks.pop()
-        return bool(self._chunks) and self._chunks[-1] == chunk
 
 
 def _move_gradient(parameter: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatrain.config.schema import ModelConfig
+from megatrain.parallel.zero import IN_FLIGHT
 
 STATISTICS_BYTES = 4
 """Of a norm's mean or inverse deviation of one token: float32, whatever the activations are."""
@@ -60,6 +61,16 @@ def layer_activation_bytes(
     normalised = (2 + outer) * rows + again * tokens * (model.num_attention_heads / ranks + key_heads)
     statistics = normalised * (2 if model.norm == "layernorm" else 1)
     return elements * element_bytes + statistics * STATISTICS_BYTES
+
+
+def sending_bytes(largest: int, shards: int, replicas: int, overlap: bool = True) -> int:
+    """Bytes of the rounded copies of gradients that are under way, with parallel.reduce_dtype=bf16; they are kept and used again.
+
+    largest: elements of the largest bucket. shards x replicas: data ranks; at stage 0 one shard. Beside the computation two are under
+    way over the shards, and two over the replicas; else one at a time.
+    """
+    over = (shards > 1) + (replicas > 1)
+    return 2 * largest * (IN_FLIGHT * over if overlap else min(over, 1))
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,11 @@ class Group(ABC):
     def reduce_scatter(
         self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
     ) -> Handle:
-        """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...]."""
+        """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...].
+
+        `output` may be of a wider dtype; `tensor` may then be overwritten. What comes from the ranks is added in the wider one, in
+        order of place; NCCL adds in the dtype of `tensor`, and rounds each sum.
+        """
 
     @abstractmethod
     def all_to_all(
@@ -173,10 +177,14 @@ def check_place(group: Group, operation: str, place: int, *, other: bool = False
         raise refuse(group, operation, f"place {place} is not one of 0..{group.size - 1}" + " other than this rank's" * other)
 
 
-def check_parts(group: Group, operation: str, whole: torch.Tensor, part: torch.Tensor) -> None:
-    """Raise TransportError unless `whole` [size * n, ...] is `size` times `part` [n, ...], same dtype, both contiguous."""
+def check_parts(group: Group, operation: str, whole: torch.Tensor, part: torch.Tensor, *, wider: bool = False) -> None:
+    """Raise TransportError unless `whole` [size * n, ...] is `size` times `part` [n, ...], same dtype, both contiguous.
+
+    wider: the part may be of a dtype that holds those of the whole.
+    """
     check_dense(group, operation, whole, part)
-    if part.dim() == 0 or whole.shape != (group.size * part.shape[0], *part.shape[1:]) or whole.dtype != part.dtype:
+    dtype = torch.promote_types(whole.dtype, part.dtype) if wider else whole.dtype
+    if part.dim() == 0 or whole.shape != (group.size * part.shape[0], *part.shape[1:]) or dtype != part.dtype:
         problem = f"{list(whole.shape)} {whole.dtype} is not {group.size} times {list(part.shape)} {part.dtype} along dim 0"
         raise refuse(group, operation, problem)
 

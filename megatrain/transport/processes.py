@@ -191,20 +191,24 @@ class TorchGroup(Group):
     ) -> Handle:
         """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...]."""
         check_reduction(self, op)
-        check_parts(self, "reduce_scatter", tensor, output)
+        check_parts(self, "reduce_scatter", tensor, output, wider=True)
         near, whole = self._near(output, copy=False), self._near(tensor)
         handle = _TorchHandle(self, f"reduce_scatter({op})", whole, near)
+        parts = dict(enumerate(_blocks(whole, self.size)))
+        mine = parts[self.rank]
         if self._gloo:
-            parts = dict(enumerate(_blocks(whole, self.size)))
-            if not self._staged and self._shared.ready(self, self.size - 1, near):
+            if not self._staged and self._shared.ready(self, self.size - 1, mine):
                 handle.follow(lambda: self._shared.reduce_scatter(near, parts, op, blocking))
             else:
-                received = {place: torch.empty_like(near) for place in self._others()}
+                received = {place: torch.empty_like(mine) for place in self._others()}
                 self._swap(handle, received, {place: parts[place] for place in self._others()})
                 parts.update(received)
                 handle.then(lambda: reduce_in_order(near, [parts[place] for place in range(self.size)], op))
         else:
-            handle.start(_reduce_scatter_single, near, whole, op=_DIST_OPS[op], async_op=True)
+            same = near.dtype == whole.dtype
+            handle.start(_reduce_scatter_single, near if same else mine, whole, op=_DIST_OPS[op], async_op=True)
+            if not same:
+                handle.then(lambda: near.detach().copy_(mine))
         return self._given(handle, near, output, blocking)
 
     def all_to_all(

@@ -57,17 +57,18 @@ class Exchanges:
     def reduce_scatter(self, output: torch.Tensor, parts: dict[int, torch.Tensor], op: ReduceOp, blocking: bool) -> Work:
         """Start to reduce, in order of place, each place's part for this rank into `output`; parts are read in shared memory."""
         slots = self._opened()
+        mine = parts[slots.place]
 
         def write(number: int) -> None:
             for place in slots.others():
-                slots.slot(slots.place, number, place - (place > slots.place), output).copy_(parts[place])
+                slots.slot(slots.place, number, place - (place > slots.place), mine).copy_(parts[place])
 
         def read(number: int) -> None:
             index = {place: slots.place - (slots.place > place) for place in slots.others()}
-            all_parts = parts | {place: slots.slot(place, number, i, output) for place, i in index.items()}
+            all_parts = parts | {place: slots.slot(place, number, i, mine) for place, i in index.items()}
             reduce_in_order(output, [all_parts[place] for place in range(slots.size)], op)
 
-        return self._start(write, read, blocking or output.nbytes < BACKGROUND_BYTES)
+        return self._start(write, read, blocking or mine.nbytes < BACKGROUND_BYTES)
 
     def close(self) -> None:
         """Unmap the memory; other ranks that wait for this one get an error."""
@@ -126,8 +127,8 @@ class _Exchange:
 
 
 def reduce_in_order(output: torch.Tensor, parts: Sequence[torch.Tensor], op: ReduceOp) -> None:
-    """Reduce the parts, in the order given, into `output`, which may be one of them."""
-    total = parts[0]
+    """Reduce the parts, in the order given, into `output`, which may be one of them, or of a wider dtype to add in."""
+    total = parts[0].to(output.dtype)
     for part in parts[1:-1]:
         total = REDUCTIONS[op](total, part)
     with torch.no_grad():

@@ -223,7 +223,7 @@ class MemoryGroup(Group):
     ) -> Handle:
         """Reduce `tensor` [size * n, ...] in rank order and leave this rank's n rows in `output` [n, ...]."""
         check_reduction(self, op)
-        check_parts(self, "reduce_scatter", tensor, output)
+        check_parts(self, "reduce_scatter", tensor, output, wider=True)
         return self._meet(_Part(self, "reduce_scatter", op, tensor, output), blocking)
 
     def all_to_all(
@@ -365,7 +365,7 @@ def _reduce_scatter(parts: list[_Part]) -> None:
     reduce = REDUCTIONS[parts[0].detail]
     rows = [part.tensor.view(len(parts), -1) for part in parts]
     for place, part in enumerate(parts):
-        total = rows[0][place].clone()  # the output may lie inside this rank's tensor
+        total = rows[0][place].to(part.output.dtype, copy=True)  # the output may lie inside this rank's tensor
         for row in rows[1:]:
             reduce(total, row[place], out=total)
         part.output.view(-1).copy_(total)

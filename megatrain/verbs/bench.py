@@ -196,6 +196,7 @@ def _report(
             "data_parallel_size": run.ctx.dp.size,
             "zero_stage": parallel.zero_stage,
             "zero_ranks": parallel.zero_ranks,
+            "reduce_dtype": parallel.reduce_dtype,
         },
         "attention": kernels_of(config, run.ctx.tp.size, DTYPES[train.precision], run.ctx.device).note or None,
         "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else "cpu",

@@ -78,7 +78,8 @@ class Verifier:
         """Train the reference. config: as the user gave it, its layout aside; resume: interrupt every run half-way."""
         optim = replace(config.optim, warmup_steps=min(warmup_of(config), 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
-        self.config = Layout().apply(replace(config, optim=optim, train=train))
+        exact = config.parallel if precision == "bf16" else replace(config.parallel, reduce_dtype="fp32")
+        self.config = Layout().apply(replace(config, optim=optim, train=train, parallel=exact))
         self.steps, self.precision = steps, precision
         self._resume = Resumption(self.config, steps, precision) if resume else None
         self._alone = [self._reference(seed) for seed in range(SEEDS)] if precision == "bf16" else []

@@ -68,6 +68,10 @@ def test_first_step(layout, model):
     check(layout, model)
 
 
+def test_first_step_with_gradients_rounded_on_their_way():
+    check(LAYOUTS["dp 2"], "llama", reduce_dtype="bf16")
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_first_step_of_a_pipeline(pipeline, model):

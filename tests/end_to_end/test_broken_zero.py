@@ -75,7 +75,7 @@ def test_gradients_averaged_over_the_replicas_instead_of_summed(monkeypatch):
 def test_micro_batches_that_replace_each_other_at_stage_2(monkeypatch):
     def land(self, flying):
         while len(self._flying) > flying:
-            held, grads, reducing, _ = self._flying.pop(0)
+            held, grads, reducing, *_ = self._flying.pop(0)
             reducing.wait()
             held.own_grads.copy_(grads[held.own])
             self._pool.give(grads)

@@ -370,29 +370,35 @@ def test_copies_are_compared_every_so_many_steps(house, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dp", "micro_batch_size", "expected"),
+    ("parallel", "dp", "micro_batch_size", "expected"),
     [
-        (1, 2, 2, []),
-        ((1, 2), 4, 2, []),
-        ((1, 1), 4, 2, ["zero_ranks=1 shards nothing: all 4 replicas keep everything, as with parallel.zero_stage=0"]),
+        ({"zero_stage": 1}, 2, 2, []),
+        ({"zero_stage": 1, "zero_ranks": 2}, 4, 2, []),
         (
-            (3, 2),
+            {"zero_stage": 1, "zero_ranks": 1},
+            4,
+            2,
+            ["zero_ranks=1 shards nothing: all 4 replicas keep everything, as with parallel.zero_stage=0"],
+        ),
+        (
+            {"zero_stage": 3, "zero_ranks": 2},
             4,
             2,
             [r"zero_stage=3 with 2 micro-batches on a rank moves [\d.]+ MB a step over the data axis, 2.3x of stage 1"],
         ),
-        (3, 1, 2, ["parallel.zero_stage=3 changes nothing: there is one replica"]),
-        (2, 2, 8, []),
-        (2, 2, 2, [r"zero_stage=2 with 4 micro-batches on a rank moves [\d.]+ MB a step over the data axis, 2.5x of stage 1"]),
-        (3, 2, 8, [r"zero_stage=3 with 1 micro-batches on a rank moves [\d.]+ MB a step .* 1.5x of stage 1"]),
+        ({"zero_stage": 3}, 1, 2, ["parallel.zero_stage=3 changes nothing: there is one replica"]),
+        ({"reduce_dtype": "bf16"}, 1, 2, ["parallel.reduce_dtype=bf16 changes nothing: there is one replica"]),
+        ({"zero_stage": 2}, 2, 8, []),
+        ({"zero_stage": 2}, 2, 2, [r"zero_stage=2 with 4 micro-batches on a rank moves [\d.]+ MB a step .* 2.5x of stage 1"]),
+        ({"zero_stage": 2, "reduce_dtype": "bf16"}, 2, 2, [r"zero_stage=2 with 4 .* 2.0x of stage 1"]),
+        ({"zero_stage": 3}, 2, 8, [r"zero_stage=3 with 1 micro-batches on a rank moves [\d.]+ MB a step .* 1.5x of stage 1"]),
     ],
 )
-def test_what_is_wasteful_is_said_with_the_figure(stage, dp, micro_batch_size, expected):
-    stage, ranks = stage if isinstance(stage, tuple) else (stage, None)
+def test_what_is_wasteful_is_said_with_the_figure(parallel, dp, micro_batch_size, expected):
     config = config_of((1, False, dp, 4), (True, 101, 1, 0.1, "fp32"))
     config = replace(
         config,
-        parallel=replace(config.parallel, zero_stage=stage, zero_ranks=ranks),
+        parallel=replace(config.parallel, **parallel),
         train=replace(config.train, micro_batch_size=micro_batch_size),
     )
 

@@ -134,7 +134,7 @@ def test_a_rank_takes_the_usual_size_unless_one_is_given(given, buckets):
     """128 matrices of 2^20 elements: an eighth of them is 16.8M."""
     unit = Unit(tuple(parameter(f"{i}", 2**20, device="meta") for i in range(128)))
     ctx = replace(ParallelContext.single("meta"), dp_cp=Axis("dp_cp", 64))
-    flat = FlatBuffers([unit], ctx, 1, given)
+    flat = FlatBuffers([unit], ctx, 1, given, None)
     assert len(flat.held) == buckets
 
 

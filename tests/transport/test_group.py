@@ -111,6 +111,17 @@ def test_memory_group_does_what_the_calls_mean(dtype, size, blocking):
     check(simulate(size, every_call, dtype, blocking), dtype)
 
 
+def test_a_wider_output_is_what_sums_are_made_in():
+    def run(ctx):
+        whole = torch.full((3,), 1.0 if ctx.world.rank == 0 else 2**-9, dtype=torch.bfloat16)
+        narrow, wide = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1)
+        ctx.world.group.reduce_scatter(narrow, whole)
+        ctx.world.group.reduce_scatter(wide, whole)
+        return narrow.item(), wide.item()
+
+    assert simulate(3, run) == [(1.0, 1 + 2**-8)] * 3
+
+
 def every_call_of_every_dtype(ctx, dtypes, blocking):
     return [every_call(ctx, dtype, blocking) for dtype in dtypes]
 

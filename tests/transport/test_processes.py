@@ -101,6 +101,21 @@ def test_nccl_has_a_stream_of_high_priority_for_each_group(connect):
         assert limit == options._timeout == timedelta(seconds=77)
 
 
+def test_nccl_adds_in_the_dtype_that_it_is_given_and_a_wider_output_is_filled_from_it(connect, monkeypatch):
+    calls = []
+
+    def reduce_scatter(output, whole, op, group, async_op):
+        calls.append((output.dtype, output.data_ptr() == whole.data_ptr(), op))
+        output.fill_(3)
+
+    monkeypatch.setattr(processes, "_reduce_scatter_single", reduce_scatter)
+    group = connect(2, "nccl")[0].group("dp", (0, 1))
+    output, whole = torch.zeros(4), torch.ones(8, dtype=torch.bfloat16)
+    group.reduce_scatter(output, whole, blocking=False).wait()
+    assert calls == [(torch.bfloat16, True, dist.ReduceOp.SUM)], "into this rank's part of what is sent"
+    assert output.tolist() == [3.0] * 4
+
+
 @pytest.mark.gpu
 def test_nccl_takes_the_options(tmp_path):
     world = TorchWorld.connect(0, 1, backend="nccl", rendezvous=tmp_path / "meet", device="cuda:0")

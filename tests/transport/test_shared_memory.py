@@ -31,12 +31,15 @@ def exchange(ctx: ParallelContext, dtype: torch.dtype, folder: Path, hinder: boo
             outputs = [torch.empty(ROWS * size, 64, dtype=dtype) for _ in range(SLOTS + 2)]
             mine = torch.empty(ROWS, 64, dtype=dtype)
             handles = [group.all_gather(output, part, blocking=False) for output in outputs]
+            wide = torch.empty(ROWS, 64, dtype=torch.promote_types(dtype, torch.float32))
             handles.append(group.reduce_scatter(mine, whole, blocking=False))
+            handles.append(group.reduce_scatter(wide, whole.clone(), blocking=False))
             for handle in reversed(handles):
                 handle.wait()
             gathered = torch.cat([numbers(turn * 10 + r, ROWS, dtype) for r in range(size)])
             parts = [numbers(1000 + turn * 10 + r, ROWS * size, dtype)[rank * ROWS :][:ROWS] for r in range(size)]
             assert all(torch.equal(output, gathered) for output in outputs)
+            assert torch.equal(wide, sum((part.to(wide.dtype) for part in parts[1:]), parts[0].to(wide.dtype)))
             assert torch.equal(mine, torch.stack(parts).sum(0) if size == 2 else sum(parts[1:], parts[0]))
     finally:
         SharedSlots.create, shared_memory._FOLDER = staticmethod(create), memory
