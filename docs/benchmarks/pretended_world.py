@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatrain.parallel.mesh import MeshShape
@@ -28,9 +29,14 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
 
 
 class Idle(Group):
-    """A group that can do nothing."""
+    """A group that can do nothing but be connected."""
 
-    all_reduce = all_gather = reduce_scatter = all_to_all = broadcast = send = recv = barrier = None  # type: ignore[assignment]
+    all_reduce = all_gather = reduce_scatter = all_to_all = broadcast = barrier = None  # type: ignore[assignment]
+
+    def send(self, tensor: torch.Tensor, other: int) -> None:  # type: ignore[override]
+        """Nothing."""
+
+    recv = send  # type: ignore[assignment]
 
 
 Idle.__abstractmethods__ = frozenset()
