@@ -464,7 +464,7 @@ def test_a_model_whose_weights_do_not_fit_is_refused_before_it_is_built():
 def test_what_cannot_be_is_told_before_torch_is_there(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {vocab_size: 101}\ndata: {train: PREFIX}\ntrain: {precision: fp64}\n")
-    code = "import sys; from megatrain import cli; print(cli.main(sys.argv[1:]), 'torch' in sys.modules)"
+    code = "import sys; from megatrain.cli.main import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
     for override, message in (
         ("model.hidden_size=2147483648", "model.hidden_size=2147483648 must be at most 16777216."),
         ("parallel.tensor_parallel_size=3", "model.num_attention_heads=8 cannot be split over"),

@@ -34,23 +34,24 @@ def traces(config, shape, steps=STEPS, **options):
     return simulate(shape, trace_run, config, steps, **options)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize(("schedule", "tp"), [(ONE, (1, False)), (ONE, (2, True)), (ZB, (1, False))], ids=str)
+@pytest.mark.parametrize(
+    ("stage", "schedule", "tp"),
+    [*((stage, ONE, (1, False)) for stage in (1, 2, 3)), (3, ONE, (2, True)), (2, ZB, (1, False))],
+    ids=str,
+)
 def test_two_by_two_replicas_agree_with_one_process(stage, schedule, tp):
     for trace in traces(*shared(stage, schedule, tp)):
         agree(reference(True, "fp64"), trace)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_gloo_processes_agree_with_one_process(stage):
-    config, shape = shared(stage, micro_batches=1)
+def test_gloo_processes_agree_with_one_process():
+    config, shape = shared(3, micro_batches=1)
     for trace in spawn(shape, trace_run, config, STEPS):
         agree(reference(True, "fp64"), trace)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_without_overlap_the_numbers_are_the_same_to_the_bit(stage):
-    with_overlap, without = (traces(*shared(stage, overlap=overlap))[3] for overlap in (True, False))
+def test_without_overlap_the_numbers_are_the_same_to_the_bit():
+    with_overlap, without = (traces(*shared(3, overlap=overlap))[3] for overlap in (True, False))
     assert with_overlap.losses == without.losses and with_overlap.grad_norms == without.grad_norms
     assert all(torch.equal(with_overlap.weights[name], without.weights[name]) for name in without.weights)
 
@@ -60,8 +61,7 @@ def test_one_rank_with_all_shards_is_stage_0_to_the_bit():
     assert apart.losses == plain.losses and all(torch.equal(apart.weights[name], plain.weights[name]) for name in plain.weights)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_replicas_that_are_not_summed_are_found(monkeypatch, stage):
+def test_replicas_that_are_not_summed_are_found(monkeypatch):
     def forget(self, held):
         real(self, held)
         held.reducing.wait()
@@ -70,7 +70,7 @@ def test_replicas_that_are_not_summed_are_found(monkeypatch, stage):
     real = FlatParameters._sum_replicas
     monkeypatch.setattr(FlatParameters, "_sum_replicas", forget)
     with pytest.raises(Disagreement, match=r"gradient of step 0: embedding\.tokens"):
-        agree(reference(True, "fp64"), traces(*shared(stage))[0])
+        agree(reference(True, "fp64"), traces(*shared(2))[0])
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------------
@@ -171,20 +171,18 @@ def test_a_checkpoint_is_the_same_files_however_many_ranks_share_and_goes_into_a
 
         trace_run(ctx, config, 0, prepare=prepare)
 
-    route = [shared(2), shared(2, zero_ranks=None), shared(0, zero_ranks=None), shared(1, zero_ranks=1), shared(3), shared(1)]
-    route += [shared(3, tp=(2, False)), shared(2)]
+    route = [shared(2), shared(2, zero_ranks=None), shared(0, zero_ranks=None), shared(3), shared(3, tp=(2, False)), shared(1)]
     path, found = None, []
     for number, (config, shape) in enumerate(route):
         simulate(shape, handed_on, config, path, tmp_path / str(number))
         path = tmp_path / str(number) / "step_00000001"
         found.append(files_of(path))
     assert len(found[0]) == 3 * 4 and max(sizes := [len(content) for content in found[0].values()]) < 1.1 * min(sizes)
-    for number in (1, 2, 3, 5, 7):  # at stage 3, and with tensor parallelism, buckets are others
+    for number in (1, 2, 5):  # at stage 3, and with tensor parallelism, buckets are others
         assert found[number] == found[0], number
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_resumed_run_has_the_same_bits(tmp_path, stage):
-    config, shape = shared(stage)
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    config, shape = shared(3)
     plain, again = traces(config, shape)[0], simulate(shape, interrupted, config, STEPS, 1, tmp_path)[0]
     require_same_bits(plain, again, "resumed")
