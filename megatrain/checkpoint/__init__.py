@@ -1,1 +1,1 @@
-"""Saving and loading the state of a run."""
+"""Saving and loading the state of a run: tensor files, manifest, and their directory."""

@@ -1,8 +1,8 @@
-"""Boxes of a tensor, a slice per dim: what a rank holds and what a file holds are both such, and elements are copied where they meet.
+"""Boxes of a tensor (a slice per dim). A rank's part and a file's part of a tensor are both boxes; elements are copied where they meet.
 
-A run of elements, counted row by row, is a few boxes:   . . x x x        part of a row
-                                                         x x x x x        whole rows
-                                                         x . . . .        part of a row
+A range of elements, counted row by row, is a few boxes:   . . x x x        part of a row
+                                                           x x x x x        whole rows
+                                                           x . . . .        part of a row
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def numel(box: Box) -> int:
 
 
 def intersect(a: Box, b: Box) -> Box:
-    """The box that two boxes share; it may be empty."""
+    """The intersection of two boxes, which may be empty."""
     shared = ((max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True))
     return tuple(slice(start, max(start, stop)) for start, stop in shared)
 
 
 def within(box: Box, outer: Box) -> Box:
-    """`box` in coordinates that start at the corner of `outer`."""
+    """`box` in coordinates relative to the corner of `outer`."""
     return tuple(slice(x.start - y.start, x.stop - y.start) for x, y in zip(box, outer, strict=True))
 
 
@@ -57,7 +57,7 @@ def of_run(shape: tuple[int, ...], first: int, stop: int) -> Iterator[Box]:
 
 
 def view(run: torch.Tensor, shape: tuple[int, ...], first: int, box: Box) -> torch.Tensor:
-    """`box` of a tensor of `shape`, of which `run` [n] holds the elements from `first` on, that box included."""
+    """View of `box` of a tensor of `shape`. `run` [n] holds the tensor's elements from number `first` on, those of `box` among them."""
     strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
     offset = sum(part.start * stride for part, stride in zip(box, strides, strict=True)) - first
     size = [part.stop - part.start for part in box]
@@ -65,7 +65,7 @@ def view(run: torch.Tensor, shape: tuple[int, ...], first: int, box: Box) -> tor
 
 
 def reach(shape: tuple[int, ...], box: Box) -> tuple[int, int]:
-    """First element of a box that is not empty, and the one behind its last, counted row by row."""
+    """The numbers, counted row by row, of the first element of a non-empty box and of the one after its last."""
     first = last = 0
     for n, part in zip(shape, box, strict=True):
         first, last = first * n + part.start, last * n + part.stop - 1
@@ -73,6 +73,6 @@ def reach(shape: tuple[int, ...], box: Box) -> tuple[int, int]:
 
 
 def span(shape: tuple[int, ...], several: list[Box]) -> tuple[int, int]:
-    """The first element of several boxes and the one behind the last, counted row by row."""
+    """The numbers, counted row by row, of the first element of several boxes and of the one after the last."""
     ends = [reach(shape, box) for box in several]
     return min(first for first, _ in ends), max(stop for _, stop in ends)

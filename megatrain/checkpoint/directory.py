@@ -1,9 +1,9 @@
-"""A directory of checkpoints: who owns it, what is in it, and the renames by which one appears or goes.
+"""A directory of checkpoints: which run owns it, what it holds, and the renames by which a checkpoint appears or goes.
 
-    .lock                    held by the run that saves here, and says who that is
+    .lock                    held by the run that saves here; its text says which run
     .saving_step_00000300    being written; rubbish after a crash
-    step_00000200            whole: it got this name when everything in it was on the disk
-    latest                   names the newest whole one; replaced after that name is there
+    step_00000200            whole: it got this name when all its files were on the disk
+    latest                   text file with the name of the newest whole one; replaced after that one has its name
 
 A removal works the other way round: the directory first gets a name that starts with a dot.
 """
@@ -39,19 +39,19 @@ class Claim:
 
     def __init__(self, lock: int | None) -> None:
         """lock: descriptor of the locked file, on the rank that holds it."""
-        # Not __del__: at the end of the process that may run when the modules which it needs have gone.
+        # Not __del__, which may run at the end of the process when the modules that it needs are gone.
         self._release = weakref.finalize(self, lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
 
     def release(self) -> None:
-        """Let others have the directory; may be called again."""
+        """Give up the directory; may be called again."""
         self._release()
 
 
 def claim(directory: Path, ctx: ParallelContext) -> Claim:
-    """Take a directory for this run, making it where there is none, and clear away what crashed saves left (collective).
+    """Take a directory for this run, making it if needed, and remove what crashed saves left there (collective).
 
-    Raises CheckpointError on every rank where another run holds it, where it cannot be written, or where some rank does not see
-    what rank 0 writes there.
+    Raises CheckpointError on every rank where another run holds it, where it cannot be written, or where some rank does not see the file
+    that rank 0 writes there.
     """
     directory, held, mark = Path(directory), Claim(None), ""
     with together(ctx):
@@ -69,7 +69,9 @@ def claim(directory: Path, ctx: ParallelContext) -> Claim:
 
 
 def _lock(directory: Path) -> tuple[Claim, str]:
-    """The lock file, held by this process, and the mark in it. Raises CheckpointError where another process holds it."""
+    """Lock the lock file for this process and write a new mark into it; returns both. Raises CheckpointError where another process holds
+    it.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -86,7 +88,7 @@ def _lock(directory: Path) -> tuple[Claim, str]:
         os.close(lock)
         with suppress(ValueError):
             said = json.loads(holder)
-            if {key: said.get(key) for key in me} == me:  # a run of this very process that nobody has closed
+            if {key: said.get(key) for key in me} == me:  # an earlier run of this process that was not closed
                 return Claim(None), holder
         raise CheckpointError(
             f"another run saves in checkpoint.dir={directory}: {holder.strip()}. Wait for it or stop it, or set checkpoint.dir "
@@ -103,7 +105,7 @@ def _lock(directory: Path) -> tuple[Claim, str]:
 
 
 def _require_mark(directory: Path, mark: str) -> None:
-    """Raise CheckpointError unless this rank sees the mark of rank 0."""
+    """Raise CheckpointError unless this rank reads the mark that rank 0 wrote."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
         with suppress(OSError):
@@ -119,9 +121,9 @@ def _require_mark(directory: Path, mark: str) -> None:
 
 
 def tidy(directory: Path, ctx: ParallelContext) -> None:
-    """Clear away what crashed saves left in `directory` and let `latest` name the newest checkpoint again (collective).
+    """Remove what crashed saves left in `directory` and let `latest` name the newest checkpoint again (collective).
 
-    For the run that owns the directory: what another process is just saving there would be lost.
+    Only for the run that owns the directory: a save of another process in progress would be lost.
     """
     with together(ctx):
         if ctx.world.rank == 0 and Path(directory).is_dir():
@@ -132,10 +134,10 @@ def tidy(directory: Path, ctx: ParallelContext) -> None:
 
 
 def catalogue(directory: Path) -> list[tuple[Path, Manifest | None, str]]:
-    """Checkpoints of a directory, newest first: path, manifest, and "" or why it is not whole as far as names and sizes tell.
+    """Checkpoints of a directory, newest first: path, manifest, and "" or why names and sizes of its files show that it is not whole.
 
-    Newest is what was published last (`saved_at`; the directory's own time where the manifest cannot be read), not the largest
-    step: a run that went back and saved again continues from there.
+    Newest means published last (`saved_at`; the directory's own time if the manifest cannot be read), not the largest step: a run that went
+    back and saved again continues from there.
     """
     found = []
     for path in directory.iterdir() if directory.is_dir() else ():
@@ -154,7 +156,7 @@ def catalogue(directory: Path) -> list[tuple[Path, Manifest | None, str]]:
 
 
 def appear(work: Path, final: Path) -> None:
-    """Let a directory in which everything is written and on the disk be the newest checkpoint."""
+    """Rename a finished directory, all of it on the disk, to its final name, and let `latest` name it."""
     replaced = _set_aside(final) if final.is_dir() else None
     work.rename(final)
     sync(final.parent)
@@ -164,9 +166,9 @@ def appear(work: Path, final: Path) -> None:
 
 
 def _set_aside(final: Path) -> Path | None:
-    """Make room for a checkpoint of the same step; return what to remove afterwards: the old one, unless it is damaged."""
+    """Move an older checkpoint of the same step out of the way; returns its path, to be removed afterwards, or None if it is damaged."""
     if latest(final.parent) == final.name:
-        (final.parent / LATEST).unlink()  # it would name nothing between the two renames
+        (final.parent / LATEST).unlink()  # else it would name a missing directory between the two renames
     if _whole(final):
         aside = final.with_name(_REPLACED + final.name)
         final.rename(aside)
@@ -177,7 +179,7 @@ def _set_aside(final: Path) -> Path | None:
 
 
 def _whole(path: Path) -> bool:
-    """Whether names and sizes of a checkpoint are right."""
+    """Whether the files of a checkpoint have the names and sizes in its manifest."""
     try:
         for row in read_manifest(path).files:
             check_file(path, row)
@@ -187,7 +189,7 @@ def _whole(path: Path) -> bool:
 
 
 def latest(directory: Path) -> str:
-    """What `latest` names; "" if there is no such file."""
+    """The name in `latest`; "" if there is no such file."""
     file = directory / LATEST
     return file.read_text(errors="replace").strip() if file.is_file() else ""
 
@@ -201,21 +203,21 @@ def point_latest(checkpoint: Path) -> None:
 
 
 def prune(directory: Path, keep: int, every: int, newest: str) -> None:
-    """Remove all but the `keep` newest checkpoints and those of steps that are multiples of `every` (0: none).
+    """Remove all but the `keep` newest whole checkpoints and those of steps that are multiples of `every` (0: none of these).
 
-    Damaged ones are neither counted nor removed.
+    newest: name of the checkpoint just saved, one of the `keep`. Damaged checkpoints are neither counted nor removed.
     """
     whole = [path for path, _, reason in catalogue(directory) if not reason and path.name != newest]
     for path in whole[keep - 1 :]:
         if every and int(path.name.rpartition("_")[2]) % every == 0:
             continue
         doomed = path.with_name(_REMOVING + path.name)
-        path.rename(doomed)  # at once: a kill half-way through the removal must not leave a checkpoint that looks damaged
+        path.rename(doomed)  # first, so that a kill during the removal leaves no checkpoint that looks damaged
         shutil.rmtree(doomed, ignore_errors=True)
 
 
 def tidy_here(directory: Path) -> None:
-    """Remove or restore what crashed saves left: every name that starts with a dot and is ours."""
+    """Remove or restore what crashed saves left: the names that start with a dot and follow our scheme."""
     for path in list(directory.iterdir()):
         name = re.sub(r"^\.[a-z]+_", "", path.name)
         if path.name == _LATEST_DRAFT:
@@ -230,7 +232,7 @@ def tidy_here(directory: Path) -> None:
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Write a small file and wait until the disk has it."""
+    """Write a small file and wait until it is on the disk."""
     with doing("writing", file), file.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -238,7 +240,7 @@ def write_file(file: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a directory."""
+    """Wait until a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with doing("writing", path):

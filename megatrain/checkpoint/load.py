@@ -1,10 +1,10 @@
-"""Load a checkpoint: find the newest that verifies, and fill this rank's elements with what they need, under any layout.
+"""Load a checkpoint: find the newest one that verifies, and fill this rank's elements from it, under any layout.
 
-Both sides of a load are runs of elements of a slice of a logical tensor: the pieces that lie in files (`Manifest.pieces`) and the
-portions that this rank holds. A run is a few boxes; where boxes of the two sides meet, elements are copied out of the memory-mapped file,
-and only blocks in which such elements lie are read and verified:
+Both sides of a load are ranges of elements of a slice of a logical tensor: the pieces in files (`Manifest.pieces`) and the portions
+that this rank holds. A range is a few boxes; where boxes of the two sides meet, elements are copied out of the memory-mapped file, and
+only blocks that contain such elements are read and verified:
 
-    saved under tp 2:   file 0 rows 0-5 | file 1 rows 6-9        wanted by place 1 of tp 4: rows 3-5  ->  file 0, its rows 3-5
+    saved under tp 2:   file 0 rows 0-5 | file 1 rows 6-9        needed by place 1 of tp 4: rows 3-5  ->  file 0, its rows 3-5
 """
 
 from __future__ import annotations
@@ -37,48 +37,48 @@ from megatrain.parallel.portion import Cut, Plain, Portion, Portions, axis_of, l
 from megatrain.transport.consensus import broadcast_text, gather_texts
 
 OnDamaged = Callable[[Path, str], None]
-"""Told of a damaged checkpoint that was passed over: its path, and what is wrong with it. Called on every rank."""
+"""Called on every rank for a damaged checkpoint that is skipped: its path, and what is wrong with it."""
 
 _SHOWN = 4
-"""How many names an error lists."""
+"""Most names that an error lists."""
 
 
 class _Source(NamedTuple):
-    """Elements of one tensor of one file that a rank needs."""
+    """The elements that a rank needs of one tensor in one file."""
 
     row: FileRow
     name: str
     numel: int
-    """Elements that the file must hold under that name."""
+    """Number of elements that the file must hold under that name."""
     dtype: torch.dtype
-    """Dtype the file must have under that name."""
+    """Dtype that the file must have under that name."""
     shape: tuple[int, ...]
-    """Of the slice that the file holds a run of."""
+    """Shape of the slice of which the file holds a range."""
     first: int
-    """Of that run."""
+    """Number of the first element of that range in the slice."""
     boxes: list[tuple[boxes.Box, boxes.Box]]
-    """What to copy: a box of the slice in the file, and the same elements as a box of the rank's slice."""
+    """What to copy: a box in the file's slice, and the same elements as a box of the rank's slice."""
 
     def ranges(self, start: int) -> Iterator[tuple[int, int]]:
-        """Bytes of the file, of which the tensor begins at `start`."""
+        """Byte ranges of the needed elements in the file, where the tensor begins at byte `start`."""
         for box, _ in self.boxes:
             first, stop = boxes.reach(self.shape, box)
             yield start + (first - self.first) * self.dtype.itemsize, start + (stop - self.first) * self.dtype.itemsize
 
 
 class _Target(NamedTuple):
-    """A portion of this rank and where its numbers come from."""
+    """A portion of this rank and the files that its numbers come from."""
 
     portion: Portion
     shape: tuple[int, ...]
-    """Of the rank's slice, without padding."""
+    """Shape of the rank's slice, without padding."""
     stop: int
-    """The element behind the last logical one of the portion."""
+    """Number of the element after the portion's last logical one; after it comes padding."""
     sources: list[_Source]
 
 
 def newest(directory: Path, on_damaged: OnDamaged | None = None) -> Path | None:
-    """The newest checkpoint of `directory` whose every byte is right, or None; for one process. A damaged one is passed over."""
+    """The newest checkpoint of `directory` of which every byte verifies, or None. Damaged ones are skipped. For one process."""
     for path, _, known in catalogue(Path(directory)):
         reason = known
         if not reason:
@@ -101,13 +101,13 @@ def load_newest(
     accept: Callable[[Path, Manifest], None] | None = None,
     own: Callable[[Path, Manifest | None], bool] | None = None,
 ) -> tuple[Path, Manifest] | None:
-    """Load the newest checkpoint of `directory` that is whole (collective); None where there is none at all.
+    """Load the newest whole checkpoint of `directory` (collective); None if it holds no checkpoint at all.
 
-    `own`, asked on rank 0, says whether one counts; its manifest is None where that cannot be read.
+    `own`, called on rank 0, decides whether a checkpoint counts; its manifest is None if it cannot be read.
 
-    Ranks verify what they read, so that together they verify all that is loaded, in one pass. A damaged checkpoint is passed over,
-    never touched. `accept` may refuse one by raising. Raises CheckpointError where there are checkpoints and none is whole: a run
-    that has lost its past must not begin anew by itself.
+    Each rank verifies the blocks that it reads, so that together they verify all that is loaded, in one pass. A damaged checkpoint is
+    skipped and left as it is. `accept` may refuse one by raising. Raises CheckpointError where there are checkpoints and none is whole: a
+    run that has lost its checkpoints must not begin anew by itself.
     """
     found = "[]"
     with together(ctx):
@@ -137,9 +137,9 @@ def load_newest(
 
 
 def verify(path: Path, ctx: ParallelContext | None = None) -> None:
-    """Check every byte of a checkpoint, each rank a share of its files (collective).
+    """Check every byte of a checkpoint; each rank checks a share of the files (collective).
 
-    Raises DamagedCheckpointError, naming the first file that is not as its manifest says.
+    Raises DamagedCheckpointError that names the first file that differs from the manifest.
     """
     ctx = ParallelContext.single() if ctx is None else ctx
     with together(ctx):
@@ -149,7 +149,7 @@ def verify(path: Path, ctx: ParallelContext | None = None) -> None:
 
 
 def find(path: Path, on_damaged: OnDamaged | None = None) -> Path:
-    """The checkpoint that a person means by `path`: a step directory, a directory of checkpoints, or a run directory.
+    """The checkpoint that a user means by `path`: a step directory, a directory of checkpoints, or a run directory.
 
     For one process. Raises CheckpointError if there is none that verifies.
     """
@@ -167,13 +167,13 @@ def find(path: Path, on_damaged: OnDamaged | None = None) -> Path:
 
 
 def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = True) -> Manifest:
-    """Fill what this rank holds from the checkpoint at `path` (collective over the world) and return its manifest.
+    """Fill this rank's portions from the checkpoint at `path` (collective over the world) and return its manifest.
 
-    Under any layout; numbers are cast to the dtype of the elements given, padding becomes zero, and kinds that the checkpoint has and
-    `portions` has not are left alone. `check`: compare the checksums of all blocks that this rank reads.
+    Works under any layout. Numbers are cast to the dtype of the elements given, padding becomes zero; kinds that the checkpoint has and
+    `portions` does not are ignored. `check`: verify the checksums of all blocks that this rank reads.
 
-    Raises, on every rank, ContentError (tensors missing, too many, of other shapes), before anything is filled, or
-    DamagedCheckpointError; what was to be filled then holds anything.
+    Raises, on every rank, ContentError (tensors missing, too many, of other shapes) before anything is filled, or
+    DamagedCheckpointError, after which the contents of the portions are undefined.
     """
     with together(ctx):
         manifest = read_manifest(path)
@@ -204,10 +204,10 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
 
 
 def read_weights(path: Path, *, check: bool = True) -> dict[str, torch.Tensor]:
-    """Every weight of a checkpoint as a whole logical tensor on the CPU, in the dtype it was saved in. For one process."""
+    """Every weight of a checkpoint as a whole logical tensor on the CPU, in the dtype that it was saved in. For one process."""
     manifest = read_manifest(path)
     for row in manifest.files:
-        check_file(path, row)  # before memory is taken for what they should hold
+        check_file(path, row)  # before memory is allocated for their tensors
     tensors = {
         name: torch.empty(stored.spec.shape, dtype=dtype_of(stored.dtypes[WEIGHTS]))
         for name, stored in manifest.tensors.items()
@@ -219,7 +219,7 @@ def read_weights(path: Path, *, check: bool = True) -> dict[str, torch.Tensor]:
 
 
 class StoredElements:
-    """All elements of one kind of a logical tensor of a checkpoint, read when they are asked for. For one process."""
+    """All elements of one kind of a logical tensor of a checkpoint, read on demand. For one process."""
 
     def __init__(self, path: Path, manifest: Manifest, kind: str, name: str) -> None:
         self._path, self._manifest, self._kind, self._name = path, manifest, kind, name
@@ -228,7 +228,7 @@ class StoredElements:
     direct = False
 
     def read(self, part: slice) -> torch.Tensor:
-        """Elements [n]; a copy."""
+        """The elements of `part`, as a new tensor [n]."""
         values = torch.empty(part.stop - part.start, dtype=self.dtype)
         spec = self._manifest.tensors[self._name].spec
         portion = Portion(spec, part.start, values.numel(), Plain(values), Cut(0, max(1, spec.numel)))
@@ -241,12 +241,12 @@ class StoredElements:
         return values
 
     def write(self, part: slice, values: torch.Tensor) -> None:
-        """Not to be done. Raises CheckpointError."""
+        """Raises CheckpointError: a checkpoint is only read."""
         raise CheckpointError(f"{self._path} is only read")
 
 
 def _check_kinds(manifest: Manifest, portions: Portions) -> None:
-    """Raise ContentError for a kind that is not there."""
+    """Raise ContentError for a kind of tensors that the checkpoint lacks."""
     for kind in portions:
         if kind not in manifest.kinds:
             raise ContentError(
@@ -268,29 +268,29 @@ def _check_names(manifest: Manifest, kind: str, wanted: Collection[str]) -> None
 
 
 def _some(names: Collection[str]) -> str:
-    """The first few names."""
+    """The first few names, as text."""
     return ", ".join(sorted(names)[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _targets(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> list[_Target]:
-    """What to copy from where. Raises ContentError where shapes or dtypes do not fit."""
+    """The sources of each portion. Raises ContentError where shapes or dtypes do not fit."""
     given = [(kind, name, portion) for kind, named in portions.items() for name, portion in named.items()]
     problems = [problem for kind, name, portion in given if (problem := _misfit(manifest, kind, name, portion))]
-    problems = list(dict.fromkeys(problems))  # a shape is that of a tensor's moments too
+    problems = list(dict.fromkeys(problems))  # a wrong shape shows again in the tensor's moments
     if problems:
         raise ContentError(f"{len(problems)} tensors do not fit the config: " + "; ".join(problems[:_SHOWN]))
     return [_target(manifest, kind, name, portion, ctx) for kind, name, portion in given]
 
 
 def table_hint(name: str, have: Sequence[int], give: Sequence[int]) -> str:
-    """What to set where only the rows of a table of learned positions differ; "" elsewhere."""
+    """Advice where two shapes of a table of learned positions differ in rows only; "" elsewhere."""
     if name not in ("embedding.positions", "embedding.block_positions") or tuple(have[1:]) != tuple(give[1:]):
         return ""
     return f" (in training: model.max_positions={have[0]}, whatever model.seq_length is)"
 
 
 def _misfit(manifest: Manifest, kind: str, name: str, portion: Portion) -> str:
-    """Why a stored tensor cannot fill the one given; "" if it can."""
+    """Why a stored tensor cannot fill a portion; "" if it can."""
     stored = manifest.tensors[name]
     if stored.spec.shape != portion.spec.shape:
         have, give = stored.spec.shape, portion.spec.shape
@@ -302,34 +302,34 @@ def _misfit(manifest: Manifest, kind: str, name: str, portion: Portion) -> str:
 
 
 def _target(manifest: Manifest, kind: str, name: str, portion: Portion, ctx: ParallelContext) -> _Target:
-    """Where the elements of one portion come from."""
+    """A portion with the files and boxes that its elements come from."""
     axis = axis_of(portion.spec, ctx)
     mine = portion.spec.slices(axis.size, axis.rank)
     shape = tuple(s.stop - s.start for s in mine)
     stop = min(portion.first + portion.count, logical_numel(portion.spec, axis))
-    wanted = [boxes.moved(box, mine) for box in boxes.of_run(shape, portion.first, stop)]  # of the logical tensor
+    wanted = [boxes.moved(box, mine) for box in boxes.of_run(shape, portion.first, stop)]  # boxes of the logical tensor
     dtype = dtype_of(manifest.tensors[name].dtypes[kind])
     found: dict[tuple[int, ...], _Source] = {}
     for want in wanted:
         for place, stored, first, end in manifest.pieces(name, want):
-            there = tuple(s.stop - s.start for s in stored)
+            part = tuple(s.stop - s.start for s in stored)
             key = tuple(place.values())
-            for box in boxes.of_run(there, first, end):
+            for box in boxes.of_run(part, first, end):
                 shared = boxes.intersect(boxes.moved(box, stored), want)
                 if boxes.numel(shared):
                     if key not in found:
-                        found[key] = _Source(manifest.row(kind, place), name, end - first, dtype, there, first, [])
+                        found[key] = _Source(manifest.row(kind, place), name, end - first, dtype, part, first, [])
                     found[key].boxes.append((boxes.within(shared, stored), boxes.within(shared, mine)))
     return _Target(portion, shape, stop, list(found.values()))
 
 
 def _rows(targets: list[_Target]) -> list[FileRow]:
-    """The files that are needed, each once."""
+    """The rows of the files that are needed, each once."""
     return list({source.row.name: source.row for target in targets for source in target.sources}.values())
 
 
 def _check_entries(files: dict[str, TensorFile], targets: list[_Target]) -> None:
-    """Raise DamagedCheckpointError where a file does not hold what the manifest says."""
+    """Raise DamagedCheckpointError where a file lacks a tensor, or has it with another size or dtype than the manifest says."""
     for source in (source for target in targets for source in target.sources):
         file = files[source.row.name]
         entry = file.entries.get(source.name)
@@ -342,9 +342,9 @@ def _check_entries(files: dict[str, TensorFile], targets: list[_Target]) -> None
 
 
 def _moves(targets: list[_Target], files: dict[str, TensorFile]) -> tuple[dict[str, list[Move]], list[_Target]]:
-    """By file, the bytes of the portions that lie in files as in this process's memory, row by row; and the other portions.
+    """By file, the bytes that can be copied as they are, since their order in file and memory is the same; and the targets of all others.
 
-    What lies behind the logical elements of the former becomes zero.
+    Padding after the logical elements of the former is set to zero.
     """
     found: dict[str, list[Move]] = {name: [] for name in files}
     rest: list[_Target] = []
@@ -362,7 +362,7 @@ def _moves(targets: list[_Target], files: dict[str, TensorFile]) -> tuple[dict[s
 
 
 def _in_rows(target: _Target, files: dict[str, TensorFile]) -> list[Move] | None:
-    """The bytes of each source of a portion, where all of them lie in the file as in this process's memory; else None."""
+    """For a portion whose elements have the same order and dtype in files and memory: the bytes from each source; else None."""
     portion, elements = target.portion, target.portion.elements
     if not elements.direct or target.stop <= portion.first:
         return None
@@ -380,7 +380,7 @@ def _in_rows(target: _Target, files: dict[str, TensorFile]) -> list[Move] | None
 
 
 def _verify(files: dict[str, TensorFile], targets: list[_Target]) -> None:
-    """Compare the checksums of what will be read."""
+    """Verify the checksums of the headers and of all blocks that will be read."""
     ranges = {name: [(0, file.header_bytes)] for name, file in files.items()}
     for source in (source for target in targets for source in target.sources):
         ranges[source.row.name].extend(source.ranges(files[source.row.name].entries[source.name].start))
@@ -389,14 +389,14 @@ def _verify(files: dict[str, TensorFile], targets: list[_Target]) -> None:
 
 
 def _fill(target: _Target, files: dict[str, TensorFile]) -> None:
-    """Copy what one portion needs."""
+    """Fill one portion: copy box by box, with casts; padding becomes zero."""
     portion = target.portion
     everything = slice(0, portion.count)
     values = portion.elements.read(everything)
     values[target.stop - portion.first if target.stop > portion.first else 0 :] = 0
     for source in target.sources:
         stored = files[source.row.name].tensor(source.name)
-        for there, here in source.boxes:
-            to = boxes.view(values, target.shape, portion.first, here)
-            to.copy_(boxes.view(stored, source.shape, source.first, there))
+        for theirs, mine in source.boxes:
+            to = boxes.view(values, target.shape, portion.first, mine)
+            to.copy_(boxes.view(stored, source.shape, source.first, theirs))
     portion.elements.write(everything, values)

@@ -1,11 +1,11 @@
-"""`manifest.json`: everything about a checkpoint but the numbers. The format is described in docs/checkpoint_format.md.
+"""`manifest.json`: everything in a checkpoint but the numbers. docs/checkpoint_format.md describes the format.
 
-A checkpoint is a directory of safetensors files, one per rank and kind of tensor ("weights", "exp_avg", ...). The manifest holds the
-specs of the logical tensors, the layout they were saved under and how the data ranks cut them; which elements of which tensor lie in
-which file follows by arithmetic (`Manifest.pieces`), so it grows with tensors plus files, not with their product.
+A checkpoint is a directory of safetensors files, one for each rank and kind of tensor ("weights", "exp_avg", ...). The manifest holds
+the specs of the logical tensors, the layout that they were saved under and how the data-parallel ranks cut them. Which elements lie in
+which file follows by arithmetic (`Manifest.pieces`), so the manifest grows with tensors plus files, not with their product.
 
-Nothing here is trusted because a file claims it: names are strict, the manifest carries its own checksum, and no tensor is
-larger than the files that should hold it.
+Nothing is trusted because a file claims it: names are strict, the manifest carries its own checksum, and no tensor is larger than the
+files that should hold it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 WEIGHTS = "weights"
-"""The kind that holds the parameters: FP32 masters where there are such."""
+"""The kind that holds the parameters: FP32 master weights where the run has them."""
 STORED = frozenset(f.name for f in fields(ParamSpec) if f.compare)
-"""What of a spec is written."""
+"""The fields of a ParamSpec that are written."""
 PLACES = ("tp", "pp", "dp")
-"""Coordinates of a file; the last one is which part of what the data ranks hold (`ParallelContext.part`)."""
+"""Coordinates of a file. dp is the part of a slice that the data-parallel ranks cut (`ParallelContext.part`)."""
 SIDES = ("tp", "cp", "dp", "pp", "ep")
-"""Of the mesh; which data ranks share shards does not show in the files."""
+"""Sides of the mesh. Which data-parallel ranks share ZeRO shards does not change the files."""
 
 STEP_NAME = re.compile(r"step_(\d{8,})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
@@ -51,14 +51,14 @@ _MOST_RANKS = 2**24
 
 
 class StoredTensor(NamedTuple):
-    """One logical tensor of a checkpoint: its spec, the pipeline stage that holds it, and which kinds are stored of it."""
+    """One logical tensor of a checkpoint: its spec, the pipeline stage that saved it, and the kinds that are stored of it."""
 
     spec: ParamSpec
     stage: int
     dtypes: Mapping[str, str]
     """Kind -> torch dtype name, such as float32."""
     cut: Cut
-    """How the data ranks share the elements of a slice."""
+    """How the data-parallel ranks cut a slice's elements."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class FileRow:
     name: str
     kind: str
     place: Mapping[str, int]
-    """Along each axis of PLACES."""
+    """Coordinate along each axis of PLACES."""
     bytes: int
     blocks: tuple[str, ...]
-    """XXH3-128 of each block of `block_bytes`, 32 hex digits."""
+    """XXH3-128 checksum of each block of `block_bytes`, as 32 hex digits."""
 
 
 class Piece(NamedTuple):
@@ -85,19 +85,19 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says."""
+    """The contents of `manifest.json`."""
 
     step: int
     """Optimizer updates done."""
     saved_at: float
     """Seconds since 1970 UTC; later checkpoints of a directory have larger values, also after going back to an earlier step."""
     progress: Mapping[str, Any]
-    """The run's own state, plain JSON: samples consumed, tokens ..."""
+    """State of the run, plain JSON: samples consumed, tokens ..."""
     layout: MeshShape
     files: tuple[FileRow, ...]
     tensors: Mapping[str, StoredTensor]
     config: str
-    """The resolved config, as text."""
+    """The resolved config as YAML."""
     versions: Mapping[str, str] = field(default_factory=dict)
     block_bytes: int = BLOCK_BYTES
 
@@ -108,7 +108,7 @@ class Manifest:
         return tuple(sorted(found, key=lambda kind: (kind != WEIGHTS, kind)))
 
     def pieces(self, name: str, wanted: boxes.Box | None = None) -> Iterator[Piece]:
-        """Where the elements of a logical tensor lie, each once; with `wanted`, no piece that surely has none of that box."""
+        """The pieces that the elements of a logical tensor lie in, each once; with `wanted`, no piece that surely has none of that box."""
         spec, stage, _, cut = self.tensors[name]
         axis = "tp" if spec.split is None else spec.split.axis
         size = getattr(self.layout, axis)
@@ -145,7 +145,7 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
-        """Parse and check. Raises ContentError for another version, ValueError, TypeError or KeyError on whatever does not belong."""
+        """Parse and check. Raises ContentError for another version; ValueError, TypeError or KeyError for invalid contents."""
         match = _CHECKSUM.match(data)
         if match is None:
             raise ValueError(pointer(data) or "it does not start with a checksum")
@@ -179,7 +179,7 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Raise ValueError where rows contradict one another, or claim more than their files can hold."""
+        """Raise ValueError where rows contradict one another, or claim more bytes than their files have."""
         names = [row.name for row in self.files]
         if len(set(names)) != len(names) or len(self.rows) != len(names):
             raise ValueError("two rows name the same file, or the same kind and place")
@@ -204,11 +204,11 @@ class Manifest:
 
     @cached_property
     def rows(self) -> dict[tuple[str, ...], FileRow]:
-        """File of each (kind, places)."""
+        """(kind, places) -> row of the file."""
         return {_key(row.kind, row.place): row for row in self.files}
 
     def row(self, kind: str, place: Mapping[str, int]) -> FileRow:
-        """File of a kind at a place. Raises DamagedCheckpointError where there should be one and is not."""
+        """The row of the file of a kind at a place. Raises DamagedCheckpointError if the manifest lists none."""
         row = self.rows.get(_key(kind, place))
         if row is None:
             raise DamagedCheckpointError(
@@ -222,14 +222,14 @@ def _key(kind: str, place: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _layout_from_json(sides: Mapping[str, Any]) -> MeshShape:
-    """Raises ValueError for other sides than there are, or none of 1 or more."""
+    """The mesh of a manifest. Raises ValueError unless it has exactly the known sides, each 1 or more."""
     if set(sides) != set(SIDES):
         raise ValueError(f"the layout has the sides {sorted(sides)}, not {sorted(SIDES)}")
     return MeshShape(**{side: _count(sides[side], least=1) for side in SIDES})
 
 
 def layout_of(ctx: ParallelContext) -> MeshShape:
-    """Sides of the mesh that a context lies on."""
+    """The sides of a context's mesh."""
     return MeshShape(tp=ctx.tp.size, cp=ctx.cp.size, dp=ctx.dp.size, pp=ctx.pp.size, ep=ctx.ep.size)
 
 
@@ -239,7 +239,7 @@ def step_name(step: int) -> str:
 
 
 def file_name(kind: str, place: Mapping[str, int]) -> str:
-    """File name of a kind at a place: weights-tp00000-pp00000-dp00000.safetensors. Raises ValueError if the kind is no plain word."""
+    """File name: weights-tp00000-pp00000-dp00000.safetensors. Raises ValueError if the kind is not a lower-case word."""
     if not _KIND_NAME.fullmatch(kind):
         raise ValueError(f"kind of tensors {kind!r} is not a plain lower-case word such as exp_avg")
     return "-".join([kind, *(f"{axis}{place[axis]:05d}" for axis in PLACES)]) + ".safetensors"
@@ -265,7 +265,7 @@ def tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
 
 
 def tensor_from_json(row: Mapping[str, Any]) -> StoredTensor:
-    """The inverse of `tensor_to_json`. Raises ValueError, TypeError or KeyError on whatever does not belong."""
+    """The inverse of `tensor_to_json`. Raises ValueError, TypeError or KeyError for invalid contents."""
     given = dict(row["spec"])
     if set(given) != STORED:
         raise ValueError(f"spec of {given.get('name')!r} has the keys {sorted(given)}")
@@ -285,9 +285,9 @@ def tensor_from_json(row: Mapping[str, Any]) -> StoredTensor:
 
 
 def row_from_json(row: Mapping[str, Any]) -> FileRow:
-    """A row of the manifest's `files`. Raises ValueError, TypeError or KeyError on whatever does not belong.
+    """A row of the manifest's `files`. Raises ValueError, TypeError or KeyError for invalid contents.
 
-    A file's name must be that of a file beside the manifest: no path.
+    The file's name must be that of a file beside the manifest: no path.
     """
     if not isinstance(row["name"], str) or not _FILE_NAME.fullmatch(row["name"]) or ".." in row["name"]:
         raise ValueError(f"{row['name']!r} is not the name of a safetensors file beside the manifest")
@@ -301,8 +301,8 @@ def row_from_json(row: Mapping[str, Any]) -> FileRow:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint at `path` (a step directory).
 
-    Raises DamagedCheckpointError if it cannot be used, ContentError if it is of a version that this release does not read: such a
-    one is not passed over for an older one.
+    Raises DamagedCheckpointError if it cannot be used; ContentError if this release does not read its version, so that it is not skipped
+    for an older checkpoint.
     """
     file = Path(path) / MANIFEST
     try:
@@ -316,17 +316,17 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_file(path: Path, row: FileRow) -> None:
-    """Raise DamagedCheckpointError unless the row's file is a plain file (no link) of the size that the row says."""
+    """Raise DamagedCheckpointError unless the row's file is a plain file (no link) of the row's size."""
     check_plain(Path(path) / row.name, row.bytes)
 
 
 def open_file(path: Path, row: FileRow, block_bytes: int = BLOCK_BYTES) -> TensorFile:
-    """The row's file, of the size and with the checksums that the row says. Raises DamagedCheckpointError."""
+    """Open the row's file, to be verified against the row's checksums. Raises DamagedCheckpointError if it is not of the row's size."""
     return TensorFile(Path(path) / row.name, row.bytes, row.blocks, block_bytes)
 
 
 def check_portions(portions: Portions, ctx: ParallelContext) -> None:
-    """Raise ContentError where what this rank gives is not of the tensor that its name and spec say, under this layout."""
+    """Raise ContentError where a portion does not lie within this rank's slice of the tensor that its name and spec say."""
     for kind, named in portions.items():
         for name, portion in named.items():
             axis = axis_of(portion.spec, ctx)

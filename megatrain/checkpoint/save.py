@@ -1,12 +1,12 @@
 """Save a checkpoint so that a crash at any moment leaves a whole one behind.
 
-    every rank     copies what it owns, block by block (writing.py); the loop goes on
-    its thread     .saving_step_00000200/exp_avg-tp00000-pp00000-dp00003.safetensors, ... , fsync, rank-00003.json: rows of the manifest
-    rank 0's       when every rank has left such a row: manifest.json, fsync, rename to step_00000200, `latest`
+    every rank        copies the elements that it owns, block by block (writing.py); training goes on
+    its thread        .saving_step_00000200/exp_avg-tp00000-pp00000-dp00003.safetensors, ..., fsync, rank-00003.json: rows of the manifest
+    rank 0's thread   when every rank has left its rows: manifest.json, fsync, rename to step_00000200, `latest`
 
-Of data ranks each writes its part of every slice, whatever the ZeRO stage and however many ranks share the shards, so nothing is
+Each data-parallel rank writes its part of every slice, whatever the ZeRO stage and however many ranks share the shards: nothing is
 gathered, all disks and links are used, and the files are the same.
-The threads meet in the directory and not in collectives, which the training steps meanwhile need.
+The threads meet in the directory, without collectives, since training steps use the groups meanwhile.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from megatrain.transport.consensus import gather_texts
 
 DEFAULT_STAGING_BYTES = 16 * 2**30
 _LOOK_SECONDS = 0.02
-"""Between two looks for what the other ranks have left."""
+"""Seconds between two looks for the rows of the other ranks."""
 _PATIENCE_SECONDS = 30.0
-"""How long a run that ends waits for what other ranks still write."""
+"""How long a run that ends waits for the files of other ranks."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds besides numbers."""
+    """Everything in a checkpoint besides the tensors."""
 
     step: int
     progress: Mapping[str, Any]
-    """The run's own state, plain JSON."""
+    """State of the run, plain JSON."""
     config: str
-    """The resolved config, as text."""
+    """The resolved config as YAML."""
 
 
 class Saver:
@@ -81,28 +81,28 @@ class Saver:
         on_saved: Callable[[Path, int, float], None] | None = None,
         on_failed: Callable[[int, str], None] | None = None,
     ) -> None:
-        """keep: how many of the newest stay, 0 for all; keep_every: steps whose multiples stay as well, 0 for none.
+        """keep: number of newest checkpoints to keep, 0 for all; keep_every: steps whose multiples are kept as well, 0 for none.
 
-        staging_bytes: of host memory for what is being written. on_saved(path, step, seconds), on_failed(step, message): called
+        staging_bytes: limit of the host memory that a save is copied into. on_saved(path, step, seconds), on_failed(step, message): called
         on rank 0, from the thread that writes.
         """
         self.directory, self.ctx, self.keep, self.keep_every = Path(directory), ctx, keep, keep_every
         self.writer = Writer(Staging(staging_bytes, ctx.device, block_bytes))
         self._on_saved, self._on_failed = on_saved, on_failed
         self._written: Future[None] | None = None
-        """This rank's share of the save under way."""
+        """Ends when this rank's share of the save in progress is written."""
         self._published: Future[None] | None = None
-        """All of it; on rank 0."""
+        """On rank 0: ends when the checkpoint is published."""
         self._patience_ends = math.inf
 
     def save(self, contents: Contents, portions: Portions, *, wait: bool = True) -> Path:
-        """Save what the ranks hold as directory/step_XXXXXXXX (collective over the world) and return that.
+        """Save the ranks' portions as directory/step_XXXXXXXX (collective over the world) and return that path.
 
-        Unless `wait`, returns as soon as everything is copied. A checkpoint of the same step is replaced; if it is damaged, it is
-        kept as damaged_step_XXXXXXXX. Waits for the save before this one.
+        Unless `wait`, returns as soon as everything is copied. A checkpoint of the same step is replaced; if that one is damaged, it is
+        kept as damaged_step_XXXXXXXX. First waits for the save before this one.
 
         Raises CheckpointError on every rank where this save, or the one before, fails on any (full disk, no permission ...);
-        older checkpoints are then as before.
+        older checkpoints then are unchanged.
         """
         self.finish()
         began = time.perf_counter()
@@ -133,11 +133,11 @@ class Saver:
         return final
 
     def finish(self) -> None:
-        """Wait for the save under way (collective). Raises CheckpointError on every rank where it has failed on any."""
+        """Wait for the save in progress (collective). Raises CheckpointError on every rank if it has failed on any."""
         written, published = self._written, self._published
         self._written = self._published = None
         with together(self.ctx):
-            pass  # every rank has given its thread the work that rank 0's waits for
+            pass  # from here on every rank's thread has the work that rank 0's waits for
         with together(self.ctx):
             futures.wait([future for future in (written, published) if future is not None])
             if written is not None:
@@ -147,12 +147,12 @@ class Saver:
                 published.result()
 
     def close(self) -> None:
-        """End the thread. What is under way is written, unless another rank has not done its part by then."""
+        """End the thread. A save in progress is completed, unless another rank does not finish its part in time."""
         self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
         self.writer.close()
 
     def _stage(self, work: Path, files: Mapping[str, PlannedFile], wait: bool) -> None:
-        """Copy what this rank owns, and let the thread write it."""
+        """Copy the elements that this rank owns, for the thread to write."""
         if not work.is_dir():
             raise CheckpointError(
                 f"{work} is not there, and rank 0 has just made it. Set checkpoint.dir to a directory that all nodes share."
@@ -162,7 +162,7 @@ class Saver:
                 self.writer.write(file)
 
     def _conclude(self, work: Path, final: Path, contents: Contents, began: float, written: Future[None]) -> None:
-        """Publish when all ranks have written, or clear away what they wrote; runs in the thread of rank 0."""
+        """In rank 0's thread: publish the checkpoint when all ranks have written, or remove their files."""
         try:
             written.result()
             _publish(work, final, contents, self._rows_of_all(work), self.ctx, self.writer.staging.block_bytes)
@@ -177,7 +177,7 @@ class Saver:
             self._on_saved(final, contents.step, time.perf_counter() - began)
 
     def _rows_of_all(self, work: Path) -> list[dict[str, Any]]:
-        """What each rank has left, in their order, when all have. Raises CheckpointError where one has failed."""
+        """The rows that the ranks left, in rank order, once all have. Raises CheckpointError if a rank failed."""
         rows: list[dict[str, Any]] = []
         failed: list[str] = []
         while len(rows) + len(failed) < self.ctx.world.size:
@@ -190,7 +190,7 @@ class Saver:
                 raise CheckpointError(f"rank {len(rows) + len(failed)} has not written its part of {work} to the end")
             else:
                 time.sleep(_LOOK_SECONDS)
-        if failed:  # told when no rank writes here any more
+        if failed:  # only now, when no rank writes here any more
             raise CheckpointError(failed[0])
         return rows
 
@@ -205,7 +205,7 @@ def save(directory: Path, contents: Contents, portions: Portions, ctx: ParallelC
 
 
 def _plan(work: Path, portions: Portions, ctx: ParallelContext) -> dict[str, PlannedFile]:
-    """The file of each kind of which this rank owns something."""
+    """For each kind of which this rank owns elements: the file to write."""
     files: dict[str, PlannedFile] = {}
     for kind, named in portions.items():
         runs = {name: run for name, portion in named.items() if (run := _owned(portion, ctx)) is not None}
@@ -219,7 +219,7 @@ def _place(ctx: ParallelContext) -> dict[str, int]:
 
 
 def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | None:
-    """The elements that this rank writes, and how many; None for none. Raises ValueError where it does not hold them."""
+    """The elements that this rank writes of a portion, and their number; None for none. Raises ValueError if it does not hold them."""
     spec = portion.spec
     if not spec.owned(ctx):
         return None
@@ -235,7 +235,7 @@ def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | Non
 
 
 def _make_room(work: Path, need: int) -> None:
-    """Make the directory to write `need` bytes in. Raises CheckpointError where the disk has fewer."""
+    """Make the directory for a save of `need` bytes. Raises CheckpointError if the disk has fewer bytes free."""
     directory = work.parent
     directory.mkdir(parents=True, exist_ok=True)
     tidy_here(directory)
@@ -251,7 +251,7 @@ def _make_room(work: Path, need: int) -> None:
 def _settle(
     work: Path, files: Mapping[str, PlannedFile], portions: Portions, ctx: ParallelContext, failure: BaseException | None
 ) -> None:
-    """Leave for rank 0 what this rank has written, or why it has not; runs in the thread."""
+    """In the thread: leave a file for rank 0 with the rows of what this rank wrote, or with the reason why it did not."""
     left = work / f"rank-{ctx.world.rank:05d}"
     try:
         if failure is not None:
@@ -261,7 +261,7 @@ def _settle(
         write_file(left.with_suffix(".draft"), json.dumps(row).encode())
         left.with_suffix(".draft").replace(left.with_suffix(".json"))
     except Exception as error:
-        with suppress(OSError):  # the one that is raised is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             for file in files.values():
                 file.path.unlink(missing_ok=True)  # so that there is room for a few bytes
             left.with_suffix(".draft").write_text(f"rank {ctx.world.rank}: {error}")
@@ -270,7 +270,7 @@ def _settle(
 
 
 def _describe(files: Mapping[str, PlannedFile], portions: Portions, stage: int) -> list[dict[str, Any]]:
-    """Rows of the manifest's `tensors` for what this rank writes. Raises ValueError where two kinds disagree about a tensor."""
+    """Rows of the manifest's `tensors` for this rank's files. Raises ValueError where two kinds disagree about a tensor."""
     stored: dict[str, StoredTensor] = {}
     for kind, file in files.items():
         for name in file.runs:
@@ -281,7 +281,7 @@ def _describe(files: Mapping[str, PlannedFile], portions: Portions, stage: int) 
 
 
 def _merge(stored: dict[str, StoredTensor], tensor: StoredTensor) -> None:
-    """Add what is known of a tensor. Raises ValueError where it was described otherwise."""
+    """Merge the kinds of a tensor that was described before. Raises ValueError where the descriptions differ."""
     known = stored.setdefault(tensor.spec.name, tensor)
     same = known._replace(dtypes={}) == tensor._replace(dtypes={})
     if not same or any(known.dtypes.get(kind, dtype) != dtype for kind, dtype in tensor.dtypes.items()):
@@ -294,7 +294,7 @@ def _merge(stored: dict[str, StoredTensor], tensor: StoredTensor) -> None:
 def _publish(
     work: Path, final: Path, contents: Contents, rows: list[dict[str, Any]], ctx: ParallelContext, block_bytes: int
 ) -> None:
-    """Make the written files a checkpoint: manifest, rename, `latest`."""
+    """Turn the written files into a checkpoint: manifest, rename, `latest`."""
     tensors: dict[str, StoredTensor] = {}
     for row in (row for part in rows for row in part["tensors"]):
         _merge(tensors, tensor_from_json(row))
@@ -316,7 +316,7 @@ def _publish(
 
 
 def _clear(directory: Path) -> None:
-    """Remove what a failed save has left; what cannot be removed is removed at the next start."""
+    """Remove the files of a failed save; if that fails too, the next start removes them."""
     with suppress(OSError):
         tidy_here(directory)
 

@@ -1,8 +1,8 @@
-"""safetensors files, read through a memory map and written in blocks, with the checksum of each block.
+"""safetensors files, read through a memory map and written in blocks, with a checksum for each block.
 
-The format is that of the safetensors library (https://github.com/huggingface/safetensors), which reads what is written here: eight
-bytes of header length, a JSON header, the data. The library writes and reads whole tensors; a checkpoint wants to hash every block of
-64 MiB as it is written, and to read (and verify) of a file of many gigabytes only the blocks that a rank needs.
+The format is that of the safetensors library (https://github.com/huggingface/safetensors), which can read these files: eight bytes
+of header length, a JSON header, the data. The library writes and reads whole tensors; a checkpoint has to hash every block of 64 MiB
+as it is written, and to read and verify only the blocks that a rank needs of a file of many gigabytes.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""The format's names of dtypes."""
+"""The format's name of each dtype."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000
-"""Bytes; the library's own limit."""
+"""Bytes; the safetensors library's own limit."""
 _MADV_POPULATE_READ = 22
-"""Linux 5.14 and later; Python has no name for it."""
+"""Constant of Linux 5.14 and later that Python does not name."""
 _LIBC = ctypes.CDLL(None)
-"""For madvise without the interpreter's lock, since it may wait for the disk."""
+"""For madvise without the interpreter's lock, as it may wait for the disk."""
 _PIECE_BYTES = 2**18
-"""What is copied and hashed at a time: it fits a core's own cache."""
+"""Bytes that are copied and hashed at a time: they fit in a core's own cache."""
 _HASHERS = 2
-"""Threads that verify blocks at a time."""
+"""Number of blocks verified at the same time, each in a thread."""
 
 
 class Entry(NamedTuple):
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Byte of the file at which it begins."""
+    """Offset of the tensor's first byte in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +69,7 @@ class Entry(NamedTuple):
 
 
 def header_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry], int]:
-    """Header of a file of tensors (name, dtype, shape), where each lies, and the bytes of the whole file.
+    """The header of a file of tensors (name, dtype, shape), the entry of each, and the size of the whole file in bytes.
 
     Wide dtypes come first, so that every tensor is aligned.
     """
@@ -87,31 +87,34 @@ def header_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tu
 
 
 def hash_block(data: Any) -> str:
-    """XXH3-128 of a block, 32 hex digits."""
+    """XXH3-128 checksum of a block, as 32 hex digits."""
     return str(xxhash.xxh3_128_hexdigest(data))
 
 
 class Move(NamedTuple):
-    """Bytes of a file on their way into memory; no two of one file share any."""
+    """A range of bytes to copy from a file into memory. Ranges of one file must not overlap."""
 
     start: int
-    """In the file."""
+    """Offset in the file."""
     nbytes: int
     target: int
-    """Address."""
+    """Address in memory."""
 
 
 class TensorFile:
-    """A safetensors file under a memory map. Raises DamagedCheckpointError, which names it, for whatever is wrong with it."""
+    """A safetensors file under a memory map. Raises DamagedCheckpointError, which names the file, for anything wrong with it."""
 
     def __init__(self, path: Path, size: int | None = None, blocks: Sequence[str] = (), block_bytes: int = BLOCK_BYTES) -> None:
-        """size, blocks: the bytes that it must have, and the checksum of each block, where these are known. Nothing is verified
-        yet, the header neither: what it says is checked against the file's size, and used to find what to verify."""
+        """size, blocks: the file's expected size in bytes and the checksum of each block, where known.
+
+        Verifies no checksum, not even the header's: entries are checked against the file's size, and then used to find the blocks to
+        verify.
+        """
         self.path, self.blocks, self.block_bytes = path, blocks, block_bytes
         self.size = check_plain(path, size)
         try:
             with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # never written: torch wants it writable
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # never written; torch wants it writable
         except (OSError, ValueError) as error:
             raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
         self._verified: set[int] = set()
@@ -129,14 +132,14 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.entries = {}  # the map goes with the last tensor that looks at it
+        self.entries = {}  # the map is freed with its last tensor
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, not copied; not verified either. Not to be written to."""
+        """A read-only view of a tensor, not verified; a copy if it is not aligned."""
         entry = self.entries[name]
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        if entry.start % entry.dtype.itemsize:  # files of other programs may be so
+        if entry.start % entry.dtype.itemsize:  # unaligned, as files of other programs may be
             return torch.frombuffer(bytearray(self._map[entry.start : entry.start + entry.nbytes]), dtype=entry.dtype).view(
                 entry.shape
             )
@@ -144,19 +147,21 @@ class TensorFile:
         return flat.view(entry.shape)
 
     def verify(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Compare the checksums of the blocks that hold these ranges of bytes, each block once."""
+        """Verify the checksums of the blocks that contain these byte ranges, each block once."""
         _go_through([(self, self.blocks_of(ranges) - self._verified, [])])
 
     def verify_all(self) -> None:
-        """Compare the checksum of every block."""
+        """Verify the checksum of every block."""
         self.verify([(0, self.size)])
 
     def blocks_of(self, ranges: Iterable[tuple[int, int]]) -> set[int]:
-        """The blocks that hold these ranges of bytes."""
+        """Numbers of the blocks that contain these byte ranges."""
         return {i for start, end in ranges for i in range(start // self.block_bytes, -(-end // self.block_bytes))}
 
     def hasher(self, moves: Sequence[Move]) -> Callable[[int], str]:
-        """What hashes a block and copies what of it is to be moved, a little at a time: what is hashed is then in the cache."""
+        """A function that hashes a block and copies its bytes that `moves` ask for, piece by piece, so that a piece is read into cache
+        once.
+        """
         view, base = memoryview(self._map), torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
 
         def one(index: int) -> str:
@@ -176,7 +181,7 @@ class TensorFile:
         return one
 
     def compare(self, index: int, have: str) -> None:
-        """Raise unless a block has the checksum that it should have."""
+        """Raise DamagedCheckpointError unless `have` is the checksum of block `index`."""
         if have != self.blocks[index]:
             start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
             raise DamagedCheckpointError(
@@ -187,15 +192,15 @@ class TensorFile:
 
 
 def move(moves: Sequence[tuple[TensorFile, Sequence[Move]]]) -> None:
-    """Copy bytes of files into memory and compare the checksums of their blocks on the way.
+    """Copy byte ranges of files into memory and verify the checksums of their blocks in the same pass.
 
-    Raises DamagedCheckpointError; the memory then holds anything.
+    Raises DamagedCheckpointError, after which the contents of the memory are undefined.
     """
     _go_through([(file, file.blocks_of((m.start, m.start + m.nbytes) for m in of), sorted(of)) for file, of in moves])
 
 
 def _go_through(work: Sequence[tuple[TensorFile, set[int], Sequence[Move]]]) -> None:
-    """Hash blocks of files, copy what lies in them, and compare; two at a time."""
+    """Hash blocks of files, copy byte ranges out of them, and compare checksums; _HASHERS blocks at a time."""
     tasks: list[tuple[TensorFile, int, Callable[[int], str]]] = []
     for file, blocks, moves in work:
         hasher = file.hasher(moves)
@@ -207,13 +212,13 @@ def _go_through(work: Sequence[tuple[TensorFile, set[int], Sequence[Move]]]) -> 
 
 
 def _populate(address: int, length: int) -> None:
-    """Have the system map memory in one go; where it cannot, each page is mapped when it is first touched."""
+    """Have the system map a range of memory in one call; where it cannot, each page is mapped when first touched."""
     start = address // mmap.PAGESIZE * mmap.PAGESIZE
     _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), _MADV_POPULATE_READ)
 
 
 def check_plain(file: Path, size: int | None = None) -> int:
-    """The size of a file in bytes. Raises DamagedCheckpointError unless it is a plain file (no link) of the size that is expected."""
+    """The size of a file in bytes. Raises DamagedCheckpointError unless it is a plain file (no link) of the expected size."""
     try:
         found = file.lstat()
     except OSError as error:
@@ -227,7 +232,7 @@ def check_plain(file: Path, size: int | None = None) -> int:
 
 
 def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
-    """The tensors of a header. Raises ValueError, TypeError or KeyError where it contradicts itself or the file's size."""
+    """Name -> entry of the tensors of a header. Raises ValueError, TypeError or KeyError where it contradicts itself or the file's size."""
     rows = json.loads(text, object_pairs_hook=unique_keys)
     rows.pop("__metadata__", None)
     entries: dict[str, Entry] = {}
@@ -244,7 +249,7 @@ def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    """A JSON object; a key that appears twice is an error, since readers differ in which one they take."""
+    """A JSON object as a dict. Raises ValueError for a key that appears twice, as readers differ in which one they take."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError(f"a key appears twice among {[key for key, _ in pairs][:8]}")

@@ -1,6 +1,6 @@
-"""What all ranks must agree on around a checkpoint: an error anywhere is the same error everywhere, and short texts are shared.
+"""An error on any rank becomes the same error on every rank: `together`.
 
-Nothing here moves tensors of the model. Each call costs a few bytes; on an axis of size 1 it costs nothing.
+Moves no tensor of the model. Each call costs a few bytes; on an axis of size 1, nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class CheckpointError(RuntimeError):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """Files of a checkpoint are missing, cut short, changed or not what the manifest says; the message names the file."""
+    """Files of a checkpoint are missing, truncated, changed or not as the manifest says; the message names the file."""
 
 
 class ContentError(CheckpointError):
-    """A whole checkpoint of another model: tensors are missing, too many, or of another shape or dtype."""
+    """A whole checkpoint that does not fit: of another model (tensors missing, too many, of another shape or dtype) or format version."""
 
 
 _KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, DamagedCheckpointError, ContentError)
@@ -31,8 +31,8 @@ _KINDS: tuple[type[CheckpointError], ...] = (CheckpointError, DamagedCheckpointE
 def together(ctx: ParallelContext) -> Iterator[None]:
     """Run the body on every rank of the world; if it fails on any, all raise the error of the lowest rank that failed.
 
-    It is also a barrier. The body must hold no collectives: a rank that fails in it would leave the others waiting. An
-    exception that is no `Exception` (an interrupt) leaves at once and is the business of the transport's time limit.
+    It is also a barrier. The body must hold no collectives: a rank that fails in it would leave the others waiting. An exception that is
+    not an `Exception` (an interrupt) leaves at once; the other ranks then wait until the transport's time limit.
     """
     failure: Exception | None = None
     try:

@@ -1,13 +1,13 @@
-"""Files on their way to the disk: the caller copies into blocks of a bounded buffer, a thread hashes and writes them.
+"""Writes files for checkpoints: the caller copies into blocks of a bounded buffer, a thread hashes and writes them.
 
-    training loop     copy block 0 | copy 1 | copy 2 | (goes on) ...
-    thread                  hash, write 0 | hash, write 1 | hash, write 2 | fsync | what is to follow
+    training loop     copy block 0 | copy 1 | copy 2 | (trains on) ...
+    thread                  hash, write 0 | hash, write 1 | hash, write 2 | fsync | next action
 
-Where the buffer takes all that a rank saves, the loop waits for one copy; where it is smaller, for the disk as well. The blocks are
-those of which the manifest holds checksums, and they are kept for the next save.
+If the buffer holds all that a rank saves, training waits for one copy only; if it is smaller, for the disk as well. The blocks are
+those whose checksums are in the manifest. Their memory is kept for the next save.
 
-Blocks go to the disk past the page cache (O_DIRECT), where the file system can: a checkpoint is written once and, if all goes well, never
-read, and copying it into memory that something else could use costs more than the disk does.
+Blocks are written past the page cache (O_DIRECT), where the file system can: a checkpoint is written once and, if all goes well, never
+read, and filling the page cache with it would cost more than the disk does.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from megatrain.checkpoint.together import CheckpointError
 from megatrain.parallel.portion import Elements
 
 PAGE = 4096
-"""Bytes that writes past the page cache are multiples of."""
+"""Writes past the page cache are multiples of this many bytes."""
 STAGING_SHARE = 0.25
-"""Of a node's memory, for the copies of all its ranks."""
+"""Share of a node's memory for the copies of all its ranks."""
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass
 class PlannedFile:
-    """A safetensors file to be written: where, and of what."""
+    """A safetensors file to be written: its path, tensors and header."""
 
     path: Path
     runs: Mapping[str, tuple[Elements, int]]
-    """Name -> elements, and how many of them; a tensor [n] each."""
+    """Name -> (elements, their number n): a tensor [n] each."""
     header: bytes = field(init=False)
     entries: dict[str, Entry] = field(init=False)
     size: int = field(init=False)
-    """Bytes."""
+    """Size of the file in bytes."""
     blocks: list[str] = field(default_factory=list)
-    """Checksum of each block, filled in as they are written."""
+    """Checksum of each block, filled in when the block is written."""
 
     def __post_init__(self) -> None:
         named = [(name, elements.dtype, (count,)) for name, (elements, count) in self.runs.items()]
@@ -57,18 +57,18 @@ class PlannedFile:
 
 
 def staging_bytes(gib: float, local_ranks: int) -> int:
-    """Host memory for the copy that a rank's checkpoint is written from: so much, and its part of STAGING_SHARE of the node's.
+    """Bytes of host memory for a rank's copy of what it saves: `gib` GiB, at most its share of STAGING_SHARE of the node's memory.
 
-    On a GPU machine it is pinned: nothing else can use it, and the system cannot page it out.
+    On a GPU machine this memory is pinned: nothing else can use it, and the system cannot page it out.
     """
     node = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # the bound of a container (cgroup v2), `max` where there is none
+    with suppress(OSError, ValueError):  # a container's limit (cgroup v2); `max`, which is no integer, without one
         node = min(node, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return int(min(gib * 2**30, STAGING_SHARE * node / local_ranks))
 
 
 class Staging:
-    """Blocks of host memory, at most `limit` bytes of them, that are given back and used again."""
+    """Blocks of host memory, at most `limit` bytes in all, that are lent out and reused."""
 
     def __init__(self, limit: int, device: torch.device, block_bytes: int = BLOCK_BYTES) -> None:
         self.block_bytes, self._most = block_bytes, max(2, limit // block_bytes)
@@ -78,7 +78,7 @@ class Staging:
         self._given = threading.Condition()
 
     def take(self, needed: Callable[[], None]) -> torch.Tensor:
-        """A block, uint8; waits for one where all are in use, and says before that it is `needed`."""
+        """Lend a block, uint8 [block_bytes]. If all are in use, call `needed` and wait for one."""
         with self._given:
             while not self._free and self._made >= self._most:
                 needed()
@@ -95,14 +95,14 @@ class Staging:
         return torch.frombuffer(pages, dtype=torch.uint8)
 
     def give(self, block: torch.Tensor) -> None:
-        """Take a block back."""
+        """Return a block."""
         with self._given:
             self._free.append(block)
             self._given.notify()
 
 
 class Writer:
-    """The thread that writes, one thing after the other."""
+    """The thread that writes files, one task after the other."""
 
     def __init__(self, staging: Staging) -> None:
         self.staging = staging
@@ -112,8 +112,9 @@ class Writer:
 
     @contextmanager
     def copying(self, *, first: bool) -> Iterator[None]:
-        """Around the `write` of the files of one save. first: the thread begins when all is copied, or the blocks are used up,
-        since it would take memory bandwidth from the copy."""
+        """Context of the `write` calls of one save. first: the thread starts when everything is copied, or the blocks are used up, since it
+        would take memory bandwidth from the copy.
+        """
         self._failure = None
         if first:
             self._may_write.clear()
@@ -125,9 +126,9 @@ class Writer:
             self._may_write.set()
 
     def write(self, file: PlannedFile) -> None:
-        """Copy all of a file into blocks and let the thread write them; returns when all is copied.
+        """Copy a whole file into blocks for the thread to write; returns when all is copied.
 
-        Raises CheckpointError where the file cannot be made. What goes wrong later is what `then` tells.
+        Raises CheckpointError if the file cannot be made. Later errors are passed to the action of `then`.
         """
         try:
             descriptor = self._open(file)
@@ -148,11 +149,11 @@ class Writer:
         self._pool.submit(self._finish, file, descriptor)
 
     def then(self, action: Callable[[BaseException | None], None]) -> Future[None]:
-        """Run `action` in the thread when all files so far are on the disk; it is told what went wrong with them, or None."""
+        """Run `action` in the thread when all files so far are on the disk. Its argument is the first error in writing them, or None."""
         return self._pool.submit(lambda: action(self._failure))
 
     def close(self) -> None:
-        """End the thread when it has done what it was given."""
+        """End the thread when it has done all its tasks."""
         self._pool.shutdown()
 
     def _open(self, file: PlannedFile) -> int:
@@ -178,7 +179,7 @@ class Writer:
     def _finish(self, file: PlannedFile, descriptor: int) -> None:
         try:
             if self._failure is None:
-                os.ftruncate(descriptor, file.size)  # what was written past the cache is whole pages
+                os.ftruncate(descriptor, file.size)  # writes past the cache were whole pages
                 os.fsync(descriptor)
         except BaseException as error:
             self._fail(file, error)
@@ -191,7 +192,7 @@ class Writer:
 
 
 def _write_at(descriptor: int, block: memoryview, length: int, start: int) -> None:
-    """Write `length` bytes of a block at place `start` of a file; whole pages where it is open past the page cache."""
+    """Write the first `length` bytes of a block at offset `start` of a file; whole pages if it is open past the page cache."""
     direct = bool(_DIRECT and fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT)
     wanted = min(-(-length // PAGE) * PAGE, len(block)) if direct else length
     done = 0
@@ -202,7 +203,7 @@ def _write_at(descriptor: int, block: memoryview, length: int, start: int) -> No
             if not (direct and error.errno == errno.EINVAL):
                 raise
             fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_DIRECT)
-            direct, wanted = False, length  # a file system that takes the flag and then not the write
+            direct, wanted = False, length  # a file system that accepts the flag but not the write
 
 
 def _cannot_write(file: PlannedFile, error: OSError) -> CheckpointError:
@@ -214,7 +215,7 @@ def _cannot_write(file: PlannedFile, error: OSError) -> CheckpointError:
 
 
 def _fill(block: torch.Tensor, start: int, file: PlannedFile) -> None:
-    """Copy bytes `start` to `start` + length of a file into a block [length]."""
+    """Copy bytes start .. start + length - 1 of a file (header, tensors) into a block uint8 [length]."""
     stop = start + block.numel()
     if start < len(file.header):
         part = file.header[start : min(stop, len(file.header))]
@@ -231,7 +232,9 @@ def _fill(block: torch.Tensor, start: int, file: PlannedFile) -> None:
 
 
 def _overlaps(file: PlannedFile, start: int, stop: int) -> Iterator[tuple[Elements, Entry, int, int]]:
-    """The tensors that lie in bytes `start` to `stop`: elements, entry, first element there and the one behind the last."""
+    """The tensors within bytes start .. stop - 1 of a file: elements, entry, number of the first element there and of the one after the
+    last.
+    """
     for name, (elements, count) in file.runs.items():
         entry = file.entries[name]
         size = entry.dtype.itemsize
