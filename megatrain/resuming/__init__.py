@@ -1,1 +1,1 @@
-"""Going on: what a run began from, what has changed since it was saved, its state restored (docs/resuming.md)."""
+"""Resuming a run: which checkpoint it goes on from, what has changed since that was saved, its state restored (docs/resuming.md)."""

@@ -1,15 +1,15 @@
-"""Which checkpoints of a directory are a run's own, so that the same command goes on from them, whatever checkpoint.resume says.
+"""Decides which checkpoints of a directory are a run's own: the same command goes on from them, whatever checkpoint.resume says.
 
-What a run began from is kept in each of its checkpoints, and stays the same as the run goes on:
+Each checkpoint keeps what its run began from, which stays the same as the run goes on:
 
-    checkpoint.resume    a checkpoint in checkpoint.dir is the run's own where ...                        else it begins ...
+    checkpoint.resume    a checkpoint in checkpoint.dir is the run's own where ...                        else the run begins ...
     auto                 always                                                                           anew
     PATH                 its run began from the same checkpoint (or directory)                            from PATH
-    never                its run began so, with this very config, and has not finished (or is this very    anew
-                         job, which its launcher has started again), and none is newer that is not its own
+    never                its run began with `never` and this very config, and has not finished (or is     anew
+                         this very job, restarted by its launcher), and no newer checkpoint is another's
 
-So PATH may be one of the directory's own earlier checkpoints (a rewind); `never` begins anew beside what an older run has left, and a
-job that is stopped, requeued or restarted makes progress under both. What is not the run's own is left where it is.
+So PATH may be one of the directory's own earlier checkpoints (a rewind); `never` begins anew beside the checkpoints of an older run;
+and a job that is stopped, requeued or restarted makes progress under both. Checkpoints of other runs are left as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatrain.runtime.launch import Launch
 
 
 def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
-    """What a run begins from that has no checkpoint of its own yet, as plain JSON."""
+    """What a run without checkpoints of its own begins from: `auto`, `never`, a checkpoint or weights; plain JSON."""
     resume = config.checkpoint.resume
     if resume in ("auto", "never"):
         return {"from": resume, "job": f"{launch.launcher} {launch.job}"}
@@ -41,40 +41,40 @@ def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
 
 
 def only_weights(config: Config) -> bool:
-    """Whether checkpoint.resume gives a run that is new its weights and nothing else."""
+    """Whether a new run takes only weights from checkpoint.resume."""
     return config.checkpoint.weights_only or is_hf(Path(config.checkpoint.resume))
 
 
 @dataclass
 class Own:
-    """Tells a run's own checkpoints from others, asked newest first, and remembers why those are not."""
+    """Tells a run's own checkpoints from others; call it newest first. Remembers why others are not the run's own."""
 
     config: Config
     launch: Launch
     began: Mapping[str, str]
-    """What a run of this config begins from."""
+    """What a run of this config begins from (`beginning_of`)."""
     others: list[str] = field(default_factory=list)
-    """Checkpoints of other runs, newest first, each with what makes it one."""
+    """Checkpoints of other runs, newest first, each with the reason why it is not this run's."""
     _over: bool = field(default=False, init=False)
-    """All others are not the run's own."""
+    """Whether all remaining, older checkpoints are known to be of other runs."""
 
     def __call__(self, path: Path, manifest: Manifest | None) -> bool:
-        """Whether a checkpoint of checkpoint.dir is the run's own; `manifest` is None where it cannot be read."""
+        """Whether a checkpoint of checkpoint.dir is the run's own; `manifest` is None if it cannot be read."""
         if self.began["from"] == "auto":
             return True
         why = "its manifest cannot be read" if manifest is None else next(self._against(manifest), "")
         if why:
             self.others.append(f"{path.name} is not this run's: {why}")
-            # Older ones are of that run as well, or of one before.
+            # Older checkpoints are of that other run as well, or of a run before it.
             self._over = self._over or (manifest is not None and self.began["from"] == "never")
         return not why
 
     def _against(self, manifest: Manifest) -> Iterator[str]:
-        """What speaks against it."""
+        """Reasons why a checkpoint is not the run's own."""
         if self._over:
             yield "a newer one is not"
         was = manifest.progress.get("began")
-        if was is None:  # of an earlier release, which went on from any checkpoint where weights alone were asked for
+        if was is None:  # an earlier release, which with weights_only went on from any checkpoint
             if self.began["from"] != "weights":
                 yield "it was saved by an earlier release, which did not say where its run began"
         elif self.began["from"] == "never" == was["from"]:
@@ -85,7 +85,7 @@ class Own:
             yield f"its run began {said(was)}"
 
     def _same_path(self, was: Mapping[str, str]) -> bool:
-        """Whether a run began from what checkpoint.resume names: from the same bytes, where it is a checkpoint that is still there."""
+        """Whether a run began from checkpoint.resume: compares the manifest's hash if that checkpoint still exists, else the path."""
         now = self.began
         if "path" not in was or "path" not in now:
             return False
@@ -94,7 +94,7 @@ class Own:
         return was["path"] == now["path"] if gone else (was["from"], was[key]) == (now["from"], now[key])
 
     def _replaced(self) -> bool:
-        """Whether the run that began from the weights at checkpoint.resume has come to that step again, and saved in their place."""
+        """Whether the checkpoint at checkpoint.resume was since replaced, by the same step of the very run that began from its weights."""
         path = Path(self.began["path"])
         if path.parent != Path(self.config.checkpoint_dir).resolve():
             return False
@@ -104,12 +104,12 @@ class Own:
         return False
 
     def _restarted(self, was: Mapping[str, str]) -> bool:
-        """Whether the launcher has started this job again, and the checkpoint is of it."""
+        """Whether the checkpoint is of this very job, which its launcher has started again."""
         return self.launch.restart_count > 0 and self.launch.job not in ("", "none") and was["job"] == self.began["job"]
 
 
 def said(began: Mapping[str, str]) -> str:
-    """What a run began from, in words."""
+    """What a run began from, as text for messages."""
     if began["from"] in ("checkpoint", "weights"):
         return f"from {'the weights of ' if began['from'] == 'weights' else ''}{began['path']}"
     return "anew" if began["from"] == "auto" else "anew, with checkpoint.resume=never"

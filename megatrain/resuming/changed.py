@@ -1,6 +1,6 @@
-"""What of a config is not as it was when a checkpoint was saved, and what each such change does to a run that goes on.
+"""The keys of a config that differ from those of a checkpoint, and the effect that each difference has on a run that resumes.
 
-`TABLE` has a row for every key; docs/resuming.md shows it, and its test tries each row.
+`TABLE` has a row for every key; docs/resuming.md shows it, and a test tries each row.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from megatrain.config.schema import Config, ModelConfig
 
 @dataclass(frozen=True)
 class Change:
-    """What it does to change some keys."""
+    """The effect of changing some keys."""
 
     keys: tuple[str, ...]
     """`section.key`, or patterns with `*`; the first row that has a key counts."""
     then: Literal["kept", "told", "bent", "refused"]
-    """Nothing changes but rounding; what changes is no curve; from the next step on; needs checkpoint.accept_changes."""
+    """kept: nothing changes but rounding; told: no curve changes; bent: curves change from the next step on; refused: unless accepted."""
     what: str
 
     def has(self, key: str) -> bool:
-        """Whether the row is about a key."""
+        """Whether the row is about `key`."""
         return any(fnmatchcase(key, pattern) for pattern in self.keys)
 
 
@@ -93,7 +93,7 @@ TABLE = (
     Change(("data.*",), "refused", "other samples of the same text (data)"),
     Change(("checkpoint.*", "log.*"), "kept", "when and where it is saved and told"),
 )
-"""What each change does, key by key."""
+"""The effect of each change; a key's row is the first that has it."""
 
 _LENGTHS = (
     *_optim("lr*", "min_lr", "decay_fraction", "warmup_steps", "weight_decay*"),
@@ -101,7 +101,7 @@ _LENGTHS = (
     *_train("global_batch_size", "batch_ramp"),
     "model.seq_length",
 )
-"""Keys after whose change a run tells how long it is, and its rates."""
+"""Keys whose change makes a resumed run print its remaining length and learning rates."""
 _FOLLOWING = {
     "head_dim": "head_size",
     "num_query_groups": "query_groups",
@@ -110,7 +110,7 @@ _FOLLOWING = {
     "max_positions": "positions",
     "rope_original_length": "original_length",
 }
-"""Keys of a model that may be null -> what they mean then."""
+"""Keys of the model that may be null -> the property that has the value then."""
 
 
 def change_of(key: str) -> Change:
@@ -119,23 +119,23 @@ def change_of(key: str) -> Change:
 
 
 def told(key: str, was: Any, now: Any, *, same: bool = False) -> str:
-    """One change in a line: `key: was -> now`, and what it does where it does something. same: what lies there is the same."""
+    """One line: `key: was -> now (effect)`. same: both values lead to the same contents; then that is said instead."""
     row = change_of(key)
     what = "the same in another place" if same else "" if row.then == "kept" else row.what
     return f"{key}: {was} -> {now}" + (f" ({what})" if what else "")
 
 
 def bends_schedules(key: str) -> bool:
-    """Whether rates, or how long a run is, may depend on a key."""
+    """Whether learning rates or the length of a run may depend on a key."""
     return any(fnmatchcase(key, pattern) for pattern in _LENGTHS)
 
 
 def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Keys of the config that are not as they were when a checkpoint was saved, with the value then and now."""
+    """(key, value in the checkpoint's config, value now) of each key that differs."""
     before = values_then(manifest)
     now = dict(
         _leaves(yaml.safe_load(dump(config, {})))
-    )  # as it would be saved: what has its default inside of a list is left out
+    )  # in the form that is saved, which leaves out defaults inside of lists
     meant = _meant(before), _meant(now)
     for key, value in now.items():
         if before[key] != value and (
@@ -145,20 +145,20 @@ def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]
 
 
 def _meant(values: dict[str, Any]) -> dict[str, Any]:
-    """What keys mean that may be null for a value that follows from others, so that it is no change to write that value."""
+    """Key -> the value that null stands for, so that writing out that value is no change."""
     model = ModelConfig(**{field.name: values[f"model.{field.name}"] for field in fields(ModelConfig)})
-    vocabulary = {"model.vocab_size": None}  # follows from the tokenizer, and the shapes of tensors tell
+    vocabulary = {"model.vocab_size": None}  # follows from the tokenizer; shapes of tensors are checked on loading
     return vocabulary | {f"model.{key}": getattr(model, name) for key, name in _FOLLOWING.items()}
 
 
 def values_then(manifest: Manifest) -> dict[str, Any]:
-    """`section.key` -> value of the config that a checkpoint was saved with; what its release did not have is at its default."""
+    """`section.key` -> value in a checkpoint's config; a key that its release did not have is at its default."""
     was = yaml.safe_load(manifest.config)
     return dict(_leaves(asdict(Config()))) | dict(_leaves(was if isinstance(was, dict) else {}))
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """`section.key` or `section.group.key` of every value of a config."""
+    """(`section.key` or `section.group.key`, value) of every value of a config."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{path}{name}.")
@@ -167,13 +167,13 @@ def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as YAML has them."""
+    """A value with its tuples as lists, as YAML has them."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def table() -> str:
-    """The table in Markdown."""
+    """`TABLE` in Markdown, for docs/resuming.md."""
     rows = ["| key | then | what it does |", "| --- | --- | --- |"]
     return "\n".join([*rows, *(f"| {', '.join(f'`{key}`' for key in row.keys)} | {row.then} | {row.what} |" for row in TABLE)])

@@ -1,7 +1,7 @@
-"""Going on from a checkpoint: which one, whether it is of this run, and what of the config has changed since.
+"""Resume a run: find its checkpoint, check that it is of the same model, tokenizer and text, load it, report changes of the config.
 
-A run goes on from the newest of its own checkpoints that is whole (beginning.py says which are its own). Layout, schedule, batch and
-optimizer settings may be others than they were (changed.py says what that does); another model, tokenizer or training text is refused
+A run resumes from the newest of its own checkpoints that is whole (beginning.py decides which are its own). Layout, schedule, batch and
+optimizer settings may differ from the checkpoint's (changed.py has the effects). Another model, tokenizer or training text is refused
 unless checkpoint.accept_changes names it, since a loss curve that changes its subject half-way looks like any other.
 """
 
@@ -31,11 +31,11 @@ from megatrain.training import Run
 from megatrain.transport.consensus import broadcast_text
 
 _COMPARED = ("data.train", "data.tokenizer")
-"""Keys that say where something is, whose contents are compared."""
+"""Keys that are paths; what they lead to is compared, not the paths."""
 
 
 def progress_of(run: Run) -> dict[str, Any]:
-    """The run's own state in a checkpoint."""
+    """The run's state besides its tensors, as kept in a checkpoint."""
     config = run.config
     return {
         "samples": run.consumed_samples,
@@ -49,18 +49,18 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, path: Path) -> Manifest:
-    """Bring a run to where the checkpoint at `path` has left off (collective). Raises CheckpointError on every rank."""
+    """Set a run to the state in the checkpoint at `path` (collective). Raises CheckpointError on every rank."""
     manifest = load(path, run.optimizer.portions(), run.ctx)
     take_over(run, manifest)
     return manifest
 
 
 def take_over(run: Run, manifest: Manifest) -> None:
-    """Go on from a checkpoint whose tensors the optimizer's portions hold (collective)."""
+    """Set a run to a checkpoint's state, once its tensors are loaded into the optimizer's portions (collective)."""
     progress, then = manifest.progress, values_then(manifest)
     run.optimizer.refresh()
     run.step = progress["step"]
-    # The number that it was, unless samples have another length now.
+    # The checkpoint's number of samples, unless seq_length has changed: tokens count.
     run.consumed_samples = -(-progress["tokens"] // run.config.model.seq_length)
     run.optimizer.updates.fill_(progress["updates"])
     run.gauge = _gauge_then(progress.get("gauge"), then, run.config)
@@ -69,20 +69,20 @@ def take_over(run: Run, manifest: Manifest) -> None:
 
 
 def _gauge_then(kept: dict[str, int] | None, then: dict[str, Any], config: Config) -> Gauge:
-    """What the run's schedules are measured by since it began, but for a warm-up of other steps; earlier releases did not keep it."""
+    """The gauge that the run began with, but with the warm-up of `config` if that was changed. Earlier releases did not save a gauge."""
     if kept is not None:
         found = Gauge(**kept)
     else:
         keys = ("train.global_batch_size", "train.batch_ramp", "optim.warmup_steps", "model.seq_length")
         found = gauge(*(then[key] for key in keys))
     if config.optim.warmup_steps is None:
-        return found  # it suited the length that the run had, which may be another now
+        return found  # a default warm-up keeps the length that it had when the run began
     now = gauge_of(config)
     return found if found.warmup_steps == now.warmup_steps else replace(now, first=found.first, full=found.full)
 
 
 def gauge_kept(config: Config, session: Session) -> Gauge | None:
-    """What the schedules of the run are measured by that goes on with a config, if one does (collective)."""
+    """The gauge of the run that `config` resumes; None if it resumes none (collective)."""
     text = "null"
     with session.together("looking at the checkpoints"):
         if session.rank == 0:
@@ -98,10 +98,10 @@ def gauge_kept(config: Config, session: Session) -> Gauge | None:
 
 
 def resume(job: Job) -> None:
-    """Bring a run to where its newest checkpoint has left it, or to where `checkpoint.resume` says that it begins (collective).
+    """Set a run to its newest checkpoint or, if it has none of its own, begin where `checkpoint.resume` says (collective).
 
-    A run that has no checkpoint of its own yet starts from the weights at that path with checkpoint.weights_only, or where the path
-    is a directory of Hugging Face, or else from those of model.init_from, if it is given.
+    A run without a checkpoint of its own starts from the weights at that path, with checkpoint.weights_only or where the path is a Hugging
+    Face directory; from the whole state at that path otherwise; and with auto or never from the weights of model.init_from, if given.
     """
     job.identity = shared_identity(job)
     config, ctx, launch = job.config, job.ctx, job.session.launch
@@ -143,10 +143,10 @@ def resume(job: Job) -> None:
 
 
 def shared_identity(job: Job) -> dict[str, Any]:
-    """What the run's texts are (collective). Raises CheckpointError on every rank where nodes have different ones under one name."""
+    """The identity of the run's texts and tokenizer (collective). Raises CheckpointError on every rank where nodes have different files."""
     ctx, launch, mine = job.ctx, job.session.launch, ""
     with together(ctx):
-        if launch.local_rank == 0:  # files may be the node's own
+        if launch.local_rank == 0:  # files may be local to a node
             mine = json.dumps(identity_of(job.config))
     first = broadcast_text(mine, ctx.world.group, ctx.device)
     with together(ctx):
@@ -167,7 +167,7 @@ def _tell(job: Job, path: Path, reason: str) -> None:
 
 
 def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
-    """Take over what a loaded checkpoint says of the run."""
+    """Take over the run's state from a loaded checkpoint, and report what has changed since."""
     take_over(job, manifest)
     job.resumed_from = path
     changed = list(changes(manifest, job.config))
@@ -185,7 +185,7 @@ def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
 
 
 def _ahead(run: Run) -> str:
-    """What is left of a run, and its rates."""
+    """The remaining steps, tokens and learning rates of a run, as text."""
     left, since, length = run.total_steps - run.step, run.consumed_samples, run.config.model.seq_length
     last, end = (run.budget.consumed(count, since) for count in (left - 1, left))
     rate = learning_rate(run.config.optim, run.position(run.total_steps - 1, last))
@@ -196,7 +196,9 @@ def _ahead(run: Run) -> str:
 
 
 def _require_same_subject(path: Path, manifest: Manifest, config: Config, identity: dict[str, Any]) -> None:
-    """Raise ContentError where model, tokenizer or training text are others than they were, and nobody has asked for that."""
+    """Raise ContentError where model, tokenizer or training text differ from the checkpoint's and checkpoint.accept_changes does not allow
+    it.
+    """
     accepted = set(config.checkpoint.accept_changes)
     for subject, what in _other_subjects(manifest, config, identity):
         if subject not in accepted:
@@ -207,7 +209,7 @@ def _require_same_subject(path: Path, manifest: Manifest, config: Config, identi
 
 
 def _other_subjects(manifest: Manifest, config: Config, identity: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(model, tokenizer or data, what is another in it)."""
+    """(model, tokenizer or data; the difference) for each that differs from the checkpoint's."""
     was = manifest.progress.get("identity", {})
     for what in other_corpora(was["data"], identity["data"], config.data.train) if "data" in was else ():
         yield "data", what
