@@ -1,1 +1,1 @@
-"""A trained model at work: its weights again under any layout, decoding, blanks filled, a plain module."""
+"""Running a trained model: load its weights under any layout, decode text, fill blanks, use it as a plain torch module."""

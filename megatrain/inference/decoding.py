@@ -1,7 +1,7 @@
-"""Decoding: a model with a key-value cache, and which token comes next: the best one, one drawn, or by beam search.
+"""Decoding: a model with a key-value cache, and the choice of the next token: the most probable, sampled, or by beam search.
 
-A step of decoding is the forward-only schedule with one micro-batch; the last stage's logits go to every rank, and all choose the same
-token from generators of their own, so the same checkpoint, prompt and seed give the same text under every layout.
+A decoding step is the forward-only schedule with one micro-batch. The last stage's logits go to every rank, and all ranks choose the
+same token, each from a generator with the same seed: checkpoint, prompt and seed give the same text under every layout.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Choice:
     """How the next token is chosen from its logits."""
 
     greedy: bool = False
-    """The most probable token; the rest does not matter then."""
+    """Take the most probable token; the other fields are then ignored."""
     temperature: float = 1.0
-    """Divides the logits; above 0."""
+    """The logits are divided by it; above 0."""
     top_k: int | None = None
-    """Only the k most probable tokens."""
+    """Sample among the k most probable tokens only."""
     top_p: float | None = None
-    """Only the fewest most probable tokens that have this probability together (nucleus sampling, arXiv:1904.09751)."""
+    """Sample among the fewest most probable tokens whose probabilities sum to this (nucleus sampling, arXiv:1904.09751)."""
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits [v] -> probabilities [v], float32 on the CPU. Raises ValueError where logits are not finite."""
+        """Logits [v] -> probabilities [v], float32 on the CPU. Raises ValueError if logits are not finite."""
         logits = logits.float().cpu()
         if not bool(logits.isfinite().all()):
             raise ValueError(
@@ -55,28 +55,28 @@ class Choice:
         return torch.zeros_like(logits).index_copy_(0, kept, probabilities / probabilities.sum())
 
     def draw(self, logits: torch.Tensor, generator: torch.Generator) -> int:
-        """A token id for logits [v]."""
+        """Sample a token id from logits [v]."""
         return int(torch.multinomial(self.probabilities(logits), 1, generator=generator).item())
 
 
 class Decoder:
-    """A model with a key-value cache, fed one piece of some sequences after another."""
+    """A model with a key-value cache, to which some sequences are fed piece by piece."""
 
     def __init__(self, chunks: Sequence[GPT], ctx: ParallelContext | None = None, schedule: Schedule | None = None) -> None:
-        """chunks: this rank's; by default there is one rank, which has the whole model. Ranks decode together."""
+        """chunks: the chunks of this rank, which calls together with the others; without `ctx`, one rank has the whole model."""
         self.chunks, self.ctx = chunks, ctx or ParallelContext.single()
         self.schedule = schedule or Schedule("1f1b", 1, 1, 1, backward=False)
         self.config = chunks[0].build.config
         self.capacity = self.config.position_rows
         self.caches: list[list[KeyValueCache]] = []
-        """Of each layer of each chunk."""
+        """Of each chunk: the cache of each of its layers."""
         self.length = 0
-        """Tokens that the caches hold of each sequence."""
+        """Number of tokens in the caches, for each sequence."""
         self.seen: list[int] = []
-        """The tokens that `logits` was given."""
+        """The tokens given to `logits` since the last restart."""
 
     def restart(self) -> None:
-        """Forget everything: one empty sequence."""
+        """Empty the caches: one empty sequence."""
         self.caches, self.length, self.seen = (
             [[self._empty_cache(block) for block in c.stack.blocks] for c in self.chunks],
             0,
@@ -84,12 +84,12 @@ class Decoder:
         )
 
     def go_back(self, length: int) -> None:
-        """Forget all but the first `length` tokens, and all sequences but the first."""
+        """Drop all tokens after the first `length`, and all sequences but the first."""
         self.length = length
         self.select([0])
 
     def select(self, sequences: Sequence[int]) -> None:
-        """Go on with these of the sequences, in this order; one may be taken several times."""
+        """Keep these sequences, in this order; one may appear several times."""
         for caches in self.caches:
             for cache in caches:
                 cache.select(sequences, self.length)
@@ -102,9 +102,9 @@ class Decoder:
         block_positions: torch.Tensor | None = None,
         prefix: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append tokens [s, b] at positions [s, b], and return the logits [b, v] of those after them, on every rank.
+        """Append tokens [s, b] at positions [s, b] and return the logits [b, v] of the token after the last, on every rank.
 
-        prefix: [b] how many of the first tokens all see, where these are among them.
+        prefix: [b] number of first tokens that all tokens see, if those are among `tokens`.
         """
         device = self.ctx.device
         batch = MicroBatch(
@@ -121,9 +121,9 @@ class Decoder:
         return all_reduce(executed.statistics, self.ctx.pp).float().view(tokens.shape[1], -1)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Append tokens (at least one) of a text read from left to right, and return the logits [v] of the token after them.
+        """Append tokens (at least one) of a single sequence and return the logits [v] of the token after them.
 
-        Where they do not fit model.max_positions any more, the model goes on with the latter half of what it can hold.
+        Where the text no longer fits into model.max_positions, the model goes on with its end, half of max_positions long.
         """
         capacity = self.config.positions
         if not self.caches or len(self.seen) + len(ids) > capacity:
@@ -137,7 +137,7 @@ class Decoder:
         return self.feed(tokens, torch.arange(start, start + len(ids))[:, None])[0]
 
     def _stage(self, sequences: int) -> Stage:
-        """This rank's share of the pipeline, which ends in the logits of the last token of each sequence."""
+        """This rank's stage of the pipeline; the last stage computes the logits of the last token of each sequence."""
         head, ctx = self.chunks[-1].head, self.ctx
 
         def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +168,7 @@ def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:
 def continuation(
     decoder: Decoder, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, ends: Collection[int] = ()
 ) -> Iterator[int]:
-    """The tokens that follow `prompt` (at least one token), one by one; stops before one of `ends`. The same on every rank."""
+    """Sample the tokens that follow `prompt` (at least one token), one by one; stops before a token of `ends`. The same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     new = list(prompt)
     for _ in range(max_tokens):
@@ -182,9 +182,9 @@ def continuation(
 def best_continuation(
     decoder: Decoder, prompt: Sequence[int], max_tokens: int, beams: Beams, ends: Collection[int] = ()
 ) -> Sequence[int]:
-    """The tokens that follow `prompt`, by beam search, without the one of `ends`. The same on every rank.
+    """The tokens that follow `prompt`, found by beam search, without a final token of `ends`. The same on every rank.
 
-    Raises ValueError where prompt and tokens are more than model.max_positions: beams do not forget.
+    Raises ValueError where prompt and tokens are more than model.max_positions: beam search cannot drop the start of the text.
     """
     room = decoder.config.positions - len(prompt)
     if max_tokens > room:
@@ -210,36 +210,36 @@ def best_continuation(
 
 @dataclass(frozen=True)
 class Beams:
-    """Beam search: the most probable texts are gone on with side by side (Sutskever et al., arXiv:1409.3215, section 3.2)."""
+    """Settings of beam search: the most probable texts are continued side by side (Sutskever et al., arXiv:1409.3215, section 3.2)."""
 
     count: int = 1
-    """How many; 1 is greedy decoding."""
+    """Number of beams; 1 is greedy decoding."""
     length_penalty: float = 0.0
-    """alpha: log-probabilities are divided by ((5 + n) / 6)^alpha of n tokens (arXiv:1609.08144, section 7); 0 is no penalty."""
+    """alpha: the log-probability of n tokens is divided by ((5 + n) / 6)^alpha (arXiv:1609.08144, section 7); 0 is no penalty."""
 
     def score(self, log_probability: float, tokens: int) -> float:
-        """What a text of so many tokens is ranked by."""
+        """The score that texts are ranked by: log-probability of a text of `tokens` tokens, with the length penalty."""
         return float(log_probability / ((5 + tokens) / 6) ** self.length_penalty)
 
 
 Step = Callable[[Sequence[int], Sequence[int]], torch.Tensor]
-"""(which of the sequences, the next token of each) -> logits [b, v] after it: goes on with these."""
+"""(numbers of the sequences to keep, the next token of each) -> logits [b, v] of the token after it."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text and what it is worth."""
+    """A text with its log-probability."""
 
     tokens: tuple[int, ...]
     log_probability: float
     ended: bool
-    """With an end, which is its last token."""
+    """Whether its last token is an end token."""
 
 
 def beam_search(first: torch.Tensor, step: Step, ends: Collection[int], max_tokens: int, beams: Beams) -> Hypothesis:
-    """The best text that was found of at most `max_tokens` tokens, its end among them; one that has not ended counts as well.
+    """The best text found of at most `max_tokens` tokens, with its end token if it has ended; texts that have not ended compete too.
 
-    first: logits [v] of the first token. Ends as soon as no text that goes on can become better than `count` that have ended.
+    first: logits [v] of the first token. Stops as soon as no text still growing can score better than `count` ended ones.
     """
     alive = [Hypothesis((), 0.0, False)]
     ended: list[Hypothesis] = []
@@ -269,10 +269,10 @@ def beam_search(first: torch.Tensor, step: Step, ends: Collection[int], max_toke
 
 
 def _settled(alive: Sequence[Hypothesis], ended: Sequence[Hypothesis], max_tokens: int, beams: Beams) -> bool:
-    """Whether nothing alive can become better than what has ended."""
+    """Whether no text still growing can score better than those that have ended."""
     if not alive or len(ended) < beams.count:
         return False
     worst = beams.score(ended[-1].log_probability, len(ended[-1].tokens))
-    # A text's log-probability only falls; its penalty is smallest now or at the end, as alpha is below or above 0.
+    # Log-probabilities only fall. The length penalty is extremal at the lengths now and at the end.
     best = max(max(beams.score(h.log_probability, n) for n in (len(h.tokens), max_tokens)) for h in alive)
     return best <= worst

@@ -1,12 +1,12 @@
-"""What GLM models read off the tokens of a prompt: how much of it all may see, and where each token stands.
+"""GLM: from the tokens of a prompt, the positions of each token and the length of part A, which all tokens see.
 
     text ... [gMASK] <sop> answer ...       part A ends before <sop>; part B begins with it and fills the blank
 
-    dim 1    0 1 2 ... c - 1 | m m m m      m: the place of [gMASK], else of [MASK]; c: that of <sop>
+    dim 1    0 1 2 ... c - 1 | m m m m      m: place of [gMASK], or of [MASK] if there is none; c: place of <sop>
     dim 2    0 0 0 ... 0     | 1 2 3 4
 
-In one dimension (GLM-130B) what follows a [gMASK] counts on from c, and what fills a [MASK] stays at m. Training batches come with all
-of this (`data/samples/glm.py`); the model itself is `gpt.py`'s, under a config.
+With one-dimensional positions (GLM-130B), tokens that fill a [gMASK] count on from c, and those that fill a [MASK] stay at m. Training
+batches come with positions and lengths (`data/samples/glm.py`); the model itself is that of `models/gpt.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Marks:
-    """Ids of the tokens that shape a prompt."""
+    """Ids of the tokens <sop>, [gMASK] and [MASK], which determine positions."""
 
     sop: int
     gmask: int
@@ -27,18 +27,18 @@ class Marks:
 
 @dataclass(frozen=True)
 class Places:
-    """Of b prompts of s tokens."""
+    """Positions of b prompts of s tokens."""
 
     positions: torch.Tensor
-    """[b, s]."""
+    """[b, s] positions in the text."""
     block_positions: torch.Tensor
-    """[b, s]."""
+    """[b, s] positions within the blank; 0 in part A."""
     sep: torch.Tensor
-    """[b] tokens of part A."""
+    """[b] number of tokens in part A."""
 
 
 def places_of(tokens: torch.Tensor, marks: Marks, two_dimensional: bool) -> Places:
-    """Where the tokens [b, s] of prompts stand. A prompt without <sop> is part A from end to end."""
+    """Positions of the tokens [b, s] of prompts. A prompt without <sop> is all part A."""
     b, s = tokens.shape
     index = torch.arange(s, device=tokens.device).expand(b, s)
     sep = _first(tokens == marks.sop)
@@ -53,11 +53,11 @@ def places_of(tokens: torch.Tensor, marks: Marks, two_dimensional: bool) -> Plac
 
 
 def causal_places(tokens: torch.Tensor) -> Places:
-    """Places of tokens [b, s] that are read from left to right."""
+    """Positions of tokens [b, s] that are read from left to right, without blanks: part A has 0 tokens."""
     index = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     return Places(index, torch.zeros_like(index), torch.zeros_like(index[:, 0]))
 
 
 def _first(where: torch.Tensor) -> torch.Tensor:
-    """[b] first place of a row where it holds, of [b, s]; s where there is none."""
+    """For each row of [b, s]: the first place where it is true, s if none; [b]."""
     return torch.where(where.any(1), where.int().argmax(1), where.shape[1])

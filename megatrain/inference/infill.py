@@ -1,9 +1,9 @@
-"""Filling the blanks of a prompt: [MASK] and [sMASK] stand for short and long pieces of it, [gMASK] for its end.
+"""Fills the blanks of a prompt: [MASK] and [sMASK] stand for short and long missing spans, [gMASK] for a missing end.
 
     def area([MASK]):  ->  def area(width, height):
 
-Part A, the prompt with its masks, is read once and seen as a whole; then each blank is written, in the order of the text, after a
-<|startofpiece|> that stands at the blank's position, until an end of piece. What was written is seen by the blanks after it.
+Part A, the prompt with its masks, is fed once, and all its tokens see each other. Then each blank is decoded, in the order of the text:
+a <|startofpiece|> at the blank's position, then tokens up to an end of piece. Later blanks see the tokens of earlier ones.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _MASK = re.compile(r"\[(g|s|)MASK\]")
 
 
 def parsed(prompt: str, ids: Sentinels) -> tuple[list[str], list[int]]:
-    """The texts around a prompt's blanks, and the mask of each blank; a prompt without one ends in a [gMASK]."""
+    """The texts around a prompt's blanks, and the mask token of each blank; a prompt without a blank gets a [gMASK] at its end."""
     texts = _MASK.split(prompt)[::2]
     masks = [{"": ids.mask, "s": ids.smask, "g": ids.gmask}[kind] for kind in _MASK.findall(prompt)]
     return (texts, masks) if masks else ([prompt, ""], [ids.gmask])
 
 
 class Filling:
-    """The blanks of one prompt, to be filled one after another."""
+    """The blanks of one prompt, to be filled in order."""
 
     def __init__(
         self, decoder: Decoder, texts: Sequence[Sequence[int]], masks: Sequence[int], ids: Sentinels, text_vocab: int
     ) -> None:
-        """texts: tokens around the blanks, one more than there are `masks`; text_vocab: ids of text are below.
+        """texts: tokens around the blanks, one more than `masks`; text_vocab: ids below it are text.
 
-        Raises ValueError where they do not fit the model.
+        Raises ValueError where the prompt does not fit the model.
         """
         self.decoder, self.ids = decoder, ids
         part_a = [ids.cls, *texts[0]]
@@ -58,15 +58,15 @@ class Filling:
             range(text_vocab, decoder.chunks[0].vocab_size)
         )
         self._never = torch.tensor(sorted(never - {ids.eop, ids.eos}))
-        """What is not text, and no end."""
+        """Ids that are never decoded: neither text nor an end token."""
         decoder.restart()
         index = torch.arange(self.sep)[:, None]
         decoder.feed(torch.tensor(part_a)[:, None], index, torch.zeros_like(index), torch.tensor([self.sep]))
 
     def fill(self, number: int, max_tokens: int, choice: Choice, seed: int, beams: Beams | None = None) -> Iterator[int]:
-        """The tokens of blank `number`, one by one, without the end of piece; what is written is kept for the blanks after it.
+        """The tokens of blank `number`, one by one, without the end of piece; they stay in the cache for the blanks after it.
 
-        The same on every rank. A model whose length is used up stops.
+        The same on every rank. Stops early when the model's positions are used up.
         """
         ends = {self.ids.eop, self.ids.eos}
         left_for_others = len(self._at) - number - 1
@@ -85,7 +85,7 @@ class Filling:
                 logits = self._feed(number, [[token]], place + 2)[0]
 
     def _best(self, number: int, room: int, ends: set[int], beams: Beams) -> Sequence[int]:
-        """The tokens of a blank by beam search."""
+        """The tokens of a blank, by beam search."""
         begin = self.decoder.length
         first = self._feed(number, [[self.ids.sop]], 1)[0]
 
@@ -100,7 +100,7 @@ class Filling:
         return tokens
 
     def _feed(self, number: int, rows: Sequence[Sequence[int]], place: int) -> torch.Tensor:
-        """Append rows [s][b] of tokens to part B, the first at place `place` of blank `number`; logits [b, v]."""
+        """Append rows [s][b] of tokens to part B, the first at place `place` of blank `number`; returns logits [b, v]."""
         tokens = torch.tensor(rows)
         inside = torch.arange(place, place + len(rows))[:, None].expand_as(tokens)
         stays = torch.full_like(tokens, self._at[number])

@@ -2,7 +2,7 @@
 
 model = megatrain.load("runs/demo/checkpoints")       # or a directory with config.json and safetensors files
 logits = model(input_ids)                             # [b, s] -> [b, s, v]
-logits = model(input_ids, position_ids, sep)          # GLM: [b, 2, s] positions, and [b] how many first tokens all see
+logits = model(input_ids, position_ids, sep)          # GLM: positions [b, 2, s]; [b] number of first tokens that all tokens see
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from megatrain.program import tokenizer_of
 class PlainModel(nn.Module):
     """A model as a function of token ids; its parameters have the logical names.
 
-    Those of the vocabulary may have rows of zeros behind their ids, which get no gradient (`padded`, parallel/param.py).
+    Embedding and head may have extra rows of zeros after the vocabulary, which get no gradient (`padded`, parallel/param.py).
     """
 
     def __init__(self, gpt: GPT, config: ModelConfig, marks: Marks | None = None) -> None:
-        """marks: tokens from which positions and prefix follow where they are not given (ChatGLM-6B, and GLM's own training)."""
+        """marks: tokens that determine positions and prefix where these are not given (ChatGLM-6B, and GLM's own training)."""
         super().__init__()
         self.gpt, self.config, self.marks = gpt, config, marks
 
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, sep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[b, s] int64 -> logits [b, s, v]. Raises ValueError beyond the range of positions.
+        """[b, s] int64 -> logits [b, s, v]. Raises ValueError for more tokens than positions.
 
-        position_ids: [b, 2, s], in the text and within a blank; sep: [b] first tokens that all see. Without them they follow from the
-        ids where the family says how, and else the text is read from left to right.
+        position_ids: [b, 2, s], in the text and within a blank; sep: [b] number of first tokens that all tokens see. Without them they
+        follow from the marks, if the model has any; else the text is read from left to right.
         """
         b, s = input_ids.shape
         if s > self.config.position_rows:
@@ -70,7 +70,7 @@ class PlainModel(nn.Module):
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> PlainModel:
-    """The model at `path`, ready to be called or trained as any torch module; see PlainModel.
+    """The model at `path`, to be called or trained like any torch module.
 
     path: a Hugging Face directory, a checkpoint, a directory of checkpoints or of a run. Raises CheckpointError.
     """
@@ -91,7 +91,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 
 def marks_of_hf(config: dict[str, Any]) -> Marks | None:
-    """Of the first ChatGLM-6B, whose config.json has them; None of models that read from left to right."""
+    """The marks of the first ChatGLM-6B, which its config.json has; None for other models, which read from left to right."""
     names = ("bos_token_id", "gmask_token_id", "mask_token_id")
     if kind_from(config) != "chatglm_6b" or not all(isinstance(config.get(name), int) for name in names):
         return None
@@ -99,7 +99,7 @@ def marks_of_hf(config: dict[str, Any]) -> Marks | None:
 
 
 def marks_of(config: Config, vocab_size: int) -> Marks | None:
-    """Of a run that filled blanks. Raises TokenizerError where its tokenizer is not there any more."""
+    """The marks of a run with data.objective=glm, else None. Raises TokenizerError if its tokenizer is no longer there."""
     if config.data.objective != "glm":
         return None
     ids, _ = resolve(config.data.glm, tokenizer_of(config), vocab_size)

@@ -1,4 +1,4 @@
-"""A trained model again: the config of its run, and its weights under any layout, whatever it was saved under."""
+"""The config and weights of a trained model, under any layout, whatever layout it was saved under."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ EMBEDDING = "embedding.tokens"
 
 
 def saved_config(path: Path) -> Config:
-    """The config of the run that saved a checkpoint; its tokenizer is the copy that was kept, where there is one."""
+    """The config of the run that saved a checkpoint; its tokenizer is the copy kept beside the checkpoints, if there is one."""
     config = restored(yaml.safe_load(read_manifest(path).config))
     return replace(config, data=with_kept_tokenizer(config.data, path))
 
 
 def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Config:
-    """The config of a run with another layout, one process by default. Raises ConfigError."""
+    """A run's config with another layout, from overrides `parallel.key=value`; by default one process. Raises ConfigError."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -56,7 +56,7 @@ def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Confi
 
 
 def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
-    """This rank's part of a checkpoint's model in float32, laid out as `config` says; collective over the world of `ctx`."""
+    """This rank's chunks of a checkpoint's model in float32, in the layout of `config`; collective over the world of `ctx`."""
     vocab_size = vocab_size_of(read_manifest(path))
     chunks = build_gpt(
         config.model,
@@ -72,7 +72,7 @@ def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
 
 
 def vocab_size_of(manifest: Manifest) -> int:
-    """Tokens of the vocabulary of a checkpoint's model. Raises CheckpointError where it is no language model's."""
+    """Vocabulary size of a checkpoint's model. Raises CheckpointError if it has no token embedding."""
     stored = manifest.tensors.get(EMBEDDING)
     if stored is None:
         raise CheckpointError(f"the checkpoint of step {manifest.step} has no {EMBEDDING}: it is not a language model's")
@@ -80,5 +80,5 @@ def vocab_size_of(manifest: Manifest) -> int:
 
 
 def say_damaged(path: Path, reason: str) -> None:
-    """Tell of a checkpoint that is not whole, when another one is taken."""
+    """Print that a damaged checkpoint was skipped."""
     sys.stderr.write(f"megatrain: passed over {path}: {reason}\n")
