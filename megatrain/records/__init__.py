@@ -1,1 +1,1 @@
-"""What is written for people: metrics and events, TensorBoard, plots, progress, where a run came from (docs/watching.md)."""
+"""Records of a run for people: metrics and events, TensorBoard, plots, progress, where the run came from (docs/watching.md)."""

@@ -1,10 +1,10 @@
-"""What a run tells the world: metrics.jsonl, events.jsonl, TensorBoard, console lines. Rank 0 writes them.
+"""Records of a run: metrics.jsonl, events.jsonl, TensorBoard, console lines. Rank 0 writes them.
 
-Every line of the two .jsonl files is one JSON object, written whole in one call to a file opened for appending, so that several
-processes may write events to one file and a killed run leaves whole lines. JSON has no NaN: a value that is not finite is null
-and the row then has `nonfinite`, which says what it was: {"step": 7, "loss": null, ..., "nonfinite": {"loss": "nan"}}.
+Every line of the two .jsonl files is one JSON object, written in one call to a file opened for appending, so that several
+processes may write events to one file and a killed run leaves whole lines. JSON has no NaN: a value that is not finite is null,
+and the row then has `nonfinite` with the value as text: {"step": 7, "loss": null, ..., "nonfinite": {"loss": "nan"}}.
 
-Records are worth less than the run. A directory that cannot be written is an error at the start; later a full disk gives one
+Records matter less than the run. A directory that cannot be written is an error at the start; later, a full disk gives one
 warning, training goes on, and lines are written again once there is space.
 """
 
@@ -46,20 +46,22 @@ EventKind = Literal[
 
 
 IN_FLIGHT_SECONDS = 0.05
-"""Long enough for the write of one line, of microseconds, to have gone on."""
+"""Time in which a write of one line by another process, which takes microseconds, has made progress."""
 
 
 class JsonLines:
     """A file of JSON objects, one a line, to which several processes may append."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create `path`; a half-written last line (a crash of the machine) is closed, not glued to. Raises OSError."""
+        """Open or create `path`. After an incomplete last line (a crash of the machine) the next record begins a new line. Raises
+        OSError.
+        """
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._broken = self._ends_within_a_line()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write one line in one call, so that lines of other processes cannot come between. Raises OSError."""
+        """Write one line in one call, so that lines of other processes cannot mix with it. Raises OSError."""
         line = (json.dumps(finite(record), default=str) + "\n").encode()
         if self._broken:
             line = b"\n" + line
@@ -73,7 +75,7 @@ class JsonLines:
         os.close(self._file)
 
     def _ends_within_a_line(self) -> bool:
-        """Whether what is there was cut short. Another's line may be on its way, page by page: only what stays so counts."""
+        """Whether the last line is incomplete. Waits while the file grows, as another process may be writing its line page by page."""
         size = -1
         while (now := os.fstat(self._file).st_size) != size:
             size = now
@@ -84,7 +86,7 @@ class JsonLines:
 
 
 class RunLog:
-    """Everything that a run writes where people look. Every rank has one; only rank 0's writes more than events."""
+    """All records of a run. Every rank has one; ranks other than 0 write events only."""
 
     def __init__(
         self,
@@ -128,7 +130,7 @@ class RunLog:
             self._if_installed("progress bar", self._open_bar, start_step)
 
     def step(self, row: StepRow) -> None:
-        """Record one update. The console shows the first, every `every`th, the last, and any that went wrong."""
+        """Record one update. The console shows the first, every `every`-th, the last, and any that was skipped or not finite."""
         if self._rank != 0:
             return
         self._append(self._metrics, asdict(row))
@@ -150,7 +152,7 @@ class RunLog:
         self.say(evaluation_lines(row))
 
     def norms(self, step: int, parts: Mapping[str, tuple[float, float]]) -> None:
-        """Record the norms of gradients and weights of each part of the model, before the update `step`."""
+        """Record the norms of gradients and weights of each part of the model at update `step`, before it is applied."""
         if self._rank != 0:
             return
         named = {f"{kind}-norm/{part}": pair[i] for part, pair in parts.items() for i, kind in enumerate(("grad", "weight"))}
@@ -159,7 +161,7 @@ class RunLog:
             self._try("tensorboard", self._tensorboard.scalars, step, named)
 
     def event(self, kind: EventKind, step: int | None = None, rank: int | None = None, **fields: Any) -> None:
-        """Append an event; any rank may, and `rank` names the one that is the cause. Threads may call it."""
+        """Append an event; `rank` is the rank that caused it. Any rank and any thread may call."""
         record: dict[str, Any] = {
             "event": kind,
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -228,14 +230,14 @@ class RunLog:
             self._try(file.path.name, file.append, record)
 
     def _try(self, what: str, write: Callable[..., None], *args: Any) -> None:
-        """Write, or say once on stderr that it cannot be done."""
+        """Call `write`; on OSError print one warning on stderr."""
         try:
             write(*args)
         except OSError as error:
             self._warn(what, f"{what} of {self.directory} cannot be written ({error.strerror or error})")
 
     def _if_installed(self, what: str, call: Callable[..., None], *args: Any) -> None:
-        """Make something for which a package is needed, or say once on stderr which one is missing."""
+        """Make something that needs an optional package; if that is missing, print one warning on stderr."""
         try:
             call(*args)
         except ImportError as error:
@@ -249,7 +251,7 @@ class RunLog:
 
 
 def step_line(row: StepRow, total_steps: int) -> str:
-    """One update in Megatron's shape: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`."""
+    """One update as a line in Megatron's format: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`."""
     parts = [
         f"step {row.step}/{total_steps}",
         f"loss: {row.loss:.4E}",
@@ -267,7 +269,7 @@ def step_line(row: StepRow, total_steps: int) -> str:
 
 
 def evaluation_lines(row: EvaluationRow) -> str:
-    """One evaluation in Megatron's shape, between dashed rules."""
+    """One evaluation in Megatron's format, between dashed lines."""
     parts = [
         f"validation loss at step {row.step}",
         f"lm loss value: {row.valid_loss:.6E}",
@@ -286,6 +288,6 @@ def evaluation_lines(row: EvaluationRow) -> str:
 
 
 def _print(text: str) -> None:
-    """One write a call, so that lines of several processes do not mix."""
+    """Print with one write, so that lines of several processes do not mix."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

@@ -1,7 +1,6 @@
-"""Draws RUN/loss.png: what a run has learnt so far, on one picture.
+"""Draws RUN/loss.png: losses and learning rate of a run so far.
 
-Figures are made without pyplot: it keeps every figure in a global list and picks a windowing backend, neither of which a
-training process wants.
+Figures are made without pyplot, which keeps every figure in a global list and picks a windowing backend; a training process wants neither.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def save_png(figure: Figure, png: Path) -> None:
 def smooth(values: _Numbers, window: float) -> _Numbers:
     """Mean of each value and its neighbours on both sides, weighted exp(-distance / window), so that the curve does not lag.
 
-    A value that is not finite stays NaN and counts for no other.
+    A value that is not finite stays NaN and does not enter the mean of others.
     """
     known = np.isfinite(values)
     clean = np.where(known, values, 0.0)
@@ -103,7 +102,7 @@ def _draw_losses(
 
 
 def _limit_losses(axes: Axes, loss: _Numbers, always: _Numbers) -> None:
-    """Frame nearly all losses, and `always`: a rare spike may leave the picture, but not flatten everything else."""
+    """Set the limits to show nearly all losses, and `always`: a rare spike may leave the picture, but not flatten the rest."""
     loss = loss[np.isfinite(loss)]
     usual = np.percentile(loss, (0.5, 99.5), method="lower") if len(loss) else loss
     framed = np.concatenate((usual, always[np.isfinite(always)]))
@@ -156,5 +155,5 @@ def _number(value: float | None) -> str:
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> _Numbers:
-    """One field of all rows; NaN where it is null or missing."""
+    """One field of all rows as an array; NaN where it is null or missing."""
     return np.array([math.nan if row.get(key) is None else row[key] for row in rows], dtype=np.float64)

@@ -1,9 +1,8 @@
-"""A progress bar with the time left, for a person who is watching; nothing at all for a log file.
+"""A progress bar with the time left, on a terminal only.
 
     ━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━  52% 520/1000 | loss 4.8312 | 12.3k tokens/s | 0:02:01 left
 
-The bar is on stderr, and only in a terminal: where stderr is a file or a pipe, `person_watching` is false, no bar is made and
-no control character is written.
+The bar is on stderr. Where stderr is a file or a pipe, `person_watching` is false, no bar is made and no control character is written.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ class StepBar:
 
         Raises ImportError without rich.
         """
-        from rich.console import Console  # noqa: PLC0415  only people pay for the import
+        from rich.console import Console  # noqa: PLC0415  imported only where somebody watches
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
         from rich.table import Column  # noqa: PLC0415
 
         console = Console(
             file=sys.stderr if stream is None else stream, highlight=False, markup=False, emoji=False, soft_wrap=True
         )
-        whole = Column(no_wrap=True, min_width=7)  # a narrow terminal cuts the bar, never the time left
+        whole = Column(no_wrap=True, min_width=7)  # a narrow terminal shortens the bar, never the time left
         self._progress = Progress(
             BarColumn(bar_width=None),
             TaskProgressColumn(),
@@ -45,7 +44,7 @@ class StepBar:
             expand=True,
             speed_estimate_period=300.0,  # seconds: evaluations and checkpoints come and go, so look at the last five minutes
             redirect_stdout=False,
-            redirect_stderr=stream is None,  # warnings of this process come out above the bar
+            redirect_stderr=stream is None,  # warnings of this process appear above the bar
             refresh_per_second=4,
         )
         self._task = self._progress.add_task("", total=total_steps, completed=start_step, loss="-", speed="-")

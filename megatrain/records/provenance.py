@@ -1,6 +1,6 @@
-"""What started a run, kept in its folder: RUN/launches/TIME/ holds the script, the config as it was given, command, environment, packages.
+"""Keeps what started a run in RUN/launches/TIME/: the launch script, the config as given, command, environment, packages.
 
-Values of variables that may be secrets are left out, by their names; so are passwords in addresses.
+Values of variables whose names look like secrets are left out, and so are passwords in addresses.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from megatrain.files import doing
 
 FOLDER = "launches"
 SCRIPT_VARIABLE = "MEGATRAIN_SCRIPT"
-"""Set by the launch scripts to their own path."""
+"""The launch scripts set it to their own path."""
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|CERT|DSN|SIGNATURE|WEBHOOK", re.IGNORECASE)
 _PASSWORD = re.compile(r"://[^/@\s]+@")
 HIDDEN = "(not kept)"
 
 
 def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[str]) -> Path:
-    """Write the folder and return it. Raises OSError."""
+    """Write the files into a new folder of `run` and return that. Raises OSError."""
     folder = _new_folder(run / FOLDER)
     with doing("writing", folder):
         script = env.get(SCRIPT_VARIABLE)
@@ -54,18 +54,18 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _shown(name: str, value: str) -> str:
-    """A value on one line, without what may be a secret."""
+    """A value of the environment on one line, without possible secrets."""
     return HIDDEN if _SECRET.search(name) else _PASSWORD.sub(f"://{HIDDEN}@", value).replace("\n", "\\n")
 
 
 def _packages() -> list[str]:
-    """Name and version of everything installed."""
+    """Name and version of every installed package."""
     named = {str(one.metadata["Name"]): one.version for one in importlib.metadata.distributions() if one.metadata["Name"]}
     return [f"{name}=={version}" for name, version in sorted(named.items(), key=lambda item: item[0].lower())]
 
 
 def _commit() -> list[str]:
-    """The commit of the checkout that runs, if it is one."""
+    """The git commit of the checkout that this file is in; empty if it is in none."""
     try:
         done = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],

@@ -1,6 +1,6 @@
-"""What a line of metrics.jsonl says, and the rows of such a file that count.
+"""The rows of metrics.jsonl: their fields, and which rows of a file count.
 
-JSON has no NaN: a value that is not finite is null and the row then has `nonfinite`, which says what it was:
+JSON has no NaN: a value that is not finite is null, and the row then has `nonfinite` with the value as text:
 {"step": 7, "loss": null, ..., "nonfinite": {"loss": "nan"}}.
 """
 
@@ -19,30 +19,30 @@ class StepRow:
     """One optimizer update, as in metrics.jsonl."""
 
     step: int
-    """Updates so far, this one included: the first is 1."""
+    """Number of updates done, this one included: the first has 1."""
     loss: float
     """Mean over the valid tokens of the global batch, before the update, in nats."""
     token_accuracy: float | None
-    """Share of these tokens whose most probable prediction was right."""
+    """Share of these tokens whose most probable prediction is right."""
     grad_norm: float
     """Global L2 norm before clipping."""
     learning_rate: float
     tokens: int
     """Tokens consumed since the first step, this one included."""
     tokens_per_second: float
-    """Of the whole job, in this step."""
+    """Speed of the whole job in this step."""
     step_seconds: float
     tflops_per_device: float
     mfu: float | None
     hfu: float | None
     memory_peak_bytes: int
-    """Largest so far on this rank."""
+    """Largest memory of rank 0 so far."""
     skipped: bool = False
-    """The weights were left alone: the gradient was not finite, or train.skip_steps said so."""
+    """Whether the weights were left unchanged: the gradient was not finite, or train.skip_steps lists the step."""
     loss_scale: float | None = None
-    """Of the next step, in fp16."""
+    """Loss scale of the next step; fp16 only."""
     wait_seconds: float = 0.0
-    """In which rank 0 waited for its batch: more than a few thousandths of a step mean that the data cannot keep up."""
+    """Time for which rank 0 waited for its batch. More than a few thousandths of the step mean that the data cannot keep up."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +50,22 @@ class EvaluationRow:
     """One evaluation on held-out tokens, as in metrics.jsonl."""
 
     step: int
-    """Updates done before it."""
+    """Updates done before the evaluation."""
     valid_loss: float
     """Mean over the held-out tokens, in nats."""
     valid_tokens: int
     valid_token_accuracy: float | None
     tokens: int
-    """Training tokens consumed before it."""
+    """Training tokens consumed before the evaluation."""
     eval_seconds: float
     valid_losses: dict[str, float] = field(default_factory=dict)
-    """Of each named validation set."""
+    """Loss of each named validation set."""
     cloze_accuracy: float | None = None
-    """Share of the blanks of which every token is predicted right; None where there are none."""
+    """Share of the blanks of which every token is predicted right; None without blanks."""
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with null for every value that JSON cannot hold, and then `nonfinite`, which says what these were."""
+    """The record with null for every value that JSON cannot hold, and if there are any, `nonfinite`: key -> the value as text."""
     lost = {key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
     kept = {key: None if key in lost else value for key, value in record.items()}
     return {**kept, "nonfinite": lost} if lost else kept
@@ -74,8 +74,8 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
 def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of a metrics.jsonl that count: (steps, evaluations), each in order of step.
 
-    A run that goes back to an earlier step (a resume) takes back what was written from there on: the last row of a step counts.
-    Lines that are no whole JSON object (the end of a file after a crash) are skipped. A file that is not there is an OSError.
+    When a run goes back to an earlier step (a resume), rows from that step on are replaced by those that follow. Lines that are not a
+    whole JSON object (the end of a file after a crash) are skipped. Raises OSError if the file does not exist.
     """
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
@@ -99,5 +99,5 @@ def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), of at most 20 nats as in Megatron, so that a diverged run still has a number."""
+    """exp(loss); a loss above 20 nats counts as 20, as in Megatron, so that a diverged run still has a number."""
     return math.exp(min(20.0, loss))

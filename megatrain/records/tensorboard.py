@@ -1,11 +1,11 @@
-"""TensorBoard under Megatron's tag names, so that charts made for a Megatron run read a run of megatrain.
+"""TensorBoard under Megatron's tag names, so that charts made for Megatron runs also show a run of megatrain.
 
-Megatron draws most values twice, over steps and over samples (`lm loss`, `lm loss vs samples`). A resume must take back the
-points that will come again, and TensorBoard does so by one number for all tags: everything at or beyond that step. Samples are
-larger numbers than steps, so the curves over samples would go with it; they are written again from metrics.jsonl.
+Megatron draws most values twice, over steps and over samples (`lm loss`, `lm loss vs samples`). A resume must remove the points that
+will be written again. TensorBoard removes, for all tags, all points at or beyond one step number. Numbers of samples are larger
+than step numbers, so the curves over samples would be removed too; they are written again from metrics.jsonl.
 
-The records and the event format are tensorboard's; the file is written here, one record a row in one call without a thread, so
-that a killed run loses nothing and a full disk is an error where it happens.
+Event formats are those of the tensorboard package; the file is written here, a record in one call without a thread, so that a
+killed run loses nothing and a full disk raises at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from megatrain.records.rows import perplexity
 
 RESTORED_ROWS = 4000
-"""Rows written again on a resume, evenly spaced; TensorBoard itself shows 1000 points of a scalar unless told otherwise."""
+"""Most rows written again on a resume, evenly spaced; TensorBoard itself shows 1000 points of a scalar by default."""
 
 Row = Mapping[str, Any]
 
@@ -35,7 +35,7 @@ class TensorBoard:
     """Writes rows of metrics.jsonl as scalars."""
 
     def __init__(self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0) -> None:
-        """Start an event file in `directory`; points after `start_step` from before are taken back. Raises OSError."""
+        """Start an event file in `directory`; earlier points after `start_step` are removed. Raises OSError."""
         self._sequence_length, self._world_size, self._start_step = sequence_length, world_size, start_step
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
@@ -46,7 +46,7 @@ class TensorBoard:
             self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
 
     def step(self, row: Row) -> None:
-        """One update. Raises OSError where the disk is full."""
+        """Write one update. Raises OSError if the disk is full."""
         self.scalars(
             row["step"],
             {
@@ -61,12 +61,12 @@ class TensorBoard:
         self._over_samples(row, _training(row))
 
     def evaluation(self, row: Row) -> None:
-        """One evaluation. Raises OSError where the disk is full."""
+        """Write one evaluation. Raises OSError if the disk is full."""
         self.scalars(row["step"], _validation(row))
         self._over_samples(row, _validation(row))
 
     def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
-        """Write again what a resume took back of the curves over samples, from the rows of a run. Raises OSError."""
+        """Write again, from the rows of a run, the points over samples that the resume removed. Raises OSError."""
         for all_rows, values in ((steps, _training), (evaluations, _validation)):
             rows = [row for row in all_rows if row["step"] <= self._start_step < self._samples(row)]
             stride = max(1, -(-len(rows) // RESTORED_ROWS))
@@ -84,12 +84,12 @@ class TensorBoard:
         self.scalars(self._samples(row), {f"{tag} vs samples": value for tag, value in values.items()})
 
     def scalars(self, at: int, values: Mapping[str, float | None]) -> None:
-        """Points of curves at a step; null is left out. Raises OSError where the disk is full."""
+        """Write points at a step (or number of samples); None is left out. Raises OSError if the disk is full."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
         self._write(Event(wall_time=time.time(), step=at, summary=Summary(value=points)))
 
     def _write(self, event: Event) -> None:
-        """Append one record whole, or nothing: readers stop for good at half a record."""
+        """Append one whole record or nothing: readers stop for good at an incomplete record."""
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         data = record.getvalue()
@@ -100,7 +100,7 @@ class TensorBoard:
 
 
 def _training(row: Row) -> dict[str, float | None]:
-    """What Megatron draws over steps and over samples; null where metrics.jsonl has null."""
+    """Megatron's tags that are drawn over steps and over samples; None where metrics.jsonl has null."""
     values = {"lm loss": row["loss"], "grad-norm": row["grad_norm"], "learning-rate": row["learning_rate"]}
     return values | {"loss-scale": row.get("loss_scale")}
 
