@@ -1,1 +1,1 @@
-"""The running job: launch environment, metrics, guards."""
+"""The process in its job: who it is (launch), how it reaches the others, devices, memory, FLOPs, ports."""

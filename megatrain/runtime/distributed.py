@@ -1,12 +1,11 @@
-"""How a process reaches the others of its job.
+"""Join the other processes of a job.
 
 `connect` chooses device, backend and network interface and joins the world that a `Launch` describes; a world of one rank opens no
-socket and makes no process group. It returns a `Session` with two calls that start-up code needs, so that no rank is left waiting for
-one that has failed:
+socket and makes no process group. It returns a `Session` with two calls for start-up code, so that no rank waits for one that has failed:
 
-    with session.together("reading the data"):      # one rank cannot read: every rank ends, saying which one and why
+    with session.together("reading the data"):      # if one rank cannot read, every rank ends with that rank and its error
         data = open_data(config)
-    session.same("config", text)                    # ranks were given different configs: all end, with the first difference
+    session.same("config", text)                    # if ranks have different configs, all end with the first difference
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from megatrain.transport.processes import TorchWorld
 from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 BACKEND_MARGIN_SECONDS = 45.0
-"""A backend's collective may take this much longer than train.hang_timeout_seconds: the guard knows more, and its verdict, 30 s at most
-after the limit, comes before NCCL's watchdog ends the process."""
+"""A backend's collective may take this much longer than train.hang_timeout_seconds: the guard's verdict names the culprit, and comes at
+most 30 s after the limit, before NCCL's watchdog ends the process."""
 
 
 class RemoteError(RuntimeError):
-    """Another rank failed: the message says which, doing what, and its own message."""
+    """Another rank failed; the message names the rank, what it did, and its error."""
 
 
 class LoneWorld(World):
-    """A world of one rank: no group, no socket."""
+    """A world of one rank, without groups or sockets."""
 
     rank = 0
     size = 1
@@ -60,11 +59,11 @@ class Session:
     backend: Literal["none", "gloo", "nccl"]
     recorder: Recorder
     everyone: Group | None
-    """All ranks, for start-up and for ends; None in a world of 1."""
+    """The group of all ranks, used at start and end; None in a world of 1."""
     threads: str
-    """How many CPU threads this rank computes with and why, for the start-up line."""
+    """Number of CPU threads of this rank and the reason, as text for the start-up line."""
     interface: Interface | None = None
-    """The network interface that was chosen, where there was a choice."""
+    """The chosen network interface; None if none was chosen."""
 
     @property
     def rank(self) -> int:
@@ -86,15 +85,15 @@ class Session:
 
     @contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run the body on every rank; if it raises on one, all ranks raise at once: that one its own, the others a RemoteError.
+        """Run the body on every rank; if it raises on one, all ranks raise at once: that rank its own error, the others RemoteError.
 
-        The body must not call collectives: where it fails between them the others would wait. Costs one collective of 8 bytes.
+        The body must not call collectives: if it failed between them, the other ranks would wait. Costs one collective of 8 bytes.
         """
         failure: Exception | None = None
         try:
             yield
         except TransportError:
-            raise  # ranks no longer agree on what they call: one more collective would hang
+            raise  # ranks no longer agree on their calls: one more collective would hang
         except Exception as error:
             failure = error
         culprit = lowest(failure is not None, self.everyone, self.device)
@@ -106,10 +105,7 @@ class Session:
         raise RemoteError(f"rank {culprit} failed while {what}: {message}")
 
     def same(self, what: str, value: str) -> None:
-        """Raise RemoteError on every rank unless all hold the same text; it names a rank that differs, and the line.
-
-        Costs one collective of 64 bytes.
-        """
+        """Raise RemoteError on every rank unless all have the same text; the error names a rank that differs, and the line."""
         if self.everyone is None:
             return
         digest = hashlib.sha256(value.encode()).digest()
@@ -127,7 +123,7 @@ class Session:
         raise RemoteError(f"The {what} differs between ranks: {_first_difference(first, other, culprit)}")
 
     def close(self) -> None:
-        """Leave the world."""
+        """Leave the world; no call may follow."""
         self.world.close()
 
 
@@ -142,10 +138,10 @@ def _first_difference(first: str, other: str, rank: int) -> str:
 def connect(
     launch: Launch, parallel: ParallelConfig, timeout_seconds: float, env: MutableMapping[str, str] = os.environ
 ) -> Session:
-    """Join the world. timeout_seconds: train.hang_timeout_seconds, also how long to wait here for ranks that do not come.
+    """Join the world. timeout_seconds: train.hang_timeout_seconds; also how long to wait here for ranks that do not come.
 
-    Tells the backends in the environment which network interface to use (`interface.py`). Raises LaunchError where device, backend or
-    interface cannot be had, TransportError where the world cannot be joined.
+    Sets the environment variables that tell the backends their network interface (`interface.py`). Raises LaunchError if device, backend
+    or interface is not available, TransportError if the world cannot be joined.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device, backend = choose_device(parallel, launch, gpus)
@@ -173,7 +169,7 @@ def connect(
 
 
 def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[torch.device, Literal["gloo", "nccl"]]:
-    """Device of this rank and backend of the world, on a machine with `gpus` GPUs. Raises LaunchError."""
+    """The device of this rank and the backend of the world, on a machine with `gpus` GPUs. Raises LaunchError."""
     if parallel.device == "cuda" and gpus == 0:
         raise LaunchError("parallel.device=cuda, but PyTorch finds no GPU here. Use parallel.device=cpu or auto.")
     cuda = parallel.device == "cuda" or (parallel.device == "auto" and gpus > 0)
@@ -182,7 +178,7 @@ def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[
         raise LaunchError(
             "parallel.backend=nccl needs tensors on GPUs, but they are on the CPU. Use parallel.backend=gloo or auto."
         )
-    own = gpus == 1 and launch.launcher == "srun"  # --gpus-per-task=1: each task sees the one that is its own, as device 0
+    own = gpus == 1 and launch.launcher == "srun"  # --gpus-per-task=1: each task sees only its own GPU, as device 0
     if backend == "nccl" and launch.local_world_size > gpus and not own:
         raise LaunchError(
             f"{launch.local_world_size} ranks on this node share {gpus} GPUs, but NCCL allows one rank per GPU. "
@@ -192,12 +188,12 @@ def choose_device(parallel: ParallelConfig, launch: Launch, gpus: int) -> tuple[
 
 
 def cores_here() -> set[int]:
-    """The cores that this process may run on."""
+    """Numbers of the cores that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -> str:
-    """Share the cores among the ranks of this node unless OMP_NUM_THREADS is set; say what was done."""
+    """Divide the cores among the ranks of this node, unless OMP_NUM_THREADS is set; returns text for the start-up line."""
     cores = len(cores_here())
     share = launch.cores or max(1, cores // launch.local_world_size)
     if not env.get("OMP_NUM_THREADS"):
@@ -209,6 +205,6 @@ def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -
         return f"CPU threads of a rank: {threads} of {cores} cores{late * spins}"
     note = f"CPU threads of a rank: {torch.get_num_threads()} (OMP_NUM_THREADS={env['OMP_NUM_THREADS']}"
     if launch.launcher == "torchrun" and env["OMP_NUM_THREADS"] == "1" and share > 1 and device.type == "cpu":
-        # torchrun sets 1 where the user has set nothing, and nobody can tell the two apart here.
+        # torchrun sets 1 if the user has set nothing; here the two cannot be told apart.
         note += f", perhaps by torchrun: set OMP_NUM_THREADS={share} to use all {cores} cores"
     return note + ")"

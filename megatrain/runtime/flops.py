@@ -1,20 +1,20 @@
-"""How much arithmetic a token costs, how fast the device could do it, and so how well it is used (MFU, HFU).
+"""FLOPs of a token, peak FLOP/s of a device, and utilisation as their quotient (MFU, HFU).
 
-One floating-point multiply and one add are 2 FLOPs. A matrix of n weights costs 2 n FLOPs per token forward and 4 n backward
-(one matmul for the gradient of its input, one for that of its weights). Attention has no weights: a query that meets k keys
-costs 2 a d k for the scores and 2 a d k for the weighted sum, in each layer, and twice that backward. Per trained token, then,
+One floating-point multiply and one add are 2 FLOPs. A matrix of n weights costs 2 n FLOPs per token forward and 4 n backward (one matmul
+for the gradient of its input, one for that of its weights). Attention has no weights: a query that meets k keys costs 2 a d k for the
+scores and 2 a d k for the weighted sum, in each layer, and twice that backward. Per trained token, then,
 
     model FLOPs = 6 N + 12 L a d k          N = weights that are multiplied: all matrices of the blocks, and the head
 
-with a heads of width d (a d = h) in L layers. Input embeddings are looked up, not multiplied, and norms, activations and the
-softmax are left out, as everywhere in the field (PaLM, arXiv:2204.02311 appendix B; Megatron, arXiv:2104.04473 section 5.1).
+with a heads of width d (a d = h) in L layers. Input embeddings are looked up, not multiplied, and norms, activations and the softmax are
+not counted, as is usual (PaLM, arXiv:2204.02311 appendix B; Megatron, arXiv:2104.04473 section 5.1).
 
-**Causal attention counts half here**: a query meets its own and earlier keys only, k = s/2 on average, and this is what a
-causal kernel computes (with a window or sparse blocks, the keys that are seen). PaLM, nanoGPT, llm-foundry, torchtitan and
-Megatron up to 2024 count k = s (`causal_half=False`), which flatters long sequences; comparing with their MFU needs their count.
-For 8 layers of h = 512 at s = 512 and a vocabulary of 8192 theirs is 7% higher.
+**Causal attention counts half here**: a query meets its own and earlier keys only, k = s/2 on average, and this is what a causal kernel
+computes (with a window or sparse blocks, the keys that are seen). PaLM, nanoGPT, llm-foundry, torchtitan and Megatron up to 2024 count k =
+s (`causal_half=False`), which flatters long sequences; comparing with their MFU needs their count. For 8 layers of h = 512 at s = 512 and a
+vocabulary of 8192 theirs is 7% higher.
 
-Hardware FLOPs add what recomputation does again, so HFU = MFU where nothing is recomputed.
+Hardware FLOPs include recomputation, so HFU = MFU where nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatrain.runtime.distributed import Session, cores_here
 Recompute = Literal["none", "selective", "full"]
 
 BACKWARD = 2
-"""A backward pass costs twice the forward: a gradient for each of the two factors of every product."""
+"""A backward pass costs twice the forward: each product has a gradient for each of its two factors."""
 
 
 def parameter_count(model: ModelConfig, vocab_size: int) -> int:
@@ -57,20 +57,20 @@ def parameter_count(model: ModelConfig, vocab_size: int) -> int:
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> tuple[float, float]:
-    """FLOPs of one token's forward: (of one block, of the head)."""
+    """FLOPs of the forward pass for one token: (of one block, of the head)."""
     return matrix_flops(model) + _attention(model, causal_half), 2 * model.hidden_size * vocab_size
 
 
 def matrix_flops(model: ModelConfig) -> float:
-    """FLOPs of one token's forward through the matrices of one block: what its weight gradients cost too."""
+    """Forward FLOPs per token of the matrices of one block, which is also what their weight gradients cost."""
     return 2 * _block_matrices(model)
 
 
 def model_flops_per_token(model: ModelConfig, vocab_size: int, causal_half: bool = True) -> float:
-    """FLOPs, forward and backward, that one trained token needs; nothing recomputed (for MFU).
+    """FLOPs per trained token, forward and backward, without recomputation (for MFU).
 
-    Matrices are counted exactly (grouped-query keys and values, gated MLP, head, unpadded vocabulary). `causal_half` counts s/2
-    keys for each query, the work of a causal kernel; False counts all s, as PaLM and nanoGPT do.
+    Matrices are counted exactly (grouped-query keys and values, gated MLP, head, unpadded vocabulary). `causal_half` counts s/2 keys for
+    each query, the work of a causal kernel; False counts all s, as PaLM and nanoGPT do.
     """
     block, head = forward_flops(model, vocab_size, causal_half)
     return (1 + BACKWARD) * (model.num_layers * block + head)
@@ -79,11 +79,11 @@ def model_flops_per_token(model: ModelConfig, vocab_size: int, causal_half: bool
 def hardware_flops_per_token(
     model: ModelConfig, vocab_size: int, recompute: Recompute = "none", causal_half: bool = True
 ) -> float:
-    """FLOPs that one trained token costs with what is recomputed (for HFU).
+    """FLOPs per trained token, recomputation included (for HFU).
 
-    `full` runs each whole block again; the head is never recomputed (96 B s L h^2 (1 + s/6h + V/16Lh) of arXiv:2104.04473 with
-    all s keys). `selective` runs no matrix product twice here (`models/recompute.py`): the attention products that it costs in
-    arXiv:2205.05198, section 5, belong to an unfused core.
+    `full` runs each whole block again; the head is never recomputed (96 B s L h^2 (1 + s/6h + V/16Lh) of arXiv:2104.04473 with all s keys).
+    `selective` runs no matrix product twice here (`models/recompute.py`): the attention products that it costs in arXiv:2205.05198, section
+    5, belong to an unfused core.
     """
     attention = _attention(model, causal_half)
     again = {"none": 0.0, "selective": 0.0, "full": 2 * _block_matrices(model) + attention}[recompute]
@@ -91,7 +91,7 @@ def hardware_flops_per_token(
 
 
 def _widths(model: ModelConfig) -> tuple[int, int, int, int]:
-    """h, a d (queries), g d (keys, and as many values), f."""
+    """Widths: h, a d (queries), g d (keys, and as many values), f (MLP)."""
     d = model.head_size
     return model.hidden_size, model.num_attention_heads * d, model.query_groups * d, model.ffn_size
 
@@ -110,12 +110,12 @@ def _attention(model: ModelConfig, causal_half: bool) -> float:
 
 @dataclass(frozen=True)
 class Peak:
-    """What one device could do at best."""
+    """The highest speed of one device."""
 
     flops: float | None
-    """FLOP/s; None where nothing is known, and then there is no MFU."""
+    """FLOP/s; None if unknown, and then there is no MFU."""
     note: str
-    """Where the number comes from, for the start-up line: given, published, measured, or why there is none."""
+    """Source of the number, for the start-up line: given, published, measured, or why there is none."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,9 @@ _H100_SXM = _Published(989.4, 494.7, 67.0, 67.0)
 _H100_NVL = _Published(835.5, 417.5, 60.0, 60.0)
 _A100 = _Published(312.0, 156.0, 19.5, 19.5)
 
-# The first pattern found in torch.cuda.get_device_name() counts, so the special comes before the general. Sources: NVIDIA's
+# The first pattern found in torch.cuda.get_device_name() counts, so special names come before general ones. Sources: NVIDIA's
 # data sheets (B200: HGX page), halved where a sheet gives sparsity; for GeForce and RTX A6000 the appendices of the Ada and
-# GA102 architecture papers, with FP32 accumulation. A100, H100, H200, L40S and B200 also stand in the table of
+# GA102 architecture papers, with FP32 accumulation. A100, H100, H200, L40S and B200 are also in the table of
 # stas00/ml-engineering (compute/accelerator).
 _PUBLISHED: tuple[tuple[str, _Published], ...] = (
     (r"B200", _Published(2250.0, 1125.0, 75.0, 37.0)),
@@ -160,10 +160,10 @@ _PUBLISHED: tuple[tuple[str, _Published], ...] = (
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype, override_tflops: float | None = None) -> Peak:
-    """Peak of one device for matmuls in `dtype`, as one process sees it; `peak_of_job` is for several.
+    """Peak of one device for matmuls in `dtype`, as seen by one process; for several use `peak_of_job`.
 
-    That is `override_tflops` (log.peak_tflops) if given, the published dense peak of a known GPU, and on CPU what a matmul
-    reaches here (see `measure_peak`). Raises ValueError if the override is not positive.
+    It is `override_tflops` (log.peak_tflops) if given, the published dense peak of a known GPU, or on CPU the speed of a matmul here
+    (`measure_peak`). Raises ValueError if the override is not positive.
     """
     if override_tflops is not None:
         if override_tflops <= 0:
@@ -177,9 +177,9 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype, override_tflops: 
 
 
 def published_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> Peak:
-    """Published dense peak of the GPU that torch calls `name`; `tf32` says whether float32 matmuls may use TF32.
+    """Published dense peak of the GPU that torch calls `name`. tf32: whether float32 matmuls may use TF32.
 
-    A GPU or a dtype that is not in the table has no peak, and the note says which key gives one.
+    A GPU or dtype that is not in the table has no peak; the note then says which key sets one.
     """
     for pattern, row in _PUBLISHED:
         if re.search(rf"(?<![A-Za-z0-9])(?:{pattern})(?![A-Za-z0-9])", name):
@@ -198,13 +198,14 @@ def published_peak(name: str, dtype: torch.dtype, tf32: bool = False) -> Peak:
 def peak_of_job(session: Session, dtype: torch.dtype, override_tflops: float | None = None) -> Peak:
     """Peak of one device of a job, the same on every rank (on CPU collective over the world: 32 bytes, about 0.15 s).
 
-    On CPU one rank of each node measures alone, while the others wait: beside them it would find less than the device can do, and
-    MFU be above 100%. Ranks whose threads share too few cores have a share of that each. Raises ValueError as `peak_flops`.
+    On CPU one rank of each node measures alone, while the others wait: if all measured, each would find less than a device can do,
+    and MFU would exceed 100%. If the threads of a node's ranks are more than its cores, each rank gets its share. Raises ValueError as
+    `peak_flops` does.
     """
     if override_tflops is not None or session.device.type != "cpu":
         return peak_flops(session.device, dtype, override_tflops)
     lowest, here = float(min(cores_here())), session.launch.local_world_size
-    highest, negative = _over_all(session, [lowest, -lowest], "max")  # and nobody computes any more when this is done
+    highest, negative = _over_all(session, [lowest, -lowest], "max")  # a barrier too: after it no rank computes
     own = session.launch.cores is not None or highest != -negative  # cores of this rank alone, as SLURM or taskset gave them
     cores = session.launch.cores or len(cores_here()) / (1 if own else here)
     share = min(1.0, cores / torch.get_num_threads())
@@ -215,7 +216,7 @@ def peak_of_job(session: Session, dtype: torch.dtype, override_tflops: float | N
 
 
 def _over_all(session: Session, numbers: list[float], op: Literal["sum", "max"]) -> list[float]:
-    """Numbers of every rank, put together."""
+    """The sum or maximum of each number over all ranks."""
     message = torch.tensor(numbers, dtype=torch.float64, device=session.device)
     if session.everyone is not None:
         session.everyone.all_reduce(message, op)
@@ -224,10 +225,10 @@ def _over_all(session: Session, numbers: list[float], op: Literal["sum", "max"])
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
-    """FLOP/s of the best square matmul of 256 to 2048 rows found in about `seconds`, in this dtype, with the present threads.
+    """FLOP/s of the best square matmul of 256 to 2048 rows found in about `seconds`, in `dtype`, with the present number of threads.
 
-    Sizes take turns, and the next joins while it leaves time for a second try: large ones are faster, and small ones end before
-    other work on the machine comes between. The best time counts, because that can only slow a matmul down.
+    Sizes take turns, and the next larger one joins while time remains to run it twice: large matmuls are faster, and small ones end before
+    other work on the machine interrupts them. The best time counts, since interruptions can only slow a matmul down.
     """
     start, best = perf_counter(), 0.0
     sizes = {256: _multiplication(256, dtype, device)}
@@ -237,13 +238,13 @@ def measure_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.15
             multiply()
             took = max(perf_counter() - before, 1e-9)
             best = max(best, 2 * n**3 / took)
-        if n < 2048 and perf_counter() - start + 16 * took <= seconds:  # twice the rows: 8 times the work, done twice
+        if n < 2048 and perf_counter() - start + 16 * took <= seconds:  # twice the rows are 8 times the work; run twice
             sizes[2 * n] = _multiplication(2 * n, dtype, device)
     return best
 
 
 def _multiplication(n: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
-    """A multiplication of two [n, n] matrices that has run once, so that kernels are set up and memory is touched."""
+    """A function that multiplies two [n, n] matrices; it has run once, so that kernels are set up and memory is touched."""
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     multiply = partial(matmul, a, b)
     multiply()
@@ -255,25 +256,25 @@ class Speed:
     """Turns tokens per second of the whole job into TFLOP/s per device, MFU and HFU."""
 
     model_flops: float
-    """Per token, of the whole model, however it is cut."""
+    """FLOPs per token of the whole model, independent of the layout."""
     hardware_flops: float
     devices: int
     peak: Peak
 
     def tflops_per_device(self, tokens_per_second: float) -> float:
-        """Model TFLOP/s of each device; recomputation does not count."""
+        """Model TFLOP/s of each device, without recomputation."""
         return self.model_flops * tokens_per_second / self.devices / 1e12
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs done as a share of the peak (arXiv:2204.02311); None where the peak is not known."""
+        """Model FLOP/s as a share of the peak (arXiv:2204.02311); None if the peak is unknown."""
         return self._share(self.model_flops * tokens_per_second)
 
     def hfu(self, tokens_per_second: float) -> float | None:
-        """The same with recomputed FLOPs; None where the peak is not known."""
+        """FLOP/s with recomputation as a share of the peak; None if the peak is unknown."""
         return self._share(self.hardware_flops * tokens_per_second)
 
     def doubt(self, tokens_per_second: float) -> str | None:
-        """Why a share is above 100%, which cannot be; None where none is."""
+        """An explanation if a share is above 100%, which is impossible; None otherwise."""
         share = self.hfu(tokens_per_second)
         if share is None or share <= 1:
             return None

@@ -1,8 +1,8 @@
-"""Which network interface the ranks of several machines talk through.
+"""Chooses the network interface that the ranks of several machines talk through.
 
-The one that the user named in MEGATRAIN_INTERFACE: by its name (eth0), an address (10.0.0.5) or a network (10.0.0.0/16), which is the same
-text on machines that number their cards differently; several, joined by commas, are tried in order. Else the one that leads to MASTER_ADDR.
-Never one that a host name happens to stand for: on many systems that is a loopback address, which no other machine can reach.
+It is the one that the user names in MEGATRAIN_INTERFACE: by name (eth0), address (10.0.0.5) or network (10.0.0.0/16), which is the same
+text on machines that number their cards differently; several, joined by commas, are tried in order. Otherwise it is the one that leads to
+MASTER_ADDR. Host names are not used: on many systems a machine's own name is a loopback address, which no other machine can reach.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from megatrain.runtime.launch import Launch, LaunchError
 VARIABLE = "MEGATRAIN_INTERFACE"
 BACKENDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 ANYWHERE = "192.0.2.1"
-"""An address that belongs to nobody (RFC 5737): the way to it is the default route."""
+"""An address reserved for documentation (RFC 5737): the route to it is the default route."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """One address of this machine."""
+    """One address of this machine, and the network interface that has it."""
 
     name: str
     address: str
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         return ipaddress.ip_address(self.address).is_loopback
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Interface:
 
 
 def interfaces() -> list[Interface]:
-    """All addresses of the interfaces that are up, IPv4 before IPv6; link-local ones are left out."""
+    """All addresses of the interfaces that are up, IPv4 before IPv6, without link-local ones."""
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
@@ -74,9 +74,9 @@ def choose(asked: str | None, master: str | None, present: Sequence[Interface]) 
 
 
 def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
-    """Choose for the ranks of several machines, or where the user asks, and tell the backends; None where nothing was chosen.
+    """Choose an interface if ranks are on several machines, or the user asks for one, and tell the backends; None if none was chosen.
 
-    What the user has said to a backend stays. Raises LaunchError.
+    Variables that the user has set for a backend stay. Raises LaunchError.
     """
     present = interfaces()
     check_names(env, [one.name for one in present])
@@ -87,13 +87,13 @@ def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
         return None
     chosen = choose(asked, launch.master_addr, present)
     env.setdefault("GLOO_SOCKET_IFNAME", chosen.name)
-    if asked:  # else NCCL chooses by itself, among InfiniBand and others that are no interfaces
+    if asked:  # else NCCL chooses by itself, also among InfiniBand devices
         env.setdefault("NCCL_SOCKET_IFNAME", f"={chosen.name}")
     return chosen
 
 
 def check_names(env: Mapping[str, str], names: Sequence[str]) -> None:
-    """Raise LaunchError where a variable of a backend names no interface of this machine."""
+    """Raise LaunchError if a variable of a backend names no interface of this machine."""
     for variable in BACKENDS:
         asked = env.get(variable, "")
         if asked and not serves(variable, asked, names):
@@ -104,7 +104,7 @@ def check_names(env: Mapping[str, str], names: Sequence[str]) -> None:
 
 
 def serves(variable: str, value: str, names: Sequence[str]) -> bool:
-    """Whether a backend would find what its variable names among interfaces with an address.
+    """Whether a backend finds an interface for the `value` of its `variable`; names: interfaces with an address.
 
     gloo needs every name of a list, exactly; NCCL takes prefixes, = for exact names, ^ for all but these.
     """
@@ -129,7 +129,7 @@ def _named(wish: str, present: Sequence[Interface]) -> Interface | None:
 
 
 def _way_to(host: str) -> str | None:
-    """The address of this machine that packets to `host` would come from; sends none."""
+    """The address of this machine that packets to `host` would come from, None if there is no route; no packet is sent."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

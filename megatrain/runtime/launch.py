@@ -1,7 +1,7 @@
-"""Who am I among the processes of a job: the only file that reads RANK and its like. Imports no torch.
+"""This process's rank in its job: the only file that reads RANK and similar variables. Imports no torch.
 
-`Launch.from_environment` reads torchrun's variables, else srun's, else it is a plain `python` run: a world of one rank. Such is also what
-runs in the script of a SLURM job itself, or in the shell of an allocation, without srun.
+`Launch.from_environment` reads torchrun's variables, or else srun's. Without either it is a plain `python` run, a world of one rank. So
+is a process in the script of a SLURM job itself, or in the shell of an allocation, that srun has not started.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Literal
 from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port_of_job
 
 REPLY = "MEGATRAIN_REPLY"
-"""Variable of the launch scripts: the file in which they want a worker's exit code."""
+"""Variable that the launch scripts set to the file for a worker's exit code."""
 SPECIAL_STEPS = 0xFFFFFFF0
-"""From this number on a SLURM step is none that srun starts: the batch script, a shell (interactive), what runs beside (extern)."""
+"""SLURM steps from this number on were not started by srun: the batch script, a shell (interactive), helpers (extern)."""
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
 
 
 class LaunchError(RuntimeError):
-    """The environment does not say who this process is, or asks for what this machine has not."""
+    """The environment does not tell which rank this process is, or asks for something that this machine lacks."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of the job."""
+    """This process's place in the job."""
 
     rank: int = 0
     local_rank: int = 0
@@ -37,29 +37,29 @@ class Launch:
     """Ranks on this node."""
     node: int = 0
     host: str = "localhost"
-    """This machine's name."""
+    """This machine's host name."""
     restart_count: int = 0
-    """How often the launcher has restarted the job."""
+    """How many times the launcher has restarted the job."""
     master_addr: str | None = None
-    """Where the ranks meet; None in a world of 1 without a launcher."""
+    """Address where the ranks meet; None in a world of 1 without a launcher."""
     master_port: int | None = None
     launcher: Literal["none", "torchrun", "srun"] = "none"
     job: str = ""
-    """The launcher's name for this job; torchrun's restarts keep it."""
+    """The launcher's name for this job; it stays the same when torchrun restarts."""
     cores: int | None = None
-    """Cores of this rank alone, where SLURM was told how many (--cpus-per-task)."""
+    """Cores of this rank alone, if SLURM was told (--cpus-per-task)."""
     reply: str | None = None
-    """A file in which the launch scripts want to read the exit code that this process meant: torchrun does not pass it on."""
+    """File for the exit code of this process, which the launch scripts read since torchrun does not pass it on."""
     launcher_process: int | None = None
-    """Number of the process that started this one, where the launch scripts say so."""
+    """Process number of the launcher, if the launch scripts give it."""
     launcher_serves: bool = False
-    """The store where the ranks meet lives in the launcher (torchrun's agent), not in rank 0."""
+    """Whether the launcher (torchrun's agent), not rank 0, serves the store where the ranks meet."""
     asked: int = 1
-    """Tasks that SLURM was asked for, in a process that srun has not started: it is alone all the same."""
+    """Number of tasks that the SLURM job asks for, in a process that srun has not started (its world still is 1)."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Launch:
-        """Read the launcher's variables; torchrun's win over srun's. Raises LaunchError where they do not fit together."""
+        """Read the launcher's variables; torchrun's win over srun's. Raises LaunchError if they contradict each other."""
         if "RANK" in env or "WORLD_SIZE" in env:
             launch = _from_torchrun(env)
         elif _is_step(env):
@@ -70,7 +70,7 @@ class Launch:
         return launch
 
     def require_ranks(self) -> None:
-        """Raise LaunchError where a job asked for several tasks, and this process, which is to train, is none of them."""
+        """Raise LaunchError if the job asked for several tasks but this process, about to train, was not started by srun."""
         if self.asked > 1:
             raise LaunchError(
                 f"this SLURM job asks for {self.asked} tasks, but this process was started without srun, so that it would train alone. "
@@ -80,15 +80,15 @@ class Launch:
 
     @property
     def store_prefix(self) -> str:
-        """What keeps this attempt of the job apart from earlier ones in the store where the ranks meet.
+        """Prefix of keys in the store where the ranks meet, which separates this attempt of the job from earlier ones.
 
-        A store that rank 0 serves is new in each attempt. A launcher's may be as old as the launcher, whose restarts do not count
-        nodes that come or go: those change the size.
+        A store that rank 0 serves is new in each attempt. A launcher's may be as old as the launcher; its count of restarts does not
+        include those for nodes that come or go, which change the world size.
         """
         return f"megatrain-{self.restart_count}-{self.world_size}" if self.launcher_serves else "megatrain"
 
     def check(self) -> None:
-        """Raise LaunchError where the numbers contradict each other, or a job of several nodes would meet at localhost."""
+        """Raise LaunchError if the numbers contradict each other, or a job of several nodes would meet at localhost."""
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(
                 f"{self.launcher}: rank {self.rank} is not in a world of {self.world_size} (0..{self.world_size - 1})."
@@ -117,18 +117,18 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
 
 
 def _is_step(env: Mapping[str, str]) -> bool:
-    """Whether srun has started this process. A batch script is task 0 as well, but of no step that has a number of its own."""
+    """Whether srun has started this process. A batch script has SLURM_PROCID=0 too, but no ordinary step number."""
     if "SLURM_PROCID" not in env:
         return False
     step = env.get("SLURM_STEP_ID") or env.get("SLURM_STEPID")
     if step:
         return not step.isdecimal() or int(step) < SPECIAL_STEPS
-    in_job = "SLURM_JOB_ID" in env and "SLURM_JOB_NODELIST" in env  # else somebody has set the variables of a rank by hand
+    in_job = "SLURM_JOB_ID" in env and "SLURM_JOB_NODELIST" in env  # else the variables were set by hand
     return env["SLURM_PROCID"] != "0" or "SLURM_STEP_NUM_TASKS" in env or not in_job
 
 
 def _tasks_asked(env: Mapping[str, str]) -> int:
-    """Tasks of the SLURM job around this process; 1 outside of SLURM. Without --ntasks, SLURM gives each node one."""
+    """Number of tasks of the SLURM job around this process; 1 outside of SLURM. Without --ntasks, SLURM gives each node one."""
     if "SLURM_JOB_ID" not in env:
         return 1
     nodes = _number(env, "SLURM_JOB_NUM_NODES", _number(env, "SLURM_NNODES", 1))
@@ -201,7 +201,7 @@ def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
 
 
 def _local_tasks(env: Mapping[str, str], size: int, nodes: int) -> int:
-    """Tasks on this node. Raises ValueError where SLURM does not say."""
+    """Number of tasks on this node. Raises ValueError if SLURM's variables do not tell."""
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
     if text:
         counts, node = expand_tasks(text), _number(env, "SLURM_NODEID", 0)
@@ -215,7 +215,7 @@ def _local_tasks(env: Mapping[str, str], size: int, nodes: int) -> int:
 
 
 def _hostnames(nodes: str) -> list[str]:
-    """SLURM's own expansion where it is installed, else ours."""
+    """The host names of a node list: by scontrol where it is installed, else by `expand_nodes`."""
     if shutil.which("scontrol"):
         done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=False)
         if done.returncode == 0 and done.stdout.split():

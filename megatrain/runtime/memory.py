@@ -1,4 +1,4 @@
-"""Memory of a device: how much there is, and how much was taken at most."""
+"""Memory of a device: its size, and the peak use."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from psutil import virtual_memory
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes that a device has, used or not."""
+    """Total memory of a device in bytes."""
     return int(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else virtual_memory().total)
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """Largest memory so far: of tensors on a GPU, of the whole process (resident set) on CPU."""
+    """Peak memory in bytes so far: of tensors on a GPU, of the whole process (resident set) on CPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

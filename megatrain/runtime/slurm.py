@@ -1,4 +1,4 @@
-"""SLURM's short forms, written out: node lists and task counts, and when a job ends."""
+"""Reads SLURM's short forms: node lists, task counts, and the end of a job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 ASK_SECONDS = 30
-"""How long a busy controller may take to answer."""
+"""Time limit for an answer of the controller, which may be busy."""
 
 
 def expand_nodes(nodes: str) -> list[str]:
@@ -25,7 +25,7 @@ def expand_nodes(nodes: str) -> list[str]:
 
 
 def expand_tasks(tasks: str) -> list[int]:
-    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1. Raises ValueError where the text is no such list."""
+    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1. Raises ValueError if the text is not such a list."""
     counts: list[int] = []
     for part in tasks.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
@@ -36,12 +36,12 @@ def expand_tasks(tasks: str) -> list[int]:
 
 
 def port_of_job(job_id: int) -> int:
-    """A port that jobs with neighbouring numbers do not share, from 20000 to 32767: below those that Linux hands out itself."""
+    """A port from 20000 to 32767, below those that Linux hands out itself; jobs with neighbouring numbers get different ones."""
     return 20000 + job_id % 12768
 
 
 def address_of(node: str) -> str:
-    """A name or address at which a node can be reached: its own name, if that can be resolved, else what SLURM's configuration says."""
+    """A name or address at which a node can be reached: its name if it resolves, else NodeAddr of SLURM's configuration."""
     try:
         socket.getaddrinfo(node, None)
         return node
@@ -51,9 +51,10 @@ def address_of(node: str) -> str:
 
 
 def job_end(env: Mapping[str, str]) -> float | None:
-    """When the time of this process's job is over, in seconds since 1970; None outside of SLURM, without a limit, or if unknown.
+    """The end of this process's job, in seconds since 1970; None outside of SLURM, without a limit, or if unknown.
 
-    Asks the controller, since a limit may be changed while the job runs; else SLURM_JOB_END_TIME, which newer versions set.
+    Asks the controller, since a limit may be changed while the job runs; without an answer reads SLURM_JOB_END_TIME, which newer versions
+    set.
     """
     job = env.get("SLURM_JOB_ID")
     if not job:
@@ -66,7 +67,7 @@ def job_end(env: Mapping[str, str]) -> float | None:
 
 
 def _ask_controller(*words: str) -> str:
-    """What scontrol says; empty where it is not installed or fails."""
+    """The output of scontrol; empty if it is not installed or fails."""
     if not shutil.which("scontrol"):
         return ""
     try:
@@ -83,7 +84,7 @@ def _split_outside_brackets(nodes: str) -> list[str]:
 
 
 def _expand_one(part: str) -> list[str]:
-    """All names of one part: the first bracket is replaced by each of its numbers, and so on for the rest."""
+    """All names of one part of a node list: its first bracket is replaced by each of its numbers, then the rest is expanded likewise."""
     head, bracket, rest = part.partition("[")
     if not bracket:
         return [part.strip()]
