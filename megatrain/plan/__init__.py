@@ -1,1 +1,1 @@
-"""What a run will do, before it is started."""
+"""Predictions about a run before it is started: memory, and the timeline of a step's pipeline."""

@@ -1,7 +1,7 @@
-"""Memory: what one layer keeps of a micro-batch, and what a rank keeps of a parameter from step to step (docs/memory.md).
+"""Memory: bytes of activations that a layer keeps of a micro-batch, and bytes of state for each parameter (docs/memory.md).
 
-After Korthikanti et al. (arXiv:2205.05198, section 4), with three corrections: attention is fused, so that no s x s scores are kept;
-dropout masks are made again from their counter, not kept; and what two operations both read is counted once.
+After Korthikanti et al. (arXiv:2205.05198, section 4), with three corrections: attention is fused, so no s x s scores are kept; dropout
+masks are recomputed from their counter; and a tensor that two operations read is counted once.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from megatrain.config.schema import ModelConfig
 from megatrain.parallel.zero import IN_FLIGHT
 
 STATISTICS_BYTES = 4
-"""Of a norm's mean or inverse deviation of one token: float32, whatever the activations are."""
+"""Bytes of a norm's mean or inverse deviation for one token: float32, whatever dtype the activations have."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What of the layout the activations of one rank depend on."""
+    """The part of the layout that the activations of one rank depend on."""
 
     micro_batch_size: int
     tensor_parallel_size: int = 1
@@ -75,16 +75,16 @@ def sending_bytes(largest: int, shards: int, replicas: int, overlap: bool = True
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes a parameter that one rank keeps from step to step."""
+    """Bytes for each parameter that one rank keeps from step to step."""
 
     parameters: float
     gradients: float
     optimizer: float
-    """Masters and states."""
+    """Bytes of master weights and optimizer states."""
 
     @property
     def total(self) -> float:
-        """Of all three."""
+        """Bytes of parameters, gradients and optimizer together."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -95,9 +95,9 @@ def state_bytes(
     optimizer: str = "adamw",
     master: Literal["fp32", "split"] = "fp32",
 ) -> StateBytes:
-    """Bytes per trainable parameter of the rank at a ZeRO stage over so many ranks (arXiv:1910.02054, figure 1, with FP32 gradients).
+    """Bytes a trainable parameter on one rank, at a ZeRO stage with `shards` shards (arXiv:1910.02054, figure 1, but FP32 gradients).
 
-    Parameters 2, 4 or 8 bytes; gradients 4 (8 in fp64); masters 4 in bf16 and fp16, or in halves 2; two states of 4 (8), one for sgd.
+    Parameters 2, 4 or 8 bytes; gradients 4 (8 in fp64); masters 4 in bf16 and fp16, or 2 if split; two states of 4 (8), one for sgd.
     """
     weight = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[precision]
     wide = max(weight, 4)

@@ -1,4 +1,4 @@
-"""Pictures of pipelines' timelines (matplotlib)."""
+"""Pictures of pipeline timelines (matplotlib)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def draw_timeline(timelines: Sequence[tuple[str, Timeline]], png: Path) -> None:
 
 
 def _draw_stages(axis: Axes, timeline: Timeline, longest: float) -> None:
-    """One row a stage; micro-batch numbers where they fit."""
+    """One row for each stage, with micro-batch numbers where they fit."""
     for row, events in enumerate(timeline.stages):
-        bars: dict[tuple[str, float], list[tuple[float, float]]] = {}  # one drawing for all of a kind: there may be 100,000
+        bars: dict[tuple[str, float], list[tuple[float, float]]] = {}  # one drawing call a kind: there may be 100,000
         for event in events:
             length = event.end - event.start
             opacity = _LATER_CHUNKS if event.instruction.chunk else 1.0

@@ -22,7 +22,7 @@ LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B", "backward_input": "
 
 
 def costs_of(config: Config, vocab_size: int) -> Costs:
-    """What the instructions of each virtual stage cost."""
+    """Simulated cost of each instruction of each virtual stage, in units of the mean forward."""
     block, head = forward_flops(config.model, vocab_size)
     matrices = matrix_flops(config.model)
     pieces, _ = layer_pieces(config, vocab_size)
@@ -39,7 +39,7 @@ def costs_of(config: Config, vocab_size: int) -> Costs:
 
 
 def plan_timeline(config: Config, devices: int) -> Timeline:
-    """Simulate one step of a config on so many devices. Raises ConfigError where that makes no sense."""
+    """Simulate one step of a config on `devices` devices. Raises ConfigError if the config does not suit them."""
     validate_step(config, devices)
     require_effects(config)
     require_schedule(config)
@@ -49,7 +49,7 @@ def plan_timeline(config: Config, devices: int) -> Timeline:
 
 
 def describe(timeline: Timeline, layers: Sequence[range]) -> str:
-    """The figures of a timeline, a line a stage."""
+    """The figures of a timeline as text, a line for each stage."""
     schedule = timeline.schedule
     lines = [
         f"schedule {schedule.name}: {schedule.stages} stages x {schedule.chunks} chunks, {schedule.micro_batches} micro-batches",
@@ -65,7 +65,7 @@ def describe(timeline: Timeline, layers: Sequence[range]) -> str:
 
 
 def as_text(timeline: Timeline, width: int = 120) -> str:
-    """A row a stage: what it does in each slice of time, with the micro-batch where there is room; dots are idle."""
+    """A timeline as text, a row for each stage: the instruction in each slice of time, with its micro-batch if it fits; dots are idle."""
     events = [event for stage in timeline.stages for event in stage]
     unit = min(event.end - event.start for event in events)
     digits = len(str(timeline.schedule.micro_batches - 1)) + 2
@@ -85,7 +85,7 @@ def as_text(timeline: Timeline, width: int = 120) -> str:
 
 
 def _at(events: Sequence[Event], starts: Sequence[float], time: float) -> Event | None:
-    """The event that runs at a time, if any; `starts` of the events, ascending."""
+    """The event that runs at a time, or None; `starts`: the start of each event, ascending."""
     place = bisect_right(starts, time) - 1
     return events[place] if place >= 0 and time < events[place].end else None
 
