@@ -1,8 +1,8 @@
-"""What travels with weights, beside the checkpoints of a run, so that text can be written and models exported when the originals are gone.
+"""Files kept beside the checkpoints of a run, so that text can be generated and models exported when the originals are gone.
 
 checkpoints/step_00000200/   ...
-checkpoints/tokenizer/       the run's tokenizer (data.tokenizer) as tokenizer.json, and the files beside it that say more of it
-checkpoints/hf/              config.json and tokenizer files of the directory of Hugging Face that the weights came from
+checkpoints/tokenizer/       the run's tokenizer (data.tokenizer) as tokenizer.json, and the other tokenizer files beside it
+checkpoints/hf/              config.json and tokenizer files of the Hugging Face directory that the weights came from
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from megatrain.huggingface.files import COMPANION_FOLDER, copy_files
 
 TOKENIZER, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
 BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*")
-"""Files that say more of a tokenizer."""
+"""Other files of a tokenizer, beside tokenizer.json."""
 
 
 def keep_tokenizer(config: Config) -> None:
-    """Copy a run's tokenizer and what lies beside it to beside its checkpoints. Raises OSError, which names the file."""
+    """Copy a run's tokenizer and the files beside it to its checkpoint directory. Raises OSError that names the file."""
     source, folder = config.data.tokenizer, Path(config.checkpoint_dir) / TOKENIZER_FOLDER
     if source is None or source == "bytes" or folder.resolve() == Path(source).resolve().parent:
         return
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier tokenizer, which the config no longer names
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier tokenizer, which the config no longer names
     copy_files(Path(source).parent, folder, BESIDE)
     copy_files(Path(source).parent, folder, (Path(source).name,), TOKENIZER)
 
 
 def take_along(source: Path, target: Path) -> None:
-    """Copy what lies beside the checkpoints in one directory to another one."""
+    """Copy the files beside the checkpoints of one directory to another directory."""
     for name in (TOKENIZER_FOLDER, COMPANION_FOLDER):
         if (source / name).is_dir() and (source / name).resolve() != (target / name).resolve():
             copy_files(source / name, target / name, ("*",))
 
 
 def with_kept_tokenizer(data: DataConfig, checkpoint: Path) -> DataConfig:
-    """The data section of the run that saved a checkpoint, its tokenizer as it was then where that was kept."""
+    """The data section of the run that saved a checkpoint; if its tokenizer was kept, that copy is data.tokenizer."""
     kept = checkpoint.parent / TOKENIZER_FOLDER / TOKENIZER
     return replace(data, tokenizer=str(kept)) if data.tokenizer != "bytes" and kept.is_file() else data
 
 
 def tokenizer_beside(data: DataConfig, checkpoint: Path) -> str | None:
-    """The tokenizer that texts of a checkpoint's model are in: the run's, or the one that its weights came with."""
+    """The tokenizer of a checkpoint's model: the run's, or else the one that came with its first weights."""
     came = checkpoint.parent / COMPANION_FOLDER / TOKENIZER
     return str(came) if data.tokenizer is None and came.is_file() else data.tokenizer

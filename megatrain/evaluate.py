@@ -1,4 +1,4 @@
-"""Loss on held-out text: the forward half of a step, through the same executor."""
+"""Loss on held-out text: forward passes only, through the executor that also trains."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the model makes of held-out text; the same on every rank."""
+    """Results on held-out text; the same on every rank."""
 
     loss: float
     """Mean over the tokens, in nats."""
     accuracy: float
-    """Share of the tokens predicted right."""
+    """Share of the tokens whose most probable prediction is right."""
     tokens: int
     cloze_accuracy: float | None = None
-    """Share of the blanks of which every token is predicted right; None where there are no blanks."""
+    """Share of the blanks of which every token is predicted right; None without blanks."""
     sets: dict[str, Evaluation] = field(default_factory=dict)
-    """Of each validation set, by name."""
+    """Results of each validation set, by name."""
 
 
 class Interrupted(Exception):
-    """Some rank was told to stop while all evaluated."""
+    """A rank was told to stop during an evaluation; raised on all ranks."""
 
 
 def evaluate(run: Model, global_batches: int = 0, stopping: Callable[[], bool] | None = None) -> Evaluation:
-    """Mean loss over the run's held-out text, or the first `global_batches` global batches of each set; no dropout, no gradients.
+    """Mean loss over the run's held-out text, or over the first `global_batches` global batches of each set; no dropout, no gradients.
 
-    stopping: asked on every rank before each global batch, at the cost of an all-reduce of 4 bytes.
+    stopping: called on every rank before each global batch, which costs an all-reduce of 4 bytes.
 
-    Raises ValueError where the run has no held-out text, Interrupted on all ranks where one is stopping.
+    Raises ValueError if the run has no held-out text, Interrupted on all ranks if `stopping()` is true on one.
     """
     if not run.held_out:
         raise ValueError("there is nothing to evaluate on: data.valid is empty. Give it the prefix of a held-out token store.")
@@ -56,7 +56,7 @@ def evaluate(run: Model, global_batches: int = 0, stopping: Callable[[], bool] |
 
 
 def _sums(run: Model, held_out: Evaluated, global_batches: int, stopping: Callable[[], bool] | None) -> torch.Tensor:
-    """This rank's sums over a set: (loss, tokens right, blanks right, blanks, tokens), float64 [5]."""
+    """This rank's sums over a validation set: (loss, tokens right, blanks right, blanks, tokens), float64 [5]."""
     ctx, train = run.ctx, run.config.train
     batches = evaluation_batches(
         held_out, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, global_batches

@@ -1,8 +1,7 @@
-"""Files as users meet them: errors that say which file and what was being done to it, files that appear whole or not at all, and what
-a file is that is not what it should be.
+"""File errors that name the file and the operation, files that appear whole or not at all, and advice for files of a wrong kind.
 
-The system names a file in the error of opening it, and not in those of writing, flushing and closing it: a full disk says
-`[Errno 28] No space left on device` and nothing else. Whatever megatrain writes is therefore written inside of `doing` or `whole`.
+The system names a file in an error of opening it, but not of writing, flushing or closing it: for a full disk the error is
+`[Errno 28] No space left on device` and nothing else. All files that megatrain writes are therefore written inside `doing` or `whole`.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 HEAD_BYTES = 4096
-"""Of a file that tell what it is."""
+"""The first bytes of a file, enough to tell its kind."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CONVERT = "this is {}, not UTF-8. Convert it: iconv -f {} -t utf-8 OLD > NEW"
 
 
 @contextmanager
 def doing(what: str, path: str | Path) -> Iterator[None]:
-    """Let an OSError of the body say what was being done and to which file; its kind stays. One that names another file is left alone.
+    """Add the operation and the file to an OSError of the body; its type stays. An error that names another file is left unchanged.
 
     what: `writing`, `reading`.
     """
@@ -33,20 +32,20 @@ def doing(what: str, path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if "(while " not in str(error) and error.filename in (None, path, str(path)):
-            if error.strerror is None:  # of a library, or made by hand
+            if error.strerror is None:  # raised by a library
                 error.args = (f"{error} (while {what} {path})",)
             else:
                 error.strerror, error.filename = f"{error.strerror} (while {what})", str(path)
-                error.args = (error.errno, error.strerror)  # what another process is told
+                error.args = (error.errno, error.strerror)  # what is pickled for another process
         raise
 
 
 @contextmanager
 def whole(path: str | Path, text: bool = False) -> Iterator[Any]:
-    """A file to write into, which gets its name when all of it is on the disk: it is never seen half-written.
+    """A file to write into. It gets its name when all of it is on the disk, so it is never seen half-written.
 
-    text: UTF-8 with \\n for line ends; else bytes. A device or pipe is written to as it is. Raises OSError as `doing` does, and then
-    leaves nothing behind.
+    text: UTF-8 with \\n for line ends; else bytes. A device or pipe is written to directly. Raises OSError as `doing` does, and then
+    leaves no file behind.
     """
     path = Path(path)
     plain = path.is_file() or not path.exists()
@@ -64,7 +63,7 @@ def whole(path: str | Path, text: bool = False) -> Iterator[Any]:
                     target.replace(path)
             except OSError as error:
                 if error.filename == str(target):
-                    error.filename = str(path)  # of the name that the user gave
+                    error.filename = str(path)  # the name that the user gave
                 raise
     finally:
         if plain:
@@ -72,49 +71,49 @@ def whole(path: str | Path, text: bool = False) -> Iterator[Any]:
 
 
 def lost_output(error: Exception) -> str | None:
-    """What to say where standard output takes no more, which the system's error does not name; None of other errors.
+    """The message if standard output cannot be written, whose OSError names no file; None for other errors.
 
-    Every file that megatrain writes is named by `doing`: what has no name is not one.
+    `doing` names every file that megatrain writes, so an error without a name is one of standard output.
     """
     if not isinstance(error, OSError) or error.filename is not None or error.errno not in _FULL:
         return None
     if sys.stdout is sys.__stdout__:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)  # else what is left would be tried once more at the end, with a traceback
+        os.dup2(nowhere, 1)  # else Python would try to flush again at exit, with a traceback
         os.close(nowhere)
     return f"standard output cannot be written: {error.strerror}"
 
 
 def not_text(head: bytes) -> str | None:
-    """What a file of these first bytes is, where it is no UTF-8 text, and what to do about it; None where nothing shows.
+    """For a file with these first bytes: what it is, if not UTF-8 text, and what to do about it; None if it looks like text.
 
-    Without a byte-order mark UTF-16 and UTF-32 show by their NULs, of which text in Latin letters has one or three for each letter.
+    UTF-16 and UTF-32 without a byte-order mark show by their NULs: of Latin letters, one or three for each letter.
     """
-    encoding = _wide(head) if 0 in head else None  # two odd bytes may begin any text of 8 bits a letter
+    encoding = _wide(head) if 0 in head else None  # without a NUL, a byte-order mark may be the start of an 8-bit text
     if encoding is not None:
         return _CONVERT.format(encoding.upper(), encoding)
     return pointer(head)
 
 
 def pointer(head: bytes) -> str | None:
-    """What to say where a file is what Git LFS leaves in the place of a large one; None where it is not."""
+    """The message if a file is the pointer that Git LFS leaves in the place of a large file; None if it is not."""
     if not head.startswith(LFS_POINTER):
         return None
     return "this is a Git LFS pointer, not the file itself. In the repository that it came from run: git lfs install && git lfs pull"
 
 
 def opened(path: Path) -> BufferedReader:
-    """A file to read bytes from. Raises OSError as `doing` does."""
+    """Open a file to read bytes. Raises OSError as `doing` does."""
     with doing("reading", path):
         return path.open("rb")
 
 
 def make_folder(path: Path) -> None:
-    """A directory, made with those that it lies in where it is not there. Raises OSError as `doing` does."""
+    """Make a directory, with its parents, unless it exists. Raises OSError as `doing` does."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        error.filename = str(path)  # not that of the one above it
+        error.filename = str(path)  # not its parent's name
         with doing("making the directory", path):
             raise
 
@@ -126,7 +125,7 @@ def head_of(path: Path) -> bytes:
 
 
 def not_utf8(head: bytes, where: str, error: UnicodeDecodeError, place: str) -> str:
-    """What to say of bytes that are not UTF-8. place: where they are. Which 8-bit encoding it is, nobody can tell from one byte."""
+    """The message for bytes that are not UTF-8. place: where they are. One byte cannot tell which 8-bit encoding it is."""
     if encoding := _wide(head):
         return f"{where}: {_CONVERT.format(encoding.upper(), encoding)}"
     if said := pointer(head):
@@ -141,7 +140,7 @@ def not_utf8(head: bytes, where: str, error: UnicodeDecodeError, place: str) -> 
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
-"""Of writes."""
+"""Errors of writing that may come from standard output."""
 _COMPRESSED = (
     ("gzip", "gzip -dc OLD > NEW", b"\x1f\x8b"),
     ("zstd", "zstd -dc OLD > NEW", b"\x28\xb5\x2f\xfd"),
@@ -155,18 +154,18 @@ _MARKS = (
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
 )
-"""Byte-order marks; the longer ones first."""
+"""Byte-order marks, longer ones first."""
 _ORDERS = (
     ("utf-32le", 4, (0,)),
     ("utf-32be", 4, (3,)),
     ("utf-16le", 2, (0,)),
     ("utf-16be", 2, (1,)),
 )
-"""Encoding, bytes of a letter, and those of them that are not NUL."""
+"""Encoding, bytes of a letter, and places of those that are not NUL in Latin text."""
 
 
 def _wide(head: bytes) -> str | None:
-    """The encoding of 2 or 4 bytes a letter that a file has."""
+    """The encoding with 2 or 4 bytes a letter that the first bytes of a file show; None if they show none."""
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding

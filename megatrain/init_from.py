@@ -1,4 +1,4 @@
-"""Starting from given weights: model.init_from names a Hugging Face directory or a checkpoint, which gives shapes and weights."""
+"""Start from given weights: model.init_from names a Hugging Face directory or a checkpoint, which gives shapes and weights."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from megatrain.training import Run
 from megatrain.transport.consensus import gather_texts
 
 _OWN = ("init_from", "preset")
-"""Keys of a model section that are no shapes."""
+"""Keys of a model section that are not copied with the shapes."""
 
 
 def shapes_of(path: str) -> dict[str, Any]:
-    """The keys of the model section that come with the weights at `path`. Raises ConfigError."""
+    """The keys of the model section that the weights at `path` imply. Raises ConfigError."""
     try:
         if is_hf(Path(path)):
             return model_keys(Path(path))
@@ -41,7 +41,7 @@ def shapes_of(path: str) -> dict[str, Any]:
         raise ConfigError(f"model.init_from={path}: {error}") from error
     keys: dict[str, Any] = (yaml.safe_load(manifest.config) or {}).get("model") or {}
     if "seq_length" in keys and keys.get("max_positions") is None:
-        keys["max_positions"] = keys["seq_length"]  # the table has so many rows, whatever seq_length this run has
+        keys["max_positions"] = keys["seq_length"]  # the table has this many rows, whatever this run's seq_length
     embedding = manifest.tensors.get("embedding.tokens")
     vocabulary = {} if embedding is None else {"vocab_size": embedding.spec.shape[0]}
     return {key: value for key, value in (keys | vocabulary).items() if key not in _OWN}
@@ -58,7 +58,7 @@ def config_of_hf(path: Path, others: Mapping[str, Any] | None = None) -> Config:
 
 
 def specs_of(model: ModelConfig, vocab_size: int) -> dict[str, ParamSpec]:
-    """The logical tensors of a model; it is built where it takes no memory."""
+    """Name -> spec of the logical tensors of a model, which is built on the meta device and takes no memory."""
     with torch.device("meta"):
         ctx, pieces = ParallelContext.single("meta"), [range(model.num_layers)]
         gpt = build_gpt(model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=torch.float32, seed=0)[0]
@@ -66,9 +66,9 @@ def specs_of(model: ModelConfig, vocab_size: int) -> dict[str, ParamSpec]:
 
 
 def declared(path: Path, model: ModelConfig, vocab_size: int) -> tuple[Weights, dict[str, Part], dict[str, ParamSpec]]:
-    """The tensors of a Hugging Face directory, where each logical one lies in them, and what these are.
+    """The tensors of a Hugging Face directory, the place of each logical tensor in them, and the logical specs.
 
-    Only headers are read. Raises CheckpointError for tensors that are missing, too many or of other shapes than the model's.
+    Reads headers only. Raises CheckpointError for tensors that are missing, too many or of other shapes than the model's.
     """
     family = FAMILIES[kind_from(read_config(path))]
     weights = Weights(path, family)
@@ -81,9 +81,9 @@ def declared(path: Path, model: ModelConfig, vocab_size: int) -> tuple[Weights, 
 
 
 def require_weights(config: Config, vocab_size: int) -> None:
-    """Check what a run will start from before it takes memory for it. Raises CheckpointError.
+    """Check the weights that a run will start from before it allocates memory. Raises CheckpointError.
 
-    A run that has checkpoints goes on from these, and needs it no more.
+    Does nothing for a run that has checkpoints, since it goes on from these.
     """
     if any(Path(config.checkpoint_dir).glob("step_*")):
         return
@@ -94,7 +94,7 @@ def require_weights(config: Config, vocab_size: int) -> None:
 
 
 def start_from(run: Run, path: Path) -> None:
-    """Give a run the weights at `path` (collective). Raises CheckpointError on every rank."""
+    """Load the weights at `path` into a run (collective). Raises CheckpointError on every rank."""
     weights = run.optimizer.portions()[WEIGHTS]
     if is_hf(path):
         mine = {p.spec.name: p.spec.shape for unit in run.flat.units for p in unit.parameters}

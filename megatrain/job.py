@@ -1,4 +1,4 @@
-"""A run in a process: what the training program holds besides the model."""
+"""A run in a process: `Run` (model, optimizer, data) with the session, checkpoint directory and history of the process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Job(Run):
 
     session: Session
     config_text: str
-    """The resolved config with the origin of each value."""
+    """The resolved config as YAML, with the origin of each value."""
     config_file: Path | None = None
-    """Where the config was read from, if it was a file."""
+    """The file that the config was read from; None if it was made in Python."""
     claim: Claim = field(default_factory=lambda: Claim(None))
-    """Of the directory of its checkpoints."""
+    """The run's claim of its checkpoint directory."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What its texts and its tokenizer are."""
+    """Identity of its texts and tokenizer: sizes and hashes."""
     began: dict[str, str] = field(default_factory=dict)
-    """What it began from, before all its checkpoints."""
+    """What the run began from (resuming/beginning.py); each checkpoint keeps it."""
     resumed_from: Path | None = None
     told: list[str] = field(default_factory=list)
-    """Which checkpoint was taken or passed over, and why, where checkpoint.resume alone does not say."""
+    """Messages on which checkpoint was taken or passed over, and why, where checkpoint.resume alone does not tell."""
     damaged: list[str] = field(default_factory=list)
-    """Checkpoints that were passed over, with what is wrong with them."""
+    """Damaged checkpoints that were passed over, each with its fault."""
     changes: list[str] = field(default_factory=list)
-    """What in the config is not as it was when the checkpoint was saved, and what that does."""
+    """Messages on keys that differ from the checkpoint's config, and the effect."""
 
     def close(self) -> None:
-        """Give back what the job holds of the machine."""
+        """Release the checkpoint directory, the data loader and the session."""
         self.claim.release()
         self.loader.close()
         self.session.close()
