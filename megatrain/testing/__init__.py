@@ -1,4 +1,4 @@
-"""Public helpers to test own layers under any layout: `simulate` (threads), `spawn` (gloo processes), `agree` (comparison).
+"""Public helpers to test your own layers under any layout: `simulate` (threads), `spawn` (gloo processes), `agree` (comparison).
 
 `docs/testing.md` shows how; `megatrain.testing.trace` trains a few steps and records the `Trace` that `agree` compares.
 """

@@ -7,9 +7,9 @@
 | updated weights, optimizer states    | max|a-b| / max(max|b|, learning rate)    | 1e-8    | 2e-5, SGD only |
 
 Adam divides rounding noise by itself where a gradient is exactly zero (a key bias), so in float32 its weights are not compared.
-Where a config blows rounding up, correct layouts deviate by more: `control` is one process again with weights that differ in their
-last place, and what that makes is no fault, up to MARGIN times (docs/numerics.md).
-In bfloat16 rounding is too coarse for a fixed tolerance: `agree_in_bf16` asks that a layout is not much worse than one process.
+Where a config amplifies rounding, correct layouts deviate by more than these bounds. `control` then measures the amplification: runs of
+one process with weights changed in their last place. Deviations up to MARGIN times theirs are no fault (docs/numerics.md).
+In bfloat16 rounding is too coarse for a fixed tolerance: `agree_in_bf16` checks that a layout is not much worse than one process.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 Tensors = Mapping[str, torch.Tensor]
 
 MARGIN = 32
-"""A deviation may be so many times that of the control, which rounds each weight once, while a sum of n terms is rounded n times: that
-is worth up to sqrt(n), and 2 to 3 was the most that was seen (models of 16 to 64 features)."""
+"""A deviation may be this many times the control's, which rounds each weight once, while a sum of n terms is rounded n times: a factor
+of up to sqrt(n). The largest factor seen is 2 to 3 (models of 16 to 64 features)."""
 
 
 class Disagreement(AssertionError):
@@ -34,27 +34,27 @@ class Disagreement(AssertionError):
 
 @dataclass(frozen=True)
 class Trace:
-    """What a few steps of training did, in logical (whole, unpadded) tensors by logical name."""
+    """Results of a few training steps, as logical (whole, unpadded) tensors by logical name."""
 
     losses: Sequence[float]
-    """Of each step."""
+    """Loss of each step."""
     grad_norms: Sequence[float]
-    """Of each step, before clipping."""
+    """Gradient norm of each step, before clipping."""
     gradients: Tensors
-    """Of the first step, before clipping."""
+    """Gradients of the first step, before clipping."""
     weights: Tensors
-    """After the last step."""
+    """Weights after the last step."""
     states: Mapping[str, Tensors] = field(default_factory=dict)
     """Optimizer states after the last step, by kind (exp_avg, ...)."""
     learning_rate: float = 0.0
-    """The peak."""
+    """Peak learning rate."""
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] = "fp64"
     """Precision of the run."""
 
 
 @dataclass(frozen=True)
 class _Limit:
-    """The largest deviation of one number or tensor that is rounding."""
+    """The largest deviation of one number or tensor that still counts as rounding."""
 
     bound: float
     moved: float
@@ -72,16 +72,16 @@ class _Limit:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest deviations that are rounding."""
+    """Bounds on deviations."""
 
     step: float
-    """Of losses, gradient norms and first gradients."""
+    """Bound for losses, gradient norms and gradients of the first step."""
     update: float | None
-    """Of weights and states; None: not compared."""
+    """Bound for weights and optimizer states; None: these are not compared."""
 
 
 def tolerance(dtype: str, optimizer: str) -> Tolerance:
-    """What counts as agreement. Raises ValueError for a precision without fixed tolerances."""
+    """The bounds for a precision and optimizer. Raises ValueError for a precision without fixed bounds."""
     if dtype == "fp64":
         return Tolerance(1e-12, 1e-8)
     if dtype == "fp32":
@@ -92,8 +92,8 @@ def tolerance(dtype: str, optimizer: str) -> Tolerance:
 def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw", control: Sequence[Trace] = ()) -> dict[str, float]:
     """Check that `other` trained the same model as `reference`, up to rounding; `optimizer` is adamw, adam or sgd.
 
-    control: traces of the reference's process with weights that differ in their last place (`testing/control.py`); none: the bounds
-    alone count. Returns the largest deviation of each kind (loss, grad_norm, gradient, weight, state). Raises Disagreement that names the
+    control: traces of the reference's process with weights changed in their last place (`testing/control.py`); without any, only the
+    bounds count. Returns the largest deviation of each kind (loss, grad_norm, gradient, weight, state). Raises Disagreement that names the
     first step and quantity or tensor that differ, with both values; ValueError if the two runs cannot be compared.
     """
     if reference.dtype != other.dtype:
@@ -102,7 +102,7 @@ def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw", control: 
     largest: dict[str, float] = {}
     if len(reference.losses) != len(other.losses) or len(reference.grad_norms) != len(other.grad_norms):
         raise Disagreement(f"the reference has {len(reference.losses)} steps, the other {len(other.losses)}")
-    moved = {"loss": 0.0, "grad_norm": 0.0}  # by the control so far: errors grow, and that of one step may be small by chance
+    moved = {"loss": 0.0, "grad_norm": 0.0}  # largest of the control so far: one step's may be small by chance
 
     def scalar(kind: str, step: int, values: Callable[[Trace], Sequence[float]]) -> None:
         b = values(reference)[step]
@@ -114,7 +114,7 @@ def agree(reference: Trace, other: Trace, *, optimizer: str = "adamw", control: 
 
     for step in range(len(reference.losses)):
         scalar("loss", step, lambda trace: trace.losses)
-        if step == 0:  # before the norm: the name of a tensor says more
+        if step == 0:  # before the norm, since a tensor's name tells more
             tensors("gradient", "of step 0", lambda trace: trace.gradients, _rms(reference), allowed.step)
         if step < len(reference.grad_norms):
             scalar("grad_norm", step, lambda trace: trace.grad_norms)
@@ -139,8 +139,8 @@ def agree_in_bf16(exact: Trace | Sequence[Trace], single: Trace | Sequence[Trace
     exact: float32, one process; single: bfloat16, one process. Loss and gradient norm of the first step may lie twice as far
     from `exact` as those of `single`, plus 1e-4 of their size. Raises Disagreement.
 
-    Both distances are rounding noise around zero, and one process may be near by chance: about one good layout in ten is
-    outside then. Give lists of runs, one for each of a dozen seeds, and the root mean squares over them are compared.
+    Both distances are rounding noise around zero, and that of one process may be small by chance; about one good layout in ten would then
+    fail. Give lists of runs, one for each of a dozen seeds: root mean squares over them are compared.
     """
     seeds = list(zip(*([runs] if isinstance(runs, Trace) else runs for runs in (exact, single, other)), strict=True))
     for name in ("losses", "grad_norms"):
@@ -157,18 +157,18 @@ def agree_in_bf16(exact: Trace | Sequence[Trace], single: Trace | Sequence[Trace
 
 
 def _rms(trace: Trace) -> float:
-    """Root mean square of all gradients' elements: the size below which a gradient's own size says nothing."""
+    """Root mean square of all gradients' elements: a floor for the size that a gradient's deviation is compared with."""
     squares = sum(float(g.double().square().sum()) for g in trace.gradients.values())
     return float((squares / max(1, sum(g.numel() for g in trace.gradients.values()))) ** 0.5)
 
 
 def _relative(a: float, b: float) -> float:
-    """Deviation of one number from another."""
+    """Relative deviation of `a` from `b`."""
     return 0.0 if a == b else abs(a - b) / max(abs(b), 1e-300)
 
 
 def _largest(deviations: Sequence[float]) -> float:
-    """Of the control's deviations: one that is not finite excuses nothing."""
+    """The largest finite deviation of the control; a deviation that is not finite excuses nothing."""
     return max((value for value in deviations if math.isfinite(value)), default=0.0)
 
 
@@ -195,7 +195,7 @@ def _tensors(
     floor: float,
     bound: float,
 ) -> None:
-    """Compare tensors by name; `floor` is the size below which a tensor's own size does not count."""
+    """Compare tensors by name. floor: the least size that a tensor's deviation is divided by."""
     if set(ours) != set(reference):
         odd = sorted(set(ours) ^ set(reference))
         raise Disagreement(f"{kind} {when}: only one of the two runs has {', '.join(odd[:8])} ({len(odd)} names)")
@@ -232,6 +232,6 @@ def _deviation(a: torch.Tensor, b: torch.Tensor, floor: float) -> float:
 
 
 def _place(a: torch.Tensor, b: torch.Tensor) -> tuple[int, ...]:
-    """Where they differ most; the first NaN, if there is one."""
+    """Index of the largest difference; of the first NaN, if there is one."""
     index = (a.detach().cpu().double() - b.detach().cpu().double()).abs().argmax()
     return tuple(int(i) for i in torch.unravel_index(index, b.shape))

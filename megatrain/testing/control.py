@@ -1,8 +1,8 @@
-"""What rounding is worth in a config: one process again, with every weight changed by one unit in its last place.
+"""Controls: how much a config amplifies rounding, measured by one process whose weights are changed by one unit in the last place.
 
-Some configs are ill-conditioned: a softmax of large logits, a deep stack of large weights or a large learning rate blow a change of 1e-16
-up to 1e-10 and more, in one process as in many. The order of sums, which a layout changes, is such a change; so a layout is held against
-what another one, made on purpose, does to the reference (`testing/agree.py`).
+Some configs are ill-conditioned: a softmax of large logits, a deep stack of large weights or a large learning rate amplifies a change of
+1e-16 to 1e-10 and more, on one process as on many. A layout changes the order of sums, which is such a change. So deviations of a layout
+are compared with those that such a change of weights causes in the reference (`testing/agree.py`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from megatrain.testing.trace import trace_run
 from megatrain.training import Run
 
 CONTROLS = 3
-"""Runs with other signs, of which the largest deviation counts: that of one may be small by chance."""
+"""Control runs with different random signs; the largest deviation counts, as one run's may be small by chance."""
 
 
 def change_last_places(run: Run, seed: int) -> None:
-    """Move every weight to the next number above or below, by signs drawn from `seed`; for `prepare`, in one process."""
+    """Move every weight to the next number above or below, with signs drawn from `seed`. For `prepare` of `trace_run`, on one process."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in run.flat.parameters:
@@ -33,10 +33,10 @@ def change_last_places(run: Run, seed: int) -> None:
 
 
 class Judge:
-    """Holds traces of a config's layouts against that of one process, and says what is ill-conditioned in it.
+    """Compares traces of a config's layouts with that of one process, and reports amplified rounding.
 
-    The control is run when the bounds alone do not do. It hides no fault but small ones of the last update: what blows rounding up does
-    the same to a fault, and losses and norms of early steps are held against the control of those steps.
+    The control runs only when the bounds are exceeded. It can hide only small faults of the last update: what amplifies rounding amplifies
+    a fault as well, and losses and norms of early steps are compared with the control's in those steps.
     """
 
     def __init__(self, config: Config, steps: int) -> None:
@@ -46,12 +46,12 @@ class Judge:
 
     @cached_property
     def control(self) -> list[Trace]:
-        """One process with other weights."""
+        """Traces of one process with weights changed in their last place."""
         changes = [partial(change_last_places, seed=seed) for seed in range(CONTROLS)]
         return [trace_run(ParallelContext.single(), self.config, self.steps, prepare=change) for change in changes]
 
     def hold(self, trace: Trace, at: int = 0) -> dict[str, float]:
-        """Largest deviation of each kind. Raises Disagreement. at: steps that the trace does not have, from the first on."""
+        """Largest deviation of each kind. Raises Disagreement. at: number of first steps that the trace does not have."""
         name, reference = self.config.optim.name, last_steps(self.reference, at)
         try:
             return agree(reference, trace, optimizer=name)
@@ -60,7 +60,7 @@ class Judge:
             return agree(reference, trace, optimizer=name, control=control)
 
     def excused(self, deviations: dict[str, float]) -> dict[str, float]:
-        """Kind -> the control's deviation, of the kinds of deviation that are rounding in this config alone."""
+        """For kinds of deviation that exceed the bounds and passed only by the control: kind -> the control's deviation."""
         allowed = tolerance(self.config.train.precision, self.config.optim.name)
         bounds = dict.fromkeys(("loss", "grad_norm", "gradient"), allowed.step)
         over = [kind for kind, value in deviations.items() if value > bounds.get(kind, allowed.update or 0.0)]
@@ -71,5 +71,5 @@ class Judge:
 
 
 def last_steps(trace: Trace, at: int) -> Trace:
-    """A trace as that of a run which goes on after `at` steps (0: all)."""
+    """The trace as that of a run that resumed after `at` steps (0: unchanged)."""
     return replace(trace, losses=trace.losses[at:], grad_norms=trace.grad_norms[at:], gradients={}) if at else trace

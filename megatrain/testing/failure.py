@@ -1,4 +1,4 @@
-"""How a failure on one of many ranks is shown: the first rank to fail on top, with its traceback, the others in a line each."""
+"""Errors of many ranks as one: the first rank to fail with its traceback, the others in a line each."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 
 class RankFailed(RuntimeError):
-    """A rank failed with an exception that cannot be carried over to this process."""
+    """A rank failed with an exception that cannot be pickled for this process."""
 
 
 class RankTraceback(Exception):
-    """What happened on the ranks: the cause of the exception that `simulate` or `spawn` raises."""
+    """The failures of all ranks: the cause of the exception that `simulate` or `spawn` raises."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What one rank raised."""
+    """The failure of one rank."""
 
     rank: int
     error: BaseException | None
-    """None where the exception could not be carried over."""
+    """The exception; None if it could not be pickled."""
     summary: str
-    """Type and message."""
+    """Type and message of the exception."""
     trace: str
     """The formatted traceback, with its causes."""
 
@@ -35,7 +35,7 @@ class Failure:
 
 
 def raise_first(failures: Sequence[Failure], size: int) -> None:
-    """Raise the first failure's own exception, caused by a `RankTraceback` that tells of all; nothing if there is none.
+    """Raise the first failure's own exception, caused by a `RankTraceback` with all failures; return if there are none.
 
     `failures` are in the order in which they happened.
     """

@@ -1,6 +1,6 @@
-"""Layouts as data: their names, every one of up to so many ranks, and sets of few that cover all combinations.
+"""Layouts as data: their names, all layouts on up to some number of ranks, and small sets that cover all combinations.
 
-A name is what differs from one process, joined by `-`:
+A name lists the differences from one process, joined by `-`:
 
     single      tp2-sp      pp4-zb_h1      tp2-sp-pp2-interleaved:2-dp2-zero3      dp4-zero2-split      dp4-zero3:2
 """
@@ -22,9 +22,9 @@ from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.schedules import FAMILIES, chunks_problem
 
 BATCHES = ("global_batch_size", "micro_batch_size", "batch_ramp")
-"""Keys of the train section that say which sequences make a batch."""
+"""Keys of the train section that determine which sequences form a batch."""
 USUAL_CHUNKS = {"interleaved": 2, "zb_v": 2}
-"""Schedule -> chunks a stage that it has where none are given; the others have 1."""
+"""Schedule -> its default number of chunks a stage; 1 for all others."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Layout:
     zero: int = 1
     master: Literal["fp32", "split"] = "fp32"
     zero_ranks: int | None = None
-    """Replicas that share one set of shards; None: all."""
+    """Number of replicas that share one set of shards; None: all."""
 
     @property
     def shape(self) -> MeshShape:
-        """Its mesh."""
+        """The layout's mesh."""
         return MeshShape(tp=self.tp, dp=self.dp, pp=self.pp, zero_ranks=self.zero_ranks)
 
     def __str__(self) -> str:
-        """Its name."""
+        """The layout's name."""
         parts = [f"tp{self.tp}"] * (self.tp > 1) + ["sp"] * self.sequence_parallel + [f"pp{self.pp}"] * (self.pp > 1)
         if self.pp > 1 or self.schedule != "1f1b":
             usual = self.chunks == USUAL_CHUNKS.get(self.schedule, 1)
@@ -59,15 +59,16 @@ class Layout:
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """The layout of a name. Raises ValueError that says which part is not understood."""
+        """The layout that a name describes. Raises ValueError that quotes the part that is not understood."""
         found: dict[str, Any] = {}
         for part in [] if name == "single" else name.split("-"):
             found |= _part(part, name)
         return cls(**found)
 
     def apply(self, config: Config) -> Config:
-        """`config` with this layout; micro-batches become smaller where the replicas' shares of the global batch ask for it, and
-        they are no part of the data."""
+        """`config` with this layout. Micro-batches become smaller if a replica's share of the global batch needs it and they are not part
+        of the data.
+        """
         given, train = config.parallel, config.train
         fits = given.layer_split is not None and len(given.layer_split) == self.pp * self.chunks
         parallel = replace(
@@ -92,7 +93,7 @@ class Layout:
         )
 
     def problem(self, config: Config) -> str:
-        """Why `config` cannot be laid out like this; "" where it can."""
+        """Why `config` cannot have this layout; "" if it can."""
         train, fixed = config.train, config.data.drawn_per_micro_batch
         if batch_unit(train) % (self.dp * (train.micro_batch_size if fixed else 1)):
             ramp = "" if train.batch_ramp is None else f" with train.batch_ramp={list(train.batch_ramp)}"
@@ -106,17 +107,17 @@ class Layout:
 
 
 def batch_unit(train: TrainConfig) -> int:
-    """Sequences that every global batch is a multiple of, those of a ramp too."""
+    """Greatest number of sequences that divides every global batch, those of a ramp included."""
     start, increment, _ = train.batch_ramp or (0, 0, 0)
     return gcd(train.global_batch_size, start, increment)
 
 
 def for_replicas(config: Config, replicas: int) -> Config:
-    """A config whose batches so many replicas, and any that divide them, can share without another micro-batch.
+    """A config whose batches divide over `replicas` replicas, and over any divisor of that, without another micro-batch size.
 
-    Where micro-batches are part of the data (`drawn_per_micro_batch`) they must be the same under every layout: global batches become
-    the nearest multiples, and micro-batches first a divisor where one of each replica would be more than a batch of today's.
-    Elsewhere nothing changes.
+    Where micro-batches are part of the data (`drawn_per_micro_batch`), they must be the same under every layout: global batches are rounded
+    to the nearest multiple; before that, micro-batches become a smaller divisor if one for each replica would exceed the global batch.
+    Other configs are returned unchanged.
     """
     train = config.train
     if not config.data.drawn_per_micro_batch or batch_unit(train) % (train.micro_batch_size * replicas) == 0:
@@ -133,13 +134,13 @@ def for_replicas(config: Config, replicas: int) -> Config:
 
 
 def changed_batches(given: Config, config: Config) -> str:
-    """What `for_replicas` made of a config, for the user."""
+    """The changes that `for_replicas` made, as text for the user."""
     keys = [key for key in BATCHES if getattr(given.train, key) != getattr(config.train, key)]
     return ", ".join(f"train.{key}={getattr(config.train, key)} here instead of {getattr(given.train, key)}" for key in keys)
 
 
 def _part(part: str, name: str) -> dict[str, Any]:
-    """What one part of a layout's name says."""
+    """The fields of a layout that one part of its name sets."""
     if part == "sp":
         return {"sequence_parallel": True}
     if part == "split":
@@ -159,7 +160,7 @@ def _part(part: str, name: str) -> dict[str, Any]:
 
 
 def every_layout(world: int, masters: Sequence[str] = ("fp32",)) -> Iterator[Layout]:
-    """All layouts on 1, 2, 4 ... up to `world` ranks; ZeRO's stages only where there are replicas, to share shards or to have copies."""
+    """All layouts on 1, 2, 4 ... up to `world` ranks. ZeRO stages other than 1 only with replicas."""
     sizes = [1 << power for power in range(world.bit_length()) if 1 << power <= world]
     for pp in sizes:
         for tp in sizes:
@@ -175,7 +176,7 @@ def every_layout(world: int, masters: Sequence[str] = ("fp32",)) -> Iterator[Lay
 
 
 def _shardings(dp: int) -> list[tuple[int, int | None]]:
-    """(ZeRO's stage, how many of so many replicas share the shards)."""
+    """The pairs (ZeRO stage, number of replicas that share a set of shards; None: all) for `dp` replicas."""
     if dp == 1:
         return [(1, None)]
     some = [1 << power for power in range(1, dp.bit_length() - 1)]
@@ -198,7 +199,7 @@ def covering(points: Sequence[Point], strength: int = 3) -> list[Point]:
 
 
 def shrunk(config: Config) -> Config:
-    """A small config of the same structure: kinds of layer, ratios of heads, odd vocabularies and numbers of layers stay."""
+    """A small config of the same structure: it keeps kinds of layers, ratios of heads, and odd sizes of vocabulary and depth."""
     model = config.model
     heads = next((h for h in (8, 6, 4, 7, 5, 3, 2) if model.num_attention_heads % h == 0), 1)
     heads = min(heads, model.num_attention_heads)
@@ -221,7 +222,7 @@ def shrunk(config: Config) -> Config:
         max_positions=None if model.max_positions is None else length + unused,
         vocab_size=vocab if vocab is None or vocab <= 128 else 96 + vocab % 16,
     )
-    # A ramp becomes one of a few steps, from half of the batch: 8 replicas can share both.
+    # The ramp takes a few steps from half of the batch; both batches divide over 8 replicas.
     ramp = None if config.train.batch_ramp is None else (8, 8, 16)
     train = replace(config.train, global_batch_size=16, micro_batch_size=2, batch_ramp=ramp)
     parallel = replace(

@@ -1,4 +1,4 @@
-"""How much of the data-parallel communication hides behind computation: measured call by call, on this rank."""
+"""Measures, on one rank, how much of the data-parallel communication is hidden by computation."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from megatrain.transport.group import Group, Handle
 from megatrain.transport.wrappers import DelayedGroup, Wrapper
 
 SMALL = 4096
-"""Bytes up to which a call is bookkeeping (loss, norm), not gradients or parameters."""
+"""Bytes up to which a call is bookkeeping (loss, norm) and not counted."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What the steps of one rank showed, medians over the steps."""
+    """Measurements of one rank, medians over the steps."""
 
     step_seconds: float
     exposed_seconds: float
-    """In which the rank did nothing but start, or wait for, a reduction or gather of the data axis."""
+    """Time that the rank spent in starting, or waiting for, a reduction or gather of the data-parallel axis."""
     first_reduction: float
-    """When the first reduction began, as a share of the last backward: below 0.5 is before its middle, above 1 after its end."""
+    """Start of the first reduction as a share of the last backward's time: below 0.5 is before its middle, above 1 after its end."""
 
 
 class _TimedHandle(Handle):
@@ -48,7 +48,7 @@ class _TimedHandle(Handle):
 
 
 class TimedGroup(Wrapper):
-    """A group that adds up how long its callers are held, and when reductions begin; small calls are left out."""
+    """A group that sums the time its callers are blocked, and records when reductions begin; small calls are not counted."""
 
     def __init__(self, inner: Group) -> None:
         super().__init__(inner)
@@ -56,7 +56,7 @@ class TimedGroup(Wrapper):
         self.reductions: list[float] = []
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Set the sums to zero."""
         self.exposed, self.reductions = 0.0, []
 
     def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
@@ -80,9 +80,9 @@ class TimedGroup(Wrapper):
 
 
 def measured_overlap(ctx: ParallelContext, config: Config, steps: int, delay_seconds: float = 0.0) -> Overlap:
-    """Train `config` (its parallel.overlap and zero_stage among it) and measure (collective; two replicas or more).
+    """Train `config` (with its parallel.overlap and zero_stage) and measure the overlap (collective; two replicas or more).
 
-    delay_seconds: every call on the data axis takes at least as long, as on a slow network. Raises ValueError without replicas.
+    delay_seconds: least time of every call on the data-parallel axis, as on a slow network. Raises ValueError without replicas.
     """
     if ctx.dp_cp.group is None or config.model.vocab_size is None:
         raise ValueError("overlap is measured between replicas: start two ranks or more, with model.vocab_size given")

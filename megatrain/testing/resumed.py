@@ -1,4 +1,4 @@
-"""Runs that are interrupted: saved after some steps, and gone on with by another run, under the same layout or another."""
+"""Interrupted runs: saved after some steps and continued by a new run, under the same layout or another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatrain.training import Run, assemble
 
 
 def interrupted(ctx: ParallelContext, config: Config, steps: int, at: int, folder: Path) -> Trace:
-    """The trace of `steps` steps, of which the first `at` are another run's: it saves into `folder`, and a new one goes on."""
+    """The trace of `steps` steps in two runs: one takes the first `at` and saves into `folder`, a new one continues."""
 
     def between(step: int, run: Run) -> Run:
         if step != at:
@@ -34,16 +34,16 @@ def interrupted(ctx: ParallelContext, config: Config, steps: int, at: int, folde
 
 
 def continued(ctx: ParallelContext, config: Config, steps: int, at: int, path: Path) -> Trace:
-    """The trace of steps `at` to `steps`, from the checkpoint at `path`; without gradients, whose first ones it does not have."""
+    """The trace of steps `at` to `steps`, continued from the checkpoint at `path`; without gradients, which are those of the first step."""
     trace = trace_run(ctx, config, steps - at, between=lambda step, run: run if step else _from(run, path))
     return replace(trace, gradients={})
 
 
 def _from(run: Run, path: Path) -> Run:
-    """A new run of the same config, brought to where the checkpoint has left off."""
+    """A new run of the same config in the state of the checkpoint."""
     fresh = assemble(run.config, run.ctx, run.loader, run.chunks[0].vocab_size, objective=run.objective)
     for named in fresh.optimizer.portions().values():
-        for portion in named.values():  # what is not loaded is to be seen
+        for portion in named.values():  # whatever is not loaded stays NaN and shows
             everything = slice(0, portion.count)
             portion.elements.write(everything, portion.elements.read(everything).fill_(float("nan")))
     restore(fresh, path)
@@ -64,15 +64,15 @@ def require_same_bits(one: Trace, other: Trace, what: str) -> None:
 
 
 def half_of(steps: int) -> int:
-    """After how many steps a run is interrupted."""
+    """Number of steps after which a run is interrupted."""
     return max(1, steps // 2)
 
 
 class Resumption:
-    """Interrupts runs of one config half-way, and holds what comes of them against runs that were not."""
+    """Interrupts runs of one config half-way, and compares them with uninterrupted runs."""
 
     def __init__(self, config: Config, steps: int, precision: str) -> None:
-        """Leave the checkpoint of one process. config: of one process."""
+        """Save the checkpoint of one process. config: of one process."""
         self.config, self.steps, self.at, self.precision = config, steps, half_of(steps), precision
         self._folder = Path(mkdtemp(prefix="megatrain-verify-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # with this object, or with the process
@@ -80,10 +80,10 @@ class Resumption:
         interrupted(ParallelContext.single(), config, steps, self.at, self._single)
 
     def check(self, layout: Layout, config: Config, run: Callable[..., list[Trace]], judge: Judge | None) -> dict[str, float]:
-        """Largest deviation of each kind. Raises Disagreement.
+        """Interrupt the layout's run and return the largest deviation of each kind. Raises Disagreement.
 
-        config: of the layout; run: what to do on every rank and what with -> a trace of each. judge: of one process,
-        None in bfloat16, where only the layout's own bits are compared.
+        config: with the layout; run: calls a function with arguments on every rank -> a trace for each. judge: compares with one process;
+        None in bfloat16, where the resumed run is only compared with the layout's own uninterrupted run, bit for bit.
         """
         mine = self._folder / str(layout)
         plain, again = run(trace_run, config, self.steps)[0], run(interrupted, config, self.steps, self.at, mine)[0]
@@ -92,9 +92,9 @@ class Resumption:
             return {"loss": 0.0}
         step = f"step_{self.at:08d}"
         back = continued(ParallelContext.single(), self.config, self.steps, self.at, mine / step)
-        there = run(continued, config, self.steps, self.at, self._single / step)[0]
+        onward = run(continued, config, self.steps, self.at, self._single / step)[0]
         largest = judge.hold(again)
-        for other in (back, there):
+        for other in (back, onward):
             largest |= {kind: max(value, largest[kind]) for kind, value in judge.hold(other, self.at).items()}
         shutil.rmtree(mine)
         return largest

@@ -22,7 +22,7 @@ from megatrain.transport.threads import MemoryWorld
 
 
 def mesh_of(shape: int | MeshShape) -> MeshShape:
-    """The mesh meant by a world size: all ranks data-parallel."""
+    """The mesh for a world size: all ranks data-parallel. A MeshShape is returned as it is."""
     return MeshShape(dp=shape) if isinstance(shape, int) else shape
 
 
@@ -38,12 +38,12 @@ def simulate(
 
     shape: a MeshShape, or a world size, which means that many data-parallel ranks. `ctx` is each rank's ParallelContext.
     timeout_seconds: limit of the whole call, and of each collective.
-    in_turns: one rank computes at a time, until it waits in a collective: three times as fast as threads that fight for the
-    interpreter. False where ranks wait for one another by other means (a threading.Barrier, a loop that looks), or sleep.
+    in_turns: one rank computes at a time, until it waits in a collective: three times as fast as threads that compete for the
+    interpreter. False where ranks wait for one another by other means (a threading.Barrier, a polling loop), or sleep.
     wrap: applied to each rank's World before its groups are made (`lambda world: RecordedWorld(world, recorder)`).
 
-    Each rank is one thread with one intra-op thread whose backward runs in itself. `args` are shared by all ranks, not copied.
-    Raises the exception of the first rank to fail, caused by a `RankTraceback` that names the rank and tells of the others;
+    Each rank is one thread with one intra-op thread, and runs its backward in the same thread. `args` are shared by all ranks, not copied.
+    Raises the exception of the first rank to fail, caused by a `RankTraceback` that names the rank and lists the others;
     TimeoutError, with the stacks of the ranks still running, past the limit.
     """
     mesh = mesh_of(shape)
@@ -61,7 +61,7 @@ def simulate(
             results[world.rank] = fn(ctx, *args)
             world.leave()
         except BaseException as error:
-            failures.append(Failure.of(world.rank, error))  # before the others hear of it, so that the first stays the first
+            failures.append(Failure.of(world.rank, error))  # before other ranks fail by it: order counts
             world.leave(error)
 
     threads = [threading.Thread(target=run, args=(w,), name=f"rank {w.rank}", daemon=True) for w in worlds]
@@ -71,13 +71,13 @@ def simulate(
             thread.start()
         _join(threads, worlds[0], timeout_seconds)
     finally:
-        torch.set_num_threads(intra_op)  # a thread's setting is also what later threads start with
+        torch.set_num_threads(intra_op)  # later threads would start with the setting of these
     raise_first(failures, mesh.world)
     return results
 
 
 def _join(threads: list[threading.Thread], world: MemoryWorld, timeout_seconds: float) -> None:
-    """Wait for all threads. Raises TimeoutError with the stacks of those that do not end."""
+    """Wait for all threads. Raises TimeoutError with the stacks of those that do not end in time."""
     deadline = time.monotonic() + timeout_seconds
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -35,7 +35,7 @@ _CRASHED = 0.0  # when a process crashed: before every exception, since none of 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told: where the function is, and how to meet the other ranks."""
+    """A worker's task: where to find the function, and how to meet the other ranks."""
 
     module: str
     file: str
@@ -49,12 +49,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker says in the end."""
+    """A worker's answer to a task."""
 
     result: bytes
-    """Pickled result; or of a failure, its pickled exception, empty where it cannot be pickled."""
+    """The pickled result; for a failure its pickled exception, empty if that cannot be pickled."""
     failed_at: float | None = None
-    """time.monotonic of the failure; the clock is the same for all processes of a machine."""
+    """time.monotonic() of the failure, the same clock for all processes of a machine; None if there is none."""
     summary: str = ""
     trace: str = ""
 
@@ -71,7 +71,7 @@ def spawn(shape: int | MeshShape, fn: Callable[..., Any], *args: Any, timeout_se
     timeout_seconds: limit of the whole call, and of each collective.
 
     Each rank is one process with one intra-op thread. Raises the exception of the first rank to fail, caused by a
-    `RankTraceback` that shows its traceback and tells of the others; TimeoutError, with the ranks' stacks, past the limit.
+    `RankTraceback` with its traceback and a line for each other rank; TimeoutError, with the ranks' stacks, past the limit.
     """
     mesh = mesh_of(shape)
     pool = _pools.get(mesh.world)
@@ -84,7 +84,7 @@ def spawn(shape: int | MeshShape, fn: Callable[..., Any], *args: Any, timeout_se
 
 
 class _Pool:
-    """The processes of one world size."""
+    """The worker processes for one world size."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -109,7 +109,7 @@ class _Pool:
                 pipe.recv()
 
     def usable(self) -> bool:
-        """Whether all processes live and none was given up."""
+        """Whether all processes live and the pool was not closed."""
         return bool(self._pipes) and all(process.poll() is None for process in self._processes)
 
     def run(self, fn: Callable[..., Any], shape: MeshShape, args: tuple[Any, ...], timeout_seconds: float) -> list[Answer]:
@@ -136,7 +136,7 @@ class _Pool:
         return [answers[rank] for rank in range(self._size)]
 
     def _collect(self, answers: dict[int, Answer], limit: float) -> bool:
-        """Read the answers that come next; False if none does until `limit`."""
+        """Read the next answers; False if none arrives until `limit`."""
         awaited = {id(pipe): rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
         ready = wait([self._pipes[rank] for rank in awaited.values()], max(0.0, limit - time.monotonic()))
         for rank in [awaited[id(pipe)] for pipe in ready]:
@@ -147,14 +147,14 @@ class _Pool:
         return bool(ready)
 
     def _crashed(self, rank: int) -> Answer:
-        """The answer of a process that ended instead."""
+        """The answer for a process that ended without one."""
         code = self._processes[rank].wait()
         what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         summary = f"the process of rank {rank} was {what}" if code < 0 else f"the process of rank {rank} {what}"
         return Answer(b"", _CRASHED, summary, summary + "\n")
 
     def _give_up(self, answers: dict[int, Answer], timeout_seconds: float, failed: bool) -> None:
-        """Kill the pool. Raises TimeoutError with stacks, unless a failure explains why ranks do not answer."""
+        """Kill the pool. Raises TimeoutError with stacks, unless another rank's failure explains the missing answers."""
         late = [rank for rank in range(self._size) if rank not in answers]
         stacks = [f"rank {rank} was in:\n{self._stack(rank)}" for rank in late]
         self.close()
@@ -168,7 +168,7 @@ class _Pool:
         return self._folder / f"stack_{rank}"
 
     def _stack(self, rank: int) -> str:
-        """Where a process is now, as far as it can still say so."""
+        """The present stack of a process, as far as it can still write it."""
         self._processes[rank].send_signal(signal.SIGUSR1)
         time.sleep(0.2)
         return self._stacks(rank).read_text() if self._stacks(rank).exists() else "(no stack)"
@@ -185,7 +185,7 @@ class _Pool:
 
 
 def _describe(fn: Callable[..., Any], shape: MeshShape, timeout_seconds: float, rendezvous: Path) -> Task:
-    """How another process finds `fn`: by file, since test files cannot be imported by name. Raises TypeError if it cannot."""
+    """The task for `fn`: found by its file, since test files cannot be imported by name. Raises TypeError if it cannot be found."""
     name = getattr(fn, "__qualname__", "<unnamed>")
     module = sys.modules.get(getattr(fn, "__module__", ""))
     if "<" in name or module is None or getattr(module, "__file__", None) is None:
@@ -196,12 +196,12 @@ def _describe(fn: Callable[..., Any], shape: MeshShape, timeout_seconds: float, 
 
 
 _pools: dict[int, _Pool] = {}
-"""The one piece of state that outlives a call: starting processes anew each time would take most of a test's time."""
+"""World size -> pool. The one state that outlives a call: starting processes anew would take most of a test's time."""
 
 
 @atexit.register
 def close_pools() -> None:
-    """End all waiting processes (done at exit anyway)."""
+    """End all waiting processes; also called at exit."""
     for pool in _pools.values():
         pool.close()
     _pools.clear()

@@ -1,4 +1,4 @@
-"""A pipeline whose layers only sleep: what the executor really does, to be held against what the simulator says.
+"""A pipeline whose layers only sleep: the executor's real timeline, to compare with the simulator's.
 
 Sleeping takes no core, so four stages can be measured on a machine with two.
 """
@@ -39,7 +39,7 @@ def measured_timeline(schedule: Schedule, unit_seconds: float) -> Timeline:
 
 
 def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float) -> list[Span]:
-    """What one rank of `measured_timeline` does; its spans."""
+    """Run one rank of `measured_timeline`; returns its spans."""
     spans: list[Span] = []
     micro_batches = [torch.full((1, 1), float(m)) for m in range(schedule.micro_batches)]
 
@@ -64,13 +64,13 @@ def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float)
 
 
 class _SleepingChunk:
-    """hidden -> hidden, slowly."""
+    """A chunk that sleeps in its forward and backward."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
     def __call__(self, hidden: torch.Tensor | None, micro_batch: torch.Tensor, postponed: Postponed | None) -> torch.Tensor:
-        """[1, 1] -> [1, 1]."""
+        """[1, 1] -> [1, 1], after sleeping."""
         x = micro_batch.clone().requires_grad_() if hidden is None else hidden
         return _Sleep.apply(x, self.seconds, postponed)
 

@@ -1,4 +1,4 @@
-"""Train a few steps on one rank of any layout and record everything that layouts must agree on."""
+"""Train a few steps on one rank of any layout and record everything that must agree between layouts."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from megatrain.training import Run, assemble, train_step
 from megatrain.transport.consensus import gather_texts
 
 ANY_DATA = (CorpusConfig(path="none: tokens are random"),)
-"""data.train of a run on random tokens, for the rules between knobs."""
+"""A value for data.train, required by the rules between keys, in runs on random tokens."""
 
 
 class RandomSamples:
     """Endless random samples: tokens [seq_length + 1] below `vocab_size`, a pure function of (seed, n)."""
 
     def __init__(self, vocab_size: int, seq_length: int, seed: int = 0, document_length: int = 3) -> None:
-        """document_length: tokens of a document, on average."""
+        """document_length: mean number of tokens of a document."""
         self.vocab_size, self.seq_length, self.seed, self.document_length = vocab_size, seq_length, seed, document_length
 
     def sample(self, n: int) -> npt.NDArray[np.int64]:
@@ -43,22 +43,22 @@ class RandomSamples:
         return (self._hashes(1, n) % np.uint64(self.vocab_size)).astype(np.int64)
 
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """Which of the documents each token belongs to."""
+        """Number of the document that each token belongs to, [seq_length + 1]."""
         begins = self._hashes(2, n) % np.uint64(self.document_length) == 0
         begins[0] = False
         return np.cumsum(begins, dtype=np.int64)
 
     def _hashes(self, purpose: int, n: int) -> npt.NDArray[np.uint64]:
-        """[seq_length + 1] random numbers of sample n."""
+        """[seq_length + 1] random 64-bit numbers of sample n."""
         start = np.uint64(hash64(hash64(self.seed + purpose) ^ n))
         return hash64_each(start + np.arange(self.seq_length + 1, dtype=np.uint64))
 
     def pairs(self, n: int) -> None:
-        """None: it is text."""
+        """None: the samples are text, not prompts with answers."""
 
 
 def mesh_shape(config: Config, data_parallel_size: int = 1) -> MeshShape:
-    """The mesh that `config.parallel` describes, with so many replicas."""
+    """The mesh that `config.parallel` describes, with `data_parallel_size` replicas."""
     p = config.parallel
     sides = p.tensor_parallel_size, p.context_parallel_size, data_parallel_size, p.pipeline_parallel_size
     return MeshShape(*sides, zero_ranks=p.zero_ranks)
@@ -73,10 +73,10 @@ def trace_run(
     prepare: Callable[[Run], None] | None = None,
     between: Callable[[int, Run], Run] | None = None,
 ) -> Trace:
-    """Take `steps` steps of `config` on random tokens (it must give model.vocab_size); the whole logical trace, on every rank.
+    """Take `steps` steps of `config` on random tokens (model.vocab_size must be given); returns the whole logical trace, on every rank.
 
-    `prepare` is called with the run before the first step; `between` before each,
-    and gives the run to go on with. Collective over the world of `ctx`.
+    `prepare` is called with the run before the first step; `between` before each step, with its number and the run, and returns the run to
+    continue with. Collective over the world of `ctx`.
     """
     vocab_size = config.model.vocab_size
     if vocab_size is None:
@@ -94,7 +94,7 @@ def trace_run(
             if step == 0:
                 _keep_first_gradients(run, gradients)
             reports.append(train_step(run))
-        vars(run.optimizer).pop("step", None)  # it holds the run, which would stay until the next collection of garbage
+        vars(run.optimizer).pop("step", None)  # the wrapper keeps the run alive
     weights, *states = (_whole_of_all(ctx, kind) for kind in run.optimizer.tensors().values())
     return Trace(
         losses=[r.loss for r in reports],
@@ -108,9 +108,9 @@ def trace_run(
 
 
 def random_source(config: Config, vocab_size: int) -> tuple[RandomSamples, Compose]:
-    """Random text of a config, and what becomes of it; every seventh token ends a sentence.
+    """Random text for a config, and the function that composes its batches; every seventh token ends a sentence.
 
-    Raises ValueError where the vocabulary has no room for text beside the special tokens of GLM.
+    Raises ValueError if the vocabulary has no tokens left for text beside GLM's special tokens.
     """
     source = source_of(config, vocab_size, AnyTokens(vocab_size), closed=False)
     if source.text_vocab < 1:
@@ -123,7 +123,7 @@ def random_source(config: Config, vocab_size: int) -> tuple[RandomSamples, Compo
 
 
 class AnyTokens:
-    """A tokenizer of random tokens, of which GLM's special ones are the last."""
+    """A tokenizer for random tokens; the last ids of the vocabulary are left to GLM's special tokens."""
 
     eod: int | None = None
     ending, beginning = Ending(None), Beginning(None)
@@ -134,35 +134,35 @@ class AnyTokens:
         self.vocab_size = vocab_size - len(NAMES)
 
     def special_id(self, name: str) -> int | None:
-        """None has a name."""
+        """None: no token has a name."""
         return None
 
     def name_of(self, token: int) -> str:
-        """Its id."""
+        """The token's id as text."""
         return str(token)
 
     def encode(self, text: str) -> list[int]:
-        """Nothing."""
+        """No tokens, whatever the text."""
         return []
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
-        """Nothing."""
+        """No tokens for any text."""
         return [np.zeros(0, np.int64) for _ in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """A full stop for every seventh id."""
+        """Text with a full stop for every id that 7 divides."""
         return "".join("." if number % 7 == 0 else "x" for number in ids)
 
 
 def round_weights(run: Run) -> None:
-    """Make a float32 run start from the weights that a bfloat16 run has; for `prepare`, in one process."""
+    """Round a float32 run's weights to those of a bfloat16 run. For `prepare` of `trace_run`, on one process."""
     with torch.no_grad():
         for parameter in run.flat.parameters:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
 def _keep_first_gradients(run: Run, gradients: dict[str, torch.Tensor]) -> None:
-    """Let a dict fill with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
+    """Fill `gradients` with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
     update = run.optimizer.step
 
     def step(*given: Any) -> None:
@@ -176,7 +176,7 @@ def _keep_first_gradients(run: Run, gradients: dict[str, torch.Tensor]) -> None:
 
 
 def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The logical tensors of all stages, on every rank. Collective over the ranks of a model."""
+    """The logical tensors of all stages, on every rank. Collective over the ranks of one replica."""
     shapes = {name: (spec.shape, str(tensor.dtype)) for name, (spec, tensor) in local.items()}
     texts = gather_texts(json.dumps(shapes), ctx.pp.group, ctx.device)
     everywhere = {name: what for text in texts for name, what in json.loads(text).items()}
@@ -193,14 +193,14 @@ def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, tor
 
 
 def whole(ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> torch.Tensor:
-    """The logical tensor of `spec`, on the CPU, from every tensor-parallel rank's `local` one. Collective over tp."""
+    """The logical tensor of `spec` on the CPU, put together from every tensor-parallel rank's `local`. Collective over tp."""
     logical = torch.zeros(spec.shape, dtype=local.dtype, device=local.device)
     _fill(logical, ctx, spec, local)
     return all_reduce(logical, ctx.tp).cpu()
 
 
 def _fill(logical: torch.Tensor, ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> None:
-    """Copy what this rank owns to its place."""
+    """Copy the elements that this rank owns to their place in `logical`."""
     if spec.owned(ctx):
         slices = spec.slices(ctx.tp.size, ctx.tp.rank)
         logical[slices] = local[tuple(slice(0, s.stop - s.start) for s in slices)]

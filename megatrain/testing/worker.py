@@ -28,7 +28,7 @@ from megatrain.transport.processes import TorchWorld
 
 
 def main() -> None:
-    """Do tasks until the parent goes away."""
+    """Do tasks until the parent process closes the pipe."""
     number, rank, stacks = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     pipe = Connection(number)
     torch.set_num_threads(1)
@@ -52,7 +52,7 @@ def end_with_parent(parent: int) -> None:
 
 
 def _do(task: Task, args: bytes, rank: int) -> Answer:
-    """Do one task, with connections of its own, and close them: ranks that still wait for this one fail at once."""
+    """Do one task with connections of its own, then close them, so that ranks that still wait for this one fail at once."""
     world = None
     try:
         sys.path[:] = task.path
@@ -72,17 +72,17 @@ def _do(task: Task, args: bytes, rank: int) -> Answer:
 
 
 def _call(world: TorchWorld, task: Task, fn: Callable[..., Any], args: bytes) -> Answer:
-    """Call the function; return when every rank has done so."""
+    """Call the function; return when every rank has called it."""
     ctx = ParallelContext.build(world, task.shape)
     answer = Answer(pickle.dumps(fn(ctx, *pickle.loads(args))))
     if ctx.world.group is not None:
-        with contextlib.suppress(TransportError):  # another rank failed, and says so itself
-            ctx.world.group.barrier()  # whoever closes first must not cut off what is still to be received
+        with contextlib.suppress(TransportError):  # another rank failed, and reports it itself
+            ctx.world.group.barrier()  # no rank may close while another still receives from it
     return answer
 
 
 def _pickled(error: BaseException) -> bytes:
-    """The exception, if it survives the way to another process; else nothing."""
+    """The pickled exception; empty if it cannot be pickled and unpickled."""
     try:
         error.__traceback__ = error.__cause__ = error.__context__ = None
         data = pickle.dumps(error)
@@ -93,10 +93,10 @@ def _pickled(error: BaseException) -> bytes:
 
 
 def _find(task: Task) -> Callable[..., Any]:
-    """The function, from a module that is loaded from its file once and then known by its name."""
+    """The function of a task, from a module that is loaded from its file once and then kept under its name."""
     module = sys.modules.get(task.module)
     if module is None or getattr(module, "__file__", None) != task.file:
-        # A script run again under its own name would do what it does when it is run.
+        # Loaded under the name __main__, a script would run again.
         name = "__spawned__" if task.module == "__main__" else task.module
         spec = importlib.util.spec_from_file_location(name, task.file)
         if spec is None or spec.loader is None:
