@@ -1,1 +1,1 @@
-"""The command line: one module a group of verbs, with their arguments, help and exit codes."""
+"""The command line: a module for each group of verbs, with their arguments, help and exit codes."""

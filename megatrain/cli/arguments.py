@@ -1,4 +1,4 @@
-"""Kinds of numbers and text on the command line, each refused with what it should be."""
+"""Types of arguments on the command line; each refuses other values with a message on what is valid."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def positive(given: str) -> int:
 
 
 def text(given: str) -> str:
-    """Text in UTF-8, also where the locale is of another mind. Other bytes arrive as lone surrogates, which no tokenizer takes."""
+    """Text in UTF-8, whatever the locale's encoding. Refuses other bytes, which arrive as lone surrogates that no tokenizer accepts."""
     with suppress(UnicodeError):
         return given.encode("utf-8", "surrogateescape").decode()
     try:
@@ -32,7 +32,7 @@ def text(given: str) -> str:
 
 
 def seed(given: str) -> int:
-    """What a generator of random numbers takes."""
+    """A seed: a whole number from 0 to 2^63 - 1."""
     try:
         number = int(given)
     except ValueError:
@@ -43,7 +43,7 @@ def seed(given: str) -> int:
 
 
 def finite(given: str) -> float:
-    """Any number."""
+    """A finite number."""
     return _number(given, math.isfinite, "a number")
 
 

@@ -13,7 +13,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 
 def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
-    """Put `data` and its stages among the verbs."""
+    """Add `data` and its stages to the verbs."""
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
     stages = data.add_subparsers(metavar="STAGE", required=True, parser_class=parser_class)

@@ -11,7 +11,7 @@ from megatrain.cli.arguments import positive
 
 
 def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """Put `doctor` among the verbs."""
+    """Add `doctor` to the verbs."""
     example = (
         "megatrain doctor\n"
         "  torchrun --nproc-per-node 8 -m megatrain doctor run.yaml checkpoint.dir=/shared/run\n"
@@ -29,7 +29,7 @@ def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> 
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    # Before torch is imported: what its store tries and tells with stacks of C++ would bury the one line that says what is wrong.
+    # Before torch is imported: C++ stacks logged by its store would bury the one line that matters.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from megatrain.doctor.examine import main as doctor
 

@@ -1,7 +1,7 @@
-"""`megatrain VERB ...`: one small function per verb, which imports its room only when it runs.
+"""`megatrain VERB ...`: a small function for each verb, which imports its modules only when it runs.
 
-Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong
-use; 75 stopped early with a checkpoint saved: a scheduler should start the run again; 130 interrupted from the keyboard.
+Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong use; 75
+stopped early with a checkpoint saved: a scheduler should start the run again; 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ LATER = {
     "quantize": "INT8 and INT4 weights",
     "prune": "sparse weights",
 }
-"""Verbs that a later release delivers; refused until then."""
+"""Verbs of a later release, refused until then, with what they do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code. An error that is not expected leaves as it came, with its traceback."""
+    """Run one verb; returns the exit code. An unexpected error is raised, for its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="backslashreplace"
-        )  # as stderr: a character that the terminal lacks is shown, not an error
+        )  # as stderr does: a character that the terminal cannot show is escaped
     if later := _later_verb(words):
         message = f"error: `megatrain {later}` ({LATER[later]}) is not in this release. `megatrain --help` lists what is."
         return _complain(message, WRONG_USE)
@@ -87,7 +87,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 
 def _begin_program(verb: str) -> None:
-    """What a program of its own does before torch is imported and memory is taken."""
+    """Actions of a whole process before torch is imported and memory is taken: hold signals, choose the allocator."""
     from megatrain.lifecycle.stop import hold_signals
     from megatrain.runtime.allocator import restart_with_better_allocator
 
@@ -97,10 +97,10 @@ def _begin_program(verb: str) -> None:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether an error speaks to the user, and needs no traceback.
+    """Whether an error is meant for the user and needs no traceback.
 
-    Such are: the error classes of megatrain's rooms (ConfigError, TransportError ...), errors of the operating system, and a
-    ValueError that megatrain's own code raised. A ValueError from within a library is a fault of megatrain.
+    These are the error classes of megatrain's modules (ConfigError, TransportError ...), errors of the operating system, and a ValueError
+    that megatrain's own code raised. A ValueError from within a library is a fault of megatrain.
     """
     if isinstance(error, OSError) or _of_megatrain(type(error).__module__):
         return True
@@ -118,7 +118,7 @@ def _complain(message: str, code: int) -> int:
 
 
 def _say(text: str) -> None:
-    """On stderr; where the launch scripts ask, they say it, once for all ranks."""
+    """Print on stderr; under the launch scripts leave it to them, which print it once for all ranks."""
     from megatrain.lifecycle.stop import leave_error
 
     if not leave_error(text, os.environ):
@@ -126,7 +126,7 @@ def _say(text: str) -> None:
 
 
 def _later_verb(words: list[str]) -> str | None:
-    """The verb of LATER that a command line begins with."""
+    """The verb of LATER that a command line begins with; None if it begins with another."""
     return next((verb for verb in LATER if words[: verb.count(" ") + 1] == verb.split()), None)
 
 
@@ -189,14 +189,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations, keeps the lines of its examples and speaks as `megatrain: error:`."""
+    """A parser without abbreviated options, with examples in its help, whose errors begin with `megatrain: error:`."""
 
     def __init__(self, *, example: str, notes: str = "", **settings: Any) -> None:
         epilog = f"{notes}example:\n  {example}"
         super().__init__(epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and how to use the verb; exit 2."""
+        """Print the error and the usage of the verb; exit 2."""
         _say(f"{self.format_usage()}megatrain: error: {message}")
         self.exit(WRONG_USE)
 
@@ -206,7 +206,7 @@ _Verbs = Any
 
 
 def _parser() -> _Parser:
-    """The whole command line."""
+    """The parser of the whole command line."""
     later = "\n".join(f"  {verb:14} {what}" for verb, what in LATER.items())
     parser = _Parser(
         prog="megatrain",
@@ -232,7 +232,7 @@ def _parser() -> _Parser:
 def _add_verb(
     verbs: _Verbs, name: str, run: Callable[[argparse.Namespace], int], what: str, example: str
 ) -> argparse.ArgumentParser:
-    """A parser for one verb; its namespace carries `run`."""
+    """Add a verb; returns its parser, whose namespace carries `run`."""
     parser = verbs.add_parser(name, help=what, description=what, example=example)
     parser.add_argument("--traceback", action="store_true", help="show where an error came from, not only what it says")
     parser.set_defaults(run=run)

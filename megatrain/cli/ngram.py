@@ -15,7 +15,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 
 def add_ngram(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
-    """Put `ngram` and its stages among the verbs."""
+    """Add `ngram` and its stages to the verbs."""
     what = "Kneser-Ney n-gram models: from text to perplexity, one stage each"
     example = "megatrain ngram fit --order 5 --input corpus.txt --arpa model.arpa"
     stages = verbs.add_parser("ngram", help=what, description=what, example=example).add_subparsers(
@@ -91,7 +91,7 @@ def _add_units(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_filter(stages: Any, add_verb: AddVerb) -> None:
-    """Put `filter` among the stages of `data`."""
+    """Add `filter` to the stages of `data`."""
     example = "megatrain data filter --ngram wiki.bin --keep head,middle --input crawl.jsonl --output good.jsonl"
     parser = add_verb(stages, "filter", _filter, "keep documents that an n-gram model finds usual (CCNet)", example)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or text files, perhaps .gz or .zst")
@@ -114,7 +114,7 @@ def add_data_filter(stages: Any, add_verb: AddVerb) -> None:
 
 
 def size(text: str) -> int:
-    """Bytes of `512M`, `2G` or a number. Raises ArgumentTypeError."""
+    """Number of bytes from text such as `512M`, `2G` or a plain number. Raises ArgumentTypeError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if found is None or not float(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size. Use for example 512M or 2G")

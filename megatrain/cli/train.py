@@ -1,4 +1,4 @@
-"""The arguments of `megatrain train`, and what comes before torch is imported: listening to the request to stop."""
+"""The arguments of `megatrain train`, and the steps before torch is imported, such as receiving stop requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 def add_train(
     verbs: Any, add_verb: Callable[..., argparse.ArgumentParser], add_config: Callable[[argparse.ArgumentParser], None]
 ) -> None:
-    """Put `train` among the verbs."""
+    """Add `train` to the verbs."""
     example = (
         "megatrain train launch/configs/gpt_tiny.yaml data.train=PREFIX optim.lr=1e-3\n"
         "  torchrun --nproc-per-node 2 -m megatrain train launch/configs/gpt_tiny.yaml parallel.tensor_parallel_size=2"
@@ -32,8 +32,8 @@ def _train(arguments: argparse.Namespace) -> int:
     marker = Path(config.log.dir, PREEMPTED)
     if is_stopping(marker, launch):
         return reply(launch, os.EX_TEMPFAIL)
-    if config.model.init_from is None:  # which gives shapes, later
-        validate_step(config, launch.world_size)  # what cannot be is told at once, before torch is there
+    if config.model.init_from is None:  # init_from gives shapes only later
+        validate_step(config, launch.world_size)  # report an impossible config at once, before torch is imported
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
         reply_begun(launch)
@@ -43,4 +43,4 @@ def _train(arguments: argparse.Namespace) -> int:
             return reply(launch, train(arguments.config, arguments.overrides, stop))
         finally:
             if arguments.ends_process:
-                stop.ignore()  # there is nothing left to stop, and its exit code matters
+                stop.ignore()  # nothing is left to stop, and the exit code must not change

@@ -1,4 +1,4 @@
-"""The arguments of the verbs about directories of weights: import, export, checkpoint inspect / verify / convert."""
+"""The arguments of the verbs on directories of weights: import, export, checkpoint inspect / verify / convert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AddVerb = Callable[..., argparse.ArgumentParser]
 
 
 def add_exchange(verbs: Any, add_verb: AddVerb, parser_class: Any, checkpoint_help: str) -> None:
-    """Put them among the verbs."""
+    """Add `import`, `export` and `checkpoint` to the verbs."""
     what = "make a checkpoint of a Hugging Face directory (training may start from that as it is: model.init_from)"
     parser = add_verb(verbs, "import", _import, what, "megatrain import ~/models/qwen3-0.6b runs/qwen3")
     parser.add_argument("source", metavar="HF_DIR", type=Path, help="it holds config.json and safetensors files")
