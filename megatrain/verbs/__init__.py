@@ -1,1 +1,1 @@
-"""What the verbs do that are programs of their own: bench, eval, export and import, generate, plan, verify."""
+"""The verbs that are programs of their own: bench, eval, import and export, generate, plan, verify."""

@@ -1,7 +1,7 @@
-"""`megatrain bench`: how fast a config trains here, on random tokens: one line of JSON, alone or under torchrun.
+"""`megatrain bench`: the speed of training a config here, on random tokens, as one line of JSON; alone or under torchrun.
 
-Steps are timed as they are; then a few more are taken apart into phases, with the device waited for in between, so that phases are
-exact and steps are not slowed down. MFU counts model FLOPs as `runtime/flops.py` says: causal attention at half.
+First some steps are timed as they are. Then as many are timed phase by phase, with a wait for the device between phases, so that phases are
+exact and the timed steps are not slowed down. MFU counts model FLOPs as in `runtime/flops.py`: half of the keys for causal attention.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from megatrain.training import DTYPES, Run, assemble, train_step
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 PROFILED = 2
-"""Steps in a profile."""
+"""Number of steps in a profile."""
 
 
 def bench(session: Session, config: Config, steps: int, warmup: int, profile: Path | None = None) -> dict[str, Any]:
-    """Train `config` on random tokens and measure (collective); the numbers, of rank 0.
+    """Train `config` on random tokens and measure (collective); returns the numbers of this rank.
 
-    steps: timed, after `warmup` untimed ones, and as many again in phases. profile: where rank 0 writes a Chrome trace of two more.
-    Raises ConfigError.
+    steps: number of timed steps, after `warmup` untimed ones; as many again are timed by phase. profile: file for a Chrome trace of two
+    more steps. Raises ConfigError.
     """
     with prepared(session, config) as run:
         for _ in range(warmup):
@@ -66,7 +66,7 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
 
 @contextmanager
 def prepared(session: Session, config: Config) -> Iterator[Run]:
-    """The run of `config` on random tokens, with a loader that lives as long as the block (collective). Raises ConfigError."""
+    """The run of `config` on random tokens; its loader is closed at the end of the block (collective). Raises ConfigError."""
     require_effects(config)
     config = replace(config, data=replace(config.data, train=ANY_DATA))
     validate_step(config, session.world.size)
@@ -82,7 +82,7 @@ def prepared(session: Session, config: Config) -> Iterator[Run]:
 
 
 def _timed(run: Run) -> float:
-    """Seconds of one step; its report has waited for the device."""
+    """Seconds of one step, with a wait for the device at its end."""
     began = time.perf_counter()
     train_step(run)
     run.flat.settle()
@@ -96,7 +96,7 @@ def _wait(run: Run) -> None:
 
 
 def _phases(run: Run, steps: int) -> dict[str, float]:
-    """Median seconds of each phase of a step; the rest of a step (weights, totals) is in none."""
+    """Median seconds of each phase of a step; a step's other work (weights, totals) is in no phase."""
     seen: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for _ in range(steps):
         spent = dict.fromkeys(PHASES, 0.0)
@@ -110,7 +110,7 @@ def _phases(run: Run, steps: int) -> dict[str, float]:
 
 @contextmanager
 def _watched(run: Run, spent: dict[str, float]) -> Iterator[None]:
-    """Add the seconds of each phase to `spent`; the device is waited for at both ends of each."""
+    """Add the seconds of each phase to `spent`, waiting for the device at both ends of each phase."""
 
     def timing(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -124,7 +124,7 @@ def _watched(run: Run, spent: dict[str, float]) -> Iterator[None]:
         return timed
 
     def observe(instruction: Instruction, began: float, ended: float) -> None:
-        _wait(run)  # what was started in this instruction belongs to it
+        _wait(run)  # device work started by this instruction counts for it
         late = time.monotonic() - ended
         spent["forward" if instruction.kind == "forward" else "backward"] += ended - began + late
 
@@ -137,11 +137,11 @@ def _watched(run: Run, spent: dict[str, float]) -> Iterator[None]:
     finally:
         run.observe = None
         for owner, name in whole.values():
-            delattr(owner, name)  # the method of the class shows again
+            delattr(owner, name)  # uncovers the method of the class
 
 
 def _profile(run: Run, path: Path | None) -> None:
-    """A Chrome trace of a few steps, for chrome://tracing or Perfetto; all ranks take them."""
+    """Profile a few steps, which all ranks take, and write a Chrome trace, for chrome://tracing or Perfetto."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if run.ctx.device.type == "cuda" else [])
     with profiled(activities=activities) as profiler:
         for _ in range(PROFILED):
@@ -152,10 +152,10 @@ def _profile(run: Run, path: Path | None) -> None:
 
 
 def export_trace(export: Callable[[str], object], path: Path) -> None:
-    """Write a trace, and see that it was written: the profiler says nothing of a full disk. Raises OSError."""
+    """Write a trace and check that it was written, as the profiler does not report a full disk. Raises OSError."""
     with doing("writing", path):
         with path.open("wb"):
-            pass  # the profiler says nothing of a directory that is not there either
+            pass  # nor does the profiler report a missing directory
         export(str(path))
         if path.suffix != ".gz" and path.is_file() and not path.read_bytes().rstrip().endswith(b"}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,7 +1,7 @@
-"""`megatrain eval`: what a checkpoint makes of held-out text: loss, perplexity, bits per byte and token accuracy of each set.
+"""`megatrain eval`: loss, perplexity, bits per byte and token accuracy of a checkpoint on each held-out set.
 
-Bits per byte compare models whose tokenizers differ: the loss of all tokens in bits, over the bytes of the text that they stand for.
-Tokens that end and begin documents cost bits and stand for no byte.
+Bits per byte compare models with different tokenizers: the loss summed over all tokens, in bits, divided by the bytes of the text.
+End- and begin-of-document tokens add to the loss, but not to the bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatrain.runtime.launch import Launch
 from megatrain.training import Model
 
 COUNTED_TOKENS = 1 << 22
-"""Of how many tokens the bytes are counted, from the beginning of each store."""
+"""Bytes per token are measured on at most this many tokens from the beginning of each store."""
 
 
 def settled(saved: Config, overrides: Sequence[str], world_size: int) -> Config:
@@ -56,7 +56,7 @@ def settled(saved: Config, overrides: Sequence[str], world_size: int) -> Config:
 
 
 def bytes_per_token(held_out: Evaluated, tokenizer: Tokenizer) -> float:
-    """Bytes of text that a token of a validation set stands for, on average."""
+    """Mean bytes of text for each token of a validation set."""
     around = {tokenizer.ending.eod, tokenizer.beginning.first}
     tokens = size = 0
     for store in held_out.stores:
@@ -72,8 +72,8 @@ def bytes_per_token(held_out: Evaluated, tokenizer: Tokenizer) -> float:
 
 
 def row_of(name: str, result: Evaluation, held_out: Evaluated, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """One set's numbers; bits_per_byte is null where there is no tokenizer to tell."""
-    # Of a text with blanks only a part is predicted, of unknown bytes.
+    """The numbers of one validation set; bits_per_byte is null without a tokenizer, and for text with blanks."""
+    # In a text with blanks only some tokens are predicted, and their bytes are unknown.
     per_token = bytes_per_token(held_out, tokenizer) if tokenizer is not None and result.cloze_accuracy is None else 0.0
     cloze = {} if result.cloze_accuracy is None else {"cloze_accuracy": result.cloze_accuracy}
     return {
@@ -111,7 +111,7 @@ def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """A row as a line of text."""
     bits = "unknown (no data.tokenizer)" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
     special = f"bits per byte {bits}"
     if "cloze_accuracy" in row:

@@ -1,6 +1,6 @@
-"""`megatrain import`, `export` and `checkpoint`: what is in a directory of weights, and from one form into another.
+"""`megatrain import`, `export` and `checkpoint`: inspect, verify and convert directories of weights.
 
-Tensors are read where they are needed and not before, so that a model larger than memory passes through.
+Tensors are read on demand, so a model larger than memory can be converted.
 """
 
 from __future__ import annotations
@@ -47,30 +47,30 @@ SINGLE = ParallelContext.single()
 
 
 class HFElements:
-    """The elements of a logical tensor in a file of Hugging Face, as they are."""
+    """The elements of a logical tensor in a Hugging Face directory, in the stored dtype."""
 
     def __init__(self, weights: Weights, part: Part, shape: tuple[int, ...]) -> None:
         self._weights, self._part, self._shape = weights, part, shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored tensor."""
+        """Dtype of the stored tensor."""
         return self._weights.tensor(self._part.stored).dtype
 
     direct = False
 
     def read(self, part: slice) -> torch.Tensor:
-        """Elements [n]."""
+        """The elements of `part`, as a tensor [n]."""
         stored = self._weights.tensor(self._part.stored)
         return torch.cat([self._part.read(stored, box).reshape(-1) for box in boxes.of_run(self._shape, part.start, part.stop)])
 
     def write(self, part: slice, values: torch.Tensor) -> None:
-        """Not to be done. Raises CheckpointError."""
+        """Raises CheckpointError: a Hugging Face directory is only read."""
         raise CheckpointError("a directory of Hugging Face is only read")
 
 
 class Cast:
-    """Elements in another dtype."""
+    """Elements converted to another dtype when they are read."""
 
     def __init__(self, elements: Elements, dtype: torch.dtype) -> None:
         self._elements, self.dtype = elements, dtype
@@ -78,16 +78,16 @@ class Cast:
     direct = False
 
     def read(self, part: slice) -> torch.Tensor:
-        """Elements [n]."""
+        """The elements of `part`, as a tensor [n]."""
         return self._elements.read(part).to(self.dtype)
 
     def write(self, part: slice, values: torch.Tensor) -> None:
-        """Not to be done. Raises CheckpointError."""
+        """Raises CheckpointError: converted elements are only read."""
         raise CheckpointError("elements that are cast are only read")
 
 
 class WholeTensors(Mapping[str, torch.Tensor]):
-    """The weights of a checkpoint by logical name, each read when it is asked for."""
+    """The weights of a checkpoint by logical name, each read on demand."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path, self._manifest = path, manifest
@@ -112,7 +112,7 @@ def _portion(spec: ParamSpec, elements: Elements) -> Portion:
 
 
 def _write(out: Path, contents: Contents, portions: Mapping[str, Mapping[str, Portion]]) -> Path:
-    """One checkpoint, written a block at a time. Raises CheckpointError where a run saves in that directory."""
+    """Save one checkpoint, a block at a time. Raises CheckpointError if a run saves in that directory."""
     held, saver = claim(out, SINGLE), Saver(out, SINGLE, staging_bytes=1)
     try:
         return saver.save(contents, portions)
@@ -168,9 +168,9 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None, dtype: str | None)
 
 
 def _tokenizer_files(config: Config, came: Path | None, *, chosen: bool) -> tuple[TokenizerFiles | None, str]:
-    """The tokenizer to be written, None where its files come along from `came`; and what to say of it.
+    """The tokenizer files to write, None if they are copied from `came`; and text about it for the user.
 
-    chosen: `came` was asked for.
+    chosen: the user gave `came`.
     """
     given = came is not None and any(came.glob("tokenizer*"))
     name = config.data.tokenizer
@@ -184,7 +184,7 @@ def _tokenizer_files(config: Config, came: Path | None, *, chosen: bool) -> tupl
 
 
 def _same_tokenizer(config: Config, other: Path) -> bool:
-    """Whether a run's tokenizer is the one in a file, and its special tokens are those found there."""
+    """Whether a run's tokenizer, with default special tokens, is the one in a file."""
     data = config.data
     if data.tokenizer in (None, "bytes") or (data.eod, data.bos) != (None, None) or not other.is_file():
         return False
@@ -218,7 +218,7 @@ def inspect(checkpoint: Path, as_json: bool) -> int:
 
 
 def verify_all(checkpoint: Path) -> int:
-    """`megatrain checkpoint verify`: every byte of one checkpoint, or of all in a directory."""
+    """`megatrain checkpoint verify`: check every byte of one checkpoint, or of all in a directory."""
     path = Path(checkpoint)
     found = (
         [path]
@@ -239,7 +239,7 @@ def verify_all(checkpoint: Path) -> int:
 
 
 def convert(checkpoint: Path, out: Path, weights_only: bool, dtype: str | None) -> int:
-    """`megatrain checkpoint convert`: the same numbers in one file a kind, perhaps the weights alone or in another dtype."""
+    """`megatrain checkpoint convert`: write the same numbers as one file for each kind; optionally only weights, or in another dtype."""
     path = find(checkpoint)
     manifest = read_manifest(path)
     verify(path)

@@ -1,11 +1,11 @@
-"""The tokenizer of an exported model, as `transformers.pipeline("text-generation", DIR)` opens it.
+"""Tokenizer files of an exported model, as `transformers.pipeline("text-generation", DIR)` reads them.
 
 tokenizer.json            the run's own; `bytes` as a byte-level BPE without merges, whose ids are the bytes
 tokenizer_config.json     its class and special tokens
-special_tokens_map.json   those again, for readers that look there
-generation_config.json    at which tokens a text ends
+special_tokens_map.json   the special tokens again, for readers that look there
+generation_config.json    the tokens that end a text
 
-What lay beside the run's tokenizer is copied as it was and says the same, but where the config named other tokens (data.eod, data.bos).
+Files beside the run's tokenizer are copied unchanged, unless the config names other special tokens (data.eod, data.bos).
 A prompt begins with the same tokens there as in `megatrain generate`.
 """
 
@@ -28,16 +28,16 @@ PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What is written into the directory of a model."""
+    """Contents to write into the directory of a model."""
 
     texts: dict[str, str]
-    """File -> content."""
+    """File name -> content."""
     ids: dict[str, Any]
-    """Special tokens, for config.json."""
+    """Ids of the special tokens, for config.json."""
 
 
 def files_of(data: DataConfig, positions: int) -> TokenizerFiles:
-    """The files for a run whose tokenizer is `data.tokenizer`, of a model that reads texts of so many tokens. Raises TokenizerError."""
+    """The files for a run with tokenizer `data.tokenizer` and a model of `positions` positions. Raises TokenizerError."""
     name = str(data.tokenizer)
     own = byte_level(data) if name == "bytes" else load_tokenizer(name, data.eod, data.bos)
     if not isinstance(own, JsonTokenizer):
@@ -68,7 +68,7 @@ def files_of(data: DataConfig, positions: int) -> TokenizerFiles:
 
 
 def byte_level(data: DataConfig) -> JsonTokenizer:
-    """The `bytes` tokenizer as a tokenizer.json: a BPE of 256 tokens without merges, and the end of a document."""
+    """The `bytes` tokenizer as a tokenizer.json: a BPE of 256 tokens without merges, and an end-of-document token."""
     vocab = {letter: value for value, letter in enumerate(_letters())}
     library = LibraryTokenizer(models.BPE(vocab, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -78,14 +78,14 @@ def byte_level(data: DataConfig) -> JsonTokenizer:
 
 
 def _letters() -> list[str]:
-    """The letter that stands for each byte in byte-level vocabularies (GPT-2's encoder.py): itself where it can be seen."""
+    """The letter for each byte in byte-level vocabularies (GPT-2's encoder.py): the byte's own character if it is printable."""
     seen = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
     unseen = [value for value in range(BYTE_VALUES) if value not in seen]
     return [chr(value) if value in seen else chr(BYTE_VALUES + unseen.index(value)) for value in range(BYTE_VALUES)]
 
 
 def _beside(folder: Path) -> dict[str, str]:
-    """The files beside a tokenizer that say more of it."""
+    """File name -> text of the other tokenizer files in a tokenizer's directory."""
     names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template.jinja", "chat_template.json")
     return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
 
@@ -96,7 +96,7 @@ def _loaded(beside: dict[str, str], name: str) -> dict[str, Any]:
 
 
 def _ending(own: JsonTokenizer) -> Ending:
-    """What ends a document; nothing where that is not clear, as nobody was trained on it then."""
+    """The tokens that end a document; none if that is ambiguous, as no training used them then."""
     try:
         return own.ending
     except TokenizerError:
@@ -104,12 +104,12 @@ def _ending(own: JsonTokenizer) -> Ending:
 
 
 def _pad(own: JsonTokenizer, ending: Ending) -> int | None:
-    """A token to fill batches with: one that is made for it, or what ends a document."""
+    """A token to pad batches with: the tokenizer's pad token, or else the end of a document; None if it has neither."""
     return next((token for name in PADS if (token := own.special_id(name)) is not None), ending.eod)
 
 
 def _with_opening(own: JsonTokenizer) -> str:
-    """The tokenizer.json, which puts before a text what `generate` puts before a prompt, and nothing behind."""
+    """The tokenizer.json, set to put before a text the tokens that `generate` puts before a prompt, and none after it."""
     description = json.loads(own.to_json())
     opening = own.beginning.opening
     if own.added("x") != (opening, ()):

@@ -1,4 +1,4 @@
-"""`megatrain generate`: a text continued by a trained model, or its blanks filled, in one process or on any layout of several."""
+"""`megatrain generate`: continue a text with a trained model, or fill its blanks, in one process or under any layout."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatrain.training import schedule_of
 
 
 class Arguments(Protocol):
-    """What `megatrain generate` was given."""
+    """The arguments of `megatrain generate`."""
 
     checkpoint: str
     prompt: str
@@ -45,15 +45,15 @@ class Arguments(Protocol):
 
 
 def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
-    """The model of a checkpoint (a step directory), laid out as `config` says, in float32; collective over the world of `ctx`.
+    """The model of a checkpoint (a step directory) in float32, in the layout of `config`; collective over the world of `ctx`.
 
-    Raises CheckpointError where it is damaged or does not fit its own config.
+    Raises CheckpointError if it is damaged or does not fit its own config.
     """
     return Decoder(load_chunks(path, config, ctx), ctx, schedule_of(config, 1, backward=False))
 
 
 def _choose_tokenizer(arguments: Arguments, config: Config, checkpoint: Path) -> Tokenizer:
-    """The tokenizer of the command line, or else of the run, or that its weights came with."""
+    """The tokenizer of the command line, or else the run's, or else the one that came with its first weights."""
     given, data = arguments.tokenizer, config.data
     name = given or tokenizer_beside(data, checkpoint)
     if name is None:
@@ -66,7 +66,7 @@ def _choose_tokenizer(arguments: Arguments, config: Config, checkpoint: Path) ->
 
 
 def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """Token ids of the prompt, after what the tokenizer puts before a text; an empty prompt stands for the start of a document."""
+    """Token ids of the prompt, after the tokens that the tokenizer puts before a text; for an empty prompt, a start-of-document token."""
     ids = [*codec.beginning.opening, *map(int, codec.encode(prompt))]
     if not ids:
         start = codec.beginning.bos if codec.eod is None else codec.eod
@@ -84,9 +84,9 @@ def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
 
 
 def main(arguments: Arguments) -> int:
-    """`megatrain generate`: print the prompt and what follows it, token by token. Returns 0.
+    """`megatrain generate`: print the prompt and its continuation, token by token. Returns 0.
 
-    Raises CheckpointError, ConfigError or ValueError, with what to change.
+    Raises CheckpointError, ConfigError or ValueError, with advice.
     """
     path = find(Path(arguments.checkpoint), say_damaged)
     launch = Launch.from_environment(os.environ)
@@ -102,7 +102,7 @@ def main(arguments: Arguments) -> int:
 
 
 def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
-    """Write the prompt and what follows it."""
+    """Write the prompt and its continuation."""
     if config.data.objective == "glm":
         _fill(arguments, config, decoder, codec, out)
         return
@@ -122,19 +122,19 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tok
 
 
 def choice_of(arguments: Arguments) -> Choice:
-    """How a token is chosen, as the command line has it; one beam is the most probable token."""
+    """How a token is chosen, from the command line; one beam means the most probable token."""
     greedy = arguments.greedy or arguments.beams is not None
     return Choice(greedy, arguments.temperature, arguments.top_k, arguments.top_p)
 
 
 def beams_of(arguments: Arguments) -> Beams | None:
-    """Beam search as the command line has it; None where one text is written from left to right."""
+    """Beam search from the command line; None for a single text."""
     several = arguments.beams is not None and arguments.beams > 1
     return Beams(arguments.beams or 1, arguments.length_penalty) if several else None
 
 
 def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: TextIO) -> list[int]:
-    """Write the text of tokens after the text of `before` as it comes; special tokens have none. Returns the tokens that were shown."""
+    """Write the text of tokens, as they come, after the text of `before`; special tokens have no text. Returns the tokens shown."""
     shown: list[int] = []
 
     def passing() -> Iterator[int]:
@@ -150,7 +150,7 @@ def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: T
 
 
 def _fill(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
-    """Write the prompt with its blanks filled; a prompt without any is continued."""
+    """Write the prompt with its blanks filled; a prompt without blanks is continued."""
     ids, text_vocab = resolve(config.data.glm, codec, decoder.chunks[0].vocab_size)
     texts, masks = parsed(arguments.prompt, ids)
     encoded = [codec.encode(text) for text in texts]

@@ -1,4 +1,4 @@
-"""`megatrain plan`: what a step of a run will look like, before it is started."""
+"""`megatrain plan`: the timeline of a step's pipeline, before the run is started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatrain.training import layer_pieces
 def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | None) -> int:
     """`megatrain plan`: print the figures and the timeline of one step, and draw it. Returns 0.
 
-    devices: how many there are; None: as many as one replica needs.
+    devices: number of devices; None: as many as one replica needs.
     """
     config = load(path, overrides, shapes_of).config
     p = config.parallel

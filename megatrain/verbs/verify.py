@@ -1,4 +1,4 @@
-"""`megatrain verify`: the same seed and data must train the same model under every layout; here is the test of it.
+"""`megatrain verify` tests that the same seed and data train the same model under every layout.
 
 One process trains a few steps. Then other layouts do, on simulated ranks (threads) or gloo processes, and everything that layouts
 must agree on is compared (`testing/agree.py`, docs/numerics.md): losses, gradient norms, first gradients, weights, states.
@@ -47,35 +47,35 @@ Precision = Literal["fp64", "fp32", "bf16"]
 
 LARGEST_WORLD = 8
 PROCESSES_AT_LEAST = 24
-"""How many layouts of `--layouts all` also run on gloo processes."""
+"""Of the layouts of `--layouts all`, at least this many also run on gloo processes."""
 SEEDS = 12
-"""Runs that a bfloat16 comparison takes (docs/numerics.md)."""
+"""Number of runs, each with its own seed, for a comparison in bfloat16 (docs/numerics.md)."""
 LARGE = 20_000_000
-"""Parameters from which on a config is too large for many layouts on one machine."""
+"""From this number of parameters on, a config is too large for many layouts on one machine."""
 SECONDS = 300.0
-"""Limit of one layout."""
+"""Time limit of one layout."""
 
 
 @dataclass
 class Row:
-    """What became of one layout."""
+    """Result of one layout."""
 
     layout: str
     where: Literal["threads", "processes"]
     seconds: float
     deviations: dict[str, float] = field(default_factory=dict)
-    """Largest of each kind: loss, grad_norm, gradient, weight, state."""
+    """Largest deviation of each kind: loss, grad_norm, gradient, weight, state."""
     problem: str = ""
-    """What differs, first; "" where all agrees."""
+    """The first difference; "" if all agrees."""
     note: str = ""
-    """Where rounding alone makes more than the bounds: how much, and beside what; "" elsewhere."""
+    """Where deviations exceed the bounds but so do the control's: both figures; "" elsewhere."""
 
 
 class Verifier:
-    """Runs layouts of one config and holds them against the single process."""
+    """Runs layouts of one config and compares them with one process."""
 
     def __init__(self, config: Config, steps: int, precision: Precision, resume: bool = False) -> None:
-        """Train the reference. config: as the user gave it, its layout aside; resume: interrupt every run half-way."""
+        """Train the reference. config: the user's, whose layout is ignored; resume: interrupt every run half-way."""
         optim = replace(config.optim, warmup_steps=min(warmup_of(config), 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
         exact = config.parallel if precision == "bf16" else replace(config.parallel, reduce_dtype="fp32")
@@ -86,7 +86,7 @@ class Verifier:
         self.judge = None if self._alone else Judge(self.config, steps)
 
     def _reference(self, seed: int) -> tuple[Trace, Trace]:
-        """The first step of one process in float32 and in bfloat16, from the same weights."""
+        """Traces of the first step of one process in float32 and in bfloat16, from the same weights."""
         ctx, bf16 = ParallelContext.single(), self._seeded(self.config, seed)
         exact = replace(bf16, train=replace(bf16.train, precision="fp32"))
         return trace_run(ctx, exact, 1, prepare=round_weights), trace_run(ctx, bf16, 1)
@@ -95,7 +95,7 @@ class Verifier:
         return replace(config, train=replace(config.train, seed=config.train.seed + seed))
 
     def check(self, layout: Layout, processes: bool = False) -> dict[str, float]:
-        """Largest deviation of each kind. Raises Disagreement, or whatever ended the run."""
+        """Largest deviation of each kind. Raises Disagreement, or the error that ended a run."""
         config = layout.apply(self.config)
         if processes:
             config = _fewer_micro_batches(config, layout)
@@ -112,7 +112,7 @@ class Verifier:
         return largest
 
     def note(self, deviations: dict[str, float]) -> str:
-        """What is to be said of deviations that `check` gave, although all agrees; "" where nothing is."""
+        """A note on deviations that exceed the bounds although `check` passed (`Judge.excused`); "" if none do."""
         moved = {} if self.judge is None else self.judge.excused(deviations)
         figures = ", ".join(f"{kind} {deviations[kind]:.1e} beside {value:.1e}" for kind, value in moved.items())
         return f"ill-conditioned: {figures} by a change of one process's weights in their last place" if moved else ""
@@ -143,7 +143,7 @@ class Verifier:
 
 
 def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
-    """The same batches in about as many micro-batches as the pipeline has stages: messages between processes are slow."""
+    """The same batches in about as many micro-batches as the pipeline has stages, since messages between processes are slow."""
     micro, share = config.train.micro_batch_size, batch_unit(config.train) // layout.dp
     fixed = config.data.drawn_per_micro_batch
     while not fixed and share // micro > max(2, layout.pp) and share % (2 * micro) == 0:
@@ -152,7 +152,7 @@ def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
 
 
 def lean_trace(ctx: ParallelContext, config: Config, steps: int) -> Trace:
-    """The trace of one rank, with tensors only where another rank does not have the same ones: one rank a replica."""
+    """The trace of one rank; tensors only on one rank of each replica, as its other ranks have the same."""
     trace = trace_run(ctx, config, steps)
     if ctx.tp.rank == ctx.pp.rank == 0:
         return trace
@@ -160,7 +160,7 @@ def lean_trace(ctx: ParallelContext, config: Config, steps: int) -> Trace:
 
 
 def _same_on_all_ranks(traces: Sequence[Trace]) -> None:
-    """Raise Disagreement where two ranks do not report the same bits."""
+    """Raise Disagreement if two ranks report different bits."""
     for what in ("losses", "grad_norms"):
         for rank, trace in enumerate(traces):
             for step, (mine, first) in enumerate(zip(getattr(trace, what), getattr(traces[0], what), strict=True)):
@@ -169,7 +169,7 @@ def _same_on_all_ranks(traces: Sequence[Trace]) -> None:
 
 
 def comparable(config: Config, layouts: str) -> Config:
-    """The config that all of the layouts train (`for_replicas`). Raises ConfigError for names that are none."""
+    """The config that all of the layouts train (`for_replicas`). Raises ConfigError for names that are no layouts."""
     if layouts == "all":
         return for_replicas(config, LARGEST_WORLD)
     return for_replicas(config, lcm(*(layout.dp for layout in _named(layouts))))
@@ -188,7 +188,9 @@ def _named(layouts: str) -> list[Layout]:
 def plan_rows(
     config: Config, layouts: str, precision: Precision, processes: bool
 ) -> tuple[list[tuple[Layout, bool]], list[str]]:
-    """(layout, on processes) in the order to run, and why others of `all` are left out. Raises ConfigError for an illegal LIST."""
+    """(layout, on processes) in the order to run, and the reasons why layouts of `all` are left out. Raises ConfigError for an illegal
+    LIST.
+    """
     if layouts != "all":
         chosen = _named(layouts)
         for layout in chosen:
@@ -204,7 +206,7 @@ def plan_rows(
 
 
 def _pairs(legal: Sequence[Layout]) -> list[Layout]:
-    """Layouts for processes: every pair of values, and at least so many; on two ranks and more."""
+    """Layouts to run on processes, of two ranks and more: they cover every pair of values, and are at least PROCESSES_AT_LEAST."""
     many = [layout for layout in legal if layout.shape.world > 1]
     if not many:
         return []
@@ -230,8 +232,8 @@ def verify(
 ) -> list[Row]:
     """Train `config` under many layouts and compare each with one process; one row a layout, in the order in which they ran.
 
-    layouts: `all`, or names joined by commas. resume: every run is saved and gone on with half-way, under its own layout to the bit,
-    and between it and one process. tell: called with every row, how many are done, and of how many.
+    layouts: `all`, or names joined by commas. resume: every run is also saved half-way and continued, under its own layout to the bit, and
+    from it to one process and back. tell: called with every row, the number of rows so far, and their total.
     Raises ConfigError for a layout that the config cannot have.
     """
     config = comparable(config, layouts)
@@ -253,7 +255,7 @@ def verify(
 
 
 def _end_with(parent: int) -> None:
-    """Have this worker end when the process that started it does, however that ends."""
+    """End this worker when the process that started it ends, in whatever way."""
     threading.Thread(target=end_with_parent, args=(parent,), daemon=True).start()
 
 
@@ -271,7 +273,7 @@ def row_of(config: Config, steps: int, precision: Precision, resume: bool, layou
         row.note = verifier.note(row.deviations)
     except Disagreement as error:
         row.problem = str(error)
-    except Exception as error:  # whatever breaks one layout must not hide the others
+    except Exception as error:  # an error of one layout must not hide the others
         row.problem = f"{type(error).__name__}: {error}"
     row.seconds = time.monotonic() - began
     return row
@@ -281,7 +283,7 @@ def row_of(config: Config, steps: int, precision: Precision, resume: bool, layou
 
 
 def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
-    """The config of a file, with the size of its vocabulary, in one process and small if asked for. Raises ConfigError."""
+    """The config of a file, with its vocabulary size filled in; with `shrink`, a small one. Raises ConfigError."""
     config = load(path, overrides, shapes_of).config
     require_effects(config)
     config = replace(config, model=replace(config.model, vocab_size=vocabulary(config)))
@@ -337,7 +339,7 @@ def main(
 
 @contextmanager
 def _table() -> Iterator[Callable[[Row, int, int], None]]:
-    """What prints one line a layout as it ends, above a bar with the time left where a person is watching."""
+    """A function that prints one line for each layout as it ends, above a progress bar on a terminal."""
     began = time.monotonic()
     print(f"{'layout':40} {'ranks':9} {'loss':>8} {'norm':>8} {'gradient':>8} {'weight':>8} {'state':>8}")
 
