@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from gpu_speeds import copy_speed, seconds_of, tried
 from isolated import Note
-from torch.nn.functional import cross_entropy, dropout
+from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
 
 from megatrain.kernels import compiled
 from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
+from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import gated
@@ -90,6 +91,23 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
         graph = torch.compile(lambda x: dropout(x, 0.1), fullgraph=True, dynamic=False)
         return Case(lambda k: back(rng.dropout(x, 0.1, key, samples, kernels=k), x), lambda: back(graph(x), x), 4 * row)
 
+    def attended(d: int) -> Case:
+        """Causal, a tenth of the weights dropped; torch's own kernel drops others."""
+        b, heads, key = 16, max(1, min(h, 768) // d), rng.key(1)
+        q, k, v = (leaf(tokens // b, b, heads, d) for _ in range(3))
+        samples = torch.arange(b, device=device)
+
+        def ours(kernels: Kernels) -> None:
+            dropped = rng.weight_dropout(0.1, key, samples, 0, triton=kernels == "triton")
+            back(attention(q, k, v, Variant(dropout=dropped)), q, k, v)
+
+        def theirs(*heads_last: torch.Tensor) -> torch.Tensor:
+            heads_first = (x.permute(1, 2, 0, 3) for x in heads_last)
+            return scaled_dot_product_attention(*heads_first, dropout_p=0.1, is_causal=True).permute(2, 0, 1, 3)
+
+        graph = torch.compile(theirs, fullgraph=True, dynamic=False)
+        return Case(ours, lambda: back(graph(q, k, v), q, k, v), 16 * q.nbytes)
+
     def losses(ids: int) -> Case:
         """ids: the rest of the vocabulary is padding, which a graph of PyTorch would not have."""
         logits = torch.randn(tokens // 4, vocab, **bf16)
@@ -137,6 +155,8 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
         "swiglu": lambda: gates("swiglu"),
         "geglu": lambda: gates("geglu"),
         "dropout": dropped,
+        "attention with dropout, 64": lambda: attended(64),
+        "attention with dropout, 128": lambda: attended(128),
         f"cross-entropy {vocab}": lambda: losses(vocab),
         f"cross-entropy {vocab - 47} of {vocab}": lambda: losses(vocab - 47),
     }

@@ -84,9 +84,10 @@ def test_the_log_says_which_attention_serves(store, tmp_path):
     assert re.search(r"attention: (cudnn|flash|efficient) .*at \[\d+, 4, 64, 16\]", ended.out), ended.out
 
 
+@pytest.mark.parametrize("switch", ["llama", "attention dropout"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precisions_are_near(store, tmp_path, on_cpu, precision):
-    assert losses(store, tmp_path, model=LLAMA, precision=precision) == pytest.approx(on_cpu("llama"), rel=2e-2)
+def test_half_precisions_are_near(store, tmp_path, on_cpu, precision, switch):
+    assert losses(store, tmp_path, model=SWITCHES[switch], precision=precision) == pytest.approx(on_cpu(switch), rel=2e-2)
 
 
 @pytest.mark.parametrize(
