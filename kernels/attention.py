@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatrain.kernels.attention_dropout import DTYPES, LARGEST_HEAD, Dropout, drop_weights, tiled
+from megatrain.kernels.attention_dropout import Dropout, drop_weights, fits, tiled
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
 from megatrain.kernels.flex_attention import flex
 from megatrain.kernels.sdpa import STEADY, Fused, fused
@@ -49,12 +49,17 @@ class Variant:
     @property
     def fused(self) -> bool:
         """Whether torch's fused causal kernel does this."""
-        return self.mask.only_causal and self.slopes is None and self.exact
+        return self.mask.only_causal and self.unbiased and self.dropout is None
 
     @property
     def exact(self) -> bool:
         """Neither dropout nor a narrow softmax."""
         return self.dropout is None and self.wide_softmax
+
+    @property
+    def unbiased(self) -> bool:
+        """Neither ALiBi nor a narrow softmax."""
+        return self.slopes is None and self.wide_softmax
 
 
 PLAIN = Variant()
@@ -70,15 +75,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Varian
             return fused(q, k, v, variant.order)
     elif q.device.type == "cuda" and variant.exact and len(q) == len(k):
         return flex(q, k, v, variant.mask, variant.slopes)
-    elif variant.dropout is not None and variant.dropout.words is not None and _fits_tiles(q, k, variant):
-        return tiled(q, k, v, variant.dropout.words)
+    elif variant.dropout is not None and variant.dropout.words is not None and variant.unbiased and fits(q, k, variant.mask):
+        return tiled(q, k, v, variant.dropout.words, variant.mask)
     return _BlockAttention.apply(q, k, v, variant).flatten(2)
-
-
-def _fits_tiles(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> bool:
-    """Whether the kernels that drop weights in registers do this."""
-    causal = variant.mask.only_causal and variant.slopes is None and variant.wide_softmax
-    return causal and len(q) == len(k) and q.shape[-1] <= LARGEST_HEAD and q.dtype in DTYPES
 
 
 class _BlockAttention(torch.autograd.Function):

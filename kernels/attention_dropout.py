@@ -1,6 +1,6 @@
 """Attention whose weights are dropped by a token's place, in one Triton kernel forward and two backward: no square is in memory.
 
-    y_i = sum_j w_ij P_ij v_j        P = softmax(q k^T / sqrt(d)), causal; w_ij = 0 with probability p, else 1 / (1 - p)
+    y_i = sum_j w_ij P_ij v_j        P = softmax(q k^T / sqrt(d)), masked; w_ij = 0 with probability p, else 1 / (1 - p)
 
 A weight's fate is a word of (key, sample, head, query, key's place), `parallel/rng.py`'s. A row's two words are made once a tile,
 after which a weight costs one word, some 20 integer operations in registers. Tiles as in FlashAttention-2 (arXiv:2307.08691):
@@ -9,8 +9,9 @@ after which a weight costs one word, some 20 integer operations in registers. Ti
     queries     the same way again, for dq; and for each query D = y dy, the sum of P dP over its keys, dropout or not
     keys        a tile of keys meets the queries that see it, of all heads that share it, for dk and dv: nothing is added up by atomics
 
-Sums are float32, scores are not rounded. Masks other than causal take blocks of queries (`attention.py`), where the weights that are in
-memory are multiplied by a kernel that makes the same words.
+Sums are float32, scores are not rounded. Windows, documents and prefixes are looked at within a tile, and tiles that they leave empty at
+either end of a row or column are not visited. What else there is (ALiBi, block-sparse masks, float32) takes blocks of queries
+(`attention.py`), where the weights that are in memory are multiplied by a kernel that makes the same words.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
 from megatrain.kernels.dispatch import bound, jit, jit_varying, next_power, tl
 from megatrain.kernels.dropout import descend, number
 
@@ -141,11 +143,83 @@ def _head_key(samples, sequence, head, key_first, key_second, SPLIT_FIRST: tl.co
     return descend(head.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
 
 
-@jit_varying("first_head", "key_first", "key_second", "threshold")
+@jit
+def _of(x, rows, stride, s):
+    """A number of each row's token."""
+    return tl.load(x + rows.to(tl.int64) * stride, mask=rows < s, other=-1).to(tl.int32)
+
+
+@jit
+def _before(documents, stride, which, s, BLOCK: tl.constexpr):
+    """How many tokens lie in documents before number `which`: its first token's place, since numbers do not fall."""
+    count = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, bound(s), BLOCK):
+        rows = at + tl.arange(0, BLOCK)
+        count += ((_of(documents, rows, stride, s) < which) & (rows < s)).to(tl.int32)
+    return tl.sum(count, 0)
+
+
+@jit
+def _seen(rows, columns, limits, mine, theirs, window, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr):
+    """Which keys queries see (`AttentionMask.sees`). rows and limits, columns: of shapes that broadcast; mine, theirs: documents."""
+    seen = columns <= rows
+    if PREFIX:
+        seen = seen | (columns < limits)
+    if WINDOW:
+        seen = seen & (rows - columns < window) & (columns - rows < window)
+    if DOCUMENTS:
+        seen = seen & (mine == theirs)
+    return seen
+
+
+@jit
+def _keys_met(
+    start, limits, documents, stride, window, s,
+    PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The first key, in whole tiles, and behind the last that queries start .. start + M - 1 may see. limits: theirs."""
+    first, last = 0, tl.minimum(start + M, s)
+    if PREFIX:
+        last = tl.minimum(tl.maximum(last, tl.max(limits, 0)), s)
+    if WINDOW:
+        first = tl.maximum(start - window + 1, 0)
+    if DOCUMENTS:
+        first = tl.maximum(
+            first, _before(documents, stride, tl.load(documents + start.to(tl.int64) * stride).to(tl.int32), s, 256)
+        )
+    return first // N * N, last
+
+
+@jit
+def _queries_met(
+    start, limits, l_s, documents, d_s, window, s,
+    PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """The first query, in whole tiles, and behind the last that may see keys start .. start + N - 1."""
+    first, last = start, s
+    if PREFIX:
+        furthest = tl.zeros([256], tl.int32)
+        for at in range(0, bound(start), 256):
+            furthest = tl.maximum(furthest, _of(limits, at + tl.arange(0, 256), l_s, s))
+        first = tl.where(tl.max(furthest, 0) > start, 0, first)
+    if WINDOW:
+        first = tl.maximum(first, start - window + 1)
+        last = tl.minimum(last, start + N - 1 + window)
+    if DOCUMENTS:
+        here = tl.load(documents + start.to(tl.int64) * d_s).to(tl.int32)
+        first = tl.maximum(first, _before(documents, d_s, here, s, 256))
+        there = tl.load(documents + tl.minimum(start + N, s).to(tl.int64) * d_s - d_s).to(tl.int32)
+        last = tl.minimum(last, _before(documents, d_s, there + 1, s, 256))
+    return first // M * M, last
+
+
+@jit_varying("first_head", "key_first", "key_second", "threshold", "window")
 def _forward_kernel(
     q, k, v, y, lse, samples, first_head, key_first, key_second, threshold, scale, s, heads, repeat, bits,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, y_s, y_b,
-    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    limits, l_s, l_b, documents, d_s, d_b, window,
+    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+    D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(s, M)
     which, start = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M  # the longest rows first
@@ -158,13 +232,27 @@ def _forward_kernel(
     a, c = descend(rows.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
     top, total = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     out = tl.zeros([M, DIMS], tl.float32)
-    for at in range(0, bound(tl.minimum(start + M, s)), N):
+    limits += sequence * l_b
+    documents += sequence * d_b
+    limit, mine, theirs = rows, rows, rows
+    if PREFIX:
+        limit = _of(limits, rows, l_s, s)
+    if DOCUMENTS:
+        mine = _of(documents, rows, d_s, s)
+    begin, end = _keys_met(start, limit, documents, d_s, window, s, PREFIX, DOCUMENTS, WINDOW, M, N)
+    for at in range(bound(begin), bound(end), N):
         columns = at + tl.arange(0, N)
+        if DOCUMENTS:
+            theirs = _of(documents, columns, d_s, s)
+        seen = _seen(
+            rows[:, None], columns[None, :], limit[:, None], mine[:, None], theirs[None, :], window, PREFIX, DOCUMENTS, WINDOW
+        )
         key = _tile(k, columns, k_s, dims, s, D)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * bits
-        scores = tl.where(columns[None, :] <= rows[:, None], scores, float("-inf"))
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        p, fade = tl.exp2(scores - higher[:, None]), tl.exp2(top - higher)
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
+        p, fade = tl.exp2(scores - level[:, None]), tl.exp2(top - level)
         word = number(columns.to(tl.uint32)[None, :], a[:, None], c[:, None]).to(tl.int32, bitcast=True)
         kept = tl.where(word >= threshold, p * scale, 0.0)
         value = _tile(v, columns, v_s, dims, s, D)
@@ -175,11 +263,13 @@ def _forward_kernel(
     tl.store(lse + which.to(tl.int64) * s + rows, top + tl.log2(total), mask=rows < s)
 
 
-@jit_varying("first_head", "key_first", "key_second", "threshold")
+@jit_varying("first_head", "key_first", "key_second", "threshold", "window")
 def _queries_kernel(
     q, k, v, y, dy, dq, lse, delta, samples, first_head, key_first, key_second, threshold, scale, s, heads, repeat, bits, root,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, y_s, y_b,
-    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    limits, l_s, l_b, documents, d_s, d_b, window,
+    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+    D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(s, M)
     which, start = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M
@@ -187,34 +277,49 @@ def _queries_kernel(
     rows, dims = start + tl.arange(0, M), tl.arange(0, DIMS)
     k += sequence * k_b + head // repeat * k_h
     v += sequence * v_b + head // repeat * v_h
-    mine = sequence * y_b + head * D
+    of_head = sequence * y_b + head * D
     query = _tile(q + sequence * q_b + head * q_h, rows, q_s, dims, s, D)
-    grad = _tile(dy + mine, rows, y_s, dims, s, D)
-    sums = tl.sum(_tile(y + mine, rows, y_s, dims, s, D).to(tl.float32) * grad.to(tl.float32), 1)
+    grad = _tile(dy + of_head, rows, y_s, dims, s, D)
+    sums = tl.sum(_tile(y + of_head, rows, y_s, dims, s, D).to(tl.float32) * grad.to(tl.float32), 1)
     saved = which.to(tl.int64) * s + rows
     tl.store(delta + saved, sums, mask=rows < s)
     level = tl.load(lse + saved, mask=rows < s, other=float("inf"))
     a, c = _head_key(samples, sequence, first_head + head, key_first, key_second, SPLIT_FIRST, SPLIT_SECOND)
     a, c = descend(rows.to(tl.uint32), a, c, SPLIT_FIRST, SPLIT_SECOND)
     out = tl.zeros([M, DIMS], tl.float32)
-    for at in range(0, bound(tl.minimum(start + M, s)), N):
+    limits += sequence * l_b
+    documents += sequence * d_b
+    limit, mine, theirs = rows, rows, rows
+    if PREFIX:
+        limit = _of(limits, rows, l_s, s)
+    if DOCUMENTS:
+        mine = _of(documents, rows, d_s, s)
+    begin, end = _keys_met(start, limit, documents, d_s, window, s, PREFIX, DOCUMENTS, WINDOW, M, N)
+    for at in range(bound(begin), bound(end), N):
         columns = at + tl.arange(0, N)
+        if DOCUMENTS:
+            theirs = _of(documents, columns, d_s, s)
+        seen = _seen(
+            rows[:, None], columns[None, :], limit[:, None], mine[:, None], theirs[None, :], window, PREFIX, DOCUMENTS, WINDOW
+        )
         key = _tile(k, columns, k_s, dims, s, D)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * bits
-        p = tl.where(columns[None, :] <= rows[:, None], tl.exp2(scores - level[:, None]), 0.0)
+        p = tl.where(seen, tl.exp2(scores - level[:, None]), 0.0)
         value = _tile(v, columns, v_s, dims, s, D)
         dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
         word = number(columns.to(tl.uint32)[None, :], a[:, None], c[:, None]).to(tl.int32, bitcast=True)
         ds = p * (tl.where(word >= threshold, dp * scale, 0.0) - sums[:, None])
         out += tl.dot(ds.to(key.dtype), key, input_precision="ieee")
-    _put(dq + mine, out * root, rows, y_s, dims, s, D)
+    _put(dq + of_head, out * root, rows, y_s, dims, s, D)
 
 
-@jit_varying("first_head", "key_first", "key_second", "threshold")
+@jit_varying("first_head", "key_first", "key_second", "threshold", "window")
 def _keys_kernel(
     q, k, v, dy, dk, dv, lse, delta, samples, first_head, key_first, key_second, threshold, scale, s, groups, repeat, bits, root,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, y_s, y_b, g_s, g_b,
-    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    limits, l_s, l_b, documents, d_s, d_b, window,
+    SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr,
+    D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(s, N)
     which, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * N  # the longest columns first
@@ -223,16 +328,38 @@ def _keys_kernel(
     key = _tile(k + sequence * k_b + group * k_h, columns, k_s, dims, s, D)
     value = _tile(v + sequence * v_b + group * v_h, columns, v_s, dims, s, D)
     dkey, dvalue = tl.zeros([N, DIMS], tl.float32), tl.zeros([N, DIMS], tl.float32)
+    limits += sequence * l_b
+    documents += sequence * d_b
+    theirs = columns
+    if DOCUMENTS:
+        theirs = _of(documents, columns, d_s, s)
+    begin, end = _queries_met(start, limits, l_s, documents, d_s, window, s, PREFIX, DOCUMENTS, WINDOW, M, N)
     for number_of_head in range(0, bound(repeat)):
         head = group * repeat + number_of_head
         saved = (sequence * groups * repeat + head) * s
         first, second = _head_key(samples, sequence, first_head + head, key_first, key_second, SPLIT_FIRST, SPLIT_SECOND)
-        for at in range(bound(start // M * M), bound(s), M):
+        for at in range(bound(begin), bound(end), M):
             rows = at + tl.arange(0, M)
+            limit, mine = rows, rows
+            if PREFIX:
+                limit = _of(limits, rows, l_s, s)
+            if DOCUMENTS:
+                mine = _of(documents, rows, d_s, s)
+            seen = _seen(
+                rows[None, :],
+                columns[:, None],
+                limit[None, :],
+                mine[None, :],
+                theirs[:, None],
+                window,
+                PREFIX,
+                DOCUMENTS,
+                WINDOW,
+            )
             query = _tile(q + sequence * q_b + head * q_h, rows, q_s, dims, s, D)
             level = tl.load(lse + saved + rows, mask=rows < s, other=float("inf"))
             scores = tl.dot(key, tl.trans(query), input_precision="ieee") * bits
-            p = tl.where(columns[:, None] <= rows[None, :], tl.exp2(scores - level[None, :]), 0.0)
+            p = tl.where(seen, tl.exp2(scores - level[None, :]), 0.0)
             a, c = descend(rows.to(tl.uint32), first, second, SPLIT_FIRST, SPLIT_SECOND)
             word = number(columns.to(tl.uint32)[:, None], a[None, :], c[None, :]).to(tl.int32, bitcast=True)
             factor = tl.where(word >= threshold, scale, 0.0)
@@ -250,53 +377,69 @@ def _keys_kernel(
 # --- autograd -------------------------------------------------------------------------------------------------------------
 
 
-def tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words) -> torch.Tensor:
-    """Causal attention with dropout: q [s, b, a, d], k and v [s, b, g, d], g dividing a, d at most 128 -> [s, b, a d]."""
-    return _Tiled.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), words).flatten(2)
+def fits(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> bool:
+    """Whether the tiles do this: q [s, b, a, d], k [n, b, g, d]."""
+    return len(q) == len(k) and q.shape[-1] <= LARGEST_HEAD and q.dtype in DTYPES and mask.causal and mask.sparse is None
+
+
+def tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words, mask: AttentionMask = CAUSAL) -> torch.Tensor:
+    """Attention with dropout: q [s, b, a, d], k and v [s, b, g, d], g dividing a, d at most 128 -> [s, b, a d]."""
+    return _Tiled.apply(*(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)), words, mask).flatten(2)
 
 
 class _Tiled(torch.autograd.Function):
     """-> [s, b, a, d]."""
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words) -> torch.Tensor:
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words, mask: AttentionMask) -> torch.Tensor:
         s, b, heads, d = q.shape
         y, lse = q.new_empty(q.shape), torch.empty(b * heads, s, dtype=torch.float32, device=q.device)
+        masked, kinds = _masked(mask, words)
         if y.numel() > 0:
             _forward_kernel[(-(-s // QUERIES) * b * heads,)](
                 q, k, v, y, lse, *words.numbers, s, heads, heads // k.shape[2], d**-0.5 * math.log2(math.e),
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:2], **words.constants, **_tiles(d),
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:2], *masked, **words.constants, **kinds, **_tiles(d),
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, y, lse)
-        ctx.words = words
+        ctx.words, ctx.mask = words, mask
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         q, k, v, y, lse = ctx.saved_tensors
         words, (s, b, heads, d), groups = ctx.words, q.shape, k.shape[2]
-        dq, dk, dv, delta, dy = (
-            torch.empty_like(y),
-            k.new_empty(k.shape),
-            v.new_empty(v.shape),
-            torch.empty_like(lse),
-            dy.contiguous(),
-        )
+        masked, kinds = _masked(ctx.mask, words)
+        dq, dk, dv, delta = torch.empty_like(y), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
+        dy = dy.contiguous()
         if dq.numel() > 0:
             lie = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *y.stride()[:2])
-            sizes = s, heads, heads // groups, d**-0.5 * math.log2(math.e), d**-0.5
+            sizes = heads // groups, d**-0.5 * math.log2(math.e), d**-0.5
             _queries_kernel[(-(-s // QUERIES) * b * heads,)](
-                q, k, v, y, dy, dq, lse, delta, *words.numbers, *sizes, *lie, **words.constants, **_tiles(d)
-            )
-            sizes = s, groups, heads // groups, d**-0.5 * math.log2(math.e), d**-0.5
-            _keys_kernel[(-(-s // KEYS) * b * groups,)](
-                q, k, v, dy, dk, dv, lse, delta, *words.numbers, *sizes, *lie, *dk.stride()[:2], **words.constants,
-                **_tiles(d, QUERIES if d <= 64 else QUERIES // 2),
+                q, k, v, y, dy, dq, lse, delta, *words.numbers, s, heads, *sizes, *lie, *masked,
+                **words.constants, **kinds, **_tiles(d),
             )  # fmt: skip
-        return dq, dk, dv, None
+            _keys_kernel[(-(-s // KEYS) * b * groups,)](
+                q, k, v, dy, dk, dv, lse, delta, *words.numbers, s, groups, *sizes, *lie, *dk.stride()[:2], *masked,
+                **words.constants, **kinds, **_tiles(d, QUERIES if _few(d) else QUERIES // 2),
+            )  # fmt: skip
+        return dq, dk, dv, None, None
+
+
+def _masked(mask: AttentionMask, words: Words) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernels take of a mask: tensors with their strides of tokens and of sequences, and which there are."""
+    absent = (words.samples, 0, 0)  # an address that nobody reads
+    prefix, documents = mask.prefix, mask.documents
+    limits = absent if prefix is None else (prefix, *((0, *prefix.stride()) if prefix.dim() == 1 else prefix.stride()))
+    numbers = absent if documents is None else (documents, *documents.stride())
+    kinds = {"PREFIX": prefix is not None, "DOCUMENTS": documents is not None, "WINDOW": mask.window is not None}
+    return (*limits, *numbers, mask.window or 0), kinds
 
 
 def _tiles(d: int, queries: int = QUERIES) -> dict[str, Any]:
-    """queries: of a tile; with fewer, what the kernel for keys adds up for heads of 128 has room in the registers."""
-    dims = max(16, next_power(d))
-    return {"D": d, "DIMS": dims, "M": queries, "N": KEYS, "num_warps": 4 if dims <= 64 else 8, "num_stages": 2}
+    """queries: of a tile; with fewer, what the kernel for keys adds up has room in the registers."""
+    return {"D": d, "DIMS": max(16, next_power(d)), "M": queries, "N": KEYS, "num_warps": 4 if _few(d) else 8, "num_stages": 2}
+
+
+def _few(d: int) -> bool:
+    """Whether a head takes few registers: numbers that are read one by one take an address each."""
+    return d <= 64 and d % 8 == 0

@@ -43,7 +43,7 @@ if INTERPRETED:
     @jit
     def bound(x):
         """The bound of a loop: Triton's interpreter holds an array of one number there, of which numpy 2.4 makes no index."""
-        return x.handle.data.item()
+        return x if isinstance(x, int) else x.handle.data.item()
 
 else:
 

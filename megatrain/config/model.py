@@ -106,8 +106,8 @@ class ModelConfig:
     dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches (JMLR 15, 2014).")
     attention_dropout: float = knob(
         0.0,
-        "Dropout probability of attention's weights (arXiv:1706.03762); on GPUs fast for causal attention in 16 bits with heads up to "
-        "128, blockwise otherwise.",
+        "Dropout probability of attention's weights (arXiv:1706.03762); on GPUs fast in 16 bits with heads up to 128, without ALiBi and "
+        "block-sparse masks.",
     )
     softmax_fp32: bool = knob(
         True,

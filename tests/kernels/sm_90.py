@@ -87,6 +87,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
     from megatrain.kernels.adamw import AdamRates, adam_triton
     from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
+    from megatrain.kernels.attention_mask import AttentionMask
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
     from megatrain.kernels.dropout import dropout_triton
     from megatrain.kernels.gated import activated, gated
@@ -141,9 +142,16 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
     words = Words((-5, 16), (1, 2), -3, 1.25, torch.zeros(2, dtype=torch.int64), 1)
 
-    def attended(heads: int, groups: int, d: int, dtype: torch.dtype) -> None:
+    documents = torch.zeros(ROWS, 2, dtype=torch.int64)
+    masks = {
+        "": AttentionMask(),
+        " prefix": AttentionMask(prefix=torch.zeros(2, dtype=torch.int64)),
+        " all masks": AttentionMask(window=5, documents=documents, prefix=documents),
+    }
+
+    def attended(heads: int, groups: int, d: int, mask: str, dtype: torch.dtype) -> None:
         parts = some(ROWS, 2, (heads + 2 * groups) * d, dtype=dtype).split((heads * d, groups * d, groups * d), -1)
-        differentiate(tiled(*(x.unflatten(-1, (-1, d)) for x in parts), words))
+        differentiate(tiled(*(x.unflatten(-1, (-1, d)) for x in parts), words, masks[mask]))
 
     def weighed(columns: int, dtype: torch.dtype) -> None:
         drop_weights(some(4, 6, columns, dtype=dtype, grad=False), words, 0, 2, 3, 1, [slice(0, columns)])
@@ -178,7 +186,9 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         for columns in (1024, 101):
             yield f"weights n={columns} {short}", lambda c=columns, d=dtype: weighed(c, d)
         for heads, groups, d in ((12, 12, 64), (32, 8, 128), (4, 4, 80), (3, 1, 21)) if dtype != torch.float32 else ():
-            yield f"attention {heads} of {groups} x {d} {short}", lambda a=heads, g=groups, n=d, y=dtype: attended(a, g, n, y)
+            for mask in masks:
+                name = f"attention {heads} of {groups} x {d}{mask} {short}"
+                yield name, lambda a=heads, g=groups, n=d, m=mask, y=dtype: attended(a, g, n, m, y)
         for h in (768, 1600, 4096, 101):
             yield f"dropout h={h} {short}", lambda h=h, d=dtype: dropped(h, d)
         for columns, ids in ((50304, 50257), (50304, 50304), (128256, 128256), (16384, 16384), (101, 101)):

@@ -22,6 +22,19 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 KEY = rng.key(7, "attention dropout", 3, "layers.0.attention")
 
 
+DOCUMENTS = torch.tensor([[0] * 64 + [1] * 70 + [5] * 16, [0] * 150], device=DEVICE).t()
+OWN_PREFIX = torch.tensor([[40] * 64 + [64] * 70 + [145] * 16, [100] * 150], device=DEVICE).t()
+"""Of the query's own document: some, none, most."""
+SPARSE = AttentionMask(sparse=BlockSparse(64, 15, 1))
+MASKS = {
+    "window of one": AttentionMask(window=1),
+    "documents and window": AttentionMask(documents=DOCUMENTS, window=30),
+    "prefix": AttentionMask(prefix=torch.tensor([0, 140], device=DEVICE)),
+    "prefix in documents": AttentionMask(documents=DOCUMENTS, prefix=OWN_PREFIX),
+    "prefix and window": AttentionMask(window=33, prefix=torch.tensor([90, 5], device=DEVICE)),
+}
+
+
 def dropout(p, samples, first_head=0, triton=True):
     return rng.weight_dropout(p, KEY, torch.tensor(samples, device=DEVICE), first_head, triton)
 
@@ -65,10 +78,8 @@ def test_weights_in_memory(n, first_group, groups, heads, queries, first_query, 
         assert 0.05 < float((ours == 0).double().mean()) < 0.5
 
 
-@pytest.mark.parametrize(
-    "mask", [AttentionMask(window=3), AttentionMask(sparse=BlockSparse(2, 1, 1))], ids=["window", "sparse"]
-)
-def test_blocks_have_the_bits_of_the_reference(monkeypatch, mask):
+def test_blocks_have_the_bits_of_the_reference(monkeypatch):
+    mask = AttentionMask(sparse=BlockSparse(2, 1, 1))
     monkeypatch.setitem(kernel.BLOCK, DEVICE.type, 4)
     monkeypatch.setitem(kernel.SCRATCH, DEVICE.type, 40)
     given, dy = inputs(6, 1, 2, 1, 4)
@@ -90,6 +101,17 @@ def test_tiles_agree_with_blocks(s, b, a, g, d):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_tiles_see_what_the_mask_allows(mask):
+    """Over several tiles: documents and prefixes begin and end within them and at their borders."""
+    mask = MASKS[mask]
+    given, dy = inputs(150, 2, 1, 1, 8)
+    ours = results(lambda *x: tiled(*x, dropout(0.3, [1, 4]).words, mask), given, dy)
+    theirs = results(lambda *x: attention(*x, Variant(mask, dropout=dropout(0.3, [1, 4], triton=False))), given, dy)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=2e-5)
+
+
 def test_tiles_keep_no_square():
     given, _ = inputs(70, 1, 1, 1, 8)
     saved = []
@@ -105,11 +127,13 @@ def test_tiles_keep_no_square():
         (torch.float16, 128, AttentionMask(), True),
         (torch.float32, 64, AttentionMask(), False),
         (torch.bfloat16, 136, AttentionMask(), False),
-        (torch.bfloat16, 64, AttentionMask(window=2), False),
+        (torch.bfloat16, 64, AttentionMask(window=2, prefix=torch.tensor([1])), True),
+        (torch.bfloat16, 64, AttentionMask(sparse=BlockSparse(2, 1, 1)), False),
+        (torch.bfloat16, 64, AttentionMask(causal=False), False),
     ],
     ids=str,
 )
-def test_tiles_serve_causal_attention_in_16_bits(monkeypatch, dtype, d, mask, taken):
+def test_tiles_serve_16_bits_with_heads_of_up_to_128(monkeypatch, dtype, d, mask, taken):
     monkeypatch.setattr(kernel, "tiled", lambda q, *_: "tiles")
     (q, k, v), _ = inputs(2, 1, 1, 1, d, dtype)
     found = attention(q, k, v, Variant(mask, dropout=dropout(0.5, [1])))
@@ -141,7 +165,9 @@ def megabytes_of(counted):
 @pytest.mark.parametrize(("kernels", "calls"), [("triton", [(2, 1)]), ("reference", [])])
 def test_a_layer_takes_the_kernels_of_its_run(monkeypatch, kernels, calls):
     called = []
-    monkeypatch.setattr(kernel, "tiled", lambda q, k, v, words: called.append(tuple(words.samples.tolist())) or q.flatten(2))
+    monkeypatch.setattr(
+        kernel, "tiled", lambda q, k, v, words, _mask: called.append(tuple(words.samples.tolist())) or q.flatten(2)
+    )
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, seq_length=4, vocab_size=9, attention_dropout=0.5)
     build = Build(config, ParallelContext.single().tp, False, torch.bfloat16, DEVICE, 0, kernels=kernels)
     layer = Attention("layers.0.attention", build)
@@ -158,17 +184,32 @@ def test_a_layer_takes_the_kernels_of_its_run(monkeypatch, kernels, calls):
 # --- on a GPU -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="tiles of 16-bit numbers, compiled")
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("s", "b", "a", "g", "d"), [(300, 2, 4, 4, 64), (513, 1, 8, 2, 128), (128, 2, 2, 1, 80), (65, 1, 3, 3, 21)]
 )
-def test_compiled_tiles_drop_what_the_cpu_drops(s, b, a, g, d):
+def test_compiled_tiles_drop_what_the_cpu_drops(s, b, a, g, d, mask):
     given, dy = inputs(s, b, a, g, d, torch.bfloat16)
-    samples = [8, 2**32 - 2][:b]
-    ours = results(lambda *x: attention(*x, Variant(dropout=dropout(0.3, samples, 5))), given, dy)
-    exact = tuple(x.detach().double().cpu().requires_grad_() for x in given)
-    of = rng.weight_dropout(0.3, KEY, torch.tensor(samples), 5, triton=False)
-    theirs = results(lambda *x: attention(*x, Variant(dropout=of)), exact, dy.double().cpu())
+    samples, seen = [8, 2**32 - 2], MASKS.get(mask, AttentionMask())
+    ours = results(lambda *x: attention(*x, Variant(seen, dropout=dropout(0.3, samples, 5))), given, dy)
+    exact = tuple(x.detach().double().requires_grad_() for x in given)
+    theirs = results(
+        lambda *x: attention(*x, Variant(seen, dropout=dropout(0.3, samples, 5, triton=False))), exact, dy.double()
+    )
     for mine, other in zip(ours, theirs, strict=True):
-        error = (mine.double().cpu() - other).square().mean().sqrt() / other.square().mean().sqrt()
-        assert error < 0.02
+        assert float((mine - other).square().mean() / other.square().mean()) < 0.02**2
+
+
+@pytest.mark.gpu
+def test_the_words_of_a_gpu_are_those_of_a_cpu():
+    places = torch.arange(300)
+    made = [
+        rng.weight_dropout(0.3, KEY, torch.tensor([8, 2**32 - 2], device=device), 5, triton=False).factors(
+            torch.arange(2, device=device),
+            torch.zeros(2, 1, dtype=torch.int64, device=device),
+            places.to(device),
+            places.to(device),
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert torch.equal(made[0], made[1].cpu())

@@ -27,7 +27,7 @@ EACH_KIND = [
     "dropout h=768 bfloat16",
     "weights n=1024 bfloat16",
     "attention 12 of 12 x 64 bfloat16",
-    "attention 32 of 8 x 128 bfloat16",
+    "attention 32 of 8 x 128 all masks bfloat16",
     "adam n=1048576 decoupled=1 bfloat16",
     "adam n=1048576 decoupled=0 halves",
     "adam n=1001 decoupled=1 float32",
