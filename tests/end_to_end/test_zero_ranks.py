@@ -80,7 +80,7 @@ def test_replicas_that_are_not_summed_are_found(monkeypatch):
     ("stage", "kind"), [(1, "exp_avg"), (2, "master"), (3, "exp_avg_sq"), (3, "parameter"), (3, "no"), (1, "no")]
 )
 def test_replicas_of_a_shard_are_equal_to_the_bit_and_one_changed_bit_is_named(stage, kind):
-    config, shape = shared(stage)
+    config, shape = shared(stage, reduce_dtype="bf16" if kind == "no" else "fp32")
     config = replace(config, train=replace(config.train, precision="bf16"))
 
     def rank(ctx):
