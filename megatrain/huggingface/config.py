@@ -1,7 +1,7 @@
-"""config.json of Hugging Face <-> the `model` section, by a table for each family: which key is called what, and what must be so.
+"""config.json of Hugging Face <-> the `model` section, by a table for each family: names of keys, and values that are required.
 
-What a name means is in said.py, rotary settings are in rope.py. Defaults are those of transformers' classes. What the model section
-cannot say is refused by name, never dropped.
+said.py reads a name's value, rope.py the rotary settings. Defaults are those of transformers' classes. Settings that the model section
+cannot express are refused by name, never dropped.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _WHOLE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "seq_length"),
     "vocab_size",
 }
-"""Keys that are counts."""
+"""Keys whose values are counts, 1 or more."""
 _NOT_OF_THE_SHAPE = {
     *("family", "preset", "init_from", "seq_length", "dropout", "attention_dropout", "softmax_fp32", "residual_fp32"),
     *("init", "init_std", "embedding_init_std", "scale_residual_init", "vocab_size", "rope_angle_dtype"),
     *("embedding_grad_scale", "embedding_grad_steps"),
 }
-"""Keys of the model section that a file of weights does not depend on."""
+"""Keys of the model section that do not change which weights a model has, or how it computes with them outside of training."""
 
 
 def model_of(config: Json) -> Json:
-    """The keys of the model section that a config.json gives. Raises ContentError for what cannot be said there."""
+    """The keys of the model section that a config.json gives. Raises ContentError for settings that the section cannot express."""
     kind = kind_from(config)
     if config.get("quantization_config") or config.get("quantization_bit"):
         raise ContentError(
@@ -67,7 +67,7 @@ def model_of(config: Json) -> Json:
 
 
 def names_of(kind: str) -> set[str]:
-    """All names of config.json that are read of a kind of model."""
+    """All names in config.json that are read for a kind of model."""
     dialect = DIALECTS[kind]
     keys = {name for of in dialect.keys.values() for name in of.names}
     rope = ROPE_NAMES if dialect.rope and dialect.fixed.get("position") == "rope" else ()
@@ -75,7 +75,7 @@ def names_of(kind: str) -> set[str]:
 
 
 def _filled(model: Json) -> Json:
-    """The sizes of a model, with what null means."""
+    """The sizes of a model, with null replaced by the value that it stands for."""
     hidden, heads = model["hidden_size"], model["num_attention_heads"]
     means = {"num_query_groups": heads, "head_dim": hidden // heads, "ffn_hidden_size": 4 * hidden}
     return {name: means[name] if model.get(name) is None and name in means else model.get(name) for name in (*SAME, *means)}
@@ -94,7 +94,7 @@ def kind_from(config: Json) -> str:
 
 
 def config_of(model: ModelConfig, vocab_size: int, kind: str) -> Json:
-    """The config.json of a model. Raises ContentError where the family cannot say what the model is."""
+    """The config.json of a model. Raises ContentError if the family cannot express the model."""
     dialect = DIALECTS[kind]
     config: Json = {"model_type": dialect.model_type or kind, "architectures": [FAMILIES[kind].architecture]}
     for name, allowed in dialect.demands.items():
@@ -120,17 +120,17 @@ def config_of(model: ModelConfig, vocab_size: int, kind: str) -> Json:
 
 
 def same_model(one: Json, other: Json) -> bool:
-    """Whether two config.json say the same of the model section."""
+    """Whether two config.json give the same model section."""
     return not _differences(ModelConfig(**model_of(one)), ModelConfig(**model_of(other)))
 
 
 def _differences(one: ModelConfig, other: ModelConfig) -> list[str]:
-    """Keys of the model section in which two models are not the same."""
+    """Keys of the model section in which two models differ."""
     return [item.name for item in fields(one) if _meant(one, item.name) != _meant(other, item.name)]
 
 
 def kind_of(model: ModelConfig, vocab_size: int) -> str:
-    """The first family that can say what a model is. Raises ContentError where none can."""
+    """The first family that can express a model. Raises ContentError if none can."""
     reasons = []
     for kind in DIALECTS:
         try:
@@ -143,7 +143,7 @@ def kind_of(model: ModelConfig, vocab_size: int) -> str:
 
 
 def _meant(model: ModelConfig, name: str) -> Any:
-    """A value with what null means filled in; of rotary settings nothing where there are none."""
+    """A key's value, with null replaced by the value that it stands for; None for settings that have no effect in this model."""
     if name.startswith("rope_") and not model.rotary:
         return None
     if name == "deepnorm_alpha":

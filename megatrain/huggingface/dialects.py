@@ -1,6 +1,6 @@
-"""What config.json says in each family of Hugging Face, a table each: which key of the model section is called what, and what must be so.
+"""A table for each Hugging Face family: the names in config.json of keys of the model section, and values that are required.
 
-Defaults are those of transformers' classes (tests/huggingface/test_config.py compares them); THUDM's own files have none of that.
+Defaults are those of transformers' classes (tests/huggingface/test_config.py compares them); THUDM's own files have no such classes.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 
 @dataclass(frozen=True)
 class Dialect:
-    """What config.json says in one family."""
+    """How the config.json of one family is read and written."""
 
     fixed: Json
-    """Of the model section: what the family always is."""
+    """Keys of the model section that the family fixes."""
     keys: Mapping[str, Key]
-    """Key of the model section -> its name."""
+    """Key of the model section -> its names in config.json."""
     demands: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Keys that must have one of these values, where they are there; the first is written."""
+    """Names that must have one of these values if they are present; the first is written."""
     also: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Names that the family does not read, with values that say what it is in any case; a null does."""
+    """Names that the family does not read -> values that are accepted, as they are true of the family anyway; null is accepted too."""
     reads: tuple[str, ...] = ()
-    """Names that `read` looks at."""
+    """Other names in config.json that `read` uses."""
     rotated: float | None = None
-    """Share of a head that is rotated where config.json does not say; None: always all of it."""
+    """Share of a head that is rotated by default, where config.json can set it; None: the whole head, always."""
     read: Callable[[Json, Json], Json] = lambda config, model: {}
-    """(config.json, what `keys` and `fixed` give) -> what else follows."""
+    """Function of (config.json, the keys so far) that returns further keys of the model section."""
     write: Callable[[ModelConfig], Json] = lambda model: {}
-    """What else there is to write."""
+    """Function of the model that returns further names and values of config.json."""
     model_type: str = ""
-    """Of config.json, where it is not the kind's own name."""
+    """model_type in config.json, if it is not the kind's own name."""
     rope: bool = True
-    """Whether config.json says more of rotary positions than `keys` and `read` do."""
+    """Whether config.json has rotary settings beside `keys` and `read` (rope.py)."""
 
 
 _WINDOW = ("sliding_window", "use_sliding_window", "layer_types")
 
 
 def _mistral_window(config: Json, model: Json) -> Json:
-    """One window for all layers, whatever else is said. Raises ContentError where something else is."""
+    """The window, one for all layers. Raises ContentError where config.json says something else too."""
     window = config.get("sliding_window", 4096)
     kinds = config.get("layer_types")
     every = {"full_attention" if window is None else "sliding_attention"}
@@ -59,7 +59,7 @@ def _mistral_window(config: Json, model: Json) -> Json:
 
 
 def _qwen_window(config: Json, model: Json) -> Json:
-    """The window, which may be there and unused, or used by some layers only. Raises ContentError for the last."""
+    """The window, which config.json may give without using it. Raises ContentError if only some layers use it."""
     used = config.get("use_sliding_window", False)
     if type(used) is not bool:
         raise ContentError(f"config.json has use_sliding_window={used!r}, which is neither true nor false")
@@ -102,7 +102,7 @@ def _glm1_dropout(config: Json, model: Json) -> Json:
 
 
 def _llama_heads(config: Json, model: Json) -> Json:
-    """Nothing; transformers refuses widths that heads do not divide here, and only here."""
+    """No keys; raises ContentError for a width that the heads do not divide, which transformers refuses in this family only."""
     hidden, heads = model["hidden_size"], model["num_attention_heads"]
     if hidden % heads:
         raise ContentError(f"config.json has hidden_size={hidden}, which num_attention_heads={heads} do not divide")
@@ -131,7 +131,7 @@ def _activation(name: str) -> str:
 
 
 def _shapes(layers: int, hidden: int, heads: int, ffn: int, positions: int, vocab: int, **others: Key) -> dict[str, Key]:
-    """The keys of LLaMA's descendants, with the defaults of a family."""
+    """The keys of LLaMA and its descendants, with the defaults of a family."""
     return {
         "num_layers": key("num_hidden_layers", default=layers),
         "hidden_size": key("hidden_size", default=hidden),
@@ -346,4 +346,4 @@ DIALECTS = {
         rope=False,
     ),
 }
-"""Kind of model -> what its config.json says."""
+"""Kind of model -> how its config.json is read and written."""

@@ -1,10 +1,10 @@
-"""Hugging Face's model families, one table each: which logical tensors a stored tensor holds, read in both directions.
+"""A table for each Hugging Face family: the logical tensors in each stored tensor, for reading and writing.
 
     Stored("self_attention.query_key_value.weight", QKV, "heads")
 
-says that the stored tensor is made of the logical query, key and value matrices, head by head: [heads, 3, d, h]. A row of which a
-model has no tensor (biases it was built without) does not apply. `{n}` is a layer's number. What config.json says is in
-dialects.py. Sources: the implementations in transformers 5, and for ChatGLM the names of THUDM's own files.
+means that the stored tensor is made of the logical query, key and value matrices, head by head: [heads, 3, d, h]. A row whose logical
+tensors a model lacks (biases, in a model without them) does not apply. `{n}` is a layer's number. dialects.py has config.json.
+Sources: the implementations in transformers 5, and for ChatGLM the names in THUDM's own files.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from megatrain.config.schema import ModelConfig
 
 
 class Stored(NamedTuple):
-    """One stored tensor, and the logical ones that it holds."""
+    """One stored tensor and the logical tensors in it."""
 
     name: str
     of: tuple[str, ...]
     join: Literal["rows", "heads"] = "rows"
-    """Behind one another, or a head of each in turn."""
+    """rows: the logical tensors one after another; heads: interleaved, one head of each in turn."""
     transposed: bool = False
-    """Stored as [in, out] (GPT-2's Conv1D)."""
+    """Whether it is stored as [in, out] (GPT-2's Conv1D)."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the tensors of a family are stored."""
+    """The stored tensors of a family."""
 
     architecture: str
     prefix: str
-    """Of all names but the head's; files on the hub may lack it."""
+    """Prefix of all names but the head's; files on the hub may lack it."""
     rows: tuple[Stored, ...]
-    """All of a model; those of layers have {n} on both sides."""
+    """All stored tensors of a model; those of layers have {n} in stored and logical names."""
     head: str = "lm_head.weight"
-    """Of an untied head."""
+    """Name of the output head, if it is not tied."""
     ignored: tuple[str, ...] = ()
-    """Ends of the names of buffers that hold no weights."""
+    """Endings of names of buffers that hold no weights."""
     outer: str = ""
-    """What some files put before all names."""
+    """A further prefix that some files put before all names."""
     head_always: bool = False
-    """The head is stored also where it is the embedding."""
+    """Whether the head is also stored where it is tied to the embedding."""
 
 
 QKV = ("attention.query", "attention.key", "attention.value")
@@ -55,7 +55,7 @@ _LAYER = "layers.{n}."
 
 
 def _both(stored: str, *of: str, join: Literal["rows", "heads"] = "rows", transposed: bool = False) -> tuple[Stored, Stored]:
-    """Weight and bias of a linear layer or norm of a layer."""
+    """Rows for weight and bias of a linear layer or norm within a layer."""
     names = tuple(_LAYER + name for name in of)
     weight = Stored(f"{stored}.weight", tuple(f"{name}.weight" for name in names), join, transposed)
     return weight, Stored(f"{stored}.bias", tuple(f"{name}.bias" for name in names), join)
@@ -66,12 +66,12 @@ def _norm(stored: str, of: str) -> tuple[Stored, Stored]:
 
 
 def _layers(prefix: str, *rows: tuple[Stored, Stored]) -> tuple[Stored, ...]:
-    """Rows whose stored names begin with the prefix of a layer."""
+    """Rows of a layer, with `prefix` before their stored names."""
     return tuple(row._replace(name=prefix + row.name) for pair in rows for row in pair)
 
 
 def _llama(architecture: str, *others: tuple[Stored, Stored], fused: bool = False, sandwich: bool = False) -> Family:
-    """LLaMA and the families that took over its names. fused: gate and up in one tensor."""
+    """LLaMA and the families that use its names. fused: gate and up are one tensor; sandwich: norms after attention and MLP."""
     inner = (
         (_both("mlp.gate_up_proj", "mlp.gate", "mlp.up"),)
         if fused
@@ -203,7 +203,7 @@ FAMILIES = {
         outer="glm.",
     ),
 }
-"""Kind of model -> family: model_type of config.json, or what `config.kind_from` makes of it. `chatglm` is ChatGLM2-6B, ChatGLM3-6B and
+"""Kind of model (the model_type of config.json, or as `config.kind_from` tells) -> family. `chatglm` is ChatGLM2-6B, ChatGLM3-6B and
 GLM-4-9B in THUDM's naming, `chatglm_6b` the first ChatGLM-6B, `glm_1` the GLM of arXiv:2103.10360."""
 
 
@@ -212,38 +212,38 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Part(NamedTuple):
-    """A logical tensor within a stored one."""
+    """The place of a logical tensor in a stored one."""
 
     stored: str
-    """Name, with prefix."""
+    """Name of the stored tensor, with prefix."""
     shape: tuple[int, ...]
-    """Of the stored tensor."""
+    """Shape of the stored tensor."""
     row: Stored
     place: int
-    """Which of the logical tensors that the stored one holds."""
+    """Index of the logical tensor among those in the stored one."""
     start: int
-    """join rows: row of the (transposed back) stored tensor at which it begins."""
+    """With join=rows: the first row of the logical tensor in the stored one (after transposing back)."""
     heads: int
-    """join heads: how many there are."""
+    """With join=heads: number of attention heads."""
 
     def read(self, stored: torch.Tensor, box: Box) -> torch.Tensor:
-        """A box of the logical tensor; only what lies in it is touched."""
+        """A box of the logical tensor, read from the stored one without touching its other elements."""
         whole = stored.t() if self.row.transposed and stored.dim() == 2 else stored
         rows, others = box[0], tuple(box[1:])
         if self.row.join == "rows":
-            there: Box = (slice(self.start + rows.start, self.start + rows.stop), *others)
-            return whole[there]
+            place: Box = (slice(self.start + rows.start, self.start + rows.stop), *others)
+            return whole[place]
         of = len(self.row.of)
         d = whole.shape[0] // (self.heads * of)
         mine = whole.view(self.heads, of, d, *whole.shape[1:])[:, self.place]
         first, last = rows.start // d, -(-rows.stop // d)
-        there = (slice(rows.start - first * d, rows.stop - first * d), *others)
-        return mine[first:last].reshape(-1, *whole.shape[1:])[there]
+        place = (slice(rows.start - first * d, rows.stop - first * d), *others)
+        return mine[first:last].reshape(-1, *whole.shape[1:])[place]
 
 
 def rows_of(family: Family, names: Collection[str]) -> Iterator[Stored]:
-    """The rows that apply to a model with these logical tensors, layer by layer, with prefixes. Raises ContentError for a
-    tensor that the family has no place for."""
+    """The rows that apply to a model with these logical tensors, layer by layer, with prefixes. Raises ContentError for a tensor
+    that the family has no row for."""
     layers = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
     known = set(names)
     placed: set[str] = set()
@@ -268,7 +268,7 @@ def rows_of(family: Family, names: Collection[str]) -> Iterator[Stored]:
 
 
 def parts_of(family: Family, shapes: Shapes, model: ModelConfig) -> dict[str, Part]:
-    """Where each logical tensor of a model lies. Raises ContentError as `rows_of` does."""
+    """The place of each logical tensor of a model. Raises ContentError as `rows_of` does."""
     found: dict[str, Part] = {}
     for row in rows_of(family, shapes):
         start = 0
@@ -282,7 +282,7 @@ def parts_of(family: Family, shapes: Shapes, model: ModelConfig) -> dict[str, Pa
 
 
 def joined(row: Stored, parts: list[torch.Tensor], heads: int) -> torch.Tensor:
-    """The stored tensor of its logical ones, contiguous."""
+    """The stored tensor made of its logical ones, contiguous."""
     if row.join == "heads":
         by_head = [part.view(heads, -1, *part.shape[1:]) for part in parts]
         return torch.stack(by_head, 1).reshape(-1, *parts[0].shape[1:])
@@ -291,6 +291,6 @@ def joined(row: Stored, parts: list[torch.Tensor], heads: int) -> torch.Tensor:
 
 
 def _of_layer(row: Stored, n: int) -> Stored:
-    """A row of layer n."""
+    """The row for layer n."""
     number = str(n)
     return row._replace(name=row.name.replace("{n}", number), of=tuple(name.replace("{n}", number) for name in row.of))

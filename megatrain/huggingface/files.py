@@ -1,7 +1,7 @@
-"""Directories of Hugging Face: weights into whatever this rank holds, and out of a checkpoint.
+"""Hugging Face directories: loads their weights into this rank's parameters, and writes them from a checkpoint.
 
-Every rank reads, out of memory-mapped safetensors files, the elements that it holds and no others, under any layout; nothing is
-converted beforehand. Files with pickles in them (pytorch_model.bin) are refused.
+Every rank reads only the elements that it holds, from memory-mapped safetensors files, under any layout; nothing is converted
+beforehand. Files that contain pickles (pytorch_model.bin) are refused.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ COMPANIONS = (
     "*.model",
     "*.tiktoken",
 )
-"""Files that come along with a model."""
+"""Other files of a model: tokenizer, chat template, generation settings."""
 COMPANION_FOLDER = "hf"
-"""Beside the checkpoints of a model that came from Hugging Face: its config.json and what else came along."""
+"""Folder beside the checkpoints of a model that came from Hugging Face, for its config.json and COMPANIONS."""
 SHARD_BYTES = 5 * 10**9
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _LARGEST_JSON = 10**8
 
 
 def is_hf(path: Path) -> bool:
-    """Whether a directory is one of Hugging Face."""
+    """Whether a directory is a Hugging Face one: it has a config.json."""
     return (Path(path) / CONFIG).is_file()
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a directory. Raises ContentError."""
+    """The config.json of a directory. Raises ContentError."""
     found = _json(Path(path) / CONFIG)
     if not isinstance(found, dict):
         raise ContentError(f"{Path(path) / CONFIG} is no JSON object")
@@ -63,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def model_keys(path: Path) -> dict[str, Any]:
-    """The keys of the model section that a directory of Hugging Face gives. Raises ContentError."""
+    """The keys of the model section that a Hugging Face directory gives. Raises ContentError."""
     try:
         return model_of(read_config(path))
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -73,10 +73,10 @@ def model_keys(path: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """The tensors of a directory, by their names with the family's prefix."""
+    """The tensors of a directory, by name with the family's prefix."""
 
     def __init__(self, path: Path, family: Family) -> None:
-        """Raises ContentError or DamagedCheckpointError."""
+        """Read the list of tensors. Raises ContentError or DamagedCheckpointError."""
         self.path, self.family = Path(path), family
         self._files: dict[str, TensorFile] = {}
         self._home: dict[str, tuple[str, str]] = {}
@@ -86,11 +86,11 @@ class Weights:
 
     @property
     def names(self) -> set[str]:
-        """All of them."""
+        """Names of all tensors."""
         return set(self._home)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, memory-mapped. Raises DamagedCheckpointError where its file lacks it."""
+        """A tensor, memory-mapped. Raises DamagedCheckpointError if its file lacks it."""
         own, file = self._home[name]
         if own not in self._open(file).entries:
             raise DamagedCheckpointError(f"{self.path / file} has no {own}, which {INDEX} says it holds")
@@ -98,11 +98,11 @@ class Weights:
 
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:
-            self._files[file] = TensorFile((self.path / file).resolve())  # the hub's cache is made of links
+            self._files[file] = TensorFile((self.path / file).resolve())  # resolved, as the hub's cache consists of links
         return self._files[file]
 
     def _listed(self) -> Iterator[tuple[str, str]]:
-        """Every tensor and its file."""
+        """(name, file) of every tensor."""
         if (self.path / INDEX).is_file():
             if (self.path / SINGLE).is_file():
                 raise ContentError(
@@ -127,15 +127,16 @@ class Weights:
             )
 
     def _prefixed(self, name: str) -> str:
-        """A name as the family's rows have it; files on the hub may lack the prefix."""
+        """A stored name as the family's rows have it; files on the hub may lack the prefix."""
         name = name.removeprefix(self.family.outer)
         return name if name == self.family.head or name.startswith(self.family.prefix) else self.family.prefix + name
 
 
 def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], every: Shapes, ctx: ParallelContext) -> None:
-    """Fill the weights that this rank holds from a directory of Hugging Face (collective).
+    """Fill the weights that this rank holds from a Hugging Face directory (collective).
 
-    every: all logical tensors of the model, those of other ranks too. Raises ContentError or DamagedCheckpointError on every rank.
+    every: shapes of all logical tensors of the model, those of other ranks included. Raises ContentError or DamagedCheckpointError on every
+    rank.
     """
     with together(ctx), torch.no_grad():
         config = read_config(path)
@@ -149,7 +150,7 @@ def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], eve
 
 
 def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
-    """Raise ContentError where tensors are missing, too many, or of other shapes."""
+    """Raise ContentError for tensors that are missing, too many, or of other shapes."""
     wanted = {part.stored: part for part in parts.values()}
     logical = {part.stored: name for name, part in parts.items()}
     surplus = weights.names - set(wanted)
@@ -179,7 +180,7 @@ def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
 
 
 def _fill(portion: Portion, part: Part, weights: Weights, ctx: ParallelContext) -> None:
-    """Copy what one portion needs."""
+    """Fill one portion from its stored tensor; padding becomes zero."""
     spec, axis = portion.spec, axis_of(portion.spec, ctx)
     mine = spec.slices(axis.size, axis.rank)
     shape = tuple(s.stop - s.start for s in mine)
@@ -205,12 +206,11 @@ def export(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a directory of Hugging Face and return its model_type.
+    """Write a Hugging Face directory and return its model_type.
 
-    weights: every logical tensor, whole, read one stored tensor at a time; dtype: of what is written, else as they are; like: a
-    directory whose config.json is the base; companions: one whose tokenizer files come along; ids: special tokens, for config.json
-    where they are not the base's. Raises ContentError where no family is such a
-    model, CheckpointError where `out` holds files.
+    weights: every logical tensor, whole; they are read one stored tensor at a time. dtype: dtype to write, None for that of `weights`.
+    like: directory whose config.json is the base. companions: directory whose tokenizer files are copied. ids: special tokens for
+    config.json, which win over the base's. Raises ContentError if no family can express the model, CheckpointError if `out` holds files.
     """
     out = Path(out)
     base = read_config(like) if like is not None and is_hf(like) else {}
@@ -231,7 +231,7 @@ def export(
 
 @contextmanager
 def _taken_back(out: Path) -> Iterator[None]:
-    """Take away what was written into an empty directory where it is not all of it, so that the same can be tried again."""
+    """On failure remove the files written into a directory that was empty, so that the export can be tried again."""
     try:
         yield
     except BaseException:
@@ -241,7 +241,7 @@ def _taken_back(out: Path) -> Iterator[None]:
 
 
 def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.dtype) -> dict[str, Any]:
-    """The base's config.json with what the model says now; as it was where that is the same."""
+    """The base's config.json updated with what the model says now; unchanged, but for the dtype, if both describe the same model."""
     named = {"torch_dtype": str(dtype).removeprefix("torch.")}
     if base and same_model(base, new):
         return base | {name: named["torch_dtype"] for name in ("torch_dtype", "dtype") if name in base}
@@ -252,7 +252,7 @@ def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.d
 def _write_weights(
     out: Path, rows: list[Any], weights: Mapping[str, torch.Tensor], heads: int, dtype: torch.dtype | None, shard_bytes: int
 ) -> torch.dtype:
-    """Write the stored tensors in files of at most `shard_bytes`, each read once; return the dtype of the last one."""
+    """Write the stored tensors in files of at most `shard_bytes`, reading each once; returns the dtype of the last one."""
     shards: list[list[str]] = []
     tensors: dict[str, torch.Tensor] = {}
     total = 0
@@ -260,10 +260,10 @@ def _write_weights(
     def write() -> None:
         part = out / f"{len(shards)}.part"
         part.touch()
-        mode = part.stat().st_mode  # of a new file; the library's can be read by its owner alone
+        mode = part.stat().st_mode  # mode of a new file; the library's files are readable by their owner only
         try:
             save_file(tensors, part, {"format": "pt"})
-        except SafetensorError as error:  # what the library makes of an OSError
+        except SafetensorError as error:  # the library turns an OSError into this
             raise CheckpointError(f"{part} cannot be written: {error}") from error
         part.chmod(mode)
         shards.append(list(tensors))
@@ -278,7 +278,7 @@ def _write_weights(
         total += made.nbytes
     write()
     where: dict[str, str] = {}
-    for number, names in enumerate(shards):  # how many there are is known only now
+    for number, names in enumerate(shards):  # their number is known only now
         file = SINGLE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (out / f"{number}.part").rename(out / file)
         where |= dict.fromkeys(names, file)
@@ -290,12 +290,12 @@ def _write_weights(
 
 
 def keep_companions(source: Path, directory: Path) -> None:
-    """Copy what came along with a model to beside the checkpoints made from it."""
+    """Copy config.json and the other files of a model into a folder beside the checkpoints made from it."""
     copy_files(source, Path(directory) / COMPANION_FOLDER, (CONFIG, *COMPANIONS))
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | None = None) -> None:
-    """Copy the files of a folder that match, with the modes of new files; `name`: what a single one is called there."""
+    """Copy the files of a folder that match, with the modes of new files. name: new name, for a pattern that matches one file."""
     found = [file for pattern in patterns for file in sorted(Path(source).glob(pattern)) if file.is_file()]
     if found:
         target.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | 
 
 
 def _json(file: Path) -> Any:
-    """A JSON file. Raises ContentError."""
+    """The contents of a JSON file. Raises ContentError."""
     try:
         if file.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"it has {file.stat().st_size} bytes")

@@ -1,7 +1,7 @@
-"""Rotary settings of config.json, in either spelling: `rope_parameters` of transformers 5, and `rope_theta` with `rope_scaling` before it.
+"""Rotary settings of config.json in both spellings: `rope_parameters` of transformers 5, and the older `rope_theta` with `rope_scaling`.
 
-transformers takes rope_scaling for all that there is where both are given, and a value within for stronger than the same one outside;
-here two that differ are refused. The older spelling is written, which all versions understand.
+Where both are given, transformers uses rope_scaling alone, and prefers a value inside the object to the same one outside; here two
+that differ are refused. Written is the older spelling, which all versions read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.huggingface.said import Json, contradiction
 
 NAMES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
-"""All of config.json that is read here."""
+"""All names of config.json that are read here."""
 _ALWAYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 _SCALED = {"factor", "original_max_position_embeddings"}
 _LLAMA3 = {"rope_low_freq_factor": "low_freq_factor", "rope_high_freq_factor": "high_freq_factor"}
@@ -25,13 +25,13 @@ _KNOWN = {
     "llama3": _ALWAYS | _SCALED | set(_LLAMA3.values()),
     "yarn": _ALWAYS | _SCALED | {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"},
 }
-"""rope_type -> what may stand beside it."""
+"""rope_type -> the names allowed beside it."""
 
 
 def rope_of(config: Json, kind: str, positions: int, head_size: int, part: float | None) -> Json:
-    """Keys of the model section. Raises ContentError for what they cannot say, and for contradictions.
+    """Rotary keys of the model section. Raises ContentError for settings that they cannot express, and for contradictions.
 
-    positions: max_position_embeddings; part: of a head that is rotated where nothing is said; None for families that rotate whole heads.
+    positions: max_position_embeddings; part: share of a head that is rotated by default, None for families that rotate whole heads.
     """
     spelled = {name: _object(config, name) for name in ("rope_scaling", "rope_parameters")}
     given = {name: said for name, said in spelled.items() if said}
@@ -61,7 +61,7 @@ def _object(config: Json, name: str) -> Json:
 
 
 def _read(config: Json, where: str, said: Json, positions: int) -> Json:
-    """The settings that one of the two objects gives together with what stands outside of it."""
+    """The settings of one of the two objects together with those outside of it. where: its name; said: its contents."""
     kind = said.get("rope_type") or said.get("type") or "default"
     if said.get("type") not in (None, kind):
         raise contradiction(f"{where}.rope_type={kind!r}", f"{where}.type={said['type']!r}")
@@ -99,7 +99,7 @@ def _read(config: Json, where: str, said: Json, positions: int) -> Json:
 
 
 def _one(config: Json, where: str, said: Json, name: str) -> Any:
-    """What is said within and outside of an object; None for nothing."""
+    """The value of a name inside an object or outside; None if neither has it. Raises ContentError if they differ."""
     within, outside = said.get(name), config.get(name)
     if within is not None and outside is not None and within != outside:
         raise contradiction(f"{where}.{name}={within!r}", f"{name}={outside!r}")
@@ -110,7 +110,7 @@ def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:
     """The share of a head that is rotated."""
     fraction = _one(config, "rope_parameters", said, "partial_rotary_factor")
     if fraction is None:
-        return 1.0 if part is None or "partial_rotary_factor" in config else part  # null is 1 where `part` is the default
+        return 1.0 if part is None or "partial_rotary_factor" in config else part  # given as null it means 1, not `part`
     if not isinstance(fraction, (int, float)):
         raise ContentError(f"config.json has partial_rotary_factor={fraction!r}, which is no number")
     if part is None and fraction != 1:
@@ -121,7 +121,7 @@ def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:
 
 
 def _require_plain_yarn(where: str, said: Json, factor: float) -> None:
-    """Raise ContentError for a factor of cosines, or a ramp, that is not the one of models/rope.py."""
+    """Raise ContentError for a factor of cosines, or a ramp, that differs from models/rope.py."""
 
     def scale(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
@@ -142,11 +142,11 @@ def _require_plain_yarn(where: str, said: Json, factor: float) -> None:
 
 
 def rope_to(model: ModelConfig, part: float | None) -> Json:
-    """Rotary settings as transformers wrote them before version 5."""
+    """Rotary settings in the spelling of transformers before version 5."""
     written: Json = {"rope_theta": model.rope_theta, "rope_scaling": None}
     if part is not None:
         fraction = model.rope_fraction
-        if int(model.head_size * fraction) != model.rotated:  # what is odd is rounded down here, and up there
+        if int(model.head_size * fraction) != model.rotated:  # odd numbers are rounded down here, up in transformers
             fraction = (model.rotated + 0.5) / model.head_size
         written["partial_rotary_factor"] = fraction
     if model.rope_scaling == "none":

@@ -1,8 +1,8 @@
-"""What a config.json says, name by name: defaults, nulls, several names for one thing, and names that another family reads.
+"""Reads names in a config.json: defaults, nulls, several names for one thing, and names that only another family reads.
 
-A name that is not there has the default of transformers' class, and a null means what it means there, or is refused. Two names that
-mean the same must say the same, also where transformers reads only one of them; and what would make another model of it in some other
-family is refused by name, since transformers itself passes over it in silence.
+A missing name has the default of transformers' class; a null means what it means there, or is refused. Two names for the same thing must
+agree, even where transformers reads only one of them. A name that would make it another model in some other family is refused, since
+transformers itself ignores it silently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatrain.checkpoint.together import ContentError
 
 Json = dict[str, Any]
 REFUSED = object()
-"""No default, or no null."""
+"""Stands for: no default, or null is not allowed."""
 
 SAME = {
     "num_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -28,7 +28,7 @@ SAME = {
     "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"),
     "tied_embeddings": ("tie_word_embeddings", "tie_embeddings", "tie_weights"),
 }
-"""Key of the model section -> what families call it."""
+"""Key of the model section -> the names that families use for it."""
 
 _PLAIN: tuple[Any, ...] = (False, 0)
 _ONE: tuple[Any, ...] = (1, 1.0)
@@ -52,31 +52,31 @@ FOREIGN: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("multi_query", "multi_query_attention", "is_encoder_decoder", "prefix_projection"), _PLAIN),
     **dict.fromkeys(("position_encoding_2d", "apply_residual_connection_post_layernorm"), _PLAIN),
 }
-"""Names that make another function of a model in some family -> values that say that this is not so; null always does."""
+"""Names that change what a model computes in some family -> values that mean no change; null always does."""
 
 
 class Key(NamedTuple):
-    """How config.json calls a value of the model section; the first name is written, any is read."""
+    """Names in config.json of a key of the model section. Any of them is read, the first is written."""
 
     names: tuple[str, ...]
     default: Any = REFUSED
-    """Where the name is not there."""
+    """Value if no name is present."""
     null: Any = REFUSED
-    """Where it is null."""
+    """Value if the name is null."""
 
 
 def key(*names: str, default: Any = REFUSED, null: Any = REFUSED) -> Key:
-    """A Key of a family that transformers has."""
+    """A Key of a family in transformers."""
     return Key(names, default, null)
 
 
 def lenient(*names: str, default: Any = REFUSED) -> Key:
-    """A Key of THUDM's own files, in which null is as good as nothing."""
+    """A Key of THUDM's own files, where null means the same as a missing name."""
     return Key(names, default, default)
 
 
 def value_of(config: Json, of: Key) -> Any:
-    """What a config.json says under the names of a key. Raises ContentError for nothing, a null, and names that contradict each other."""
+    """The value of a key in a config.json. Raises ContentError if it is missing, null, or given differently under two names."""
     said = {name: config[name] for name in of.names if config.get(name) is not None}
     for name, value in said.items():
         first = next(iter(said))
@@ -91,14 +91,14 @@ def value_of(config: Json, of: Key) -> Any:
 
 
 def contradiction(one: str, other: str) -> ContentError:
-    """Of two things that a config.json says."""
+    """The error for two contradicting statements in a config.json."""
     return ContentError(f"config.json has {one} and {other}, which contradict each other. Remove the one that is wrong.")
 
 
 def require_one_meaning(config: Json, meant: Mapping[str, Any], names: Mapping[str, str], own: Collection[str]) -> None:
-    """Raise ContentError where another name for a key of the model section says something else.
+    """Raise ContentError where another name for a key of the model section has another value.
 
-    meant: what the keys are, with nulls filled in; names: what the family calls them; own: names that it reads in its own way.
+    meant: values of the keys, nulls filled in; names: the family's name of each key; own: names that the family reads in its own way.
     """
     for ours, others in SAME.items():
         for name in others:
@@ -111,9 +111,9 @@ def require_one_meaning(config: Json, meant: Mapping[str, Any], names: Mapping[s
 
 
 def refuse_foreign(config: Json, kind: str, own: Collection[str], also: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raise ContentError for a name that this family does not read, and that says that the model is another.
+    """Raise ContentError for a name that this family does not read and that describes another model.
 
-    own: names that it reads; also: values of such names that say what this family is in any case.
+    own: names that the family reads; also: name -> values that are accepted, as they are true of the family anyway.
     """
     for name, plain in FOREIGN.items():
         said = config.get(name)
