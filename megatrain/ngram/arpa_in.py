@@ -1,7 +1,7 @@
-"""ARPA files of any dialect (lmplz, SRILM, IRSTLM; gzip too) into arrays.
+"""Reads ARPA files of any dialect (lmplz, SRILM, IRSTLM; also gzip) into arrays.
 
     \\data\\          ngram 1=6 ...
-    \\1-grams:       log10 p, word, log10 back-off (may be left out: 0); blanks or tabs between
+    \\1-grams:       log10 p, word, log10 back-off (if missing: 0); separated by blanks or tabs
     ...
     \\end\\
 """
@@ -26,14 +26,14 @@ from megatrain.ngram.text import SPECIAL, split
 
 BLOCK_BYTES = 8 << 20
 UNKNOWN_LOG10 = -100.0
-"""Of an unknown word where a model says nothing about it, as KenLM has it."""
+"""log10 probability of an unknown word if the model gives none, as in KenLM."""
 FURTHEST_DATA = 1000
-"""Line in which the header begins at the latest: some tools write remarks before it."""
+"""The header must begin within this many lines; some tools write remarks before it."""
 _COUNT = re.compile(rb"ngram\s+(\d{1,3})\s*=\s*(\d{1,18})")
 
 
 class ArpaError(ValueError):
-    """A file that is no whole ARPA file; the message says where."""
+    """A file that is not a whole ARPA file; the message says where."""
 
 
 @dataclass
@@ -41,24 +41,24 @@ class Section:
     """The n-grams of one order."""
 
     words: npt.NDArray[np.uint32]
-    """[n, order] numbers."""
+    """Word numbers [n, order]."""
     log10: npt.NDArray[np.float32]
     backoff: npt.NDArray[np.float32]
     line: int = 0
-    """Of the file, of the first of them; the others follow, a line each."""
+    """Line of the file that the first n-gram is on; the others follow, one on each line."""
 
 
 @dataclass
 class Arpa:
-    """A whole file; word numbers 0, 1, 2 are <unk>, <s>, </s>, whether it has them or not."""
+    """The contents of a file. Word numbers 0, 1, 2 are <unk>, <s>, </s>, whether the file has them or not."""
 
     words: Any
-    """pyarrow large_binary array."""
+    """Words by number, a pyarrow large_binary array."""
     sections: list[Section]
     path: Path
 
     def twice(self, order: int, first: int, second: int) -> ArpaError:
-        """What to say where two n-grams of an order, by their places, are the same."""
+        """The error if the n-grams of an order at two places are the same."""
         section = self.sections[order - 1]
         gram = b" ".join(self.words[int(number)].as_py() for number in section.words[first]).decode(errors="replace")
         return ArpaError(
@@ -156,7 +156,7 @@ class _Reader:
             )
 
     def _section(self, order: int, count: int) -> tuple[Any, npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Words of all lines, one after another; log10; back-offs."""
+        """(words of all lines, one after another; log10 probabilities; log10 back-offs) of one section."""
         pa = pyarrow()
         texts, logs, weights = [], [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
         while count:
@@ -205,7 +205,7 @@ class _Reader:
         return text.words.take(pyarrow().array(places)), log10, backoff
 
     def _floats(self, words: Any, at: npt.NDArray[np.int64], lines: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """The numbers at these places, each of a line."""
+        """The numbers in the fields `at`; lines: the line of each, for errors."""
         pa = pyarrow()
         texts = words.take(pa.array(at))
         try:
@@ -224,7 +224,7 @@ class _Reader:
     def _unigrams(
         self, texts: Any, log10: npt.NDArray[np.float32], backoff: npt.NDArray[np.float32], line: int
     ) -> tuple[Any, Section]:
-        """Numbers by line, behind the three special words."""
+        """Words by number, the three special words first, and the section of 1-grams in that order."""
         pa = pyarrow()
         special = pa.array(SPECIAL, pa.binary())
         unknown = pa.array([b"<UNK>"], pa.binary())
@@ -245,7 +245,7 @@ class _Reader:
 
 
 def _number(text: bytes) -> float:
-    """NaN for what is none."""
+    """The number in a text; NaN if it is none."""
     try:
         return float(text)
     except ValueError:

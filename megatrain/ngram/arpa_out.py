@@ -1,4 +1,4 @@
-"""ARPA files: one line an n-gram, as lmplz writes them: in suffix order of word numbers, log10 to the last digit of float32."""
+"""Writes ARPA files as lmplz does: one n-gram a line, in suffix order of word numbers, log10 to the last digit of float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.tables import Tables, kept
 
 LINES = 1 << 18
-"""Written at a time."""
+"""Lines written at a time."""
 
 
 def write_arpa(
@@ -24,7 +24,7 @@ def write_arpa(
     thresholds: tuple[int, ...],
     tell: Callable[[int], None] = lambda _count: None,
 ) -> list[int]:
-    """Write the model; the number of n-grams of each order."""
+    """Write the model; returns the number of n-grams of each order."""
     counts = [int(words.kept.sum())]
     for k in range(2, tables.order + 1):
         files = (tables.files(part).column(k, "raw") for part in tables.parts)
@@ -44,11 +44,11 @@ def write_arpa(
 
 
 ZERO = -99.0
-"""log10 of a probability of 0, as SRILM writes it; lmplz writes -inf, which no reader takes."""
+"""log10 of a probability of 0, as SRILM writes it; lmplz writes -inf, which no reader accepts."""
 
 
 def log10(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """log10 of numbers of 0 and more."""
+    """log10 of non-negative numbers; ZERO for 0."""
     with np.errstate(divide="ignore"):
         return np.maximum(np.log10(values), ZERO).astype(np.float32)
 
@@ -80,7 +80,7 @@ def _write_part(out: BinaryIO, tables: Tables, part: Part, k: int, threshold: in
 
 
 def _lines(out: BinaryIO, p: npt.NDArray[np.float32], words: list[Any], backoff: npt.NDArray[np.float32] | None) -> None:
-    """Write lines; words: an array for each place."""
+    """Write lines. words: for each place in the n-gram an array, with one word a line."""
     pa = pyarrow()
     joined = words[0] if len(words) == 1 else pa.compute.binary_join_element_wise(*words, _scalar(b" "))
     columns = [_numbers(p), joined, *([] if backoff is None else [_numbers(backoff)])]

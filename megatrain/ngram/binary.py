@@ -1,12 +1,12 @@
-"""Compiled models: the tables of a model in one file that is mapped, not read, so loading takes no time whatever its size.
+"""Compiled models: the tables of a model in one file that is memory-mapped, so loading takes the same time for any size.
 
     8 bytes    "mtngram\\n"
     4 bytes    length of what follows: JSON, padded with blanks to a multiple of 64
-    JSON       version, order, number of words, sections: {name: [offset, dtype, count, crc32]}, and a crc32 of all that
+    JSON       version, order, sections: {name: [offset, dtype, count, crc32]}, and a crc32 of all that
     sections   each at a multiple of 64 bytes, little-endian
 
 Sections: `words` bytes and `word_ends`; `word_keys`, `word_numbers` (a table of 64-bit hashes of words); for each order k `k.keys` (from 2
-on), `k.log10`, `k.backoff`, as float32 or, quantised, as numbers of `k.log10_values` and `k.backoff_values`.
+on), `k.log10`, `k.backoff`, as float32 or, quantised, as indices into `k.log10_values` and `k.backoff_values`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ Array = npt.NDArray[Any]
 
 
 class BinaryError(ValueError):
-    """A file that is no compiled model of this version, or a damaged one."""
+    """A file that is not a compiled model of this version, or is damaged."""
 
 
 def is_binary(path: Path) -> bool:
-    """Whether a file says it is a compiled model."""
+    """Whether a file begins as a compiled model does."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def write_binary(model: Model, path: Path, quantize: int = 0) -> None:
-    """Write a model in memory, whole or not at all. quantize: bits of each log10 (2 to 16); 0 keeps float32."""
+    """Write a model, the whole file or nothing. quantize: bits of each log10 (2 to 16); 0 keeps float32. Raises ValueError."""
     if quantize and not 2 <= quantize <= 16:
         raise ValueError(f"--quantize {quantize} must be 2 to 16 bits, or 0 for float32. Use for example --quantize 8.")
     sections = _sections(model, quantize)
@@ -87,7 +87,7 @@ def _sections(model: Model, quantize: int) -> dict[str, Array]:
 
 
 def _stored(name: str, values: npt.NDArray[np.float32], bits: int) -> dict[str, Array]:
-    """As they are, or the number of the nearest of 2^bits values, each of which stands for as many."""
+    """The sections for some values: float32; or with `bits`, the index of the nearest of 2^bits values taken at even quantiles."""
     if not bits or not values.size:
         return {name: values.astype("<f4")}
     ordered = np.unique(values)
@@ -97,14 +97,14 @@ def _stored(name: str, values: npt.NDArray[np.float32], bits: int) -> dict[str, 
 
 
 def hashes_of(words: list[bytes]) -> npt.NDArray[np.uint64]:
-    """64 bits of BLAKE2 of each word: the same everywhere."""
+    """64 bits of BLAKE2 of each word: the same on every machine."""
     data = b"".join(hashlib.blake2b(word, digest_size=8).digest() for word in words)
     return np.minimum(np.frombuffer(data, "<u8"), np.uint64(0xFFFFFFFFFFFFFFFE)).astype(np.uint64)
 
 
 @dataclass(frozen=True)
 class MappedWords:
-    """Words of a mapped file."""
+    """The words of a mapped file."""
 
     table: Table
     of_slot: Numbers
@@ -112,7 +112,7 @@ class MappedWords:
     ends: npt.NDArray[np.int64]
 
     def numbers(self, words: Any) -> Numbers:
-        """By the table of hashes; a word that only has another's hash is told apart by its bytes."""
+        """The number of each word, by the table of hashes; a word that only shares another's hash and differs in length is UNKNOWN."""
         encoded = words.dictionary_encode()
         texts = encoded.dictionary.to_pylist()
         slots = self.table.find(hashes_of(texts))
@@ -128,7 +128,7 @@ class MappedWords:
 
 @dataclass(frozen=True)
 class _Quantised:
-    """Values by their numbers, as an array is indexed."""
+    """Quantised values: an array of indices into a small array of values, indexed like a plain array."""
 
     numbers: Array
     values: npt.NDArray[np.float32]
@@ -138,14 +138,14 @@ class _Quantised:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of values."""
         return int(self.numbers.size)
 
 
 def map_binary(path: Path, *, verify: bool = False) -> Model:
-    """The model of a compiled file; its sections are looked at when they are asked for. verify: read all and compare checksums.
+    """The model of a compiled file, memory-mapped. verify: read all and compare checksums.
 
-    Raises BinaryError for another version, a file that is cut short, or damage.
+    Raises BinaryError for another version, a truncated file, or damage.
     """
     said, start = _head(path)
     size = path.stat().st_size
@@ -176,7 +176,7 @@ def map_binary(path: Path, *, verify: bool = False) -> Model:
 
 
 def _head(path: Path) -> tuple[dict[str, Any], int]:
-    """What a file says of itself, and where its sections begin."""
+    """The header of a file, and the offset where its sections begin."""
     with path.open("rb") as file:
         head = file.read(len(MAGIC) + 4)
         length = int.from_bytes(head[len(MAGIC) :], "little")

@@ -1,9 +1,9 @@
-"""Documents by perplexity: head, middle and tail of a corpus, by percentile (CCNet, arXiv:1911.00359, section 4.3).
+"""Sorts documents by perplexity into head, middle and tail of a corpus (CCNet, arXiv:1911.00359, section 4.3).
 
-    perplexity of a document = 10 ^ -(sum of the log10 of its lines / tokens), unknown words and sentence ends among them
+    perplexity of a document = 10 ^ -(sum of the log10 of its lines / tokens), unknown words and sentence ends included
     head < 30th percentile <= middle < 60th percentile <= tail
 
-What a model finds usual is the head: with a model of Wikipedia, text that reads like it.
+The head is the text that the model finds most probable: with a model of Wikipedia, text that reads like it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ Bucket = Literal["head", "middle", "tail"]
 BUCKETS: tuple[Bucket, ...] = ("head", "middle", "tail")
 PERCENTILES = (30.0, 60.0)
 TOGETHER = 1024
-"""Documents that are scored at a time."""
+"""Number of documents scored at a time."""
 
 
 @dataclass(frozen=True)
 class Cutoffs:
-    """Perplexities where the middle and where the tail begin."""
+    """Lowest perplexities of the middle and of the tail."""
 
     middle: float
     tail: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError for cutoffs that are none."""
+        """Raises ValueError unless 0 <= middle <= tail."""
         if not 0 <= self.middle <= self.tail:
             raise ValueError(f"cutoffs {self.middle:g} and {self.tail:g} must rise from 0. Use for example 300 800.")
 
     def bucket(self, perplexity: float) -> Bucket:
-        """Of a document."""
+        """The bucket of a document with this perplexity."""
         return "head" if perplexity < self.middle else "middle" if perplexity < self.tail else "tail"
 
 
 def cutoffs_of(perplexities: npt.NDArray[np.float64], percentiles: tuple[float, float] = PERCENTILES) -> Cutoffs:
-    """Where a corpus is cut. Raises ValueError for percentiles that are none, or for no documents."""
+    """The cutoffs at two percentiles of a corpus. Raises ValueError for invalid percentiles, or without documents."""
     low, high = percentiles
     if not 0 <= low <= high <= 100:
         raise ValueError(f"percentiles {low:g} and {high:g} must rise from 0 to 100. Use for example 30 60.")
@@ -54,7 +54,7 @@ def cutoffs_of(perplexities: npt.NDArray[np.float64], percentiles: tuple[float, 
 
 
 def perplexities(model: Model, documents: Iterable[str]) -> Iterator[float]:
-    """Of each document; an empty one has that of an empty sentence."""
+    """The perplexity of each document; an empty one has that of an empty sentence."""
     waiting = iter(documents)
     while batch := list(islice(waiting, TOGETHER)):
         lines = [document.encode().split(b"\n") for document in batch]
@@ -65,7 +65,7 @@ def perplexities(model: Model, documents: Iterable[str]) -> Iterator[float]:
 
 
 def chosen(names: Sequence[str]) -> frozenset[str]:
-    """Names of buckets. Raises ValueError for one that is none."""
+    """The set of these buckets. Raises ValueError for an unknown name."""
     for name in names:
         if name not in BUCKETS:
             raise ValueError(

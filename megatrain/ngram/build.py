@@ -1,4 +1,4 @@
-"""From n-grams as a file lists them to tables that can be asked."""
+"""Turns the n-grams of an ARPA file into the tables of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Numbers = npt.NDArray[np.uint32]
 
 
 def model_of(arpa: Arpa) -> Model:
-    """The model of an ARPA file. Suffixes that pruned models lack are added with the probabilities that backing off gives them.
+    """The model of an ARPA file. Suffixes that a pruned model lacks are added, with the probabilities that backing off gives them.
 
     Raises ArpaError.
     """
@@ -34,7 +34,7 @@ def model_of(arpa: Arpa) -> Model:
 
 
 def _nodes(orders: list[Order], words: Numbers, length: int) -> Slots:
-    """The slots of the last `length` words of rows [n, k]."""
+    """For each row of words [n, k]: the slot of the n-gram of its last `length` words; MISSING if there is none."""
     node = words[:, -1]
     for j in range(2, length + 1):
         table = orders[j - 1].table
@@ -45,7 +45,7 @@ def _nodes(orders: list[Order], words: Numbers, length: int) -> Slots:
 
 
 def _lacking(orders: list[Order], words: Numbers) -> Numbers | None:
-    """Suffixes of rows that no order has, of the lowest such order; None where all are there."""
+    """The lowest-order suffixes of the rows that are missing, [m, length]; None if all are present."""
     for length in range(2, words.shape[1]):
         lost = _nodes(orders, words, length) == MISSING
         if lost.any():
@@ -54,7 +54,7 @@ def _lacking(orders: list[Order], words: Numbers) -> Numbers | None:
 
 
 def _add_suffixes(arpa: Arpa, orders: list[Order], rows: Numbers) -> None:
-    """Put rows [n, k] into their section, with what the orders below give them."""
+    """Add the n-grams `rows` [n, k] to their section, with the probabilities that lower orders give them."""
     k = rows.shape[1]
     ends = np.zeros(rows.size, bool)
     ends[k - 1 :: k] = True
@@ -71,7 +71,7 @@ def _add_suffixes(arpa: Arpa, orders: list[Order], rows: Numbers) -> None:
 
 
 def _order(orders: list[Order], arpa: Arpa, k: int) -> Order:
-    """Order k, whose suffixes are all there. Raises ArpaError for an n-gram that is there twice."""
+    """Order k, whose suffixes are all present. Raises ArpaError for an n-gram that occurs twice."""
     section = arpa.sections[k - 1]
     node = _nodes(orders, section.words, k - 1)
     try:

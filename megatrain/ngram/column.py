@@ -1,6 +1,6 @@
-"""A column of numbers in a file: appended to, and read again a slice at a time, so that memory holds what is worked on and no more.
+"""A column of numbers in a file: written by appending, read in slices, so that only the slice at work is in memory.
 
-Files are read, not mapped: mapped pages count as memory of the process, and this room promises how much it takes.
+Files are read, not mapped: mapped pages count as memory of the process, and `ngram` promises a limit on its memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Column:
         return self.path.stat().st_size // self.dtype.itemsize if self.path.exists() else 0
 
     def append(self, values: Array) -> None:
-        """Put values behind the others."""
+        """Append values."""
         with doing("writing", self.path), self.path.open("ab") as file:
             file.write(np.ascontiguousarray(values, self.dtype).data)
 
@@ -38,7 +38,7 @@ class Column:
         return np.fromfile(self.path, self.dtype, end - first, offset=first * self.dtype.itemsize)
 
     def change(self, first: int, end: int, where: npt.NDArray[np.bool_], values: Array) -> None:
-        """Set those of the values first .. end - 1 for which `where` holds; what is not there yet is 0."""
+        """Set those of the values first .. end - 1 for which `where` is true; values beyond the file's end start as 0."""
         missing = end - len(self)
         if missing > 0:
             self.append(np.zeros(missing, self.dtype))

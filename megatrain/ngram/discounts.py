@@ -1,4 +1,4 @@
-"""How much is taken from each count: three discounts an order, from how many n-grams have the adjusted counts 1 to 4.
+"""Kneser-Ney discounts: three an order, estimated from the numbers n1 .. n4 of n-grams with adjusted counts 1 to 4.
 
 Y = n1 / (n1 + 2 n2)     D1 = 1 - 2 Y n2/n1     D2 = 2 - 3 Y n3/n2     D3+ = 3 - 4 Y n4/n3      (Chen and Goodman 1999, section 3.2)
 """
@@ -15,25 +15,25 @@ DEFAULT_FALLBACK = (0.5, 1.0, 1.5)
 
 
 class DiscountError(ValueError):
-    """An order whose counts give no discounts; the message says why and what to do."""
+    """An order whose counts give no valid discounts; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Discounts:
-    """Of one order."""
+    """The discounts of one order."""
 
     values: tuple[float, float, float]
-    """Of adjusted counts 1, 2, and 3 and more."""
+    """Discounts for adjusted counts 1, 2, and 3 or more."""
     fallback: bool = False
-    """Whether they were given, since the text has none."""
+    """Whether these are the fallback, as the text gives none."""
 
     def of(self, adjusted: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
-        """The discount of each count; 0 of 0."""
+        """The discount for each adjusted count; 0 for 0."""
         return np.array([0.0, *self.values])[np.minimum(adjusted, 3)]
 
 
 def estimate(order: int, counts: Sequence[int], fallback: tuple[float, float, float] | None) -> Discounts:
-    """The discounts of an order with counts = [anything, n1, n2, n3, n4]; else `fallback`. Raises DiscountError without one."""
+    """The discounts of an order from counts [unused, n1, n2, n3, n4]; if these give none, `fallback`. Raises DiscountError without it."""
     _, n1, n2, n3, n4 = (int(n) for n in counts)
     reason = next((f"no {order}-gram has the adjusted count {j}" for j, n in ((1, n1), (2, n2), (3, n3)) if not n), "")
     if not reason:
@@ -52,7 +52,7 @@ def estimate(order: int, counts: Sequence[int], fallback: tuple[float, float, fl
 
 
 def parse_fallback(values: Sequence[float] | None) -> tuple[float, float, float] | None:
-    """One to three numbers, the last repeated; none stands for the default. Raises ValueError for one out of range."""
+    """--discount-fallback: one to three numbers, the last repeated; [] means the default. Raises ValueError for one out of range."""
     if values is None:
         return None
     if len(values) > 3:

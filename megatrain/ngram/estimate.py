@@ -1,10 +1,10 @@
 """Probabilities and back-off weights of interpolated modified Kneser-Ney (Chen and Goodman 1999; Heafield et al. 2013).
 
     u(w|x)     = (adjusted(x w) - D) / sum of adjusted(x .)
-    gamma(x)   = (sum of D over kept x ., and the whole count of pruned ones) / sum of adjusted(x .)
+    gamma(x)   = (sum of D over kept x ., plus adjusted counts of pruned ones) / sum of adjusted(x .)
     p(w|x)     = u(w|x) + gamma(x) p(w | x without its first word)       p(w) = u(w) + gamma() / V
 
-V counts <unk> and </s> and every kept word, and not <s>. Pruning removes lines; counts, discounts and denominators stay as they were.
+V is the number of kept words, <unk> and </s> included, <s> not. Pruning removes n-grams; counts, discounts and denominators stay.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from megatrain.ngram.tables import Tables, kept
 from megatrain.ngram.text import BEGIN, END, UNKNOWN
 
 CHUNK = 1 << 20
-"""n-grams that are looked at at a time."""
+"""Number of n-grams processed at a time."""
 
 
 @dataclass(frozen=True)
 class Unigrams:
-    """Of every word."""
+    """Probabilities of all words, and which of them pruning keeps."""
 
     probability: npt.NDArray[np.float64]
     kept: npt.NDArray[np.bool_]
 
 
 def unigrams(tables: Tables, discounts: Discounts, threshold: int, *, interpolate: bool = True, vocab_pad: int = 0) -> Unigrams:
-    """Probabilities of words."""
+    """Probabilities of all words. threshold: words that occur this often or less are pruned. vocab_pad: least V."""
     adjusted = tables.adjusted
     stays = tables.raw > threshold
     stays[[UNKNOWN, BEGIN, END]] = True
@@ -56,9 +56,9 @@ def interpolate(
     held: int,
     tell: Callable[[int], None] = lambda _count: None,
 ) -> None:
-    """Write `p` of every n-gram of an order (2 or more), and `gamma` of every context, of the order below.
+    """Write `p` of every n-gram of an order (2 or more), and `gamma` of every context, an n-gram of the order below.
 
-    lower: the words, for order 2. held: how many contexts may be in memory at a time.
+    lower: probabilities of words, for order 2. held: number of contexts that may be in memory at a time.
     """
     contexts = tables.size(order - 1)
     size = tables.size(order)
@@ -102,7 +102,7 @@ Chunk = tuple[int, int, npt.NDArray[np.uint32], npt.NDArray[np.uint32], npt.NDAr
 
 
 def _chunks(tables: Tables, order: int, threshold: int) -> Iterator[Chunk]:
-    """(first, end, prefix, adjusted count, whether it stays) of n-grams, some at a time."""
+    """(first, end, prefix, adjusted count, whether pruning keeps it) of n-grams first .. end - 1, chunk by chunk."""
     prefixes = tables.whole(order, "prefix")
     for part in tables.parts:
         base, stop = tables.span(order, part)

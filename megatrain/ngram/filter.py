@@ -1,4 +1,4 @@
-"""Keep documents by how usual an n-gram model finds them: `megatrain data filter`."""
+"""`megatrain data filter`: keep documents by their perplexity under an n-gram model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megatrain.ngram.model import Model
 
 @dataclass(frozen=True)
 class FilterReport:
-    """What was kept; `str()` of it is a line for people."""
+    """Result of a filter; `str()` of it is a line of text."""
 
     output: str
     documents: dict[str, int]
-    """In each bucket."""
+    """Bucket -> number of documents in it."""
     kept: int
     cutoffs: Cutoffs
 
@@ -42,9 +42,9 @@ def filter_files(
     cutoffs: Cutoffs | None = None,
     key: str = "text",
 ) -> FilterReport:
-    """Write the documents of the buckets `keep` as lines of JSON with their perplexity and bucket, whole or not at all.
+    """Write the documents of the buckets `keep` as lines of JSON with perplexity and bucket, the whole file or nothing.
 
-    cutoffs: of another corpus; else the percentiles of this one, which is read once more for that.
+    cutoffs: given perplexities; None: the percentiles of these documents, which are then read twice.
     Raises ReadError, ValueError or OSError.
     """
     output = Path(output)

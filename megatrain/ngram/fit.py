@@ -1,11 +1,11 @@
-"""`megatrain ngram fit`: text in, an ARPA file out. Each phase is one of this room's files.
+"""`megatrain ngram fit`: fits a model to text and writes an ARPA file, in phases:
 
 text.py       words to numbers                                  one pass over the text
-grams.py      every n-gram once, part by part                   a sort an order, in several processes
-tables.py     parts as one table, contexts found
+grams.py      every distinct n-gram, part by part               a sort for each order, in several processes
+tables.py     parts as one table; the context of each n-gram
 discounts.py  from counts of counts
 estimate.py   probabilities and back-off weights, order by order
-arpa_out.py   lines
+arpa_out.py   lines of the ARPA file
 """
 
 from __future__ import annotations
@@ -36,49 +36,49 @@ from megatrain.ngram.units import WORDS, spacing
 
 HIGHEST_ORDER = 10
 BASE_BYTES, WORD_BYTES, POSITION_BYTES = 200 << 20, 64, 76
-"""What the processes take without any text, for each word of the vocabulary, and for each position of a part, about."""
+"""Approximate memory of the processes: without any text, for each word of the vocabulary, and for each position of a part."""
 MOST_PARTS = 1 << 15
 
 
 class WorkerError(RuntimeError):
-    """A process that did a part of the work is gone."""
+    """A worker process died."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is made."""
+    """Settings of a model."""
 
     order: int = 5
     prune: tuple[int, ...] = ()
-    """n-grams that occur so often or less are left out, an order each; the last repeats. None: all stay."""
+    """For each order: n-grams that occur this often or less are pruned; the last value repeats. Empty: none are pruned."""
     fallback: tuple[float, float, float] | None = None
-    """Discounts of an order whose counts give none."""
+    """Discounts for an order whose counts give none; None: that is an error."""
     interpolate_unigrams: bool = True
     vocab_pad: int = 0
-    """As how many words the uniform distribution is spread at least."""
+    """The uniform distribution is spread over at least this many words."""
     memory: int = 1 << 30
-    """Bytes of all processes together."""
+    """Bytes of memory for all processes together."""
     workers: int = 1
     units: str = WORDS
-    """words, characters, or a tokenizer (units.py)."""
+    """Kind of units: words, characters, or a tokenizer (units.py)."""
     skip_symbols: bool = False
-    """Read the words <s>, </s> and <unk> of the text as blanks."""
+    """Whether to read the words <s>, </s> and <unk> in the text as blanks."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was made."""
+    """Figures of a fitted model."""
 
     tokens: int
-    """Words, sentence ends among them."""
+    """Number of words in the text, sentence ends included."""
     types: int
     counts: list[int]
-    """n-grams written, an order each."""
+    """n-grams written, for each order."""
     discounts: list[Discounts]
 
 
 def fit(inputs: Sequence[Path], output: Path, settings: Settings, temporary: Path | None = None) -> Fitted:
-    """Make the model of text files and write it, whole or not at all. Raises TextError, DiscountError, ValueError or OSError."""
+    """Fit a model to text files and write it, the whole file or nothing. Raises TextError, DiscountError, ValueError or OSError."""
     if not 1 <= settings.order <= HIGHEST_ORDER:
         raise ValueError(f"--order {settings.order} must lie in 1 .. {HIGHEST_ORDER}. Use for example --order 5.")
     if settings.vocab_pad and not settings.interpolate_unigrams:
@@ -137,7 +137,7 @@ def _fit(inputs: Sequence[Path], output: Path, settings: Settings, thresholds: t
 
 
 def _counted(parts: Sequence[Any], ids: Any, settings: Settings, work: Path) -> Iterator[PartCounts]:
-    """What each part tells, in order."""
+    """The counts of each part, in order."""
     count = partial(count_part, ids, order=settings.order, folder=work)
     if settings.workers == 1 or len(parts) == 1:
         yield from map(count, parts)
@@ -153,7 +153,7 @@ def _counted(parts: Sequence[Any], ids: Any, settings: Settings, work: Path) -> 
 
 @contextmanager
 def _opened(output: Path) -> Iterator[BinaryIO]:
-    """The file to write, whole or not at all, compressed where its name says so."""
+    """The output file, whole or nothing, compressed if its name ends in .gz."""
     with whole(output) as file:
         if output.suffix == ".gz":
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=4, mtime=0) as packed:

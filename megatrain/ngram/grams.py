@@ -1,12 +1,12 @@
-"""Every n-gram of a text once, with its counts, in suffix order: by the last word, then the one before, and so on to the first.
+"""Finds every distinct n-gram of a text with its counts, in suffix order: sorted by the last word, then the one before, up to the first.
 
-Word positions are dealt out by their last word into parts that fit in memory; n-grams that share a suffix are in one part, so a part knows
-all about its own. Within a part, order k follows from order k - 1:
+Word positions are divided by their last word into parts that fit in memory. n-grams that share a suffix are in one part, so a part can
+count its own completely. Within a part, order k follows from order k - 1:
 
     key of a position = (number of its (k-1)-gram) << 32 | word k - 1 places before it          one sort makes the k-grams of a part
 
-The number of a k-gram at a position is also written down in the order of positions: the prefix of the k-gram that ends at p is the
-(k-1)-gram that ends at p - 1, and this is how a context is found without comparing words (`contexts.py`).
+The number of the k-gram at each position is also written, in the order of positions. The prefix of the k-gram that ends at p is the
+(k-1)-gram that ends at p - 1: so contexts are found without comparing words (`tables.py`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatrain.ngram.column import Column
 from megatrain.ngram.text import BEGIN, END
 
 NONE = np.uint32(0xFFFFFFFF)
-"""No n-gram of this order ends here: it would begin before its sentence."""
+"""Stands for: no n-gram of this order ends here, as it would begin before its sentence."""
 SCAN = 1 << 20
-"""Word positions that are looked at at a time."""
+"""Number of word positions processed at a time."""
 SAMPLE, SAMPLED = 1 << 16, 1 << 22
-"""Positions of a stretch, and of all stretches, from which the words before common words are counted."""
+"""Positions in a stretch, and in all stretches, of the sample that counts the words before common words."""
 ANY = 1 << 32
-"""More than any number of a word."""
+"""Larger than any word number."""
 
 Ids = npt.NDArray[np.uint32]
 Counts = npt.NDArray[np.int64]
@@ -37,7 +37,7 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Part:
-    """Positions whose word is first_word .. end_word - 1, and the word before first_before .. end_before - 1."""
+    """Positions whose word is in first_word .. end_word - 1 and whose previous word is in first_before .. end_before - 1."""
 
     number: int
     first_word: int
@@ -47,7 +47,7 @@ class Part:
 
 
 def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[Part]:
-    """Parts of about `size` positions, by the counts of words; of a word that occurs more often, by the words before it."""
+    """Parts of about `size` positions, by ranges of words; positions of a more frequent word are divided by the word before."""
     found: list[Part] = []
     ends = np.cumsum(counts)
     first, before = 0, 0
@@ -62,7 +62,7 @@ def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[Part]
 
 
 def _cuts(ids: Column, words: npt.NDArray[np.int64], counts: Counts, size: int) -> dict[int, list[int]]:
-    """For each of these words, numbers of words before it that cut its positions into pieces of about `size`, as a sample tells."""
+    """For each of `words`: numbers of previous words at which to cut its positions into pieces of about `size`, from a sample."""
     seen: dict[int, list[Ids]] = {int(word): [] for word in words}
     total = len(ids)
     step = max(SAMPLE, total // (SAMPLED // SAMPLE))
@@ -82,12 +82,12 @@ def _cuts(ids: Column, words: npt.NDArray[np.int64], counts: Counts, size: int) 
 
 
 def _before(words: Ids) -> Ids:
-    """The words before others, as n-grams have them: BEGIN for the end of another sentence."""
+    """Previous words as n-grams have them: BEGIN in place of the END of the sentence before."""
     return np.where(words == END, np.uint32(BEGIN), words)
 
 
 def part_at(parts: list[Part], size: int) -> Callable[[Ids, Ids], npt.NDArray[np.uint16]]:
-    """A function of words and the words before them: the number of each one's part. size: of the vocabulary."""
+    """A function (words, words before them) -> the number of each position's part. size: of the vocabulary."""
     home = np.zeros(size, np.uint16)
     several: dict[int, list[Part]] = {}
     for part in reversed(parts):
@@ -108,37 +108,37 @@ def part_at(parts: list[Part], size: int) -> Callable[[Ids, Ids], npt.NDArray[np
 
 @dataclass(frozen=True)
 class PartFiles:
-    """What a part leaves in files, for orders k = 2 .. N; numbers of n-grams are those within the part."""
+    """The files of a part, for orders k = 2 .. N; n-grams are numbered within the part."""
 
     folder: Path
     part: Part
 
     def column(self, order: int, name: str) -> Column:
-        """`first` word, number of the `suffix` (for order 2 a word), `raw` and `adjusted` count of each n-gram in suffix order; and
-        `at`: the number of the n-gram at each of the part's positions, or NONE."""
+        """A column by name: for each n-gram in suffix order its `first` word, number of its `suffix` (a word for order 2), `raw` and
+        `adjusted` count; and `at`: for each of the part's positions the number of the n-gram that ends there, or NONE."""
         return Column(self.folder / f"{self.part.number}.{order}.{name}", np.uint32)
 
 
 @dataclass(frozen=True)
 class PartCounts:
-    """What a part tells of its n-grams."""
+    """The counts of a part's n-grams."""
 
     sizes: list[int]
-    """n-grams of order 2 .. N."""
+    """Number of n-grams of orders 2 .. N."""
     unigram_raw: Counts
-    """[words of the part]."""
+    """[words of the part] occurrences of each word."""
     unigram_children: Counts
-    """[words of the part] distinct words before each, <s> among them."""
+    """[words of the part] number of distinct words before each, <s> included."""
     counts_of_counts: Counts
-    """[N - 1, 5] for orders 2 .. N, n-grams of adjusted count 0 (none), 1, 2, 3, 4."""
+    """[N - 1, 5] for orders 2 .. N: number of n-grams with adjusted counts 0 (always none), 1, 2, 3, 4."""
     last: list[tuple[int, int, int]]
-    """(first word, raw, adjusted) of the last n-gram of order 2 .. N; (0, 0, 0) where there is none."""
+    """(first word, raw, adjusted) of the last n-gram of each order 2 .. N; (0, 0, 0) if there is none."""
 
 
 def part_positions(ids: Column, part: Part, order: int) -> Iterator[tuple[Ids, list[Ids]]]:
     """For each stretch of the text: [n] the part's words, and for j = 1 .. order - 1 the words j places before them.
 
-    BEGIN stands before a sentence, and NONE before that.
+    BEGIN stands for the start of the sentence, and NONE for places before that.
     """
     total, back = len(ids), order - 1
     for first in range(0, total, SCAN):
@@ -162,7 +162,7 @@ def part_positions(ids: Column, part: Part, order: int) -> Iterator[tuple[Ids, l
 
 
 def count_part(ids: Column, part: Part, order: int, folder: Path) -> PartCounts:
-    """Find the n-grams of a part and write its files."""
+    """Find the n-grams of a part and write its files; returns its counts."""
     files = PartFiles(folder, part)
     stretches = list(part_positions(ids, part, order))
     words = np.concatenate([stretch[0] for stretch in stretches])
@@ -175,7 +175,7 @@ def count_part(ids: Column, part: Part, order: int, folder: Path) -> PartCounts:
     sizes: list[int] = []
     last: list[tuple[int, int, int]] = []
     numbers = words - np.uint32(part.first_word)
-    held: tuple[Ids, Ids] | None = None  # first words and raw counts of the order before
+    held: tuple[Ids, Ids] | None = None  # first words and raw counts of the previous order
     where = np.arange(words.size)
     for k in range(2, order + 1):
         longer = before[k - 2][where] != NONE
@@ -205,7 +205,7 @@ def count_part(ids: Column, part: Part, order: int, folder: Path) -> PartCounts:
 
 
 def _ranked(keys: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.uint64], Ids]:
-    """Keys in order, and for each key the number of distinct ones below it."""
+    """Keys in order, and for each key the number of distinct smaller ones."""
     order = np.argsort(keys)
     ordered = keys[order]
     rank = np.zeros(keys.size, np.uint32)
@@ -224,7 +224,7 @@ def _finish(
     counts_of_counts: Counts,
     last: list[tuple[int, int, int]],
 ) -> None:
-    """Write the adjusted counts of an order: distinct words before each n-gram; its own count where nothing can stand before it."""
+    """Write the adjusted counts of an order: distinct words before each n-gram, or its own count where no word can stand before it."""
     firsts, raw = held
     adjusted = raw if extended is None else np.where(firsts == BEGIN, raw, extended.astype(np.uint32))
     files.column(order, "adjusted").append(adjusted)

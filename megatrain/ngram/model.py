@@ -1,11 +1,11 @@
-"""A model that can be asked: the probability of every word of many sentences at once.
+"""Scores text with an n-gram model: the probability of every word of many sentences at once.
 
-The n-grams of order k are found by (slot of their last k - 1 words, first word), so the longest n-gram that ends at a word is found by
-going back from the word, an order a lookup, for all words of a text together:
+The n-grams of order k are found by (slot of their last k - 1 words, first word). The longest n-gram that ends at a word is found from
+the word backwards, one lookup an order, for all words of a text together:
 
-    log p(w_i | ...) = p of the longest n-gram that ends at i, and of the longer contexts that end at i - 1 their back-off weights
+    log p(w_i | ...) = log p of the longest n-gram that ends at i + log back-off weights of the longer contexts that end at i - 1
 
-as everywhere back-off models are read (SRILM; KenLM, Heafield 2011). A context that is not stored weighs nothing.
+as usual for back-off models (SRILM; KenLM, Heafield 2011). A context that is not stored has a weight of 1.
 """
 
 from __future__ import annotations
@@ -27,48 +27,48 @@ BATCH_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Score:
-    """What a model makes of one line."""
+    """The score of one line."""
 
     log10: float
-    """log10 of its probability."""
+    """log10 of the line's probability."""
     tokens: int
-    """Words, and the end of the sentence where it counts."""
+    """Number of words, and the end of the sentence if it counts."""
     oov: int
-    """Words that the model does not know."""
+    """Number of words that the model does not know."""
     log10_oov: float = 0.0
-    """What these contribute to log10."""
+    """The part of log10 that comes from unknown words."""
 
     @property
     def perplexity(self) -> float:
-        """Of its tokens."""
+        """Perplexity per token."""
         return perplexity(self.log10, self.tokens)
 
 
 def perplexity(log10: float, tokens: float) -> float:
-    """10 ^ (-log10 / tokens), of at most 300 digits; 1 of no token."""
+    """10 ^ (-log10 / tokens), at most 10^300; 1 without tokens."""
     return float(10.0 ** min(-log10 / tokens, 300.0)) if tokens else 1.0
 
 
 @dataclass(frozen=True)
 class Order:
-    """The n-grams of one order; by word for order 1, by slot above."""
+    """The n-grams of one order: values by word number for order 1, by slot of the table above."""
 
     table: Table | None
     log10: npt.NDArray[np.float32]
     backoff: npt.NDArray[np.float32]
-    """log10; empty at the highest order."""
+    """log10 of the back-off weights; empty for the highest order."""
 
 
 class Lookup(Protocol):
-    """Word -> number."""
+    """The vocabulary as a function: words -> numbers."""
 
     def numbers(self, words: Any) -> Numbers:
-        """Of a pyarrow binary array; UNKNOWN for a word that is not there."""
+        """The number of each word of a pyarrow binary array; UNKNOWN for a word that the model lacks."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that scoring reads."""
+    """A model for scoring: n-grams of each order, and the vocabulary."""
 
     orders: Sequence[Order]
     words: Lookup
@@ -77,11 +77,11 @@ class Model:
 
     @property
     def order(self) -> int:
-        """The highest."""
+        """The highest order."""
         return len(self.orders)
 
     def score(self, lines: Iterable[str | bytes], *, bos: bool = True, eos: bool = True) -> Iterator[Score]:
-        """Each line's score. bos, eos: whether sentences begin and end; else they are pieces of text."""
+        """Each line's score. bos, eos: whether lines begin and end a sentence; else they are pieces of text."""
         batch: list[bytes] = []
         size = 0
         for line in lines:
@@ -102,7 +102,7 @@ class Model:
         return [Score(*row) for row in zip(*(column.tolist() for column in totals), strict=True)]
 
     def totals(self, text: Words, *, bos: bool = True, eos: bool = True) -> tuple[npt.NDArray[Any], ...]:
-        """Of each line: log10, tokens, words that are not known, log10 of these."""
+        """For each line: log10, number of tokens, number of unknown words, log10 of these."""
         numbers = np.full(text.line_ends.size, END, np.uint32)
         numbers[~text.line_ends] = self.words.numbers(text.words)
         line: npt.NDArray[np.int64] = np.cumsum(text.line_ends) - text.line_ends
@@ -118,7 +118,7 @@ class Model:
         )
 
     def log10(self, numbers: Numbers, ends: npt.NDArray[np.bool_], *, bos: bool = True) -> npt.NDArray[np.float64]:
-        """log10 of the probability of each word [n] after those before it in its sentence; `ends`: which words end one."""
+        """log10 of the probability of each word [n] given those before it in its sentence; `ends`: which words end a sentence."""
         first = np.concatenate([[True], ends[:-1]])
         place = np.arange(numbers.size) - np.maximum.accumulate(np.where(first, np.arange(numbers.size), 0))
         nodes: list[Slots] = [numbers]
@@ -136,7 +136,7 @@ class Model:
             result[here] = order.log10[found[here]]
             length[here] = k
             nodes.append(found)
-        # Contexts that end one word earlier and are longer than what was found with the word.
+        # Back-off weights of contexts that end one word earlier and are as long as the n-gram found, or longer.
         begin = self._begin_nodes()
         for k in range(1, self.order):
             context = np.concatenate([[MISSING], nodes[k - 1][:-1]]).astype(np.uint32)
@@ -146,25 +146,25 @@ class Model:
         return result
 
     def _begin_nodes(self) -> list[np.uint32]:
-        """The n-grams that end at the beginning of a sentence: <s> alone."""
+        """For each order: the n-gram that ends at the start of a sentence, which is <s> for order 1 and MISSING above."""
         return [np.uint32(BEGIN), *[MISSING] * (self.order - 1)]
 
 
 def _earlier(numbers: Numbers, place: npt.NDArray[np.int64], back: int, bos: bool) -> Numbers:
-    """[n] the word `back` places before each in its sentence; BEGIN just before its first, MISSING before that."""
+    """[n] the word `back` places before each word in its sentence; BEGIN just before the first, MISSING before that."""
     shifted = np.full(numbers.size, MISSING)
     shifted[back:] = numbers[: numbers.size - back] if back < numbers.size else numbers[:0]
     return np.where(place >= back, shifted, np.where((place == back - 1) & bos, np.uint32(BEGIN), MISSING)).astype(np.uint32)
 
 
 class HeldWords:
-    """Words in memory."""
+    """The vocabulary of a model read into memory."""
 
     def __init__(self, words: Any) -> None:
         self.words = words.cast(pyarrow().large_binary())
 
     def numbers(self, words: Any) -> Numbers:
-        """By arrow's own hash table."""
+        """The number of each word, by arrow's own hash table."""
         pa = pyarrow()
         encoded = words.dictionary_encode()
         found = pa.compute.index_in(encoded.dictionary.cast(pa.large_binary()), self.words)

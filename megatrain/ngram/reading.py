@@ -16,7 +16,7 @@ from megatrain.ngram.units import WORDS, spacing
 def load(path: str | Path, units: str = WORDS) -> Model:
     """The model of a file: `load(PATH).score(lines)`. Raises ArpaError, BinaryError, TokenizerError or OSError.
 
-    units: what it is a model of (`units.py`), as it was fitted with.
+    units: the units that the model was fitted with (`units.py`).
     """
     path = Path(path)
     with doing("reading", path):

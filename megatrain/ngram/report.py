@@ -1,4 +1,4 @@
-"""What `megatrain ngram score` prints: a line of JSON for each line of text, and one of all."""
+"""The output of `megatrain ngram score`: a line of JSON for each line of text, and one for all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatrain.ngram.text import line_blocks, require_text, split
 
 
 def report(model: Model, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
-    """Lines of JSON for a text file: log10, tokens, oov, perplexity; then the same of all, and without words that are not known.
+    """Lines of JSON for a text file: log10, tokens, oov, perplexity; then the totals, also without unknown words.
 
     Raises TextError or OSError.
     """

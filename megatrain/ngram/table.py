@@ -1,4 +1,4 @@
-"""A hash table of 64-bit keys that answers many questions at once: open addressing, linear probing, made and read by whole arrays."""
+"""A hash table of 64-bit keys for many lookups at once: open addressing, linear probing, built and read with array operations."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy.typing as npt
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 MISSING = np.uint32(0xFFFFFFFF)
 LOAD = 0.6
-"""Share of the slots that are taken at most."""
+"""Largest share of the slots that are used."""
 
 Keys = npt.NDArray[np.uint64]
 Slots = npt.NDArray[np.uint32]
 
 
 def slots_for(count: int) -> int:
-    """Slots of a table for so many keys: a power of 2."""
+    """Number of slots for `count` keys: a power of 2."""
     return 1 << max(4, int(np.ceil(np.log2(max(count, 1) / LOAD))))
 
 
 def _home(keys: Keys, slots: int) -> npt.NDArray[np.int64]:
-    """The slot where each key is looked for first (splitmix64's finaliser)."""
+    """The slot where the search for each key begins (splitmix64's finaliser)."""
     mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((mixed ^ (mixed >> np.uint64(31))) & np.uint64(slots - 1)).astype(np.int64)
 
 
 class TwiceError(ValueError):
-    """A key is there twice; `places` are those of two that are the same."""
+    """A key occurs twice; `places` are the two places."""
 
     def __init__(self, places: tuple[int, int]) -> None:
         super().__init__(f"keys {places[0]} and {places[1]} are the same")
@@ -38,7 +38,7 @@ class TwiceError(ValueError):
 
 
 def twins(keys: npt.NDArray[Any]) -> tuple[int, int]:
-    """Places of the first two keys [n] that are the same; there must be some."""
+    """Places of the first two equal keys of [n]; there must be some."""
     order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     first = same[int(order[same + 1].argmin())]
@@ -47,7 +47,7 @@ def twins(keys: npt.NDArray[Any]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Table:
-    """Keys by slot; EMPTY where there is none."""
+    """Keys by slot; EMPTY in free slots."""
 
     keys: Keys
 
@@ -62,7 +62,7 @@ class Table:
             free = held[at] == EMPTY
             if (held[at[~free]] == keys[waiting[~free]]).any():
                 raise TwiceError(twins(keys))
-            held[at[free]] = keys[waiting[free]]  # of several that want one slot, one gets it
+            held[at[free]] = keys[waiting[free]]  # of several keys for one slot, one gets it
             won = held[at] == keys[waiting]
             slots[waiting[won]] = at[won].astype(np.uint32)
             waiting, at = waiting[~won], (at[~won] + 1) & (size - 1)

@@ -1,4 +1,4 @@
-"""All n-grams of a text, part by part, as one table an order: numbers within parts become numbers of the whole, and contexts are found."""
+"""Joins the n-grams of all parts of a text into one table an order: numbers within parts become global, and contexts are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatrain.ngram.text import BEGIN, END, Corpus
 
 Ids = npt.NDArray[np.uint32]
 SCAN = 1 << 20
-"""Word positions that are looked at at a time."""
+"""Number of word positions processed at a time."""
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Tables:
     counts: list[PartCounts]
     folder: Path
     raw: npt.NDArray[np.int64] = field(init=False)
-    """[words] occurrences; of <unk> and <s> 0."""
+    """[words] occurrences; 0 for <unk> and <s>."""
     adjusted: npt.NDArray[np.int64] = field(init=False)
-    """[words] distinct words before each; with order 1 occurrences."""
+    """[words] number of distinct words before each; in a model of order 1 occurrences."""
 
     def __post_init__(self) -> None:
         size = self.corpus.vocabulary.size
@@ -44,24 +44,24 @@ class Tables:
         self._starts = {k: np.cumsum([0, *(found.sizes[k - 2] for found in self.counts)]) for k in range(2, self.order + 1)}
 
     def size(self, order: int) -> int:
-        """n-grams of an order, pruned ones among them."""
+        """Number of n-grams of an order, pruned ones included."""
         return self.corpus.vocabulary.size if order == 1 else int(self._starts[order][-1])
 
     def files(self, part: Part) -> PartFiles:
-        """Of a part."""
+        """The files of a part."""
         return PartFiles(self.folder, part)
 
     def span(self, order: int, part: Part) -> tuple[int, int]:
-        """Numbers of a part's n-grams of order 2 and more: first, end."""
+        """(first, end): the numbers of a part's n-grams of an order of 2 or more are first .. end - 1."""
         starts = self._starts[order]
         return int(starts[part.number]), int(starts[part.number + 1])
 
     def whole(self, order: int, name: str) -> Column:
-        """A column of float32 or uint32 over all n-grams of an order, in their order."""
+        """A column over all n-grams of an order: uint32 for `prefix`, else float32."""
         return Column(self.folder / f"all.{order}.{name}", np.uint32 if name == "prefix" else np.float32)
 
     def counts_of_counts(self, order: int) -> list[int]:
-        """How many n-grams have the adjusted count 0, 1, 2, 3, 4, with one that lmplz counts by its raw count (docs/ngram.md)."""
+        """Number of n-grams with adjusted counts 0, 1, 2, 3, 4, with the one that lmplz counts by its raw count (docs/ngram.md)."""
         if order == 1:
             found = np.bincount(np.minimum(self.adjusted[2:], 5), minlength=6)[:5]
         else:
@@ -75,7 +75,7 @@ class Tables:
         return counts
 
     def _last_suffixes(self) -> Iterator[tuple[int, int, int]]:
-        """(order, raw, adjusted) of the suffixes of the last n-gram in suffix order, up to the first that begins with <s>."""
+        """(order, raw, adjusted) of the suffixes of the last n-gram in suffix order, up to the first suffix that begins with <s>."""
         if self.order == 1 or not self.raw[2:].any():
             return
         word = int(np.flatnonzero(self.raw)[-1])
@@ -94,7 +94,7 @@ class Tables:
     def find_prefixes(self, order: int, held: int) -> None:
         """Write the `prefix` of every n-gram of an order: the number of the (order - 1)-gram that it begins with.
 
-        held: how many numbers may be in memory at a time.
+        held: number of values that may be in memory at a time.
         """
         column = self.whole(order, "prefix")
         if order == 2:
@@ -113,7 +113,7 @@ class Tables:
             column.append(prefix)
 
     def _at(self, order: int) -> Iterator[Ids]:
-        """The number of the n-gram that ends at each position of the text, a stretch at a time; NONE where there is none."""
+        """The number of the n-gram that ends at each position of the text, a stretch at a time; NONE if there is none."""
         part_of = part_at(self.parts, self.corpus.vocabulary.size)
         read = np.zeros(len(self.parts), np.int64)
         before = np.uint32(END)
@@ -134,12 +134,12 @@ class Tables:
 
 
 def kept(raw: npt.NDArray[np.uint32], threshold: int) -> npt.NDArray[np.bool_]:
-    """Which n-grams stay."""
+    """Whether pruning keeps each n-gram: whether it occurs more often than the threshold."""
     return raw > threshold
 
 
 def pruning(values: Sequence[int], order: int) -> tuple[int, ...]:
-    """The threshold of each order; missing ones repeat the last. Raises ValueError for thresholds that fall, or too many."""
+    """The threshold of each order; the last given repeats. Raises ValueError for decreasing or negative thresholds, or too many."""
     if len(values) > order:
         raise ValueError(f"--prune has {len(values)} thresholds, and the model's order is {order}. Give at most {order}.")
     padded = (*values, *[values[-1] if values else 0] * (order - len(values)))

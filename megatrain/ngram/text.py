@@ -2,8 +2,8 @@
 
     <unk> 0   <s> 1   </s> 2   then the words of the text in order of appearance        "a b\\n\\na\\n" -> 3 4 2 2 3 2
 
-Blanks are NUL, TAB, CR and space; everything else is part of a word, byte for byte: no case folding, no Unicode blanks, no repair of
-broken UTF-8. An empty line is a sentence. The end of the file ends the last line.
+Blanks are NUL, TAB, CR and space. All other bytes are part of a word: no case folding, no Unicode blanks, no repair of broken UTF-8. An
+empty line is a sentence. The end of the file ends the last line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LINE_FEED = 10
 
 
 class TextError(ValueError):
-    """A text that no model can be made of; the message says where and what to do."""
+    """A text that no model can be fitted to; the message says where and what to do."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Words:
     words: Any
     """pyarrow binary array."""
     line_ends: npt.NDArray[np.bool_]
-    """[words + line ends] which of both each is."""
+    """[words + line ends] True for a line end, False for a word."""
 
 
 def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[Words]:
-    """The text of a file in pieces of about CHUNK_BYTES, cut at blanks; a last line without an end gets one."""
+    """The text of a file in pieces of about CHUNK_BYTES, cut at blanks; a last line without a line end gets one."""
     rest, last = b"", _LINE_FEED
     while data := file.read(CHUNK_BYTES):
         on_bytes(len(data))
@@ -61,7 +61,7 @@ def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None
 
 
 def line_blocks(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[bytes]:
-    """A file in blocks of whole lines; a last line without an end gets one."""
+    """A file in blocks of whole lines; a last line without a line end gets one."""
     rest: list[bytes] = []
     while data := file.read(CHUNK_BYTES):
         on_bytes(len(data))
@@ -75,13 +75,13 @@ def line_blocks(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count:
 
 
 def require_text(file: BufferedReader, path: Path) -> None:
-    """Raise TextError for an opened file whose first bytes say that it is something else; broken UTF-8 is text here."""
+    """Raise TextError if the first bytes of an opened file show that it is not text; broken UTF-8 is accepted."""
     if said := not_text(file.peek(HEAD_BYTES)[:HEAD_BYTES]):
         raise TextError(f"{path}: {said}")
 
 
 def split(data: bytes) -> Words:
-    """The words of bytes that end with a blank."""
+    """The words and line ends of bytes that end with a blank or a line end."""
     buffer = np.frombuffer(data, np.uint8)
     inside = ~_BLANK[buffer]
     before = np.zeros_like(inside)
@@ -98,16 +98,16 @@ def split(data: bytes) -> Words:
 
 
 class Vocabulary:
-    """Words and their numbers. Memory: the words themselves, and 16 bytes each."""
+    """Words and their numbers. Takes memory for the words themselves, and 16 bytes for each."""
 
     def __init__(self) -> None:
         self._pieces: list[Any] = [pyarrow().array(SPECIAL, pyarrow().binary())]
         self._hashes = np.zeros(0, np.int64)
-        """Sorted."""
+        """Hashes of the words, sorted."""
         self._numbers = np.zeros(0, np.uint32)
-        """Of each hash."""
+        """Word number for each hash."""
         self._twins: dict[bytes, int] = {}
-        """Words whose hash another word has."""
+        """Words that share their hash with another word -> number."""
         self._all: Any = None
         self.size = len(SPECIAL)
 
@@ -121,13 +121,13 @@ class Vocabulary:
         return self._all
 
     def numbers(self, words: Any) -> npt.NDArray[np.uint32]:
-        """[n] numbers of words; those that are new get the next ones."""
+        """[n] numbers of words; new words get the next numbers."""
         encoded = words.dictionary_encode()
         distinct = encoded.dictionary
         return self._of_distinct(distinct)[encoded.indices.to_numpy(zero_copy_only=False)]
 
     def finish(self) -> None:
-        """No more words come: what finds them is not needed any more."""
+        """Free the memory for finding words; no more words may follow."""
         _ = self.words
         self._hashes, self._numbers, self._twins = self._hashes[:0], self._numbers[:0], {}
 
@@ -149,7 +149,7 @@ class Vocabulary:
         return found
 
     def _settle_twin(self, texts: list[bytes], found: npt.NDArray[np.uint32], place: int) -> None:
-        """A word whose hash another one has: chance makes one in 10^12 texts."""
+        """Number a word that shares its hash with another, which happens by chance in one of 10^12 texts."""
         word = texts[place]
         if word not in self._twins:
             self._twins[word] = self.size
@@ -169,13 +169,13 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as numbers."""
+    """A text as word numbers."""
 
     ids: Column
-    """uint32; each sentence ends in END."""
+    """Word numbers, uint32; each sentence ends in END."""
     vocabulary: Vocabulary
     counts: npt.NDArray[np.int64]
-    """[vocabulary] how often each number occurs."""
+    """[vocabulary] occurrences of each word."""
 
 
 def number_text(
@@ -185,9 +185,9 @@ def number_text(
     space: Callable[[bytes], bytes] | None = None,
     skip_symbols: bool = False,
 ) -> Corpus:
-    """Number the words of files, one after another. Raises TextError for words that models keep for themselves.
+    """Number the words of files, one after another. Raises TextError for the words <s>, </s> and <unk>, which are reserved.
 
-    space: puts blanks between the units of whole lines; None: they are there. skip_symbols: those words are blanks instead.
+    space: puts blanks between the units of whole lines; None: units are words. skip_symbols: reserved words are blanks instead.
     """
     vocabulary, ids = Vocabulary(), Column(work / "ids", np.uint32)
     special = pyarrow().array(SPECIAL, pyarrow().binary())
@@ -211,7 +211,7 @@ def number_text(
 
 
 def _without_special(piece: Words) -> Words:
-    """Words and line ends without the words that models keep for themselves."""
+    """Words and line ends without the reserved words."""
     pa = pyarrow()
     stays = pa.compute.invert(pa.compute.is_in(piece.words, pa.array(SPECIAL, pa.binary())))
     kept = np.ones(piece.line_ends.size, bool)

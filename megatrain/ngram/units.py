@@ -1,10 +1,10 @@
-"""What the words of a model are: those of the text, its characters, or the tokens of a tokenizer.
+"""The units that a model counts as its words: words of the text, characters, or the tokens of a tokenizer.
 
-    words             what lies between blanks: also any segmentation that somebody made
-    characters        every character but blanks: Chinese without a segmentation
+    words             text between blanks, such as the output of any word segmenter
+    characters        every character but blanks, such as for Chinese without segmentation
     tokenizer.json    the tokens of each line, as numbers; `bytes`: its bytes
 
-A block of text becomes one in which those units lie between blanks; lines stay lines.
+`spacing` puts blanks between the units of a block of text; line ends stay.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 
 Spaced = Callable[[bytes], bytes]
-"""Whole lines -> whole lines with blanks between units."""
+"""Function: whole lines -> whole lines with blanks between units."""
 
 WORDS = "words"
 CHARACTERS = "characters"
@@ -35,7 +35,7 @@ def _as_they_are(block: bytes) -> bytes:
 
 
 def _characters(block: bytes) -> bytes:
-    """Bytes that are no UTF-8 stay as they are, one by one."""
+    """Blanks between characters; bytes that are not UTF-8 become units one by one."""
     return " ".join(block.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
