@@ -1,1 +1,1 @@
-"""From text files to batches: numpy only, no torch."""
+"""The data pipeline from text files to batches: uses numpy, not torch."""

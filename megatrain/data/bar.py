@@ -1,4 +1,4 @@
-"""A bar with the time left for work on files, where a person watches; nothing for a log file, and none without `rich`."""
+"""A progress bar with the time left for work on files, on a terminal with `rich` installed; nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def bar(name: str, total: int, *, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """A function to call with what was done since the last call, of `total`.
+    """A function to call with the amount done since its last call, out of `total`.
 
-    in_bytes: what is counted are bytes, shown as such; such a bar goes when it is done.
+    in_bytes: the amounts are bytes and shown as such; this bar is removed when it is done.
     """
     if not sys.stderr.isatty():
         yield lambda _count: None
         return
     try:
-        from rich.console import Console  # noqa: PLC0415  only people pay for the import
+        from rich.console import Console  # noqa: PLC0415  imported only on a terminal
         from rich.progress import (  # noqa: PLC0415
             BarColumn,
             DownloadColumn,

@@ -1,12 +1,11 @@
-"""What counting alone achieves: the numbers that a trained model's held-out loss is read beside.
+"""Baselines from counts of tokens and pairs, to compare a trained model's held-out loss with.
 
     unigram              p(y)   = (c(y) + 1) / (N + V)
     interpolated bigram  p(y|x) = l c(xy) / c(x) + (1 - l) (c(y) + 1) / (N + V),   l the best of 0.5 .. 0.9 on the held-out text
 
-c counts the N positions that the run trained on: pairs of a token x and the token y after it, within a sample; V is the
-vocabulary. A token x that was never seen says nothing about its successor, so there p(y|x) is the unigram's: l = 0, and it sums
-to 1 as it must.
-Every cross-entropy is in nats a token, over exactly the positions that the model is evaluated on.
+c counts the N positions that the run trained on: pairs of a token x and the next token y within a sample. V is the vocabulary size. For
+a token x that was never seen p(y|x) is the unigram's (l = 0), so that it sums to 1.
+Every cross-entropy is in nats per token, over exactly the positions that the model is evaluated on.
 """
 
 from __future__ import annotations
@@ -28,39 +27,39 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Counts of what a run trained on."""
+    """Counts over the positions that a run trained on."""
 
     vocab_size: int
     total: int
-    """N, positions trained on."""
+    """N, the number of positions trained on."""
     contexts: Ids
-    """[V] c(x): how often each token stood before a trained position."""
+    """[V] c(x): number of trained positions whose input is each token."""
     labels: Ids
-    """[V] c(y): how often each token was the one to predict."""
+    """[V] c(y): number of trained positions whose label is each token."""
     pairs: Ids
-    """[distinct] x V + y of every pair seen, rising."""
+    """[distinct] x V + y of every pair seen, ascending."""
     pair_counts: Ids
     """[distinct] c(xy)."""
 
 
 @dataclass(frozen=True)
 class Unigram:
-    """Held-out numbers of the unigram, nats a token."""
+    """Entropies of the held-out text by unigrams, nats per token."""
 
     cross_entropy: float
-    """Of the held-out text under the add-one unigram of the training text: what a model that ignores context can reach."""
+    """Cross-entropy under the add-one unigram of the training text: what a model without context can reach."""
     own_entropy: float
-    """Of the held-out text's own token frequencies: the least that any unigram, even one fitted on this text, could reach."""
+    """Entropy of the held-out text's own token frequencies: a lower bound for any unigram."""
 
 
 @dataclass(frozen=True)
 class Bigram:
-    """Held-out numbers of the interpolated bigram."""
+    """Cross-entropy of the held-out text under the interpolated bigram."""
 
     cross_entropy: float
-    """Nats a token."""
+    """Nats per token."""
     mixture: float
-    """The l of MIXTURES that gave it."""
+    """The l of MIXTURES with this cross-entropy, the lowest."""
 
 
 def consumed_rows(samples: Samples, consumed: int) -> Iterator[Ids]:
@@ -70,7 +69,7 @@ def consumed_rows(samples: Samples, consumed: int) -> Iterator[Ids]:
 
 
 def held_out_pairs(held_out: HeldOut, sequences: int = 0) -> tuple[Ids, Ids]:
-    """(x, y), each [positions]: the pairs that evaluation scores in its first `sequences` sequences (0: all)."""
+    """(x, y), each [positions]: the pairs that evaluation scores in the first `sequences` held-out sequences (0: all)."""
     contexts, labels = [], []
     for n in range(min(len(held_out), sequences) if sequences else len(held_out)):
         tokens, labelled = held_out.sample(n)
@@ -80,7 +79,7 @@ def held_out_pairs(held_out: HeldOut, sequences: int = 0) -> tuple[Ids, Ids]:
 
 
 def count_pairs(rows: Iterable[Ids] | Ids, vocab_size: int) -> PairCounts:
-    """Counts the pairs within samples [n, s+1], one array or a chunk at a time. Raises ValueError for ids >= vocab_size."""
+    """Counts of the pairs within samples [n, s+1], given as one array or in chunks. Raises ValueError for ids >= vocab_size."""
     contexts, labels = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
     parts: list[tuple[Ids, Ids]] = []
     for chunk in [rows] if isinstance(rows, np.ndarray) else rows:
@@ -90,21 +89,21 @@ def count_pairs(rows: Iterable[Ids] | Ids, vocab_size: int) -> PairCounts:
         contexts += np.bincount(x, minlength=vocab_size)
         labels += np.bincount(y, minlength=vocab_size)
         parts.append(_distinct(x * vocab_size + y, np.ones(x.size, np.int64)))
-        if sum(keys.size for keys, _ in parts[1:]) > parts[0][0].size:  # merging sorts: only when the whole has doubled
+        if sum(keys.size for keys, _ in parts[1:]) > parts[0][0].size:  # merging sorts, so merge only when the size has doubled
             parts = [_merged(parts)]
     pairs, pair_counts = _merged(parts)
     return PairCounts(vocab_size, int(labels.sum()), contexts, labels, pairs, pair_counts)
 
 
 def unigram_entropy(counts: PairCounts, labels: Ids) -> Unigram:
-    """The unigram's numbers on held-out `labels` [positions]."""
+    """Entropies of held-out `labels` [positions] by unigrams."""
     own = np.bincount(labels, minlength=counts.vocab_size)
     share = own[own > 0] / labels.size
     return Unigram(float(-np.log(_unigram(counts, labels)).mean()), float(-(share * np.log(share)).sum()))
 
 
 def interpolated_bigram(counts: PairCounts, contexts: Ids, labels: Ids, mixtures: Sequence[float] = MIXTURES) -> Bigram:
-    """The bigram's numbers on held-out pairs, `contexts` [positions] before `labels` [positions]."""
+    """The bigram's cross-entropy on held-out pairs: `contexts` [positions], each followed by `labels` [positions]."""
     pair = contexts * counts.vocab_size + labels
     place = np.minimum(np.searchsorted(counts.pairs, pair), max(counts.pairs.size - 1, 0))
     together = np.where(counts.pairs[place] == pair, counts.pair_counts[place], 0) if counts.pairs.size else np.zeros(pair.size)
@@ -126,7 +125,7 @@ def _unigram(counts: PairCounts, labels: Ids) -> npt.NDArray[np.float64]:
 
 
 def _distinct(keys: Ids, values: Ids) -> tuple[Ids, Ids]:
-    """The distinct keys, rising, with the sums of their values."""
+    """The distinct keys, ascending, with the sums of their values."""
     if not keys.size:
         return keys, values
     order = np.argsort(keys)
@@ -136,7 +135,7 @@ def _distinct(keys: Ids, values: Ids) -> tuple[Ids, Ids]:
 
 
 def _merged(parts: Sequence[tuple[Ids, Ids]]) -> tuple[Ids, Ids]:
-    """Several lists of distinct keys and sums as one."""
+    """Several lists of distinct keys with their sums, merged into one."""
     if not parts:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     return _distinct(np.concatenate([keys for keys, _ in parts]), np.concatenate([values for _, values in parts]))

@@ -1,7 +1,7 @@
-"""`Batch`: one rank's share of a global batch; and how next-token samples become one.
+"""`Batch`: one rank's share of a global batch; and the functions that make one from next-token samples.
 
-Places of the global batch are dealt to data-parallel ranks micro-batch by micro-batch (`loader.py`). What a sample teaches is a matter of
-`compose`: next tokens here, blanks in `samples/glm.py`.
+Places in the global batch are dealt to data-parallel ranks micro-batch by micro-batch (`loader.py`). A `Compose` function turns samples
+into a batch with labels: next tokens here, blanks in `samples/glm.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Samples(Protocol):
         """Tokens [seq_length + 1] of sample n >= 0."""
 
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """[seq_length + 1] number of each token's document within sample n, not falling; asked for where documents are isolated."""
+        """[seq_length + 1] number of each token's document within sample n, not decreasing; used where documents are isolated."""
 
     def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
-        """Prompts and their answers, where sample n is made of such; None where it is text."""
+        """(prompt, answer) pairs if sample n consists of those; None if it is text."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +34,29 @@ class Batch:
     tokens: npt.NDArray[np.int64]
     """[m, b, s] token ids."""
     labels: npt.NDArray[np.int64]
-    """[m, b, s] the id that each position should predict; arbitrary where the weight is 0."""
+    """[m, b, s] the id that each position predicts; arbitrary where the weight is 0."""
     loss_weights: npt.NDArray[np.float32]
-    """[m, b, s] 0 where a position does not count."""
+    """[m, b, s] weight of each position in the loss; 0 where it does not count."""
     positions: npt.NDArray[np.int64]
     """[m, b, s] place of each token in its sequence."""
     places: npt.NDArray[np.int64]
     """[m, b] place of each sequence in the global batch."""
     documents: npt.NDArray[np.int64] | None = None
-    """[m, b, s] number of each token's document in its sequence, where documents are isolated from each other."""
+    """[m, b, s] number of each token's document in its sequence; None unless documents are isolated from each other."""
     block_positions: npt.NDArray[np.int64] | None = None
-    """[m, b, s] second position: place within a blank's text, from 1; 0 outside."""
+    """[m, b, s] second position: place within the text of a blank, from 1; 0 in part A."""
     prefix: npt.NDArray[np.int64] | None = None
-    """[m, b] number of first tokens that all see; with documents [m, b, s], for each token the place where those of its document end."""
+    """[m, b] number of first tokens that all see. With documents [m, b, s]: for each token the place after those of its document."""
     kinds: npt.NDArray[np.int64] | None = None
-    """[m, b] which of several objectives each sequence was made for."""
+    """[m, b] number of the objective that each sequence is for."""
 
 
 Compose = Callable[[Samples, int, npt.NDArray[np.int64]], Batch]
-"""(samples, consumed, places [m, b]) -> the batch of samples consumed + places."""
+"""Function: (samples, consumed, places [m, b]) -> the batch of samples consumed + places."""
 
 
 def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:
-    """[m, b] the places of the global batch that fall to one data-parallel rank. Raises ValueError when they do not divide."""
+    """[m, b] one data-parallel rank's places in the global batch. Raises ValueError when the sizes do not divide."""
     if min(global_batch_size, micro_batch_size, dp_size) < 1 or not 0 <= dp_rank < dp_size:
         raise ValueError(
             f"train.global_batch_size={global_batch_size}, train.micro_batch_size={micro_batch_size} and the data-parallel "
@@ -72,21 +72,21 @@ def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp
 
 
 def next_token(samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
-    """Each token is to be predicted from those before it."""
+    """A batch in which every position predicts the next token."""
     rows = rows_of(samples.sample, consumed, places)
     positions = positions_of(places, rows.shape[-1] - 1)
     return batch_of(rows, np.ones(positions.shape, np.float32), positions, places)
 
 
 def isolated_documents(samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
-    """As `next_token`, within each document alone."""
+    """As `next_token`, but documents do not see each other, and no position predicts across documents."""
     return isolated(next_token(samples, consumed, places), rows_of(samples.document_numbers, consumed, places))
 
 
 def rows_of(
     read: Callable[[int], npt.NDArray[np.int64]], consumed: int, places: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """[m, b, n] what `read` gives for every place."""
+    """[m, b, n] `read(consumed + place)` for every place [m, b]."""
     return np.stack([read(consumed + int(place)) for place in places.flat]).reshape(*places.shape, -1)
 
 
@@ -101,12 +101,12 @@ def batch_of(
 
 
 def positions_of(places: npt.NDArray[np.int64], seq_length: int) -> npt.NDArray[np.int64]:
-    """[m, b, s] 0..s-1 in each sequence."""
+    """[m, b, s] positions 0 .. s-1 for each sequence."""
     return np.broadcast_to(np.arange(seq_length, dtype=np.int64), (*places.shape, seq_length)).copy()
 
 
 def isolated(batch: Batch, numbers: npt.NDArray[np.int64]) -> Batch:
-    """The batch with its documents, `numbers` [m, b, s + 1], apart from each other."""
+    """The batch with its documents, numbered by `numbers` [m, b, s + 1], isolated from each other."""
     documents, following = numbers[..., :-1], numbers[..., 1:]
     starts = np.diff(documents, axis=-1, prepend=documents[..., :1] - 1) > 0
     first = np.maximum.accumulate(np.where(starts, batch.positions, 0), axis=-1)

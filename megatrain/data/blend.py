@@ -1,6 +1,6 @@
-"""Weighted blends: which corpus sample n comes from, and which of its samples it is, without counting up to n.
+"""Weighted blends: the corpus that sample n comes from, and the sample's number there, without counting up to n.
 
-Two corpora are easy: after n samples the first has had round(w n), the other the rest, and neither is ever more than half a
+Two corpora are easy: after n samples the first has given round(w n), the other the rest, and neither is ever more than half a
 sample away from its share. More corpora are split in two groups by the same rule, and each group again:
 
               n samples                  weights 0.5, 0.3, 0.2
@@ -12,13 +12,13 @@ sample away from its share. More corpora are split in two groups by the same rul
 
 Each answer is a walk down this tree in exact integer arithmetic: a pure function of n, with nothing to store and no drift.
 
-How far off. Let e be the error of a group of weight w (its count minus its share). A part of weight v = r w gets round(r *
+Error bound. Let e be the error of a group of weight w (its count minus its share). A part of weight v = r w gets round(r *
 count), so its error is r e plus at most 1/2 from rounding. Summed down the tree a corpus is off by at most 1/2 + r (1/2 + r'
-(1/2 + ...)), which `Blend.bound` gives for the weights at hand: 1/2 for two corpora, and less than 1 for three and four,
-whose tree has two levels. For any number it is less than 2: a set can always be split so that each part of more than one
-corpus has at most 2/3 of the weight (the heaviest corpus alone if it has a third or more; otherwise corpora are moved over,
-one by one, until their part holds a third), so a group is off by less than 1/2 (1 + 2/3 + 4/9 + ...) = 3/2, and a corpus by
-less than 1/2 + 3/2. (Less than 1 for any number can be had, Tijdeman, Discrete Mathematics 32 (1980) 323, but by stepping
+(1/2 + ...)), which `Blend.bound` gives for the actual weights: 1/2 for two corpora, and less than 1 for three and four,
+whose tree has two levels. For any number of corpora it is less than 2: a set can always be split so that each part of more than
+one corpus has at most 2/3 of the weight (the heaviest corpus alone if it has a third or more; otherwise corpora are moved over,
+one by one, until their part has a third), so a group is off by less than 1/2 (1 + 2/3 + 4/9 + ...) = 3/2, and a corpus by
+less than 1/2 + 3/2. (A bound of 1 for any number is possible, Tijdeman, Discrete Mathematics 32 (1980) 323, but only by stepping
 through all n.)
 """
 
@@ -33,7 +33,7 @@ from math import isfinite, lcm
 
 @dataclass(frozen=True)
 class _Node:
-    """A group of corpora that is split in two: `share` of `total` goes to the left."""
+    """A group of corpora split in two: `share` / `total` of its samples go to the left part."""
 
     left: _Node | int
     right: _Node | int
@@ -41,7 +41,7 @@ class _Node:
     total: int
 
     def left_count(self, n: int) -> int:
-        """How many of the first n samples of this group go left: share / total * n, rounded half up."""
+        """Number of the first n samples of this group that go left: share / total * n, rounded half up."""
         return (2 * self.share * n + self.total) // (2 * self.total)
 
 
@@ -67,7 +67,7 @@ class Blend:
         trees = [self._tree(heaviest_first, split) for split in (self._by_weight, self._by_number)]
         self._root = min(trees, key=self._error)
         self.bound = float(self._error(self._root))
-        """No corpus is ever further than this from its share, in samples."""
+        """Largest difference, in samples, between any corpus's count and its share."""
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -82,7 +82,7 @@ class Blend:
         return node, n
 
     def counts(self, n: int) -> list[int]:
-        """How many of the first n samples each corpus gives."""
+        """Number of samples that each corpus gives among the first n."""
         result = [0] * len(self)
         pending = [(self._root, n)]
         while pending:
@@ -98,7 +98,7 @@ class Blend:
         return sum(self._weights[i] for i in corpora)
 
     def _tree(self, corpora: list[int], split: Callable[[list[int]], int]) -> _Node | int:
-        """The tree over `corpora` (heaviest first), each set divided where `split` says."""
+        """The tree over `corpora` (heaviest first), each set divided at the index that `split` returns."""
         if len(corpora) == 1:
             return corpora[0]
         at = split(corpora)
@@ -106,12 +106,12 @@ class Blend:
         return _Node(self._tree(left, split), self._tree(right, split), self._weight(left), self._weight(corpora))
 
     def _by_weight(self, corpora: list[int]) -> int:
-        """The fewest of the heaviest that have a third of the weight."""
+        """The smallest number of heaviest corpora that together have a third of the weight."""
         third = Fraction(self._weight(corpora), 3)
         return 1 + sum(left < third for left in accumulate(self._weights[i] for i in corpora[:-1]))
 
     def _by_number(self, corpora: list[int]) -> int:
-        """Half of them."""
+        """Half of the corpora."""
         return len(corpora) // 2
 
     def _error(self, node: _Node | int, inherited: Fraction = Fraction(0)) -> Fraction:

@@ -1,11 +1,11 @@
-"""Which tokens end and begin a document: each maker of tokenizers has names of its own for them.
+"""The tokens that end and begin a document, for which each maker of tokenizers has names of its own.
 
-end       what was asked for (`data.eod`, `--eod`), else eos_token of tokenizer_config.json or special_tokens_map.json beside the
+end       the one asked for (`data.eod`, `--eod`), else eos_token of tokenizer_config.json or special_tokens_map.json beside the
           tokenizer, else eos_token_id of generation_config.json, else a special token with one of the names in ENDS
-begin     what was asked for (`data.bos`, `--bos`), else bos_token, which is put first where tokenizer_config.json says
-          add_bos_token, or the tokenizer.json itself puts it before a text and nothing behind
+begin     the one asked for (`data.bos`, `--bos`), else bos_token, which is put first if tokenizer_config.json says
+          add_bos_token, or if the tokenizer.json itself adds tokens only before a text, this one among them
 
-Where several could be meant, nobody guesses: the error names them.
+If several tokens are possible, it is an error that names them.
 """
 
 from __future__ import annotations
@@ -20,77 +20,77 @@ from megatrain.files import HEAD_BYTES, not_text
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "[EOS]")
-"""GPT-2, BLOOM's and LLaMA 2's, LLaMA 3, DeepSeek, Gemma. The first is nobody's name for anything else and wins."""
+"""Names of GPT-2, BLOOM and LLaMA 2, LLaMA 3, DeepSeek, Gemma, and BERT-like ones. The first has no other use, and wins."""
 BEGINNINGS = ("<s>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos>", "[BOS]", "<|startoftext|>")
 NONE = "none"
-"""Asked for: no such token."""
+"""Value of data.eod and data.bos: no such token."""
 TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
 Asked = int | str | None
-"""An id, a name or `none`; None: to be found."""
+"""A token asked for: an id, a name or `none`; None: to be found."""
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that cannot be loaded, trained or used so; the message says which and what to do."""
+    """A tokenizer that cannot be loaded, trained or used in this way; the message says which one and what to do."""
 
 
 class Names(Protocol):
-    """What can say how a token is called."""
+    """Something that has names for tokens."""
 
     def name_of(self, token: int) -> str:
         """The name of a token."""
 
 
 class Vocabulary(Names, Protocol):
-    """What is asked of a tokenizer here."""
+    """The functions of a tokenizer that are used here."""
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The tokenizer's name in messages."""
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
 
     def id_of(self, name: str) -> int | None:
-        """The id of a token of this name, special or not."""
+        """The id of the token of this name, special or not; None if there is none."""
 
     def special_id(self, name: str) -> int | None:
-        """The id of a special token of this name."""
+        """The id of the special token of this name; None if there is none."""
 
     def template(self) -> tuple[int, ...]:
-        """The tokens that the file itself puts before a text, where it puts none behind."""
+        """The tokens that the file itself adds before a text; () if it adds any after it."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """What ends a document."""
+    """The tokens that end a document."""
 
     eod: int | None
     stops: tuple[int, ...] = ()
-    """Tokens at which a text that is written ends: eod, and what generation_config.json lists."""
+    """Tokens at which generated text ends: eod, and those of generation_config.json."""
     origin: str = ""
-    """Where it was found."""
+    """The place where eod was found, for messages."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What begins a document."""
+    """The tokens that begin a document."""
 
     bos: int | None
-    """Would begin one, whether it is put first or not."""
+    """The token for the beginning, whether it is put there or not."""
     first: int | None = None
-    """Is put before a document: bos, or nothing."""
+    """The token put before each document: bos, or None."""
     opening: tuple[int, ...] = ()
-    """What is put before a prompt: that, or all that the tokenizer.json puts before a text."""
+    """The tokens put before a prompt: `first`, or all that the tokenizer.json adds before a text."""
     origin: str = ""
-    """Why it is put first."""
+    """Why they are put first, for messages."""
 
 
 def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None) -> Ending:
-    """What ends a document. folder: where files beside the tokenizer lie; asked: `data.eod`.
+    """The tokens that end a document. folder: directory of the files beside the tokenizer; asked: `data.eod`.
 
-    Raises TokenizerError where several tokens could be meant, or what is said is not there.
+    Raises TokenizerError if several tokens are possible, or the one asked for does not exist.
     """
     if asked == NONE:
         return Ending(None, (), f"eod={NONE}")
@@ -100,7 +100,7 @@ def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None
 
 
 def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None) -> Beginning:
-    """What begins a document; as `find_ending`, asked: `data.bos`."""
+    """The tokens that begin a document; as `find_ending`, asked: `data.bos`."""
     if asked is not None:
         begin, origin = _asked(vocabulary, "bos", asked)
         return Beginning(begin, begin, () if begin is None else (begin,), origin)
@@ -116,7 +116,7 @@ def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: Asked = N
 
 
 def token_of(vocabulary: Vocabulary, asked: int | str) -> int | None:
-    """The id of a token that is named, or given as an id in digits; None where there is none."""
+    """The id of a token given by name, or as an id in digits; None if there is no such token."""
     named = vocabulary.id_of(asked) if isinstance(asked, str) else None
     if named is not None:
         return named
@@ -125,7 +125,7 @@ def token_of(vocabulary: Vocabulary, asked: int | str) -> int | None:
 
 
 def shown(names: Names, tokens: Sequence[int]) -> str:
-    """Tokens for people: '<s>' (1)."""
+    """Tokens as text for messages: '<s>' (1)."""
     return ", ".join(f"'{names.name_of(token)}' ({token})" for token in tokens)
 
 
@@ -147,7 +147,7 @@ def _known(vocabulary: Vocabulary) -> str:
 
 
 def _end(vocabulary: Vocabulary, folder: Path | None, generation: tuple[int, ...]) -> tuple[int | None, str]:
-    """What ends a document, by what lies beside the tokenizer or by name."""
+    """(token that ends a document, where it was found), from the files beside the tokenizer or by name; (None, "") if there is none."""
     declared = _declared(vocabulary, folder, "eos_token")
     if len(set(declared.values())) > 1:
         raise _several(vocabulary, declared.values(), " and ".join(declared))
@@ -169,7 +169,7 @@ def _end(vocabulary: Vocabulary, folder: Path | None, generation: tuple[int, ...
 
 
 def _begin(vocabulary: Vocabulary, folder: Path | None, template: tuple[int, ...]) -> int | None:
-    """What would begin a document, by what lies beside the tokenizer, what it puts first, or by name."""
+    """The token that begins a document, from the files beside the tokenizer, the tokens that it adds, or by name; None if there is none."""
     declared = _declared(vocabulary, folder, "bos_token")
     known = [token for name in BEGINNINGS if (token := vocabulary.special_id(name)) is not None]
     generation = _ids(vocabulary, _said(folder, GENERATION).get("bos_token_id"))
@@ -178,7 +178,7 @@ def _begin(vocabulary: Vocabulary, folder: Path | None, template: tuple[int, ...
 
 
 def _declared(vocabulary: Vocabulary, folder: Path | None, role: str) -> dict[str, int]:
-    """What the files beside a tokenizer call its `role`: file -> id."""
+    """File beside the tokenizer -> the id that it gives for `role`. Raises TokenizerError for a token that does not exist."""
     found: dict[str, int] = {}
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
         name = _said(folder, file).get(role)
@@ -197,7 +197,7 @@ def _declared(vocabulary: Vocabulary, folder: Path | None, role: str) -> dict[st
 
 
 def _ids(vocabulary: Vocabulary, given: Any) -> tuple[int, ...]:
-    """Ids of generation_config.json, one or a list; those that the tokenizer does not have say nothing of it."""
+    """The ids in a value of generation_config.json, one or a list, without those that the tokenizer lacks."""
     listed = given if isinstance(given, list) else [given]
     return tuple(n for n in listed if type(n) is int and 0 <= n < vocabulary.vocab_size)
 
@@ -211,7 +211,7 @@ def _several(vocabulary: Vocabulary, tokens: Any, origin: str) -> TokenizerError
 
 
 def _said(folder: Path | None, file: str) -> dict[str, Any]:
-    """A JSON object beside a tokenizer, which may be missing. Raises TokenizerError where it cannot be read."""
+    """A JSON object in a file beside the tokenizer; {} if the file is missing. Raises TokenizerError if it cannot be read."""
     if folder is None:
         return {}
     try:

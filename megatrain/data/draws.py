@@ -1,7 +1,7 @@
-"""Random numbers of the data: a stream for each key, the same on every machine and numpy release.
+"""Random numbers for the data: a stream for each key, the same on every machine and with every numpy release.
 
-Number i of a stream is a hash of (key, i) (splitmix64, Steele et al., OOPSLA 2014), so a batch is a function of its keys alone and
-there is no state to save. numpy's generators are not used because numpy does not promise the same stream in its next release (NEP 19).
+Number i of a stream is a hash of (key, i) (splitmix64, Steele et al., OOPSLA 2014), so a batch is a function of its keys alone and there is
+no state to save. numpy's generators are not used because numpy does not promise the same stream in its next release (NEP 19).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def hash64_each(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def mixed(*key: int) -> int:
-    """One number of several."""
+    """One number made of several."""
     state = 0
     for part in key:
         state = hash64((state + GOLDEN + part) & MASK)
@@ -36,7 +36,7 @@ def mixed(*key: int) -> int:
 
 
 def hashes(state: int, first: int, count: int) -> npt.NDArray[np.uint64]:
-    """[count] hashes number first .. first + count - 1 of a stream; no two are equal."""
+    """[count] numbers first .. first + count - 1 of the stream with this state; no two are equal."""
     return hash64_each(np.arange(first + 1, first + count + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(state))
 
 

@@ -1,4 +1,4 @@
-"""Held-out text: each token judged once, in order, in batches of one shape on every rank."""
+"""Held-out text: each token is evaluated once, in order, in batches of one shape on every rank."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from megatrain.data.indexed import TokenStore, TokenStoreError
 
 
 class Evaluated(Protocol):
-    """What can be evaluated."""
+    """A validation set: samples to evaluate on."""
 
     stores: tuple[TokenStore, ...]
 
     def __len__(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
 
     def batch(self, first: int, places: npt.NDArray[np.int64]) -> Batch:
         """Samples first + places [m, b]; those past the end have loss weight 0."""
 
 
 class HeldOut:
-    """Held-out text, each token predicted once and in order: sample i is tokens i s .. i s + s of a store, the last one short.
+    """Held-out text, each token predicted once and in order: sample i is tokens i s .. i s + s of a store; the last one is short.
 
-    Several stores are interleaved in proportion to their sizes, so that an evaluation cut short has seen a part of each; their
-    weights play no role. Raises TokenStoreError when there is nothing to predict, or an id lies outside the vocabulary (of a
-    large store at the batch).
+    Several stores are interleaved in proportion to their sizes, so that an evaluation of few batches sees parts of all; corpus weights are
+    not used. Raises TokenStoreError when there is nothing to predict, or an id lies outside the vocabulary (for a large store, when the
+    batch is made).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class HeldOut:
         return int(self._owner.size)
 
     def sample(self, n: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Tokens [seq_length + 1] of sample n, zeros past the end of the text, and how many of its labels are text."""
+        """Tokens [seq_length + 1] of sample n, zeros past the end of the text, and the number of its labels that are text."""
         corpus, begin = int(self._owner[n]), int(self._within[n]) * self.seq_length
         store, vocab_size = self.stores[corpus], self._checked_vocabs[corpus]
         piece = store.data[begin : begin + self.seq_length + 1]
@@ -63,12 +63,12 @@ class HeldOut:
         return tokens, piece.size - 1
 
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """[seq_length + 1] number of each token's document within sample n; made with isolate_documents."""
+        """[seq_length + 1] number of each token's document within sample n; only with isolate_documents."""
         corpus, begin = int(self._owner[n]), int(self._within[n]) * self.seq_length
         return np.searchsorted(self._ends[corpus], np.arange(begin, begin + self.seq_length + 1), side="right")
 
     def batch(self, first: int, places: npt.NDArray[np.int64]) -> Batch:
-        """Samples first + places [m, b]; past the end zeros with loss weight 0."""
+        """Samples first + places [m, b]; past the end tokens are 0, with loss weight 0."""
         positions = positions_of(places, self.seq_length)
         rows = np.zeros((places.size, self.seq_length + 1), np.int64)
         numbers = np.zeros_like(rows)
@@ -86,7 +86,7 @@ class HeldOut:
 def build_held_out(
     corpora: Sequence[CorpusConfig], seq_length: int, vocab_size: int | None = None, isolate_documents: bool = False
 ) -> dict[str, HeldOut]:
-    """The held-out text of `data.valid`, by name of the set. Raises TokenStoreError as `HeldOut` and `TokenStore` do."""
+    """Name of each validation set of `data.valid` -> its held-out text. Raises TokenStoreError as `HeldOut` and `TokenStore` do."""
     stores: dict[str, list[TokenStore]] = {}
     for corpus in corpora:
         stores.setdefault(corpus.set, []).append(TokenStore(corpus.path))
@@ -96,10 +96,10 @@ def build_held_out(
 def evaluation_batches(
     held_out: Evaluated, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, limit: int = 0
 ) -> Iterator[Batch]:
-    """One rank's batches over the held-out text, once and in order, at most `limit` global batches of it (0: all).
+    """One rank's batches over the held-out text, once and in order; at most `limit` global batches (0: all).
 
-    Every rank gets the same number of batches, all of one shape; places past the end carry zeros with loss weight 0. Raises
-    ValueError when the sizes do not divide.
+    Every rank gets the same number of batches, all of one shape; places past the end have tokens 0 with loss weight 0. Raises ValueError
+    when the sizes do not divide.
     """
     places = batch_places(global_batch_size, micro_batch_size, dp_rank, dp_size)
     batches = -(-len(held_out) // global_batch_size)

@@ -1,7 +1,7 @@
-"""What tells a run's texts from others, wherever they lie: sizes, and a hash of blocks that are spread evenly over each file.
+"""Identity of a run's texts, independent of their paths: sizes, and a hash of blocks spread evenly over each file.
 
-A store of any size costs the reading of 5 MiB at most, a small one is read whole. Another text, other answers or another tokenizer are
-noticed; a few tokens changed in the midst of a large store may not be.
+Of a store of any size at most 5 MiB are read; a small one is read whole. Another text, other answers or another tokenizer are
+noticed; a few tokens changed in the middle of a large store may not be.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.indexed import store_paths
 
 BLOCKS, BLOCK_BYTES = 128, 2**14
-"""Blocks of a file that are read; a file of no more bytes is read whole."""
+"""Blocks of a file that are hashed; a file of at most BLOCKS * BLOCK_BYTES is hashed whole."""
 _INDEX_BYTES = 2**20
-"""Of the beginning of an index, which has a hash of its own: all that releases before had of a store, besides its sizes."""
+"""The beginning of an index is also hashed by itself: with the sizes this is the whole identity in earlier releases."""
 
 
 def identity_of(config: Config) -> dict[str, Any]:
-    """What the texts and the tokenizer of a config are, as plain JSON. Raises OSError."""
+    """Identity of the texts and the tokenizer of a config, as plain JSON. Raises OSError."""
     data = config.data
     return {
         "data": [_corpus_identity(corpus) for corpus in data.train],
@@ -32,12 +32,12 @@ def identity_of(config: Config) -> dict[str, Any]:
 
 
 def _corpus_identity(corpus: CorpusConfig) -> list[Any]:
-    """[text, weight], and the answers where there are such."""
+    """[identity of the text, weight], and the identity of the answers if there are any."""
     return [store_identity(corpus.path), corpus.weight, *([] if corpus.answers is None else [store_identity(corpus.answers)])]
 
 
 def store_identity(prefix: str | Path) -> str:
-    """Bytes of index and tokens, hash of the beginning of the index, hash of what `sampled` has of both."""
+    """Sizes of index and tokens in bytes, hash of the beginning of the index, hash of the `sampled` blocks of both."""
     tokens, index = store_paths(prefix)
     with index.open("rb") as file:
         beginning = file.read(_INDEX_BYTES)
@@ -46,7 +46,7 @@ def store_identity(prefix: str | Path) -> str:
 
 
 def sampled(path: Path) -> bytes:
-    """A small file, or the blocks of a large one: the first, the last, and others evenly between."""
+    """The contents of a small file, or blocks of a large one: the first, the last, and others evenly between."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= BLOCKS * BLOCK_BYTES:
@@ -63,13 +63,13 @@ def _hash_of(data: bytes) -> str:
 
 
 def same_store(was: str, now: str) -> bool:
-    """Whether a store is the one that it was, as far as the older of two identities tells: it may lack the last hash."""
+    """Whether two identities are of the same store; an older identity may lack the last hash."""
     parts = was.split("-")
     return now.split("-")[: len(parts)] == parts
 
 
 def other_corpora(was: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]], corpora: Sequence[CorpusConfig]) -> Iterator[str]:
-    """What is another in training data: identities of before and of now, and where the corpora of now lie."""
+    """The differences in training data, as text. was, now: identities; corpora: the present ones, for names."""
     if len(was) != len(now):
         yield f"data.train has {len(now)} corpora, and had {len(was)}"
         return
@@ -79,12 +79,12 @@ def other_corpora(was: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]], co
             yield f"{name}={corpus.path} is another text: {before[0]} -> {after[0]}"
         if before[1] != after[1]:
             yield f"{name}.weight: {before[1]} -> {after[1]}"
-        if before[0].count("-") == after[0].count("-"):  # older releases did not look at answers
+        if before[0].count("-") == after[0].count("-"):  # older releases did not record answers
             then, here = (row[2] if len(row) > 2 else None for row in (before, after))
             if then != here:
                 yield f"{name}.answers={corpus.answers} are others: {then} -> {here}"
 
 
 def other_judged(was: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> bool:
-    """Whether held-out texts are others than they were."""
+    """Whether held-out texts differ from those before."""
     return len(was) != len(now) or any(a[0] != b[0] or not same_store(a[1], b[1]) for a, b in zip(was, now, strict=True))

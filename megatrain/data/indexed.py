@@ -1,22 +1,22 @@
-"""Token stores: Megatron's `PREFIX.bin` + `PREFIX.idx`, written and memory-mapped byte for byte.
+r"""Token stores: Megatron's `PREFIX.bin` + `PREFIX.idx`, written and memory-mapped byte for byte.
 
-`PREFIX.bin` is every token of every sequence back to back, little-endian, no header. `PREFIX.idx` says where they lie:
+`PREFIX.bin` is every token of every sequence back to back, little-endian, no header. `PREFIX.idx` has the places of sequences in it:
 
     offset            bytes   content
-    0                 9       magic b"MMIDIDX\\0\\0"
+    0                 9       magic b"MMIDIDX\0\0"
     9                 8       <Q version, always 1
     17                1       <B dtype code (1 uint8, 2 int8, 3 int16, 4 int32, 5 int64, 8 uint16)
     18                8       <Q S, number of sequences
     26                8       <Q D, number of documents + 1
     34                4 S     int32 length of each sequence, in tokens
     34 +  4 S         8 S     int64 byte offset of each sequence in .bin
-    34 + 12 S         8 D     int64 first sequence of each document, closed by S
+    34 + 12 S         8 D     int64 first sequence of each document, followed by S
 
 (Megatron-LM, `megatron/core/datasets/indexed_dataset.py`.) The arrays start at byte 34 and are therefore not aligned: they are
-read through `frombuffer`, never through a cast pointer. Here a document is one sequence when written; read, it may be several.
+read through `frombuffer`, never through a cast pointer. A document written here is one sequence; one that is read may be several.
 
-fairseq's index (MMapIndexedDataset, of which Megatron's was made) has no documents: neither D nor the last array, so its arrays start at
-byte 26. It is read, a sequence a document.
+fairseq's index (MMapIndexedDataset, from which Megatron's was made) has no documents: neither D nor the last array, so its arrays start at
+byte 26. It is read with every sequence as a document.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ OTHER_CODES = {
     9: "uint32 of fairseq, which megatrain does not read",
     10: "uint64 of fairseq, which megatrain does not read",
 }
-"""What others write; 6 and 7 are float32 and float64, in either order."""
+"""Dtype codes that other programs write, and why they are refused; 6 and 7 are float32 and float64, in either order."""
 VERIFY_AT_OPEN = 1 << 24
 """Stores up to this many tokens have every id checked when they are opened (tens of milliseconds)."""
 CHECK_CHUNK = 1 << 22
@@ -80,7 +80,7 @@ def store_paths(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def record_path(prefix: str | Path) -> Path:
-    """The file that says what a store was made with (data/store_record.py)."""
+    """The file that records how a store was made (data/store_record.py)."""
     return Path(f"{prefix}.meta.json")
 
 
@@ -97,7 +97,7 @@ class TokenStoreWriter:
     """Writes a store document by document, and publishes it whole or not at all.
 
     Tokens go to temporary files beside the target; `publish` syncs them to disk and renames .bin, then .idx, so a store exists
-    exactly when its .idx does. As a context manager it publishes on a clean exit and removes its files on an exception.
+    exactly when its .idx does. As a context manager it publishes on a clean exit, and removes its files on an exception.
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
@@ -115,7 +115,7 @@ class TokenStoreWriter:
         self._record = record_path(prefix)
         self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx, self._record)]
         self.record: str | None = None
-        """What the store was made with, to be kept beside it."""
+        """Text of the record of how the store was made, to be written beside it; None for none."""
         with doing("writing", self._bin):
             self._file = self._temporary[0].open("wb")
         self._lengths: list[npt.NDArray[np.int32]] = []
@@ -134,7 +134,7 @@ class TokenStoreWriter:
         self.end_documents(lengths)
 
     def write(self, tokens: npt.NDArray[np.integer]) -> None:
-        """Appends ids [n] that belong to a document `end_documents` will close: for documents too long to hold at once."""
+        """Appends ids [n] of a document that a later `end_documents` ends: for documents too long for memory."""
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             kind = f"{tokens.dtype}{list(tokens.shape)}"
             raise TokenStoreError(f"{self.prefix}: tokens must be a flat array of integers, not {kind}.")
@@ -144,7 +144,9 @@ class TokenStoreWriter:
         self.tokens += tokens.size
 
     def end_documents(self, lengths: Tokens) -> None:
-        """Divides the tokens written since the last document's end into documents of `lengths` [n]; a rest stays open."""
+        """Divides the tokens written since the last document's end into documents of `lengths` [n]; the rest belongs to the next
+        document.
+        """
         sizes = np.asarray(lengths, dtype=np.int64)
         if sizes.size == 0:
             return
@@ -163,7 +165,7 @@ class TokenStoreWriter:
         self._closed += int(sizes.sum())
 
     def _narrow(self, tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
-        """`tokens` in the store's dtype, contiguous; refuses ids that would wrap."""
+        """`tokens` in the store's dtype, contiguous. Raises TokenStoreError for ids that do not fit it."""
         if tokens.dtype != self.dtype and tokens.size:
             limits = np.iinfo(self.dtype)
             low, high = int(tokens.min()), int(tokens.max())
@@ -197,7 +199,7 @@ class TokenStoreWriter:
         if self.record is not None:
             with doing("writing", self._record):
                 self._temporary[2].write_text(self.record, encoding="utf-8")
-        # An older index must not stand beside the new tokens, not even for a moment.
+        # An older index must never be beside the new tokens.
         self._idx.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
         self._temporary[0].replace(self._bin)
@@ -208,7 +210,7 @@ class TokenStoreWriter:
 
     def abort(self) -> None:
         """Removes what was written; a published store of the same name stays as it is."""
-        with contextlib.suppress(OSError):  # a full disk fails the last flush too, and the file goes anyway
+        with contextlib.suppress(OSError):  # on a full disk closing fails too; the file is removed anyway
             self._file.close()
         for path in self._temporary:
             path.unlink(missing_ok=True)
@@ -230,7 +232,7 @@ class TokenStoreWriter:
 
 
 class TokenStore:
-    """A store, memory-mapped and kept open: opening reads the index once, tokens are read when they are touched.
+    """A store, memory-mapped and kept open: opening reads the index; tokens are read when they are used.
 
     `len(store)` is the number of sequences. Raises TokenStoreError when the files are missing, damaged or of another format.
     """
@@ -256,7 +258,7 @@ class TokenStore:
         self._index = index
         self.documents = self.document_indices.size - 1
         self.without_documents = document_rows is None
-        """Whether the index knows sequences alone, as fairseq writes it."""
+        """Whether the index has no documents, as fairseq writes it."""
         self._check_index()
         self.data: npt.NDArray[np.integer] = np.frombuffer(_map(self.bin_path), self.dtype)
         """[tokens] every token of the store, in the order of the file."""
@@ -277,13 +279,13 @@ class TokenStore:
         return self.data[begin : begin + int(self.lengths[i])]
 
     def document_bounds(self, i: int) -> tuple[int, int]:
-        """First token and end of document i, as places in `data`. Raises IndexError."""
+        """(first, end): document i is `data[first:end]`. Raises IndexError."""
         if not 0 <= i < self.documents:
             raise IndexError(f"{self.prefix}: document {i} is not in 0..{self.documents - 1}")
         return self._token_offset(int(self.document_indices[i])), self._token_offset(int(self.document_indices[i + 1]))
 
     def document(self, i: int) -> npt.NDArray[np.integer]:
-        """View of document i: its sequences one after the other. Raises IndexError."""
+        """View of document i, all its sequences. Raises IndexError."""
         begin, end = self.document_bounds(i)
         return self.data[begin:end]
 
@@ -293,7 +295,7 @@ class TokenStore:
         return np.diff(ends) // self.dtype.itemsize
 
     def identity(self) -> str:
-        """Hex digest of the index and the sizes of both files: what an index of samples depends on."""
+        """Hash (hex) of the index and the sizes of both files, on which an index of samples depends."""
         digest = hashlib.sha256(self._index)
         digest.update(struct.pack("<QQ", len(self._index), self.data.nbytes))
         return digest.hexdigest()
@@ -301,7 +303,7 @@ class TokenStore:
     def check_ids(self, begin: int, end: int, vocab_size: int) -> None:
         """Raises TokenStoreError, naming file and offset, if a token of data[begin:end] is not in 0..vocab_size-1."""
         for start in range(begin, end, CHECK_CHUNK):
-            # Seen as unsigned, a negative id is a huge one, and one maximum checks both ends.
+            # As unsigned numbers negative ids are huge, so one maximum checks both ends.
             piece = self.data[start : min(start + CHECK_CHUNK, end)].view(f"<u{self.dtype.itemsize}")
             if int(piece.max()) >= vocab_size:
                 place = start + int(np.argmax(piece >= vocab_size))
@@ -312,7 +314,7 @@ class TokenStore:
                 )
 
     def verify_ids(self, vocab_size: int) -> bool:
-        """Checks every id where that is cheap; True when no id can be out of range, False when batches must be checked.
+        """Checks every id if that is cheap; True when no id can be out of range, False when ids must be checked batch by batch.
 
         Raises TokenStoreError as `check_ids` does.
         """
@@ -324,11 +326,11 @@ class TokenStore:
         return True
 
     def _token_offset(self, sequence: int) -> int:
-        """Place in `data` where `sequence` starts; the end of `data` for the sequence after the last."""
+        """Index in `data` at which `sequence` starts; the end of `data` for the sequence after the last."""
         return int(self.byte_offsets[sequence]) // self.dtype.itemsize if sequence < len(self) else self.tokens
 
     def _check_index(self) -> None:
-        """The arrays of the index agree with each other and with the size of .bin."""
+        """Raises TokenStoreError unless the arrays of the index agree with each other and with the size of .bin."""
         if self.lengths.size and int(self.lengths.min()) < 0:
             bad = int(self.lengths.argmin())
             raise _damaged(self.idx_path, f"sequence {bad} has length {int(self.lengths[bad])}")
@@ -355,13 +357,13 @@ class TokenStore:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
-    """The file as read-only memory; an empty file, which cannot be mapped, as empty bytes."""
+    """The file as read-only memory; empty bytes for an empty file, which cannot be mapped."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
 def _missing(prefix: str, path: Path) -> str:
-    """What to say when `path` is not there."""
+    """The message if the file `path` of a store is missing."""
     hint = f"`megatrain data tokenize --output {prefix}` writes it."
     if prefix.endswith((".bin", ".idx")):
         hint = f"A store is named by its prefix: use {prefix[:-4]}."
@@ -369,13 +371,13 @@ def _missing(prefix: str, path: Path) -> str:
 
 
 def _damaged(path: Path, what: str) -> TokenStoreError:
-    """The error of an index that contradicts itself."""
+    """The error for an index that contradicts itself."""
     return TokenStoreError(f"{path} is damaged: {what}. Copy the store again or tokenise again.")
 
 
 def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, int, int | None]:
-    """(dtype, where the arrays start, sequences S, document rows D or None where fairseq wrote it) of an index whose size agrees
-    with them. Raises TokenStoreError."""
+    """(dtype, offset of the arrays, sequences S, document rows D or None for fairseq's format) of an index whose size agrees with
+    them. Raises TokenStoreError."""
     if said := pointer(index[:HEAD_BYTES]):
         raise TokenStoreError(f"{path}: {said}")
     if index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
@@ -417,7 +419,7 @@ def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, i
     if len(index) != expected or document_rows < 1:
         state = "truncated" if len(index) < expected else "damaged"
         rows = f"{document_rows} document rows make {expected} (without documents, as fairseq writes it, {bare})"
-        if document_rows > len(index):  # no documents, but two lengths
+        if document_rows > len(index):  # fairseq's format: two lengths were read as D
             rows = f"fairseq's header of {FAIRSEQ_HEADER.size} bytes make {bare}"
             state = "truncated" if len(index) < bare else "damaged"
         raise TokenStoreError(
@@ -427,7 +429,7 @@ def _read_header(path: Path, index: mmap.mmap | bytes) -> tuple[np.dtype, int, i
 
 
 def describe(prefix: str | Path) -> str:
-    """What is in a store, as text for people (`megatrain data inspect`). Raises TokenStoreError as opening does."""
+    """A description of a store's contents (`megatrain data inspect`). Raises TokenStoreError as opening does."""
     store = TokenStore(prefix)
     rows = [
         f"token store {store.prefix}",

@@ -1,4 +1,4 @@
-"""Batches: a pure function of how many samples were consumed, so that a run resumes from one integer on any layout.
+"""Batches as a pure function of the number of samples consumed, so that a run resumes from one integer under any layout.
 
 The global batch after `consumed` samples is samples consumed .. consumed + G - 1; the place of a sequence is its number within
 the batch. Places are dealt to data-parallel ranks micro-batch by micro-batch:
@@ -7,7 +7,7 @@ the batch. Places are dealt to data-parallel ranks micro-batch by micro-batch:
                           micro-batch 0      0 1         2 3
                           micro-batch 1      4 5         6 7
 
-so any data-parallel size trains on the same sequences, and each carries its place, which is what dropout is keyed by.
+so any data-parallel size trains on the same sequences, and each carries its place, which dropout masks are a function of.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatrain.data.samples.pairs import PairSamples
 
 
 class _Pending:
-    """A batch being built on a thread of its own; an error waits there until the batch is asked for."""
+    """A batch being built in a thread of its own; an error is raised when the batch is asked for."""
 
     def __init__(self, loader: Loader, consumed: int) -> None:
         self.consumed = consumed
@@ -48,11 +48,11 @@ class _Pending:
             self._error = error
 
     def wait(self) -> None:
-        """Until the thread has ended."""
+        """Block until the thread has ended."""
         self._thread.join()
 
     def result(self) -> Batch:
-        """The batch. Raises what building it raised."""
+        """The batch. Raises the error that building it raised."""
         self._thread.join()
         if self._batch is None:
             raise self._error or RuntimeError(f"the batch after {self.consumed} samples was never built")
@@ -60,10 +60,10 @@ class _Pending:
 
 
 class Loader:
-    """One data-parallel rank's batches, the next one prepared while the caller works on this one.
+    """One data-parallel rank's batches; the next one is prepared while the caller works on this one.
 
-    `global_batch_size` and `micro_batch_size` count sequences; the first may be a function of the samples consumed.
-    Raises ValueError when sizes do not divide.
+    `global_batch_size` and `micro_batch_size` count sequences; the first may be a function of the samples consumed. Raises ValueError when
+    sizes do not divide.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Loader:
         *,
         compose: Compose = next_token,
     ) -> None:
-        """compose: what becomes of the samples."""
+        """compose: turns samples into batches."""
         self.samples, self.compose = samples, compose
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         self.batch_size = global_batch_size if callable(global_batch_size) else lambda _: global_batch_size
@@ -90,9 +90,9 @@ class Loader:
         return batch_places(self.batch_size(consumed), self.micro_batch_size, self.dp_rank, self.dp_size)
 
     def batch(self, consumed: int) -> Batch:
-        """The batch after `consumed` samples of the whole run (all ranks), and starts on the one after it.
+        """The batch after `consumed` samples of the whole run (all ranks). Then starts to build the next one in a thread.
 
-        Raises TokenStoreError for a token outside the vocabulary, and whatever reading raised, in whichever thread.
+        Raises TokenStoreError for a token outside the vocabulary, and any error of reading, in whichever thread it happened.
         """
         began = time.perf_counter()
         pending, self._pending = self._pending, None
@@ -121,7 +121,7 @@ class Loader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Closes."""
+        """Closes the loader."""
         self.close()
 
 
@@ -143,7 +143,7 @@ class BlendedSamples:
         return self.corpora[corpus].document_numbers(place)
 
     def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
-        """Prompts and answers of sample n, where its corpus has such."""
+        """Prompts and answers of sample n, if its corpus has them; else None."""
         corpus, place = self.blend.place(n)
         return self.corpora[corpus].pairs(place)
 

@@ -1,7 +1,7 @@
-"""What a config's `data` section trains and judges on: samples of text, and what becomes of them, by `data.objective`.
+"""The samples and batches that a config's `data` section trains and evaluates on, by `data.objective`.
 
-next_token    seq_length + 1 tokens; each is predicted from those before it
-glm           text_length tokens; blanks are predicted from what is around them (docs/glm.md)
+next_token    seq_length + 1 tokens; each is predicted from those before it glm           text_length tokens; blanks are predicted from the
+text around them (docs/glm.md)
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from megatrain.data.store_record import require_made_with
 from megatrain.data.tokenizer import Tokenizer
 
 LOOKED_AT = 1024
-"""Documents of a store that tell whether its documents end in eos."""
+"""Number of documents of a store that are checked for whether they end in eos."""
 JUDGED = 13
-"""What a stream of draws is for: held-out text."""
+"""Purpose of a stream of random numbers, as part of its key: held-out text."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """How text becomes batches."""
+    """Turns text into batches, for one objective."""
 
     compose: Compose
     sample_length: int
-    """Tokens of a sample, less the one that it shares with the next."""
+    """Tokens of a sample, without the one that it shares with the next."""
     text_vocab: int
-    """Ids of text are below."""
+    """Vocabulary size of text: its ids are below."""
     judged: Callable[[HeldOut], dict[str, Evaluated]]
-    """Held-out text -> what is evaluated on it, by name."""
+    """Function: held-out text -> the validation sets made of it, by name."""
 
 
 def source_of(config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, closed: bool = True) -> Source:
-    """The source of a config. closed: documents of its stores end in eos. Raises ValueError for what no text fits."""
+    """The source of a config. closed: whether documents of its stores end in eos. Raises ValueError if no text fits."""
     data, seq_length = config.data, config.model.seq_length
     if data.objective == "next_token":
         compose = isolated_documents if data.isolate_documents else next_token
@@ -76,7 +76,7 @@ def source_of(config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, c
 def open_sources(
     config: Config, vocab_size: int, tokenizer: Tokenizer | None, *, train: bool = True
 ) -> tuple[Source, BlendedSamples | None, dict[str, Evaluated]]:
-    """The source of a config, its training samples (unless not asked for), and what is evaluated, by name.
+    """The source of a config, its training samples (None unless `train`), and its validation sets by name.
 
     Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError.
     """
@@ -98,7 +98,7 @@ def open_sources(
 
 
 def _require_made_with(corpora: Sequence[CorpusConfig], tokenizer: Tokenizer, data: DataConfig, eos: int | None) -> None:
-    """Raise TokenStoreError where a store was made with another tokenizer, or with other tokens around its documents."""
+    """Raise TokenStoreError if a store was made with another tokenizer, or with other tokens around its documents."""
     for path in (path for corpus in corpora for path in (corpus.path, corpus.answers)):
         if path is not None and record_path(path).exists():
             require_made_with(TokenStore(path), tokenizer, data, eos)
@@ -109,7 +109,7 @@ def _joined(name: str, kind: str) -> str:
 
 
 def _closed(paths: Sequence[str], eos: int) -> bool:
-    """Whether documents end in eos; of those that were looked at, all do or none does. Raises ValueError where it is mixed."""
+    """Whether documents end in eos, from the first of each store. Raises ValueError if some do and some do not."""
     ended: dict[bool, str] = {}
     for path in paths:
         store = TokenStore(path)
@@ -126,7 +126,7 @@ def _closed(paths: Sequence[str], eos: int) -> bool:
 
 
 def _by_objective(held_out: HeldOut, plan: Plan) -> dict[str, Evaluated]:
-    """Held-out text with the blanks of each objective that the mix has."""
+    """Held-out text with the blanks of each objective that the mix has, by objective."""
     mix = plan.config.objective_mix
     return {kind: GlmHeldOut(held_out, plan, number) for number, kind in enumerate(KINDS) if getattr(mix, kind) > 0}
 
@@ -135,7 +135,7 @@ class GlmHeldOut:
     """Held-out text with the blanks of one objective: the same blanks at every evaluation."""
 
     def __init__(self, held_out: HeldOut, plan: Plan, kind: int) -> None:
-        """held_out: made with isolate_documents, of text_length - 1 tokens a sample."""
+        """held_out: with isolate_documents, and text_length - 1 tokens a sample."""
         config = replace(plan.config, short_seq_prob=0.0, blank=replace(plan.config.blank, decoder_noise_prob=0.0))
         self.held_out, self.kind, self.stores = held_out, kind, held_out.stores
         self.plan = replace(plan, config=replace(config, loss_norm="global_tokens"), answers=False)

@@ -1,10 +1,10 @@
-"""What a token store was made with: `PREFIX.meta.json` beside `.bin` and `.idx`.
+"""The record of how a token store was made: `PREFIX.meta.json` beside `.bin` and `.idx`.
 
     {"tokenizer": "llama/tokenizer.json", "identity": "9f86d0...", "vocab_size": 32000,
      "eod": 2, "eod_token": "</s>", "bos": 1, "bos_token": "<s>", "documents": 1651, "tokens": 8735040}
 
-eod is null where documents have no end, bos where they have no beginning. Stores of other programs have no such file, and whatever is
-trained on them is taken to fit.
+eod is null if no token ends documents, bos if none begins them. Stores of other programs have no such file, and are assumed to fit the
+run's tokenizer.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from megatrain.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class StoreRecord:
-    """How a store was made."""
+    """The tokenizer and boundary tokens that a store was made with."""
 
     tokenizer: str
     """The path that was given, or `bytes`."""
     identity: str
-    """Of the tokenizer."""
+    """Identity of the tokenizer (`Tokenizer.identity`)."""
     vocab_size: int
     eod: int | None
-    """The last token of every document."""
+    """The last token of every document; None if there is none."""
     eod_token: str | None
     bos: int | None
-    """The first token of every document."""
+    """The first token of every document; None if there is none."""
     bos_token: str | None
     documents: int
     tokens: int
 
     def text(self) -> str:
-        """As the file has it."""
+        """The contents of the file."""
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
@@ -50,7 +50,7 @@ def record_of(tokenizer: Tokenizer, eod: int | None, bos: int | None, documents:
 
 
 def read_record(store: TokenStore) -> StoreRecord | None:
-    """The record of a store; None where it has none. Raises TokenStoreError where it is damaged or of another store."""
+    """The record of a store; None if it has none. Raises TokenStoreError if it is damaged or of another store."""
     path = record_path(store.prefix)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def read_record(store: TokenStore) -> StoreRecord | None:
 
 
 def describe(prefix: str) -> str:
-    """What is in a store and what it was made with, as text for people (`megatrain data inspect`). Raises TokenStoreError."""
+    """A description of a store's contents and record (`megatrain data inspect`). Raises TokenStoreError."""
     said = indexed.describe(prefix)
     record = read_record(TokenStore(prefix))
     if record is None:
@@ -85,9 +85,9 @@ def describe(prefix: str) -> str:
 
 
 def require_made_with(store: TokenStore, tokenizer: Tokenizer, data: DataConfig, eos: int | None = None) -> None:
-    """Raise TokenStoreError where a store was made with another tokenizer than a run has, or with other tokens around documents.
+    """Raise TokenStoreError if a store was made with another tokenizer than the run's, or with other tokens around documents.
 
-    eos: GLM's, which ends documents there. A store without ends or beginnings fits, unless the config asks for them.
+    eos: GLM's token, which then ends documents. A store without boundary tokens fits, unless the config asks for them.
     """
     record = read_record(store)
     if record is None:

@@ -1,10 +1,10 @@
-"""The text of a stream of tokens, as soon as it is certain.
+"""The text of a stream of tokens, piece by piece, as soon as it is certain.
 
-A token has no text of its own: SentencePiece's decoders drop a blank where a text begins, a character may be spread over several
-tokens, WordPiece puts a blank before all but the first. So what stands before is decoded together with what is new, and the
-difference is shown. Bytes that are no whole character yet wait for the next token.
+A token has no text of its own: SentencePiece's decoders drop a blank at the start of a text, a character may be spread over several
+tokens, WordPiece puts a blank before all but the first. So earlier tokens are decoded together with new ones, and the difference is
+yielded. Bytes that are not a whole character yet wait for the next token.
 
-    before        new                           decoded together      shown
+    before        new                           decoded together      yielded
     ▁Once         ▁upon                         Once upon             " upon"      (alone: "upon")
     ▁Once ▁upon   <0xE4>                        Once upon�            ""
                   <0xE4> <0xBD> <0xA0>          Once upon你           "你"
@@ -18,20 +18,20 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"
 CONTEXT = 32
-"""Tokens that are decoded together with new ones: more than any decoder looks back, and few, so that a long text takes linear time."""
+"""Number of earlier tokens decoded with new ones: more than any decoder looks back, and few enough that a long text takes linear time."""
 
 
 class Decodes(Protocol):
-    """What is needed of a tokenizer here."""
+    """A tokenizer's decoder."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; U+FFFD where bytes are no whole character."""
+        """The text of token ids, with U+FFFD for bytes that are not a whole character."""
 
 
 def pieces_of_text(codec: Decodes, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text that `ids` add to the text of `before`, piece by piece; nothing is lost at the end.
+    """The text that `ids` add to the text of `before`, piece by piece; the end is never dropped.
 
-    The pieces together are the text of all, less that of `before`.
+    The pieces together are the text of all tokens, without that of `before`.
     """
     window = list(before)[-CONTEXT:]
     shown = text = codec.decode(window)
@@ -50,5 +50,5 @@ def pieces_of_text(codec: Decodes, ids: Iterable[int], before: Sequence[int] = (
 
 
 def _new(shown: str, text: str) -> str:
-    """What a text has after that which it has in common with what was shown."""
+    """The part of `text` after the prefix that it shares with `shown`."""
     return text[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, text, strict=False))) :]

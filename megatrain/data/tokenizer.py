@@ -28,15 +28,15 @@ from megatrain.files import HEAD_BYTES, make_folder, not_text, whole
 
 BYTE_VALUES = 256
 SMALLEST_VOCAB = BYTE_VALUES + 1
-"""Every byte, so that any text can be written, and the document separator."""
+"""Smallest vocabulary: every byte, so that any text can be encoded, and the document separator."""
 
 
 PROBE = " Hello World's  42,000\n\tx+=1; \u00c9t\u00e9 \u4f60\u597d \U0001f642"
-"""A text that tokenizers with one vocabulary cut differently."""
+"""A text that tokenizers with the same vocabulary but other rules encode differently."""
 
 
 class Tokenizer(Protocol):
-    """What the rest of megatrain asks of a tokenizer."""
+    """The functions of a tokenizer that megatrain uses."""
 
     @property
     def vocab_size(self) -> int:
@@ -44,30 +44,30 @@ class Tokenizer(Protocol):
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The tokenizer's name in messages."""
 
     @property
     def identity(self) -> str:
-        """The same for tokenizers that make the same of every text."""
+        """Text that is equal for tokenizers that encode every text alike."""
 
     @property
     def ending(self) -> Ending:
-        """What ends a document. Raises TokenizerError where that is not clear."""
+        """The tokens that end a document. Raises TokenizerError if several are possible."""
 
     @property
     def beginning(self) -> Beginning:
-        """What begins a document. Raises TokenizerError where that is not clear."""
+        """The tokens that begin a document. Raises TokenizerError if the files beside the tokenizer name a token that it lacks."""
 
     @property
     def eod(self) -> int | None:
-        """Id of the token that ends a document, or None where the tokenizer has none. Raises TokenizerError as `ending` does."""
+        """Id of the token that ends a document; None if the tokenizer has none. Raises TokenizerError as `ending` does."""
 
     @property
     def divisible(self) -> bool:
         """Whether text may be cut before a blank or a newline that follows a visible character without changing any id."""
 
     def special_id(self, name: str) -> int | None:
-        """Id of the special token of this name; None where there is none."""
+        """Id of the special token of this name; None if there is none."""
 
     def name_of(self, token: int) -> str:
         """The name of a token."""
@@ -79,7 +79,7 @@ class Tokenizer(Protocol):
         """Ids [length] of each text, in the dtype of a token store."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; a byte sequence that is not UTF-8 shows as replacement characters."""
+        """The text of ids; bytes that are not UTF-8 become replacement characters."""
 
 
 class ByteTokenizer:
@@ -94,17 +94,17 @@ class ByteTokenizer:
         self.eod = self.ending.eod
 
     def special_id(self, name: str) -> int | None:
-        """Only the end of a document has a name."""
+        """The id of the end of a document, the only token with a name."""
         return BYTE_VALUES if name == END_OF_TEXT else None
 
     id_of = special_id
 
     def name_of(self, token: int) -> str:
-        """The end of a document, or a byte."""
+        """The name of the end of a document, or of a byte: <0x0A>."""
         return END_OF_TEXT if token == BYTE_VALUES else f"<0x{token:02X}>"
 
     def template(self) -> tuple[int, ...]:
-        """Nothing is put before a text."""
+        """No tokens: nothing is added before a text."""
         return ()
 
     def encode(self, text: str) -> list[int]:
@@ -116,14 +116,14 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode(), np.uint8).astype("<u2") for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the bytes; document ends show as `<|endoftext|>`, ids beyond (of a padded vocabulary) as nothing."""
+        """The text of the bytes; document ends become `<|endoftext|>`, ids beyond (of a padded vocabulary) nothing."""
         parts = [END_OF_TEXT.encode() if i == BYTE_VALUES else bytes((i,)) for i in ids if i <= BYTE_VALUES]
         return b"".join(parts).decode(errors="replace")
 
 
 class JsonTokenizer:
-    """A tokenizer of the `tokenizers` library. Truncation and padding of the file are switched off, and so are the tokens that it adds:
-    those around a document are `beginning` and `ending`."""
+    """A tokenizer of the `tokenizers` library. Truncation, padding and the tokens that the file adds to texts are switched off; tokens
+    around documents are `beginning` and `ending`."""
 
     def __init__(
         self,
@@ -133,14 +133,14 @@ class JsonTokenizer:
         eod: Asked = None,
         bos: Asked = None,
     ) -> None:
-        """folder: where files lie that say more of it; eod, bos: what was asked for. Raises TokenizerError."""
+        """folder: directory of other tokenizer files; eod, bos: the tokens asked for. Raises TokenizerError."""
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True  # "true" means: special tokens found in text are text
+        library.encode_special_tokens = True  # True: special tokens found in text are encoded as text
         if getattr(library.model, "dropout", None) is not None:
             library.model.dropout = None  # random merges would make every store different
         self._library = library
-        # Ids may have holes: what counts is the largest.
+        # Ids may have gaps: the size is the largest id plus one.
         self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=0) + 1
         self.label, self._folder, self._asked = label, folder, (eod, bos)
         description = json.loads(library.to_str())
@@ -148,17 +148,17 @@ class JsonTokenizer:
         self._dtype = best_dtype(self.vocab_size)
         self._byte_tokens = _byte_tokens(description)
         self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
-        # What was asked for is there, or that is told at once; what is to be found may not be clear, and not everybody needs it.
+        # Tokens asked for must exist: checked now. Those to be found may be ambiguous, and are not always needed: found on first use.
         _ = eod is not None and self.ending, bos is not None and self.beginning
 
     @cached_property
     def ending(self) -> Ending:
-        """What ends a document."""
+        """The tokens that end a document. Raises TokenizerError if several are possible."""
         return find_ending(self, self._folder, self._asked[0])
 
     @cached_property
     def beginning(self) -> Beginning:
-        """What begins a document."""
+        """The tokens that begin a document. Raises TokenizerError."""
         return find_beginning(self, self._folder, self._asked[1])
 
     @property
@@ -168,20 +168,20 @@ class JsonTokenizer:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of what decides about ids, however the file was written."""
+        """A hash of everything that determines ids, independent of how the file was written."""
         return _identity(json.loads(self._library.to_str()), self.encode(PROBE))
 
     def special_id(self, name: str) -> int | None:
-        """Id of a special token of the file."""
+        """Id of a special token of the file; None if it has none of this name."""
         return self._special.get(name)
 
     def id_of(self, name: str) -> int | None:
-        """Id of a token of the file."""
+        """Id of a token of the file; None if it has none of this name."""
         found: int | None = self._library.token_to_id(name)
         return found
 
     def name_of(self, token: int) -> str:
-        """A token as the file has it."""
+        """The token of this id, as in the file."""
         return str(self._library.id_to_token(token))
 
     def to_json(self) -> str:
@@ -189,12 +189,12 @@ class JsonTokenizer:
         return str(self._library.to_str(pretty=True))
 
     def template(self) -> tuple[int, ...]:
-        """The tokens that the file puts before a text, where it puts none behind."""
+        """The tokens that the file adds before a text; () if it adds any after it."""
         before, behind = self.added("x")
         return () if behind else before
 
     def added(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens that the file puts before a text and behind it."""
+        """The tokens that the file adds before a text and after it."""
         plain, whole = (self._library.encode(text, add_special_tokens=added).ids for added in (False, True))
         first = next((n for n in range(len(whole) - len(plain) + 1) if plain and whole[n : n + len(plain)] == plain), 0)
         return (tuple(whole[:first]), tuple(whole[first + len(plain) :])) if plain else ((), ())
@@ -204,28 +204,28 @@ class JsonTokenizer:
         return list(self._library.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
-        """Ids [length] of each text. The library releases the interpreter lock meanwhile."""
+        """Ids [length] of each text. The library releases the interpreter's lock meanwhile."""
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens included; ids that the file does not have show as nothing."""
+        """The text of ids, special tokens included; ids that the file lacks become nothing."""
         tokens = [token for token in map(self._library.id_to_token, ids) if token is not None]
         decoder = self._library.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(_whole_characters(tokens, self._byte_tokens)))
 
 
 def _byte_tokens(description: dict[str, Any]) -> dict[str, int]:
-    """Tokens that the decoder takes for single bytes, with their values."""
+    """Tokens that the decoder takes for single bytes -> their values."""
     decoder = description.get("decoder") or {}
     kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
     return {f"<0x{value:02X}>": value for value in range(BYTE_VALUES)} if "ByteFallback" in kinds else {}
 
 
 def _whole_characters(tokens: list[str], byte_tokens: Mapping[str, int]) -> list[str]:
-    """Tokens in which each byte of a run of bytes that is no character's is one U+FFFD.
+    """The tokens with each byte that belongs to no whole character replaced by U+FFFD.
 
-    The library's decoder of bytes takes a run for broken as a whole, so that one incomplete character costs all those before it.
+    The library's decoder replaces a whole run of bytes, so that one incomplete character would spoil all characters before it.
     """
     whole: list[str] = []
     for is_byte, run in groupby(tokens, byte_tokens.__contains__):
@@ -238,7 +238,7 @@ def _whole_characters(tokens: list[str], byte_tokens: Mapping[str, int]) -> list
 
 
 def _identity(description: dict[str, Any], probe: list[int]) -> str:
-    """A hash of a tokenizer's vocabulary in the order of ids, merges and special tokens, and of what it makes of a text."""
+    """A hash of a tokenizer's vocabulary in the order of ids, merges and special tokens, and of its ids for a probe text."""
     model = description["model"]
     vocab = model.get("vocab", {})
     entries = sorted(vocab.items(), key=lambda entry: entry[1]) if isinstance(vocab, dict) else vocab
@@ -248,9 +248,9 @@ def _identity(description: dict[str, Any], probe: list[int]) -> str:
 
 
 def _divisible(description: dict[str, Any]) -> bool:
-    """Whether the tokenizer is GPT-2's kind, whose words never reach from a visible character into the white space after it.
+    """Whether the tokenizer is of GPT-2's kind, whose words never extend from a visible character into the white space after it.
 
-    Other pre-tokenizers (SentencePiece's, GPT-4's, whose punctuation takes newlines along) and normalisers promise nothing.
+    Other pre-tokenizers (SentencePiece's, GPT-4's, whose punctuation includes following newlines) and normalisers give no such guarantee.
     """
     words = description.get("pre_tokenizer") or {}
     gpt2 = words.get("type") == "ByteLevel" and not words.get("add_prefix_space") and words.get("use_regex", True)
@@ -259,7 +259,7 @@ def _divisible(description: dict[str, Any]) -> bool:
 
 
 def load_tokenizer(name: str | Path, eod: Asked = None, bos: Asked = None) -> Tokenizer:
-    """`bytes`, or the path of a tokenizer.json; eod, bos: the tokens that end and begin a document, where they are not to be found.
+    """Load `bytes`, or the tokenizer.json at a path. eod, bos: tokens that end and begin a document; None: to be found.
 
     Raises TokenizerError.
     """
@@ -291,10 +291,10 @@ def load_tokenizer(name: str | Path, eod: Asked = None, bos: Asked = None) -> To
 
 
 def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str | Path, key: str = "text") -> int:
-    """Trains a byte-level BPE on the documents of `inputs` and writes it to `output`, whole or not at all; returns its size.
+    """Trains a byte-level BPE on the documents of `inputs` and writes it to `output`, the whole file or nothing; returns its size.
 
-    The size is smaller than `vocab_size` when the text has too few words to merge. The same input gives the same file. Every
-    text survives encode and decode. Raises TokenizerError (vocab_size below 257, no text) and what reading raises.
+    The size is smaller than `vocab_size` if the text has too few words to merge. The same input gives the same file. Every
+    text survives encode and decode. Raises TokenizerError (vocab_size below 257, no text) and the errors of reading.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise TokenizerError(

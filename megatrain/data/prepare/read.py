@@ -1,6 +1,6 @@
-"""Documents from files: .txt (one document a file) and .jsonl or .json (one a line), plain or compressed as .gz or .zst.
+"""Reads documents from files: .txt (one document a file) and .jsonl or .json (one a line), plain or compressed as .gz or .zst.
 
-Everything streams: of a .jsonl one line is held at a time, and `read_pieces` passes a long document on in pieces, so that one .txt
+Everything is streamed: for a .jsonl one line is in memory at a time, and `read_pieces` yields a long document in pieces, so that a .txt
 of many gigabytes needs no more memory than a small one. Errors name the file and the line.
 """
 
@@ -24,9 +24,9 @@ COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 16
 SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
-"""Where a divisible tokenizer (see data/tokenizer.py) starts a new word in any case."""
+"""Places before which a divisible tokenizer (data/tokenizer.py) always starts a new word."""
 _ROW = json.JSONDecoder(parse_int=len)
-"""For lines: an integer is read as how many digits it has, since nothing asks for it, and Python refuses those of over 4,300."""
+"""Decoder of lines. It reads an integer as its number of digits: no integer is used, and Python refuses those of over 4,300 digits."""
 
 
 class ReadError(ValueError):
@@ -35,7 +35,7 @@ class ReadError(ValueError):
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and its file and line."""
 
     text: str
     path: Path
@@ -44,7 +44,7 @@ class Document:
 
     @property
     def source(self) -> str:
-        """`file` or `file:line`."""
+        """The source in messages: `file` or `file:line`."""
         return f"{self.path}:{self.line}" if self.line else str(self.path)
 
 
@@ -57,13 +57,13 @@ class Piece:
 
 
 def ignore_bytes(_count: int) -> None:
-    """For readers whose progress nobody watches."""
+    """An `on_bytes` that does nothing, for readers without progress display."""
 
 
 def read_documents(
     paths: Iterable[str | Path], key: str = "text", on_bytes: Callable[[int], None] = ignore_bytes
 ) -> Iterator[Document]:
-    """Every document, in order; `key` names the text in a .jsonl. `on_bytes` hears of bytes read. Raises ReadError."""
+    """Every document, in order; `key` is the field of the text in a .jsonl. `on_bytes` is called with bytes read. Raises ReadError."""
     for path in map(Path, paths):
         if _is_lines(path):
             yield from _line_documents(path, key, on_bytes)
@@ -74,7 +74,7 @@ def read_documents(
 def read_pieces(
     paths: Iterable[str | Path], key: str = "text", divide: bool = True, on_bytes: Callable[[int], None] = ignore_bytes
 ) -> Iterator[Piece]:
-    """Every document, in order, in pieces of about PIECE_CHARACTERS cut at SAFE_CUT; whole without `divide`. Raises ReadError.
+    """The documents, in order, in pieces of about PIECE_CHARACTERS cut at SAFE_CUT; without `divide` whole. Raises ReadError.
 
     A stretch without a place to cut stays whole, however long.
     """
@@ -89,7 +89,7 @@ def read_pieces(
 
 
 def total_bytes(paths: Iterable[str | Path]) -> int:
-    """Bytes of the files on disk, for progress; checks names first. Raises ReadError for a missing or unknown kind of file."""
+    """Total size of the files, for progress; checks names first. Raises ReadError for a missing file or an unknown kind."""
     total = 0
     for path in map(Path, paths):
         _is_lines(path)
@@ -113,7 +113,7 @@ def _is_lines(path: Path) -> bool:
 
 
 def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """The decompressed content of a file, a chunk at a time. Raises ReadError."""
+    """The decompressed contents of a file, chunk by chunk. Raises ReadError."""
     kind = path.suffix.lower()
     try:
         with path.open("rb") as file:
@@ -143,12 +143,12 @@ def _gunzip(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unzstd(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a file. The library's own reader takes a frame that is cut short for the end of the file; this does not.
+    """All frames of a file. Unlike the library's own reader, it does not take an incomplete last frame for the end of the file.
 
-    Raises EOFError where it is cut short or damaged, ReadError without the library.
+    Raises EOFError if the file is incomplete or damaged, ReadError without the library.
     """
     try:
-        import zstandard  # noqa: PLC0415  few read such files
+        import zstandard  # noqa: PLC0415  few files need it
     except ImportError:
         raise ReadError(f"{file.name} is compressed with Zstandard, which zstandard reads: pip install zstandard.") from None
     context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
@@ -171,7 +171,7 @@ def _unzstd(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
-    """The text of a file, a chunk at a time, without a byte-order mark. Raises ReadError where it is not UTF-8."""
+    """The text of a file, chunk by chunk, without a byte-order mark. Raises ReadError if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line, offset, head = 1, 0, b""
     chunk = b""
@@ -189,7 +189,7 @@ def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
 
 
 def _lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """The lines of a file, split at b"\\n" only: JSON strings may hold every other kind of line end."""
+    """The lines of a file, split at b"\\n" only, as JSON strings may contain every other kind of line end."""
     rest: list[bytes] = []
     for chunk in _chunks(path, on_bytes):
         *whole, tail = chunk.split(b"\n")
@@ -204,7 +204,7 @@ def _lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def _line_documents(path: Path, key: str, on_bytes: Callable[[int], None]) -> Iterator[Document]:
-    """The documents of a .jsonl; blank lines are skipped. Raises ReadError naming file and line."""
+    """The documents of a .jsonl; blank lines are skipped. Raises ReadError that names file and line."""
     for number, line in enumerate(_lines(path, on_bytes), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
@@ -213,7 +213,7 @@ def _line_documents(path: Path, key: str, on_bytes: Callable[[int], None]) -> It
 
 
 def _text_of(line: bytes, key: str, where: str) -> str:
-    """The text under `key` of a line of JSON."""
+    """The text under `key` in a line of JSON. Raises ReadError."""
     try:
         row = _ROW.decode(line.decode())
     except UnicodeDecodeError as error:
@@ -237,7 +237,7 @@ def _text_of(line: bytes, key: str, where: str) -> str:
 
 
 def _one_a_line(line: bytes, key: str) -> str:
-    """How the lines of a file should be, and how to make them of one JSON text that spans the file."""
+    """Advice on the form of lines, and on how to convert a file that is one JSON text."""
     if line.strip()[:1] == b"[":
         return f'Each line must be one object like {{"{key}": "..."}}; of an array make such lines: jq -c ".[]" OLD > NEW.jsonl'
     if line.strip() == b"{":
@@ -246,7 +246,7 @@ def _one_a_line(line: bytes, key: str) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8."""
+    """Whether a string can be encoded as UTF-8 (it has no lone surrogates)."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""A real corpus that every Python brings along: the source and docstrings of its standard library, one document a module.
+"""A corpus that every Python installation has: the source of its standard library, one document a module.
 
-`build` writes train.jsonl and valid.jsonl, lines of {"text", "path"}. Which documents are held out follows from a hash of their
-path, so the split is the same on every machine and does not move when other documents come or go. With `text` given, the
-user's own files take the library's place.
+`build` writes train.jsonl and valid.jsonl, lines of {"text", "path"}. A document is held out if a hash of its path says so: the split
+is the same on every machine, and does not change when other documents are added or removed. With `text` given, the user's own files are
+used instead of the library.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from megatrain.data.prepare.read import COMPRESSIONS, LINE_SUFFIXES, TEXT_SUFFIX
 from megatrain.files import whole
 
 LEFT_OUT = ("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data")
-"""Other people's packages; tests, half of the library and full of tables and deliberate nonsense; character tables; pydoc's one
-generated module, so large that a split without it is another task than a split that holds it out."""
+"""Folders left out: packages of others; tests, half of the library and full of tables and deliberate nonsense; character tables;
+pydoc's one generated module, so large that the task changes with the side of the split that it is on."""
 FEWEST_MODULES = 100
 FEWEST_DOCUMENTS = 20
-"""Below this many documents, texts are divided so that some can be held out."""
+"""With fewer documents than this, texts are divided so that some can be held out."""
 PIECE_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
 class CorpusCounts:
-    """What was written; sizes in UTF-8 bytes of text."""
+    """The files and sizes that `build` wrote; sizes in UTF-8 bytes of text."""
 
     train: Path
     valid: Path
@@ -62,12 +62,12 @@ def build(output_dir: str | Path, held_out: float = 0.05, text: Sequence[str | P
 
 
 def _draw(path: str) -> float:
-    """A number in [0, 1) that belongs to a path."""
+    """A number in [0, 1) that is a function of the path."""
     return int.from_bytes(hashlib.sha256(path.encode(errors="surrogateescape")).digest()[:7], "big") / 2**56
 
 
 def _write(path: Path, rows: Sequence[tuple[str, str]]) -> int:
-    """Writes the documents, whole or not at all; returns their bytes."""
+    """Writes the documents, the whole file or nothing; returns their size in bytes."""
     size = 0
     with whole(path, text=True) as file:
         for name, body in rows:
@@ -96,7 +96,7 @@ def _standard_library() -> Iterator[tuple[str, str]]:
 
 
 def _decodable(path: Path) -> str:
-    """The text of a file, empty when it is not UTF-8 or cannot be read: a corpus can do without it."""
+    """The text of a file; empty if it is not UTF-8 or cannot be read, as a corpus can do without it."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -104,7 +104,7 @@ def _decodable(path: Path) -> str:
 
 
 def _users_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
-    """(path, text) of the users' files; divided at paragraphs where there are few. Raises ReadError."""
+    """(path, text) of the users' documents, which are divided at paragraphs if there are few. Raises ReadError."""
     documents: list[tuple[str, str]] = []
     for root in map(Path, paths):
         documents += _of_directory(root) if root.is_dir() else _of_file(root, root.name)
@@ -121,7 +121,7 @@ def _users_texts(paths: Sequence[str | Path]) -> Iterator[tuple[str, str]]:
 
 
 def _of_directory(root: Path) -> Iterator[tuple[str, str]]:
-    """The documents of all files below a directory whose names say that they are text."""
+    """The documents of all files below a directory whose names end like text files."""
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
         if plain.suffix.lower() in TEXT_SUFFIXES + LINE_SUFFIXES:
@@ -135,7 +135,7 @@ def _of_file(path: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """A text in pieces of whole paragraphs (or lines, where there are few), PIECE_CHARACTERS or more each but for the last."""
+    """A text in pieces of whole paragraphs (or lines, if there are few), each of PIECE_CHARACTERS or more except the last."""
     separator = "\n\n" if text.count("\n\n") * PIECE_CHARACTERS > len(text) else "\n"
     piece: list[str] = []
     size = 0
@@ -150,7 +150,7 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _unique(documents: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """The same documents, equal paths (of two directories, say) told apart by a number."""
+    """The same documents; equal paths (of two directories, say) get a number to differ."""
     seen: dict[str, int] = {}
     for name, body in documents:
         seen[name] = seen.get(name, 0) + 1

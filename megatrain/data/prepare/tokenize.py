@@ -2,11 +2,11 @@
 
 The reading thread cuts the text into batches of about BATCH_CHARACTERS; `workers` threads encode them in the `tokenizers`
 library, which releases Python's lock; the results are written in the order of the text, with at most a few batches in flight.
-Long documents do not hold up the others: with a divisible tokenizer (bytes, or GPT-2's kind, as `data tokenizer` trains) they
-are cut where no token can reach across, and their pieces are encoded side by side. Other tokenizers get each document whole.
+Long documents do not delay others: with a divisible tokenizer (bytes, or GPT-2's kind, as `data tokenizer` trains) they are cut at
+places that no token crosses, and their pieces are encoded in parallel. Other tokenizers get each document whole.
 
-Threads, not processes: what holds the lock (parsing JSON, turning ids into arrays) is a twentieth of the work, so threads keep
-about 20 cores busy, start at once and ship nothing.
+Threads, not processes: the work that needs the lock (parsing JSON, turning ids into arrays) is a twentieth of all, so threads keep
+about 20 cores busy, start at once and copy nothing between processes.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 18
 BATCHES_PER_WORKER = 3
-"""In flight: one being encoded, one waiting, one done and waiting for its turn to be written."""
+"""Batches in flight for each worker: one being encoded, one waiting, one done and waiting to be written."""
 LIBRARY_THREADS = "TOKENIZERS_PARALLELISM"
 
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What a run of `tokenize_files` did; `str()` of it is a line for people."""
+    """Figures of a call of `tokenize_files`; `str()` of it is a line of text."""
 
     output: str
     documents: int
     empty: int
-    """Documents without text, which are left out."""
+    """Number of documents without text, which are left out."""
     tokens: int
     text_bytes: int
     """UTF-8 bytes of text."""
     seconds: float
     around: str = ""
-    """What each document begins with and ends in."""
+    """The tokens that each document begins and ends with, as text."""
 
     def __str__(self) -> str:
         rate = self.text_bytes / 1e6 / max(self.seconds, 1e-9)
@@ -64,12 +64,12 @@ class TokenizeReport:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A batch of pieces as ids."""
+    """A batch of pieces as token ids."""
 
     tokens: npt.NDArray[np.integer]
     """All ids, back to back, document ends included."""
     lengths: npt.NDArray[np.int64]
-    """[pieces] ids of each piece."""
+    """[pieces] number of ids of each piece."""
     last: npt.NDArray[np.bool_]
     """[pieces] whether the piece ends its document."""
     text_bytes: int
@@ -88,7 +88,7 @@ def tokenize_files(
     """Writes the documents of `inputs` to the token store `output` (a prefix), one document each, in order.
 
     `workers` threads encode. `append_eod` ends each document with the tokenizer's separator, `eod` with that token; each begins with
-    `bos`, or with what the tokenizer puts first (data/boundaries.py). What was taken is kept in the store's record. On failure
+    `bos`, or with the token that the tokenizer puts first (data/boundaries.py). The store's record keeps these tokens. On failure
     nothing is published and no temporary file stays. Raises ReadError, TokenizerError, TokenStoreError, ValueError.
     """
     started = time.monotonic()
@@ -126,7 +126,7 @@ def tokenize_files(
 
 
 class _Place(NamedTuple):
-    """A piece, and whether it begins its document."""
+    """A piece, and whether it is the first of its document."""
 
     piece: Piece
     first: bool
@@ -150,16 +150,16 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[_Place]]:
 
 @dataclass(frozen=True)
 class _Around:
-    """What is put around a document."""
+    """The tokens put around each document."""
 
     begin: int | None
     end: int | None
     said: str
-    """To people."""
+    """The same as text, for the report."""
 
 
 def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
-    """What is put around the documents of a store. Raises TokenizerError."""
+    """The tokens to put around the documents of a store. Raises TokenizerError."""
     ends = (append_eod or eod is not None) and eod != NONE
     end = tokenizer.eod if ends else None
     if append_eod and end is None:
@@ -174,7 +174,7 @@ def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
 
 
 def _encode(tokenizer: Tokenizer, pieces: list[_Place], around: _Around) -> _Encoded:
-    """The ids of a batch. A document of no text gets nothing around it: there is nothing to separate."""
+    """The ids of a batch. A document without text gets no tokens around it, as there is nothing to separate."""
     arrays = tokenizer.encode_batch([place.piece.text for place in pieces])
     last = np.array([place.piece.last for place in pieces])
     for i, (piece, first) in enumerate(pieces):
@@ -190,7 +190,7 @@ def _encode(tokenizer: Tokenizer, pieces: list[_Place], around: _Around) -> _Enc
 
 
 class _Documents:
-    """Adds the lengths of pieces up to lengths of documents, across batches."""
+    """Adds lengths of pieces up to lengths of documents, across batches."""
 
     def __init__(self) -> None:
         self.empty = 0
@@ -212,7 +212,7 @@ class _Documents:
 def _in_order(
     pool: ThreadPoolExecutor, work: Callable[[list[_Place]], _Encoded], batches: Iterator[list[_Place]], window: int
 ) -> Iterator[_Encoded]:
-    """Results in the order of the batches, at most `window` batches in flight; on an error the waiting ones are dropped."""
+    """Results in the order of the batches, at most `window` batches in flight; after an error the waiting batches are dropped."""
     flying: deque[Future[_Encoded]] = deque(pool.submit(work, batch) for batch in islice(batches, window))
     try:
         while flying:
@@ -225,7 +225,7 @@ def _in_order(
 
 @contextmanager
 def _one_thread_a_call() -> Iterator[None]:
-    """Keeps the library from starting threads of its own inside each call; it reads this variable at every call."""
+    """Prevents the library from starting threads of its own inside each call; it reads this variable at every call."""
     before = os.environ.get(LIBRARY_THREADS)
     os.environ[LIBRARY_THREADS] = "false"
     try:

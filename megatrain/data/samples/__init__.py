@@ -1,1 +1,1 @@
-"""What one training sample is, per objective."""
+"""Training samples of each objective: next tokens, blanks, prompts with answers."""

@@ -1,8 +1,8 @@
-"""Arrays that many ranks need and any of them can build: kept as .npy files named by the hash of what they depend on.
+"""Arrays that many ranks need and any of them can build: cached as .npy files named by the hash of their inputs.
 
-Every rank that misses the cache builds the same arrays and renames the same bytes into place, so ranks need neither a lock nor
-each other, and node-local directories work as well as shared ones. A manifest with checksums is written last; an entry that is
-not whole is built again. A directory that cannot be written costs time, not the run.
+Every rank that finds no cache entry builds the same arrays and renames the same bytes into place, so ranks need neither a lock nor
+each other, and node-local directories work as well as shared ones. A manifest with checksums is written last; an incomplete entry is
+built again. A directory that cannot be written costs time, not the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def cached_arrays(directory: Path, key: Mapping[str, str | int], names: tuple[str, ...], build: Callable[[], Arrays]) -> Arrays:
-    """The arrays `names` of `build()`, from `directory` when an entry for `key` is whole (then memory-mapped, read-only).
+    """The arrays `names` of `build()`; from `directory` (memory-mapped, read-only) if it has a whole entry for `key`.
 
     Files: `HASH-NAME.npy` for each name and `HASH.json`, HASH the SHA-256 of `key`.
     """
@@ -46,12 +46,12 @@ def cached_arrays(directory: Path, key: Mapping[str, str | int], names: tuple[st
 
 
 def _load(directory: Path, stem: str, names: tuple[str, ...]) -> Arrays | None:
-    """The entry, or None when it is absent or not whole."""
+    """The entry; None if it is absent or incomplete."""
     try:
         rows = json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))["crc32"]
         arrays = {name: np.load(directory / f"{stem}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         whole = all(_checksum(arrays[name]) == rows[name] for name in names)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent, cut short, overwritten, not ours
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent, truncated, overwritten, not ours
         return None
     return arrays if whole else None
 

@@ -1,11 +1,11 @@
-"""GLM samples: texts with blanks, a pure function of (seed, sample), so that every visit masks anew and a run resumes exactly.
+"""GLM samples: texts with blanks, a pure function of (seed, sample): every epoch masks differently, and a run resumes exactly.
 
 A text is [CLS], the tokens of a document and its eos, and further documents in the same way, `text_length` tokens at most; the rest of
-seq_length is room for the sentinels of its blanks. Which objective it serves, and what else GLM's code draws once a batch, is a function of
+seq_length is room for the sentinels of its blanks. Its objective, and what else GLM's code draws once a batch, is a function of
 (seed, samples consumed before the step, micro-batch), the same under every layout.
 
 Every micro-batch has one shape [b, seq_length]. A sample whose blanks do not fit keeps its text with loss weights of 0. Short texts, and
-documents that are to be isolated, lie behind one another in a row, each with parts A and B of its own, and do not see each other.
+isolated documents, follow one another in a row, each with parts A and B of its own, and do not see each other.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from megatrain.data.samples.spans import Ids, Spans, blanks_of, documents_of, le
 KINDS = ("blank", "sentence", "document")
 """Objectives, by their number in `Batch.kinds`."""
 OF_BATCH, OF_SAMPLE = 11, 12
-"""What a stream of draws is for: part of its key."""
+"""Purposes of a stream of random numbers, as part of its key: draws for a micro-batch, for a sample."""
 SHORTEST = 32
-"""Tokens of the shortest short text."""
+"""Least number of tokens of a short text."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is made of texts."""
+    """Settings by which texts become samples."""
 
     config: GlmConfig
     ids: Sentinels
@@ -51,16 +51,16 @@ class Plan:
     sentence_ends: npt.NDArray[np.bool_] | None = None
     """[vocabulary] whether a token ends a sentence."""
     isolate: bool = False
-    """Each document is a text of its own."""
+    """Whether each document is a text of its own, which does not see others."""
     two_dimensional: bool = True
     closed: bool = True
-    """Documents of the stores end in eos; else it is put there."""
+    """Whether documents of the stores end in eos; else eos is added."""
     answers: bool = False
-    """Some samples are prompts and answers."""
+    """Whether some samples are prompts with answers."""
 
     @cached_property
     def text_length(self) -> int:
-        """Tokens of a text, with [CLS]."""
+        """Number of tokens of a text, with [CLS]."""
         return text_length(self.config, self.seq_length)
 
     @property
@@ -70,13 +70,13 @@ class Plan:
 
     @cached_property
     def rules(self) -> Rules:
-        """How parts are numbered and ordered."""
+        """Rules for the positions and the order of blanks."""
         c = self.config
         return Rules(c.shuffle_spans, c.position_dim1 == "original_start", c.position_dim2, False, c.blank.decoder_noise_prob)
 
 
 def text_length(config: GlmConfig, seq_length: int) -> int:
-    """The longest text whose blanks take no more than seq_length with their sentinels, but for one draw in some ten thousand."""
+    """Number of tokens of the longest text whose blanks fit into seq_length with their sentinels, but for one draw in some ten thousand."""
     if config.text_length is not None:
         return config.text_length
     mix = config.objective_mix
@@ -92,18 +92,18 @@ def text_length(config: GlmConfig, seq_length: int) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is drawn once for a micro-batch."""
+    """The numbers drawn once for a micro-batch."""
 
     kind: int
     single: bool = False
     short: int = 0
-    """Tokens of a short text; 0: texts stay whole."""
+    """Number of tokens of a short text; 0: texts stay whole."""
     span: int = 0
-    """Tokens of the document objective's span; 0: each sample draws its own."""
+    """Length of the document objective's span in tokens; 0: each sample draws its own."""
 
 
 class GlmBatches:
-    """From samples of text to a batch: a `Compose`."""
+    """Makes batches of samples of text: a `Compose`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -133,13 +133,13 @@ class GlmBatches:
         return assembled(rows, kinds, places, self.plan)
 
     def text(self, samples: Samples, n: int) -> list[Ids]:
-        """The documents of sample n, each with its [CLS], at most text_length tokens together."""
+        """The documents of sample n, each with its [CLS]; at most text_length tokens together."""
         left = self.plan.text_length
         tokens, numbers = samples.sample(n)[: left - 1], samples.document_numbers(n)[:left]
         return self.documents(tokens, numbers)
 
     def documents(self, tokens: Ids, numbers: Ids) -> list[Ids]:
-        """Tokens [n] whose documents have `numbers` [n + 1], or [n] at the end of a store -> documents as `text` has them."""
+        """Documents, each with its [CLS], from tokens [n] and the number of each token's document [n + 1], or [n] at the end of a store."""
         ids, left, found = self.plan.ids, self.plan.text_length, []
         cuts = np.flatnonzero(np.diff(numbers)) + 1
         for number, piece in enumerate(np.split(tokens, cuts[cuts < tokens.size])):
@@ -151,7 +151,7 @@ class GlmBatches:
         return found
 
     def choose(self, draws: Draws, sizes: Sequence[int]) -> Choice:
-        """What is drawn for a micro-batch whose texts have so many tokens."""
+        """Draw the choices for a micro-batch; sizes: number of tokens of each of its texts."""
         config = self.plan.config
         short, single, kind, length = draws.uniform(4)
         cut = 0
@@ -165,11 +165,11 @@ class GlmBatches:
         return Choice(chosen, span=self._span(length, min(sizes), max(sizes)))
 
     def _drawn(self, number: float) -> int:
-        """An objective by its share, for a number in [0, 1)."""
+        """The objective for a random number in [0, 1), by the shares."""
         return int(np.searchsorted(np.cumsum(self.shares / self.shares.sum()), number, side="right").clip(max=2))
 
     def _kind(self, draws: Draws, at: int, choice: Choice) -> int:
-        """The objective of the sample at a place of the global batch."""
+        """The objective of the sample at place `at` of the global batch."""
         config = self.plan.config
         if config.objective_mix.mode == "weighted":
             present = np.flatnonzero(self.shares)
@@ -179,7 +179,7 @@ class GlmBatches:
         return choice.kind
 
     def _span(self, number: float, shortest: int, longest: int) -> int:
-        """Length of the document objective's span, for a number in [0, 1)."""
+        """Length of the document objective's span for a random number in [0, 1)."""
         document = self.plan.config.document
         least = max(1, int(document.min_ratio * shortest))
         most = max(least, min(int(document.max_ratio * longest), longest - document.reserve_tokens))
@@ -188,7 +188,9 @@ class GlmBatches:
     # --- one row ----------------------------------------------------------------------------------------------------------
 
     def lay_out(self, draws: Draws, documents: Sequence[Ids], choice: Choice) -> list[Laid]:
-        """The texts of a row that find room in it, laid out; a text without a placement is left with no loss."""
+        """The texts of a row that fit into it, with their blanks; a text whose blanks cannot be placed stays whole, with loss weights of
+        0.
+        """
         room, found = self.plan.seq_length, []
         for text in self._texts(documents, choice.short):
             laid = self._laid(draws, text, choice)
@@ -202,7 +204,7 @@ class GlmBatches:
         return found
 
     def answered(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Laid]:
-        """Prompts that end in a [gMASK], with the answers to be written, as many as fit; a pair that is too long loses its beginning."""
+        """Prompts, each followed by [gMASK] and the answer as its blank, as many as fit; a pair that is too long loses its beginning."""
         ids, room, found = self.plan.ids, self.plan.seq_length, []
         rules = replace(self.plan.rules, counts_on=not self.plan.two_dimensional, noise=0.0)
         for prompt, answer in pairs:
@@ -217,7 +219,7 @@ class GlmBatches:
         return found
 
     def _texts(self, documents: Sequence[Ids], short: int) -> list[Ids]:
-        """What is laid out by itself: all documents together, each, or short pieces of them all."""
+        """The texts to lay out separately: all documents together, each by itself, or short pieces of all."""
         if self.plan.isolate and not short:
             return list(documents)
         if not documents:
@@ -226,7 +228,7 @@ class GlmBatches:
         return self._short_texts(whole, short) if short else [whole]
 
     def _short_texts(self, text: Ids, size: int) -> list[Ids]:
-        """Pieces of a text of `size` tokens at most, each with a [CLS], ending with a sentence where that costs less than half."""
+        """Pieces of a text, at most `size` tokens each with a [CLS]; they end at a sentence's end if that keeps more than half."""
         cls, begin, found = self.plan.ids.cls, 1, []
         for _ in range(max(1, (self.plan.text_length - 1) // size)):
             end = min(begin + size - 1, text.size)
@@ -241,7 +243,7 @@ class GlmBatches:
         return found
 
     def _laid(self, draws: Draws, text: Ids, choice: Choice) -> Laid | None:
-        """A text with the blanks of its objective; None where there is no placement."""
+        """A text with the blanks of its objective; None if they cannot be placed."""
         config, ids, rules = self.plan.config, self.plan.ids, self.plan.rules
         if KINDS[choice.kind] == "document":
             return self._long_blank(draws, text, choice.span)
@@ -257,7 +259,7 @@ class GlmBatches:
         return None if spans is None or not spans.starts.size else fill_blanks(draws, text, spans, mask, ids, rules)
 
     def _long_blank(self, draws: Draws, text: Ids, span: int) -> Laid | None:
-        """The end of a text, or a long span within it, is to be written."""
+        """A text whose end, or a long span within it, is the blank; None if it is too short."""
         config, ids = self.plan.config, self.plan.ids
         rules = replace(self.plan.rules, counts_on=not self.plan.two_dimensional, noise=0.0)
         most = text.size - config.document.reserve_tokens
@@ -272,7 +274,7 @@ class GlmBatches:
 
 
 def assembled(rows: Sequence[Sequence[Laid]], kinds: Sequence[int], places: npt.NDArray[np.int64], plan: Plan) -> Batch:
-    """Rows of laid-out texts as a batch, padded with zeros on the right."""
+    """A batch from rows of texts with blanks, padded with zeros on the right."""
     shape = (len(rows), plan.seq_length)
     tokens, targets, positions, block_positions, documents, prefix = (np.zeros(shape, np.int64) for _ in range(6))
     weights = np.zeros(shape, np.float32)
@@ -308,7 +310,7 @@ def assembled(rows: Sequence[Sequence[Laid]], kinds: Sequence[int], places: npt.
 
 
 def _normalised(weights: npt.NDArray[np.float32], groups: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Weights [m, b, s] that sum to 1 over each group of sequences [m, b] of a micro-batch, or to 0."""
+    """Weights [m, b, s], scaled in each micro-batch to sum to 1 over each group of sequences [m, b], or to 0."""
     result = weights.copy()
     for group in np.unique(groups):
         mine = (groups == group)[:, :, None]

@@ -1,6 +1,6 @@
 """GPT samples: seq_length + 1 tokens across documents, in an order that is a pure function of (seed, epoch).
 
-One epoch lays all documents end to end in a shuffled order and cuts the line every seq_length tokens; the cuts are then visited
+An epoch lays all documents end to end in a shuffled order and cuts this line every seq_length tokens; the samples are then visited
 in another shuffled order (Megatron's document, sample and shuffle index):
 
     documents, shuffled   [ doc 7 ............ ][ doc 2 ][ doc 0 ..... ][ doc 5 ...
@@ -8,7 +8,7 @@ in another shuffled order (Megatron's document, sample and shuffle index):
     visited               2, 0, 3, 1
 
 So every token of an epoch is an input exactly once, except a tail shorter than a sample, which differs from epoch to epoch. A
-document longer than a sample goes on in the next one. Epochs never end: sample n belongs to epoch n // samples_per_epoch.
+document longer than a sample continues in the next one. Epochs never end: sample n belongs to epoch n // samples_per_epoch.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from megatrain.data.indexed import TokenStore, TokenStoreError
 from megatrain.data.samples.cache import Arrays, cached_arrays
 
 DOCUMENTS, SAMPLES = 1, 2
-"""What a permutation is for: part of its key."""
+"""Purposes of a permutation, as part of its key."""
 SMALL_INDEX = 1 << 12
-"""An index of fewer rows takes less time to compute than its files take to open, and is not cached."""
+"""An index with fewer rows takes less time to compute than to open from files, and is not cached."""
 KEPT_EPOCHS = 2
-"""Two, because the prefetched batch may lie in the next epoch."""
+"""Number of epochs whose index is kept: two, as the prefetched batch may be of the next epoch."""
 
 
 @dataclass(frozen=True)
 class EpochIndex:
-    """Where the samples of one epoch start."""
+    """The start of each sample of one epoch."""
 
     documents: npt.NDArray[np.integer]
-    """[D] store document at each position of the shuffled line."""
+    """[D] number in the store of the document at each place of the shuffled line."""
     starts: npt.NDArray[np.int64]
-    """[samples, 2] position in `documents` and token within that document where each sample starts."""
+    """[samples, 2] start of each sample: index in `documents`, token within that document."""
     shuffle: npt.NDArray[np.integer]
-    """[samples] which sample is visited at each place of the epoch."""
+    """[samples] number of the sample visited at each place of the epoch."""
 
 
 def build_epoch(document_lengths: npt.NDArray[np.int64], seq_length: int, seed: int, epoch: int) -> Arrays:
@@ -62,7 +62,7 @@ def build_epoch(document_lengths: npt.NDArray[np.int64], seq_length: int, seed: 
 
 
 def _index_dtype(count: int) -> np.dtype:
-    """The smaller of int32 and int64 that counts to `count`."""
+    """int32, or int64 if `count` does not fit it."""
     return np.dtype("<i4") if count <= np.iinfo(np.int32).max else np.dtype("<i8")
 
 
@@ -70,7 +70,7 @@ class GptSamples:
     """The endless sequence of samples of one store.
 
     `cache_dir` None means `index_cache` beside the store. `vocab_size` None leaves ids unchecked. Raises TokenStoreError when
-    the store holds fewer than seq_length + 1 tokens, or an id outside the vocabulary (at once where that is cheap to see).
+    the store has fewer than seq_length + 1 tokens, or an id outside the vocabulary (at once if that is cheap to check).
     """
 
     def __init__(
@@ -107,15 +107,15 @@ class GptSamples:
         return tokens
 
     def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """[seq_length + 1] which document each token of sample n belongs to, counted within the sample, rising."""
+        """[seq_length + 1] number of each token's document, counted within sample n, ascending."""
         lengths = [end - first for first, end in self._pieces(n)]
         return np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
 
     def pairs(self, n: int) -> None:
-        """None: it is text."""
+        """None: the samples are text."""
 
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
-        """(first, end) in the store of every document's part of sample n."""
+        """(first, end) in the store of the part of each document that sample n contains."""
         epoch, place = divmod(n, self.samples_per_epoch)
         index = self.epoch_index(epoch)
         position, begin = (int(x) for x in index.starts[index.shuffle[place]])
@@ -138,7 +138,7 @@ class GptSamples:
             return self._epochs[epoch]
 
     def _arrays(self, epoch: int) -> Arrays:
-        """The arrays of an epoch, through the cache where that pays."""
+        """The arrays of an epoch's index, from the cache if that saves time."""
 
         def build() -> Arrays:
             return build_epoch(self.store.document_lengths(), self.seq_length, self.seed, epoch)

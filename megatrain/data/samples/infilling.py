@@ -1,12 +1,12 @@
-"""A text with blanks as the model reads it: part A, the text with one mask a blank, then part B, what fills each blank.
+"""The layout of a text with blanks as the model reads it: part A, the text with one mask for each blank, then part B, the blanks' tokens.
 
 text      x1 x2 x3 x4 x5 x6, blanks x3 and x5 x6, filled in the order x5 x6, x3        (GLM, arXiv:2103.10360, figure 2)
 
 tokens    x1 x2 M  x4 M  |  S  x5 x6 |  S  x3          M mask, S start of piece, E end of piece
-targets   .  .  .  .  .  |  x5 x6 E  |  x3 E           targets[i] is what the logits at i predict: nothing is shifted later
-dim 1     0  1  2  3  4  |  4  4  4  |  2  2           part B stands where its blank does
-dim 2     0  0  0  0  0  |  1  2  3  |  1  2           and counts within it
-sep = 5 tokens of part A, which all see; part B is seen from left to right
+targets   .  .  .  .  .  |  x5 x6 E  |  x3 E           targets[i] is predicted by the logits at i: nothing is shifted later
+dim 1     0  1  2  3  4  |  4  4  4  |  2  2           in part B the position of the blank's mask
+dim 2     0  0  0  0  0  |  1  2  3  |  1  2           in part B the place within the blank
+sep = 5 tokens of part A, which all tokens see; part B is causal
 """
 
 from __future__ import annotations
@@ -38,38 +38,38 @@ class Sentinels:
 
 @dataclass(frozen=True)
 class Rules:
-    """How parts are numbered and ordered."""
+    """Rules for positions and for the order of blanks."""
 
     shuffle: bool = True
     original_start: bool = False
-    """dim 1 counts the text without its blanks."""
+    """Whether dim 1 counts the text without masks, so that a mask has the position of its blank's first token."""
     block_positions: bool = True
-    """dim 2 counts; else it is 1 in all of part B."""
+    """Whether dim 2 counts within a blank; else it is 1 in all of part B."""
     counts_on: bool = False
-    """Part B goes on counting behind part A in dim 1, where the blank is a [gMASK] of a model with one dimension (GLM-130B)."""
+    """Whether dim 1 continues in part B after part A: for a [gMASK] of a model with one-dimensional positions (GLM-130B)."""
     noise: float = 0.0
-    """Probability that a token of part B is shown as noise."""
+    """Probability that an input token of part B is replaced by the noise token."""
 
 
 @dataclass(frozen=True)
 class Laid:
-    """A text as the model reads it; arrays [n]."""
+    """A text with blanks as model inputs and targets; arrays [n]."""
 
     tokens: Ids
     targets: Ids
     weights: Weights
-    """1 where the target counts."""
+    """Loss weight of each target: 1 where it counts, else 0."""
     positions: Ids
     block_positions: Ids
     sep: int
-    """Tokens of part A."""
+    """Number of tokens of part A."""
 
     def __len__(self) -> int:
         return int(self.tokens.size)
 
 
 def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels, rules: Rules) -> Laid:
-    """Blanks `spans` of a text, each shown as the token `mask`."""
+    """The layout of a text with blanks `spans`, each replaced by the token `mask`."""
     starts, lengths = spans.starts, spans.lengths
     count = starts.size
     shown = text.copy()
@@ -84,7 +84,7 @@ def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels
     order = draws.permutation(count) if rules.shuffle else np.arange(count)
     first, size, at = starts[order], lengths[order], mask_at[order]
 
-    pieces = size + 1  # with the start of piece
+    pieces = size + 1  # start of piece included
     within = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     source = np.repeat(first, pieces) + within
     inputs = np.where(within == 0, ids.sop, text[source - (within > 0)])
@@ -106,7 +106,7 @@ def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels
 
 
 def continue_text(text: Ids, cut: int, mask: int, ids: Sentinels, rules: Rules) -> Laid:
-    """The text from token `cut` on is to be written; no end of piece, since the text's own end is the last target."""
+    """The layout of a text whose end, from token `cut` on, is the blank. No end of piece: the last target is the text's own last token."""
     length = text.size - cut
     sep = cut + 1
     begun = np.append(text[:cut], mask)
@@ -125,7 +125,7 @@ def continue_text(text: Ids, cut: int, mask: int, ids: Sentinels, rules: Rules) 
 
 
 def sentences_of(text: Ids, ends: npt.NDArray[np.bool_], cls: int, eos: int) -> Spans:
-    """Every sentence of a text. ends: [vocabulary] whether a token ends one; an eos does too, and belongs to none."""
+    """The sentences of a text. ends: [vocabulary] whether a token ends one; an eos ends one too, and belongs to none."""
     first = int(text.size > 0 and text[0] == cls)
     is_eos = text == eos
     last = np.flatnonzero(is_eos | ends[text])
@@ -137,7 +137,7 @@ def sentences_of(text: Ids, ends: npt.NDArray[np.bool_], cls: int, eos: int) -> 
 
 
 def chosen_sentences(draws: Draws, sentences: Spans, target: int) -> Spans | None:
-    """Sentences in random order until they have `target` tokens, at least one; None where there is none."""
+    """Sentences, taken in random order until they have `target` tokens, at least one; None if there are none."""
     if sentences.starts.size == 0:
         return None
     order = draws.permutation(sentences.starts.size)

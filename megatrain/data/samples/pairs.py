@@ -1,7 +1,7 @@
-"""Samples of prompts with answers: what a multi-task share of pre-training is made of (GLM-130B, arXiv:2210.02414, section 2.2).
+"""Samples of prompts with answers, for a multi-task share of pre-training (GLM-130B, arXiv:2210.02414, section 2.2).
 
-Two token stores of as many documents: document i of one is a prompt, document i of the other its answer. Every epoch visits all pairs in
-another order; a sample has as many as fit a text on average.
+Two token stores have the same number of documents: document i of one is a prompt, document i of the other its answer. Every epoch visits
+all pairs in another order; a sample has as many pairs as fit a text on average.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from megatrain.data.indexed import TokenStore, TokenStoreError
 
 Ids = npt.NDArray[np.int64]
 PAIRS = 3
-"""What a permutation is for: part of its key."""
+"""Purpose of a permutation, as part of its key."""
 
 
 class PairSamples:
-    """The endless sequence of samples of two stores. Raises TokenStoreError where they do not belong together."""
+    """The endless sequence of samples of two stores. Raises TokenStoreError unless both have the same number of documents."""
 
     def __init__(
         self, prompts: TokenStore, answers: TokenStore, text_length: int, seed: int, vocab_size: int | None = None
@@ -38,7 +38,7 @@ class PairSamples:
         self._order: Ids = np.zeros(0, np.int64)
 
     def pairs(self, n: int) -> list[tuple[Ids, Ids]]:
-        """(prompt, answer) of sample n."""
+        """The (prompt, answer) pairs of sample n."""
         return [self._pair(n * self.together + i) for i in range(self.together)]
 
     def _pair(self, number: int) -> tuple[Ids, Ids]:
@@ -56,9 +56,9 @@ class PairSamples:
         return np.asarray(store.data[first:end], np.int64)
 
     def sample(self, n: int) -> Ids:
-        """Pairs are no running text."""
+        """Raises TokenStoreError: pairs are no running text."""
         raise TokenStoreError(f"{self.prompts.prefix} holds prompts, not text")
 
     def document_numbers(self, n: int) -> Ids:
-        """As `sample`."""
+        """Raises TokenStoreError, as `sample` does."""
         return self.sample(n)

@@ -1,4 +1,4 @@
-"""GLM's special tokens: as the config gives them, else as the tokenizer has them, else ids of their own behind its vocabulary."""
+"""Ids of GLM's special tokens: the config's, else the tokenizer's, else new ids after its vocabulary."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "noise": ("[dBLOCK]", "<|dblock|>"),
     "eos": (END_OF_TEXT, "[PAD]"),
 }
-"""Names in the tokenizers of GLM, in the order in which ids of their own are given."""
+"""The names of each token in tokenizers of GLM; new ids are given in this order."""
 
 
 def resolve(glm: GlmConfig, tokenizer: Tokenizer | None, vocab_size: int | None) -> tuple[Sentinels, int]:
-    """The special tokens, and the size of the vocabulary that text has: its ids are below.
+    """The special tokens' ids, and the vocabulary size of text: ids of text are below it.
 
-    Without a tokenizer the last ids of `vocab_size` are taken. Raises ValueError where two tokens have one id, or an id does not fit.
+    Without a tokenizer the last ids of `vocab_size` are used. Raises ValueError if two tokens have one id, or an id does not fit.
     """
     found = {name: value for name, value in asdict(glm.tokens).items() if value is not None}
     for name, spellings in NAMES.items():
@@ -59,7 +59,7 @@ def resolve(glm: GlmConfig, tokenizer: Tokenizer | None, vocab_size: int | None)
 
 
 def _check(ids: Sentinels, glm: GlmConfig, vocab_size: int | None) -> None:
-    """Raise ValueError where two tokens have one id, or an id does not fit."""
+    """Raise ValueError if two tokens have one id, or an id does not fit."""
     by_id: dict[int, str] = {}
     for name, number in asdict(ids).items():
         if name in ("gmask", "smask") and not glm.task_masks:
@@ -75,7 +75,7 @@ def _check(ids: Sentinels, glm: GlmConfig, vocab_size: int | None) -> None:
 
 
 def sentence_ends(tokenizer: Tokenizer, vocab_size: int, end_chars: str, eos: int) -> npt.NDArray[np.bool_]:
-    """[vocab_size] whether a token's text has one of `end_chars`."""
+    """[vocab_size] whether a token's text contains one of `end_chars`."""
     wanted = set(end_chars)
     ends = np.zeros(vocab_size, bool)
     for number in range(min(tokenizer.vocab_size, vocab_size)):

@@ -1,8 +1,8 @@
-"""Which tokens of a text become blanks: how long spans are and where they lie (GLM, arXiv:2103.10360, section 2.1, and its code).
+"""Chooses the spans of a text that become blanks: lengths and places (GLM, arXiv:2103.10360, section 2.1, and its code).
 
     lengths     Poisson, restricted to min_span .. max_span, drawn while their sum is below int(mask_ratio n); shuffled
-    documents   a text may hold several. The shorter ones, by length, each take spans from the list while those fit int(mask_ratio D);
-                the longest takes the rest, if it can. If not all lengths are placed, there is no placement.
+    documents   a text may have several. All but the longest, in order of length, take spans from the list while these fit
+                int(mask_ratio D); the longest takes the rest, if they fit. If not all lengths are placed, there is no placement.
     within one  free = D - sum - gaps. k draws of 0 .. free, sorted, are the tokens before each span that no span or gap takes:
 
                 .  .  [span]  gap  .  [span]  gap  [span]  .        draws 2, 3, 3: spans never overlap, and a gap stays between
@@ -24,12 +24,12 @@ from megatrain.data.draws import Draws
 
 Ids = npt.NDArray[np.int64]
 REDRAWS = 8
-"""Of lengths, where asked for."""
+"""How often lengths are drawn, with on_unplaceable=redraw."""
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Spans of a text in its order: they do not overlap."""
+    """Spans of a text in its order, without overlaps."""
 
     starts: Ids
     lengths: Ids
@@ -53,13 +53,13 @@ def length_moments(blank: BlankConfig) -> tuple[float, float]:
 
 
 def draw_lengths(draws: Draws, blank: BlankConfig, count: int) -> Ids:
-    """[count] lengths of spans."""
+    """[count] random lengths of spans."""
     table = length_table(blank.poisson_lambda, blank.min_span, blank.max_span)
     return blank.min_span + np.searchsorted(table, draws.uniform(count), side="right").clip(max=table.size - 1)
 
 
 def lengths_for(draws: Draws, blank: BlankConfig, size: int) -> Ids:
-    """Lengths for a text of `size` tokens: drawn until they reach int(mask_ratio size), in random order."""
+    """Lengths for a text of `size` tokens: drawn until their sum reaches int(mask_ratio size), in random order."""
     target = int(blank.mask_ratio * size)
     if target == 0:
         return np.zeros(0, np.int64)
@@ -78,7 +78,7 @@ def lengths_for(draws: Draws, blank: BlankConfig, size: int) -> Ids:
 
 
 def place(draws: Draws, blank: BlankConfig, documents: Ids, lengths: Ids) -> Spans | None:
-    """Spans of these lengths in documents [d, 2] (first token, end) of a text; None where not all of them fit."""
+    """Spans of these lengths in documents [d, 2] (first token, end) of a text; None if they do not all fit."""
     if lengths.size == 0:
         return Spans(lengths, lengths)
     if not len(documents):
@@ -101,12 +101,12 @@ def place(draws: Draws, blank: BlankConfig, documents: Ids, lengths: Ids) -> Spa
 
 
 def _within(draws: Draws, blank: BlankConfig, document: Ids, lengths: Ids) -> Ids:
-    """Where spans of these lengths begin in one document that has room for them, in the order of the list."""
+    """The start of each span, in the order of `lengths`, within one document that has room for them all."""
     if lengths.size == 0:
         return lengths
     taken = lengths + blank.min_gap
     free = int(document[1] - document[0] - taken.sum()) + blank.min_gap
-    if blank.span_layout == "uniform":  # k of free + k places in order: as many as there are arrangements
+    if blank.span_layout == "uniform":  # a choice of k among free + k places for each arrangement
         before = np.sort(draws.permutation(free + lengths.size)[: lengths.size]) - np.arange(lengths.size)
     else:
         before = np.sort(draws.below(free + 1, lengths.size))
@@ -114,8 +114,8 @@ def _within(draws: Draws, blank: BlankConfig, document: Ids, lengths: Ids) -> Id
 
 
 def documents_of(text: Ids, cls: int, eos: int) -> Ids:
-    """[d, 2] first token and end of each document: between eos tokens, a leading [CLS] apart; the last one, if no eos ends it,
-    without its last token."""
+    """[d, 2] first token and end of each document: the tokens between eos tokens, without a leading [CLS]; the last document, if no eos
+    ends it, without its last token."""
     ends = np.flatnonzero(text == eos)
     closed = ends.size > 0 and ends[-1] == text.size - 1
     stops = ends if closed else np.append(ends, text.size - 1)
@@ -126,7 +126,7 @@ def documents_of(text: Ids, cls: int, eos: int) -> Ids:
 
 
 def blanks_of(draws: Draws, blank: BlankConfig, text: Ids, documents: Ids, *, single: bool) -> Spans | None:
-    """Blanks of a text, or just one; None where they do not fit."""
+    """Random blanks of a text, or with `single` just one; None if they do not fit."""
     for _ in range(REDRAWS if blank.on_unplaceable == "redraw" else 1):
         lengths = draw_lengths(draws, blank, 1) if single else lengths_for(draws, blank, text.size)
         found = place(draws, blank, documents, lengths)
