@@ -25,7 +25,7 @@ class Job(Run):
     identity: dict[str, Any] = field(default_factory=dict)
     """Identity of its texts and tokenizer: sizes and hashes."""
     began: dict[str, str] = field(default_factory=dict)
-    """What the run began from (resuming/beginning.py); each checkpoint keeps it."""
+    """The run's beginning: anew, a checkpoint or weights (resuming/beginning.py); each checkpoint keeps it."""
     resumed_from: Path | None = None
     told: list[str] = field(default_factory=list)
     """Messages on which checkpoint was taken or passed over, and why, where checkpoint.resume alone does not tell."""

@@ -57,7 +57,7 @@ class _Source(NamedTuple):
     first: int
     """Number of the first element of that range in the slice."""
     boxes: list[tuple[boxes.Box, boxes.Box]]
-    """What to copy: a box in the file's slice, and the same elements as a box of the rank's slice."""
+    """Elements to copy: a box in the file's slice, and the same elements as a box of the rank's slice."""
 
     def ranges(self, start: int) -> Iterator[tuple[int, int]]:
         """Byte ranges of the needed elements in the file, where the tensor begins at byte `start`."""

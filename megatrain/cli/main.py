@@ -202,7 +202,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 _Verbs = Any
-"""What `add_subparsers` returns; argparse has no public name for it."""
+"""Type of the result of `add_subparsers`, for which argparse has no public name."""
 
 
 def _parser() -> _Parser:

@@ -85,7 +85,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from."""
+    """The corpora, their tokenizer, and how samples are made of them."""
 
     train: tuple[CorpusConfig, ...] = knob((), "Training corpora: a list of {path, weight}; a plain string is a list of one.")
     valid: tuple[CorpusConfig, ...] = knob(
@@ -247,7 +247,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where and how often a run writes what people read."""
+    """The run directory, and how often a run writes its logs."""
 
     dir: str = knob("runs/demo", "Run directory.")
     every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.")

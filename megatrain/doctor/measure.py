@@ -1,4 +1,4 @@
-"""What `megatrain doctor` reads and measures on each rank.
+"""The readings and measurements of `megatrain doctor` on each rank.
 
 Each rank reads the properties of its own machine (`look`) before any group exists, then measures together with the others (`measure`).
 `rules.py` judges the reports of all ranks without touching a machine.

@@ -69,7 +69,7 @@ class Decoder:
         self.config = chunks[0].build.config
         self.capacity = self.config.position_rows
         self.caches: list[list[KeyValueCache]] = []
-        """Of each chunk: the cache of each of its layers."""
+        """For each chunk: the cache of each of its layers."""
         self.length = 0
         """Number of tokens in the caches, for each sequence."""
         self.seen: list[int] = []

@@ -69,7 +69,7 @@ class RankLogs(LogsSpecs):
         return places
 
     def replies(self) -> set[str]:
-        """What the workers have replied: an exit code; BEGUN if it failed or was killed; empty if it does not listen for signals yet."""
+        """Replies of the workers: an exit code; BEGUN if it failed or was killed; empty if it does not listen for signals yet."""
         return {read(path) for path in self._replies.values()}
 
     def tell_errors(self) -> set[int]:

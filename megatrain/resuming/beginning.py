@@ -30,7 +30,7 @@ from megatrain.runtime.launch import Launch
 
 
 def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
-    """What a run without checkpoints of its own begins from: `auto`, `never`, a checkpoint or weights; plain JSON."""
+    """The beginning of a run without checkpoints of its own: `auto`, `never`, a checkpoint or weights; plain JSON."""
     resume = config.checkpoint.resume
     if resume in ("auto", "never"):
         return {"from": resume, "job": f"{launch.launcher} {launch.job}"}
@@ -52,7 +52,7 @@ class Own:
     config: Config
     launch: Launch
     began: Mapping[str, str]
-    """What a run of this config begins from (`beginning_of`)."""
+    """The beginning of a run of this config (`beginning_of`)."""
     others: list[str] = field(default_factory=list)
     """Checkpoints of other runs, newest first, each with the reason why it is not this run's."""
     _over: bool = field(default=False, init=False)
@@ -109,7 +109,7 @@ class Own:
 
 
 def said(began: Mapping[str, str]) -> str:
-    """What a run began from, as text for messages."""
+    """A run's beginning as text for messages."""
     if began["from"] in ("checkpoint", "weights"):
         return f"from {'the weights of ' if began['from'] == 'weights' else ''}{began['path']}"
     return "anew" if began["from"] == "auto" else "anew, with checkpoint.resume=never"

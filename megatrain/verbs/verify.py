@@ -47,7 +47,7 @@ Precision = Literal["fp64", "fp32", "bf16"]
 
 LARGEST_WORLD = 8
 PROCESSES_AT_LEAST = 24
-"""Of the layouts of `--layouts all`, at least this many also run on gloo processes."""
+"""At least this many of the layouts of `--layouts all` also run on gloo processes."""
 SEEDS = 12
 """Number of runs, each with its own seed, for a comparison in bfloat16 (docs/numerics.md)."""
 LARGE = 20_000_000
@@ -68,7 +68,7 @@ class Row:
     problem: str = ""
     """The first difference; "" if all agrees."""
     note: str = ""
-    """Where deviations exceed the bounds but so do the control's: both figures; "" elsewhere."""
+    """Both figures, if deviations exceed the bounds but so do the control's; else ""."""
 
 
 class Verifier:
