@@ -3,7 +3,7 @@
     y_i = sum_j w_ij P_ij v_j        P = softmax(q k^T / sqrt(d)), masked; w_ij = 0 with probability p, else 1 / (1 - p)
 
 A weight's fate is a word of (key, sample, head, query, key's place), `parallel/rng.py`'s. A row's two words are made once a tile,
-after which a weight costs one word, some 20 integer operations in registers. Tiles as in FlashAttention-2 (arXiv:2307.08691):
+after which a weight costs one word, some 30 instructions in registers with its mask. Tiles as in FlashAttention-2 (arXiv:2307.08691):
 
     forward     a tile of queries meets its keys, the softmax is kept up as it goes; of it the logarithm of its sum is saved
     queries     the same way again, for dq; and for each query D = y dy, the sum of P dP over its keys, dropout or not
