@@ -101,8 +101,7 @@ class _BlockAttention(torch.autograd.Function):
         queries, keys, values = ctx.saved_tensors
         groups, wide, scale = ctx.groups, torch.promote_types(dy.dtype, torch.float32), dy.shape[-1] ** -0.5
         dout = _grouped(dy, groups).contiguous()
-        dq = dy.new_empty(dy.shape)
-        dqueries = _grouped(dq, groups)
+        dqueries = torch.empty_like(queries)
         dkeys, dvalues = (torch.zeros(x.shape, dtype=wide, device=dy.device) for x in (keys, values))
         room, second = _Room(queries), _Room(queries)
         for block in _blocks(queries, keys, groups, ctx.variant):
@@ -115,7 +114,7 @@ class _BlockAttention(torch.autograd.Function):
             dscores = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp)
             dqueries[block.part, :, block.start : block.end] = block.by_head(_scaled_product(scale, dscores, seen))
             block.add(dkeys, _scaled_product(scale, dscores.transpose(1, 2), rows))
-        return dq, _ungrouped(dkeys, groups, dy.dtype), _ungrouped(dvalues, groups, dy.dtype), None
+        return *(_ungrouped(dx.to(dy.dtype), groups) for dx in (dqueries, dkeys, dvalues)), None
 
 
 class _Room:
@@ -159,10 +158,9 @@ def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x.unflatten(2, (groups, heads // groups)).permute(1, 2, 3, 0, 4).reshape(b * groups, heads // groups, s, d)
 
 
-def _ungrouped(x: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-    """[b g, 1, s, d] -> [s, b, g, d]."""
-    count, _, s, d = x.shape
-    return x.view(count // groups, groups, s, d).permute(2, 0, 1, 3).to(dtype, memory_format=torch.contiguous_format)
+def _ungrouped(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """[b g, r, s, d] -> a view [s, b, g r, d]: who reads it, and writes all three gradients beside one another, copies it then."""
+    return x.unflatten(0, (-1, groups)).flatten(1, 2).permute(2, 0, 1, 3)
 
 
 @dataclass(frozen=True)

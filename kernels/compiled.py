@@ -77,6 +77,21 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], -1)
 
 
+def heads(
+    whole: torch.Tensor, tables: tuple[tuple[torch.Tensor, torch.Tensor], ...], d: int, groups: int, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q|k|v [s, b, (a + 2 g) d] -> q [s, b, a, d] and k [s, b, g, d] turned, each half of a head by its own tables where there are two; v.
+
+    v is a copy: a view would keep the q and k that were not turned.
+    """
+    q, k, v = whole.unflatten(-1, (-1, d)).split([whole.shape[-1] // d - 2 * groups, groups, groups], 2)
+    turned = [
+        torch.cat([rotary(part, *of, interleaved) for part, of in zip(x.chunk(len(tables), -1), tables, strict=True)], -1)
+        for x in (q, k)
+    ]
+    return turned[0], turned[1], v.clone(memory_format=torch.contiguous_format)
+
+
 def activation(inner: torch.Tensor, kind: str) -> torch.Tensor:
     """An MLP's activation of [..., f], or of gate|up [..., 2 f] beside one another, as its gradient will lie too."""
     if kind not in GATES:

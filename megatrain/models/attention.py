@@ -12,8 +12,9 @@ from megatrain.config.schema import Config
 from megatrain.kernels import compiled
 from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.attention_dropout import Dropout
+from megatrain.kernels.beside import together
 from megatrain.kernels.dispatch import use_triton
-from megatrain.kernels.rotary import rotary
+from megatrain.kernels.rotary import Turns, heads, rotary
 from megatrain.kernels.sdpa import Choice, Shape, choose
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Norm
@@ -45,17 +46,29 @@ class Rotary(nn.Module):
         config = build.config
         interleaved = config.rope_interleaved
         self.turn: Callable[..., torch.Tensor] = partial(rotary, kernels=build.kernels, interleaved=interleaved)
+        self.apart: Callable[..., tuple[torch.Tensor, ...]] | None = None
         if build.compile:
             self.turn = compiled.compiled(compiled.rotary, "rotary", interleaved=interleaved)
-        self.halves = 2 if config.position == "rope_2d" else 1
+            self.apart = compiled.compiled(compiled.heads, "heads", d=config.head_size, interleaved=interleaved)
+        self.interleaved, self.halves = interleaved, 2 if config.position == "rope_2d" else 1
         for name, table in zip(("cos", "sin"), build.rotary_tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def forward(self, batch: MicroBatch, *heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Rotate each of `heads` [s, b, a, d] by its token's positions."""
-        positions = (batch.positions,) if self.halves == 1 else (batch.positions, batch.second_positions)
-        tables = [(self.cos[of], self.sin[of]) for of in positions]
+        tables = self.tables(batch)
         return tuple(self._rotate(x, tables) for x in heads)
+
+    def turns(self, batch: MicroBatch) -> Turns:
+        """By which angles the tokens' heads turn."""
+        return Turns(self.cos, self.sin, self._places(batch), self.interleaved)
+
+    def tables(self, batch: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines [s, b, r/2] of the tokens, for heads or for both halves of heads."""
+        return [(self.cos[of], self.sin[of]) for of in self._places(batch)]
+
+    def _places(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+        return (batch.positions,) if self.halves == 1 else (batch.positions, batch.second_positions)
 
     def _rotate(self, x: torch.Tensor, tables: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """[s, b, a, d] -> the same shape."""
@@ -144,17 +157,27 @@ class Attention(nn.Module):
         self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None, remake: Remake | None = None
     ) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape. remake: makes x again, so that it is not kept."""
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, batch.postponed, remake))  # each [s, b, heads, d]
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        if self.rotary is not None:
-            q, k = self.rotary(batch, q, k)
-            if self.query_norm is None:  # norms keep their inputs anyway
-                v = v.contiguous()  # else it would keep the unrotated q and k alive, which lie in the same storage
+        q, k, v = self._heads(x, batch, remake)
         if cache is not None:
             k, v = cache.extend(k, v)
         variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32, self.build.fused)
         return self.output(attention(q, k, v, variant), batch.postponed)
+
+    def _heads(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None) -> tuple[torch.Tensor, ...]:
+        """[s/t or s, b, h] -> what attention multiplies, each [s, b, heads, d]."""
+        turned = self.rotary if self.query_norm is None else None  # else norms stand between
+        if turned is not None and turned.apart is not None:
+            whole = together(*self.qkv(x, batch.postponed, remake))
+            return turned.apart(whole, tuple(turned.tables(batch)), groups=self.key_heads)
+        bias = self.qkv.bias_place()
+        q, k, v = self.qkv(x, batch.postponed, remake, sums_bias=bias is None)
+        turns = None if turned is None else turned.turns(batch)
+        q, k, v = heads(q, k, v, self.head_dim, turns, bias=bias, kernels=self.build.kernels)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+            if self.rotary is not None:
+                q, k = self.rotary(batch, q, k)
+        return q, k, v
 
     def _dropout(self, batch: MicroBatch) -> Dropout | None:
         """Dropout of attention's weights, keyed by (sample, head, query, key): the same under every layout."""

@@ -35,8 +35,8 @@ def layer_activation_bytes(
         input of both norms                    2 / (t)     [the sequence is whole, without 1/t, without sequence parallelism]
         outputs of both norms                  2 / (t)     not under selective
         q, k, v and the attention's output     (2 + 2 g/a) / t
-        q and k before their norms, if any         (1 + g/a) / t
-        angles of rope                         r / h       r of d numbers are rotated
+        q and k before their norms, if any         (1 + 2 g/a) / t      v lies beside them
+        angles of rope, with those norms       r / h       r of d numbers are rotated; else they are looked up again
         inputs of sandwich's output norms      2 / (t)
         before the activation                  n (f/h) / t
         after it (gated: and the act of gate)  n (f/h) / t  not under selective; relu keeps its output alone
@@ -50,8 +50,8 @@ def layer_activation_bytes(
     keeps = recompute == "none"
     key_heads = max(model.query_groups / ranks, 1.0)
     again = 1 if model.qk_norm else 0
-    heads = ((2 + again) * model.num_attention_heads / ranks + (2 + again) * key_heads) * model.head_size * tokens
-    angles = tokens * model.rotated * (1 + model.two_dimensional) if model.rotary else 0
+    heads = ((2 + again) * model.num_attention_heads / ranks + (2 + 2 * again) * key_heads) * model.head_size * tokens
+    angles = again * tokens * model.rotated * (1 + model.two_dimensional) if model.rotary else 0
     outer = 2 if model.norm_placement == "sandwich" else 0
     inner = tokens * model.ffn_size / ranks * (2 if model.gated else 1)
     both = keeps and model.activation != "relu"

@@ -92,7 +92,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     from megatrain.kernels.dropout import dropout_triton
     from megatrain.kernels.gated import activated, gated
     from megatrain.kernels.norm import add_norm, norm
-    from megatrain.kernels.rotary import rotary
+    from megatrain.kernels.rotary import Turns, heads, rotary
 
     def some(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_(grad)
@@ -122,6 +122,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         x = some(ROWS, 1, heads * d * fused, dtype=dtype)[..., : heads * d].view(ROWS, 1, heads, d)
         table = some(ROWS, 1, turned // 2, dtype=dtype, grad=False)
         differentiate(rotary(x, table, table, interleaved=interleaved, kernels="triton"))
+
+    def apart(d: int, turned: int, groups: int, interleaved: bool, biased: bool, dtype: torch.dtype) -> None:
+        whole, table = some(MANY // 4, 4, 6 * groups * d, dtype=dtype), some(99, turned // 2, dtype=dtype, grad=False)
+        turns = Turns(table, table, (torch.zeros(MANY // 4, 4, dtype=torch.long),), interleaved) if turned else None
+        parts = whole.split([4 * groups * d, groups * d, groups * d], -1)
+        bias = some(6 * groups * d, dtype=torch.float32) if biased else None
+        differentiate(*heads(*parts, d, turns, bias=bias, kernels="triton"))
 
     def entropy(columns: int, ids: int, dtype: torch.dtype, more: bool) -> None:
         logits = some(ROWS, columns, dtype=dtype, grad=False)
@@ -179,18 +186,22 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
                     name = f"act {kind} {columns} bias={biased:d} {short}"
                     yield name, lambda k=kind, c=columns, d=dtype, b=biased: act(k, c, d, b)
         heads_of = (32, 128, 128, 1), (8, 128, 128, 3), (12, 64, 64, 3), (25, 64, 64, 1), (12, 64, 32, 1), (1, 21, 16, 1)
-        for heads, d, turned, fused in heads_of:
+        for number, d, turned, fused in heads_of:
             for interleaved in (False, True):
-                name = f"rotary {heads}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
-                yield name, lambda h=heads, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
+                name = f"rotary {number}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
+                yield name, lambda h=number, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
         for columns in (1024, 101):
             yield f"weights n={columns} {short}", lambda c=columns, d=dtype: weighed(c, d)
-        for heads, groups, d in ((12, 12, 64), (32, 8, 128), (4, 4, 80), (3, 1, 21)) if dtype != torch.float32 else ():
+        for number, groups, d in ((12, 12, 64), (32, 8, 128), (4, 4, 80), (3, 1, 21)) if dtype != torch.float32 else ():
             for mask in masks:
-                name = f"attention {heads} of {groups} x {d}{mask} {short}"
-                yield name, lambda a=heads, g=groups, n=d, m=mask, y=dtype: attended(a, g, n, m, y)
+                name = f"attention {number} of {groups} x {d}{mask} {short}"
+                yield name, lambda a=number, g=groups, n=d, m=mask, y=dtype: attended(a, g, n, m, y)
         for h in (768, 1600, 4096, 101):
             yield f"dropout h={h} {short}", lambda h=h, d=dtype: dropped(h, d)
+        for head, turned, groups in ((64, 0, 12), (128, 128, 8), (64, 32, 1), (21, 16, 1), (80, 40, 2)):
+            for biased, interleaved in ((False, False), (True, False), (True, True)):
+                name = f"heads {head} of {turned} groups={groups} interleaved={interleaved:d} bias={biased:d} {short}"
+                yield name, lambda h=head, t=turned, g=groups, i=interleaved, b=biased, y=dtype: apart(h, t, g, i, b, y)
         for columns, ids in ((50304, 50257), (50304, 50304), (128256, 128256), (16384, 16384), (101, 101)):
             for more in (False, True):
                 name = f"entropy v={ids} of {columns} more={more:d} {short}"

@@ -22,6 +22,9 @@ EACH_KIND = [
     "rotary 32x128 of 128 interleaved=0 x1 bfloat16",
     "rotary 12x64 of 64 interleaved=1 x3 bfloat16",
     "rotary 1x21 of 16 interleaved=1 x1 float32",
+    "heads 128 of 128 groups=8 interleaved=0 bias=0 bfloat16",
+    "heads 64 of 0 groups=12 interleaved=0 bias=1 bfloat16",
+    "heads 64 of 32 groups=1 interleaved=1 bias=1 bfloat16",
     "entropy v=50257 of 50304 more=1 bfloat16",
     "entropy v=101 of 101 more=0 float16",
     "dropout h=768 bfloat16",
@@ -58,6 +61,8 @@ def check(rows):
         "act gelu_tanh 1001",
         "act relu 1001",
         "rotary 1x21 ",
+        "heads 21 ",
+        "heads 80 ",  # 20 pairs: the second half begins at no multiple of 16 bytes
         "entropy v=101 ",
         "adam n=1001 ",
         "dropout h=101 ",

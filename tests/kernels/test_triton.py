@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from megatrain.kernels import dispatch
-from megatrain.kernels.beside import beside
+from megatrain.kernels.beside import beside, together
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.gated import GATES, PLAIN, activated, gated
 from megatrain.kernels.norm import add_norm, norm
-from megatrain.kernels.rotary import rotary
+from megatrain.kernels.rotary import Turns, heads, rotary
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,6 +116,79 @@ def test_rotary_of_a_part_of_one_matmuls_output():
         return rotary(fused.split(32, -1)[1].unflatten(-1, (4, 8)), cos, sin, interleaved=False, kernels=kernels)
 
     compare(turned, (fused, angles.cos(), angles.sin()), torch.float32)
+
+
+def turned_heads(whole, d, groups, turns):
+    """What `heads` shall be, by torch alone: q|k|v [s, b, n] -> [s, b, heads, d] each."""
+    q, k, v = whole.unflatten(-1, (-1, d)).split([whole.shape[-1] // d - 2 * groups, groups, groups], 2)
+    if turns is None:
+        return q, k, v
+    out = []
+    for x in (q, k):
+        halves = []
+        for place, half in zip(turns.places, x.chunk(len(turns.places), -1), strict=True):
+            cos, sin = (table[place].double().unsqueeze(2) for table in (turns.cos, turns.sin))
+            r = 2 * turns.pairs
+            x1, x2 = (half[..., 0:r:2], half[..., 1:r:2]) if turns.interleaved else (half[..., : r // 2], half[..., r // 2 : r])
+            y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            y = torch.stack([y1, y2], -1).flatten(-2) if turns.interleaved else torch.cat([y1, y2], -1)
+            halves.append(torch.cat([y, half[..., r:]], -1))
+        out.append(torch.cat(halves, -1))
+    return *out, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("d", "groups", "places", "pairs", "interleaved"),
+    [
+        (8, 2, 0, 0, False),
+        (8, 1, 1, 4, False),
+        (10, 2, 1, 3, False),
+        (8, 1, 1, 4, True),
+        (10, 2, 1, 3, True),
+        (12, 1, 2, 2, False),
+    ],
+    ids=["plain", "halves", "some", "neighbours", "some neighbours", "2d"],
+)
+def test_heads(d, groups, places, pairs, interleaved, dtype, monkeypatch):
+    monkeypatch.setattr("megatrain.kernels.rotary.multiprocessors", lambda _device: 1)  # a program takes several tiles
+    monkeypatch.setattr("megatrain.kernels.rotary.TILE", 64)
+    s, b, width = 9, 2, 5 * groups * d
+    biased = places < 2
+    turns = None
+    if places:
+        angles = numbers(50, pairs, seed=1).detach()
+        where = tuple(torch.randint(50, (s, b), generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in range(places))
+        turns = Turns(angles.cos().to(dtype), angles.sin().to(dtype), where, interleaved)
+    given = numbers(s, b, width, dtype=dtype)
+    bias = torch.zeros(width, device=DEVICE, requires_grad=True)
+    exact = given.detach().double().requires_grad_()
+    outputs = turned_heads(exact, d, groups, turns)
+    # Gradients as the fused kernels of torch give them: some in other orders, some spaced.
+    scales = [numbers(b, y.shape[2], s, d, seed=2).detach().permute(2, 0, 1, 3) for y in outputs]
+    scales[1] = torch.stack([scales[1], scales[1]], -1)[..., 0]
+    (dwhole,) = torch.autograd.grad(outputs, exact, [y.double() for y in scales])
+    for kernels in ("triton", "reference"):
+        storage = given.detach().clone().requires_grad_()
+        parts = together(storage * 1).split([3 * groups * d, groups * d, groups * d], -1)
+        mine = heads(*parts, d, turns, bias=bias if biased else None, kernels=kernels)
+        assert mine[0].data_ptr() == parts[0].data_ptr() and mine[2].data_ptr() == parts[2].data_ptr(), "where they lay"
+        grads = torch.autograd.grad(mine, [storage, *([bias] if biased else [])], [y.to(dtype) for y in scales])
+        close((*mine, grads[0]), (*outputs, dwhole), dtype)
+        if biased:
+            assert grads[1].dtype == torch.float32
+            close(grads[1:], (dwhole.sum((0, 1)),), dtype)
+
+
+def test_heads_of_parts_that_lie_apart():
+    parts = [numbers(5, 2, n, seed=n) for n in (16, 8, 8)]
+    angles = numbers(5, 4, seed=1).detach()
+    turns = Turns(angles.cos(), angles.sin(), (torch.arange(5, device=DEVICE)[:, None].expand(5, 2),), False)
+    exact = turned_heads(torch.cat(parts, -1).double(), 8, 1, turns)
+    for kernels in ("triton", "reference"):
+        found = heads(*parts, 8, turns, kernels=kernels)
+        close(found, exact, torch.float32)
+        close(torch.autograd.grad(sum(x.square().sum() for x in found), parts), [2 * p.double() for p in parts], torch.float32)
 
 
 @pytest.mark.parametrize("dtype", BANDS, ids=str)
