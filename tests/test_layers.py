@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SUPPORT = {"__init__", "buckets", "collectives", "flat", "mesh", "param", "rng", "schedules", "simulator"}
-SUPPORT |= {"portion", "vocabulary", "weights"}
+SUPPORT |= {"portion", "uses", "vocabulary", "weights"}
 """Files of parallel/ that are no dimension of parallelism: dimensions may import them."""
 
 
