@@ -37,11 +37,27 @@ def norm(
 ) -> torch.Tensor:
     """x [..., n] normalised over the last dim, times `weight` [n], plus `bias` [n]; rms: RMSNorm, which has no bias."""
     if use_triton(kernels, x.device):
-        return _TritonNorm.apply(x, None, weight, bias, eps, rms)[0]
+        return _TritonNorm.apply(x, None, weight, bias, eps, rms, False)[0]
     if rms:
         return _RMSNorm.apply(x, weight, eps)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def norm_beside(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    *,
+    rms: bool,
+    kernels: Kernels = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(norm(x), x): of what is read beside its norm too, both gradients are added in one pass where Triton serves."""
+    if use_triton(kernels, x.device):
+        y, same = _TritonNorm.apply(x, None, weight, bias, eps, rms, True)
+        return y, same
+    return norm(x, weight, bias, eps, rms=rms, kernels=kernels), x
 
 
 def add_norm(
@@ -56,7 +72,7 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual), in one pass over both where Triton serves."""
     if use_triton(kernels, x.device) and x.dtype == residual.dtype:
-        y, total = _TritonNorm.apply(x, residual, weight, bias, eps, rms)
+        y, total = _TritonNorm.apply(x, residual, weight, bias, eps, rms, True)
         return y, total
     total = x + residual
     return norm(total, weight, bias, eps, rms=rms, kernels=kernels), total
@@ -219,7 +235,7 @@ def _sums_kernel(
 
 
 class _TritonNorm(torch.autograd.Function):
-    """(norm(x + residual), x + residual); without a residual the second is empty."""
+    """(norm(x + residual), x + residual), or of x alone where there is no residual; the second is empty unless it is to be read."""
 
     @staticmethod
     def forward(
@@ -230,6 +246,7 @@ class _TritonNorm(torch.autograd.Function):
         bias: torch.Tensor | None,
         eps: float,
         rms: bool,
+        beside: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         n = x.shape[-1]
         x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
@@ -246,8 +263,8 @@ class _TritonNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, means, scales)
         ctx.settings = rms, residual is not None, bias is not None
         ctx.set_materialize_grads(False)
-        if residual is not None:
-            return y, total
+        if beside:
+            return y, total if residual is not None else x.view_as(x)
         nothing = total.new_empty(0)
         ctx.mark_non_differentiable(nothing)
         return y, nothing
@@ -259,13 +276,13 @@ class _TritonNorm(torch.autograd.Function):
         n = total.shape[-1]
         rows = total.numel() // n
         dy = torch.zeros_like(total) if dy is None else dy.contiguous()
-        dtotal = None if not added or dtotal is None else dtotal.contiguous()
+        dtotal = None if dtotal is None else dtotal.contiguous()
         # Two programs for each multiprocessor: all run at once, and the partial sums stay few, whatever the number of rows.
         each = max(LEAST_ROWS, -(-rows // (2 * multiprocessors(total.device))))
         programs = -(-rows // each)
         dx = torch.empty_like(total)
-        dweight = torch.empty(programs, n, dtype=torch.float32, device=total.device)
-        dbias = torch.empty_like(dweight) if has_bias else dweight
+        partial = torch.empty(1 + has_bias, programs, n, dtype=torch.float32, device=total.device)
+        dweight, dbias = partial.unbind() if has_bias else (partial[0], dy)
         block = next_power(n)
         added_dy = dy if dtotal is None else dtotal
         settings: dict[str, Any] = {"RMS": rms, "ADD": dtotal is not None}
@@ -280,5 +297,5 @@ class _TritonNorm(torch.autograd.Function):
             _wide_backward_kernel[(rows,)](dy, added_dy, total, weight, means, scales, dx, **settings, **wide)
             sums = {"RMS": rms, "BIAS": has_bias, "EACH": each, "BLOCK": SUMS_BLOCK}
             _sums_kernel[(programs, -(-n // SUMS_BLOCK))](dy, total, means, scales, dweight, dbias, rows, n, **sums)
-        summed = dbias.sum(0).to(weight.dtype) if has_bias else None
-        return dx, dx if added else None, dweight.sum(0).to(weight.dtype), summed, None, None
+        summed = partial.sum(1).to(weight.dtype)
+        return dx, dx if added else None, summed[0], summed[1] if has_bias else None, None, None, None

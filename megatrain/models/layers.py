@@ -15,7 +15,7 @@ from megatrain.kernels import compiled
 from megatrain.kernels.beside import together
 from megatrain.kernels.dispatch import Kernels
 from megatrain.kernels.gated import GATES, activated, gated
-from megatrain.kernels.norm import add_norm, norm
+from megatrain.kernels.norm import add_norm, norm, norm_beside
 from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake
@@ -125,7 +125,9 @@ class Norm(nn.Module):
         settings: dict[str, Any] = {"eps": config.norm_eps, "rms": config.norm == "rmsnorm"}
         self.alone: Callable[..., Any] = functools.partial(norm, kernels=build.kernels, **settings)
         self.added: Callable[..., Any] = functools.partial(add_norm, kernels=build.kernels, **settings)
+        self.both: Callable[..., Any] | None = functools.partial(norm_beside, kernels=build.kernels, **settings)
         if build.compile:
+            self.both = None
             purpose = name.rsplit(".", 1)[-1]
             self.alone = compiled.compiled(compiled.norm, purpose, **settings)
             self.added = compiled.compiled(compiled.add_norm, purpose, **settings)
@@ -134,6 +136,13 @@ class Norm(nn.Module):
         """[..., h] -> [..., h]."""
         y: torch.Tensor = self.alone(x, self.weight, self.bias)
         return y
+
+    def beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x), x), both [..., h]: for who goes on to read x too."""
+        if self.both is None:
+            return self(x), x
+        both: tuple[torch.Tensor, torch.Tensor] = self.both(x, self.weight, self.bias)
+        return both
 
     def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(norm(x + residual), x + residual), both [..., h]."""

@@ -45,7 +45,7 @@ class Block(nn.Module):
 
     def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
         post = self.placement == "post"
-        h = x if post else self.attention_norm(x)
+        h, x = (x, x) if post else self.attention_norm.beside(x)
         y = self.attention(h.to(self.dtype), batch, cache, None if post else self._again(self.attention_norm, x))
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
         stream = h if self.placement == "deepnorm" else x

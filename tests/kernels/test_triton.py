@@ -7,7 +7,7 @@ from megatrain.kernels import dispatch
 from megatrain.kernels.beside import beside, together
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.gated import GATES, PLAIN, activated, gated
-from megatrain.kernels.norm import add_norm, norm
+from megatrain.kernels.norm import add_norm, norm, norm_beside
 from megatrain.kernels.rotary import Turns, heads, rotary
 
 pytest.importorskip("triton")
@@ -62,6 +62,12 @@ def test_norm(rms, shape, dtype):
 
     compare(alone, given, dtype)
     residual = numbers(*shape, seed=3, dtype=dtype)
+
+    def beside_itself(x, weight, bias=None, kernels="auto"):
+        return norm_beside(x, weight, bias, 1e-5, rms=rms, kernels=kernels)
+
+    if shape[-1] in (33, 9001):
+        compare(beside_itself, given, dtype)
 
     def added(x, residual, weight, bias=None, kernels="auto"):
         return add_norm(x, residual, weight, bias, 1e-5, rms=rms, kernels=kernels)
