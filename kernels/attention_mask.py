@@ -15,7 +15,7 @@ and for `allowed`, the exceptions inside. A dense mask of a whole sequence is ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +43,8 @@ class AttentionMask:
     """[s, b] int64 number of each token's document, not falling along the sequence."""
     prefix: torch.Tensor | None = None
     """[b] int64 number of first keys that every query sees; or [s, b] the place before which a query at each place sees all keys."""
+    on_host: AttentionMask | None = field(default=None, compare=False, repr=False)
+    """The same in the host's memory, which can be asked for spans without waiting for a device; None: this one is asked."""
 
     @property
     def only_causal(self) -> bool:
@@ -54,6 +56,11 @@ class AttentionMask:
         """Whether it is the same for every sequence."""
         return self.documents is None and self.prefix is None
 
+    @property
+    def _asked(self) -> AttentionMask:
+        """The mask whose documents and prefixes are looked at here and now."""
+        return self if self.on_host is None else self.on_host
+
     def spans(self, start: int, end: int, keys: int) -> list[slice]:
         """The keys, of `keys`, that some query of start .. end - 1 may see: disjoint, rising."""
         first, last = 0, self._last(start, end, keys)
@@ -61,8 +68,9 @@ class AttentionMask:
             first = max(0, start - self.window + 1)
             if not self.causal:
                 last = min(keys, end + self.window - 1)
-        if self.documents is not None:
-            first = max(first, _first_of_document(self.documents, start))
+        documents = self._asked.documents
+        if documents is not None:
+            first = max(first, _first_of_document(documents, start))
         if self.sparse is None:
             return [slice(first, last)]
         block = self.sparse.block
@@ -76,16 +84,18 @@ class AttentionMask:
         """Behind the last key that some query of start .. end - 1 may see."""
         if not self.causal:
             return keys
-        if self.prefix is None:
+        prefix = self._asked.prefix
+        if prefix is None:
             return end
-        of = self.prefix if self.prefix.dim() == 1 else self.prefix[start:end]
+        of = prefix if prefix.dim() == 1 else prefix[start:end]
         return min(keys, max(end, int(of.max())))
 
     def seen_by_all(self, start: int) -> int:
         """So many first keys are seen by every query from place `start` on, in every sequence."""
         if self.window is not None or self.sparse is not None or self.documents is not None or not self.causal:
             return 0
-        common = 0 if self.prefix is None or self.prefix.dim() > 1 else int(self.prefix.min())
+        prefix = self._asked.prefix
+        common = 0 if prefix is None or prefix.dim() > 1 else int(prefix.min())
         return max(start, common)
 
     def sees(self, q: torch.Tensor, k: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,9 +141,10 @@ def causal_mask(
     sparse: tuple[int, int, int] | None,
     documents: torch.Tensor | None = None,
     prefix: torch.Tensor | None = None,
+    on_host: AttentionMask | None = None,
 ) -> AttentionMask:
-    """A language model's mask. sparse: (tokens of a block, local blocks, global blocks); documents, prefix: as `AttentionMask` has them."""
-    return AttentionMask(True, window, None if sparse is None else BlockSparse(*sparse), documents, prefix)
+    """A language model's mask. sparse: (tokens of a block, local blocks, global blocks); the rest as `AttentionMask` has them."""
+    return AttentionMask(True, window, None if sparse is None else BlockSparse(*sparse), documents, prefix, on_host)
 
 
 def _first_of_document(documents: torch.Tensor, start: int) -> int:

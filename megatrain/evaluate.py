@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatrain.data.held_out import Evaluated, evaluation_batches
-from megatrain.parallel.collectives import all_reduce, to_host
+from megatrain.parallel.collectives import all_reduce, start_to_host, to_host
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
+from megatrain.transport.host import Reading
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Interrupted(Exception):
 def evaluate(run: Model, global_batches: int = 0, stopping: Callable[[], bool] | None = None) -> Evaluation:
     """Mean loss over the run's held-out text, or over the first `global_batches` global batches of each set; no dropout, no gradients.
 
-    stopping: called on every rank before each global batch, which costs an all-reduce of 4 bytes.
+    stopping: called on every rank before each global batch, which costs an all-reduce of 4 bytes; its result is read one batch later.
 
     Raises ValueError if the run has no held-out text, Interrupted on all ranks if `stopping()` is true on one.
     """
@@ -63,17 +64,25 @@ def _sums(run: Model, held_out: Evaluated, global_batches: int, stopping: Callab
     )
     stage = stage_of(run)
     sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)
+    wishes: Reading | None = None
     for batch in batches:
+        _heed(wishes)
         if stopping is not None:
-            wishes = all_reduce(torch.tensor(float(stopping()), device=ctx.device), ctx.world)
-            if bool(to_host(wishes, ctx.world)):
-                raise Interrupted
+            mine = torch.full((), float(stopping()), device=ctx.device)
+            wishes = start_to_host(all_reduce(mine, ctx.world), ctx.world)
         micro_batches = to_micro_batches(batch, run)
         schedule = schedule_of(run.config, len(micro_batches), backward=False)
         executed = run_schedule(stage, schedule, micro_batches, scale=1.0)
         weight = torch.stack([run.objective.weight(m) for m in micro_batches]).sum().double()
         sums += torch.cat([executed.sums, weight[None] * float(ctx.pp.rank == 0)])
+    _heed(wishes)
     return sums
+
+
+def _heed(wishes: Reading | None) -> None:
+    """Raise Interrupted where some rank wished to stop."""
+    if wishes is not None and bool(wishes.wait()):
+        raise Interrupted
 
 
 def _mean(loss: float, right: float, filled: float, blanks: float, tokens: float) -> Evaluation:

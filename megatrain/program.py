@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -49,7 +48,8 @@ from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import memory_of
-from megatrain.training import DTYPES, assemble, train_step
+from megatrain.runtime.reports import Reports
+from megatrain.training import DTYPES, assemble, queue_step
 from megatrain.watch import Watch
 
 
@@ -219,24 +219,31 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
 
 
 def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
-    """Whether all steps are done."""
+    """Whether all steps are done. A step is reported when the next one is queued; before anything but a step, all are."""
     config = job.config
     watch.start()
-    while job.step < job.total_steps:
-        job.before_update = watch.norms if _due(job.step + 1, config.log.norms_every) else None
-        began = time.perf_counter()
-        report = train_step(job)
-        watch.step(report, time.perf_counter() - began)
-        last = job.step == job.total_steps
-        if _due(job.step, config.train.audit_every):
-            audit(job.flat, job.optimizer, job.ctx)
-        if job.held_out and (last or (_due(job.step, config.train.eval_every) and not report.stop)):
-            watch.evaluate()
-        if last or report.stop or _due(job.step, config.checkpoint.save_every):
-            with guard.paused():
-                watch.save(wait=last or report.stop)
-        if report.stop and not last:
-            return False
+    with Reports(watch.step) as reports:
+        while job.step < job.total_steps:
+            norms = _due(job.step + 1, config.log.norms_every)
+            if norms:
+                reports.catch_up()  # they are told of in the middle of the step
+            job.before_update = watch.norms if norms else None
+            reports.follow(queue_step(job))
+            last = job.step == job.total_steps
+            every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
+            audits, evaluates, saves = (_due(job.step, steps) for steps in every)
+            if last or reports.stop or audits or evaluates or saves:
+                reports.catch_up()
+            stop = reports.stop
+            if audits:
+                audit(job.flat, job.optimizer, job.ctx)
+            if job.held_out and (last or (evaluates and not stop)):
+                stop |= not watch.evaluate()
+            if last or stop or saves:
+                with guard.paused():
+                    watch.save(wait=last or stop)
+            if stop and not last:
+                return False
     return True
 
 

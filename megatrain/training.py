@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
@@ -30,14 +31,16 @@ from megatrain.optim.loss_scale import LossScale
 from megatrain.optim.mixed_precision import Optimizer
 from megatrain.optim.schedule import Position, learning_rate, weight_decay
 from megatrain.parallel.buckets import Unit
-from megatrain.parallel.collectives import all_reduce, to_host
-from megatrain.parallel.mesh import Axis, ParallelContext
+from megatrain.parallel.collectives import all_reduce, start_to_host, to_host
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Parameters, Resident, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.weights import Postponed
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.flops import forward_flops, parameter_count
+from megatrain.runtime.reports import Queued, StepReport
+from megatrain.transport.host import Moment, to_device
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 """train.precision -> dtype of the parameters and activations."""
@@ -117,29 +120,6 @@ class Run(Model):
         if train.tokens is None:
             return Position(step, train.steps, gauge.warmup_steps)
         return Position(samples * self.config.model.seq_length, train.tokens, gauge.warmup, gauge.first, gauge.full)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step did, the same on every rank."""
-
-    step: int
-    """Steps so far, this one included."""
-    loss: float
-    """Mean over the weight (tokens) of the global batch, before the update."""
-    accuracy: float
-    """Share of that weight that was predicted right."""
-    grad_norm: float
-    """Global L2 norm before clipping."""
-    learning_rate: float
-    samples: int
-    """Sequences of the global batch."""
-    skipped: bool
-    """Nothing was changed: the loss or the gradient was not finite, or train.skip_steps said so."""
-    overflow: bool
-    """The loss or the gradient was not finite."""
-    stop: bool
-    """Some rank was told to stop."""
 
 
 def assemble(
@@ -235,9 +215,15 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
 
 
 def train_step(run: Run) -> StepReport:
-    """One optimizer update: tokens -> loss -> gradients -> parameters."""
-    size = run.budget.batch_size(run.consumed_samples)
+    """One optimizer update, and what it did."""
+    return queue_step(run).report()
+
+
+def queue_step(run: Run) -> Queued:
+    """One optimizer update: tokens -> loss -> gradients -> parameters. Nothing here waits for the device."""
+    began, size = Moment(run.ctx.device), run.budget.batch_size(run.consumed_samples)
     micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run)
+    waited = run.loader.waited
     totals = global_weights(run, micro_batches)
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
     micro_batches = [replace(m, totals=totals) for m in micro_batches]
@@ -249,43 +235,38 @@ def train_step(run: Run) -> StepReport:
     divisor = clip_divisor(sums.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
     if run.before_update is not None:
         run.before_update(run)
-    lr, left_out = run.lr, float(run.step + 1 in run.config.train.skip_steps)
-    run.optimizer.step(lr, divisor, sums.overflow.clamp_min(left_out), run.weight_decay)
+    lr, left_out = run.lr, run.step + 1 in run.config.train.skip_steps
+    run.optimizer.step(lr, divisor, sums.overflow.clamp_min(float(left_out)), run.weight_decay)
     run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
-    return sums.report(run.step, lr, size, run.ctx.world, left_out=left_out > 0)
+    numbers = start_to_host(torch.stack([*sums, run.loss_scale.scale]), run.ctx.world)
+    return Queued(run.step, lr, size, left_out, run.consumed_samples, waited, began, numbers)
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
     """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device."""
-    device = run.ctx.device
-
-    def columns(array: Any) -> list[torch.Tensor]:
-        """[m, b, s] -> m times [s, b]."""
-        return list(torch.from_numpy(array).to(device, non_blocking=True).transpose(1, 2).contiguous())
-
-    def perhaps(array: Any) -> list[Any]:
-        """[m, b, s] or [m, b] -> m times [s, b] or [b]; m times None for none."""
-        if array is None:
-            return [None] * len(batch.tokens)
-        return columns(array) if array.ndim == 3 else list(torch.from_numpy(array).to(device))
-
-    parts = zip(
-        columns(batch.tokens),
-        columns(batch.labels),
-        columns(batch.loss_weights),
-        columns(batch.positions),
-        torch.from_numpy(batch.places).to(device),
-        strict=True,
+    given = (
+        *(batch.tokens, batch.labels, batch.loss_weights, batch.positions, batch.places),
+        *(batch.documents, batch.prefix, batch.block_positions, batch.kinds),
     )
-    model, seen = run.config.model, zip(perhaps(batch.documents), perhaps(batch.prefix), strict=True)
-    masks = [causal_mask(model.window, model.sparse, documents, prefix) for documents, prefix in seen]
-    others = zip(masks, perhaps(batch.block_positions), perhaps(batch.kinds), strict=True)
-    return [
-        MicroBatch(*part, step=run.step, mask=mask, block_positions=inside, kinds=kinds)
-        for part, (mask, inside, kinds) in zip(parts, others, strict=True)
-    ]
+    here = [None if array is None else _rows_first(torch.from_numpy(array)) for array in given]
+    there = iter(to_device([x for x in here if x is not None], run.ctx.device))
+    nothing = [None] * len(batch.tokens)
+    columns = zip(*(nothing if x is None else next(there) for x in here), strict=True)
+    ends = zip(*(nothing if x is None else x for x in here[5:7]), strict=True)
+    mask_of, micro_batches = partial(causal_mask, run.config.model.window, run.config.model.sparse), []
+    for (tokens, labels, weights, positions, places, documents, prefix, inside, kinds), of_mask in zip(
+        columns, ends, strict=True
+    ):
+        mask = mask_of(documents, prefix, mask_of(*of_mask))
+        micro_batches.append(MicroBatch(tokens, labels, weights, positions, places, run.step, mask, inside, kinds))
+    return micro_batches
+
+
+def _rows_first(x: torch.Tensor) -> torch.Tensor:
+    """[m, b, s] -> [m, s, b]; [m, b] stays."""
+    return x.transpose(1, 2) if x.dim() == 3 else x
 
 
 def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
@@ -328,35 +309,27 @@ def _postponing(chunk: GPT) -> Chunk:
     return forward
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the world, still on the device."""
+class Totals(NamedTuple):
+    """Sums over the world, still on the device: float64 scalars."""
 
     loss: torch.Tensor
     accuracy: torch.Tensor
     grad_norm: torch.Tensor
     overflow: torch.Tensor
-    """Scalar 0 or 1: the loss or the gradient is not finite."""
+    """0 or 1: the loss or the gradient is not finite."""
     stop: torch.Tensor
-
-    def report(self, step: int, lr: float, samples: int, world: Axis, *, left_out: bool) -> StepReport:
-        """Bring the numbers to the host: the one synchronisation of a step."""
-        numbers = torch.stack([self.loss, self.accuracy, self.grad_norm, self.overflow, self.stop])
-        loss, accuracy, grad_norm, overflow, stop = to_host(numbers, world).tolist()
-        return StepReport(step, loss, accuracy, grad_norm, lr, samples, left_out or overflow > 0, overflow > 0, stop > 0)
 
 
 def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
     """One small all-reduce carries what the ranks must agree on: squared norm, loss, statistics, the wish to stop."""
     ctx = run.ctx
     counts_loss = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same loss, and the stages before the last hold 0
-    stop = torch.tensor(float(run.stop_requested()), dtype=torch.float64, device=ctx.device)
     message = torch.stack(
         [
             local_squared_norm(run.flat, ctx),
             executed.loss * counts_loss,
             executed.statistics[0] * counts_loss,
-            stop,
+            torch.full((), float(run.stop_requested()), dtype=torch.float64, device=ctx.device),
         ]
     )
     squared_norm, loss, correct, stops = all_reduce(message, ctx.world)

@@ -25,7 +25,8 @@ from megatrain.records.rows import EvaluationRow, StepRow
 from megatrain.resuming.resume import progress_of
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.memory import peak_memory_bytes
-from megatrain.training import DTYPES, Run, StepReport
+from megatrain.runtime.reports import StepReport
+from megatrain.training import DTYPES, Run
 
 
 class Watch:
@@ -109,7 +110,7 @@ class Watch:
     def step(self, report: StepReport, seconds: float) -> None:
         """Write one step's row."""
         tokens_per_second = report.samples * self.config.model.seq_length / seconds
-        scale = float(self.job.loss_scale.scale) if self.job.loss_scale.dynamic else None
+        scale = report.loss_scale if self.job.loss_scale.dynamic else None
         if report.overflow and scale is not None:
             self.log.say(f"step {report.step} overflowed and changed nothing; the loss scale is {scale:g} now")
         doubt = None if self.doubted else self.speed.doubt(tokens_per_second)
@@ -123,7 +124,7 @@ class Watch:
                 token_accuracy=report.accuracy,
                 grad_norm=report.grad_norm,
                 learning_rate=report.learning_rate,
-                tokens=self.tokens,
+                tokens=report.consumed_samples * self.config.model.seq_length,
                 tokens_per_second=tokens_per_second,
                 step_seconds=seconds,
                 tflops_per_device=self.speed.tflops_per_device(tokens_per_second),
@@ -132,7 +133,7 @@ class Watch:
                 memory_peak_bytes=peak_memory_bytes(self.job.session.device),
                 skipped=report.skipped,
                 loss_scale=scale,
-                wait_seconds=self.job.loader.waited,
+                wait_seconds=report.wait_seconds,
             )
         )
 
@@ -140,14 +141,14 @@ class Watch:
         """Write the norms of gradients and weights of each part (collective)."""
         self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
 
-    def evaluate(self) -> None:
-        """Evaluate, write the row and redraw the picture; leave it where some rank is told to stop, since saving cannot wait."""
+    def evaluate(self) -> bool:
+        """Evaluate, write the row and redraw the picture; False where some rank is told to stop: saving cannot wait."""
         began = time.perf_counter()
         try:
             result = evaluate(self.job, self.config.train.eval_batches, self.job.stop_requested)
         except Interrupted:
             self.log.say(f"the evaluation after step {self.job.step} was left: the run was told to stop")
-            return
+            return False
         seconds = time.perf_counter() - began
         losses = {name: of.loss for name, of in result.sets.items() if name}
         self.log.evaluation(
@@ -156,6 +157,7 @@ class Watch:
             )
         )
         self.log.draw()
+        return True
 
     def save(self, *, wait: bool) -> None:
         """Save a checkpoint; with `wait`, until it is on the disk, else until it is copied."""

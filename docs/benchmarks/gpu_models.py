@@ -27,7 +27,7 @@ from megatrain.plan.memory import Layout, layer_activation_bytes, state_bytes
 from megatrain.runtime.distributed import connect
 from megatrain.runtime.flops import model_flops_per_token, parameter_count
 from megatrain.runtime.launch import Launch
-from megatrain.training import Run, train_step
+from megatrain.training import Run, queue_step, train_step
 from megatrain.verbs.bench import bench, export_trace, prepared
 
 PEAK = 989.4e12
@@ -207,7 +207,8 @@ def step_apart(note: Note, shape: Shape, words: Sequence[str], trace: Path) -> N
         if gpu:
             counted: collections.Counter[str] = collections.Counter()
             with synchronisations(counted):
-                train_step(run)
+                queued = queue_step(run)
+            queued.report()
             found["synchronisations"] = dict(counted.most_common())
             note(found)
         found |= _by_kernel(run, gpu, trace, note)

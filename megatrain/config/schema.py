@@ -201,7 +201,7 @@ class TrainConfig:
     loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.", effects.FP16)
     exit_after_minutes: float | None = knob(None, "Stop after this time with a checkpoint and exit code 75, as on a signal.")
     exit_before_end_minutes: float = knob(
-        2.0, "Under SLURM, minutes before the job's time limit to stop, as on a signal. A step and a checkpoint must fit."
+        2.0, "Under SLURM, minutes before the job's time limit to stop, as on a signal. Three steps and a checkpoint must fit."
     )
     exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.")
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")

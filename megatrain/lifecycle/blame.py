@@ -6,7 +6,8 @@ rank 0 waits in tp for rank 1,  rank 1 waits in dp for rank 0                   
 
 On a GPU a call of a group returns at once, and the host blocks when it reads a result (operation `read`), so the call that does not
 end is unknown. But each rank reports how many calls it has begun in each of its groups, and a rank that reads waits for those that
-have begun fewer.
+have begun fewer. A full launch queue blocks the host anywhere, so of the ranks that are busy, only those that have begun the
+fewest calls are blamed.
 """
 
 from __future__ import annotations
@@ -196,6 +197,8 @@ def behind(state: State, states: Mapping[int, State]) -> tuple[int, ...]:
 def _has_come(state: State, other: State | None) -> bool:
     if other is None or other.doing != "waiting" or (other.axis, other.ranks) != (state.axis, state.ranks):
         return False
+    if other.operation == "read":  # of a step before, perhaps: calls of the next one have been begun
+        return other.issued.get(f"{state.axis}/{state.ranks[0]}", other.sequence + 1) > state.sequence
     if {state.operation, other.operation} & {"send", "recv"}:
         return {state.operation, other.operation} == {"send", "recv"}  # sends and receives are numbered separately on each rank
     return other.sequence >= state.sequence
@@ -274,8 +277,16 @@ def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ..
             state.doing: tuple(r for r, other in sorted(states.items()) if other.doing == state.doing)
             for state in states.values()
         }
-        return of.get("failed") or of.get("busy", ())
-    return tuple(sorted(ends or reached))
+        return of.get("failed") or _furthest_behind(of.get("busy", ()), states)
+    return _furthest_behind(tuple(sorted(ends or reached)), states)
+
+
+def _furthest_behind(ranks: tuple[int, ...], states: Mapping[int, State]) -> tuple[int, ...]:
+    """Ranks without those that are busy and have begun more calls in some group than another busy one of them."""
+    busy = {rank: states[rank] for rank in ranks if states[rank].doing == "busy"}
+    fewer = _Fewer(busy)
+    ahead = {rank for rank, state in busy.items() if fewer.than(state)}
+    return ranks if len(ahead) == len(busy) else tuple(rank for rank in ranks if rank not in ahead)
 
 
 def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world_size: int) -> Verdict:

@@ -1,10 +1,10 @@
-"""The request to stop: a signal after which the step ends, a checkpoint is saved, and the run ends so that it can go on later.
+"""The request to stop: a signal after which the queued steps end, a checkpoint is saved, and the run ends so that it can go on later.
 
 Any of SIGNALS is such a request: schedulers send SIGTERM, or what they are told to (SLURM: --signal=USR2@120), a person presses Ctrl-C.
 A thread receives them, since the main thread may be in a long call (waiting for other ranks, copying a checkpoint):
 
     starting   nothing is trained yet, so nothing needs saving: the process ends at once, with 75
-    training   the request is remembered; `train_step` tells all ranks, the run saves and ends with 75
+    training   the request is remembered; a step tells all ranks, and after the next one the run saves and ends with 75
     ending     it changes nothing
 
 A second Ctrl-C ends the process at once. A launcher sends SIGTERM to the others when one worker has failed: at the start SIGTERM is
@@ -63,7 +63,7 @@ class StopRequest:
         return self.signal is not None
 
     def started(self) -> None:
-        """Call when training starts: from here on a request waits for the end of a step."""
+        """Call when training starts: from here on a request waits for the queued steps to end."""
         with self._lock:
             self._starting = False
 
@@ -119,7 +119,9 @@ class StopRequest:
             if self._starting:
                 self._end_at_start()
         if sys.stderr is not None and sys.stderr.isatty():  # not in a log, where every rank would write it
-            _say(f"{self.signal.name}: ending after this step, with a checkpoint saved; Ctrl-C again ends at once")
+            _say(
+                f"{self.signal.name}: ending after at most three more steps, with a checkpoint saved; Ctrl-C again ends at once"
+            )
 
     def _end_at_start(self) -> NoReturn:
         if self._marker is not None and self._launch is not None and self.signal is not None:

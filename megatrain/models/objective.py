@@ -87,7 +87,8 @@ class Mixture(NextToken):
         """Turns a mean over all tokens into the weighted sum of the means of kinds."""
         if batch.totals is None or batch.kinds is None:
             return 1.0
-        shares = torch.tensor(self.shares, dtype=batch.totals.dtype, device=batch.totals.device)
+        # torch.tensor would have the host wait for the device.
+        shares = torch.cat([batch.totals.new_full((1,), share) for share in self.shares])
         return (shares * batch.totals.sum() / batch.totals.clamp_min(1e-8))[batch.kinds].to(batch.loss_weights.dtype)
 
 

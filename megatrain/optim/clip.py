@@ -12,6 +12,7 @@ from megatrain.parallel.flat import Segment
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Part
 from megatrain.parallel.zero import FlatParameters
+from megatrain.transport.host import to_device
 
 BLOCK = 2**18
 """Elements whose squares are added up at a time on a CPU: 2 MiB in float64."""
@@ -70,7 +71,8 @@ def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tens
         return torch.zeros((), dtype=torch.float64, device=ctx.device)
     counts = torch.tensor([float(_counts(s, flat, ctx)) for s in segments], dtype=torch.float64)
     squares, owners = _squares([s.gradient for s in segments])
-    return (squares * counts[owners].to(ctx.device, non_blocking=True)).sum()
+    (mine,) = to_device([counts[owners]], ctx.device)
+    return (squares * mine).sum()
 
 
 def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 
 from megatrain.parallel.mesh import Axis
 from megatrain.transport.group import Handle, ReduceOp
+from megatrain.transport.host import Reading
 
 
 class Done(Handle):
@@ -43,7 +44,12 @@ def all_reduce(x: torch.Tensor, axis: Axis, op: ReduceOp = "sum") -> torch.Tenso
 
 def to_host(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """`x` in the host's memory, once what other ranks of the axis add to it is there: on a GPU the host waits here."""
-    return x.cpu() if axis.group is None else axis.group.to_host(x)
+    return start_to_host(x, axis).wait()
+
+
+def start_to_host(x: torch.Tensor, axis: Axis) -> Reading:
+    """Begin to bring `x`, to which other ranks of the axis may add, into the host's memory."""
+    return Reading(x) if axis.group is None else axis.group.start_to_host(x)
 
 
 def start_all_reduce(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle]:

@@ -17,6 +17,8 @@ from typing import Literal
 
 import torch
 
+from megatrain.transport.host import Reading
+
 ReduceOp = Literal["sum", "max", "min"]
 
 
@@ -106,13 +108,17 @@ class Group(ABC):
     def barrier(self) -> None:
         """Return once every rank of the group has called."""
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy in host memory of a tensor that a call of this group wrote.
+    def start_to_host(self, tensor: torch.Tensor) -> Reading:
+        """Start a copy to host memory of a tensor that a call of this group wrote.
 
-        On a GPU `wait` only orders streams, and the host blocks in this copy. Results of other ranks are read with this call, so that the
-        watch for hangs sees where the host blocks.
+        On a GPU the `wait` of a call only orders streams, and the host blocks in `Reading.wait`. Results of other ranks are read with
+        this call, so that the watch for hangs sees where the host blocks.
         """
-        return tensor.cpu()
+        return Reading(tensor)
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same copy, waited for."""
+        return self.start_to_host(tensor).wait()
 
     def close(self) -> None:  # noqa: B027 - nothing to release is the usual case
         """Release the transport's resources; the group must not be used afterwards."""

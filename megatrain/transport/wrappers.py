@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from megatrain.transport.group import Group, Handle, ReduceOp, World, name_ranks
+from megatrain.transport.host import Reading
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Call:
     """World ranks of the group."""
     operation: str
     sequence: int
-    """Number of the call in its group, from 0. For a `read` (`to_host`): the number of the last call before it."""
+    """Number of the call in its group, from 0. For a `read` (`to_host`): the number of the last call before it started."""
     started: float
     """When the thread began to wait (time.monotonic, seconds)."""
     shape: tuple[int, ...]
@@ -115,6 +116,15 @@ class _RecordedHandle(Handle):
         return self._inner.done()
 
 
+class _RecordedReading(Reading):
+    def __init__(self, inner: Reading, recorder: Recorder, call: tuple[Group, str, int, torch.Tensor | None]) -> None:
+        self.there = inner.there
+        self._inner, self._recorder, self._call = inner, recorder, call
+
+    def wait(self) -> torch.Tensor:
+        return self._recorder.wait(self._call, self._inner.wait)
+
+
 class Wrapper(Group):
     """A group that makes every call of `inner` through `_around`."""
 
@@ -173,9 +183,9 @@ class Wrapper(Group):
         """As the inner group's."""
         return self._around("recv", output, partial(self.inner.recv, output, source, blocking=False), blocking)
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+    def start_to_host(self, tensor: torch.Tensor) -> Reading:
         """As the inner group's."""
-        return self.inner.to_host(tensor)
+        return self.inner.start_to_host(tensor)
 
     def close(self) -> None:
         """Close the inner group."""
@@ -198,9 +208,10 @@ class RecordedGroup(Wrapper):
         """As the inner group's."""
         self._recorder.wait(self._counted("barrier", None), self.inner.barrier)
 
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+    def start_to_host(self, tensor: torch.Tensor) -> Reading:
         """As the inner group's."""
-        return self._recorder.wait((self, "read", max(0, self._calls - 1), tensor), partial(self.inner.to_host, tensor))
+        call = self, "read", max(0, self._calls - 1), tensor
+        return _RecordedReading(self.inner.start_to_host(tensor), self._recorder, call)
 
     def _counted(self, operation: str, larger: torch.Tensor | None) -> tuple[Group, str, int, torch.Tensor | None]:
         self._recorder.count(self, operation, 0 if larger is None else larger.nbytes)

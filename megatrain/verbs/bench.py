@@ -37,8 +37,9 @@ from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import memory_of, peak_memory_bytes
+from megatrain.runtime.reports import Reports, StepReport
 from megatrain.testing.trace import ANY_DATA, random_source
-from megatrain.training import DTYPES, Run, assemble, train_step
+from megatrain.training import DTYPES, Run, assemble, queue_step, train_step
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 PROFILED = 2
@@ -54,10 +55,7 @@ def bench(session: Session, config: Config, steps: int, warmup: int, profile: Pa
     with prepared(session, config) as run:
         for _ in range(warmup):
             train_step(run)
-        seconds, waits = [], []
-        for _ in range(steps):
-            seconds.append(_timed(run))
-            waits.append(run.loader.waited)
+        seconds, waits = _timed(run, steps)
         phases = _phases(run, steps)
         if profile is not None:
             _profile(run, profile if session.rank == 0 else None)
@@ -81,13 +79,20 @@ def prepared(session: Session, config: Config) -> Iterator[Run]:
         yield assemble(config, ctx, loader, vocab_size)
 
 
-def _timed(run: Run) -> float:
-    """Seconds of one step, with a wait for the device at its end."""
-    began = time.perf_counter()
-    train_step(run)
-    run.flat.settle()
-    _wait(run)
-    return time.perf_counter() - began
+def _timed(run: Run, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of each of so many steps, from end to end of their updates, queued as in training; seconds that each waited for its batch."""
+    seconds: list[float] = []
+    waits: list[float] = []
+
+    def note(report: StepReport, spent: float) -> None:
+        seconds.append(spent)
+        waits.append(report.wait_seconds)
+
+    with Reports(note) as reports:
+        for _ in range(steps):
+            reports.follow(queue_step(run))
+        reports.catch_up()
+    return seconds, waits
 
 
 def _wait(run: Run) -> None:

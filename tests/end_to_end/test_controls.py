@@ -89,7 +89,8 @@ def test_a_file_ends_the_run_with_a_checkpoint(house, tmp_path):
     run.loader.batch = lambda consumed: (stop.touch() if consumed == 24 else None, real(consumed))[1]
     assert not megatrain.train(run)
     run.loader.close()
-    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000004\n"
+    # The fourth step carries the wish, which is known when the fifth is queued.
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000005\n"
     assert (tmp_path / "run/preempted").exists()
     stop.unlink()
     assert train(given)[0]
@@ -99,7 +100,7 @@ def test_a_time_limit_ends_the_command_with_the_code_of_a_preemption(house, tmp_
     config = jobs.write_config(tmp_path / "config.yaml", tree(house, tmp_path, train={"exit_after_minutes": 1e-4}))
     (ended,) = jobs.train(tmp_path / "job", str(config))
     assert (ended.code, ended.err) == (75, "")
-    assert len(rows(tmp_path)[0]) == 1
+    assert len(rows(tmp_path)[0]) == 2
 
 
 def test_steps_left_out_change_nothing(house, tmp_path):

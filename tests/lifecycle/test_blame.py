@@ -105,6 +105,26 @@ def test_two_that_send_to_each_other_are_both_to_blame():
     assert find_culprits(both, 2) == (0, 1)
 
 
+def reading(rank, number, issued):
+    """A rank whose host waits for what the group of all ranks made in call `number`."""
+    return replace(waiting(rank, (0, 1, 2), operation="read", number=number), issued={"world/0": issued})
+
+
+def test_a_rank_that_reads_a_step_late_has_begun_the_calls_of_the_next():
+    """Rank 2 waits in call 12, which rank 0 has begun though it still reads what call 11 made."""
+    states = told([reading(0, 11, issued=13), reading(1, 11, issued=12), waiting(2, (0, 1, 2), number=12)])
+    assert behind(states[2], states) == (1,)
+
+
+def test_a_gpu_whose_queue_is_full_holds_a_rank_that_is_not_to_blame():
+    """Rank 1 has not begun step 8's calls; rank 0 has, reads, and waits for it and for rank 2, which the device holds amid step 9."""
+    busy = [State(rank, "busy", issued={"world/0": calls}) for rank, calls in ((1, 7), (2, 8))]
+    assert find_culprits(told([reading(0, 7, issued=9), *busy]), 3) == (1,)
+    assert find_culprits(told([State(0, "busy", issued={"world/0": 9}), *busy]), 3) == (1,)
+    apart = [State(rank, "busy", issued={"tp/0": 7 + rank, "dp/0": 7 - rank}) for rank in (0, 1)]
+    assert find_culprits(told(apart), 2) == (0, 1), "each is behind the other somewhere: nobody is acquitted"
+
+
 class Counted:
     """A store in memory that counts messages."""
 

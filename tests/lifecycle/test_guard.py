@@ -18,6 +18,7 @@ import torch
 from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
 from megatrain.transport.group import Handle, World
+from megatrain.transport.host import Reading
 from megatrain.transport.wrappers import Wrapper
 from megatrain.runtime.launch import Launch
 from megatrain.lifecycle.guard import Guard
@@ -44,10 +45,18 @@ class QueuedGroup(Wrapper):
         self.queue.append(start())
         return Queued()
 
-    def to_host(self, tensor):
+    def start_to_host(self, tensor):
+        return QueuedReading(tensor, list(self.queue))
+
+class QueuedReading(Reading):
+    def __init__(self, tensor, queue):
+        super().__init__(tensor)
+        self.queue = queue
+
+    def wait(self):
         while self.queue:
             self.queue.pop(0).wait()
-        return self.inner.to_host(tensor)
+        return super().wait()
 
 class QueuedWorld(World):
     def __init__(self, inner):
@@ -78,11 +87,13 @@ with StopRequest() as told, Guard(session, timeout, lambda kind, rank, text: pri
     pair = (0, 1) if rank < 2 else (2, 3)
     tp = session.world.group("tp", pair)
     dp = None if size == 2 else session.world.group("dp", (rank % 2, rank % 2 + 2))
+    late = None
     for step in range(20 if what != "go on" else 10**9):
         guard.tick()
         stop = torch.tensor([float(bool(told))])
         tp.all_reduce(stop, "max")
-        if tp.to_host(stop):
+        before, late = late, tp.start_to_host(stop)
+        if before is not None and before.wait():
             print("STOPPED", flush=True)
             break
         if step == 5:

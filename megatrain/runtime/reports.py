@@ -1,0 +1,113 @@
+"""Reports of steps, read one step late, so that the device already has the next step while the host waits for this one's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from megatrain.transport.host import Moment, Reading
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The numbers of one step, the same on every rank."""
+
+    step: int
+    """Steps so far, this one included."""
+    loss: float
+    """Mean over the weight (tokens) of the global batch, before the update."""
+    accuracy: float
+    """Share of that weight that was predicted right."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    samples: int
+    """Sequences of the global batch."""
+    skipped: bool
+    """Nothing was changed: the loss or the gradient was not finite, or train.skip_steps said so."""
+    overflow: bool
+    """The loss or the gradient was not finite."""
+    stop: bool
+    """Some rank was told to stop."""
+    loss_scale: float
+    """Loss scale of the next step."""
+    consumed_samples: int
+    """Sequences of all steps so far, this one included."""
+    wait_seconds: float = field(compare=False)
+    """How long this rank waited for its batch; differs between ranks."""
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A step whose operations are all queued on the device; the host has not waited for any of them."""
+
+    step: int
+    learning_rate: float
+    samples: int
+    left_out: bool
+    """Whether train.skip_steps lists this step."""
+    consumed_samples: int
+    wait_seconds: float
+    began: Moment
+    numbers: Reading
+    """[6] float64: loss, accuracy, gradient norm, overflow (0 or 1), number of ranks told to stop, loss scale."""
+
+    @property
+    def ended(self) -> Moment:
+        """When the update has ended."""
+        return self.numbers.there
+
+    def report(self) -> StepReport:
+        """The step's report; blocks until the step has ended: the only synchronisation of a step."""
+        loss, accuracy, grad_norm, overflow, stop, loss_scale = self.numbers.wait().tolist()
+        return StepReport(
+            self.step,
+            loss,
+            accuracy,
+            grad_norm,
+            self.learning_rate,
+            self.samples,
+            self.left_out or overflow > 0,
+            overflow > 0,
+            stop > 0,
+            loss_scale,
+            self.consumed_samples,
+            self.wait_seconds,
+        )
+
+
+class Reports:
+    """Calls `tell` for every step in order: when the next step is queued, or at `catch_up`. A context manager.
+
+    If an exception leaves the block, the last queued step is still told, provided that it has ended.
+    """
+
+    def __init__(self, tell: Callable[[StepReport, float], None]) -> None:
+        """tell: called with the report and the seconds from the end of the step before; after a `catch_up`, from the step's own start."""
+        self.stop = False
+        """Whether the report of some step said so."""
+        self._tell = tell
+        self._queued: Queued | None = None
+        self._since: Moment | None = None
+
+    def follow(self, queued: Queued) -> None:
+        """Tell the step before `queued`, and keep `queued`."""
+        before = self._queued
+        self.catch_up()
+        self._queued, self._since = queued, queued.began if before is None else before.ended
+
+    def catch_up(self) -> None:
+        """Tell the step that was queued last, if it was not told yet; afterwards the device is idle."""
+        queued, since, self._queued = self._queued, self._since, None
+        if queued is not None and since is not None:
+            report = queued.report()
+            self.stop |= report.stop
+            self._tell(report, queued.ended.seconds_since(since))
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and self._queued is not None and self._queued.ended.come():
+            self.catch_up()
