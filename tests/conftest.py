@@ -31,6 +31,15 @@ def pytest_unconfigure(config):
         config.stash[ROOM].leave()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test that asks for what nobody makes is refused here, before marks leave it out: it might first run where time is dear."""
+    for item in items:
+        made = item._fixtureinfo.name2fixturedefs.keys() | {"request"}
+        if missing := sorted(set(item.fixturenames) - made):
+            raise pytest.UsageError(f"{item.nodeid}: nothing makes {', '.join(missing)}")
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item):
     if ROOM not in item.config.stash:

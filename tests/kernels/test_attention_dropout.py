@@ -186,7 +186,11 @@ def test_a_layer_takes_the_kernels_of_its_run(monkeypatch, kernels, calls):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("s", "b", "a", "g", "d"), [(300, 2, 4, 4, 64), (513, 1, 8, 2, 128), (128, 2, 2, 1, 80), (65, 1, 3, 3, 21)]
+    ("s", "b", "a", "g", "d", "mask"),
+    [
+        *((300, 2, 4, 4, 64, None), (513, 1, 8, 2, 128, None), (128, 2, 2, 1, 80, None), (65, 1, 3, 3, 21, None)),
+        *((150, 2, 4, 2, 64, mask) for mask in MASKS if mask != "window of one"),  # whose queries have no gradient
+    ],
 )
 def test_compiled_tiles_drop_what_the_cpu_drops(s, b, a, g, d, mask):
     given, dy = inputs(s, b, a, g, d, torch.bfloat16)
