@@ -394,7 +394,7 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words, mask: AttentionMask) -> torch.Tensor:
         s, b, heads, d = q.shape
         y, lse = q.new_empty(q.shape), torch.empty(b * heads, s, dtype=torch.float32, device=q.device)
-        masked, kinds = _masked(mask, words)
+        masked, kinds = _masked(mask, words, s)
         if y.numel() > 0:
             _forward_kernel[(-(-s // QUERIES) * b * heads,)](
                 q, k, v, y, lse, *words.numbers, s, heads, heads // k.shape[2], d**-0.5 * math.log2(math.e),
@@ -408,7 +408,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         q, k, v, y, lse = ctx.saved_tensors
         words, (s, b, heads, d), groups = ctx.words, q.shape, k.shape[2]
-        masked, kinds = _masked(ctx.mask, words)
+        masked, kinds = _masked(ctx.mask, words, s)
         dq, dk, dv, delta = torch.empty_like(y), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
         dy = dy.contiguous()
         if dq.numel() > 0:
@@ -425,14 +425,17 @@ class _Tiled(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def _masked(mask: AttentionMask, words: Words) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the kernels take of a mask: tensors with their strides of tokens and of sequences, and which there are."""
+def _masked(mask: AttentionMask, words: Words, s: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the kernels take of a mask: tensors with their strides of tokens and of sequences, and which there are.
+
+    A window is as wide as the sequence at most: the kernels add it to places, in 32 bits.
+    """
     absent = (words.samples, 0, 0)  # an address that nobody reads
     prefix, documents = mask.prefix, mask.documents
     limits = absent if prefix is None else (prefix, *((0, *prefix.stride()) if prefix.dim() == 1 else prefix.stride()))
     numbers = absent if documents is None else (documents, *documents.stride())
     kinds = {"PREFIX": prefix is not None, "DOCUMENTS": documents is not None, "WINDOW": mask.window is not None}
-    return (*limits, *numbers, mask.window or 0), kinds
+    return (*limits, *numbers, min(mask.window or 0, s)), kinds
 
 
 def _tiles(d: int, queries: int = QUERIES) -> dict[str, Any]:

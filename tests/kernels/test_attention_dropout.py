@@ -28,6 +28,7 @@ OWN_PREFIX = torch.tensor([[40] * 64 + [64] * 70 + [145] * 16, [100] * 150], dev
 SPARSE = AttentionMask(sparse=BlockSparse(64, 15, 1))
 MASKS = {
     "window of one": AttentionMask(window=1),
+    "window without end": AttentionMask(window=2**31 - 1),
     "documents and window": AttentionMask(documents=DOCUMENTS, window=30),
     "prefix": AttentionMask(prefix=torch.tensor([0, 140], device=DEVICE)),
     "prefix in documents": AttentionMask(documents=DOCUMENTS, prefix=OWN_PREFIX),
