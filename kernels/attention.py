@@ -9,7 +9,8 @@
 torch's fused CPU kernel spends most of its time outside matrix products; this one takes 0.35x (BF16) and 0.7x (float32) of its
 time at [512, 4, 8, 64]. Scores are rounded to the inputs' dtype, as in Megatron's unfused core; the softmax is at least float32
 unless asked otherwise. On CUDA causal attention is one of torch's fused kernels (`sdpa.py`), other masks and ALiBi are FlexAttention
-(`flex_attention.py`); what neither has (dropout keyed by a token's place, a narrow softmax, float64) is done here.
+(`flex_attention.py`); what neither has (dropout keyed by a token's place, a narrow softmax, float64, masks with heads of fewer
+than 16) is done here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from megatrain.kernels.attention_dropout import Dropout, drop_weights, fits, tiled
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
-from megatrain.kernels.flex_attention import flex
+from megatrain.kernels.flex_attention import flex, takes
 from megatrain.kernels.sdpa import STEADY, Fused, fused
 
 BLOCK = {"cpu": 128, "cuda": 256}
@@ -73,7 +74,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Varian
     if variant.fused:
         if len(q) < len(k) or (q.device.type == "cuda" and variant.order):
             return fused(q, k, v, variant.order)
-    elif q.device.type == "cuda" and variant.exact and len(q) == len(k):
+    elif q.device.type == "cuda" and variant.exact and takes(q, k):
         return flex(q, k, v, variant.mask, variant.slopes)
     elif variant.dropout is not None and variant.dropout.words is not None and variant.unbiased and fits(q, k, variant.mask):
         return tiled(q, k, v, variant.dropout.words, variant.mask)

@@ -14,6 +14,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from megatrain.kernels.attention_mask import AttentionMask
 
+SMALLEST_HEAD = 16
+"""Its kernels refuse shorter ones: Triton multiplies no narrower tiles."""
+
+
+def takes(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether a GPU's kernels take q [s, b, a, d] and k [n, b, g, d]."""
+    return len(q) == len(k) and q.shape[-1] >= SMALLEST_HEAD and q.dtype != torch.float64
+
 
 def flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, slopes: torch.Tensor | None = None

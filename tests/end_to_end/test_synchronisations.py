@@ -44,7 +44,7 @@ SWITCHES = {
         2,
     ),
     "documents": ({"model": {**LLAMA, "attention_dropout": 0.1}, "data": {"isolate_documents": True}}, MeshShape(tp=2), 0),
-    "documents, fused": ({"data": {"isolate_documents": True}}, MeshShape(), 0),
+    "documents, fused": ({"model": {"num_attention_heads": 1}, "data": {"isolate_documents": True}}, MeshShape(), 0),
     "glm": ({"model": GLM, "data": BLANKS}, MeshShape(), 0),
 }
 

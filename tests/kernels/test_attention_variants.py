@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretended_gpu import PretendedGpu
 
 from megatrain.kernels import attention as kernel
 from megatrain.kernels.attention import Variant, attention
@@ -82,6 +83,17 @@ def test_masks_and_biases(monkeypatch, mask, slopes, block, scratch):
     monkeypatch.setitem(kernel.SCRATCH, "cpu", scratch)
     given, variant = inputs(), Variant(MASKS[mask], slopes)
     same(attention(*given, variant), written_out(*given, variant), given)
+
+
+@pytest.mark.parametrize(
+    ("d", "dtype", "taken"), [(16, torch.bfloat16, True), (8, torch.bfloat16, False), (32, torch.float64, False)], ids=str
+)
+def test_flex_attention_is_given_what_it_takes_on_a_gpu(monkeypatch, d, dtype, taken):
+    monkeypatch.setattr(kernel, "flex", lambda q, *_: "flex")
+    with PretendedGpu().here():
+        q = torch.empty(4, 1, 2, d, dtype=dtype, device="cuda")
+        found = attention(q, q, q, Variant(AttentionMask(window=2)))
+        assert (found == "flex") if taken else (found.shape == (4, 1, 2 * d))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
