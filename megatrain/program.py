@@ -80,6 +80,7 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     session.same("config", text)
     validate(config, session.world.size, partial(gauge_kept, config, session))
     require_schedule(config)
+    require_precision(config.train.precision, session.device)
     prepare_torch(config.train)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     with session.together("opening the data"):
@@ -116,6 +117,12 @@ def require_schedule(config: Config) -> None:
     problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
     if problem is not None:
         raise ConfigError(problem)
+
+
+def require_precision(precision: str, device: torch.device) -> None:
+    """Raise ConfigError where parallel.device=auto has taken a GPU for a run in float64, whose kernels sum in float32 there."""
+    if precision == "fp64" and device.type == "cuda":
+        raise ConfigError("train.precision=fp64 is for checks on CPU, and there is a GPU. Use parallel.device=cpu, or fp32.")
 
 
 def require_memory(config: Config, vocab_size: int, world_size: int, available: int) -> None:

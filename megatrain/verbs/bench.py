@@ -31,7 +31,7 @@ from megatrain.init_from import shapes_of
 from megatrain.models.attention import kernels_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
-from megatrain.program import mesh_shape, prepare_torch, require_memory, require_schedule, vocabulary
+from megatrain.program import mesh_shape, prepare_torch, require_memory, require_precision, require_schedule, vocabulary
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
@@ -69,6 +69,7 @@ def prepared(session: Session, config: Config) -> Iterator[Run]:
     config = replace(config, data=replace(config.data, train=ANY_DATA))
     validate_step(config, session.world.size)
     require_schedule(config)
+    require_precision(config.train.precision, session.device)
     prepare_torch(config.train)
     vocab_size = vocabulary(config)
     with session.together("looking for memory"):

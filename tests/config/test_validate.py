@@ -8,6 +8,7 @@ import time
 from typing import Literal, get_origin
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from megatrain.config.load import ConfigError, from_dict
 from megatrain.config.ranges import BELOW_ONE, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE
 from megatrain.config.validate import DEFERRED, validate
 from megatrain.inference.trained import laid_out
-from megatrain.program import require_memory
+from megatrain.program import require_memory, require_precision
 
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 
@@ -459,6 +460,16 @@ def test_a_model_whose_weights_do_not_fit_is_refused_before_it_is_built():
         "the model has 105,"
     ) and "GiB of weights a rank in bf16, of 16 GiB that there are. Use" in str(raised.value)
     require_memory(from_dict({"model": {"preset": "gpt2_124m"}}), 50257, 1, 1 << 30)
+
+
+def test_float64_is_refused_where_auto_takes_a_gpu():
+    with pytest.raises(ConfigError) as raised:
+        require_precision("fp64", torch.device("cuda", 1))
+    assert (
+        str(raised.value) == "train.precision=fp64 is for checks on CPU, and there is a GPU. Use parallel.device=cpu, or fp32."
+    )
+    require_precision("fp64", torch.device("cpu"))
+    require_precision("fp32", torch.device("cuda", 1))
 
 
 def test_what_cannot_be_is_told_before_torch_is_there(tmp_path):
