@@ -55,7 +55,9 @@ def _row_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if not narrow.all():
         counts = [len(rows) for rows in tensors]
         for rows, mine, of in zip(tensors, norms.split(counts), narrow.split(counts), strict=True):
-            mine[~of] = torch.linalg.vector_norm(rows[~of], dim=1, dtype=torch.float64)
+            if not of.all():
+                wide = ~of & rows.any(1)  # zeros, as an embedding has many of, are no small numbers
+                mine[wide] = torch.linalg.vector_norm(rows[wide], dim=1, dtype=torch.float64)
     return norms
 
 

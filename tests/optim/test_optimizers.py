@@ -159,6 +159,16 @@ def test_rows_are_summed_in_float32_where_their_squares_are_some():
     assert _squares([x])[0].isnan().tolist() == [False, False, False, False, True]
 
 
+def test_rows_of_zeros_need_no_float64(monkeypatch):
+    """Those of an embedding whose tokens did not come; a row of small numbers does."""
+    wide, plain = [], torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda x, **of: ("dtype" in of and wide.append(len(x)), plain(x, **of))[1])
+    x = torch.zeros(5, ROW)
+    x[3] = 1e-30
+    assert _squares([x.flatten()])[0][1:].tolist() == pytest.approx([0, 0, 0, ROW * 1e-60, 0], rel=1e-6, abs=0)
+    assert wide == [1]
+
+
 def test_a_part_that_is_not_finite_leaves_the_others_their_norms():
     made = [Parameter(torch.ones(4), ParamSpec(part, (4,), part=part)) for part in ("mlp", "norm")]
     flat = flat_of(made)
