@@ -234,8 +234,12 @@ def wasteful(config: Config, run: Run) -> list[str]:
     flat, shards, replicas = run.flat, run.ctx.shards.size, run.ctx.replicas.size
     asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
     if shards * replicas == 1:
-        rounded = config.parallel.reduce_dtype
-        given = {f"parallel.zero_stage={asked}": asked > 1, f"parallel.reduce_dtype={rounded}": rounded != "fp32"}
+        rounded, of = config.parallel.reduce_dtype, config.parallel.zero_ranks
+        given = {
+            f"parallel.zero_stage={asked}": asked > 1,
+            f"parallel.zero_ranks={of}": of is not None,
+            f"parallel.reduce_dtype={rounded}": rounded != "fp32",
+        }
         return [f"{key} changes nothing: there is one replica" for key, changed in given.items() if changed]
     if shards == 1:
         return [f"parallel.zero_ranks=1 shards nothing: all {replicas} replicas keep everything, as with parallel.zero_stage=0"]

@@ -387,6 +387,7 @@ def test_copies_are_compared_every_so_many_steps(house, tmp_path, monkeypatch):
             [r"zero_stage=3 with 2 micro-batches on a rank moves [\d.]+ MB a step over the data axis, 2.3x of stage 1"],
         ),
         ({"zero_stage": 3}, 1, 2, ["parallel.zero_stage=3 changes nothing: there is one replica"]),
+        ({"zero_ranks": 1}, 1, 2, ["parallel.zero_ranks=1 changes nothing: there is one replica"]),
         ({"reduce_dtype": "bf16"}, 1, 2, ["parallel.reduce_dtype=bf16 changes nothing: there is one replica"]),
         ({"zero_stage": 2}, 2, 8, []),
         ({"zero_stage": 2}, 2, 2, [r"zero_stage=2 with 4 micro-batches on a rank moves [\d.]+ MB a step .* 2.5x of stage 1"]),
