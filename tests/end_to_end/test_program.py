@@ -14,13 +14,14 @@ from layout_grid import config_of
 
 import megatrain
 from megatrain.config.load import from_dict, load
+from megatrain.config.schema import TrainConfig
 from megatrain.data.held_out import build_held_out
 from megatrain.data.loader import Loader
 from megatrain.evaluate import evaluate
 from megatrain.models.batch import AttentionMask, MicroBatch
 from megatrain.models.objective import Loss, NextToken
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import Watch
+from megatrain.program import Watch, prepare_torch
 from megatrain.testing import simulate
 from megatrain.testing.trace import RandomSamples, mesh_shape
 from megatrain.training import assemble, train_step
@@ -411,3 +412,20 @@ def test_what_is_wasteful_is_said_with_the_figure(parallel, dp, micro_batch_size
 
     for said in simulate(mesh_shape(config, dp), notes):
         assert len(said) == len(expected) and all(re.search(e, s) for e, s in zip(expected, said, strict=True)), said
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("fp64", False), ("bf16", True), ("fp16", True)])
+def test_products_on_a_gpu_are_added_up_in_float32(precision, tf32):
+    """None of 16 bits in 16 bits, and none of float32 with TensorFloat-32's 10 bits, which others may have switched on."""
+    matmul, reduced = torch.backends.cuda.matmul, "reduced_precision_reduction"
+    switches = [(matmul, f"allow_bf16_{reduced}"), (matmul, f"allow_fp16_{reduced}")]
+    switches += [(matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")]
+    before = [getattr(of, name) for of, name in switches]
+    try:
+        for of, name in switches:
+            setattr(of, name, True)
+        prepare_torch(TrainConfig(precision=precision))
+        assert [getattr(of, name) for of, name in switches] == [False, False, tf32, tf32]
+    finally:
+        for (of, name), value in zip(switches, before, strict=True):
+            setattr(of, name, value)
