@@ -4,6 +4,8 @@ With m = mean(x) (0 for RMSNorm) and r = 1 / sqrt(mean((x - m)^2) + eps) over a 
 
     y = n' w + b      dx = r (g - mean(g) - n' mean(g n')), g = dy w   (RMSNorm: without mean(g))      dw = sum of dy n', db = sum of dy
 
+Where a bias was added to the residual last, its gradient is the sum of dx over the rows, which the Triton kernel makes beside dw and db.
+
 Both keep their input and one or two numbers a row. torch's composite RMSNorm on CPU keeps the normalised rows too, in float32 even for
 bfloat16 inputs; its LayerNorm there is fused, and serves as it is. Statistics are in at least float32.
 """
@@ -37,7 +39,7 @@ def norm(
 ) -> torch.Tensor:
     """x [..., n] normalised over the last dim, times `weight` [n], plus `bias` [n]; rms: RMSNorm, which has no bias."""
     if use_triton(kernels, x.device):
-        return _TritonNorm.apply(x, None, weight, bias, eps, rms, False)[0]
+        return _TritonNorm.apply(x, None, weight, bias, None, eps, rms, False)[0]
     if rms:
         return _RMSNorm.apply(x, weight, eps)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -55,7 +57,7 @@ def norm_beside(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x), x): of what is read beside its norm too, both gradients are added in one pass where Triton serves."""
     if use_triton(kernels, x.device):
-        y, same = _TritonNorm.apply(x, None, weight, bias, eps, rms, True)
+        y, same = _TritonNorm.apply(x, None, weight, bias, None, eps, rms, True)
         return y, same
     return norm(x, weight, bias, eps, rms=rms, kernels=kernels), x
 
@@ -72,10 +74,28 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + residual), x + residual), in one pass over both where Triton serves."""
     if use_triton(kernels, x.device) and x.dtype == residual.dtype:
-        y, total = _TritonNorm.apply(x, residual, weight, bias, eps, rms, True)
+        y, total = _TritonNorm.apply(x, residual, weight, bias, None, eps, rms, True)
         return y, total
     total = x + residual
     return norm(total, weight, bias, eps, rms=rms, kernels=kernels), total
+
+
+def add_biased_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual_bias: torch.Tensor,
+    eps: float,
+    *,
+    rms: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """add_norm of x and residual of one dtype, Triton's alone: its backward has the sums too that are a bias's gradient.
+
+    residual_bias: stands for what was added to residual before, [n]; its gradient is made here, in float32.
+    """
+    y, total = _TritonNorm.apply(x, residual, weight, bias, residual_bias, eps, rms, True)
+    return y, total
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -130,8 +150,8 @@ def _forward_kernel(
 
 @jit
 def _backward_kernel(
-    dy, dtotal, total, weight, means, scales, dx, dweight, dbias, rows, n, RMS: tl.constexpr, ADD: tl.constexpr,
-    BIAS: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
+    dy, dtotal, total, weight, means, scales, dx, dweight, dbias, dbefore, rows, n, RMS: tl.constexpr, ADD: tl.constexpr,
+    BIAS: tl.constexpr, BEFORE: tl.constexpr, EACH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -139,6 +159,7 @@ def _backward_kernel(
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     sum_w = tl.zeros((BLOCK,), tl.float32)
     sum_b = tl.zeros((BLOCK,), tl.float32)
+    sum_x = tl.zeros((BLOCK,), tl.float32)
     for i in range(EACH):
         row = program * EACH + i
         here = columns < tl.where(
@@ -160,9 +181,13 @@ def _backward_kernel(
         if ADD:
             out += tl.load(dtotal + row * n + columns, mask=here, other=0.0).to(tl.float32)
         tl.store(dx + row * n + columns, out.to(dx.dtype.element_ty), mask=here)
+        if BEFORE:
+            sum_x += out  # 0 beyond the last row
     tl.store(dweight + program * n + columns, sum_w, mask=inside)
     if BIAS:
         tl.store(dbias + program * n + columns, sum_b, mask=inside)
+    if BEFORE:
+        tl.store(dbefore + program * n + columns, sum_x, mask=inside)
 
 
 @jit
@@ -206,12 +231,15 @@ def _sums_kernel(
     total,
     means,
     scales,
+    dx,
     dweight,
     dbias,
+    dbefore,
     rows,
     n,
     RMS: tl.constexpr,
     BIAS: tl.constexpr,
+    BEFORE: tl.constexpr,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -220,6 +248,7 @@ def _sums_kernel(
     inside = columns < n
     sum_w = tl.zeros((BLOCK,), tl.float32)
     sum_b = tl.zeros((BLOCK,), tl.float32)
+    sum_x = tl.zeros((BLOCK,), tl.float32)
     for i in range(EACH):
         row = program * EACH + i
         here = columns < tl.where(row < rows, n, 0)
@@ -229,9 +258,13 @@ def _sums_kernel(
             v -= tl.load(means + row, mask=row < rows, other=0.0)
         sum_w += g * v * tl.load(scales + row, mask=row < rows, other=0.0)
         sum_b += g
+        if BEFORE:
+            sum_x += tl.load(dx + row * n + columns, mask=here, other=0.0).to(tl.float32)
     tl.store(dweight + program * n + columns, sum_w, mask=inside)
     if BIAS:
         tl.store(dbias + program * n + columns, sum_b, mask=inside)
+    if BEFORE:
+        tl.store(dbefore + program * n + columns, sum_x, mask=inside)
 
 
 class _TritonNorm(torch.autograd.Function):
@@ -244,6 +277,7 @@ class _TritonNorm(torch.autograd.Function):
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        residual_bias: torch.Tensor | None,
         eps: float,
         rms: bool,
         beside: bool,
@@ -281,21 +315,24 @@ class _TritonNorm(torch.autograd.Function):
         each = max(LEAST_ROWS, -(-rows // (2 * multiprocessors(total.device))))
         programs = -(-rows // each)
         dx = torch.empty_like(total)
-        partial = torch.empty(1 + has_bias, programs, n, dtype=torch.float32, device=total.device)
-        dweight, dbias = partial.unbind() if has_bias else (partial[0], dy)
+        before: bool = ctx.needs_input_grad[4]
+        partial = torch.empty(1 + has_bias + before, programs, n, dtype=torch.float32, device=total.device)
+        dweight, dbias, dbefore = partial[0], partial[1] if has_bias else dy, partial[-1] if before else dy
         block = next_power(n)
         added_dy = dy if dtotal is None else dtotal
         settings: dict[str, Any] = {"RMS": rms, "ADD": dtotal is not None}
         if block * total.element_size() <= WIDEST_BYTES:
             _backward_kernel[(programs,)](
-                dy, added_dy, total, weight, means, scales, dx, dweight, dbias, rows, n, **settings, BIAS=has_bias,
-                EACH=each,
-                BLOCK=block, num_warps=warps(2 * block),
+                dy, added_dy, total, weight, means, scales, dx, dweight, dbias, dbefore, rows, n, **settings,
+                BIAS=has_bias, BEFORE=before, EACH=each, BLOCK=block, num_warps=warps(block * total.element_size()),
             )  # fmt: skip
         else:
             wide = {"N": n, "BLOCK": WIDE_BLOCK, "num_warps": warps(WIDE_BLOCK)}
             _wide_backward_kernel[(rows,)](dy, added_dy, total, weight, means, scales, dx, **settings, **wide)
-            sums = {"RMS": rms, "BIAS": has_bias, "EACH": each, "BLOCK": SUMS_BLOCK}
-            _sums_kernel[(programs, -(-n // SUMS_BLOCK))](dy, total, means, scales, dweight, dbias, rows, n, **sums)
-        summed = partial.sum(1).to(weight.dtype)
-        return dx, dx if added else None, summed[0], summed[1] if has_bias else None, None, None, None
+            sums = {"RMS": rms, "BIAS": has_bias, "BEFORE": before, "EACH": each, "BLOCK": SUMS_BLOCK}
+            _sums_kernel[(programs, -(-n // SUMS_BLOCK))](
+                dy, total, means, scales, dx if before else dy, dweight, dbias, dbefore, rows, n, **sums
+            )
+        summed = partial.sum(1)
+        own = summed[: 1 + has_bias].to(weight.dtype)
+        return dx, dx if added else None, own[0], own[1] if has_bias else None, summed[-1] if before else None, None, None, None

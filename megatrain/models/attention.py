@@ -154,14 +154,22 @@ class Attention(nn.Module):
         return self.qkv.weights[1].shape[0] // self.head_dim
 
     def forward(
-        self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None, remake: Remake | None = None
+        self,
+        x: torch.Tensor,
+        batch: MicroBatch,
+        cache: KeyValueCache | None = None,
+        remake: Remake | None = None,
+        sums_bias: bool = True,
     ) -> torch.Tensor:
-        """[s/t or s, b, h] -> the same shape. remake: makes x again, so that it is not kept."""
+        """[s/t or s, b, h] -> the same shape.
+
+        remake: makes x again, so that it is not kept. sums_bias: False where `output.bias_place` is given its bias's gradient.
+        """
         q, k, v = self._heads(x, batch, remake)
         if cache is not None:
             k, v = cache.extend(k, v)
         variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32, self.build.fused)
-        return self.output(attention(q, k, v, variant), batch.postponed)
+        return self.output(attention(q, k, v, variant), batch.postponed, sums_bias=sums_bias)
 
     def _heads(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None) -> tuple[torch.Tensor, ...]:
         """[s/t or s, b, h] -> what attention multiplies, each [s, b, heads, d]."""

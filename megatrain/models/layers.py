@@ -13,9 +13,9 @@ from torch import nn
 from megatrain.config.schema import ModelConfig
 from megatrain.kernels import compiled
 from megatrain.kernels.beside import together
-from megatrain.kernels.dispatch import Kernels
+from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import GATES, activated, gated
-from megatrain.kernels.norm import add_norm, norm, norm_beside
+from megatrain.kernels.norm import add_biased_norm, add_norm, norm, norm_beside
 from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import MicroBatch
 from megatrain.models.recompute import Remake
@@ -126,6 +126,8 @@ class Norm(nn.Module):
         self.alone: Callable[..., Any] = functools.partial(norm, kernels=build.kernels, **settings)
         self.added: Callable[..., Any] = functools.partial(add_norm, kernels=build.kernels, **settings)
         self.both: Callable[..., Any] | None = functools.partial(norm_beside, kernels=build.kernels, **settings)
+        self.added_biased: Callable[..., Any] = functools.partial(add_biased_norm, **settings)
+        self.kernels, self.own = build.kernels, not build.compile
         if build.compile:
             self.both = None
             purpose = name.rsplit(".", 1)[-1]
@@ -144,10 +146,23 @@ class Norm(nn.Module):
         both: tuple[torch.Tensor, torch.Tensor] = self.both(x, self.weight, self.bias)
         return both
 
-    def after_adding(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x + residual), x + residual), both [..., h]."""
-        both: tuple[torch.Tensor, torch.Tensor] = self.added(x, residual, self.weight, self.bias)
+    def after_adding(
+        self, x: torch.Tensor, residual: torch.Tensor, residual_bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm(x + residual), x + residual), both [..., h].
+
+        residual_bias: stands for what was added to residual before, [h], where `sums_after` x; its gradient is made here.
+        """
+        both: tuple[torch.Tensor, torch.Tensor]
+        if residual_bias is None:
+            both = self.added(x, residual, self.weight, self.bias)
+        else:
+            both = self.added_biased(x, residual, self.weight, self.bias, residual_bias)
         return both
+
+    def sums_after(self, x: torch.Tensor) -> bool:
+        """Whether the backward of x and a residual of its dtype has the sums of a bias's gradient without another pass."""
+        return self.own and use_triton(self.kernels, x.device)
 
 
 class Dropout(nn.Module):
@@ -157,11 +172,16 @@ class Dropout(nn.Module):
         super().__init__()
         self.build, self.where = build, where
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped."""
+        return self.training and self.build.config.dropout > 0
+
     def forward(self, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
-        p = self.build.config.dropout
-        if p == 0 or not self.training:
+        if not self.active:
             return x
+        p = self.build.config.dropout
         key = rng.key(self.build.seed, "dropout", batch.step, *self.where)
         first = self.build.first_position(x.shape[0])
         return rng.dropout(x, p, key, batch.samples, first, kernels=self.build.kernels)

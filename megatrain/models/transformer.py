@@ -46,10 +46,12 @@ class Block(nn.Module):
     def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
         post = self.placement == "post"
         h, x = (x, x) if post else self.attention_norm.beside(x)
-        y = self.attention(h.to(self.dtype), batch, cache, None if post else self._again(self.attention_norm, x))
+        bias = self._bias_before_sum(x)
+        again = None if post else self._again(self.attention_norm, x)
+        y = self.attention(h.to(self.dtype), batch, cache, again, sums_bias=bias is None)
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
         stream = h if self.placement == "deepnorm" else x
-        h, stream, again = self._between(stream, self.attention_dropout(y, batch))
+        h, stream, again = self._between(stream, self.attention_dropout(y, batch), bias)
         y = self.mlp(h.to(self.dtype), batch, again)
         y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
         x = self._sum(stream, self.mlp_dropout(y, batch))
@@ -59,8 +61,18 @@ class Block(nn.Module):
         """The residual stream with a branch's output."""
         return stream + y if self.alpha == 1 else torch.add(y, stream, alpha=self.alpha)
 
-    def _between(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Remake | None]:
-        """Of the stream and the first branch's output: what the second reads, the stream there, how to make the first of these again."""
+    def _bias_before_sum(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The place of the attention output's bias, where its gradient is summed by the norm between: nothing changes it on the way."""
+        unchanged = self.placement == "pre" and not self.attention_dropout.active and x.dtype == self.dtype
+        return self.attention.output.bias_place() if unchanged and self.mlp_norm.sums_after(x) else None
+
+    def _between(
+        self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Remake | None]:
+        """Of the stream and the first branch's output: what the second reads, the stream there, how to make the first of these again.
+
+        bias: the place of what was added to y last, where its gradient is to be made here.
+        """
         if self.placement == "post":
             total = x + y
             x = self.attention_norm(total)
@@ -69,7 +81,7 @@ class Block(nn.Module):
             total = self._sum(x, y)
             x = self.mlp_norm(total)
             return x, x, self._again(self.mlp_norm, total)
-        h, x = self.mlp_norm.after_adding(x, y)
+        h, x = self.mlp_norm.after_adding(x, y, bias)
         return h, x, self._again(self.mlp_norm, x)
 
     def _again(self, norm: Norm, x: torch.Tensor) -> Remake | None:

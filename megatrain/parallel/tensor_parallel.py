@@ -276,10 +276,18 @@ class RowParallelLinear(nn.Module):
             spec = ParamSpec(f"{name}.bias", (out_features,), None, partial, decay=False, init=zero, part=part)
             self.biases = nn.ParameterList(make_parameters([spec], tp, dtype, device))
 
+    def bias_place(self) -> torch.Tensor | None:
+        """Where who makes the output's gradient gives that of the bias, [out], summed over the rows it has; None without a bias."""
+        return bias_place(tuple(self.biases)) if self.biases else None
+
     def forward(
-        self, x: torch.Tensor, postponed: Postponed | None = None, remake: Callable[[], torch.Tensor] | None = None
+        self,
+        x: torch.Tensor,
+        postponed: Postponed | None = None,
+        remake: Callable[[], torch.Tensor] | None = None,
+        sums_bias: bool = True,
     ) -> torch.Tensor:
-        """[s, b, in/t] -> [s/t or s, b, out]."""
+        """[s, b, in/t] -> [s/t or s, b, out]. sums_bias: False where `bias_place` is given the bias's gradient."""
         biases = tuple(self.biases)
-        layer = _Linear(self.tp, self.sequence_parallel, (self.weight,), biases, postponed, remake)
+        layer = _Linear(self.tp, self.sequence_parallel, (self.weight,), biases, postponed, remake, sums_bias)
         return _RowLinear.apply(x, layer, self.weight, *biases)

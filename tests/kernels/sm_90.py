@@ -91,7 +91,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
     from megatrain.kernels.dropout import dropout_triton
     from megatrain.kernels.gated import activated, gated
-    from megatrain.kernels.norm import add_norm, norm
+    from megatrain.kernels.norm import add_biased_norm, add_norm, norm
     from megatrain.kernels.rotary import Turns, heads, rotary
 
     def some(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
@@ -102,10 +102,13 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             [y for y in outputs if y.requires_grad], [torch.ones_like(y) for y in outputs if y.requires_grad]
         )
 
-    def normed(n: int, dtype: torch.dtype, rms: bool, add: bool) -> None:
+    def normed(n: int, dtype: torch.dtype, rms: bool, add: bool, before: bool) -> None:
         x, weight = some(ROWS, n, dtype=dtype), some(n, dtype=dtype)
         bias = None if rms else some(n, dtype=dtype)
-        if add:
+        if before:
+            place = some(n, dtype=torch.float32)
+            differentiate(*add_biased_norm(x, some(ROWS, n, dtype=dtype), weight, bias, place, 1e-5, rms=rms))
+        elif add:
             differentiate(*add_norm(x, some(ROWS, n, dtype=dtype), weight, bias, 1e-5, rms=rms, kernels="triton"))
         else:
             differentiate(norm(x, weight, bias, 1e-5, rms=rms, kernels="triton"))
@@ -173,9 +176,11 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         short = str(dtype).removeprefix("torch.")
         for n in (768, 1000, 1600, 2048, 4096, 5120, 8192, 12288):
-            for rms, add in ((True, False), (True, True), (False, False), (False, True)):
-                name = f"norm n={n} rms={rms:d} add={add:d} {short}"
-                yield name, lambda n=n, dtype=dtype, rms=rms, add=add: normed(n, dtype, rms, add)
+            for rms, add, before in (
+                (r, a, b) for r in (True, False) for a, b in ((False, False), (True, False), (True, True))
+            ):
+                name = f"norm n={n} rms={rms:d} add={add:d} before={before:d} {short}"
+                yield name, lambda n=n, dtype=dtype, rms=rms, a=add, b=before: normed(n, dtype, rms, a, b)
         for columns, whole in ((11008, 22016), (4096, 8192), (1001, 2002), (8, 24)):
             for kind, biased in (("swiglu", False), ("geglu", False), ("geglu", True)):
                 name = f"gate {kind} {columns} of {whole} bias={biased:d} {short}"

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("triton", reason="only Linux has Triton")
 EACH_KIND = [
-    "norm n=768 rms=0 add=1 bfloat16",
-    "norm n=8192 rms=0 add=1 bfloat16",
-    "norm n=12288 rms=0 add=1 bfloat16",
-    "norm n=4096 rms=1 add=1 float32",
+    "norm n=768 rms=0 add=1 before=0 bfloat16",
+    "norm n=8192 rms=0 add=1 before=1 bfloat16",
+    "norm n=12288 rms=0 add=1 before=1 bfloat16",
+    "norm n=4096 rms=1 add=1 before=1 float32",
     "gate swiglu 11008 of 22016 bias=0 bfloat16",
     "gate geglu 4096 of 8192 bias=1 bfloat16",
     "gate geglu 1001 of 2002 bias=0 float16",

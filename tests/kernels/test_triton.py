@@ -7,7 +7,7 @@ from megatrain.kernels import dispatch
 from megatrain.kernels.beside import beside, together
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.gated import GATES, PLAIN, activated, gated
-from megatrain.kernels.norm import add_norm, norm, norm_beside
+from megatrain.kernels.norm import add_biased_norm, add_norm, norm, norm_beside
 from megatrain.kernels.rotary import Turns, heads, rotary
 
 pytest.importorskip("triton")
@@ -46,6 +46,23 @@ def compare(function, given, dtype):
     close(*sides, dtype)
 
 
+def after_a_bias(rms):
+    """Zeros stand for the bias of the residual [n], last of the arguments: the reference adds them."""
+
+    def function(x, residual, weight, *biases, kernels):
+        *own, place = biases
+        bias = own[0] if own else None
+        if kernels == "triton":
+            return add_biased_norm(x, residual, weight, bias, place, 1e-5, rms=rms)
+        return add_norm(x, residual + place, weight, bias, 1e-5, rms=rms, kernels=kernels)
+
+    return function
+
+
+def place(n):
+    return torch.zeros(n, device=DEVICE, requires_grad=True)
+
+
 @pytest.mark.parametrize("dtype", BANDS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 33), (70, 1, 256), (5, 7, 1000), (3, 1, 9001)], ids=str)
 @pytest.mark.parametrize("rms", [True, False], ids=["rmsnorm", "layernorm"])
@@ -73,6 +90,8 @@ def test_norm(rms, shape, dtype):
         return add_norm(x, residual, weight, bias, 1e-5, rms=rms, kernels=kernels)
 
     compare(added, (x, residual, *given[1:]), dtype)
+    if shape[-1] in (33, 9001):
+        compare(after_a_bias(rms), (x, residual, *given[1:], place(shape[-1])), dtype)
 
 
 @pytest.mark.parametrize("n", [24, 4100])
@@ -80,6 +99,7 @@ def test_norm_where_a_program_takes_many_rows_and_the_last_one_few(monkeypatch, 
     monkeypatch.setattr("megatrain.kernels.norm.multiprocessors", lambda _device: 2)  # 23 rows over 4 programs, 6 each
     x, weight, bias = numbers(23, 1, n), numbers(n, seed=1), numbers(n, seed=2)
     compare(lambda x, w, b, kernels: norm(x, w, b, 1e-5, rms=False, kernels=kernels), (x, weight, bias), torch.float32)
+    compare(after_a_bias(rms=False), (x, numbers(23, 1, n, seed=3), weight, bias, place(n)), torch.float32)
 
 
 def test_norm_without_a_bias_and_of_which_one_result_is_used():
@@ -88,6 +108,11 @@ def test_norm_without_a_bias_and_of_which_one_result_is_used():
     compare(
         lambda x, r, w, kernels: add_norm(x, r, w, None, 1e-5, rms=True, kernels=kernels)[0],
         (x, residual, weight),
+        torch.float32,
+    )
+    compare(
+        lambda *given, kernels: after_a_bias(rms=True)(*given, kernels=kernels)[0],
+        (x, residual, weight, place(40)),
         torch.float32,
     )
 
