@@ -189,7 +189,8 @@ def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, tor
             _fill(logical, ctx, *local[name])
         found[name] = logical, getattr(torch, dtype.removeprefix("torch."))
     all_reduce(all_reduce(message, ctx.tp), ctx.pp)
-    return {name: logical.to(dtype).cpu() for name, (logical, dtype) in found.items()}
+    # A copy each: a pickled view takes its whole storage along, here that of all the others.
+    return {name: logical.to("cpu", dtype, copy=True) for name, (logical, dtype) in found.items()}
 
 
 def whole(ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> torch.Tensor:

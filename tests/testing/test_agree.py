@@ -1,11 +1,15 @@
 """`agree` passes what is rounding, and catches and names everything else."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megatrain.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import Disagreement, Trace, agree, agree_in_bf16
+from megatrain.testing.trace import trace_run
 
 
 def trace(dtype="fp64"):
@@ -197,3 +201,18 @@ def test_bfloat16_over_several_seeds_compares_root_mean_squares():
         agree_in_bf16([exact] * 2, [single, lucky], [far, far])
     with pytest.raises(ValueError, match="zip"):
         agree_in_bf16([exact] * 2, [single] * 2, [single])
+
+
+def test_a_trace_that_is_sent_takes_the_bytes_of_its_numbers():
+    parallel, model = (
+        ParallelConfig(),
+        ModelConfig(num_layers=4, hidden_size=16, num_attention_heads=2, seq_length=8, vocab_size=64),
+    )
+    config = Config(
+        model=model, parallel=parallel, train=TrainConfig(precision="fp64", global_batch_size=2, micro_batch_size=1)
+    )
+    sent = trace_run(ParallelContext.single(), config, 1)
+    tensors = [*sent.gradients.values(), *sent.weights.values(), *(t for of in sent.states.values() for t in of.values())]
+    assert len(tensors) > 100
+    numbers = sum(t.numel() * t.element_size() for t in tensors)
+    assert len(pickle.dumps(sent)) < numbers + 1000 * len(tensors)
