@@ -132,13 +132,13 @@ def test_weights_of_its_own_directory_are_a_beginning_though_the_run_saves_in_th
 
 
 def test_all_ranks_go_on_where_the_run_has_stopped(house, tmp_path):
-    config = jobs.write_config(tmp_path / "config.yaml", jobs.tiny(house / "data", tmp_path / "run", train={"steps": 3}))
+    config = jobs.write_config(tmp_path / "config.yaml", jobs.tiny(house / "data", tmp_path / "run", train={"steps": 5}))
     line = ["train", str(config), "train.exit_after_minutes=1e-4", "train.micro_batch_size=2", "checkpoint.resume=never"]
-    # Two updates: a warm-up of a run that begins so.
-    larger = [*line[:-1], "train.steps=1000", "train.tokens=2048", "train.global_batch_size=64"]
+    # Four updates, of which a stop leaves two: a warm-up of a run that begins so.
+    larger = [*line[:-1], "train.steps=1000", "train.tokens=4096", "train.global_batch_size=64"]
     answers = jobs.commands(tmp_path / "job", [line] * 3 + [larger], size=2)
     assert [[a.code for a in both] for both in answers] == [[75, 75], [75, 75], [0, 0], [75, 75]], answers
-    assert jobs.row_count(tmp_path / "run") == 4
+    assert jobs.row_count(tmp_path / "run") == 7
 
 
 # --- what is a run's own, without runs ---------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ if what.startswith("queued "):
 
 def misbehave():
     if what == "freeze":
+        time.sleep(0.3)  # what was begun goes out
         os.kill(os.getpid(), signal.SIGSTOP)
     if what == "die":
         os.kill(os.getpid(), signal.SIGKILL)
