@@ -21,10 +21,10 @@ def measure(stage, overlap, delay, steps=3):
     return spawn(2, measured_overlap, config, steps, delay)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_on_a_slow_network_a_step_with_overlap_is_faster(stage):
-    """Every call takes 20 ms longer; the issue of measurement is the ratio, 1.2 at least."""
-    beside, after = measure(stage, True, 0.02), measure(stage, False, 0.02)
+@pytest.mark.parametrize(("stage", "delay"), [(0, 0.04), (1, 0.04), (2, 0.02), (3, 0.02)])
+def test_on_a_slow_network_a_step_with_overlap_is_faster(stage, delay):
+    """Every call takes so many seconds longer, more where calls are few, so that a busy machine shows it too: 1.2 at least."""
+    beside, after = measure(stage, True, delay), measure(stage, False, delay)
     for with_overlap, without in zip(beside, after, strict=True):
         assert with_overlap.first_reduction < 0.5
         assert with_overlap.exposed_seconds < without.exposed_seconds
