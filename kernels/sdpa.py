@@ -136,10 +136,11 @@ class Case:
         mine = [
             x[-last:, -1, -repeat:] if number < 2 else x[-last:, -1, -1] for number, x in enumerate(results)
         ]  # y and dq have all heads
-        return max(
-            float((x.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-30))
+        deviations = [
+            (x.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-30)
             for x, wanted in zip(mine, exact, strict=True)
-        )
+        ]
+        return float(torch.stack(deviations).max())  # NaN if one is NaN, which Python's max may pass over
 
 
 Trial = Callable[[Fused, Case, bool], float]

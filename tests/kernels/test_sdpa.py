@@ -97,6 +97,10 @@ def test_a_kernel_that_errs_in_any_of_its_results_is_seen(shape):
         wrong[number][-1, -1, -1] += 1
         assert case.deviation(wrong) > sdpa.WRONG
     assert case.deviation([x.bfloat16() for x in right]) < sdpa.WRONG / 5, "rounding is no error"
+    for number in range(4):
+        broken = [x.clone() for x in right]
+        broken[number][-1, -1] = float("nan")
+        assert not case.deviation(broken) <= sdpa.WRONG
 
 
 def test_a_trial_tells_why_a_kernel_does_not_serve(monkeypatch):
