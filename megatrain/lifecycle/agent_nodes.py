@@ -78,12 +78,9 @@ def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
             except RendezvousError:
                 return False
 
-        for name, asked in (
-            ("num_nodes_waiting", num_nodes_waiting),
-            ("next_rendezvous", next_rendezvous),
-            ("shutdown", shutdown),
-        ):
-            setattr(handler, name, asked)
+        handler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
+        handler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
+        handler.shutdown = shutdown  # type: ignore[method-assign]
         return handler
 
     rendezvous_handler_registry.register("megatrain", create)
