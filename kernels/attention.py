@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from megatrain.kernels.attention_dropout import Dropout, drop_weights, fits, tiled
+from megatrain.kernels.attention_dropout import WeightDropout, drop_weights, fits, tiled
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
 from megatrain.kernels.flex_attention import flex, takes
 from megatrain.kernels.sdpa import STEADY, Fused, fused
@@ -41,7 +41,7 @@ class Variant:
     mask: AttentionMask = CAUSAL
     slopes: torch.Tensor | None = None
     """[a] of ALiBi (arXiv:2108.12409): slope times the distance of key and query is taken from the scores."""
-    dropout: Dropout | None = None
+    dropout: WeightDropout | None = None
     wide_softmax: bool = True
     """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
     order: tuple[Fused, ...] = STEADY

@@ -69,7 +69,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Dropout:
+class WeightDropout:
     """Dropout of attention's weights, in plain PyTorch and, where Triton serves, for its kernels."""
 
     factors: Factors

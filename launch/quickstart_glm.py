@@ -10,8 +10,8 @@ from running import publish, say, step, verb
 
 from megatrain.config.load import load
 from megatrain.config.schema import Config
-from megatrain.data.batches import batch_places
 from megatrain.data.held_out import Evaluated
+from megatrain.data.loader import batch_places
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import load_tokenizer

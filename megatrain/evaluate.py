@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatrain.data.held_out import Evaluated, evaluation_batches
-from megatrain.parallel.collectives import all_reduce, start_to_host, to_host
+from megatrain.parallel.mesh import all_reduce, start_to_host, to_host
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
 from megatrain.transport.host import Reading

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from megatrain.assembly import DTYPES, assemble
 from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.manifest import MANIFEST
 from megatrain.companions import keep_tokenizer, take_along
@@ -36,7 +37,7 @@ from megatrain.job import Job
 from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.limits import Limits
 from megatrain.lifecycle.stop import PREEMPTED, StopRequest
-from megatrain.models.objective import Objective
+from megatrain.models.batch import Objective
 from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
@@ -49,7 +50,7 @@ from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import memory_of
 from megatrain.runtime.reports import Reports
-from megatrain.training import DTYPES, assemble, queue_step
+from megatrain.training import queue_step
 from megatrain.watch import Watch
 
 

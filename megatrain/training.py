@@ -8,42 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import prod
 from typing import NamedTuple
 
 import torch
 
-from megatrain.config.budget import Budget, budget_of, gauge_of
+from megatrain.config.budget import Budget, Position, budget_of, gauge_of, learning_rate, weight_decay
 from megatrain.config.schema import Config
-from megatrain.data.batches import Batch
 from megatrain.data.held_out import Evaluated
-from megatrain.data.loader import Loader
+from megatrain.data.loader import Batch, Loader
 from megatrain.kernels.attention_mask import causal_mask
-from megatrain.kernels.compiled import require_compiler
-from megatrain.kernels.dispatch import use_triton
-from megatrain.models.attention import kernels_of
-from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
-from megatrain.models.objective import Mixture, NextToken, Objective
-from megatrain.models.split import ranges_of, split_layers
-from megatrain.optim.clip import clip_divisor, local_squared_norm
-from megatrain.optim.loss_scale import LossScale
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.optim.schedule import Position, learning_rate, weight_decay
-from megatrain.parallel.buckets import Unit
-from megatrain.parallel.collectives import all_reduce, start_to_host, to_host
-from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import Parameter
+from megatrain.models.batch import MicroBatch, Objective
+from megatrain.models.gpt import GPT
+from megatrain.optim.optimizer import LossScale, Optimizer, clip_divisor, local_squared_norm
+from megatrain.parallel.mesh import ParallelContext, all_reduce, start_to_host
+from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Parameters, Resident, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
-from megatrain.parallel.weights import Postponed
 from megatrain.parallel.zero import FlatParameters
-from megatrain.runtime.flops import forward_flops, parameter_count
 from megatrain.runtime.reports import Queued, StepReport
 from megatrain.transport.host import Moment, to_device
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-"""train.precision -> dtype of the parameters and activations."""
 
 SMALLEST_WEIGHT = 1e-8
 """What a sum of losses is divided by at least, so that a batch in which nothing counts has loss 0."""
@@ -122,96 +105,10 @@ class Run(Model):
         return Position(samples * self.config.model.seq_length, train.tokens, gauge.warmup, gauge.first, gauge.full)
 
 
-def assemble(
-    config: Config,
-    ctx: ParallelContext,
-    loader: Loader,
-    vocab_size: int,
-    *,
-    objective: Objective | None = None,
-    held_out: dict[str, Evaluated] | None = None,
-) -> Run:
-    """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
-    train = config.train
-    use_triton(train.kernels, ctx.device)  # an error now, and not in the first step
-    if train.compile == "block":
-        require_compiler(ctx.device)
-    serving = kernels_of(config, ctx.tp.size, DTYPES[train.precision], ctx.device)  # first, while the device is empty
-    chunks = build_gpt(
-        config.model,
-        vocab_size,
-        ctx,
-        *layer_pieces(config, vocab_size),
-        sequence_parallel=config.parallel.sequence_parallel,
-        dtype=DTYPES[train.precision],
-        seed=train.seed,
-        recompute=train.recompute,
-        loss_chunk=train.loss_chunk,
-        kernels=train.kernels,
-        compile=train.compile == "block",
-        fused=serving.order,
-    )
-    check_whole(chunks, config, vocab_size, ctx)
-    parallel = config.parallel
-    flat = FlatParameters(
-        units_of(chunks),
-        ctx,
-        stage=parallel.zero_stage,
-        bucket_size=parallel.bucket_size,
-        overlap=parallel.overlap,
-        reduce_dtype=torch.bfloat16 if parallel.reduce_dtype == "bf16" else None,
-    )
-    optimizer = Optimizer(flat, config.optim, train.kernels)
-    objective = objective or objective_of(config)
-    return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out=held_out or {})
-
-
-def objective_of(config: Config) -> Objective:
-    """The objective of a config: next tokens of whatever samples its data section makes."""
-    train, mix = config.train, config.data.glm.objective_mix
-    if config.data.objective == "glm" and mix.mode == "weighted":
-        shares = (mix.blank, mix.sentence, mix.document)
-        return Mixture(shares=shares, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
-    return NextToken(label_smoothing=train.label_smoothing, z_loss=train.z_loss)
-
-
-def units_of(chunks: list[GPT]) -> list[Unit]:
-    """The parts of this rank's model, in the order of the forward pass."""
-    return [
-        Unit(tuple(p for p in part.parameters() if isinstance(p, Parameter)), number, part, isinstance(part, Embedding))
-        for number, chunk in enumerate(chunks)
-        for part in chunk.units()
-    ]
-
-
 def schedule_of(config: Config, micro_batches: int, *, backward: bool = True) -> Schedule:
     """The pipeline schedule of a config for so many micro-batches."""
     p = config.parallel
     return Schedule(p.schedule, p.pipeline_parallel_size, p.virtual_pipeline_size, micro_batches, backward)
-
-
-def layer_pieces(config: Config, vocab_size: int) -> tuple[list[range], list[int]]:
-    """(layers, stage) of each virtual stage: as parallel.layer_split says, or balanced by FLOPs."""
-    schedule = schedule_of(config, 1)
-    homes = [schedule.home(virtual)[0] for virtual in range(schedule.virtual_stages)]
-    block, head = forward_flops(config.model, vocab_size)
-    counts = config.parallel.layer_split or split_layers(homes, config.model.num_layers, block, 0.0, head)
-    return ranges_of(counts), homes
-
-
-def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: ParallelContext) -> None:
-    """All ranks of a model together must have built every layer and every parameter once. Raises ValueError on all of them."""
-    owned = [p for p in logical_parameters(chunks) if p.spec.owned(ctx)]
-    elements = sum(prod(s.stop - s.start for s in p.spec.slices(ctx.tp.size, ctx.tp.rank)) for p in owned)
-    layers = sum(len(chunk.stack.blocks) for chunk in chunks) * (ctx.tp.rank == 0)
-    of_stage = all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.tp)
-    built = to_host(all_reduce(of_stage, ctx.pp), ctx.pp).tolist()
-    wanted = [config.model.num_layers, parameter_count(config.model, vocab_size)]
-    if built != wanted:
-        raise ValueError(
-            f"the ranks of a model built {built[0]} layers with {built[1]:,} parameters; model.num_layers={wanted[0]} with "
-            f"this config makes {wanted[1]:,}. A parameter is built twice or nowhere, or runtime/flops.py counts it wrongly."
-        )
 
 
 def train_step(run: Run) -> StepReport:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatrain.assembly import DTYPES
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config, ParallelConfig
@@ -16,9 +17,9 @@ from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.matmul import adds_inside
 from megatrain.lifecycle.stop import PREEMPTED, write_marker
-from megatrain.models.attention import kernels_of
-from megatrain.optim.clip import part_norms
-from megatrain.parallel.buckets import traffic
+from megatrain.models.layers import kernels_of
+from megatrain.optim.optimizer import part_norms
+from megatrain.parallel.flat import traffic
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.records.log import RunLog
 from megatrain.records.rows import EvaluationRow, StepRow
@@ -26,7 +27,7 @@ from megatrain.resuming.resume import progress_of
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.memory import peak_memory_bytes
 from megatrain.runtime.reports import StepReport
-from megatrain.training import DTYPES, Run
+from megatrain.training import Run
 
 
 class Watch:

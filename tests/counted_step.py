@@ -28,12 +28,12 @@ import numpy as np
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatrain import training
+from megatrain import assembly, training
 from megatrain.config.load import from_dict
 from megatrain.config.schema import Config
-from megatrain.data.batches import Batch, batch_places, next_token
+from megatrain.data.loader import Batch, batch_places, next_token
 from megatrain.kernels import dispatch, matmul
-from megatrain.models import attention, gpt
+from megatrain.models import gpt, layers
 from megatrain.parallel.mesh import ParallelContext
 
 PRODUCTS = {"mm", "addmm", "bmm", "linear", "baddbmm"}
@@ -168,9 +168,9 @@ def on_meta(counted: Counted) -> Iterator[None]:
             (dispatch, "INTERPRETED", True),
             (kernel, "__getitem__", lambda kernel, _grid: counted.launched(kernel)),
             (matmul, "adds_inside", lambda *_: True),
-            (attention, "attention", flash),
+            (layers, "attention", flash),
             (gpt, "initialise", lambda *_: None),
-            (training, "check_whole", lambda *_: None),
+            (assembly, "check_whole", lambda *_: None),
             (training, "start_to_host", lambda *_: None),
         ):
             stack.enter_context(patch.object(owner, name, value))
@@ -182,7 +182,7 @@ def counted_step(config: Config) -> tuple[Counted, Counted]:
     config = replace(config, train=replace(config.train, kernels="triton"))
     counted = Counted()
     with on_meta(counted):
-        run = training.assemble(config, ParallelContext.single("meta"), Zeros(config), config.model.vocab_size or 0)  # type: ignore[arg-type]
+        run = assembly.assemble(config, ParallelContext.single("meta"), Zeros(config), config.model.vocab_size or 0)  # type: ignore[arg-type]
         step = run.optimizer.step
         parts = []
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megatrain.assembly import assemble
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.data.held_out import HeldOut
 from megatrain.data.loader import Loader
@@ -13,7 +14,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.trace import RandomSamples
-from megatrain.training import assemble, train_step
+from megatrain.training import train_step
 
 SEQ, V = 8, 29
 

@@ -199,6 +199,7 @@ def layout_of(args: argparse.Namespace) -> dict:
 
 def our_worker(args: argparse.Namespace) -> None:
     """megatrain: alone, or one of the ranks of a tensor- and sequence-parallel (`shared`) or pipelined (`staged`) model."""
+    from megatrain.assembly import assemble
     from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
     from megatrain.data.loader import Loader
     from megatrain.parallel.mesh import ParallelContext
@@ -206,7 +207,7 @@ def our_worker(args: argparse.Namespace) -> None:
     from megatrain.runtime.distributed import connect
     from megatrain.runtime.launch import Launch
     from megatrain.testing.trace import RandomSamples
-    from megatrain.training import assemble, train_step
+    from megatrain.training import train_step
 
     size = 1 if args.what == "ours" else args.size
     sequences = args.micro_batch_size * args.micro_batches

@@ -18,8 +18,8 @@ from collections.abc import Callable
 import torch
 
 from megatrain.config.schema import OptimConfig
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.parallel.buckets import Unit
+from megatrain.optim.optimizer import Optimizer
+from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.zero import FlatParameters

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from pretended_world import RANKS, SHAPE, Pretended, timed
 
+from megatrain.assembly import layer_pieces, units_of
 from megatrain.checkpoint.directory import SAVING
 from megatrain.checkpoint.manifest import FileRow, Manifest, StoredTensor, check_file, file_name, row_from_json, tensor_to_json
 from megatrain.checkpoint.save import Contents, Saver, _publish
@@ -21,10 +22,8 @@ from megatrain.checkpoint.tensor_file import BLOCK_BYTES, header_of
 from megatrain.config.load import dump, from_dict
 from megatrain.config.schema import Config
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.buckets import Bucket, make_buckets, usual_size
+from megatrain.parallel.flat import Bucket, Cut, make_buckets, usual_size
 from megatrain.parallel.mesh import MeshShape, ParallelContext
-from megatrain.parallel.portion import Cut
-from megatrain.training import layer_pieces, units_of
 
 VOCABULARY = 50_257
 KINDS = ("weights", "exp_avg", "exp_avg_sq")

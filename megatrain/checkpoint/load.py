@@ -32,8 +32,8 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.tensor_file import Move, TensorFile, move
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
+from megatrain.parallel.flat import Cut, Plain, Portion, Portions, axis_of, logical_numel
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.portion import Cut, Plain, Portion, Portions, axis_of, logical_numel
 from megatrain.transport.consensus import broadcast_text, gather_texts
 
 OnDamaged = Callable[[Path, str], None]

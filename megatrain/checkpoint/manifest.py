@@ -26,9 +26,9 @@ from megatrain.checkpoint import boxes
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain, unique_keys
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
 from megatrain.files import pointer
+from megatrain.parallel.flat import Cut, Portions, axis_of
 from megatrain.parallel.mesh import AXES, Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, ParamSpec, Split
-from megatrain.parallel.portion import Cut, Portions, axis_of
 
 FORMAT = "megatrain-checkpoint"
 VERSION = 2

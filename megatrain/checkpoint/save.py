@@ -44,8 +44,8 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
+from megatrain.parallel.flat import Elements, Portion, Portions, Window, axis_of, logical_numel
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.portion import Elements, Portion, Portions, Window, axis_of, logical_numel
 from megatrain.transport.consensus import gather_texts
 
 DEFAULT_STAGING_BYTES = 16 * 2**30

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.batches import Samples
 from megatrain.data.held_out import HeldOut
+from megatrain.data.loader import Samples
 
 MIXTURES = (0.5, 0.6, 0.7, 0.8, 0.9)
 CHUNK = 512

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.schema import CorpusConfig
-from megatrain.data.batches import Batch, batch_of, batch_places, isolated, positions_of
 from megatrain.data.indexed import TokenStore, TokenStoreError
+from megatrain.data.loader import Batch, batch_of, batch_places, isolated, positions_of
 
 
 class Evaluated(Protocol):

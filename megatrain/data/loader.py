@@ -15,18 +15,128 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.schema import CorpusConfig
-from megatrain.data.batches import Batch, Compose, Samples, batch_places, next_token
 from megatrain.data.blend import Blend
 from megatrain.data.indexed import TokenStore
 from megatrain.data.samples.gpt import GptSamples
 from megatrain.data.samples.pairs import PairSamples
+
+# `Batch`: one rank's share of a global batch; and the functions that make one from next-token samples.
+#
+# Places in the global batch are dealt to data-parallel ranks micro-batch by micro-batch (`loader.py`). A `Compose` function turns samples
+# into a batch with labels: next tokens here, blanks in `samples/glm.py`.
+
+
+class Samples(Protocol):
+    """An endless sequence of training samples."""
+
+    def sample(self, n: int) -> npt.NDArray[np.int64]:
+        """Tokens [seq_length + 1] of sample n >= 0."""
+
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """[seq_length + 1] number of each token's document within sample n, not decreasing; used where documents are isolated."""
+
+    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
+        """(prompt, answer) pairs if sample n consists of those; None if it is text."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch: m micro-batches of b sequences of s tokens."""
+
+    tokens: npt.NDArray[np.int64]
+    """[m, b, s] token ids."""
+    labels: npt.NDArray[np.int64]
+    """[m, b, s] the id that each position predicts; arbitrary where the weight is 0."""
+    loss_weights: npt.NDArray[np.float32]
+    """[m, b, s] weight of each position in the loss; 0 where it does not count."""
+    positions: npt.NDArray[np.int64]
+    """[m, b, s] place of each token in its sequence."""
+    places: npt.NDArray[np.int64]
+    """[m, b] place of each sequence in the global batch."""
+    documents: npt.NDArray[np.int64] | None = None
+    """[m, b, s] number of each token's document in its sequence; None unless documents are isolated from each other."""
+    block_positions: npt.NDArray[np.int64] | None = None
+    """[m, b, s] second position: place within the text of a blank, from 1; 0 in part A."""
+    prefix: npt.NDArray[np.int64] | None = None
+    """[m, b] number of first tokens that all see. With documents [m, b, s]: for each token the place after those of its document."""
+    kinds: npt.NDArray[np.int64] | None = None
+    """[m, b] number of the objective that each sequence is for."""
+
+
+Compose = Callable[[Samples, int, npt.NDArray[np.int64]], Batch]
+"""Function: (samples, consumed, places [m, b]) -> the batch of samples consumed + places."""
+
+
+def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:
+    """[m, b] one data-parallel rank's places in the global batch. Raises ValueError when the sizes do not divide."""
+    if min(global_batch_size, micro_batch_size, dp_size) < 1 or not 0 <= dp_rank < dp_size:
+        raise ValueError(
+            f"train.global_batch_size={global_batch_size}, train.micro_batch_size={micro_batch_size} and the data-parallel "
+            f"size {dp_size} must be at least 1, and the data-parallel rank {dp_rank} in 0..size - 1."
+        )
+    wave = micro_batch_size * dp_size
+    if global_batch_size % wave:
+        raise ValueError(
+            f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size={micro_batch_size} times "
+            f"{dp_size} data-parallel ranks = {wave}. Use {max(global_batch_size // wave, 1) * wave}, or a smaller micro-batch."
+        )
+    return np.arange(global_batch_size, dtype=np.int64).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
+
+
+def next_token(samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
+    """A batch in which every position predicts the next token."""
+    rows = rows_of(samples.sample, consumed, places)
+    positions = positions_of(places, rows.shape[-1] - 1)
+    return batch_of(rows, np.ones(positions.shape, np.float32), positions, places)
+
+
+def isolated_documents(samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
+    """As `next_token`, but documents do not see each other, and no position predicts across documents."""
+    return isolated(next_token(samples, consumed, places), rows_of(samples.document_numbers, consumed, places))
+
+
+def rows_of(
+    read: Callable[[int], npt.NDArray[np.int64]], consumed: int, places: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """[m, b, n] `read(consumed + place)` for every place [m, b]."""
+    return np.stack([read(consumed + int(place)) for place in places.flat]).reshape(*places.shape, -1)
+
+
+def batch_of(
+    rows: npt.NDArray[np.int64],
+    loss_weights: npt.NDArray[np.float32],
+    positions: npt.NDArray[np.int64],
+    places: npt.NDArray[np.int64],
+) -> Batch:
+    """A Batch from samples `rows` [m, b, s+1], their label weights [m, b, s], token positions [m, b, s] and places [m, b]."""
+    return Batch(np.ascontiguousarray(rows[..., :-1]), np.ascontiguousarray(rows[..., 1:]), loss_weights, positions, places)
+
+
+def positions_of(places: npt.NDArray[np.int64], seq_length: int) -> npt.NDArray[np.int64]:
+    """[m, b, s] positions 0 .. s-1 for each sequence."""
+    return np.broadcast_to(np.arange(seq_length, dtype=np.int64), (*places.shape, seq_length)).copy()
+
+
+def isolated(batch: Batch, numbers: npt.NDArray[np.int64]) -> Batch:
+    """The batch with its documents, numbered by `numbers` [m, b, s + 1], isolated from each other."""
+    documents, following = numbers[..., :-1], numbers[..., 1:]
+    starts = np.diff(documents, axis=-1, prepend=documents[..., :1] - 1) > 0
+    first = np.maximum.accumulate(np.where(starts, batch.positions, 0), axis=-1)
+    return replace(
+        batch,
+        positions=batch.positions - first,
+        loss_weights=batch.loss_weights * (documents == following),
+        documents=np.ascontiguousarray(documents),
+    )
 
 
 class _Pending:

@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.schema import Config, CorpusConfig, DataConfig
-from megatrain.data.batches import Batch, Compose, isolated_documents, next_token
 from megatrain.data.draws import Draws
 from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
 from megatrain.data.indexed import TokenStore, record_path
-from megatrain.data.loader import BlendedSamples, build_samples
+from megatrain.data.loader import Batch, BlendedSamples, Compose, build_samples, isolated_documents, next_token
 from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, assembled
 from megatrain.data.samples.infilling import Laid
 from megatrain.data.samples.sentinels import resolve, sentence_ends

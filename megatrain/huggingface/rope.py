@@ -121,7 +121,7 @@ def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:
 
 
 def _require_plain_yarn(where: str, said: Json, factor: float) -> None:
-    """Raise ContentError for a factor of cosines, or a ramp, that differs from models/rope.py."""
+    """Raise ContentError for a factor of cosines, or a ramp, that differs from models/position.py."""
 
     def scale(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from megatrain.kernels.attention_mask import causal_mask
-from megatrain.models.attention import KeyValueCache
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import GPT
-from megatrain.models.transformer import Block
-from megatrain.parallel.collectives import all_reduce
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.gpt import GPT, Block
+from megatrain.models.layers import KeyValueCache
+from megatrain.parallel.mesh import ParallelContext, all_reduce
+from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
-from megatrain.parallel.weights import Postponed
 
 
 @dataclass(frozen=True)

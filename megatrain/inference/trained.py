@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from megatrain.assembly import layer_pieces
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
@@ -21,10 +22,9 @@ from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
+from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.portion import Portion
 from megatrain.program import require_schedule
-from megatrain.training import layer_pieces
 
 EMBEDDING = "embedding.tokens"
 """Logical name of the parameter whose first dim is the vocabulary."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatrain.optim.mixed_precision import Optimizer
+from megatrain.optim.optimizer import Optimizer
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter

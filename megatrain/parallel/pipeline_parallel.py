@@ -30,8 +30,8 @@ from typing import Any, Protocol
 import torch
 
 from megatrain.parallel.mesh import Link
+from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction, Message, Schedule
-from megatrain.parallel.weights import Postponed
 from megatrain.transport.group import Handle
 
 

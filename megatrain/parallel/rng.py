@@ -32,8 +32,7 @@ from typing import Any
 
 import torch
 
-from megatrain.kernels.attention_dropout import Dropout as AttentionDropout
-from megatrain.kernels.attention_dropout import Words
+from megatrain.kernels.attention_dropout import WeightDropout, Words
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.dropout import dropout_triton
 
@@ -145,7 +144,7 @@ def attention_dropout(
     return (words >= _threshold(p)).to(torch.float32).mul_(1 / (1 - p))
 
 
-def weight_dropout(p: float, key: Key, samples: torch.Tensor, first_head: int, triton: bool) -> AttentionDropout:
+def weight_dropout(p: float, key: Key, samples: torch.Tensor, first_head: int, triton: bool) -> WeightDropout:
     """`attention_dropout` as attention's kernels take it.
 
     samples [b] int64: place of each sequence in the global batch; first_head: number in the whole model of the first one here; triton:
@@ -156,7 +155,7 @@ def weight_dropout(p: float, key: Key, samples: torch.Tensor, first_head: int, t
         return attention_dropout(p, key, samples[sequences], heads + first_head, queries, keys)
 
     words = Words(_descend_from_zero(key), _SPLIT, _threshold(p), 1 / (1 - p), samples.contiguous(), first_head)
-    return AttentionDropout(factors, words if triton else None)
+    return WeightDropout(factors, words if triton else None)
 
 
 class _Dropout(torch.autograd.Function):

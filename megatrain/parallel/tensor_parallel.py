@@ -35,7 +35,8 @@ from torch import nn
 
 from megatrain.kernels.beside import beside
 from megatrain.kernels.matmul import linear, matmul
-from megatrain.parallel.collectives import (
+from megatrain.parallel.mesh import (
+    Axis,
     Done,
     all_reduce,
     gathered,
@@ -44,9 +45,18 @@ from megatrain.parallel.collectives import (
     start_gather,
     start_scatter_sum,
 )
-from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, ParamSpec, Part, Split
-from megatrain.parallel.weights import Postponed, add_bias_gradient, add_weight_gradient, bias_place, joined, make_parameters
+from megatrain.parallel.param import (
+    Init,
+    ParamSpec,
+    Part,
+    Postponed,
+    Split,
+    add_bias_gradient,
+    add_weight_gradient,
+    bias_place,
+    joined,
+    make_parameters,
+)
 from megatrain.transport.group import Handle
 
 # --- linear layers ----------------------------------------------------------------------------------------------------

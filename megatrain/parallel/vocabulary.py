@@ -24,7 +24,8 @@ from torch import nn
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.dispatch import Kernels
 from megatrain.kernels.matmul import add_matmul, linear, matmul
-from megatrain.parallel.collectives import (
+from megatrain.parallel.mesh import (
+    Axis,
     Done,
     all_reduce,
     gathered,
@@ -33,9 +34,7 @@ from megatrain.parallel.collectives import (
     start_gather,
     start_scatter_sum,
 )
-from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, Parameter, ParamSpec, Part, Split, claim
-from megatrain.parallel.weights import make_parameters
+from megatrain.parallel.param import Init, Parameter, ParamSpec, Part, Split, claim, make_parameters
 
 
 class _Embedding(torch.autograd.Function):

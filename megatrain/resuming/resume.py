@@ -18,12 +18,11 @@ from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError, ContentError, together
-from megatrain.config.budget import Gauge, gauge, gauge_of
+from megatrain.config.budget import Gauge, gauge, gauge_of, learning_rate
 from megatrain.config.schema import Config
 from megatrain.data.identity import identity_of, other_corpora, other_judged
 from megatrain.init_from import start_from
 from megatrain.job import Job
-from megatrain.optim.schedule import learning_rate
 from megatrain.resuming.beginning import Own, beginning_of, said
 from megatrain.resuming.changed import bends_schedules, change_of, changes, told, values_then
 from megatrain.runtime.distributed import Session

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from megatrain.config.schema import Config, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
-from megatrain.parallel.buckets import SMALLEST
+from megatrain.parallel.flat import SMALLEST
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.schedules import FAMILIES, chunks_problem
 

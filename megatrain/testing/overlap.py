@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from megatrain.assembly import assemble
 from megatrain.config.schema import Config
 from megatrain.data.loader import Loader
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.testing.trace import RandomSamples
-from megatrain.training import assemble, train_step
+from megatrain.training import train_step
 from megatrain.transport.group import Group, Handle
 from megatrain.transport.wrappers import DelayedGroup, Wrapper
 

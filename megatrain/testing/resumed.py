@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 
+from megatrain.assembly import assemble
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
 from megatrain.config.schema import Config
@@ -18,7 +19,7 @@ from megatrain.testing.agree import Disagreement, Trace
 from megatrain.testing.control import Judge
 from megatrain.testing.layouts import Layout
 from megatrain.testing.trace import trace_run
-from megatrain.training import Run, assemble
+from megatrain.training import Run
 
 
 def interrupted(ctx: ParallelContext, config: Config, steps: int, at: int, folder: Path) -> Trace:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Stage, run_schedule
 from megatrain.parallel.schedules import Instruction, Kind, Schedule
 from megatrain.parallel.simulator import Event, Timeline
-from megatrain.parallel.weights import Postponed
 from megatrain.testing.spawn import spawn
 
 Span = tuple[Kind, int, int, float, float]

@@ -11,20 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatrain.assembly import assemble
 from megatrain.config.budget import budget_of
 from megatrain.config.schema import Config, CorpusConfig
-from megatrain.data.batches import Compose
 from megatrain.data.boundaries import Beginning, Ending
 from megatrain.data.draws import hash64, hash64_each
-from megatrain.data.loader import Loader
+from megatrain.data.loader import Compose, Loader
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
-from megatrain.models.objective import Objective
-from megatrain.parallel.collectives import all_reduce
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.models.batch import Objective
+from megatrain.parallel.mesh import MeshShape, ParallelContext, all_reduce
 from megatrain.parallel.param import ParamSpec
 from megatrain.testing.agree import Trace
-from megatrain.training import Run, assemble, train_step
+from megatrain.training import Run, train_step
 from megatrain.transport.consensus import gather_texts
 
 ANY_DATA = (CorpusConfig(path="none: tokens are random"),)

@@ -22,13 +22,14 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
+from megatrain.assembly import DTYPES, assemble
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import require_effects, validate_step
 from megatrain.data.loader import Loader
 from megatrain.files import doing
 from megatrain.init_from import shapes_of
-from megatrain.models.attention import kernels_of
+from megatrain.models.layers import kernels_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, prepare_torch, require_memory, require_precision, require_schedule, vocabulary
@@ -39,7 +40,7 @@ from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import memory_of, peak_memory_bytes
 from megatrain.runtime.reports import Reports, StepReport
 from megatrain.testing.trace import ANY_DATA, random_source
-from megatrain.training import DTYPES, Run, assemble, queue_step, train_step
+from megatrain.training import Run, queue_step, train_step
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 PROFILED = 2

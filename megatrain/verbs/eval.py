@@ -24,7 +24,7 @@ from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate import Evaluation, evaluate
 from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
-from megatrain.models.objective import NextToken
+from megatrain.models.batch import NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape, tokenizer_of
 from megatrain.records.rows import perplexity

@@ -38,9 +38,9 @@ from megatrain.huggingface.files import (
 )
 from megatrain.inference.trained import saved_config, vocab_size_of
 from megatrain.init_from import config_of_hf, declared
+from megatrain.parallel.flat import Cut, Elements, Portion
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
-from megatrain.parallel.portion import Cut, Elements, Portion
 from megatrain.verbs.export_tokenizer import TokenizerFiles, files_of
 
 SINGLE = ParallelContext.single()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatrain.assembly import layer_pieces
 from megatrain.config.load import load
 from megatrain.init_from import shapes_of
 from megatrain.plan.timeline import as_text, describe, plan_timeline
 from megatrain.program import vocabulary
-from megatrain.training import layer_pieces
 
 
 def main(path: str, overrides: Sequence[str], devices: int | None, png: Path | None) -> int:

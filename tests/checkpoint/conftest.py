@@ -7,8 +7,8 @@ import torch
 
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.save import Contents, save
+from megatrain.parallel.flat import Cut, Plain, Portion
 from megatrain.parallel.param import Init, ParamSpec, Split
-from megatrain.parallel.portion import Cut, Plain, Portion
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 PADDING = 777.0

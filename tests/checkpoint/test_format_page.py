@@ -8,9 +8,9 @@ import pytest
 import xxhash
 
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, StoredTensor
+from megatrain.parallel.flat import Cut
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.param import ParamSpec, Split
-from megatrain.parallel.portion import Cut
 from megatrain.testing import simulate
 
 PAGE = (Path(__file__).parents[2] / "docs/checkpoint_format.md").read_text()

@@ -10,9 +10,9 @@ from megatrain.checkpoint.manifest import file_name, read_manifest
 from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.tensor_file import hash_block
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
+from megatrain.parallel.flat import Plain, Portion, Window
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec, Split
-from megatrain.parallel.portion import Plain, Portion, Window
 from megatrain.testing import simulate
 
 SINGLE = ParallelContext.single()

@@ -23,9 +23,9 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.tensor_file import header_of
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
+from megatrain.parallel.flat import Cut
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Init, ParamSpec, Split
-from megatrain.parallel.portion import Cut
 
 names = st.text(st.characters(codec="utf-8"), max_size=20)
 splits = st.none() | st.builds(

@@ -11,9 +11,9 @@ import torch
 
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.save import Contents, Saver
+from megatrain.parallel.flat import Cut, Plain, Portion
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.param import ParamSpec, Split
-from megatrain.parallel.portion import Cut, Plain, Portion
 from megatrain.testing import spawn
 
 MILLIONS = int(os.environ.get("MEGATRAIN_MEMORY_MILLIONS", "60"))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatrain.checkpoint.tensor_file import DTYPES, TensorFile, hash_block, header_of
 from megatrain.checkpoint.together import DamagedCheckpointError
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
-from megatrain.parallel.portion import Plain
+from megatrain.parallel.flat import Plain
 
 FLOATS = (torch.bfloat16, torch.float64, torch.float16, torch.float32)
 

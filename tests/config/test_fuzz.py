@@ -11,6 +11,7 @@ import fuzzing
 import pytest
 import yaml
 
+from megatrain.assembly import assemble
 from megatrain.config.keys import Knob, is_optional, knobs
 from megatrain.config.load import dump, from_dict, restored
 from megatrain.config.presets import PRESETS
@@ -21,7 +22,7 @@ from megatrain.data.loader import Loader
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import require_schedule, vocabulary
 from megatrain.testing.trace import random_source
-from megatrain.training import assemble, train_step
+from megatrain.training import train_step
 
 AT_ONCE = 1.0
 """Seconds of a refusal, on a busy machine."""

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatrain.config.schema import CorpusConfig
-from megatrain.data.batches import batch_places, isolated_documents
 from megatrain.data.held_out import HeldOut, build_held_out, evaluation_batches
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
-from megatrain.data.loader import Loader, build_samples
+from megatrain.data.loader import Loader, batch_places, build_samples, isolated_documents
 
 S = 6
 

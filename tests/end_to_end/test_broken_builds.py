@@ -7,7 +7,7 @@ from against_reference import BASE, OPTIMIZERS, check
 from against_reference import config_of as reference_config
 from layout_grid import STEPS, compare, config_of, shape_of
 
-from megatrain.models import attention
+from megatrain.models import layers
 from megatrain.parallel import vocabulary, zero
 from megatrain.testing import Disagreement, simulate
 from megatrain.testing.trace import trace_run
@@ -61,7 +61,7 @@ def local_weight(run, micro_batches):
 
 
 def test_queries_and_keys_swapped(monkeypatch):
-    real = attention.attention
-    monkeypatch.setattr(attention, "attention", lambda q, k, v, variant: real(k, q, v, variant))
+    real = layers.attention
+    monkeypatch.setattr(layers, "attention", lambda q, k, v, variant: real(k, q, v, variant))
     with pytest.raises(Disagreement):
         check(reference_config(BASE, OPTIMIZERS[0], "fp64"))

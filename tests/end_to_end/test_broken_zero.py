@@ -7,12 +7,12 @@ import pytest
 import torch
 from zero_grid import STEPS, compare, config_of, reference, shape_of
 
-from megatrain.models.transformer import Stack
-from megatrain.optim import clip
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.parallel import buckets, param, zero
-from megatrain.parallel.collectives import Done
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.gpt import Stack
+from megatrain.optim import optimizer
+from megatrain.optim.optimizer import Optimizer
+from megatrain.parallel import flat as flat_buffers
+from megatrain.parallel import param, zero
+from megatrain.parallel.mesh import Done, ParallelContext
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import Disagreement, agree, simulate
@@ -150,7 +150,7 @@ def test_weight_decay_on_norms(monkeypatch):
 def with_decay_everywhere(real, monkeypatch):
     def step(self, *given):
         with monkeypatch.context() as patch:
-            patch.setattr(buckets.Bucket, "decay", True)
+            patch.setattr(flat_buffers.Bucket, "decay", True)
             real(self, *given)
 
     return step
@@ -196,7 +196,7 @@ def test_shards_left_out_of_the_norm(monkeypatch):
     def norm(flat, ctx):
         with monkeypatch.context() as patch:
             patch.setattr(FlatParameters, "segments", first)
-            return clip.local_squared_norm(flat, ctx)
+            return optimizer.local_squared_norm(flat, ctx)
 
     monkeypatch.setattr("megatrain.training.local_squared_norm", norm)
     with pytest.raises(Disagreement, match="step 0, grad_norm"):

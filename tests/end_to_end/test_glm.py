@@ -9,6 +9,7 @@ from reference_glm import GLM1, ChatGLM, spread, values
 from safetensors.torch import load_file, save_file
 
 import megatrain
+from megatrain.assembly import assemble
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import ModelConfig
@@ -18,11 +19,11 @@ from megatrain.init_from import shapes_of, start_from
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
-from megatrain.models.rope import _angles
+from megatrain.models.position import _angles
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.trace import random_source
-from megatrain.training import assemble, train_step
+from megatrain.training import train_step
 from megatrain.verbs.exchange import export_hf, import_hf
 
 V, H, HEADS, LAYERS, LENGTH = 101, 32, 4, 3, 40

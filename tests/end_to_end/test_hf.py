@@ -6,13 +6,14 @@ import dataclasses
 import pytest
 import torch
 
+from megatrain.assembly import assemble
 from megatrain.config.load import from_dict
 from megatrain.data.loader import Loader
 from megatrain.init_from import shapes_of, start_from
 from megatrain.parallel.mesh import MeshShape
 from megatrain.testing import simulate
 from megatrain.testing.trace import RandomSamples
-from megatrain.training import assemble, train_step
+from megatrain.training import train_step
 
 pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
 from hf_models import V, made, write, write_chatglm

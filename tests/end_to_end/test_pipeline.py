@@ -8,9 +8,9 @@ import pytest
 import torch
 from pipeline_grid import COVERING, FLOAT32, GLOO, POINTS, STEPS, compare, config_of, shape_of
 
+from megatrain.assembly import layer_pieces
 from megatrain.testing import Disagreement, simulate, spawn
 from megatrain.testing.trace import trace_run
-from megatrain.training import layer_pieces
 
 V_SHAPED = (("zb_v", 2), 2, 4, True, 11, (1, False), 1)
 UNEVEN = (("1f1b", 1), 4, 4, True, 11, (1, False), 1)
@@ -88,7 +88,7 @@ def test_losses_of_a_pipeline_reach_every_rank(schedule):
 
 
 def test_a_layer_built_twice_is_refused_on_all_ranks(monkeypatch):
-    monkeypatch.setattr("megatrain.training.ranges_of", lambda counts: [range(4), range(3, 8)])
+    monkeypatch.setattr("megatrain.assembly.ranges_of", lambda counts: [range(4), range(3, 8)])
     point = (("1f1b", 1), 2, 2, True, 8, (1, False), 1)
     with pytest.raises(ValueError, match=r"built 9 layers .* model\.num_layers=8"):
         simulate(shape_of(point), trace_run, config_of(point), STEPS)

@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from layout_grid import config_of
 
 import megatrain
+from megatrain.assembly import assemble
 from megatrain.config.load import from_dict, load
 from megatrain.config.schema import TrainConfig
 from megatrain.data.held_out import build_held_out
 from megatrain.data.loader import Loader
 from megatrain.evaluate import evaluate
-from megatrain.models.batch import AttentionMask, MicroBatch
-from megatrain.models.objective import Loss, NextToken
+from megatrain.models.batch import AttentionMask, Loss, MicroBatch, NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import Watch, prepare_torch
 from megatrain.testing import simulate
 from megatrain.testing.trace import RandomSamples, mesh_shape
-from megatrain.training import assemble, train_step
+from megatrain.training import train_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

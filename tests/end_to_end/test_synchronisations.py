@@ -7,17 +7,17 @@ import pytest
 import torch
 from pretended_gpu import PretendedGpu
 
-from megatrain import training
+from megatrain import assembly, training
+from megatrain.assembly import assemble
 from megatrain.config.load import from_dict
 from megatrain.data.loader import Loader
 from megatrain.kernels import attention, dispatch, matmul
 from megatrain.kernels.sdpa import Choice
 from megatrain.models import gpt
-from megatrain.models.objective import NextToken
-from megatrain.parallel.collectives import Done
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.models.batch import NextToken
+from megatrain.parallel.mesh import Done, MeshShape, ParallelContext
 from megatrain.testing.trace import random_source
-from megatrain.training import assemble, queue_step
+from megatrain.training import queue_step
 from megatrain.transport import host
 from megatrain.transport.group import Group, World
 
@@ -104,9 +104,9 @@ def pretended(monkeypatch):
     """Replace everything that needs a real GPU or other ranks."""
     monkeypatch.setattr(host, "Moment", Noted)
     monkeypatch.setattr(training, "Moment", Noted)
-    monkeypatch.setattr(training, "check_whole", lambda *_: None)
+    monkeypatch.setattr(assembly, "check_whole", lambda *_: None)
     monkeypatch.setattr(gpt, "initialise", lambda *_: None)
-    monkeypatch.setattr(training, "kernels_of", lambda *_: Choice())
+    monkeypatch.setattr(assembly, "kernels_of", lambda *_: Choice())
     if dispatch.triton is not None:
         monkeypatch.setattr(type(dispatch.jit(config_of)), "__getitem__", lambda *_: lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from zero_grid import COVERING, GLOO, POINTS, STEPS, TRIPLES, compare, config_of, reference, shape_of
 
-from megatrain.models.objective import Loss, NextToken
+from megatrain.models.batch import Loss, NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import simulate, spawn
 from megatrain.testing.trace import trace_run

@@ -9,7 +9,7 @@ from zero_grid import STEPS, config_of, reference
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
 from megatrain.optim.audit import ReplicaError, audit
-from megatrain.parallel.buckets import traffic
+from megatrain.parallel.flat import traffic
 from megatrain.parallel.zero import FlatParameters
 from megatrain.plan.memory import state_bytes
 from megatrain.resuming.resume import progress_of, restore

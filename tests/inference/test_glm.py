@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatrain.assembly import objective_of
 from megatrain.config.glm import GlmConfig, ObjectiveMix
 from megatrain.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from megatrain.data.loader import Loader
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.trace import random_source
-from megatrain.training import Model, objective_of, to_micro_batches
+from megatrain.training import Model, to_micro_batches
 
 V, S = 97, 48
 SHAPES = {

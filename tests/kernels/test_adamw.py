@@ -9,8 +9,8 @@ import torch
 from megatrain.config.schema import OptimConfig
 from megatrain.kernels import adamw
 from megatrain.kernels.adamw import BLOCK, AdamRates, adam_reference, adam_triton
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.parallel.buckets import Unit
+from megatrain.optim.optimizer import Optimizer
+from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.zero import FlatParameters

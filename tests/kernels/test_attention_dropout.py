@@ -10,9 +10,8 @@ from megatrain.kernels import dispatch
 from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.attention_dropout import drop_weights, tiled
 from megatrain.kernels.attention_mask import AttentionMask, BlockSparse
-from megatrain.models.attention import Attention
 from megatrain.models.batch import MicroBatch
-from megatrain.models.layers import Build
+from megatrain.models.layers import Attention, Build
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import ParallelContext
 

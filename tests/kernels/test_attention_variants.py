@@ -6,7 +6,7 @@ from pretended_gpu import PretendedGpu
 
 from megatrain.kernels import attention as kernel
 from megatrain.kernels.attention import Variant, attention
-from megatrain.kernels.attention_dropout import Dropout
+from megatrain.kernels.attention_dropout import WeightDropout
 from megatrain.kernels.attention_mask import AttentionMask, BlockSparse, keys_seen
 from megatrain.kernels.flex_attention import flex
 
@@ -115,7 +115,7 @@ def test_dropout_multiplies_probabilities(monkeypatch, mask, block):
     def factors(sequences, heads, queries, keys):
         return whole[sequences[:, None, None, None], heads[:, :, None, None], queries[:, None], keys]
 
-    given, variant = inputs(), Variant(MASKS[mask], dropout=Dropout(factors))
+    given, variant = inputs(), Variant(MASKS[mask], dropout=WeightDropout(factors))
     same(attention(*given, variant), written_out(*given, variant, whole), given)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from megatrain.config.load import from_dict
 from megatrain.kernels.sdpa import Choice, Shape
-from megatrain.models import attention as layer
+from megatrain.models import layers as layer
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.trace import trace_run
 

@@ -7,12 +7,9 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
-from megatrain.models.attention import Attention, KeyValueCache, Rotary
-from megatrain.models.batch import MicroBatch
+from megatrain.models.batch import MicroBatch, NextToken
 from megatrain.models.gpt import GPT
-from megatrain.models.layers import Build
-from megatrain.models.objective import NextToken
-from megatrain.models.position import LearnedPositions
+from megatrain.models.layers import Attention, Build, KeyValueCache, LearnedPositions, Rotary
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import initialise
 from megatrain.runtime.flops import parameter_count

@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
-from megatrain.models.attention import Attention
 from megatrain.models.batch import MicroBatch
-from megatrain.models.layers import MLP, Build, Dropout, Norm, scaled_gradient
+from megatrain.models.layers import MLP, Attention, Build, Dropout, Norm, scaled_gradient
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import initialise
 from megatrain.testing import simulate

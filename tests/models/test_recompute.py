@@ -9,7 +9,7 @@ from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelCo
 from megatrain.kernels import matmul as kernel
 from megatrain.kernels.gated import GATES, gated
 from megatrain.models.recompute import recomputed
-from megatrain.parallel import tensor_parallel, vocabulary, weights
+from megatrain.parallel import param, tensor_parallel, vocabulary
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
@@ -85,7 +85,7 @@ def products(monkeypatch):
         spy(vocabulary, name)
     for name in ("linear", "matmul"):
         spy(tensor_parallel, name)
-    spy(weights, "add_matmul")
+    spy(param, "add_matmul")
     return counts
 
 

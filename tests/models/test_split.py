@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.models.split import ranges_of, split_layers
+from megatrain.assembly import ranges_of, split_layers
 from megatrain.parallel.schedules import Schedule
 
 

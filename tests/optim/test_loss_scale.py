@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatrain.config.schema import TrainConfig
-from megatrain.optim.loss_scale import LossScale
+from megatrain.optim.optimizer import LossScale
 
 
 def scale_of(window=3, hysteresis=2, first=64.0, least=1.0, precision="fp16"):

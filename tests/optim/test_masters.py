@@ -10,8 +10,8 @@ from zero_grid import config_of, shape_of
 
 from megatrain.config.schema import OptimConfig
 from megatrain.optim.audit import audit
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.parallel.buckets import Unit
+from megatrain.optim.optimizer import Optimizer
+from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.zero import FlatParameters

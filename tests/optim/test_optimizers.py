@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_schedules import reference_rates
 
+from megatrain.config.budget import Position, learning_rate, weight_decay
 from megatrain.config.schema import OptimConfig
-from megatrain.optim.clip import BLOCK, ROW, _squares, clip_divisor, local_squared_norm, part_norms
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.optim.schedule import Position, learning_rate, weight_decay
-from megatrain.parallel.buckets import Unit
-from megatrain.parallel.collectives import all_reduce
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.optim.optimizer import BLOCK, ROW, Optimizer, _squares, clip_divisor, local_squared_norm, part_norms
+from megatrain.parallel.flat import Unit
+from megatrain.parallel.mesh import MeshShape, ParallelContext, all_reduce
 from megatrain.parallel.param import Parameter, ParamSpec, Split
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from megatrain.config.budget import Position, learning_rate, weight_decay
 from megatrain.config.load import from_dict
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
-from megatrain.optim.schedule import Position, learning_rate, weight_decay
 from megatrain.training import Run
 
 SHAPES = ("cosine", "linear", "wsd", "constant")

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.parallel.buckets import ALIGNMENT, Unit, make_buckets, traffic, usual_size
-from megatrain.parallel.flat import FlatBuffers
+from megatrain.parallel.flat import ALIGNMENT, FlatBuffers, Unit, make_buckets, traffic, usual_size
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 

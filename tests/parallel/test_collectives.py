@@ -4,19 +4,17 @@ import pytest
 import torch
 
 from megatrain.parallel import collectives
-from megatrain.parallel.collectives import (
+from megatrain.parallel.collectives import copy_to, gather_rows, reduce_from, scatter_sum
+from megatrain.parallel.mesh import (
+    Axis,
+    MeshShape,
     all_reduce,
-    copy_to,
-    gather_rows,
     gathered,
-    reduce_from,
-    scatter_sum,
     scatter_summed,
     start_all_reduce,
     start_gather,
     start_scatter_sum,
 )
-from megatrain.parallel.mesh import Axis, MeshShape
 from megatrain.testing import simulate
 from megatrain.transport.wrappers import RecordedWorld, Recorder
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from zero_grid import config_of, shape_of
 
-from megatrain.parallel.buckets import Unit
+from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import Parameter, ParamSpec, claim
-from megatrain.parallel.weights import add_bias_gradient, add_weight_gradient, make_parameters
+from megatrain.parallel.param import Parameter, ParamSpec, add_bias_gradient, add_weight_gradient, claim, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run

@@ -12,9 +12,9 @@ from megatrain.inference.plain import load
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel import param, vocabulary
+from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, initialise, padded
-from megatrain.parallel.portion import Portion
 from megatrain.parallel.vocabulary import Target, vocab_parallel_loss, vocab_parameter
 from megatrain.testing import simulate
 from megatrain.testing.agree import agree

@@ -10,12 +10,12 @@ from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch
+from megatrain.models.gpt import Block
 from megatrain.models.layers import Build
-from megatrain.models.transformer import Block
-from megatrain.parallel import tensor_parallel, vocabulary, weights
-from megatrain.parallel.buckets import Unit
+from megatrain.parallel import param, tensor_parallel, vocabulary
+from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
-from megatrain.parallel.param import Init, Parameter, ParamSpec, Split
+from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, joined, make_parameters
 from megatrain.parallel.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -27,7 +27,6 @@ from megatrain.parallel.vocabulary import (
     vocab_parallel_logits,
     vocab_parameter,
 )
-from megatrain.parallel.weights import joined, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
 from megatrain.transport.group import Handle, World
@@ -406,7 +405,7 @@ def events(monkeypatch):
         spy(tensor_parallel, name)
     for name in ("matmul", "add_matmul"):
         spy(vocabulary, name)
-    spy(weights, "add_matmul")
+    spy(param, "add_matmul")
     return noted
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from zero_grid import config_of, shape_of
 
 from megatrain.config.schema import OptimConfig
-from megatrain.optim.mixed_precision import Optimizer
-from megatrain.parallel.buckets import ALIGNMENT, Unit
+from megatrain.optim.optimizer import Optimizer
+from megatrain.parallel.flat import ALIGNMENT, Unit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.parallel.zero import FlatParameters

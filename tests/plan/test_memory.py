@@ -8,8 +8,8 @@ import torch
 
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.models.batch import MicroBatch
+from megatrain.models.gpt import Block
 from megatrain.models.layers import Build
-from megatrain.models.transformer import Block
 from megatrain.parallel.mesh import MeshShape
 from megatrain.plan.memory import Layout, layer_activation_bytes
 from megatrain.testing import simulate

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.glm import GlmConfig
-from megatrain.data.batches import Batch, Samples
 from megatrain.data.draws import Draws
+from megatrain.data.loader import Batch, Samples
 from megatrain.data.samples.infilling import (
     Laid,
     Rules,

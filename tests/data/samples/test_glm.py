@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from megatrain.config.glm import BlankConfig, DocumentConfig, GlmConfig, ObjectiveMix, SentenceConfig
-from megatrain.data.batches import batch_places
 from megatrain.data.draws import Draws
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
+from megatrain.data.loader import batch_places
 from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, text_length
 from megatrain.data.samples.infilling import Sentinels
 from megatrain.data.samples.pairs import PairSamples

@@ -13,20 +13,189 @@ block, so that what one operation wrote is still in a CPU's cache when the next 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
 
 import torch
 
-from megatrain.config.schema import OptimConfig
+from megatrain.config.schema import OptimConfig, TrainConfig
 from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
-from megatrain.optim.sgd import sgd_step
-from megatrain.parallel.flat import Held
-from megatrain.parallel.param import ParamSpec
-from megatrain.parallel.portion import Cut, Elements, Plain, Portion, Window
+from megatrain.parallel.flat import Cut, Elements, Held, Plain, Portion, Segment, Window
+from megatrain.parallel.mesh import ParallelContext, all_reduce, to_host
+from megatrain.parallel.param import ParamSpec, Part
 from megatrain.parallel.zero import FlatParameters
+from megatrain.transport.host import to_device
+
+# Dynamic loss scaling for FP16 (Micikevicius et al., arXiv:1710.03740, section 3.2).
+#
+# FP16 has 5 bits of exponent: gradients below 6e-8 vanish. So the loss is multiplied by a scale before the backward, and gradients are
+# divided by it before the update. The scale is as large as it can be: it doubles after `window` updates without an overflow, and halves
+# at overflows once `hysteresis` of them have come without such a window between. A step that overflowed anywhere changes no weight on
+# any rank: whether it did is known from the one all-reduce of the step, so the scale is the same on all ranks.
+#
+# In every other precision the scale is 1 and stays so.
+
+
+class LossScale:
+    """The scale and its counters, on the device, so that the host need not wait to know of an overflow."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.dynamic = config.precision == "fp16"
+        self.window, self.hysteresis, self.least = config.loss_scale_window, config.loss_scale_hysteresis, config.loss_scale_min
+        first = config.loss_scale if self.dynamic else 1.0
+        self._state = torch.tensor([first, 0.0, self.hysteresis], dtype=torch.float64, device=device)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """float64 scalar."""
+        return self._state[0]
+
+    def update(self, overflow: torch.Tensor) -> None:
+        """Take note of a step; overflow: scalar 0 or 1."""
+        if not self.dynamic:
+            return
+        scale, good, left = self._state
+        over = overflow > 0
+        left = torch.where(over, left - 1, left)
+        good = torch.where(over, 0.0, good + 1)
+        grow = good >= self.window
+        halved = torch.clamp(scale / 2, min=self.least)
+        scale = torch.where(over & (left <= 0), halved, torch.where(grow, scale * 2, scale))
+        self._state = torch.stack([scale, torch.where(grow, 0.0, good), torch.where(grow, float(self.hysteresis), left)])
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps: scale, updates since the last overflow or growth, overflows left."""
+        return [float(value) for value in self._state.tolist()]
+
+    def restore(self, state: list[float]) -> None:
+        """Go on from an FP16 checkpoint, within the bounds of now."""
+        if self.dynamic:
+            scale, good, left = state
+            bounded = [max(scale, self.least), good, min(left, self.hysteresis)]
+            self._state = torch.tensor(bounded, dtype=torch.float64, device=self._state.device)
+
+
+# Global gradient norm: every logical element counted once, whatever the layout.
+
+
+BLOCK = 2**18
+"""Elements whose squares are added up at a time on a CPU: 2 MiB in float64."""
+ROW = 4096
+"""Elements of float32 whose squares a CPU adds up in float32."""
+
+
+def _counts(segment: Segment, flat: FlatParameters, ctx: ParallelContext) -> bool:
+    """Whether this rank is the one, of those that own these elements, that counts them."""
+    return flat.replicas.rank == 0 and segment.parameter.spec.owned(ctx)
+
+
+def _squares(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares, good to 1e-6 whatever their size, of pieces of the tensors [n]: (float64 [pieces], which tensor each is of, on
+    the CPU: int64 [pieces]).
+
+    On a GPU each number is widened as it is read. torch on a CPU makes a float64 copy of what it takes such a norm of, which lasts ten
+    times as long as the sum: there rows of float32 are summed in float32, and in float64 the rest, in blocks.
+    """
+    numbers: list[int] = []
+    row_numbers: list[int] = []
+    pieces: list[torch.Tensor] = []
+    rows: list[torch.Tensor] = []
+    for number, x in enumerate(tensors):
+        whole = len(x) // ROW * ROW if x.dtype == torch.float32 and x.device.type == "cpu" else 0
+        if whole:
+            rows.append(x[:whole].view(-1, ROW))
+            row_numbers += [number] * (whole // ROW)
+        rest = [x] if x.is_cuda else x[whole:].split(BLOCK)
+        numbers += [number] * len(rest)
+        pieces += rest
+    norms = [torch.stack(torch._foreach_norm(pieces, 2, torch.float64)), *([_row_norms(rows)] if rows else [])]
+    return torch.cat(norms).square(), torch.tensor(numbers + row_numbers)
+
+
+def _row_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float32 [rows, ROW] each -> norms of all rows, float64; of rows with squares that are no float32, from float64."""
+    norms = torch.cat([torch.linalg.vector_norm(rows, dim=1) for rows in tensors]).double()
+    narrow = (norms > 1e-15) & (norms < 1e18)
+    if not narrow.all():
+        counts = [len(rows) for rows in tensors]
+        for rows, mine, of in zip(tensors, norms.split(counts), narrow.split(counts), strict=True):
+            if not of.all():
+                wide = ~of & rows.any(1)  # zeros, as an embedding has many of, are no small numbers
+                mine[wide] = torch.linalg.vector_norm(rows[wide], dim=1, dtype=torch.float64)
+    return norms
+
+
+def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tensor:
+    """This rank's share of the squared gradient norm: float64 scalar, to be summed over the world.
+
+    A rank looks at the gradients that it owns. Of ranks that own the same elements (replicas of a shard, copies over tp) the
+    first one counts them; padding is zero. The others multiply by zero, which leaves NaN for a copy that is not finite: no rank
+    may update what another one skips.
+    """
+    segments = list(flat.segments())
+    if not segments:
+        return torch.zeros((), dtype=torch.float64, device=ctx.device)
+    counts = torch.tensor([float(_counts(s, flat, ctx)) for s in segments], dtype=torch.float64)
+    squares, owners = _squares([s.gradient for s in segments])
+    (mine,) = to_device([counts[owners]], ctx.device)
+    return (squares * mine).sum()
+
+
+def clip_divisor(norm: torch.Tensor, clip_grad: float) -> torch.Tensor:
+    """What to divide gradients by so that their norm is at most `clip_grad` (0: never clip): at least 1; float64 scalar tensor.
+
+    As torch.nn.utils.clip_grad_norm_, whose 1e-6 keeps curves comparable.
+    """
+    if clip_grad == 0:
+        return torch.ones_like(norm)
+    return ((norm + 1e-6) / clip_grad).clamp_min(1.0)
+
+
+PARTS: tuple[Part, ...] = get_args(Part)
+"""Of a model, for reports."""
+
+
+def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Part -> (norm of its gradients, norm of its weights), over the whole model (collective over the world; before the update)."""
+    segments = [s for s in flat.segments() if _counts(s, flat, ctx)]
+    parts = torch.tensor([PARTS.index(s.parameter.spec.part) for s in segments], dtype=torch.int64)
+    both = torch.zeros(2, len(PARTS), dtype=torch.float64, device=ctx.device)
+    if segments:
+        for kind, tensors in enumerate(([s.gradient for s in segments], [s.weight for s in segments])):
+            squares, owners = _squares(tensors)
+            mine = (parts[owners] == torch.arange(len(PARTS))[:, None]).to(ctx.device)  # [parts, n]
+            both[kind] = squares.where(mine, 0.0).sum(1)
+    gradients, weights = all_reduce(both, ctx.world).sqrt()
+    rows = to_host(torch.stack([gradients / loss_scale, weights], 1), ctx.world).tolist()
+    return {part: (gradient, weight) for part, (gradient, weight) in zip(PARTS, rows, strict=True) if weight > 0}
+
+
+# Stochastic gradient descent with momentum, as one function on lists of flat tensors.
+
+
+def sgd_step(
+    weights: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    momentum_buffers: Sequence[torch.Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    grad_divisor: torch.Tensor,
+    skip: torch.Tensor,
+) -> None:
+    """m <- momentum m + (g / grad_divisor + weight_decay w); w <- w - lr m. In place; nothing changes where `skip` is 1.
+
+    `grad_divisor` and `skip` are scalar tensors on the device; a skipped step multiplies by one and adds zero.
+    """
+    keep = skip > 0
+    for w, g, m in zip(weights, grads, momentum_buffers, strict=True):
+        update = torch.where(keep, m, (g / grad_divisor).add_(w, alpha=weight_decay).add_(m, alpha=momentum))
+        m.copy_(update)
+        w.sub_(torch.where(keep, torch.zeros_like(m), m), alpha=lr)
+
 
 StateTensors = dict[str, dict[str, tuple[ParamSpec, torch.Tensor]]]
 """Kind (weights, exp_avg, ...) -> logical name -> (spec, this tensor-parallel rank's tensor)."""
