@@ -16,17 +16,15 @@ LEFT_OUT = {
     "parallel.simulator": "predicts the timeline of a schedule",
     "config": "keys and their rules, but for the batches of a step (config.budget)",
     "data": "text, stores and samples, but for the loader that cuts the step's batch (data.loader)",
-    "models.position": "which table of positions a model has",
-    "models.rope": "the table's angles",
+    "models.position": "tables of angles and slopes, one for each kind of position",
     "models.recompute": "which activations are made again",
-    "models.split": "which products are made in slices",
     "checkpoint": "saves",
     "runtime": "the process: rank, memory, FLOPs",
     "plan": "predictions",
     "testing": "tests",
 }
 """Rooms and files, by their names under megatrain, and what they are to a step."""
-COUNTED = ("config.budget", "data.batches", "data.loader")
+COUNTED = ("config.budget", "data.loader")
 """Files of rooms left out that a step is read with."""
 
 
