@@ -31,8 +31,8 @@ from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.baselines import consumed_rows, count_pairs, held_out_pairs, interpolated_bigram, unigram_entropy
 from megatrain.data.held_out import build_held_out
 from megatrain.data.indexed import TokenStore
-from megatrain.data.loader import build_samples
 from megatrain.data.prepare import stdlib_corpus
+from megatrain.data.sources import build_samples
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.records.plot import draw_loss
 from megatrain.records.rows import read_metrics

@@ -30,6 +30,11 @@ from fractions import Fraction
 from itertools import accumulate
 from math import isfinite, lcm
 
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.data.loader import Samples
+
 
 @dataclass(frozen=True)
 class _Node:
@@ -122,3 +127,26 @@ class Blend:
         left = half + Fraction(node.share, node.total) * inherited
         right = half + Fraction(node.total - node.share, node.total) * inherited
         return max(self._error(node.left, left), self._error(node.right, right))
+
+
+class BlendedSamples:
+    """The samples of several corpora, mixed by weight."""
+
+    def __init__(self, corpora: Sequence[Samples], weights: Sequence[float]) -> None:
+        self.corpora = tuple(corpora)
+        self.blend = Blend(weights)
+
+    def sample(self, n: int) -> npt.NDArray[np.int64]:
+        """Tokens [seq_length + 1] of sample n."""
+        corpus, place = self.blend.place(n)
+        return self.corpora[corpus].sample(place)
+
+    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+        """[seq_length + 1] number of each token's document within sample n."""
+        corpus, place = self.blend.place(n)
+        return self.corpora[corpus].document_numbers(place)
+
+    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
+        """Prompts and answers of sample n, if its corpus has them; else None."""
+        corpus, place = self.blend.place(n)
+        return self.corpora[corpus].pairs(place)

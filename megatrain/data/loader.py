@@ -14,25 +14,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-
-from megatrain.config.schema import CorpusConfig
-from megatrain.data.blend import Blend
-from megatrain.data.indexed import TokenStore
-from megatrain.data.samples.gpt import GptSamples
-from megatrain.data.samples.pairs import PairSamples
-
-# `Batch`: one rank's share of a global batch; and the functions that make one from next-token samples.
-#
-# Places in the global batch are dealt to data-parallel ranks micro-batch by micro-batch (`loader.py`). A `Compose` function turns samples
-# into a batch with labels: next tokens here, blanks in `samples/glm.py`.
 
 
 class Samples(Protocol):
@@ -233,49 +221,3 @@ class Loader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Closes the loader."""
         self.close()
-
-
-class BlendedSamples:
-    """The samples of several corpora, mixed by weight."""
-
-    def __init__(self, corpora: Sequence[Samples], weights: Sequence[float]) -> None:
-        self.corpora = tuple(corpora)
-        self.blend = Blend(weights)
-
-    def sample(self, n: int) -> npt.NDArray[np.int64]:
-        """Tokens [seq_length + 1] of sample n."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].sample(place)
-
-    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """[seq_length + 1] number of each token's document within sample n."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].document_numbers(place)
-
-    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
-        """Prompts and answers of sample n, if its corpus has them; else None."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].pairs(place)
-
-
-def build_samples(
-    corpora: Sequence[CorpusConfig],
-    seq_length: int,
-    seed: int,
-    cache_dir: str | Path | None = None,
-    vocab_size: int | None = None,
-) -> BlendedSamples:
-    """The training samples of `data.train`: opens every store and checks what is cheap to check.
-
-    Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError (no corpora, bad weight).
-    """
-    if not corpora:
-        raise ValueError("data.train is empty: give the prefix of a token store, e.g. data.train=runs/demo/data/train.")
-    samples: list[Samples] = []
-    for corpus in corpora:
-        store = TokenStore(corpus.path)
-        if corpus.answers is None:
-            samples.append(GptSamples(store, seq_length, seed, cache_dir, vocab_size))
-        else:
-            samples.append(PairSamples(store, TokenStore(corpus.answers), seq_length + 1, seed, vocab_size))
-    return BlendedSamples(samples, [corpus.weight for corpus in corpora])

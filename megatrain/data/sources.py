@@ -1,24 +1,28 @@
 """The samples and batches that a config's `data` section trains and evaluates on, by `data.objective`.
 
-next_token    seq_length + 1 tokens; each is predicted from those before it glm           text_length tokens; blanks are predicted from the
-text around them (docs/glm.md)
+next_token    seq_length + 1 tokens; each is predicted from those before it
+glm           text_length tokens; blanks are predicted from the text around them (docs/glm.md)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.schema import Config, CorpusConfig, DataConfig
+from megatrain.data.blend import BlendedSamples
 from megatrain.data.draws import Draws
 from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
 from megatrain.data.indexed import TokenStore, record_path
-from megatrain.data.loader import Batch, BlendedSamples, Compose, build_samples, isolated_documents, next_token
+from megatrain.data.loader import Batch, Compose, Samples, isolated_documents, next_token
 from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, assembled
+from megatrain.data.samples.gpt import GptSamples
 from megatrain.data.samples.infilling import Laid
+from megatrain.data.samples.pairs import PairSamples
 from megatrain.data.samples.sentinels import resolve, sentence_ends
 from megatrain.data.store_record import require_made_with
 from megatrain.data.tokenizer import Tokenizer
@@ -153,3 +157,26 @@ class GlmHeldOut:
         size = min(labelled + 1, self.plan.text_length - 1)
         documents = self._batches.documents(tokens[:size], self.held_out.document_numbers(n)[: size + 1])
         return self._batches.lay_out(Draws(self.plan.seed, JUDGED, self.kind, n), documents, Choice(self.kind))
+
+
+def build_samples(
+    corpora: Sequence[CorpusConfig],
+    seq_length: int,
+    seed: int,
+    cache_dir: str | Path | None = None,
+    vocab_size: int | None = None,
+) -> BlendedSamples:
+    """The training samples of `data.train`: opens every store and checks what is cheap to check.
+
+    Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError (no corpora, bad weight).
+    """
+    if not corpora:
+        raise ValueError("data.train is empty: give the prefix of a token store, e.g. data.train=runs/demo/data/train.")
+    samples: list[Samples] = []
+    for corpus in corpora:
+        store = TokenStore(corpus.path)
+        if corpus.answers is None:
+            samples.append(GptSamples(store, seq_length, seed, cache_dir, vocab_size))
+        else:
+            samples.append(PairSamples(store, TokenStore(corpus.answers), seq_length + 1, seed, vocab_size))
+    return BlendedSamples(samples, [corpus.weight for corpus in corpora])

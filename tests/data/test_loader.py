@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from megatrain.config.schema import CorpusConfig
 from megatrain.data.held_out import HeldOut, build_held_out, evaluation_batches
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
-from megatrain.data.loader import Loader, batch_places, build_samples, isolated_documents
+from megatrain.data.loader import Loader, batch_places, isolated_documents
+from megatrain.data.sources import build_samples
 
 S = 6
 
