@@ -17,7 +17,7 @@ from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.layers import kernels_of
 from megatrain.optim.optimizer import Optimizer
 from megatrain.parallel.flat import Unit
-from megatrain.parallel.mesh import ParallelContext, all_reduce, to_host
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.flops import forward_flops, parameter_count
@@ -103,8 +103,8 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
     owned = [p for p in logical_parameters(chunks) if p.spec.owned(ctx)]
     elements = sum(prod(s.stop - s.start for s in p.spec.slices(ctx.tp.size, ctx.tp.rank)) for p in owned)
     layers = sum(len(chunk.stack.blocks) for chunk in chunks) * (ctx.tp.rank == 0)
-    of_stage = all_reduce(torch.tensor([layers, elements], device=ctx.device), ctx.tp)
-    built = to_host(all_reduce(of_stage, ctx.pp), ctx.pp).tolist()
+    of_stage = ctx.tp.all_reduce(torch.tensor([layers, elements], device=ctx.device))
+    built = ctx.pp.to_host(ctx.pp.all_reduce(of_stage)).tolist()
     wanted = [config.model.num_layers, parameter_count(config.model, vocab_size)]
     if built != wanted:
         raise ValueError(

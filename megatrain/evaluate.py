@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatrain.data.held_out import Evaluated, evaluation_batches
-from megatrain.parallel.mesh import all_reduce, start_to_host, to_host
 from megatrain.parallel.pipeline_parallel import run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
 from megatrain.transport.host import Reading
@@ -50,7 +49,7 @@ def evaluate(run: Model, global_batches: int = 0, stopping: Callable[[], bool] |
         for chunk in run.chunks:
             chunk.train()
     # Tensor-parallel ranks hold the same sums; losses come from the last stage, tokens from the first.
-    rows = to_host(all_reduce(sums * float(run.ctx.tp.rank == 0), run.ctx.world), run.ctx.world).tolist()
+    rows = run.ctx.world.to_host(run.ctx.world.all_reduce(sums * float(run.ctx.tp.rank == 0))).tolist()
     sets = {name: _mean(*row) for name, row in zip(run.held_out, rows, strict=True)}
     together = _mean(*(sum(column) for column in zip(*rows, strict=True)))
     return replace(together, sets=sets)
@@ -69,7 +68,7 @@ def _sums(run: Model, held_out: Evaluated, global_batches: int, stopping: Callab
         _heed(wishes)
         if stopping is not None:
             mine = torch.full((), float(stopping()), device=ctx.device)
-            wishes = start_to_host(all_reduce(mine, ctx.world), ctx.world)
+            wishes = ctx.world.start_to_host(ctx.world.all_reduce(mine))
         micro_batches = to_micro_batches(batch, run)
         schedule = schedule_of(run.config, len(micro_batches), backward=False)
         executed = run_schedule(stage, schedule, micro_batches, scale=1.0)

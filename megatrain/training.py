@@ -20,7 +20,7 @@ from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch, Objective
 from megatrain.models.gpt import GPT
 from megatrain.optim.optimizer import LossScale, Optimizer, clip_divisor, local_squared_norm
-from megatrain.parallel.mesh import ParallelContext, all_reduce, start_to_host
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Parameters, Resident, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
@@ -137,7 +137,7 @@ def queue_step(run: Run) -> Queued:
     run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
-    numbers = start_to_host(torch.stack([*sums, run.loss_scale.scale]), run.ctx.world)
+    numbers = run.ctx.world.start_to_host(torch.stack([*sums, run.loss_scale.scale]))
     return Queued(run.step, lr, size, left_out, run.consumed_samples, waited, began, numbers)
 
 
@@ -169,7 +169,7 @@ def _rows_first(x: torch.Tensor) -> torch.Tensor:
 def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
     """The objective's weights of the global batch, whose sum its loss is divided by: float64 scalar or [n]."""
     weights = torch.stack([run.objective.weight(m) for m in micro_batches])
-    return all_reduce(weights.sum(0).double(), run.ctx.dp_cp)
+    return run.ctx.dp_cp.all_reduce(weights.sum(0).double())
 
 
 def stage_of(run: Model) -> Stage:
@@ -229,6 +229,6 @@ def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
             torch.full((), float(run.stop_requested()), dtype=torch.float64, device=ctx.device),
         ]
     )
-    squared_norm, loss, correct, stops = all_reduce(message, ctx.world)
+    squared_norm, loss, correct, stops = ctx.world.all_reduce(message)
     finite = torch.isfinite(squared_norm) & torch.isfinite(loss)
     return Totals(loss / weight, correct / weight, squared_norm.sqrt() / run.loss_scale.scale, (~finite).double(), stops)

@@ -15,7 +15,7 @@ from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, Block
 from megatrain.models.layers import KeyValueCache
-from megatrain.parallel.mesh import ParallelContext, all_reduce
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
@@ -116,7 +116,7 @@ class Decoder:
         )
         executed = run_schedule(self._stage(tokens.shape[1]), self.schedule, [batch], scale=1.0)
         self.length += len(tokens)
-        return all_reduce(executed.statistics, self.ctx.pp).float().view(tokens.shape[1], -1)
+        return self.ctx.pp.all_reduce(executed.statistics).float().view(tokens.shape[1], -1)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Append tokens (at least one) of a single sequence and return the logits [v] of the token after them.

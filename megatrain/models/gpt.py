@@ -14,7 +14,7 @@ from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import MicroBatch, Objective
 from megatrain.models.layers import MLP, Attention, Build, Dropout, KeyValueCache, LearnedPositions, Norm, scaled_gradient
 from megatrain.models.recompute import Remake, recomputed
-from megatrain.parallel.mesh import ParallelContext, gathered
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Parameter, initialise
 from megatrain.parallel.vocabulary import (
     Target,
@@ -198,7 +198,7 @@ class Head(nn.Module):
         most = self.weight.spec.slices(self.build.tp.size, 0)[0].stop  # of the first rank; the last may have fewer
         even = local.new_zeros(most, *local.shape[:2])
         even[: local.shape[-1]] = local.permute(2, 0, 1)
-        return gathered(even, self.build.tp)[: self.vocab_size].permute(1, 2, 0)
+        return self.build.tp.gathered(even)[: self.vocab_size].permute(1, 2, 0)
 
 
 def _head_weight(vocab_size: int, build: Build) -> Parameter:

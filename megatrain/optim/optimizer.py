@@ -23,7 +23,7 @@ from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
 from megatrain.parallel.flat import Cut, Elements, Held, Plain, Portion, Segment, Window
-from megatrain.parallel.mesh import ParallelContext, all_reduce, to_host
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec, Part
 from megatrain.parallel.zero import FlatParameters
 from megatrain.transport.host import to_device
@@ -167,8 +167,8 @@ def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Ten
             squares, owners = _squares(tensors)
             mine = (parts[owners] == torch.arange(len(PARTS))[:, None]).to(ctx.device)  # [parts, n]
             both[kind] = squares.where(mine, 0.0).sum(1)
-    gradients, weights = all_reduce(both, ctx.world).sqrt()
-    rows = to_host(torch.stack([gradients / loss_scale, weights], 1), ctx.world).tolist()
+    gradients, weights = ctx.world.all_reduce(both).sqrt()
+    rows = ctx.world.to_host(torch.stack([gradients / loss_scale, weights], 1)).tolist()
     return {part: (gradient, weight) for part, (gradient, weight) in zip(PARTS, rows, strict=True) if weight > 0}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatrain.parallel.mesh import Axis, all_reduce, gathered, scatter_summed
+from megatrain.parallel.mesh import Axis
 
 
 class _CopyTo(torch.autograd.Function):
@@ -30,13 +30,13 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return all_reduce(dy.clone(memory_format=torch.contiguous_format), ctx.axis), None
+        return ctx.axis.all_reduce(dy.clone(memory_format=torch.contiguous_format)), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), axis)
+        return axis.all_reduce(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -47,22 +47,22 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
-        return gathered(x, axis)
+        return axis.gathered(x)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return scatter_summed(dy, ctx.axis), None
+        return ctx.axis.scatter_summed(dy), None
 
 
 class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, axis: Axis) -> torch.Tensor:
         ctx.axis = axis
-        return scatter_summed(x, axis)
+        return axis.scatter_summed(x)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return gathered(dy, ctx.axis), None
+        return ctx.axis.gathered(dy), None
 
 
 def _apply(function: type[torch.autograd.Function], x: torch.Tensor, axis: Axis) -> torch.Tensor:

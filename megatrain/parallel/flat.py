@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from megatrain.parallel.mesh import Axis, ParallelContext, start_gather_into
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
 from megatrain.transport.group import Handle
 
@@ -514,7 +514,7 @@ class FlatBuffers:
             everything = piece
             if self.stage:
                 gathered = piece.new_empty(held.bucket.size)
-                start_gather_into(gathered, piece.contiguous(), self.shards).wait()
+                self.shards.start_gather_into(gathered, piece.contiguous()).wait()
                 everything = gathered.cpu()
             found |= {p.spec.name: (p.spec, view) for p, view in self._views(held, everything)}
         return {p.spec.name: found[p.spec.name] for unit in self.units for p in unit.parameters if p.spec.name in found}

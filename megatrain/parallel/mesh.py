@@ -45,6 +45,65 @@ class Axis:
     """World ranks along the axis, in order of place."""
     group: Group | None = None
 
+    def all_reduce(self, x: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        """Reduce `x` over the axis in place and return it; any shape, contiguous."""
+        if self.group is not None:
+            self.group.all_reduce(x, op)
+        return x
+
+    def start_all_reduce(self, x: torch.Tensor) -> tuple[torch.Tensor, Handle]:
+        """Begin to sum `x` over the axis in place; it may be used once the handle has been waited for."""
+        return x, Done() if self.group is None else self.group.all_reduce(x, blocking=False)
+
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows of `x` [n/t, ...] -> [n, ...], without a gradient."""
+        output, handle = self.start_gather(x)
+        handle.wait()
+        return output
+
+    def start_gather(self, x: torch.Tensor) -> tuple[torch.Tensor, Handle]:
+        """Begin to gather [n/t, ...] to [n, ...] along dim 0."""
+        if self.group is None:
+            return x, Done()
+        x = x.contiguous()
+        output = x.new_empty((x.shape[0] * self.size, *x.shape[1:]))
+        return output, self.group.all_gather(output, x, blocking=False)
+
+    def start_gather_into(self, output: torch.Tensor, x: torch.Tensor) -> Handle:
+        """Begin to gather [n/t, ...] into `output` [n, ...] along dim 0, of which `x` may be this rank's part."""
+        if self.group is None:
+            return _copied(output, x)
+        return self.group.all_gather(output, x, blocking=False)
+
+    def scatter_summed(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of the sum of `x` [n, ...] -> [n/t, ...], without a gradient."""
+        output, handle = self.start_scatter_sum(x)
+        handle.wait()
+        return output
+
+    def start_scatter_sum(self, x: torch.Tensor) -> tuple[torch.Tensor, Handle]:
+        """Begin to sum [n, ...] over the axis and keep this rank's [n/t, ...] of dim 0. Raises ValueError if t does not divide n."""
+        if self.group is None:
+            return x, Done()
+        if x.shape[0] % self.size:
+            raise ValueError(f"dim 0 of {tuple(x.shape)} cannot be split over the {self.size} ranks of axis {self.name}")
+        output = x.new_empty((x.shape[0] // self.size, *x.shape[1:]))
+        return output, self.group.reduce_scatter(output, x.contiguous(), blocking=False)
+
+    def start_scatter_sum_into(self, output: torch.Tensor, x: torch.Tensor) -> Handle:
+        """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`, or wider than `x`."""
+        if self.group is None:
+            return _copied(output, x)
+        return self.group.reduce_scatter(output, x, blocking=False)
+
+    def to_host(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the host's memory, once what other ranks of the axis add to it is there: on a GPU the host waits here."""
+        return self.start_to_host(x).wait()
+
+    def start_to_host(self, x: torch.Tensor) -> Reading:
+        """Begin to bring `x`, to which other ranks of the axis may add, into the host's memory."""
+        return Reading(x) if self.group is None else self.group.start_to_host(x)
+
 
 class Done(Handle):
     """The handle of a collective that had nothing to do."""
@@ -57,83 +116,12 @@ class Done(Handle):
         return True
 
 
-def all_reduce(x: torch.Tensor, axis: Axis, op: ReduceOp = "sum") -> torch.Tensor:
-    """Reduce `x` over the axis in place and return it; any shape, contiguous."""
-    if axis.group is not None:
-        axis.group.all_reduce(x, op)
-    return x
-
-
-def to_host(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """`x` in the host's memory, once what other ranks of the axis add to it is there: on a GPU the host waits here."""
-    return start_to_host(x, axis).wait()
-
-
-def start_to_host(x: torch.Tensor, axis: Axis) -> Reading:
-    """Begin to bring `x`, to which other ranks of the axis may add, into the host's memory."""
-    return Reading(x) if axis.group is None else axis.group.start_to_host(x)
-
-
-def start_all_reduce(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle]:
-    """Begin to sum `x` over the axis in place; it may be used once the handle has been waited for."""
-    if axis.group is None:
-        return x, Done()
-    return x, axis.group.all_reduce(x, blocking=False)
-
-
-def start_gather(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle]:
-    """Begin to gather [n/t, ...] to [n, ...] along dim 0."""
-    if axis.group is None:
-        return x, Done()
-    x = x.contiguous()
-    output = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
-    return output, axis.group.all_gather(output, x, blocking=False)
-
-
-def start_scatter_sum(x: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, Handle]:
-    """Begin to sum [n, ...] over the axis and keep this rank's [n/t, ...] of dim 0. Raises ValueError if t does not divide n."""
-    if axis.group is None:
-        return x, Done()
-    if x.shape[0] % axis.size:
-        raise ValueError(f"dim 0 of {tuple(x.shape)} cannot be split over the {axis.size} ranks of axis {axis.name}")
-    output = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
-    return output, axis.group.reduce_scatter(output, x.contiguous(), blocking=False)
-
-
-def start_gather_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
-    """Begin to gather [n/t, ...] into `output` [n, ...] along dim 0, of which `x` may be this rank's part."""
-    if axis.group is None:
-        return _copied(output, x)
-    return axis.group.all_gather(output, x, blocking=False)
-
-
-def start_scatter_sum_into(output: torch.Tensor, x: torch.Tensor, axis: Axis) -> Handle:
-    """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`, or wider than `x`."""
-    if axis.group is None:
-        return _copied(output, x)
-    return axis.group.reduce_scatter(output, x, blocking=False)
-
-
 def _copied(output: torch.Tensor, x: torch.Tensor) -> Handle:
     """Let `output` be `x`, whose memory it may be."""
     places = [(of.untyped_storage()._cdata, of.storage_offset()) for of in (output, x)]
     if places[0] != places[1]:
         output.copy_(x)
     return Done()
-
-
-def gathered(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """All rows of `x` [n/t, ...] -> [n, ...], without a gradient."""
-    output, handle = start_gather(x, axis)
-    handle.wait()
-    return output
-
-
-def scatter_summed(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """This rank's rows of the sum of `x` [n, ...] -> [n/t, ...], without a gradient."""
-    output, handle = start_scatter_sum(x, axis)
-    handle.wait()
-    return output
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,6 @@ from megatrain.kernels.matmul import linear, matmul
 from megatrain.parallel.mesh import (
     Axis,
     Done,
-    all_reduce,
-    gathered,
-    scatter_summed,
-    start_all_reduce,
-    start_gather,
-    start_scatter_sum,
 )
 from megatrain.parallel.param import (
     Init,
@@ -118,7 +112,7 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: _Linear, *_parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(*layer.kept(x))
-        whole = gathered(x, layer.tp) if layer.sequence_parallel else x
+        whole = layer.tp.gathered(x) if layer.sequence_parallel else x
         bias = joined(layer.biases) if layer.biases else None
         y = linear(whole, layer.weight(), bias)
         return tuple(y.split([w.shape[0] for w in layer.weights], dim=-1)) if len(layer.weights) > 1 else (y,)
@@ -131,15 +125,15 @@ class _ColumnLinear(torch.autograd.Function):
 
         def gather_input() -> tuple[torch.Tensor, Handle]:
             x = layer.input(saved)
-            return start_gather(x, layer.tp) if layer.sequence_parallel else (x, Done())
+            return layer.tp.start_gather(x) if layer.sequence_parallel else (x, Done())
 
         begun = gather_input() if layer.postponed is None else None
         dx: torch.Tensor | None = None
         reduce: Handle = Done()
         if ctx.needs_input_grad[0]:
             partial = matmul(dy, layer.weight()).view(-1, *ctx.shape[1:])  # beside the gather
-            start = start_scatter_sum if layer.sequence_parallel else start_all_reduce
-            dx, reduce = start(partial, layer.tp)
+            start = layer.tp.start_scatter_sum if layer.sequence_parallel else layer.tp.start_all_reduce
+            dx, reduce = start(partial)
 
         def weights() -> list[torch.Tensor | None]:
             whole, gather = begun or gather_input()
@@ -162,13 +156,13 @@ class _RowLinear(torch.autograd.Function):
         # The bias is added once: by the first rank, inside its matmul, before the partial results are summed.
         bias = layer.biases[0].detach() if layer.biases and layer.tp.rank == 0 else None
         partial = linear(x, layer.weight(), bias)
-        return scatter_summed(partial, layer.tp) if layer.sequence_parallel else all_reduce(partial, layer.tp)
+        return layer.tp.scatter_summed(partial) if layer.sequence_parallel else layer.tp.all_reduce(partial)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         layer: _Linear = ctx.layer
         saved = ctx.saved_tensors
-        whole, gather = start_gather(dy, layer.tp) if layer.sequence_parallel else (dy, Done())
+        whole, gather = layer.tp.start_gather(dy) if layer.sequence_parallel else (dy, Done())
         bias_grads = layer.bias_gradients(dy.flatten(0, 1))  # beside the gather
         gather.wait()
         whole = whole.flatten(0, 1)

@@ -27,12 +27,6 @@ from megatrain.kernels.matmul import add_matmul, linear, matmul
 from megatrain.parallel.mesh import (
     Axis,
     Done,
-    all_reduce,
-    gathered,
-    scatter_summed,
-    start_all_reduce,
-    start_gather,
-    start_scatter_sum,
 )
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Part, Split, claim, make_parameters
 
@@ -50,12 +44,12 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(local, here)
         ctx.weight, ctx.tp, ctx.sequence_parallel = weight, tp, sequence_parallel
         partial = nn.functional.embedding(local, weight) * here.unsqueeze(-1)
-        return scatter_summed(partial, tp) if sequence_parallel else all_reduce(partial, tp)
+        return tp.scatter_summed(partial) if sequence_parallel else tp.all_reduce(partial)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         local, here = ctx.saved_tensors
-        whole = gathered(dy, ctx.tp) if ctx.sequence_parallel else dy
+        whole = ctx.tp.gathered(dy) if ctx.sequence_parallel else dy
         whole = (whole * here.unsqueeze(-1)).flatten(0, 1)
         out = getattr(ctx.weight, "main_grad", None)
         target = torch.zeros_like(ctx.weight) if out is None else out
@@ -111,7 +105,7 @@ class _Logits(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, tp: Axis, sequence_parallel: bool) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.tp, ctx.sequence_parallel = weight, tp, sequence_parallel
-        whole = gathered(x, tp) if sequence_parallel else x
+        whole = tp.gathered(x) if sequence_parallel else x
         return linear(whole, weight)
 
     @staticmethod
@@ -119,10 +113,10 @@ class _Logits(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         weight = ctx.weight
         dy = dy.flatten(0, 1)
-        whole, gather = start_gather(x, ctx.tp) if ctx.sequence_parallel else (x, Done())
+        whole, gather = ctx.tp.start_gather(x) if ctx.sequence_parallel else (x, Done())
         partial = matmul(dy, weight).view(-1, *x.shape[1:])
-        start = start_scatter_sum if ctx.sequence_parallel else start_all_reduce
-        dx, reduce = start(partial, ctx.tp)
+        start = ctx.tp.start_scatter_sum if ctx.sequence_parallel else ctx.tp.start_all_reduce
+        dx, reduce = start(partial)
         gather.wait()
         out, first = claim(weight)
         target = torch.zeros_like(weight) if out is None else out
@@ -185,9 +179,9 @@ def _reduce_rows(
     local = torch.where(here, local, 0)
     with_sum = target.label_smoothing > 0
     top, total, label, added = statistics_of(logits, local, here, ids=len(ids), with_sum=with_sum, kernels=kernels)
-    highest = all_reduce(top.clone(), tp, "max")
+    highest = tp.all_reduce(top.clone(), "max")
     share = torch.exp(top - highest)
-    sums = all_reduce(torch.stack([total * share, label] if added is None else [total * share, label, added]), tp)
+    sums = tp.all_reduce(torch.stack([total * share, label] if added is None else [total * share, label, added]))
     total, label = sums[0], sums[1]
     log_total = torch.log(total)
     entropy = loss = log_total + (highest - label)  # in this order: a large logit would swallow the logarithm
@@ -256,7 +250,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x, labels)
         ctx.weight, ctx.head = weight, head
-        flat = (gathered(x, head.tp) if head.sequence_parallel else x).flatten(0, 1)
+        flat = (head.tp.gathered(x) if head.sequence_parallel else x).flatten(0, 1)
         results = [head.rows_of(flat[part], weight, labels.flatten()[part])[1:] for part in head.chunks(flat)]
         loss, correct = (torch.cat(parts).view(labels.shape) for parts in zip(*results, strict=True))
         ctx.mark_non_differentiable(correct)
@@ -266,7 +260,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: torch.Tensor, _dcorrect: torch.Tensor) -> Any:
         x, labels = ctx.saved_tensors
         head, weight = ctx.head, ctx.weight
-        whole = gathered(x, head.tp) if head.sequence_parallel else x
+        whole = head.tp.gathered(x) if head.sequence_parallel else x
         flat, partial = whole.flatten(0, 1), torch.empty_like(whole)
         out, first = claim(weight)
         target = torch.zeros_like(weight) if out is None else out
@@ -274,8 +268,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = head.gradient_of_logits(flat[part], weight, labels.flatten()[part], dloss.flatten()[part])
             partial.flatten(0, 1)[part] = matmul(logits, weight)
             add_matmul(target, logits.t(), flat[part], first and part.start == 0)
-        start = start_scatter_sum if head.sequence_parallel else start_all_reduce
-        dx, reduce = start(partial, head.tp)
+        start = head.tp.start_scatter_sum if head.sequence_parallel else head.tp.start_all_reduce
+        dx, reduce = start(partial)
         reduce.wait()
         return dx, (target if out is None else None), None, None
 

@@ -52,10 +52,6 @@ from megatrain.parallel.flat import FlatBuffers, Held, Pool, Segment, Unit, ther
 from megatrain.parallel.mesh import (
     Axis,
     ParallelContext,
-    all_reduce,
-    start_all_reduce,
-    start_gather_into,
-    start_scatter_sum_into,
 )
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction
@@ -227,7 +223,7 @@ class FlatParameters(FlatBuffers):
         """Stage 3: begin to gather weights that are not here; at the other stages they are, or `publish` has begun it."""
         if held.weights is None:
             held.weights = self._pool.take(held.own_weights, held.bucket.size)
-            held.arriving = start_gather_into(held.weights, held.own_weights, self.shards)
+            held.arriving = self.shards.start_gather_into(held.weights, held.own_weights)
 
     def _let_go_unit(self, index: int) -> None:
         kept = self._of_unit[self._uses.next] if self._uses.next is not None else []
@@ -249,7 +245,7 @@ class FlatParameters(FlatBuffers):
     def publish(self, held: Held) -> None:
         """What this rank owns of a bucket has been updated: let the other ranks have it, beside what comes next."""
         if self.stage in (1, 2):
-            held.arriving = start_gather_into(there(held.weights), held.own_weights, self.shards)
+            held.arriving = self.shards.start_gather_into(there(held.weights), held.own_weights)
             if not self.overlap:
                 self._fetch([held])
 
@@ -312,7 +308,7 @@ class FlatParameters(FlatBuffers):
             parameter.main_grad = None  # a gradient that comes too late is noticed
         self._land(self._aloft - 1)
         sent, room = self._to_send(grads, self.shards)
-        self._flying.append(_Flight(held, grads, start_scatter_sum_into(grads[held.own], sent, self.shards), last, room))
+        self._flying.append(_Flight(held, grads, self.shards.start_scatter_sum_into(grads[held.own], sent), last, room))
         if self._aloft == 0:
             self._land(0)
 
@@ -342,7 +338,7 @@ class FlatParameters(FlatBuffers):
         if self.sent != self.wide:
             self._end_sums(IN_FLIGHT - 1)
         sent, room = self._to_send(own, self.replicas)
-        held.reducing = start_all_reduce(sent, self.replicas)[1]
+        held.reducing = self.replicas.start_all_reduce(sent)[1]
         self._summing.append((held, room))
         if not self.overlap:
             self._end_sums(0)
@@ -380,7 +376,7 @@ class FlatParameters(FlatBuffers):
         for held in self.trained:
             tied = held.bucket.parameters[0].spec.tied
             if tied is not None:
-                all_reduce(there(held.own_grads), getattr(self.ctx, tied))
+                getattr(self.ctx, tied).all_reduce(there(held.own_grads))
 
 
 class _Flight(NamedTuple):
@@ -457,6 +453,6 @@ def _sum_partial(segments: Sequence[Segment], ctx: ParallelContext) -> None:
         start += count * length
     for segment, part in zip(segments, mine, strict=True):
         part.copy_(segment.gradient)
-    all_reduce(message, tp)
+    tp.all_reduce(message)
     for segment, part in zip(segments, mine, strict=True):
         segment.gradient.copy_(part)

@@ -20,7 +20,7 @@ from megatrain.data.loader import Compose, Loader
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
 from megatrain.models.batch import Objective
-from megatrain.parallel.mesh import MeshShape, ParallelContext, all_reduce
+from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.testing.agree import Trace
 from megatrain.training import Run, train_step
@@ -187,7 +187,7 @@ def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, tor
         if name in local:
             _fill(logical, ctx, *local[name])
         found[name] = logical, getattr(torch, dtype.removeprefix("torch."))
-    all_reduce(all_reduce(message, ctx.tp), ctx.pp)
+    ctx.pp.all_reduce(ctx.tp.all_reduce(message))
     # A copy each: a pickled view takes its whole storage along, here that of all the others.
     return {name: logical.to("cpu", dtype, copy=True) for name, (logical, dtype) in found.items()}
 
@@ -196,7 +196,7 @@ def whole(ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> torch.T
     """The logical tensor of `spec` on the CPU, put together from every tensor-parallel rank's `local`. Collective over tp."""
     logical = torch.zeros(spec.shape, dtype=local.dtype, device=local.device)
     _fill(logical, ctx, spec, local)
-    return all_reduce(logical, ctx.tp).cpu()
+    return ctx.tp.all_reduce(logical).cpu()
 
 
 def _fill(logical: torch.Tensor, ctx: ParallelContext, spec: ParamSpec, local: torch.Tensor) -> None:

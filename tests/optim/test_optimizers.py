@@ -10,7 +10,7 @@ from megatrain.config.budget import Position, learning_rate, weight_decay
 from megatrain.config.schema import OptimConfig
 from megatrain.optim.optimizer import BLOCK, ROW, Optimizer, _squares, clip_divisor, local_squared_norm, part_norms
 from megatrain.parallel.flat import Unit
-from megatrain.parallel.mesh import MeshShape, ParallelContext, all_reduce
+from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec, Split
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
@@ -115,7 +115,7 @@ def norm_on(ctx, stage):
         here = parameter.spec.slices(tp, ctx.tp.rank)
         parameter.main_grad[tuple(slice(0, s.stop - s.start) for s in here)] = 1 / ctx.dp.size
     flat.reduce()
-    return all_reduce(local_squared_norm(flat, ctx), ctx.world).item()
+    return ctx.world.all_reduce(local_squared_norm(flat, ctx)).item()
 
 
 @pytest.mark.parametrize(
