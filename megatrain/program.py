@@ -51,7 +51,7 @@ from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import memory_of
 from megatrain.runtime.reports import Reports
 from megatrain.training import queue_step
-from megatrain.watch import Watch
+from megatrain.watch import Watch, due
 
 
 def build(
@@ -232,14 +232,12 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
     watch.start()
     with Reports(watch.step) as reports:
         while job.step < job.total_steps:
-            norms = _due(job.step + 1, config.log.norms_every)
-            if norms:
-                reports.catch_up()  # they are told of in the middle of the step
-            job.before_update = watch.norms if norms else None
+            if watch.norms_due(job):
+                reports.catch_up()  # norms are written in the middle of the step
             reports.follow(queue_step(job))
             last = job.step == job.total_steps
             every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
-            audits, evaluates, saves = (_due(job.step, steps) for steps in every)
+            audits, evaluates, saves = (due(job.step, steps) for steps in every)
             if last or reports.stop or audits or evaluates or saves:
                 reports.catch_up()
             stop = reports.stop
@@ -253,11 +251,6 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
             if stop and not last:
                 return False
     return True
-
-
-def _due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: only at the end) is due after `step`."""
-    return every > 0 and step % every == 0
 
 
 @contextmanager

@@ -6,9 +6,10 @@ One path serves every layout: a laptop's single process is a mesh of size 1, gra
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -31,6 +32,21 @@ from megatrain.transport.host import Moment, to_device
 SMALLEST_WEIGHT = 1e-8
 """What a sum of losses is divided by at least, so that a batch in which nothing counts has loss 0."""
 
+Phase = Literal["data", "reduce", "optimizer"]
+"""A phase of a step besides the pipeline's instructions: read the batch, reduce the gradients, update the weights."""
+
+
+@dataclass
+class Observers:
+    """Functions that are told what a run does, for measurements; none by default."""
+
+    instruction: Observer | None = None
+    """Called after every instruction of the pipeline."""
+    phase: Callable[[Phase], AbstractContextManager[object]] = nullcontext
+    """Entered for the time of each phase."""
+    before_update: list[Callable[[Run], None]] = field(default_factory=list)
+    """Called once gradients are whole, and before the optimizer uses them up."""
+
 
 @dataclass
 class Model:
@@ -45,8 +61,7 @@ class Model:
     """Validation sets by name."""
     step: int = field(default=0, kw_only=True)
     """Batches consumed; each was applied or skipped."""
-    observe: Observer | None = field(default=None, kw_only=True)
-    """Told of every instruction of the pipeline when it has run, for measurements."""
+    observers: Observers = field(default_factory=Observers, kw_only=True)
 
     @property
     def parameters(self) -> Parameters:
@@ -65,8 +80,6 @@ class Run(Model):
     """Sequences of the whole job that the weights have seen: where its data goes on."""
     stop_requested: Callable[[], bool] = bool
     """Whether this rank was told to stop; asked once a step."""
-    before_update: Callable[[Run], None] | None = None
-    """Called once gradients are whole, and before the optimizer uses them up."""
 
     def __post_init__(self) -> None:
         self.loss_scale = LossScale(self.config.train, self.ctx.device)
@@ -119,7 +132,9 @@ def train_step(run: Run) -> StepReport:
 def queue_step(run: Run) -> Queued:
     """One optimizer update: tokens -> loss -> gradients -> parameters. Nothing here waits for the device."""
     began, size = Moment(run.ctx.device), run.budget.batch_size(run.consumed_samples)
-    micro_batches = to_micro_batches(run.loader.batch(run.consumed_samples), run)
+    with run.observers.phase("data"):
+        batch = run.loader.batch(run.consumed_samples)
+    micro_batches = to_micro_batches(batch, run)
     waited = run.loader.waited
     totals = global_weights(run, micro_batches)
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
@@ -127,13 +142,15 @@ def queue_step(run: Run) -> Queued:
     run.flat.zero_grad()
     schedule = schedule_of(run.config, len(micro_batches))
     executed = run_schedule(stage_of(run), schedule, micro_batches, scale=run.loss_scale.scale / weight)
-    run.flat.reduce()
+    with run.observers.phase("reduce"):
+        run.flat.reduce()
     sums = sum_totals(run, executed, weight)
     divisor = clip_divisor(sums.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
-    if run.before_update is not None:
-        run.before_update(run)
+    for observe in run.observers.before_update:
+        observe(run)
     lr, left_out = run.lr, run.step + 1 in run.config.train.skip_steps
-    run.optimizer.step(lr, divisor, sums.overflow.clamp_min(float(left_out)), run.weight_decay)
+    with run.observers.phase("optimizer"):
+        run.optimizer.step(lr, divisor, sums.overflow.clamp_min(float(left_out)), run.weight_decay)
     run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
@@ -192,7 +209,7 @@ def stage_of(run: Model) -> Stage:
         ctx.receives,
         ctx.device,
         statistics=3,
-        observe=run.observe,
+        observe=run.observers.instruction,
         parameters=run.parameters,
     )
 

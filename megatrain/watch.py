@@ -30,6 +30,11 @@ from megatrain.runtime.reports import StepReport
 from megatrain.training import Run
 
 
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: only at the end) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
 class Watch:
     """What is written about a run while it goes on; every rank has one, and rank 0's speaks."""
 
@@ -138,9 +143,14 @@ class Watch:
             )
         )
 
+    def norms_due(self, run: Run) -> bool:
+        """Whether the norms are written in the run's next step, as log.norms_every says."""
+        return due(run.step + 1, self.config.log.norms_every)
+
     def norms(self, run: Run) -> None:
-        """Write the norms of gradients and weights of each part (collective)."""
-        self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
+        """Write the norms of gradients and weights of each part if they are due (collective). Observes a run before its updates."""
+        if self.norms_due(run):
+            self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
 
     def evaluate(self) -> bool:
         """Evaluate, write the row and redraw the picture; False where some rank is told to stop: saving cannot wait."""
@@ -175,9 +185,11 @@ class Watch:
         self.log.say(f"the checkpoint of step {step} could not be saved: {message}")
 
     def __enter__(self) -> Watch:
+        self.job.observers.before_update.append(self.norms)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.job.observers.before_update.remove(self.norms)
         self.saver.close()
 
     def guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:

@@ -4,6 +4,7 @@ import ast
 import configparser
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,42 @@ def test_every_dependency_is_pinned_and_explained(setup: configparser.ConfigPars
     wanted = requirements(setup)
     assert wanted - pinned - {"triton"} == set()  # torch's CUDA builds pin triton themselves
     assert {package for package in wanted if f"`{package}`" not in page} == set()
+
+
+def is_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
+
+
+def methods_of(trees: Iterable[ast.AST]) -> set[str]:
+    """Names of methods that are no fields of another class: whoever assigns to such a name of an object replaces its method."""
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    methods = {part.name for made in classes for part in made.body if isinstance(part, ast.FunctionDef)}
+    declared = {ast.unparse(part.target) for made in classes for part in made.body if isinstance(part, ast.AnnAssign)}
+    stored = [node for made in classes for node in ast.walk(made) if isinstance(node, ast.Attribute)]
+    return methods - declared - {node.attr for node in stored if isinstance(node.ctx, ast.Store) and is_own(node)}
+
+
+def replaced_methods(tree: ast.AST, methods: set[str]) -> list[str]:
+    """Where a file gives another object than `self` a method or a class, or an attribute whose name is not written there."""
+    found = []
+    for node in ast.walk(tree):
+        given = isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load)
+        if given and (node.attr == "__class__" or (node.attr in methods and not is_own(node))):
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("setattr", "delattr", "object.__setattr__"):
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_no_module_replaces_a_method_of_another_object() -> None:
+    bad = "loader.batch = f\nsetattr(run, name, f)\nself.batch = 1\nrun.x.__class__ = Seen\nloader.size = 2"
+    assert replaced_methods(ast.parse(bad), {"batch"}) == ["loader.batch", "setattr(run, name, f)", "run.x.__class__"]
+    trees = {name(path): ast.parse(path.read_text()) for path in PACKAGE}
+    methods = methods_of(trees.values())
+    assert {"batch", "reduce", "restart"} <= methods
+    assert {file: found for file, tree in trees.items() if (found := replaced_methods(tree, methods))} == {}
+    # Where the name is a field of another class, mypy tells; nobody may tell it not to.
+    assert [name(path) for path in PACKAGE if "method-assign" in path.read_text()] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=name)

@@ -240,7 +240,7 @@ def our_worker(args: argparse.Namespace) -> None:
     def observe(instruction, start: float, end: float) -> None:
         spans.setdefault(f"{instruction.chunk} {instruction.kind}", []).append(end - start)
 
-    run.observe = observe
+    run.observers.instruction = observe
     spans_or_memory = (
         peak_mebibytes
         if args.what in ("replica", "ours")

@@ -52,36 +52,61 @@ def meet_at(config: LaunchConfig) -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
 
 
-def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
-    """Tell `logs` when torchrun restarts the workers because nodes have come, and limit each call to a store whose host may be gone.
+class LimitedRendezvous(RendezvousHandler):
+    """Torch's rendezvous with a limit on each call to its store, whose host may be gone; tells `logs` when nodes wait to join.
 
     Torch's own limits do not work there: it waits for a host that is cut off or has no power until TCP gives up, a quarter of an hour.
     """
 
+    def __init__(self, inner: RendezvousHandler, logs: RankLogs) -> None:
+        self.inner, self.logs = inner, logs
+
+    @property
+    def use_agent_store(self) -> bool:
+        """As the inner one's."""
+        return self.inner.use_agent_store
+
+    def get_backend(self) -> str:
+        """As the inner one's."""
+        return self.inner.get_backend()
+
+    def get_run_id(self) -> str:
+        """As the inner one's."""
+        return self.inner.get_run_id()
+
+    def is_closed(self) -> bool:
+        """As the inner one's."""
+        return self.inner.is_closed()
+
+    def set_closed(self) -> None:
+        """As the inner one's."""
+        self.inner.set_closed()
+
+    def num_nodes_waiting(self) -> int:
+        """Number of nodes that wait to join; torchrun restarts the workers when there are any."""
+        waiting = answered(self.inner.num_nodes_waiting)
+        self.logs.grows = self.logs.grows or waiting > 0
+        return waiting
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Meet the other nodes. Raises RendezvousError, at once where the store does not answer."""
+        answered(self.inner.is_closed)
+        return self.inner.next_rendezvous()
+
+    def shutdown(self) -> bool:
+        """Leave; False where the store does not answer."""
+        try:
+            return answered(self.inner.shutdown)
+        except RendezvousError:
+            return False
+
+
+def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
+    """Make torchrun meet the other nodes through a LimitedRendezvous."""
+
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
         parameters.backend = "c10d"
-        handler = rendezvous_handler_registry.create_handler(parameters)
-        count, enter, leave = handler.num_nodes_waiting, handler.next_rendezvous, handler.shutdown
-
-        def num_nodes_waiting() -> int:
-            waiting = answered(count)
-            logs.grows = logs.grows or waiting > 0
-            return waiting
-
-        def next_rendezvous() -> RendezvousInfo:
-            answered(handler.is_closed)  # does the store answer?
-            return enter()
-
-        def shutdown() -> bool:
-            try:
-                return answered(leave)
-            except RendezvousError:
-                return False
-
-        handler.num_nodes_waiting = num_nodes_waiting  # type: ignore[method-assign]
-        handler.next_rendezvous = next_rendezvous  # type: ignore[method-assign]
-        handler.shutdown = shutdown  # type: ignore[method-assign]
-        return handler
+        return LimitedRendezvous(rendezvous_handler_registry.create_handler(parameters), logs)
 
     rendezvous_handler_registry.register("megatrain", create)
     config.rdzv_backend = "megatrain"

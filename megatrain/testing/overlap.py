@@ -100,7 +100,7 @@ def measured_overlap(ctx: ParallelContext, config: Config, steps: int, delay_sec
     seen: list[Overlap] = []
     with Loader(samples, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size) as loader:
         run = assemble(config, ctx, loader, config.model.vocab_size)
-        run.observe = lambda *span: spans.append(span)
+        run.observers.instruction = lambda *span: spans.append(span)
         for _ in range(steps + 1):
             for timed in made.values():
                 timed.reset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -91,9 +91,8 @@ def trace_run(
         for step in range(steps):
             run = run if between is None else between(step, run)
             if step == 0:
-                _keep_first_gradients(run, gradients)
+                run.observers.before_update.append(partial(_keep_first_gradients, gradients))
             reports.append(train_step(run))
-        vars(run.optimizer).pop("step", None)  # the wrapper keeps the run alive
     weights, *states = (_whole_of_all(ctx, kind) for kind in run.optimizer.tensors().values())
     return Trace(
         losses=[r.loss for r in reports],
@@ -160,18 +159,11 @@ def round_weights(run: Run) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
 
 
-def _keep_first_gradients(run: Run, gradients: dict[str, torch.Tensor]) -> None:
-    """Fill `gradients` with the logical gradients of the first step, just before the optimizer, which may overwrite them."""
-    update = run.optimizer.step
-
-    def step(*given: Any) -> None:
-        if not gradients:
-            flat = run.flat
-            local = flat.whole([held.own_grads for held in flat.trained if held.own_grads is not None])
-            gradients.update(_whole_of_all(run.ctx, local))
-        update(*given)
-
-    run.optimizer.step = step  # type: ignore[method-assign, assignment]
+def _keep_first_gradients(gradients: dict[str, torch.Tensor], run: Run) -> None:
+    """Fill `gradients` with the logical gradients of the first step. Observes a run before its update, which may overwrite them."""
+    if not gradients:
+        local = run.flat.whole([held.own_grads for held in run.flat.trained if held.own_grads is not None])
+        gradients.update(_whole_of_all(run.ctx, local))
 
 
 def _whole_of_all(ctx: ParallelContext, local: Mapping[str, tuple[ParamSpec, torch.Tensor]]) -> dict[str, torch.Tensor]:

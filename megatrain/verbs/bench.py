@@ -40,7 +40,7 @@ from megatrain.runtime.launch import Launch
 from megatrain.runtime.memory import memory_of, peak_memory_bytes
 from megatrain.runtime.reports import Reports, StepReport
 from megatrain.testing.trace import ANY_DATA, random_source
-from megatrain.training import Run, queue_step, train_step
+from megatrain.training import Observers, Phase, Run, queue_step, train_step
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 PROFILED = 2
@@ -107,44 +107,32 @@ def _phases(run: Run, steps: int) -> dict[str, float]:
     seen: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for _ in range(steps):
         spent = dict.fromkeys(PHASES, 0.0)
-        with _watched(run, spent):
-            train_step(run)
-            run.flat.settle()
+        run.observers = _stopwatch(run, spent)
+        train_step(run)
+        run.flat.settle()
         for phase, seconds in spent.items():
             seen[phase].append(seconds)
+    run.observers = Observers()
     return {phase: statistics.median(values) for phase, values in seen.items()}
 
 
-@contextmanager
-def _watched(run: Run, spent: dict[str, float]) -> Iterator[None]:
-    """Add the seconds of each phase to `spent`, waiting for the device at both ends of each phase."""
+def _stopwatch(run: Run, spent: dict[str, float]) -> Observers:
+    """Observers that add the seconds of each phase to `spent`, and wait for the device at both ends of each phase."""
 
-    def timing(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            _wait(run)
-            began = time.perf_counter()
-            result = function(*args, **kwargs)
-            _wait(run)
-            spent[phase] += time.perf_counter() - began
-            return result
-
-        return timed
+    @contextmanager
+    def timed(phase: Phase) -> Iterator[None]:
+        _wait(run)
+        began = time.perf_counter()
+        yield
+        _wait(run)
+        spent[phase] += time.perf_counter() - began
 
     def observe(instruction: Instruction, began: float, ended: float) -> None:
         _wait(run)  # device work started by this instruction counts for it
         late = time.monotonic() - ended
         spent["forward" if instruction.kind == "forward" else "backward"] += ended - began + late
 
-    whole = {"data": (run.loader, "batch"), "reduce": (run.flat, "reduce"), "optimizer": (run.optimizer, "step")}
-    for phase, (owner, name) in whole.items():
-        setattr(owner, name, timing(phase, getattr(owner, name)))
-    run.observe = observe
-    try:
-        yield
-    finally:
-        run.observe = None
-        for owner, name in whole.values():
-            delattr(owner, name)  # uncovers the method of the class
+    return Observers(observe, timed)
 
 
 def _profile(run: Run, path: Path | None) -> None:

@@ -55,7 +55,7 @@ def test_the_same_numbers_and_no_graph_after_the_first_step(model, recompute):
     graphs = []
 
     def count(run):
-        run.before_update = lambda run: graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        run.observers.before_update.append(lambda _: graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
 
     torch._dynamo.utils.counters.clear()
     ours = trace_run(ParallelContext.single(), config(model, compile="block", recompute=recompute), 3, prepare=count)

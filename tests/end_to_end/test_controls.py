@@ -131,7 +131,7 @@ def test_norms_of_parts_make_the_norm_of_all(layout):
             seen.update(part_norms(run.flat, run.ctx, run.loss_scale.scale))
 
         def prepare(run):
-            run.before_update = before
+            run.observers.before_update.append(before)
             parts.update({p.spec.name: p.spec.part for p in run.flat.parameters})
 
         trace = trace_run(ctx, config, 1, prepare=prepare)
