@@ -65,7 +65,7 @@ def test_gradients_averaged_over_the_replicas_instead_of_summed(monkeypatch):
 
     def mean(axis, x):
         made = real(axis, x)
-        if axis.name == "replicas":
+        if axis.name == "dp_cp":
             made[1].wait()
             x.div_(axis.size)
         return made
