@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatrain.parallel.mesh import Link
+from megatrain.parallel.mesh import Done, Link
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction, Message, Schedule
 from megatrain.transport.group import Handle
@@ -120,15 +120,12 @@ def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any],
 
     Collective over the pipeline. Raises TransportError where another stage has failed.
     """
-    execution = _Execution(stage, schedule, micro_batches, scale)
     program = schedule.program(stage.number)
     stage.parameters.plan(program)
-    for place, instruction in enumerate(program):
-        for soon in program[place : place + 2]:
-            execution.expect(soon)
+    execution = _Execution(stage, program, micro_batches, scale)
+    for instruction in program:
         execution.run(instruction)
-    execution.finish()
-    return execution.executed
+    return execution.finish()
 
 
 class _Gradient:
@@ -164,71 +161,76 @@ class _Saved:
 class _Execution:
     """One run of one stage's program."""
 
-    def __init__(self, stage: Stage, schedule: Schedule, micro_batches: Sequence[Any], scale: torch.Tensor | float) -> None:
-        self.stage, self.schedule, self.micro_batches, self.scale = stage, schedule, micro_batches, scale
+    def __init__(
+        self, stage: Stage, program: Sequence[Instruction], micro_batches: Sequence[Any], scale: torch.Tensor | float
+    ) -> None:
+        self.stage, self.micro_batches, self.scale = stage, micro_batches, scale
+        kinds = {instruction.kind for instruction in program}
+        self.differentiates, self.splits = kinds != {"forward"}, "backward_weight" in kinds
         self.executed = Executed(torch.zeros(1 + stage.statistics, dtype=torch.float64, device=stage.device))
-        self.splits = any(i.kind == "backward_weight" for i in schedule.program(stage.number))
         self.saved: dict[tuple[int, int], _Saved] = {}
-        self.here: dict[Message, torch.Tensor] = {}
-        """Made by this stage for another chunk of its own."""
-        self.expected = {source: iter(messages) for source, messages in schedule.incoming(stage.number).items()}
-        """Source -> what has not been posted yet, in the order that it is sent."""
-        self.posted: dict[Message, tuple[Handle, torch.Tensor]] = {}
+        """By micro-batch and chunk."""
+        self.inbox: dict[Message, tuple[Handle, torch.Tensor]] = {}
+        """What has been given to this stage's instructions, or is on its way, and when it is there."""
         self.sending: list[Handle] = []
-
-    def expect(self, instruction: Instruction) -> None:
-        """Post the receives up to what an instruction needs from another stage."""
-        message = self.schedule.needs(self.stage.number, instruction)
-        if message is None or message in self.posted or message in self.here:
-            return
-        source = self.schedule.source(message)
-        if source == self.stage.number:
-            return
-        link = self.stage.receives[source]
-        for coming in self.expected[source]:
-            output = self.stage.boundary(self.micro_batches[coming.micro_batch])
-            self.posted[coming] = link.group.recv(output, link.other, blocking=False), output
-            if coming == message:
-                return
 
     def run(self, instruction: Instruction) -> None:
         """Do what an instruction says."""
-        needed, began = self._take(instruction), time.monotonic()
+        for message in instruction.receives:
+            link, room = self.stage.receives[message.source], self.stage.boundary(self.micro_batches[message.micro_batch])
+            self.inbox[message] = link.group.recv(room, link.other, blocking=False), room
+        given, began = self._take(instruction.needs), time.monotonic()
         saved = self.saved.get((instruction.micro_batch, instruction.chunk))
         with self.stage.parameters.during(instruction, saved.postponed if saved else None):
-            made = self._do(instruction, needed)
+            made = self._do(instruction, given)
         if self.stage.observe is not None:
             self.stage.observe(instruction, began, time.monotonic())
-        message = self.schedule.makes(self.stage.number, instruction)
-        if message is not None and made is not None:
-            self._give(message, made)
+        if instruction.gives is not None and made is not None:
+            self._give(instruction.gives, made)
         for handle in [handle for handle in self.sending if handle.done()]:
             handle.wait()
             self.sending.remove(handle)
 
-    def _do(self, instruction: Instruction, needed: torch.Tensor | None) -> torch.Tensor | None:
-        """What an instruction makes for another virtual stage; None where that is nothing."""
-        if instruction.kind == "forward":
-            return self._forward(instruction, needed)
-        if instruction.kind == "backward_weight":
-            self._backward_weight(instruction)
-            return None
-        return self._backward(instruction, needed)
-
-    def finish(self) -> None:
+    def finish(self) -> Executed:
         """Wait for what is still being sent."""
         for handle in self.sending:
             handle.wait()
+        return self.executed
+
+    def _take(self, message: Message | None) -> torch.Tensor | None:
+        """The tensor of a message, once it is there."""
+        if message is None:
+            return None
+        arriving, tensor = self.inbox.pop(message)
+        arriving.wait()
+        return tensor
+
+    def _give(self, message: Message, tensor: torch.Tensor) -> None:
+        """Pass a tensor on: to another chunk of this stage, or to another stage."""
+        if message.to == self.stage.number:
+            self.inbox[message] = Done(), tensor
+        else:
+            link = self.stage.sends[message.to]
+            self.sending.append(link.group.send(tensor.contiguous(), link.other, blocking=False))
+
+    def _do(self, instruction: Instruction, given: torch.Tensor | None) -> torch.Tensor | None:
+        """What an instruction makes of the activation or gradient that it needs; None where nobody needs that."""
+        if instruction.kind == "forward":
+            return self._forward(instruction, given)
+        if instruction.kind != "backward_weight":
+            return self._backward(instruction, given)
+        self._backward_weight(instruction)
+        return None
 
     def _forward(self, instruction: Instruction, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """The output for the next virtual stage, detached; None from the last one."""
         m, chunk = instruction.micro_batch, instruction.chunk
         micro_batch, gradient = self.micro_batches[m], _Gradient()
         postponed: Postponed | None = [] if self.splits else None
-        ends = self.schedule.makes(self.stage.number, instruction) is None
-        with torch.set_grad_enabled(self.schedule.backward):
+        ends = instruction.gives is None
+        with torch.set_grad_enabled(self.differentiates):
             if hidden is not None:
-                hidden.requires_grad_(self.schedule.backward)
+                hidden.requires_grad_(self.differentiates)
             output = self.stage.chunks[chunk](hidden, micro_batch, postponed)
             if ends:
                 total, statistics = self.stage.loss(output, micro_batch)
@@ -236,7 +238,7 @@ class _Execution:
                 ticket = total * self.scale
             else:
                 ticket = _Leave.apply(output, gradient)
-        if self.schedule.backward:
+        if self.differentiates:
             self.saved[m, chunk] = _Saved(hidden, ticket, gradient, postponed)
             self.executed.peak_saved = max(self.executed.peak_saved, len(self.saved))
         return None if ends else output.detach()
@@ -251,7 +253,7 @@ class _Execution:
         if saved.input is not None and made is None:  # nothing on the way to the loss depends on it
             made = torch.zeros_like(saved.input)
         saved.input = saved.ticket = saved.gradient.value = None
-        if instruction.kind == "backward":
+        if instruction.frees:
             del self.saved[instruction.micro_batch, instruction.chunk]
         return made
 
@@ -260,23 +262,3 @@ class _Execution:
         with torch.no_grad():
             while postponed:
                 postponed.pop(0)()  # and what it has kept is let go
-
-    def _take(self, instruction: Instruction) -> torch.Tensor | None:
-        """What an instruction needs, once it is there; None where it needs nothing."""
-        message = self.schedule.needs(self.stage.number, instruction)
-        if message is None:
-            return None
-        if message in self.here:
-            return self.here.pop(message)
-        handle, output = self.posted.pop(message)
-        handle.wait()
-        return output
-
-    def _give(self, message: Message, tensor: torch.Tensor) -> None:
-        """Pass a tensor on: to another chunk of this stage, or to another stage."""
-        to = self.schedule.home(message.virtual)[0]
-        if to == self.stage.number:
-            self.here[message] = tensor
-            return
-        link = self.stage.sends[to]
-        self.sending.append(link.group.send(tensor.contiguous(), link.other, blocking=False))

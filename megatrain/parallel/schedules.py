@@ -9,9 +9,9 @@ Stage 0..2, 1F1B, 4 micro-batches (F takes one unit of time, B two; dots are idl
     stage 2   .  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3 .  .  .  .
 
 The layers are numbered through as p x v *virtual stages* (v chunks a stage); a schedule says where each lies. Sends and receives
-are not instructions: they follow from who needs what (`needs`, `makes`, `incoming`). The executor (`pipeline_parallel.py`) runs
-any such list, the simulator (`simulator.py`) checks and prices it. No pipelining is 1F1B with one stage: forward and backward of
-each micro-batch in turn, which is exactly gradient accumulation.
+are not instructions of their own: every instruction carries the message that it needs, the one that it gives, and the receives that
+are posted before it. The executor (`pipeline_parallel.py`) runs any such list, the simulator (`simulator.py`) checks and prices it.
+No pipelining is 1F1B with one stage: forward and backward of each micro-batch in turn, which is exactly gradient accumulation.
 
 Communication: every boundary between virtual stages on different ranks moves s*b*h elements forward and as many back for each
 micro-batch (s/t*b*h with sequence parallelism), so v chunks move v times as much as one.
@@ -28,28 +28,41 @@ Kind = Literal["forward", "backward", "backward_input", "backward_weight"]
 """`backward` is input and weight gradients together; split schedules have `backward_input` and, later, `backward_weight`."""
 
 
+class Message(NamedTuple):
+    """What travels between neighbouring virtual stages: the input of the later one, or the gradient of the earlier one's output."""
+
+    kind: Literal["activation", "gradient"]
+    micro_batch: int
+    virtual: int
+    """The virtual stage that needs it."""
+    source: int
+    """The stage (rank of the pipeline) that sends it."""
+    to: int
+    """The stage that receives it; `source` itself where both virtual stages lie on one rank, and then it does not travel."""
+
+
 class Instruction(NamedTuple):
-    """Do one thing with one micro-batch on one of this stage's chunks."""
+    """Do one thing with one micro-batch on one of this stage's chunks. A schedule gives the first three; `Schedule.program` the rest."""
 
     kind: Kind
     micro_batch: int
     chunk: int = 0
     last: bool = False
     """Whether this is the chunk's last instruction that adds to weight gradients: they are complete once it has run."""
+    needs: Message | None = None
+    """Its input: an activation or a gradient of another virtual stage."""
+    gives: Message | None = None
+    """Its output, for another virtual stage."""
+    receives: tuple[Message, ...] = ()
+    """From other ranks, posted before it begins: up to what it and the instruction after it need, in the order they are sent."""
 
     @property
     def frees(self) -> bool:
         """Whether the saved state of the micro-batch on this chunk is let go by it."""
         return self.kind in ("backward", "backward_weight")
 
-
-class Message(NamedTuple):
-    """What travels between stages: a virtual stage's input, or the gradient of its output."""
-
-    kind: Literal["activation", "gradient"]
-    micro_batch: int
-    virtual: int
-    """Virtual stage that needs it."""
+    def __str__(self) -> str:
+        return f"{self.kind} of micro-batch {self.micro_batch} on chunk {self.chunk}"
 
 
 Program = Callable[[int, int, int, int], list[Instruction]]
@@ -262,44 +275,6 @@ class Schedule:
             raise ValueError(f"there is no stage {stage} in a pipeline of {self.stages}")
         return _program(self, stage)
 
-    def needs(self, stage: int, instruction: Instruction) -> Message | None:
-        """What the instruction must have from another virtual stage first: its input, or the gradient of its output."""
-        virtual = self.virtual(stage, instruction.chunk)
-        if instruction.kind == "forward" and virtual > 0:
-            return Message("activation", instruction.micro_batch, virtual)
-        if instruction.kind in ("backward", "backward_input") and virtual < self.virtual_stages - 1:
-            return Message("gradient", instruction.micro_batch, virtual)
-        return None
-
-    def makes(self, stage: int, instruction: Instruction) -> Message | None:
-        """What the instruction has for another virtual stage: the next one's input, or the gradient of the one before's output."""
-        virtual = self.virtual(stage, instruction.chunk)
-        if instruction.kind == "forward" and virtual < self.virtual_stages - 1:
-            return Message("activation", instruction.micro_batch, virtual + 1)
-        if instruction.kind in ("backward", "backward_input") and virtual > 0:
-            return Message("gradient", instruction.micro_batch, virtual - 1)
-        return None
-
-    def source(self, message: Message) -> int:
-        """Stage that makes a message."""
-        return self.home(message.virtual + (-1 if message.kind == "activation" else 1))[0]
-
-    def sent(self, stage: int) -> Iterator[tuple[int, Message]]:
-        """(stage it goes to, message) of everything that leaves `stage`, in order; what stays on the stage does not travel."""
-        for instruction in self.program(stage):
-            message = self.makes(stage, instruction)
-            if message is not None and (to := self.home(message.virtual)[0]) != stage:
-                yield to, message
-
-    def incoming(self, stage: int) -> dict[int, list[Message]]:
-        """Stage it comes from -> messages to `stage` in the order that they are sent: the order to receive them in."""
-        neighbours = {self.home(v + d)[0] for c in range(self.chunks) for v in [self.virtual(stage, c)] for d in self._steps(v)}
-        from_each = {s: [message for to, message in self.sent(s) if to == stage] for s in sorted(neighbours - {stage})}
-        return {source: messages for source, messages in from_each.items() if messages}
-
-    def _steps(self, virtual: int) -> list[int]:
-        return [step for step in (-1, 1) if 0 <= virtual + step < self.virtual_stages]
-
 
 def chunks_problem(name: str, chunks: int) -> str | None:
     """Why a schedule cannot have so many chunks a stage, with the key to change; None where it can."""
@@ -316,14 +291,41 @@ def chunks_problem(name: str, chunks: int) -> str | None:
 
 @lru_cache(maxsize=256)
 def _program(schedule: Schedule, stage: int) -> Sequence[Instruction]:
-    """A stage's program, the same at every step, and read by its neighbours too."""
+    """A stage's program, the same at every step, with the receives that are posted before each instruction."""
+    program = _linked(schedule, stage)
+    sources = {i.needs.source for i in program if i.needs is not None} - {stage}
+    sent = {s: iter([i.gives for i in _linked(schedule, s) if i.gives is not None and i.gives.to == stage]) for s in sources}
+    posted: set[Message] = set()
+
+    def receives(place: int) -> Iterator[Message]:
+        for needed in [soon.needs for soon in program[place : place + 2]]:
+            if needed is not None and needed.source != stage:
+                while needed not in posted:
+                    posted.add(message := next(sent[needed.source]))
+                    yield message
+
+    return tuple(i._replace(receives=tuple(receives(place))) for place, i in enumerate(program))
+
+
+@lru_cache(maxsize=256)
+def _linked(schedule: Schedule, stage: int) -> Sequence[Instruction]:
+    """A stage's program, with what each instruction needs and gives, and each chunk's last weight gradient marked."""
     program = FAMILIES[schedule.name].program(stage, schedule.stages, schedule.chunks, schedule.micro_batches)
-    return tuple(_marked(program) if schedule.backward else [i for i in program if i.kind == "forward"])
-
-
-def _marked(program: list[Instruction]) -> list[Instruction]:
-    """The program with each chunk's last weight-gradient instruction marked."""
     ends = {i.chunk: place for place, i in enumerate(program) if i.frees}
-    for place in ends.values():
-        program[place] = program[place]._replace(last=True)
-    return program
+    linked = [_with_messages(i._replace(last=ends.get(i.chunk) == place), schedule, stage) for place, i in enumerate(program)]
+    return tuple(i for i in linked if schedule.backward or i.kind == "forward")
+
+
+def _with_messages(instruction: Instruction, schedule: Schedule, stage: int) -> Instruction:
+    """An instruction with what it needs and gives: activations go to the virtual stage after, gradients to the one before."""
+    if instruction.kind == "backward_weight":
+        return instruction
+    kind: Literal["activation", "gradient"] = "activation" if instruction.kind == "forward" else "gradient"
+    here, step = schedule.virtual(stage, instruction.chunk), 1 if kind == "activation" else -1
+
+    def message(source: int, to: int) -> Message | None:
+        if not 0 <= min(source, to) <= max(source, to) < schedule.virtual_stages:
+            return None  # the model begins or ends here
+        return Message(kind, instruction.micro_batch, to, schedule.home(source)[0], schedule.home(to)[0])
+
+    return instruction._replace(needs=message(here - step, here), gives=message(here, here + step))

@@ -2,8 +2,8 @@
 
 It knows the strictest transport there is, so that what passes here runs on gloo and on NCCL: one channel per direction between two
 stages, no buffering, first in first out, and a transfer begins only when it has been posted on both sides. Stages behave as the
-executor does (`pipeline_parallel.py`): before instruction i they post the receives that i and i+1 need, in the order that the
-sender sends; they wait for what i needs, compute, post the send, and wait for sends at the end of the step alone.
+executor does (`pipeline_parallel.py`): before an instruction they post its `receives`, wait for what it needs, compute, post the
+send of what it gives, and wait for sends at the end of the step alone.
 
 NCCL makes a link's communicator at its first message, and holds the host that posts it until the other side posts its own. With
 `lazy_links` stages are held so; every schedule deadlocks then for some number of micro-batches, which is why a mesh sends something
@@ -109,13 +109,10 @@ def simulate(schedule: Schedule, costs: Costs | None = None, *, lazy_links: bool
     stages = [_Stage(schedule, costs, number) for number in range(schedule.stages)]
     for stage in stages:
         check_program(schedule, stage.number, stage.program)
-    channels: dict[tuple[int, int], _Channel] = {}
     for source in stages:
-        for to, message in schedule.sent(source.number):
-            channels.setdefault((source.number, to), _Channel(costs.communication, is_open=not lazy_links)).order(message)
-    for (source_number, to), channel in channels.items():
-        stages[source_number].outgoing[to] = channel
-        stages[to].incoming[source_number] = channel
+        for to in {i.gives.to for i in source.program if i.gives is not None} - {source.number}:
+            channel = _Channel(costs.communication, is_open=not lazy_links)
+            source.outgoing[to] = stages[to].incoming[source.number] = channel
     ready = deque(stages)
     while ready:
         stage = ready.popleft()
@@ -163,12 +160,13 @@ class _Channel:
     is_open: bool = True
     came: dict[str, float] = field(default_factory=dict)
     """Side (`sender`, `receiver`) -> when it posted its first message, where that had to open the channel."""
-    places: dict[Message, int] = field(default_factory=dict)
-    """Message -> its place in the order."""
-    sent: list[float] = field(default_factory=list)
-    expected: list[float] = field(default_factory=list)
-    """When each was posted by the receiver."""
-    arrived: list[float] = field(default_factory=list)
+    sent: list[tuple[Message, float]] = field(default_factory=list)
+    """What the sender has posted, and when."""
+    expected: list[tuple[Message, float]] = field(default_factory=list)
+    """What the receiver has posted, and when."""
+    arrived: dict[Message, float] = field(default_factory=dict)
+    last: float = 0.0
+    """When the last one arrived."""
 
     def open(self, side: str, now: float) -> float | None:
         """Come to a channel; when a side that comes then may go on, or None while the other one has not come."""
@@ -177,22 +175,14 @@ class _Channel:
             self.is_open = len(self.came) == 2
         return max([now, *self.came.values()]) if self.is_open else None
 
-    def order(self, message: Message) -> None:
-        """Add a message to the order."""
-        self.places[message] = len(self.places)
-
-    def expect(self, message: Message, now: float) -> None:
-        """The receiver posts its receives up to that of `message`."""
-        self.expected.extend([now] * (self.places[message] + 1 - len(self.expected)))
-
     def arrival(self, message: Message) -> float | None:
-        """When an expected message is there; None if it has not been sent yet."""
-        place = self.places[message]
-        while len(self.arrived) <= place and len(self.arrived) < len(self.sent):
-            k = len(self.arrived)
-            before = self.arrived[-1] if self.arrived else 0.0
-            self.arrived.append(max(before, self.sent[k], self.expected[k]) + self.latency)
-        return self.arrived[place] if place < len(self.arrived) else None
+        """When a message is there; None if it has not been sent yet. Raises ScheduleError where the two sides differ in their order."""
+        while len(self.arrived) < min(len(self.sent), len(self.expected)):
+            (comes, sent), (expected, posted) = self.sent[len(self.arrived)], self.expected[len(self.arrived)]
+            if comes != expected:
+                raise ScheduleError(f"stage {comes.source} sends {comes} out of order: stage {comes.to} receives {expected}")
+            self.arrived[comes] = self.last = max(self.last, sent, posted) + self.latency
+        return self.arrived.get(message)
 
 
 class _Stage:
@@ -211,6 +201,8 @@ class _Stage:
         """What this stage has made for another chunk of its own."""
         self._unsent: Message | None = None
         """What the instruction before has made for another stage."""
+        self._posted = 0
+        """How many of the receives before the next instruction are posted."""
 
     @property
     def doing(self) -> str:
@@ -221,16 +213,14 @@ class _Stage:
         """Go on until something has not been sent yet, or a link is not open; the stages that may go on by it."""
         reached: set[int] = set()
         while self._send(reached) and self.place < len(self.program):
-            if not all(self._expect(instruction, reached) for instruction in self.program[self.place : self.place + 2]):
-                break
             instruction = self.program[self.place]
-            start = self._when_ready(instruction)
+            start = self._when_ready(instruction.needs) if self._post(instruction.receives, reached) else None
             if start is None:
                 break
             virtual = self.schedule.virtual(self.number, instruction.chunk)
             self.clock = start + self.costs.of(instruction, virtual)
             self.events.append(Event(instruction, virtual, start, self.clock))
-            self._unsent = self.schedule.makes(self.number, instruction)
+            self._unsent, self._posted = instruction.gives, 0
             self.place += 1
         return reached
 
@@ -245,27 +235,25 @@ class _Stage:
         self.clock, self.waiting_for = now, None
         return True
 
-    def _expect(self, instruction: Instruction, reached: set[int]) -> bool:
-        """Post the receives up to what an instruction needs; False where that holds this stage."""
-        message = self.schedule.needs(self.number, instruction)
-        if message is None or (source := self.schedule.source(message)) == self.number:
-            return True
-        channel = self.incoming[source]
-        if not self._open(channel, "receiver", source, reached):
-            return False
-        channel.expect(message, self.clock)
+    def _post(self, receives: Sequence[Message], reached: set[int]) -> bool:
+        """Post the receives before an instruction; False where that holds this stage."""
+        for message in receives[self._posted :]:
+            channel = self.incoming[message.source]
+            if not self._open(channel, "receiver", message.source, reached):
+                return False
+            channel.expected.append((message, self.clock))
+            self._posted += 1
         return True
 
-    def _when_ready(self, instruction: Instruction) -> float | None:
-        """Earliest start of the next instruction; None where what it needs has not been sent."""
-        message = self.schedule.needs(self.number, instruction)
+    def _when_ready(self, message: Message | None) -> float | None:
+        """Earliest start of an instruction that needs a message; None where that has not been sent."""
         self.waiting_for = None
         if message is None:
             return self.clock
-        source = self.schedule.source(message)
-        arrival = self._made.pop(message, None) if source == self.number else self.incoming[source].arrival(message)
+        here = message.source == self.number
+        arrival = self._made.pop(message, None) if here else self.incoming[message.source].arrival(message)
         if arrival is None:
-            self.waiting_for = source
+            self.waiting_for = message.source
             return None
         return max(self.clock, arrival)
 
@@ -274,18 +262,15 @@ class _Stage:
         message, self._unsent = self._unsent, None
         if message is None:
             return True
-        to = self.schedule.home(message.virtual)[0]
-        if to == self.number:
+        if message.to == self.number:
             self._made[message] = self.clock
             return True
-        channel = self.outgoing[to]
-        if not self._open(channel, "sender", to, reached):
+        channel = self.outgoing[message.to]
+        if not self._open(channel, "sender", message.to, reached):
             self._unsent = message
             return False
-        if channel.places.get(message) != len(channel.sent):
-            raise ScheduleError(f"{self.schedule.name}: stage {self.number} sends {message} out of order")
-        channel.sent.append(self.clock)
-        reached.add(to)
+        channel.sent.append((message, self.clock))
+        reached.add(message.to)
         return True
 
 

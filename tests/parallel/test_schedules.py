@@ -57,35 +57,64 @@ def test_the_v_comes_back_to_the_first_stage():
     assert [Schedule("interleaved", 2, 2, 1).home(v) for v in range(4)] == [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
+@given(shape=st.sampled_from(SHAPES), stages=st.integers(1, 9), micro_batches=st.integers(1, 20), backward=st.booleans())
+def test_all_that_is_needed_is_made_and_sent_once(shape, stages, micro_batches, backward):
+    schedule = Schedule(shape[0], stages, shape[1], micro_batches, backward)
+    programs = [schedule.program(stage) for stage in range(stages)]
+    needed = [i.needs for program in programs for i in program if i.needs is not None]
+    made = [i.gives for program in programs for i in program if i.gives is not None]
+    assert sorted(needed) == sorted(made) and len(set(made)) == len(made) == (1 + backward) * micro_batches * (
+        schedule.virtual_stages - 1
+    )
+    assert all(i.needs.to == s for s, p in enumerate(programs) for i in p if i.needs is not None)
+    assert all(i.gives.source == s for s, p in enumerate(programs) for i in p if i.gives is not None)
+    assert all(m.to == schedule.home(m.virtual)[0] for m in made)
+    assert all((m.to - m.source) % stages in (0, 1, stages - 1) for m in made), "links join neighbours on the ring"
+
+
 @given(shape=st.sampled_from(SHAPES), stages=st.integers(1, 9), micro_batches=st.integers(1, 20))
-def test_all_that_is_needed_is_made_and_sent_once(shape, stages, micro_batches):
+def test_receives_are_posted_one_instruction_ahead_in_the_order_of_the_sender(shape, stages, micro_batches):
     schedule = Schedule(shape[0], stages, shape[1], micro_batches)
     programs = [schedule.program(stage) for stage in range(stages)]
-    needed = [m for s, program in enumerate(programs) for i in program if (m := schedule.needs(s, i)) is not None]
-    made = [m for s, program in enumerate(programs) for i in program if (m := schedule.makes(s, i)) is not None]
-    assert sorted(needed) == sorted(made) and len(set(made)) == len(made)
-    sent = [(s, to, m) for s in range(stages) for to, m in schedule.sent(s)]
-    received = [(source, s, m) for s in range(stages) for source, ms in schedule.incoming(s).items() for m in ms]
-    assert sorted(sent) == sorted(received)
-    assert all(source == schedule.source(m) != to == schedule.home(m.virtual)[0] for source, to, m in sent)
-    assert all((to - source) % stages in (1, stages - 1) for source, to, _ in sent), "links join neighbours on the ring"
+    for stage, program in enumerate(programs):
+        posted = []
+        for place, instruction in enumerate(program):
+            posted += instruction.receives
+            soon = [i.needs for i in program[place : place + 2] if i.needs is not None and i.needs.source != stage]
+            assert set(soon) <= set(posted) and (not instruction.receives or instruction.receives[-1] in soon)
+        for source, other in enumerate(programs):
+            sent = [i.gives for i in other if i.gives is not None and i.gives.to == stage != source]
+            assert sent == [message for message in posted if message.source == source]
 
 
 def test_one_stage_sends_nothing():
-    assert list(Schedule("zb_v", 1, 2, 3).sent(0)) == [] and Schedule("interleaved", 1, 3, 3).incoming(0) == {}
+    for schedule in (Schedule("zb_v", 1, 2, 3), Schedule("interleaved", 1, 3, 3)):
+        assert not any(i.receives for i in schedule.program(0))
+        assert {(m.source, m.to) for i in schedule.program(0) for m in (i.needs, i.gives) if m is not None} == {(0, 0)}
 
 
-def test_messages_are_received_in_the_order_they_are_sent():
-    assert Schedule("1f1b", 2, 1, 2).incoming(1) == {0: [Message("activation", 0, 1), Message("activation", 1, 1)]}
-    assert Schedule("1f1b", 2, 1, 2).incoming(0) == {1: [Message("gradient", 0, 0), Message("gradient", 1, 0)]}
+def test_instructions_carry_what_they_need_and_what_they_give():
+    first, second = (Message("activation", m, 1, source=0, to=1) for m in (0, 1))
+    back = [Message("gradient", m, 0, source=1, to=0) for m in (0, 1)]
+    assert Schedule("1f1b", 2, 1, 2).program(0) == (
+        Instruction("forward", 0, gives=first),
+        Instruction("forward", 1, gives=second, receives=(back[0],)),
+        Instruction("backward", 0, needs=back[0], receives=(back[1],)),
+        Instruction("backward", 1, last=True, needs=back[1]),
+    )
+    assert Schedule("1f1b", 2, 1, 2).program(1) == (
+        Instruction("forward", 0, needs=first, receives=(first,)),
+        Instruction("backward", 0, gives=back[0], receives=(second,)),
+        Instruction("forward", 1, needs=second),
+        Instruction("backward", 1, last=True, gives=back[1]),
+    )
+    assert str(Schedule("1f1b", 2, 1, 2).program(1)[2]) == "forward of micro-batch 1 on chunk 0"
 
 
 def test_the_last_weight_gradient_of_each_chunk_is_marked():
     program = Schedule("zb_v", 2, 2, 5).program(0)
-    assert [i for i in program if i.last] == [
-        Instruction("backward_weight", 4, 1, last=True),
-        Instruction("backward_weight", 4, 0, last=True),
-    ]
+    marked = [(i.kind, i.micro_batch, i.chunk) for i in program if i.last]
+    assert marked == [("backward_weight", 4, 1), ("backward_weight", 4, 0)]
 
 
 @pytest.mark.parametrize(

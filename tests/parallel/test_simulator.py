@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.parallel import simulator
-from megatrain.parallel.schedules import Instruction, Schedule
-from megatrain.parallel.simulator import Costs, ScheduleError, simulate
+from megatrain.parallel.schedules import FAMILIES, Instruction, Schedule
+from megatrain.parallel.simulator import Costs, ScheduleError, check_program, peak_saved, simulate
 
 SHAPES = ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_v")
 
@@ -114,21 +113,6 @@ def test_evaluation_runs_forwards_alone_and_keeps_nothing():
         assert timeline.peak(0) == 0
 
 
-class Mended(Schedule):
-    """A schedule whose programs are given."""
-
-    programs: tuple = ()
-
-    def program(self, stage):
-        return [Instruction(*i) for i in self.programs[stage]]
-
-
-def broken(*programs):
-    made = Mended("1f1b", len(programs), 1, 2)
-    object.__setattr__(made, "programs", programs)
-    return made
-
-
 GOOD = [("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1, 0, True)]
 
 
@@ -145,21 +129,31 @@ GOOD = [("forward", 0), ("backward", 0), ("forward", 1), ("backward", 1, 0, True
 )
 def test_illegal_programs_are_found(program, match):
     with pytest.raises(ScheduleError, match=match):
-        simulate(broken(program))
+        check_program(Schedule("1f1b", 1, 1, 2), 0, [Instruction(*i) for i in program])
 
 
-def test_a_deadlock_is_found_and_says_who_waits_for_whom():
-    first = [("forward", 1), ("backward", 1), ("forward", 0), ("backward", 0, 0, True)]
-    with pytest.raises(
-        ScheduleError, match=r"deadlocks: stage 0 waits for stage 1 before .*; stage 1 waits for stage 0 before"
-    ):
-        simulate(broken(first, GOOD))
+def test_a_deadlock_is_found_and_says_who_waits_for_whom(monkeypatch):
+    first, second = [("forward", 1), ("backward", 1), ("forward", 0), ("backward", 0)], GOOD
+    crossed = FAMILIES["1f1b"]._replace(program=lambda stage, *_: [Instruction(*i) for i in (first, second)[stage]])
+    monkeypatch.setitem(FAMILIES, "crossed", crossed)
+    waits = "stage 0 waits for stage 1 before backward of micro-batch 1 on chunk 0; stage 1 waits for stage 0 before forward of"
+    with pytest.raises(ScheduleError, match=f"deadlocks: {waits} micro-batch 0"):
+        simulate(Schedule("crossed", 2, 1, 2))
 
 
 def test_a_send_out_of_order_is_found(monkeypatch):
-    schedule = Schedule("gpipe", 2, 1, 2)
-    real = Schedule.sent
-    monkeypatch.setattr(Schedule, "sent", lambda self, stage: reversed(list(real(self, stage))))
-    with pytest.raises(ScheduleError, match="out of order"):
-        simulate(schedule)
-    assert simulator.peak_saved(schedule.program(0)) == 2
+    real = Schedule.program
+
+    def swapped(self, stage):
+        program = list(real(self, stage))
+        if stage == 0:
+            program[:2] = program[1::-1]
+        return program
+
+    monkeypatch.setattr(Schedule, "program", swapped)
+    with pytest.raises(ScheduleError, match=r"stage 0 sends .*micro_batch=1.* out of order: stage 1 receives .*micro_batch=0"):
+        simulate(Schedule("gpipe", 2, 1, 2))
+
+
+def test_the_most_that_a_program_keeps():
+    assert peak_saved(Schedule("gpipe", 2, 1, 2).program(0)) == 2
