@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatrain.config.knob import Effect
+from megatrain.config.effects import Effect
+from megatrain.config.knob import Deferred, Range
 from megatrain.config.schema import Config, CorpusConfig
 
 
@@ -27,6 +28,12 @@ class Knob:
     doc: str
     effect: Effect | None
     """When the value has an effect; None: always."""
+    range: Range
+    """The values that it takes, beside its type."""
+    use: Any
+    """A value in range."""
+    deferred: Deferred | None
+    """Which values of its type and range only a later release takes; None: none."""
 
     @property
     def section(self) -> str:
@@ -46,6 +53,20 @@ class Knob:
     def of(self, config: Config) -> Any:
         """The value of this knob in a config."""
         return operator.attrgetter(self.key)(config)
+
+    def refused(self, config: Config) -> str:
+        """The error for a value of the config that is out of range, or not of this release; "" for any other."""
+        value = self.of(config)
+        if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            return next(filter(None, (_element(f"{self.key}[{i}]", part) for i, part in enumerate(value))), "")
+        return _refused(self.key, value, self.range, self.use) or self._unreleased(value)
+
+    def _unreleased(self, value: Any) -> str:
+        """The error for a value that only a later release takes."""
+        if self.deferred is None or all(part in self.deferred.released for part in _parts(value)):
+            return ""
+        use = show(self.deferred.released) if isinstance(value, tuple) else choices(map(show, self.deferred.released))
+        return f"{self.key}={show(value)} is not in this release: {self.deferred.why}. Use {self.key}={use}."
 
     def idle(self, config: Config) -> bool:
         """Whether the config's value differs from the default but has no effect."""
@@ -76,7 +97,26 @@ def _knobs_of(path: tuple[str, ...], cls: Any) -> Iterator[Knob]:
         if dataclasses.is_dataclass(kind):
             yield from _knobs_of(here, kind)
         else:
-            yield Knob(here, kind, getattr(defaults, item.name), item.metadata["doc"], item.metadata["effect"])
+            yield Knob(here, kind, getattr(defaults, item.name), **item.metadata)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """The elements of a list, or the value."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _refused(key: str, value: Any, within: Range, use: Any) -> str:
+    """The error for a value, or an element of it, that is out of range; "" for one in range."""
+    rule = next(filter(None, map(within.broken_by, _parts(value))), "")
+    shown = repr(value) if isinstance(value, str) else show(value)
+    return f"{key}={shown} {rule}. Use for example {show(use)}." if rule else ""
+
+
+def _element(key: str, element: Any) -> str:
+    """The error for the first field of a corpus that is out of range; "" if none is."""
+    found = ((item.name, getattr(element, item.name), item.metadata) for item in dataclasses.fields(element))
+    errors = (_refused(f"{key}.{name}", value, about["range"], about["use"]) for name, value, about in found)
+    return next(filter(None, errors), "")
 
 
 def type_name(kind: Any) -> str:
@@ -90,7 +130,7 @@ def type_name(kind: Any) -> str:
     if is_optional(kind):
         return " or ".join([*(type_name(part) for part in parts if part is not types.NoneType), "null"])
     if parts[-1] is Ellipsis:
-        return f"list of {type_name(parts[0])}"
+        return f"list of {type_name(parts[0]).replace('one of', 'any of')}"
     return "list [" + ", ".join(type_name(part) for part in parts) + "]"
 
 

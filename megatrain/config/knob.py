@@ -1,55 +1,91 @@
-"""`knob` makes a field of the schema: its default, its documentation and when it has an effect, all shown in docs/config.md."""
+"""`knob` makes a field of the schema: its default, its documentation, its range and when it has an effect, all shown in docs/config.md."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, TypeVar
+
+from megatrain.config.effects import Effect
 
 T = TypeVar("T")
 
+LARGEST_INTEGER, LARGEST_NUMBER = (1 << 31) - 1, 1e15
+"""Upper bounds of knobs that declare none. They lie far beyond what anybody trains: a larger number is a slip, which would otherwise
+surface late, as some other error. A knob's own `at_most` is often such a bound too."""
+
 
 @dataclass(frozen=True)
-class Effect:
-    """The condition under which a knob has an effect. Elsewhere a value other than the default is refused, so that no value is ignored."""
+class Range:
+    """The values of a knob's type that it takes: bounds of a number or of each number of a list; None: no bound of that kind."""
 
-    words: str
-    """The condition as text, to follow `when`."""
-    keys: tuple[str, ...]
-    """The keys whose values decide."""
-    holds: Callable[[Any], bool]
-    """The condition as a function of a whole config."""
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    not_empty: bool = False
+    """Whether text must have a character."""
 
-    def __and__(self, other: Effect) -> Effect:
-        keys = (*self.keys, *(key for key in other.keys if key not in self.keys))
-        return Effect(f"{self.words}, and {other.words}", keys, lambda config: self.holds(config) and other.holds(config))
+    @property
+    def words(self) -> str:
+        """The range as text, to follow the type: `above 0, at most 65536`, `in [0, 1)`, `not empty`; "" without bounds."""
+        if self.below is not None:
+            return f"in {self._interval}"
+        bounds = (
+            "" if self.above is None else f"above {self.above}",
+            "" if self.at_least is None else f"{self.at_least} or more",
+            "" if self.at_most is None else f"at most {self.at_most}",
+            "not empty" if self.not_empty else "",
+        )
+        return ", ".join(filter(None, bounds))
+
+    def broken_by(self, value: Any) -> str:
+        """The rule that a value breaks, to follow its key and value; "" if none. Null, true and false are in every range; NaN in none."""
+        if isinstance(value, str):
+            return "must not be empty text" if self.not_empty and not value else ""
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return ""
+        low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
+        if self.below is not None:
+            return "" if low and value < self.below else f"must lie in {self._interval}"
+        if not low:
+            return f"must be {self.at_least} or more" if self.above is None else f"must be greater than {self.above}"
+        at_most = self.at_most if self.at_most is not None else LARGEST_INTEGER if isinstance(value, int) else LARGEST_NUMBER
+        return "" if value <= at_most else f"must be at most {at_most}"
+
+    @property
+    def _interval(self) -> str:
+        """The range in the notation of intervals: [0, 1)."""
+        return f"[{self.at_least}, {self.below})" if self.above is None else f"({self.above}, {self.below})"
 
 
-def where(key: str, *values: Any) -> Effect:
-    """The effect of a knob that counts only while `key` has one of `values`."""
-    get = attrgetter(key)
-    shown = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
-    words = " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
-    return Effect(f"{key} is {words}", (key,), lambda config: get(config) in values)
+@dataclass(frozen=True)
+class Deferred:
+    """Values of a knob that a later release takes, and this one refuses."""
+
+    released: tuple[Any, ...]
+    """The values of this release."""
+    why: str
 
 
-def above(key: str, number: float) -> Effect:
-    """The effect of a knob that counts only while `key` is above `number`."""
-    get = attrgetter(key)
-    return Effect(f"{key} is above {number:g}", (key,), lambda config: get(config) > number)
+def knob(
+    default: T,
+    doc: str,
+    effect: Effect | None = None,
+    *,
+    use: Any = None,
+    deferred: Deferred | None = None,
+    **limits: Any,
+) -> T:
+    """A config field: its default, its documentation, when it has an effect (None: always), and the values that it takes.
 
-
-def given(key: str) -> Effect:
-    """The effect of a knob that counts only while `key` has a value: not null, nor an empty list."""
-    get = attrgetter(key)
-    return Effect(f"{key} is given", (key,), lambda config: get(config) not in (None, ()))
-
-
-def knob(default: T, doc: str, effect: Effect | None = None) -> T:
-    """A config field with its default, its documentation (shown in docs/config.md), and when it has an effect (None: always)."""
-    metadata = {"doc": doc, "effect": effect}
-    if isinstance(default, (list, dict)):
-        value = default
-        return field(default_factory=lambda: type(value)(value), metadata=metadata)
+    limits    the fields of Range, such as at_least=0 or above=0, at_most=65536; every number needs a lower one
+    use       a value in range, which errors advise; None: the default
+    """
+    metadata = {
+        "doc": doc,
+        "effect": effect,
+        "range": Range(**limits),
+        "use": default if use is None else use,
+        "deferred": deferred,
+    }
     return field(default=default, metadata=metadata)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatrain.config.keys import fields_of, is_optional, knobs, type_name
+from megatrain.config.keys import fields_of, is_optional, knobs, show, type_name
 from megatrain.config.presets import FAMILIES, PRESETS
 from megatrain.config.schema import Config, CorpusConfig, Document
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
@@ -279,11 +279,11 @@ def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
     if typing.get_origin(kind) is Literal:
         return _literal(tree, path, typing.get_args(kind), value)
     if typing.get_origin(kind) is tuple:
-        return _tuple(tree, path, kind, value)
+        return _tuple(tree, path, kind, value, expected)
     if kind is float:
-        return _float(tree, path, value)
+        return _float(tree, path, value, expected)
     if type(value) is not kind:  # exactly: a bool is an int to isinstance
-        _fail(tree, path, f"is {_describe(value)}; expected {type_name(expected)}.{_hint(kind, value)}")
+        _fail_type(tree, path, value, expected, _hint(kind, value))
     return value
 
 
@@ -294,16 +294,21 @@ def _group(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
     return _dataclass(tree, path, kind, value or {})
 
 
-def _float(tree: Tree, path: Path, value: Any) -> float:
+def _float(tree: Tree, path: Path, value: Any, expected: Any) -> float:
     exponent = isinstance(value, str) and re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+", value)
     if type(value) not in (int, float) and not exponent:
-        _fail(tree, path, f"is {_describe(value)}; expected number.{_hint(float, value)}")
+        _fail_type(tree, path, value, expected, _hint(float, value))
     try:
         number = float(value)
     except OverflowError:  # an integer beyond the range of floats
         number = math.inf
     if not math.isfinite(number):
-        _fail(tree, path, f"is {value}; expected a finite number, at most 1.7e308.")
+        shown = str(value)
+        _fail(
+            tree,
+            path,
+            f"is {shown if len(shown) <= 60 else shown[:57] + '...'}; expected a finite number.{_example(path)}",
+        )
     return number
 
 
@@ -315,7 +320,7 @@ def _literal(tree: Tree, path: Path, allowed: tuple[Any, ...], value: Any) -> An
     _fail(tree, path, f"is {_describe(value)}; expected one of {', '.join(map(str, allowed))}.{did_you_mean}")
 
 
-def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
+def _tuple(tree: Tree, path: Path, kind: Any, value: Any, expected: Any) -> tuple[Any, ...]:
     items = typing.get_args(kind)
     if items[0] is CorpusConfig and isinstance(value, str):
         value = [value]
@@ -324,12 +329,12 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any) -> tuple[Any, ...]:
             return _named_sets(tree, path, kind, value)
         _fail(tree, path, "is a mapping; expected a list of {path, weight}, as [{path: PREFIX, weight: 1.0}].")
     if not isinstance(value, (list, tuple)):
-        scalar = isinstance(value, (str, int)) and items[-1] is Ellipsis
-        _fail(tree, path, f"is {_describe(value)}; expected {type_name(kind)}.{f' Write [{value}].' if scalar else ''}")
+        element = items[-1] is Ellipsis and (type(value) is items[0] or value in typing.get_args(items[0]))
+        _fail_type(tree, path, value, expected, f" Write [{value}]." if element else "")
     if items[-1] is Ellipsis:
         items = (items[0],) * len(value)
     if len(items) != len(value):
-        _fail(tree, path, f"has {len(value)} values, expected {len(items)}: {type_name(kind)}.")
+        _fail(tree, path, f"has {len(value)} values, expected {len(items)}: {type_name(expected)}.{_example(path)}")
     return tuple(_convert(tree, (*path, i), item, part) for i, (item, part) in enumerate(zip(items, value, strict=True)))
 
 
@@ -339,7 +344,7 @@ def _named_sets(tree: Tree, path: Path, kind: Any, value: Mapping[str, Any]) -> 
     for name, members in value.items():
         if not name:
             _fail(tree, path, "names a validation set with empty text. Use for example {web: PREFIX, code: PREFIX}.")
-        corpora += [dataclasses.replace(corpus, set=name) for corpus in _tuple(tree, (*path, name), kind, members)]
+        corpora += [dataclasses.replace(corpus, set=name) for corpus in _tuple(tree, (*path, name), kind, members, kind)]
     return tuple(corpora)
 
 
@@ -361,6 +366,20 @@ def _fail(tree: Tree, path: Path, message: str) -> typing.NoReturn:
     """Raise ConfigError with place, full path and message."""
     place = tree.place(path)
     raise ConfigError(f"{place + ': ' if place else ''}{dotted(path)} {message}")
+
+
+def _fail_type(tree: Tree, path: Path, value: Any, expected: Any, hint: str) -> typing.NoReturn:
+    """Raise ConfigError for a value that is not of the type `expected`, with `hint` or else the knob's example."""
+    _fail(tree, path, f"is {_describe(value)}; expected {type_name(expected)}.{hint or _example(path)}")
+
+
+def _example(path: Path) -> str:
+    """A value of the knob at a path, or of that element of it, as advice; "" where all that is known is null or an empty list."""
+    *keys, last = path
+    use = next((knob.use for knob in knobs() if knob.path in (path, tuple(keys))), None)
+    if isinstance(last, int):
+        use = use[last] if isinstance(use, tuple) and last < len(use) else None
+    return "" if use in (None, ()) else f" Use for example {show(use)}."
 
 
 def _describe(value: Any) -> str:

@@ -17,31 +17,42 @@ class ModelConfig:
     preset: str | None = knob(
         None, "Name of a published shape (config/presets.py lists them); explicit keys win over its keys."
     )
-    init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.")
-    num_layers: int = knob(8, "Number of transformer blocks.")
-    hidden_size: int = knob(512, "Width h of the residual stream.")
-    num_attention_heads: int = knob(8, "Query heads a.")
-    head_dim: int | None = knob(None, "Width d of one attention head; null means hidden_size / num_attention_heads.")
+    init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.", not_empty=True)
+    num_layers: int = knob(8, "Number of transformer blocks.", above=0, at_most=1 << 16)
+    hidden_size: int = knob(512, "Width h of the residual stream.", above=0, at_most=1 << 24)
+    num_attention_heads: int = knob(8, "Query heads a.", above=0, at_most=1 << 16)
+    head_dim: int | None = knob(
+        None, "Width d of one attention head; null means hidden_size / num_attention_heads.", above=0, at_most=1 << 16
+    )
     num_query_groups: int | None = knob(
-        None, "Key/value heads (grouped-query attention, arXiv:2305.13245); null means num_attention_heads, 1 is multi-query."
+        None,
+        "Key/value heads (grouped-query attention, arXiv:2305.13245); null means num_attention_heads, 1 is multi-query.",
+        above=0,
+        at_most=1 << 16,
     )
     ffn_hidden_size: int | None = knob(
-        None, "Inner width of the MLP; null means 4 h, and for gated activations 8/3 h rounded up to a multiple of 64."
+        None,
+        "Inner width of the MLP; null means 4 h, and for gated activations 8/3 h rounded up to a multiple of 64.",
+        above=0,
+        at_most=1 << 24,
     )
-    seq_length: int = knob(512, "Tokens per training sample.")
+    seq_length: int = knob(512, "Tokens per training sample.", above=0, at_most=1 << 24)
     max_positions: int | None = knob(
         None,
         "Number of positions: rows of the learned table, and the longest text when decoding; null means seq_length.",
         effects.POSITIONS,
+        above=0,
+        at_most=1 << 24,
     )
-    vocab_size: int | None = knob(None, "Vocabulary size v; null means the tokenizer's.")
+    vocab_size: int | None = knob(None, "Vocabulary size v; null means the tokenizer's.", above=0, at_most=1 << 24)
     norm: Literal["layernorm", "rmsnorm"] = knob("layernorm", "Normalisation (arXiv:1607.06450; RMSNorm arXiv:1910.07467).")
-    norm_eps: float = knob(1e-5, "Added to the variance inside every norm.")
+    norm_eps: float = knob(1e-5, "Added to the variance inside every norm.", above=0)
     norm_placement: Literal["pre", "post", "deepnorm", "sandwich"] = knob("pre", "Where the norms sit in a block.")
     deepnorm_alpha: float | None = knob(
         None,
         "deepnorm: factor of the residual (arXiv:2203.00555); null means sqrt(2 num_layers), as in GLM-130B.",
         effects.DEEPNORM,
+        above=0,
     )
     activation: Literal["gelu_tanh", "gelu", "relu", "swiglu", "geglu"] = knob(
         "gelu_tanh", "MLP activation; swiglu and geglu are gated (arXiv:2002.05202)."
@@ -51,9 +62,13 @@ class ModelConfig:
         "Position encoding; rope is arXiv:2104.09864, alibi arXiv:2108.12409, learned_2d and rope_2d have a second position within "
         "a blank (GLM, arXiv:2103.10360, section 2.2; ChatGLM-6B).",
     )
-    rope_theta: float = knob(10000.0, "Base of the rotary frequencies.", effects.ROTARY)
+    rope_theta: float = knob(10000.0, "Base of the rotary frequencies.", effects.ROTARY, above=1)
     rope_fraction: float = knob(
-        1.0, "Share of each head's numbers that is rotated (GPT-NeoX, arXiv:2204.06745: 0.25).", effects.ROTARY
+        1.0,
+        "Share of each head's numbers that is rotated (GPT-NeoX, arXiv:2204.06745: 0.25).",
+        effects.ROTARY,
+        above=0,
+        at_most=1,
     )
     rope_interleaved: bool = knob(
         False, "Pairs are neighbours (GPT-J) rather than the two halves (arXiv:2104.09864).", effects.ROTARY
@@ -68,32 +83,45 @@ class ModelConfig:
         "Lower frequencies for longer texts: linear arXiv:2306.15595, llama3 arXiv:2407.21783, yarn arXiv:2309.00071.",
         effects.STRETCHED,
     )
-    rope_factor: float = knob(1.0, "rope_scaling: length of the new texts over that of the first training's.", effects.SCALED)
+    rope_factor: float = knob(
+        1.0, "rope_scaling: length of the new texts over that of the first training's.", effects.SCALED, at_least=1
+    )
     rope_original_length: int | None = knob(
         None,
         "rope_scaling: tokens of the first training's texts; null means max_positions / rope_factor.",
         effects.FROM_ORIGINAL,
+        above=0,
     )
     rope_low_freq_factor: float = knob(
-        1.0, "llama3: pairs with fewer periods than this in the original length are scaled by the whole factor.", effects.LLAMA3
+        1.0,
+        "llama3: pairs with fewer periods than this in the original length are scaled by the whole factor.",
+        effects.LLAMA3,
+        above=0,
     )
-    rope_high_freq_factor: float = knob(4.0, "llama3: pairs with more periods than this are not scaled.", effects.LLAMA3)
+    rope_high_freq_factor: float = knob(
+        4.0, "llama3: pairs with more periods than this are not scaled.", effects.LLAMA3, above=0
+    )
     rope_beta_fast: float = knob(
-        32.0, "yarn: pairs with more turns than this in the original length are not scaled.", effects.YARN
+        32.0, "yarn: pairs with more turns than this in the original length are not scaled.", effects.YARN, above=0
     )
-    rope_beta_slow: float = knob(1.0, "yarn: pairs with fewer turns than this are scaled by the whole factor.", effects.YARN)
+    rope_beta_slow: float = knob(
+        1.0, "yarn: pairs with fewer turns than this are scaled by the whole factor.", effects.YARN, above=0
+    )
     window: int | None = knob(
         None,
         "Sliding window: keys that a query sees, its own included (arXiv:2004.05150; Mistral, arXiv:2310.06825); null is all.",
+        above=0,
     )
     sparse_block: int | None = knob(
-        None, "Block-sparse attention: tokens of a block (arXiv:1904.10509; arXiv:2007.14062, section 2); null is dense."
+        None,
+        "Block-sparse attention: tokens of a block (arXiv:1904.10509; arXiv:2007.14062, section 2); null is dense.",
+        above=0,
     )
     sparse_local_blocks: int = knob(
-        4, "Block-sparse attention: blocks up to its own that a query sees (arXiv:2007.14062).", effects.SPARSE
+        4, "Block-sparse attention: blocks up to its own that a query sees (arXiv:2007.14062).", effects.SPARSE, above=0
     )
     sparse_global_blocks: int = knob(
-        1, "Block-sparse attention: first blocks that all queries see (arXiv:2007.14062).", effects.SPARSE
+        1, "Block-sparse attention: first blocks that all queries see (arXiv:2007.14062).", effects.SPARSE, at_least=0
     )
     bias: bool = knob(True, "Biases in the linear layers and, with layernorm, in the norms.")
     qkv_bias: bool | None = knob(None, "Biases of queries, keys and values; null means as `bias` (Qwen2 has them there alone).")
@@ -101,13 +129,17 @@ class ModelConfig:
     embedding_norm: bool = knob(False, "Normalise the sum of token and position embeddings (BLOOM, arXiv:2211.05100).")
     tied_embeddings: bool = knob(True, "The output head shares the token embedding (arXiv:1608.05859).")
     logit_softcap: float = knob(
-        0.0, "c: logits become c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2); 0 leaves them."
+        0.0, "c: logits become c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2); 0 leaves them.", at_least=0
     )
-    dropout: float = knob(0.0, "Dropout probability on the embedding and on both residual branches (JMLR 15, 2014).")
+    dropout: float = knob(
+        0.0, "Dropout probability on the embedding and on both residual branches (JMLR 15, 2014).", at_least=0, below=1
+    )
     attention_dropout: float = knob(
         0.0,
         "Dropout probability of attention's weights (arXiv:1706.03762); on GPUs fast in 16 bits with heads up to 128, without ALiBi and "
         "block-sparse masks.",
+        at_least=0,
+        below=1,
     )
     softmax_fp32: bool = knob(
         True,
@@ -122,20 +154,26 @@ class ModelConfig:
         "Standard deviation of the initial weights: init_std, sqrt(2 / 5h) (arXiv:1910.05895), or of each matrix 1 / sqrt(inputs), or "
         "sqrt(2 / (inputs + outputs)), with embeddings of init_std (GLM-130B).",
     )
-    init_std: float = knob(0.02, "Standard deviation of the normal initialisation of weights (GPT-2).", effects.INIT_STD)
-    embedding_init_std: float | None = knob(None, "Standard deviation of the embeddings; null means as `init` says.")
+    init_std: float = knob(
+        0.02, "Standard deviation of the normal initialisation of weights (GPT-2).", effects.INIT_STD, above=0
+    )
+    embedding_init_std: float | None = knob(None, "Standard deviation of the embeddings; null means as `init` says.", above=0)
     scale_residual_init: bool = knob(
         True,
         "Divide the deviation by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2), and with deepnorm for "
         "those of values and of the MLP's first matrices (GLM-130B).",
     )
     embedding_grad_scale: float = knob(
-        1.0, "Factor of the token embedding's gradient, against loss spikes (GLM-130B: 0.1; arXiv:2210.02414, section 3.3)."
+        1.0,
+        "Factor of the token embedding's gradient, against loss spikes (GLM-130B: 0.1; arXiv:2210.02414, section 3.3).",
+        above=0,
+        at_most=1,
     )
     embedding_grad_steps: tuple[int, int] | None = knob(
         None,
         "[hold, rise]: embedding_grad_scale for `hold` steps, then linearly to 1 over `rise` steps; null keeps it.",
         effects.DAMPED,
+        at_least=0,
     )
 
     @property

@@ -10,7 +10,6 @@ from typing import Any
 
 from megatrain.config.keys import Knob, choices, knobs, show, type_name
 from megatrain.config.schema import Config
-from megatrain.config.validate import DEFERRED, LATER_WRITERS
 
 HEAD = """# Configuration
 
@@ -34,10 +33,12 @@ megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenize
   default passes, so that a whole config can be pasted; so does what hangs on how many processes there are, or on whether there is
   held-out text. Keys of a preset, of `model.init_from` and of the family that have no effect beside the given ones are left at
   their defaults.
+- The second column has the type of a value and its range; of a list, that of each element. An integer is at most 2147483647, another
+  number at most 1e15, where nothing else is said. NaN and infinity are refused everywhere.
 - Values marked *later* are known, but refused in this release with a message that says why.
 """
 
-TABLE = "| key | type | default | what it does |\n| --- | --- | --- | --- |\n"
+TABLE = "| key | values | default | what it does |\n| --- | --- | --- | --- |\n"
 
 
 def reference() -> str:
@@ -49,7 +50,7 @@ def reference() -> str:
             section = knob.section
             parts.append(f"\n## {section}\n\n{_purpose(section)}\n\n{TABLE}")
         does = f"{knob.doc}{_effect(knob)}{_later(knob)}"
-        parts.append(f"| `{knob.name}` | {type_name(knob.kind)} | `{show(knob.default)}` | {does} |\n")
+        parts.append(f"| `{knob.name}` | {_values(knob)} | `{show(knob.default)}` | {does} |\n")
     return "".join(parts)
 
 
@@ -59,6 +60,12 @@ def _purpose(section: str) -> str:
     return str(cls.__doc__).partition("\n")[0]
 
 
+def _values(knob: Knob) -> str:
+    """The knob's type and range: `integer or null: above 0`, `list of integer: each above 0`."""
+    kind, words = type_name(knob.kind), knob.range.words
+    return f"{kind}: {'each ' if kind.startswith('list') else ''}{words}" if words else kind
+
+
 def _effect(knob: Knob) -> str:
     """The text that says when the knob has an effect; empty if always."""
     return f" *Has an effect when {knob.effect.words}.*" if knob.effect else ""
@@ -66,13 +73,10 @@ def _effect(knob: Knob) -> str:
 
 def _later(knob: Knob) -> str:
     """The text that says which values of the knob are refused in this release, and why; empty if none."""
-    if knob.key == "log.to":
-        return f" *Later: {choices(LATER_WRITERS)}.*"
-    for rule in DEFERRED:
-        if rule.key == knob.key:
-            now = choices(f"`{show(value)}`" for value in rule.allowed)
-            return f" *Later: all but {now} ({rule.why}).*"
-    return ""
+    if knob.deferred is None:
+        return ""
+    now = choices(f"`{show(value)}`" for value in knob.deferred.released)
+    return f" *Later: all but {now} ({knob.deferred.why}).*"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The schema: every key (knob) with its type, default and documentation. Imports only the standard library.
 
-A config is a tree of frozen dataclasses. Each field is made by `knob(default, doc)`; the text `doc` is kept in the field's metadata and
-becomes docs/config.md. Values that follow from other values are properties, never fields. `load.py` turns YAML into these objects; the
-rules between keys, and the values that this release refuses, are in `validate.py`.
+A config is a tree of frozen dataclasses. Each field is made by `knob(default, doc, effect, above=0, ...)`: its documentation, when it has
+an effect, its range, and the values that this release refuses are kept in the field's metadata and become docs/config.md. Values that
+follow from other values are properties, never fields. `load.py` turns YAML into these objects; the rules between keys are in `validate.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatrain.config import effects
-from megatrain.config.glm import GlmConfig
-from megatrain.config.knob import knob
+from megatrain.config.knob import Deferred, knob
 from megatrain.config.model import ModelConfig
 
 __all__ = [
@@ -33,18 +32,34 @@ __all__ = [
 class ParallelConfig:
     """How the logical model is laid out over ranks. The data-parallel size is the number of ranks over the product of the other sizes."""
 
-    tensor_parallel_size: int = knob(1, "Ranks that share each layer's matrices (Megatron, arXiv:1909.08053).")
+    tensor_parallel_size: int = knob(
+        1, "Ranks that share each layer's matrices (Megatron, arXiv:1909.08053).", above=0, at_most=1 << 24
+    )
     sequence_parallel: bool = knob(False, "Split activations along the sequence between the matrices (arXiv:2205.05198).")
-    pipeline_parallel_size: int = knob(1, "Pipeline stages.")
-    virtual_pipeline_size: int = knob(1, "Model chunks per stage.")
+    pipeline_parallel_size: int = knob(1, "Pipeline stages.", above=0, at_most=1 << 24)
+    virtual_pipeline_size: int = knob(1, "Model chunks per stage.", above=0, at_most=1 << 16)
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = knob("1f1b", "Pipeline schedule.")
     layer_split: tuple[int, ...] | None = knob(
         None,
         "Layers of each virtual stage, in order, such as [5, 6, 6, 5]; null balances them by their FLOPs.",
         effects.SEVERAL_STAGES,
+        above=0,
+        at_most=1 << 16,
     )
-    context_parallel_size: int = knob(1, "Ranks that share one sequence through all layers.")
-    expert_parallel_size: int = knob(1, "Ranks that share the experts.")
+    context_parallel_size: int = knob(
+        1,
+        "Ranks that share one sequence through all layers.",
+        above=0,
+        at_most=1 << 24,
+        deferred=Deferred((1,), "context parallelism comes in a later release"),
+    )
+    expert_parallel_size: int = knob(
+        1,
+        "Ranks that share the experts.",
+        above=0,
+        at_most=1 << 24,
+        deferred=Deferred((1,), "mixtures of experts come in a later release"),
+    )
     zero_stage: Literal[0, 1, 2, 3] = knob(
         1,
         "What the data-parallel ranks shard (ZeRO, arXiv:1910.02054): 1 optimizer states, 2 and gradients, 3 and parameters; 0 nothing.",
@@ -54,11 +69,13 @@ class ParallelConfig:
         "Neighbouring data-parallel ranks, such as those of a node, that share one set of shards, of which the others have replicas "
         "(MiCS, arXiv:2205.00119); it divides their number; null: all of them.",
         effects.SHARDED,
+        above=0,
     )
     bucket_size: int | None = knob(
         None,
         "Parameters that are reduced and gathered over the data-parallel ranks at a time; null: 8 million, or 1 million for each of "
         "these ranks up to an eighth of the rank's own (zero_stage 2 and 3: a thirty-second).",
+        above=0,
     )
     reduce_dtype: Literal["fp32", "bf16"] = knob(
         "fp32",
@@ -71,14 +88,163 @@ class ParallelConfig:
     backend: Literal["auto", "gloo", "nccl"] = knob("auto", "Collectives library; auto is nccl on CUDA and gloo on CPU.")
 
 
+# --- data.glm: how spans of a text become blanks, and how a sample is laid out (docs/glm.md) ----------------------------------
+
+
+@dataclass(frozen=True)
+class ObjectiveMix:
+    """Shares of the three objectives: short spans, sentences, one long span."""
+
+    mode: Literal["sample", "weighted"] = knob(
+        "sample",
+        "sample: each is drawn with its share; weighted: every batch has all, and the loss is the sum of share x its mean.",
+        effects.BLANKS,
+    )
+    blank: float = knob(0.5, "Share of short spans ([MASK]).", effects.BLANKS, at_least=0)
+    sentence: float = knob(0.3, "Share of whole sentences ([sMASK]); it needs data.tokenizer.", effects.BLANKS, at_least=0)
+    document: float = knob(0.2, "Share of one long span ([gMASK]).", effects.BLANKS, at_least=0)
+
+
+@dataclass(frozen=True)
+class BlankConfig:
+    """Short spans."""
+
+    mask_ratio: float = knob(
+        0.15, "Share of the tokens in spans; the last span is kept whole, so a little more.", effects.BLANKS, above=0, below=1
+    )
+    poisson_lambda: float = knob(
+        3.0, "Lengths are Poisson-distributed, restricted to min_span .. max_span.", effects.BLANKS, above=0, at_most=1 << 16
+    )
+    min_span: int = knob(1, "Tokens of the shortest span.", effects.BLANKS, above=0, at_most=1 << 16)
+    max_span: int = knob(39, "Tokens of the longest span.", effects.BLANKS, above=0, at_most=1 << 16)
+    min_gap: int = knob(1, "Least number of unmasked tokens between neighbouring spans.", effects.BLANKS, at_least=0)
+    overflow: Literal["keep", "clip", "drop"] = knob(
+        "keep", "The span that exceeds mask_ratio: keep it whole, clip it, or drop it.", effects.BLANKS
+    )
+    on_unplaceable: Literal["drop", "redraw"] = knob(
+        "drop",
+        "Where not all spans fit: drop: the sample has no loss; redraw: draw lengths again, up to 8 times.",
+        effects.BLANKS,
+    )
+    span_layout: Literal["sorted_draws", "uniform"] = knob(
+        "sorted_draws",
+        "Places of spans: sorted independent draws, as in GLM's code, or each arrangement equally often.",
+        effects.BLANKS,
+    )
+    single_span_prob: float = knob(
+        0.0, "Probability that a sample has exactly one span.", effects.BLANKS, at_least=0, at_most=1
+    )
+    decoder_noise_prob: float = knob(
+        0.0,
+        "Probability that an input token of part B is replaced by the noise token; its target stays.",
+        effects.NOISY,
+        at_least=0,
+        at_most=1,
+    )
+
+
+@dataclass(frozen=True)
+class DocumentConfig:
+    """One long span."""
+
+    min_ratio: float = knob(
+        0.5, "Share of the text that is generated, at least (GLM's released runs: 0.25).", effects.SPANS, at_least=0, at_most=1
+    )
+    max_ratio: float = knob(1.0, "Share of the text that is generated, at most.", effects.SPANS, above=0, at_most=1)
+    reserve_tokens: int = knob(2, "Least number of tokens of the text that stay unmasked.", effects.SPANS, at_least=0)
+    suffix_prob: float = knob(
+        0.5,
+        "Probability that the span is the end of the text; always so where a sample has several documents.",
+        effects.SPANS,
+        at_least=0,
+        at_most=1,
+    )
+    length_granularity: Literal["batch", "sample"] = knob(
+        "batch", "Draw one length for a micro-batch, or one for each sample.", effects.SPANS
+    )
+
+
+@dataclass(frozen=True)
+class SentenceConfig:
+    """Whole sentences."""
+
+    mask_ratio: float = knob(0.15, "Share of the tokens in masked sentences, at least.", effects.SENTENCES, above=0, below=1)
+    end_chars: str = knob(
+        ".?!;:\u3002\uff1f\uff01\uff1b\u2026\n", "A token with one of these ends a sentence.", effects.ENDS, not_empty=True
+    )
+
+
+@dataclass(frozen=True)
+class SentinelConfig:
+    """Ids of the special tokens; null: the tokenizer's, or an id after its vocabulary if it has none."""
+
+    cls: int | None = knob(None, "Begins a text: [CLS].", effects.BLANKS, at_least=0)
+    eos: int | None = knob(None, "Ends a document; null means the tokenizer's.", effects.BLANKS, at_least=0)
+    mask: int | None = knob(None, "Stands for a span: [MASK].", effects.BLANKS, at_least=0)
+    gmask: int | None = knob(None, "Stands for the end of a text: [gMASK].", effects.TASK_MASKS, at_least=0)
+    smask: int | None = knob(None, "Stands for a sentence: [sMASK].", effects.TASK_MASKS, at_least=0)
+    sop: int | None = knob(None, "Begins the text of a blank: <|startofpiece|>.", effects.BLANKS, at_least=0)
+    eop: int | None = knob(None, "Ends the text of a blank: <|endofpiece|>.", effects.BLANKS, at_least=0)
+    noise: int | None = knob(None, "decoder_noise_prob: [dBLOCK].", effects.NOISE, at_least=0)
+
+
+@dataclass(frozen=True)
+class GlmConfig:
+    """How blanks are made and laid out."""
+
+    objective_mix: ObjectiveMix = field(default_factory=ObjectiveMix)
+    objective_granularity: Literal["batch", "sample"] = knob(
+        "batch", "The objective is drawn for a micro-batch, or for each sample.", effects.DRAWN
+    )
+    blank: BlankConfig = field(default_factory=BlankConfig)
+    document: DocumentConfig = field(default_factory=DocumentConfig)
+    sentence: SentenceConfig = field(default_factory=SentenceConfig)
+    tokens: SentinelConfig = field(default_factory=SentinelConfig)
+    text_length: int | None = knob(
+        None,
+        "Tokens of text in a sample, with [CLS]; null leaves room in seq_length for the sentinels of nearly every draw.",
+        effects.BLANKS,
+        above=0,
+    )
+    shuffle_spans: bool = knob(True, "Part B has the blanks in random order; false: in the order of the text.", effects.BLANKS)
+    task_masks: bool = knob(
+        True, "[gMASK] and [sMASK] are tokens of their own; false: [MASK] stands for all three.", effects.BLANKS
+    )
+    position_dim1: Literal["corrupted", "original_start"] = knob(
+        "corrupted",
+        "Positions count the text with its blanks, or the original one (part A then sees how long a blank is).",
+        effects.BLANKS,
+    )
+    position_dim2: bool = knob(
+        True, "The second position counts within a blank; false: it is 1 in all of part B.", effects.SECOND_POSITIONS
+    )
+    short_seq_prob: float = knob(
+        0.0,
+        "Probability that the samples of a micro-batch are cut into short texts that do not see each other.",
+        effects.BLANKS,
+        at_least=0,
+        at_most=1,
+    )
+    loss_norm: Literal["global_tokens", "microbatch"] = knob(
+        "global_tokens",
+        "The loss is a mean over the tokens of the global batch, or a mean of the means of micro-batches (GLM's code).",
+        effects.BLANKS,
+    )
+
+
+# --- data, optimizer, run, checkpoints and logs -------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class CorpusConfig:
     """One token store of a blend."""
 
-    path: str = knob("", "Prefix of the .bin/.idx pair.")
-    weight: float = knob(1.0, "Share of the samples, relative to the other corpora of the list.")
+    path: str = knob("", "Prefix of the .bin/.idx pair.", not_empty=True, use="data/train")
+    weight: float = knob(1.0, "Share of the samples, relative to the other corpora of the list.", above=0)
     answers: str | None = knob(
-        None, "data.train with objective=glm: prefix of the answers, where `path` holds prompts: a multi-task share (GLM-130B)."
+        None,
+        "data.train with objective=glm: prefix of the answers, where `path` holds prompts: a multi-task share (GLM-130B).",
+        not_empty=True,
     )
     set: str = knob("", "data.valid: name of the validation set; a mapping of names to lists is the same.")
 
@@ -99,15 +265,22 @@ class DataConfig:
         "next_token", "What a sample teaches: each next token, or to fill blanks (GLM, arXiv:2103.10360), as `glm` says."
     )
     glm: GlmConfig = field(default_factory=GlmConfig)
-    tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.")
+    tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.", not_empty=True, use="bytes")
     eod: int | str | None = knob(
         None,
         "Token that ends a document, by name or id, or `none`; null: found in the files beside the tokenizer, or by its name.",
+        at_least=0,
+        not_empty=True,
     )
     bos: int | str | None = knob(
-        None, "Token that is put before a document, by name or id, or `none`; null: what the tokenizer puts there, if anything."
+        None,
+        "Token that is put before a document, by name or id, or `none`; null: what the tokenizer puts there, if anything.",
+        at_least=0,
+        not_empty=True,
     )
-    cache_dir: str | None = knob(None, "Where sample indices are cached; null means `index_cache` beside each store.")
+    cache_dir: str | None = knob(
+        None, "Where sample indices are cached; null means `index_cache` beside each store.", not_empty=True
+    )
 
     @property
     def has_answers(self) -> bool:
@@ -125,46 +298,56 @@ class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
     name: Literal["adamw", "adam", "sgd", "muon"] = knob(
-        "adamw", "adamw: decoupled decay (arXiv:1711.05101); adam: L2 in the gradient (arXiv:1412.6980); sgd: with momentum."
+        "adamw",
+        "adamw: decoupled decay (arXiv:1711.05101); adam: L2 in the gradient (arXiv:1412.6980); sgd: with momentum.",
+        deferred=Deferred(("adamw", "adam", "sgd"), "Muon comes in a later release"),
     )
-    lr: float = knob(3e-4, "Peak learning rate.")
-    min_lr: float = knob(3e-5, "Learning rate at the end of the decay.", effects.DECAYS)
+    lr: float = knob(3e-4, "Peak learning rate.", above=0)
+    min_lr: float = knob(3e-5, "Learning rate at the end of the decay.", effects.DECAYS, at_least=0)
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = knob(
         "cosine", "Shape after the warm-up; wsd (arXiv:2404.06395) stays at lr and decays over the last decay_fraction."
     )
     warmup_steps: int | None = knob(
-        None, "Steps of linear warm-up; null means 100, or a tenth of a run of fewer than 1000 steps."
+        None, "Steps of linear warm-up; null means 100, or a tenth of a run of fewer than 1000 steps.", at_least=0
     )
-    decay_fraction: float = knob(0.1, "wsd: share of all steps, at the end, that decays linearly to min_lr.", effects.WSD)
-    weight_decay: float = knob(0.1, "Decay of matrices; biases and norm weights have none.")
-    weight_decay_end: float | None = knob(None, "Decay at the last step, approached linearly; null keeps it constant.")
+    decay_fraction: float = knob(
+        0.1, "wsd: share of all steps, at the end, that decays linearly to min_lr.", effects.WSD, above=0, at_most=1
+    )
+    weight_decay: float = knob(0.1, "Decay of matrices; biases and norm weights have none.", at_least=0)
+    weight_decay_end: float | None = knob(
+        None, "Decay at the last step, approached linearly; null keeps it constant.", at_least=0
+    )
     master: Literal["fp32", "split"] = knob(
         "fp32",
         "bf16 runs: FP32 master weights beside the parameters, or split: the 16 bits that those lack, 2 bytes less each.",
         effects.BF16,
     )
-    betas: tuple[float, float] = knob((0.9, 0.95), "Adam's moment decay rates.", effects.ADAM)
-    eps: float = knob(1e-8, "Adam's epsilon.", effects.ADAM)
-    momentum: float = knob(0.9, "sgd's momentum.", effects.SGD)
-    clip_grad: float = knob(1.0, "Largest global gradient norm; 0 switches clipping off.")
+    betas: tuple[float, float] = knob((0.9, 0.95), "Adam's moment decay rates.", effects.ADAM, at_least=0, below=1)
+    eps: float = knob(1e-8, "Adam's epsilon.", effects.ADAM, above=0)
+    momentum: float = knob(0.9, "sgd's momentum.", effects.SGD, at_least=0, below=1)
+    clip_grad: float = knob(1.0, "Largest global gradient norm; 0 switches clipping off.", at_least=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The run: how long, how much at a time, in what precision."""
 
-    steps: int = knob(1000, "Optimizer updates.", effects.IN_STEPS)
+    steps: int = knob(1000, "Optimizer updates.", effects.IN_STEPS, above=0)
     tokens: float | None = knob(
-        None, "Token budget instead of steps: the last update is the one that reaches it, and schedules are counted in tokens."
+        None,
+        "Token budget instead of steps: the last update is the one that reaches it, and schedules are counted in tokens.",
+        above=0,
+        at_most=1e18,
     )
-    global_batch_size: int = knob(32, "Sequences per optimizer update, over all ranks.")
+    global_batch_size: int = knob(32, "Sequences per optimizer update, over all ranks.", above=0, at_most=1 << 24)
     batch_ramp: tuple[int, int, int] | None = knob(
         None,
         "[start, increment, samples]: begin with batches of `start` and grow to global_batch_size over so many samples "
         "(arXiv:2005.14165, appendix B).",
+        above=0,
     )
-    micro_batch_size: int = knob(4, "Sequences per forward pass of one rank.")
-    seed: int = knob(1234, "Seed of weights, data order and dropout.")
+    micro_batch_size: int = knob(4, "Sequences per forward pass of one rank.", above=0, at_most=1 << 24)
+    seed: int = knob(1234, "Seed of weights, data order and dropout.", at_least=0, at_most=(1 << 63) - 1)
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = knob(
         "bf16", "bf16: BF16 weights with FP32 masters and FP32 gradient accumulation; fp64 is for checks on CPU."
     )
@@ -179,38 +362,56 @@ class TrainConfig:
     )
     recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
     label_smoothing: float = knob(
-        0.0, "Share of the target's probability that is spread over the vocabulary, in training (arXiv:1512.00567, section 7)."
+        0.0,
+        "Share of the target's probability that is spread over the vocabulary, in training (arXiv:1512.00567, section 7).",
+        at_least=0,
+        below=1,
     )
     z_loss: float = knob(
-        0.0, "Weight of the squared log of the softmax's sum, in training (PaLM, arXiv:2204.02311, section 5)."
+        0.0, "Weight of the squared log of the softmax's sum, in training (PaLM, arXiv:2204.02311, section 5).", at_least=0
     )
     loss_chunk: int = knob(
-        0, "Tokens of a micro-batch whose logits exist at a time; made again in the backward (arXiv:2411.09009). 0 means all."
+        0,
+        "Tokens of a micro-batch whose logits exist at a time; made again in the backward (arXiv:2411.09009). 0 means all.",
+        at_least=0,
     )
     skip_steps: tuple[int, ...] = knob(
         (),
         "Steps, from 1, whose batch is consumed without an update, such as where a loss spiked (PaLM, arXiv:2204.02311, section 5.1).",
+        above=0,
     )
     loss_scale: float = knob(
-        65536.0, "fp16: first scale of the loss, so that small gradients do not vanish (arXiv:1710.03740).", effects.FP16
+        65536.0,
+        "fp16: first scale of the loss, so that small gradients do not vanish (arXiv:1710.03740).",
+        effects.FP16,
+        above=0,
     )
-    loss_scale_window: int = knob(1000, "fp16: updates without an overflow after which the scale doubles.", effects.FP16)
+    loss_scale_window: int = knob(
+        1000, "fp16: updates without an overflow after which the scale doubles.", effects.FP16, above=0
+    )
     loss_scale_hysteresis: int = knob(
-        2, "fp16: overflows, without such a window between, after which the scale halves.", effects.FP16
+        2, "fp16: overflows, without such a window between, after which the scale halves.", effects.FP16, above=0
     )
-    loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.", effects.FP16)
-    exit_after_minutes: float | None = knob(None, "Stop after this time with a checkpoint and exit code 75, as on a signal.")
+    loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.", effects.FP16, above=0)
+    exit_after_minutes: float | None = knob(
+        None, "Stop after this time with a checkpoint and exit code 75, as on a signal.", above=0
+    )
     exit_before_end_minutes: float = knob(
-        2.0, "Under SLURM, minutes before the job's time limit to stop, as on a signal. Three steps and a checkpoint must fit."
+        2.0,
+        "Under SLURM, minutes before the job's time limit to stop, as on a signal. Three steps and a checkpoint must fit.",
+        at_least=0,
     )
-    exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.")
-    eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.")
-    eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.")
+    exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.", not_empty=True)
+    eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.", at_least=0)
+    eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.", at_least=0)
     audit_every: int = knob(
         500,
         "Steps between bitwise comparisons of the replicas that ranks hold of the same state; a difference ends the run. 0 means never.",
+        at_least=0,
     )
-    hang_timeout_seconds: float = knob(600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.")
+    hang_timeout_seconds: float = knob(
+        600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.", above=0, at_most=1e6
+    )
     deterministic: bool = knob(False, "The same bits on every run of the same layout (torch.use_deterministic_algorithms).")
 
 
@@ -218,10 +419,12 @@ class TrainConfig:
 class CheckpointConfig:
     """When and where the state is saved."""
 
-    dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.")
-    save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.")
-    keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.")
-    keep_every: int = knob(0, "Checkpoints of steps that are multiples of this stay as well; 0: none.", effects.KEPT)
+    dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.", not_empty=True)
+    save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.", at_least=0)
+    keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.", at_least=0)
+    keep_every: int = knob(
+        0, "Checkpoints of steps that are multiples of this stay as well; 0: none.", effects.KEPT, at_least=0
+    )
     asynchronous: bool = knob(
         True, "Train on while a checkpoint is written; a step waits only for a copy of what its rank saves."
     )
@@ -229,11 +432,13 @@ class CheckpointConfig:
         16.0,
         "GiB of host memory a rank may take for the copy that `asynchronous` writes from, all ranks of a node at most a quarter of its "
         "memory; where a rank saves more, the step waits for the disk.",
+        above=0,
     )
     resume: str = knob(
         "auto",
         "Where a run begins: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint; started again, the run "
         "goes on from its own checkpoints.",
+        not_empty=True,
     )
     weights_only: bool = knob(
         False,
@@ -249,14 +454,18 @@ class CheckpointConfig:
 class LogConfig:
     """The run directory, and how often a run writes its logs."""
 
-    dir: str = knob("runs/demo", "Run directory.")
-    every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.")
+    dir: str = knob("runs/demo", "Run directory.", not_empty=True)
+    every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.", above=0)
     norms_every: int = knob(
-        0, "Steps between rows with the norms of gradients and weights of each part of the model; 0 means never."
+        0, "Steps between rows with the norms of gradients and weights of each part of the model; 0 means never.", at_least=0
     )
-    to: tuple[str, ...] = knob(("tensorboard",), "Extra writers: tensorboard.")
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = knob(
+        ("tensorboard",), "Extra writers.", deferred=Deferred(("tensorboard",), "wandb and mlflow come in a later release")
+    )
     peak_tflops: float | None = knob(
-        None, "Peak TFLOP/s of one device, for MFU; null means the published peak of a known GPU, and a measured matmul on CPU."
+        None,
+        "Peak TFLOP/s of one device, for MFU; null means the published peak of a known GPU, and a measured matmul on CPU.",
+        above=0,
     )
 
 

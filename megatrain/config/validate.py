@@ -1,44 +1,21 @@
-"""The rules between keys: sizes that cannot be split, values that contradict each other, values that a later release supports.
+"""The rules between keys: sizes that cannot be split, values that contradict each other, values that have no effect beside others.
 
-`load.py` has checked the type of every value. Here values are compared with each other and with the number of processes, before
-anything is built. Each error says what is wrong, the numbers, the key to change and a value that works.
-No value is ignored: values that this release does not support are refused (table DEFERRED), and so are values that have no effect
-beside the others, as the schema says for each key (docs/config.md shows both).
+`load.py` has checked the type of every value. The range of each stands beside its key in the schema (`knob(..., above=0)`), and so do the
+values that a later release takes and the condition under which a key has an effect; docs/config.md shows all three. They are checked first,
+so that no rule between numbers computes with an absurd one. Then values are compared with each other and with the number of processes,
+before anything is built. Each error says what is wrong, the numbers, the key to change and a value that works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from megatrain.config.budget import Gauge
 from megatrain.config.keys import choices, knobs, show
-from megatrain.config.ranges import require_ranges
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate_glm import require_glm, require_glm_text
 from megatrain.config.validate_schedules import require_schedules
-
-
-@dataclass(frozen=True)
-class Deferred:
-    """A key of which this release accepts only some values."""
-
-    key: str
-    allowed: tuple[Any, ...]
-    why: str
-
-
-DEFERRED = (
-    Deferred("parallel.context_parallel_size", (1,), "context parallelism comes in a later release"),
-    Deferred("parallel.expert_parallel_size", (1,), "mixtures of experts come in a later release"),
-    Deferred("optim.name", ("adamw", "adam", "sgd"), "Muon comes in a later release"),
-)
-
-WRITERS = ("tensorboard",)
-LATER_WRITERS = ("wandb", "mlflow")
-"""Values of `log.to`: WRITERS work, LATER_WRITERS are refused in this release."""
 
 
 def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] = lambda: None) -> None:
@@ -55,12 +32,21 @@ def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] 
 
 def validate_step(config: Config, world_size: int) -> None:
     """Check the rules of one training step, which do not depend on the corpora or the number of steps. Raises ConfigError."""
-    _require_released(config)
-    require_ranges(config)
+    require_values(config)
     require_glm(config)
     validate_layout(config, world_size)
     _require_batches(config, world_size)
     _require_device(config)
+
+
+def require_values(config: Config, sections: tuple[str, ...] | None = None) -> None:
+    """Raise ConfigError at the first value out of its knob's range, or not of this release. Null, true and false are in every range.
+
+    sections: check only these; None: all.
+    """
+    for knob in knobs():
+        if (sections is None or knob.section in sections) and (problem := knob.refused(config)):
+            raise ConfigError(problem)
 
 
 def require_effects(config: Config) -> None:
@@ -72,7 +58,7 @@ def require_effects(config: Config) -> None:
 
 def validate_model(config: Config) -> None:
     """Check the rules of the model section alone, whatever the rest of the config. Raises ConfigError."""
-    require_ranges(config, ("model",))
+    require_values(config, ("model",))
     _require_heads(config.model)
     _require_positions(config.model)
     _require_rope(config.model)
@@ -88,35 +74,11 @@ def validate_layout(config: Config, world_size: int) -> None:
     _require_world(config, world_size)
 
 
-def _values(config: Config) -> dict[str, Any]:
-    """`section.key` -> value of a config."""
-    return {knob.key: knob.of(config) for knob in knobs()}
-
-
-def _require_released(config: Config) -> None:
-    values = _values(config)
-    for rule in DEFERRED:
-        value = values[rule.key]
-        if value not in rule.allowed:
-            use = choices(map(show, rule.allowed))
-            raise ConfigError(f"{rule.key}={show(value)} is not in this release: {rule.why}. Use {rule.key}={use}.")
-    for writer in config.log.to:
-        if writer in LATER_WRITERS:
-            raise ConfigError(f"log.to={show(config.log.to)}: {writer} is not in this release. Use log.to=[tensorboard] or [].")
-        if writer not in WRITERS:
-            raise ConfigError(f"log.to={show(config.log.to)}: {writer!r} is no known writer. Use log.to=[tensorboard] or [].")
-
-
 def _require_data(config: Config) -> None:
     if not config.data.train:
         raise ConfigError("data.train is empty. Use the prefix of a .bin/.idx pair, as `megatrain data tokenize` writes it.")
     for name, corpora in (("train", config.data.train), ("valid", config.data.valid)):
         for i, corpus in enumerate(corpora):
-            if not corpus.path:
-                raise ConfigError(f"data.{name}[{i}].path is empty. Use the prefix of a .bin/.idx pair.")
-            if not corpus.weight > 0:
-                what = f"data.{name}[{i}].weight={corpus.weight}"
-                raise ConfigError(f"{what} must be greater than 0. Use for example 1.0, or leave the corpus out.")
             if name == "train" and corpus.set:
                 raise ConfigError(
                     f"data.train[{i}].set={corpus.set} has no effect: only held-out text is told apart by name. Leave it out."

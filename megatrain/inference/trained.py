@@ -17,10 +17,9 @@ from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.companions import with_kept_tokenizer
 from megatrain.config.load import from_dict, restored
-from megatrain.config.ranges import require_ranges
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
-from megatrain.config.validate import validate_layout
+from megatrain.config.validate import require_values, validate_layout
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
 from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
@@ -49,7 +48,7 @@ def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Confi
         values[key.removeprefix("parallel.")] = yaml.safe_load(value)
     parallel = from_dict({"parallel": values}).parallel
     config = replace(config, parallel=replace(parallel, sequence_parallel=False))
-    require_ranges(config, ("parallel",))
+    require_values(config, ("parallel",))
     validate_layout(config, world_size)
     require_schedule(config)
     return config

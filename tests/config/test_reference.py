@@ -32,7 +32,7 @@ def test_every_knob_is_explained():
 
 def test_what_is_refused_today_is_marked():
     rows = {line.split("`")[1]: line for line in reference().splitlines() if line.startswith("| `")}
-    assert "*Later: all but" in rows["context_parallel_size"] and "*Later: wandb or mlflow.*" in rows["to"]
+    assert "*Later: all but" in rows["context_parallel_size"] and "*Later: all but `tensorboard` (" in rows["to"]
     assert "Later" not in rows["num_layers"]
 
 

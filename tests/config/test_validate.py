@@ -5,17 +5,16 @@ import re
 import subprocess
 import sys
 import time
-from typing import Literal, get_origin
 
 import pytest
 import torch
+import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatrain.config.keys import choices, knobs
 from megatrain.config.load import ConfigError, from_dict
-from megatrain.config.ranges import BELOW_ONE, FRACTIONS, NOT_EMPTY, NOT_NEGATIVE, POSITIVE
-from megatrain.config.validate import DEFERRED, validate
+from megatrain.config.validate import validate
 from megatrain.inference.trained import laid_out
 from megatrain.program import require_memory, require_precision
 
@@ -238,11 +237,15 @@ def test_what_is_accepted(world_size, values):
             {"data__train": []},
             "data.train is empty. Use the prefix of a .bin/.idx pair, as `megatrain data tokenize` writes it.",
         ),
-        (1, {"data__train": ["a", ""]}, "data.train[1].path is empty. Use the prefix of a .bin/.idx pair."),
+        (
+            1,
+            {"data__train": ["a", ""]},
+            "data.train[1].path='' must not be empty text. Use for example data/train.",
+        ),
         (
             1,
             {"data__valid": [{"path": "a", "weight": 0}]},
-            "data.valid[0].weight=0.0 must be greater than 0. Use for example 1.0, or leave the corpus out.",
+            "data.valid[0].weight=0.0 must be greater than 0. Use for example 1.0.",
         ),
         (
             1,
@@ -250,11 +253,15 @@ def test_what_is_accepted(world_size, values):
             "model.vocab_size and data.tokenizer are both null, so the vocabulary is unknown. Use data.tokenizer=bytes, "
             "data.tokenizer=TOKENIZER.json or a number for model.vocab_size.",
         ),
-        (1, {"log__to": ["wandb"]}, "log.to=[wandb]: wandb is not in this release. Use log.to=[tensorboard] or []."),
+        (
+            1,
+            {"log__to": ["tensorboard", "wandb"]},
+            "log.to=[tensorboard, wandb] is not in this release: wandb and mlflow come in a later release. Use log.to=[tensorboard].",
+        ),
         (
             1,
             {"log__to": ["tensorbord"]},
-            "log.to=[tensorbord]: 'tensorbord' is no known writer. Use log.to=[tensorboard] or [].",
+            "log.to[0] is the text 'tensorbord'; expected one of tensorboard, wandb, mlflow. Did you mean tensorboard?",
         ),
         (
             1,
@@ -262,7 +269,7 @@ def test_what_is_accepted(world_size, values):
             "optim.betas=[0.9, 1.0] must lie in [0, 1). Use for example [0.9, 0.95].",
         ),
         (1, {"optim__decay_fraction": 1.5}, "optim.decay_fraction=1.5 must be at most 1. Use for example 0.1."),
-        (1, {"train__seed": 1 << 63}, f"train.seed={1 << 63} must be less than 2^63. Use for example 1234."),
+        (1, {"train__seed": 1 << 63}, f"train.seed={1 << 63} must be at most {(1 << 63) - 1}. Use for example 1234."),
         (1, {"model__rope_factor": 0.5}, "model.rope_factor=0.5 must be 1 or more. Use for example 1.0."),
         (
             1,
@@ -323,55 +330,26 @@ def test_what_is_refused(world_size, values, expected):
     assert refusal(world_size, **values) == expected
 
 
-NUMBERS = [
-    *((key, 0, "must be greater than 0") for key in POSITIVE),
-    *((key, -1, "must be 0 or more") for key in NOT_NEGATIVE),
-    *((key, bad, r"must lie in \[0, 1\)") for key in BELOW_ONE for bad in (-0.1, 1)),
-    *((key, bad, r"must lie in \(0, 1\)") for key in FRACTIONS for bad in (0, 1)),
-    *((key, "", "must not be empty text") for key in NOT_EMPTY),
-]
-
-
-@pytest.mark.parametrize("key, bad, rule", NUMBERS)
-def test_each_number_has_its_bounds(key, bad, rule):
-    value = {
-        "optim.betas": [bad, 0.5],
-        "parallel.layer_split": [bad],
-        "train.batch_ramp": [bad, 8, 8],
-        "train.skip_steps": [bad],
-        "model.embedding_grad_steps": [bad, 8],
-    }.get(key, bad)
-    assert re.match(rf"{re.escape(key)}=.* {rule}\. Use for example ", refusal(**{key.replace(".", "__"): value}))
-
-
-def test_every_number_of_the_schema_has_a_bound():
-    deferred = {rule.key for rule in DEFERRED}
-    bounded = {*POSITIVE, *NOT_NEGATIVE, *BELOW_ONE, *FRACTIONS, *deferred}
-    for knob in knobs():
-        listed = get_origin(knob.kind) is Literal  # the type itself says which numbers there are
-        if not listed and (type(knob.default) in (int, float) or re.search(r"\b(int|float)\b", str(knob.kind))):
-            assert knob.key in bounded, knob.key
-
-
 LATER = [
     ("parallel.context_parallel_size", 2, "context parallelism"),
     ("parallel.expert_parallel_size", 2, "mixtures of experts"),
     ("optim.name", "muon", "Muon"),
+    ("log.to", ["mlflow"], "wandb and mlflow"),
 ]
 
 
 @pytest.mark.parametrize("key, value, reason", LATER)
 def test_what_a_later_release_delivers_is_refused_with_the_reason(key, value, reason):
     said = refusal(8, **{key.replace(".", "__"): value})
-    assert said.startswith(f"{key}={value:g} " if isinstance(value, float) and value < 1 else f"{key}={value} ")
-    assert "is not in this release: " in said and reason in said
+    shown = "[mlflow]" if value == ["mlflow"] else value
+    assert said.startswith(f"{key}={shown} is not in this release: {reason}")
     use = re.search(rf"Use {re.escape(key)}=(.*)\.$", said)[1]
     for word in re.split(", | or ", use):
-        check(8, **{key.replace(".", "__"): {"null": None}.get(word, int(word) if word.isdigit() else word)})
+        check(8, **{key.replace(".", "__"): yaml.safe_load(word)})
 
 
 def test_every_deferred_knob_is_tested():
-    assert {key for key, _, _ in LATER} == {rule.key for rule in DEFERRED}
+    assert {key for key, _, _ in LATER} == {knob.key for knob in knobs() if knob.deferred is not None}
 
 
 sizes = st.integers(1, 24)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from megatrain.assembly import objective_of
-from megatrain.config.glm import GlmConfig, ObjectiveMix
-from megatrain.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from megatrain.config.schema import Config, DataConfig, GlmConfig, ModelConfig, ObjectiveMix, TrainConfig
 from megatrain.data.loader import Loader
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.config.glm import GlmConfig
+from megatrain.config.schema import GlmConfig
 from megatrain.data.draws import Draws
 from megatrain.data.loader import Batch, Samples
 from megatrain.data.samples.infilling import (

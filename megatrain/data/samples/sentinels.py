@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.config.glm import GlmConfig
+from megatrain.config.schema import GlmConfig
 from megatrain.data.boundaries import END_OF_TEXT
 from megatrain.data.samples.infilling import Sentinels
 from megatrain.data.tokenizer import Tokenizer
