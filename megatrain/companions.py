@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatrain.config.schema import Config, DataConfig
 from megatrain.data.boundaries import GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG
-from megatrain.huggingface.files import COMPANION_FOLDER, copy_files
+from megatrain.huggingface.model_files import COMPANION_FOLDER, copy_files
 
 TOKENIZER, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
 BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*")

@@ -20,7 +20,7 @@ from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_model
 from megatrain.huggingface.config import kind_from
 from megatrain.huggingface.families import FAMILIES, Part, parts_of
-from megatrain.huggingface.files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
+from megatrain.huggingface.model_files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec

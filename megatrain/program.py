@@ -45,10 +45,10 @@ from megatrain.records import provenance
 from megatrain.records.log import RunLog
 from megatrain.resuming.resume import gauge_kept, resume
 from megatrain.runtime.allocator import tune_allocator
+from megatrain.runtime.device_memory import memory_of
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.memory import memory_of
 from megatrain.runtime.reports import Reports
 from megatrain.training import queue_step
 from megatrain.watch import Watch, due

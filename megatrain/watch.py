@@ -24,8 +24,8 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.records.log import RunLog
 from megatrain.records.rows import EvaluationRow, StepRow
 from megatrain.resuming.resume import progress_of
+from megatrain.runtime.device_memory import peak_memory_bytes
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
-from megatrain.runtime.memory import peak_memory_bytes
 from megatrain.runtime.reports import StepReport
 from megatrain.training import Run
 

@@ -18,7 +18,7 @@ from megatrain.data.indexed import TokenStoreWriter
 from megatrain.data.prepare.read import ReadError, read_documents
 from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 from megatrain.files import doing, whole
-from megatrain.huggingface.files import read_config
+from megatrain.huggingface.model_files import read_config
 from megatrain.ngram.column import Column
 from megatrain.ngram.fit import Settings, fit
 from megatrain.ngram.reading import load

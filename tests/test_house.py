@@ -122,6 +122,33 @@ def test_every_dependency_is_pinned_and_explained(setup: configparser.ConfigPars
     assert {package for package in wanted if f"`{package}`" not in page} == set()
 
 
+SAME_NAMES = {
+    "config": ["megatrain/config", "megatrain/huggingface/config.py"],
+    "data": ["megatrain/cli/data.py", "megatrain/data"],
+    "doctor": ["megatrain/cli/doctor.py", "megatrain/doctor"],
+    "glm": ["megatrain/config/glm.py", "megatrain/data/samples/glm.py"],
+    "gpt": ["megatrain/data/samples/gpt.py", "megatrain/models/gpt.py"],
+    "load": ["megatrain/checkpoint/load.py", "megatrain/config/load.py"],
+    "model": ["megatrain/config/model.py", "megatrain/ngram/model.py"],
+    "ngram": ["megatrain/cli/ngram.py", "megatrain/ngram"],
+    "plan": ["megatrain/plan", "megatrain/verbs/plan.py"],
+}
+"""Modules of one name, where the name of the package tells them apart."""
+
+
+def test_names_of_modules_and_classes_are_given_once() -> None:
+    places: dict[str, list[str]] = {}
+    classes: dict[str, list[str]] = {}
+    for path in PACKAGE:
+        module = path.parent if path.stem == "__init__" else path
+        places.setdefault(module.stem, []).append(name(module))
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(name(path))
+    assert {module: sorted(paths) for module, paths in places.items() if len(paths) > 1} == SAME_NAMES
+    assert {made: paths for made, paths in classes.items() if len(paths) > 1} == {}
+
+
 def is_own(node: ast.Attribute) -> bool:
     return isinstance(node.value, ast.Name) and node.value.id == "self"
 

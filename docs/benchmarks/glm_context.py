@@ -25,7 +25,7 @@ import megatrain
 from megatrain.config.load import load
 from megatrain.data.draws import Draws
 from megatrain.data.indexed import TokenStore
-from megatrain.data.samples.glm import Choice, GlmBatches, assembled
+from megatrain.data.samples.glm import Drawn, GlmBatches, assembled
 from megatrain.data.samples.infilling import Laid
 from megatrain.job import Job
 from megatrain.kernels.attention_mask import AttentionMask
@@ -128,7 +128,7 @@ def judge(job: Job, prefix: Path) -> np.ndarray:
         for window, begin in enumerate(range(0, tokens.size, size)):
             piece = tokens[begin : begin + size]
             text = compose.documents(piece, np.zeros(piece.size, np.int64))
-            rows.append(compose.lay_out(Draws(7, document, window), text, Choice(0)))
+            rows.append(compose.lay_out(Draws(7, document, window), text, Drawn(0)))
         for first in range(0, len(rows), 16):
             part = rows[first : first + 16]
             places = np.arange(len(part))[None]

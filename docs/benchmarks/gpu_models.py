@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatrain.config.load import from_dict, load_overrides
 from megatrain.config.schema import Config
-from megatrain.plan.memory import Layout, layer_activation_bytes, state_bytes
+from megatrain.plan.memory import ActivationLayout, layer_activation_bytes, state_bytes
 from megatrain.runtime.distributed import connect
 from megatrain.runtime.flops import model_flops_per_token, parameter_count
 from megatrain.runtime.launch import Launch
@@ -128,7 +128,7 @@ def expected_memory(config: Config) -> dict[str, float]:
     """Bytes by docs/memory.md, for one process without pipelining."""
     model, train = config.model, config.train
     vocab = model.vocab_size or 0
-    layout = Layout(train.micro_batch_size)
+    layout = ActivationLayout(train.micro_batch_size)
     return {
         "states": state_bytes(1, 1, "bf16").total * parameter_count(model, vocab),
         "layers": model.num_layers * layer_activation_bytes(model, layout, train.recompute, 2),

@@ -14,7 +14,7 @@ from pathlib import Path
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import simulate
 from megatrain.plan.picture import draw_timeline
-from megatrain.testing.timeline import measured_timeline
+from megatrain.testing.measured_timeline import measured_timeline
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1), ("zb_v", 2)]
 

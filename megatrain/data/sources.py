@@ -19,7 +19,7 @@ from megatrain.data.draws import Draws
 from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
 from megatrain.data.indexed import TokenStore, record_path
 from megatrain.data.loader import Batch, Compose, Samples, isolated_documents, next_token
-from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, assembled
+from megatrain.data.samples.glm import KINDS, Drawn, GlmBatches, Plan, assembled
 from megatrain.data.samples.gpt import GptSamples
 from megatrain.data.samples.infilling import Laid
 from megatrain.data.samples.pairs import PairSamples
@@ -156,7 +156,7 @@ class GlmHeldOut:
         tokens, labelled = self.held_out.sample(n)
         size = min(labelled + 1, self.plan.text_length - 1)
         documents = self._batches.documents(tokens[:size], self.held_out.document_numbers(n)[: size + 1])
-        return self._batches.lay_out(Draws(self.plan.seed, JUDGED, self.kind, n), documents, Choice(self.kind))
+        return self._batches.lay_out(Draws(self.plan.seed, JUDGED, self.kind, n), documents, Drawn(self.kind))
 
 
 def build_samples(

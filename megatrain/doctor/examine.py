@@ -43,7 +43,7 @@ SHOWN = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class Inputs:
     """The command's inputs: config, directory, and how to print."""
 
     config: Config
@@ -67,9 +67,9 @@ def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port
     except LaunchError as error:
         raise LaunchError(f"{node}: {error}") from error
     mine = Report(launch.rank, node, launch.local_world_size)
-    job, device = _look(mine, launch, config_path, overrides, json_too)
+    inputs, device = _look(mine, launch, config_path, overrides, json_too)
     if not _look_at_ports(mine, launch, port):
-        return _end(job, [mine])
+        return _end(inputs, [mine])
     try:
         meeting = Meeting(
             launch.rank,
@@ -83,16 +83,16 @@ def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port
         if launch.rank != 0:
             raise TransportError(f"{node}: {error}") from error
         mine.problems.append(str(error))
-        return _end(job, [mine])
+        return _end(inputs, [mine])
     try:
-        return _examine(meeting, job, mine, launch, device, wait_seconds)
+        return _examine(meeting, inputs, mine, launch, device, wait_seconds)
     except TransportError as error:
         raise TransportError(f"{node}: {error}") from error
     finally:
         meeting.close()
 
 
-def _examine(meeting: Meeting, job: Job, mine: Report, launch: Launch, device: torch.device, wait_seconds: float) -> int:
+def _examine(meeting: Meeting, inputs: Inputs, mine: Report, launch: Launch, device: torch.device, wait_seconds: float) -> int:
     """Exit code, the same on all ranks: judges what ranks saw alone and, if they can join, what they measured together."""
     # Rank 0 may come as late as the others wait for it, and then wait as long for the last of them.
     patience = 2 * wait_seconds + MARGIN_SECONDS
@@ -107,17 +107,17 @@ def _examine(meeting: Meeting, job: Job, mine: Report, launch: Launch, device: t
         missing = judge_missing(reports, launch.world_size, wait_seconds, _nodes(os.environ), advice)
         apart = int(bool(missing or judge_apart(reports)))
         if apart:
-            _end(job, reports, missing)
+            _end(inputs, reports, missing)
     if int(meeting.decide(str(apart), patience)):
         return 1
-    _measure(mine, job, launch, wait_seconds)
+    _measure(mine, inputs, launch, wait_seconds)
     texts = meeting.collect(json.dumps(asdict(mine)), wait_seconds + MARGIN_SECONDS)
     code = 0
     if launch.rank == 0:
         reports = _reports(texts)
         advice = "They had come, and then died or hung while all were measuring: see what they said."
         missing = judge_missing(reports, launch.world_size, wait_seconds + MARGIN_SECONDS, (), advice)
-        code = _end(job, reports, missing)
+        code = _end(inputs, reports, missing)
     return int(meeting.decide(str(code), patience))
 
 
@@ -138,7 +138,7 @@ def _nodes(env: Mapping[str, str]) -> list[str]:
 
 def _look(
     mine: Report, launch: Launch, config_path: str | None, overrides: Sequence[str], json_too: bool
-) -> tuple[Job, torch.device]:
+) -> tuple[Inputs, torch.device]:
     """The job and this rank's device. A problem goes into the report `mine`, so that the other ranks learn of it instead of waiting."""
     config, device, count = from_dict({}), torch.device("cpu"), 0
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -158,7 +158,7 @@ def _look(
             mine.interface = str(use_interface(launch, dict(os.environ)) or "")
         except LaunchError as error:
             mine.problems.append(str(error))
-    return Job(config, directory, count, json_too), device
+    return Inputs(config, directory, count, json_too), device
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -186,13 +186,13 @@ def _look_at_ports(mine: Report, launch: Launch, asked: int | None) -> bool:
     return True
 
 
-def _measure(mine: Report, job: Job, launch: Launch, wait_seconds: float) -> None:
+def _measure(mine: Report, inputs: Inputs, launch: Launch, wait_seconds: float) -> None:
     """Join the other ranks and measure. A failure goes into the report."""
     try:
         # The meeting's store, which rank 0 serves, is already up: `connect` must not serve another.
-        session = connect(replace(launch, launcher_serves=True), job.config.parallel, wait_seconds)
+        session = connect(replace(launch, launcher_serves=True), inputs.config.parallel, wait_seconds)
         try:
-            measure(mine, session.everyone, session.device, job.directory)
+            measure(mine, session.everyone, session.device, inputs.directory)
         finally:
             session.close()
     except (ValueError, RuntimeError, OSError) as error:
@@ -202,10 +202,10 @@ def _measure(mine: Report, job: Job, launch: Launch, wait_seconds: float) -> Non
 # --- printing -------------------------------------------------------------------------------------------------------------
 
 
-def _end(job: Job, reports: Sequence[Report], missing: Sequence[Finding] = ()) -> int:
+def _end(inputs: Inputs, reports: Sequence[Report], missing: Sequence[Finding] = ()) -> int:
     """Judge the reports, print, and return the exit code."""
-    findings = [*missing, *judge(reports, job.checkpoint_bytes, job.config.checkpoint.keep)]
-    if job.json_too:
+    findings = [*missing, *judge(reports, inputs.checkpoint_bytes, inputs.config.checkpoint.keep)]
+    if inputs.json_too:
         sys.stdout.write(json.dumps(as_json(reports, findings)) + "\n")
     else:
         sys.stdout.write("\n".join(_lines(reports, findings)) + "\n")

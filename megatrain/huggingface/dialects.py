@@ -11,7 +11,7 @@ from typing import Any
 
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import ModelConfig
-from megatrain.huggingface.said import Json, Key, contradiction, key, lenient
+from megatrain.huggingface.said import Json, JsonKey, contradiction, key, lenient
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 """Names of activations without a gate -> model.activation."""
@@ -23,7 +23,7 @@ class Dialect:
 
     fixed: Json
     """Keys of the model section that the family fixes."""
-    keys: Mapping[str, Key]
+    keys: Mapping[str, JsonKey]
     """Key of the model section -> its names in config.json."""
     demands: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Names that must have one of these values if they are present; the first is written."""
@@ -130,7 +130,9 @@ def _activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-def _shapes(layers: int, hidden: int, heads: int, ffn: int, positions: int, vocab: int, **others: Key) -> dict[str, Key]:
+def _shapes(
+    layers: int, hidden: int, heads: int, ffn: int, positions: int, vocab: int, **others: JsonKey
+) -> dict[str, JsonKey]:
     """The keys of LLaMA and its descendants, with the defaults of a family."""
     return {
         "num_layers": key("num_hidden_layers", default=layers),

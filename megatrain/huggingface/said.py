@@ -55,7 +55,7 @@ FOREIGN: Mapping[str, tuple[Any, ...]] = {
 """Names that change what a model computes in some family -> values that mean no change; null always does."""
 
 
-class Key(NamedTuple):
+class JsonKey(NamedTuple):
     """Names in config.json of a key of the model section. Any of them is read, the first is written."""
 
     names: tuple[str, ...]
@@ -65,17 +65,17 @@ class Key(NamedTuple):
     """Value if the name is null."""
 
 
-def key(*names: str, default: Any = REFUSED, null: Any = REFUSED) -> Key:
-    """A Key of a family in transformers."""
-    return Key(names, default, null)
+def key(*names: str, default: Any = REFUSED, null: Any = REFUSED) -> JsonKey:
+    """A JsonKey of a family in transformers."""
+    return JsonKey(names, default, null)
 
 
-def lenient(*names: str, default: Any = REFUSED) -> Key:
-    """A Key of THUDM's own files, where null means the same as a missing name."""
-    return Key(names, default, default)
+def lenient(*names: str, default: Any = REFUSED) -> JsonKey:
+    """A JsonKey of THUDM's own files, where null means the same as a missing name."""
+    return JsonKey(names, default, default)
 
 
-def value_of(config: Json, of: Key) -> Any:
+def value_of(config: Json, of: JsonKey) -> Any:
     """The value of a key in a config.json. Raises ContentError if it is missing, null, or given differently under two names."""
     said = {name: config[name] for name in of.names if config.get(name) is not None}
     for name, value in said.items():

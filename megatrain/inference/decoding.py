@@ -1,4 +1,4 @@
-"""Decoding: a model with a key-value cache, and the choice of the next token: the most probable, sampled, or by beam search.
+"""Decoding: a model with a key-value cache, and the sampling of the next token: the most probable, sampled, or by beam search.
 
 A decoding step is the forward-only schedule with one micro-batch. The last stage's logits go to every rank, and all ranks choose the
 same token, each from a generator with the same seed: checkpoint, prompt and seed give the same text under every layout.
@@ -22,7 +22,7 @@ from megatrain.parallel.schedules import Schedule
 
 
 @dataclass(frozen=True)
-class Choice:
+class Sampling:
     """How the next token is chosen from its logits."""
 
     greedy: bool = False
@@ -164,13 +164,13 @@ def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:
 
 
 def continuation(
-    decoder: Decoder, prompt: Sequence[int], max_tokens: int, choice: Choice, seed: int, ends: Collection[int] = ()
+    decoder: Decoder, prompt: Sequence[int], max_tokens: int, sampling: Sampling, seed: int, ends: Collection[int] = ()
 ) -> Iterator[int]:
     """Sample the tokens that follow `prompt` (at least one token), one by one; stops before a token of `ends`. The same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     new = list(prompt)
     for _ in range(max_tokens):
-        token = choice.draw(decoder.logits(new), generator)
+        token = sampling.draw(decoder.logits(new), generator)
         if token in ends:
             return
         yield token

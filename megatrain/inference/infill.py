@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from megatrain.data.samples.infilling import Sentinels
-from megatrain.inference.decoding import Beams, Choice, Decoder, beam_search
+from megatrain.inference.decoding import Beams, Decoder, Sampling, beam_search
 
 _MASK = re.compile(r"\[(g|s|)MASK\]")
 
@@ -63,7 +63,7 @@ class Filling:
         index = torch.arange(self.sep)[:, None]
         decoder.feed(torch.tensor(part_a)[:, None], index, torch.zeros_like(index), torch.tensor([self.sep]))
 
-    def fill(self, number: int, max_tokens: int, choice: Choice, seed: int, beams: Beams | None = None) -> Iterator[int]:
+    def fill(self, number: int, max_tokens: int, sampling: Sampling, seed: int, beams: Beams | None = None) -> Iterator[int]:
         """The tokens of blank `number`, one by one, without the end of piece; they stay in the cache for the blanks after it.
 
         The same on every rank. Stops early when the model's positions are used up.
@@ -77,7 +77,7 @@ class Filling:
         generator = torch.Generator().manual_seed(seed)
         logits = self._feed(number, [[self.ids.sop]], 1)[0]
         for place in range(room):
-            token = choice.draw(logits, generator)
+            token = sampling.draw(logits, generator)
             if token in ends:
                 return
             yield token

@@ -19,8 +19,8 @@ from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.data.samples.sentinels import resolve
 from megatrain.huggingface.config import kind_from
-from megatrain.huggingface.files import is_hf, load_hf, read_config
-from megatrain.inference.glm import Marks, causal_places, places_of
+from megatrain.huggingface.model_files import is_hf, load_hf, read_config
+from megatrain.inference.glm_positions import Marks, causal_places, places_of
 from megatrain.inference.trained import saved_config, vocab_size_of
 from megatrain.init_from import config_of_hf, declared
 from megatrain.kernels.attention_mask import causal_mask

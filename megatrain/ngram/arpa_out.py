@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.ngram.estimate import Unigrams
-from megatrain.ngram.grams import Part
+from megatrain.ngram.grams import PositionRange
 from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.tables import Tables, kept
 
@@ -62,7 +62,7 @@ def _write_unigrams(out: BinaryIO, tables: Tables, words: Unigrams, vocabulary: 
         _lines(out, np.minimum(log10(words.probability[some]), 0), [text], None if backoff is None else log10(backoff[some]))
 
 
-def _write_part(out: BinaryIO, tables: Tables, part: Part, k: int, threshold: int, vocabulary: Any) -> None:
+def _write_part(out: BinaryIO, tables: Tables, part: PositionRange, k: int, threshold: int, vocabulary: Any) -> None:
     files, (first, end) = tables.files(part), tables.span(k, part)
     stays = np.flatnonzero(kept(files.column(k, "raw").read(), threshold))
     firsts = {i: files.column(i, "first").read() for i in range(2, k + 1)}

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.files import whole
-from megatrain.ngram.model import HeldWords, Model, Numbers, Order
+from megatrain.ngram.model import HeldWords, NgramModel, Numbers, Order
 from megatrain.ngram.table import MISSING, Table
 from megatrain.ngram.text import UNKNOWN
 
@@ -42,7 +42,7 @@ def is_binary(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def write_binary(model: Model, path: Path, quantize: int = 0) -> None:
+def write_binary(model: NgramModel, path: Path, quantize: int = 0) -> None:
     """Write a model, the whole file or nothing. quantize: bits of each log10 (2 to 16); 0 keeps float32. Raises ValueError."""
     if quantize and not 2 <= quantize <= 16:
         raise ValueError(f"--quantize {quantize} must be 2 to 16 bits, or 0 for float32. Use for example --quantize 8.")
@@ -63,7 +63,7 @@ def write_binary(model: Model, path: Path, quantize: int = 0) -> None:
             file.write(bytes(-values.nbytes % ALIGN))
 
 
-def _sections(model: Model, quantize: int) -> dict[str, Array]:
+def _sections(model: NgramModel, quantize: int) -> dict[str, Array]:
     if not isinstance(model.words, HeldWords):
         raise ValueError("only a model that was read from an ARPA file can be compiled")
     words = model.words.words
@@ -142,7 +142,7 @@ class _Quantised:
         return int(self.numbers.size)
 
 
-def map_binary(path: Path, *, verify: bool = False) -> Model:
+def map_binary(path: Path, *, verify: bool = False) -> NgramModel:
     """The model of a compiled file, memory-mapped. verify: read all and compare checksums.
 
     Raises BinaryError for another version, a truncated file, or damage.
@@ -172,7 +172,7 @@ def map_binary(path: Path, *, verify: bool = False) -> Model:
         for k in range(1, said["order"] + 1)
     ]
     words = MappedWords(Table(section("word_keys")), section("word_numbers"), section("words"), section("word_ends"))
-    return Model(orders, words)
+    return NgramModel(orders, words)
 
 
 def _head(path: Path) -> tuple[dict[str, Any], int]:

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.ngram.model import Model, perplexity
+from megatrain.ngram.model import NgramModel, perplexity
 
 Bucket = Literal["head", "middle", "tail"]
 BUCKETS: tuple[Bucket, ...] = ("head", "middle", "tail")
@@ -53,7 +53,7 @@ def cutoffs_of(perplexities: npt.NDArray[np.float64], percentiles: tuple[float, 
     return Cutoffs(float(middle), float(tail))
 
 
-def perplexities(model: Model, documents: Iterable[str]) -> Iterator[float]:
+def perplexities(model: NgramModel, documents: Iterable[str]) -> Iterator[float]:
     """The perplexity of each document; an empty one has that of an empty sentence."""
     waiting = iter(documents)
     while batch := list(islice(waiting, TOGETHER)):

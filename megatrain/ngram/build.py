@@ -6,13 +6,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.ngram.arpa_in import Arpa, Section
-from megatrain.ngram.model import HeldWords, Model, Order
+from megatrain.ngram.model import HeldWords, NgramModel, Order
 from megatrain.ngram.table import MISSING, Slots, Table, TwiceError
 
 Numbers = npt.NDArray[np.uint32]
 
 
-def model_of(arpa: Arpa) -> Model:
+def model_of(arpa: Arpa) -> NgramModel:
     """The model of an ARPA file. Suffixes that a pruned model lacks are added, with the probabilities that backing off gives them.
 
     Raises ArpaError.
@@ -30,7 +30,7 @@ def model_of(arpa: Arpa) -> Model:
                 orders.append(_order(orders, arpa, again))
             lacking = _lacking(orders, section.words)
         orders.append(_order(orders, arpa, k))
-    return Model(orders, words)
+    return NgramModel(orders, words)
 
 
 def _nodes(orders: list[Order], words: Numbers, length: int) -> Slots:
@@ -59,7 +59,7 @@ def _add_suffixes(arpa: Arpa, orders: list[Order], rows: Numbers) -> None:
     ends = np.zeros(rows.size, bool)
     ends[k - 1 :: k] = True
     nothing = np.zeros(0, np.float32)
-    below = Model([*orders[: k - 1], Order(None, nothing, nothing)], HeldWords(arpa.words))
+    below = NgramModel([*orders[: k - 1], Order(None, nothing, nothing)], HeldWords(arpa.words))
     log10 = below.log10(rows.ravel(), ends, bos=False)[ends]
     section = arpa.sections[k - 1]
     arpa.sections[k - 1] = Section(

@@ -12,7 +12,7 @@ import numpy as np
 from megatrain.data.prepare.read import read_documents
 from megatrain.files import make_folder, whole
 from megatrain.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
-from megatrain.ngram.model import Model
+from megatrain.ngram.model import NgramModel
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class FilterReport:
 
 def filter_files(
     inputs: Sequence[str | Path],
-    model: Model,
+    model: NgramModel,
     output: str | Path,
     keep: frozenset[str],
     percentiles: tuple[float, float] = PERCENTILES,

@@ -36,7 +36,7 @@ Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Part:
+class PositionRange:
     """Positions whose word is in first_word .. end_word - 1 and whose previous word is in first_before .. end_before - 1."""
 
     number: int
@@ -46,9 +46,9 @@ class Part:
     end_before: int = ANY
 
 
-def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[Part]:
+def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[PositionRange]:
     """Parts of about `size` positions, by ranges of words; positions of a more frequent word are divided by the word before."""
-    found: list[Part] = []
+    found: list[PositionRange] = []
     ends = np.cumsum(counts)
     first, before = 0, 0
     common = np.flatnonzero(counts > size)
@@ -56,7 +56,7 @@ def parts_of(counts: Counts, size: int, ids: Column | None = None) -> list[Part]
     while first < counts.size:
         end = max(int(np.searchsorted(ends, before + size, side="right")), first + 1)
         edges = [0, *cuts.get(first, []), ANY]
-        found += [Part(len(found) + n, first, end, *pair) for n, pair in enumerate(pairwise(edges))]
+        found += [PositionRange(len(found) + n, first, end, *pair) for n, pair in enumerate(pairwise(edges))]
         first, before = end, int(ends[end - 1])
     return found
 
@@ -86,10 +86,10 @@ def _before(words: Ids) -> Ids:
     return np.where(words == END, np.uint32(BEGIN), words)
 
 
-def part_at(parts: list[Part], size: int) -> Callable[[Ids, Ids], npt.NDArray[np.uint16]]:
+def part_at(parts: list[PositionRange], size: int) -> Callable[[Ids, Ids], npt.NDArray[np.uint16]]:
     """A function (words, words before them) -> the number of each position's part. size: of the vocabulary."""
     home = np.zeros(size, np.uint16)
-    several: dict[int, list[Part]] = {}
+    several: dict[int, list[PositionRange]] = {}
     for part in reversed(parts):
         home[part.first_word : part.end_word] = part.number
         if (part.first_before, part.end_before) != (0, ANY):
@@ -111,7 +111,7 @@ class PartFiles:
     """The files of a part, for orders k = 2 .. N; n-grams are numbered within the part."""
 
     folder: Path
-    part: Part
+    part: PositionRange
 
     def column(self, order: int, name: str) -> Column:
         """A column by name: for each n-gram in suffix order its `first` word, number of its `suffix` (a word for order 2), `raw` and
@@ -135,7 +135,7 @@ class PartCounts:
     """(first word, raw, adjusted) of the last n-gram of each order 2 .. N; (0, 0, 0) if there is none."""
 
 
-def part_positions(ids: Column, part: Part, order: int) -> Iterator[tuple[Ids, list[Ids]]]:
+def part_positions(ids: Column, part: PositionRange, order: int) -> Iterator[tuple[Ids, list[Ids]]]:
     """For each stretch of the text: [n] the part's words, and for j = 1 .. order - 1 the words j places before them.
 
     BEGIN stands for the start of the sentence, and NONE for places before that.
@@ -161,7 +161,7 @@ def part_positions(ids: Column, part: Part, order: int) -> Iterator[tuple[Ids, l
         yield block[at], before
 
 
-def count_part(ids: Column, part: Part, order: int, folder: Path) -> PartCounts:
+def count_part(ids: Column, part: PositionRange, order: int, folder: Path) -> PartCounts:
     """Find the n-grams of a part and write its files; returns its counts."""
     files = PartFiles(folder, part)
     stretches = list(part_positions(ids, part, order))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.table import MISSING, Slots, Table
-from megatrain.ngram.text import BEGIN, END, UNKNOWN, Words, split
+from megatrain.ngram.text import BEGIN, END, UNKNOWN, TextWords, split
 
 Numbers = npt.NDArray[np.uint32]
 BATCH_BYTES = 4 << 20
@@ -67,7 +67,7 @@ class Lookup(Protocol):
 
 
 @dataclass(frozen=True)
-class Model:
+class NgramModel:
     """A model for scoring: n-grams of each order, and the vocabulary."""
 
     orders: Sequence[Order]
@@ -96,12 +96,12 @@ class Model:
         if batch:
             yield from self.score_words(split(self.space(b"\n".join(batch) + b"\n")), bos=bos, eos=eos)
 
-    def score_words(self, text: Words, *, bos: bool = True, eos: bool = True) -> list[Score]:
+    def score_words(self, text: TextWords, *, bos: bool = True, eos: bool = True) -> list[Score]:
         """The score of each line of a text that ends with a line end."""
         totals = self.totals(text, bos=bos, eos=eos)
         return [Score(*row) for row in zip(*(column.tolist() for column in totals), strict=True)]
 
-    def totals(self, text: Words, *, bos: bool = True, eos: bool = True) -> tuple[npt.NDArray[Any], ...]:
+    def totals(self, text: TextWords, *, bos: bool = True, eos: bool = True) -> tuple[npt.NDArray[Any], ...]:
         """For each line: log10, number of tokens, number of unknown words, log10 of these."""
         numbers = np.full(text.line_ends.size, END, np.uint32)
         numbers[~text.line_ends] = self.words.numbers(text.words)

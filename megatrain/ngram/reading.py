@@ -9,11 +9,11 @@ from megatrain.files import doing
 from megatrain.ngram.arpa_in import read_arpa
 from megatrain.ngram.binary import is_binary, map_binary
 from megatrain.ngram.build import model_of
-from megatrain.ngram.model import Model
+from megatrain.ngram.model import NgramModel
 from megatrain.ngram.units import WORDS, spacing
 
 
-def load(path: str | Path, units: str = WORDS) -> Model:
+def load(path: str | Path, units: str = WORDS) -> NgramModel:
     """The model of a file: `load(PATH).score(lines)`. Raises ArpaError, BinaryError, TokenizerError or OSError.
 
     units: the units that the model was fitted with (`units.py`).

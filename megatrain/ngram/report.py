@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.files import opened
-from megatrain.ngram.model import Model, perplexity
+from megatrain.ngram.model import NgramModel, perplexity
 from megatrain.ngram.text import line_blocks, require_text, split
 
 
-def report(model: Model, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
+def report(model: NgramModel, path: Path, sentences: bool = True, summary_only: bool = False) -> Iterator[str]:
     """Lines of JSON for a text file: log10, tokens, oov, perplexity; then the totals, also without unknown words.
 
     Raises TextError or OSError.

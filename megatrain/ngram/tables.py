@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.ngram.column import Column
-from megatrain.ngram.grams import NONE, Part, PartCounts, PartFiles, part_at
+from megatrain.ngram.grams import NONE, PartCounts, PartFiles, PositionRange, part_at
 from megatrain.ngram.text import BEGIN, END, Corpus
 
 Ids = npt.NDArray[np.uint32]
@@ -25,7 +25,7 @@ class Tables:
 
     corpus: Corpus
     order: int
-    parts: list[Part]
+    parts: list[PositionRange]
     counts: list[PartCounts]
     folder: Path
     raw: npt.NDArray[np.int64] = field(init=False)
@@ -47,11 +47,11 @@ class Tables:
         """Number of n-grams of an order, pruned ones included."""
         return self.corpus.vocabulary.size if order == 1 else int(self._starts[order][-1])
 
-    def files(self, part: Part) -> PartFiles:
+    def files(self, part: PositionRange) -> PartFiles:
         """The files of a part."""
         return PartFiles(self.folder, part)
 
-    def span(self, order: int, part: Part) -> tuple[int, int]:
+    def span(self, order: int, part: PositionRange) -> tuple[int, int]:
         """(first, end): the numbers of a part's n-grams of an order of 2 or more are first .. end - 1."""
         starts = self._starts[order]
         return int(starts[part.number]), int(starts[part.number + 1])

@@ -35,7 +35,7 @@ class TextError(ValueError):
 
 
 @dataclass(frozen=True)
-class Words:
+class TextWords:
     """The words and line ends of a piece of text, in order."""
 
     words: Any
@@ -44,7 +44,7 @@ class Words:
     """[words + line ends] True for a line end, False for a word."""
 
 
-def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[Words]:
+def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[TextWords]:
     """The text of a file in pieces of about CHUNK_BYTES, cut at blanks; a last line without a line end gets one."""
     rest, last = b"", _LINE_FEED
     while data := file.read(CHUNK_BYTES):
@@ -80,7 +80,7 @@ def require_text(file: BufferedReader, path: Path) -> None:
         raise TextError(f"{path}: {said}")
 
 
-def split(data: bytes) -> Words:
+def split(data: bytes) -> TextWords:
     """The words and line ends of bytes that end with a blank or a line end."""
     buffer = np.frombuffer(data, np.uint8)
     inside = ~_BLANK[buffer]
@@ -94,10 +94,10 @@ def split(data: bytes) -> Words:
     events = np.flatnonzero(starts | (buffer == _LINE_FEED))
     pa = pyarrow()
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(buffer[inside])]
-    return Words(pa.Array.from_buffers(pa.binary(), begins.size, buffers), buffer[events] == _LINE_FEED)
+    return TextWords(pa.Array.from_buffers(pa.binary(), begins.size, buffers), buffer[events] == _LINE_FEED)
 
 
-class Vocabulary:
+class WordTable:
     """Words and their numbers. Takes memory for the words themselves, and 16 bytes for each."""
 
     def __init__(self) -> None:
@@ -173,7 +173,7 @@ class Corpus:
 
     ids: Column
     """Word numbers, uint32; each sentence ends in END."""
-    vocabulary: Vocabulary
+    vocabulary: WordTable
     counts: npt.NDArray[np.int64]
     """[vocabulary] occurrences of each word."""
 
@@ -189,7 +189,7 @@ def number_text(
 
     space: puts blanks between the units of whole lines; None: units are words. skip_symbols: reserved words are blanks instead.
     """
-    vocabulary, ids = Vocabulary(), Column(work / "ids", np.uint32)
+    vocabulary, ids = WordTable(), Column(work / "ids", np.uint32)
     special = pyarrow().array(SPECIAL, pyarrow().binary())
     counts = np.zeros(1 << 16, np.int64)
     for path in paths:
@@ -210,16 +210,16 @@ def number_text(
     return Corpus(ids, vocabulary, counts[: vocabulary.size].copy())
 
 
-def _without_special(piece: Words) -> Words:
+def _without_special(piece: TextWords) -> TextWords:
     """Words and line ends without the reserved words."""
     pa = pyarrow()
     stays = pa.compute.invert(pa.compute.is_in(piece.words, pa.array(SPECIAL, pa.binary())))
     kept = np.ones(piece.line_ends.size, bool)
     kept[~piece.line_ends] = stays.to_numpy(zero_copy_only=False)
-    return Words(piece.words.filter(stays), piece.line_ends[kept])
+    return TextWords(piece.words.filter(stays), piece.line_ends[kept])
 
 
-def _refuse_special(vocabulary: Vocabulary, special: Any, first: int, path: Path) -> None:
+def _refuse_special(vocabulary: WordTable, special: Any, first: int, path: Path) -> None:
     new = vocabulary.words.slice(first)
     is_special = pyarrow().compute.is_in(new, special.cast(pyarrow().large_binary())).to_numpy(zero_copy_only=False)
     if is_special.any():

@@ -17,7 +17,7 @@ STATISTICS_BYTES = 4
 
 
 @dataclass(frozen=True)
-class Layout:
+class ActivationLayout:
     """The part of the layout that the activations of one rank depend on."""
 
     micro_batch_size: int
@@ -26,7 +26,7 @@ class Layout:
 
 
 def layer_activation_bytes(
-    model: ModelConfig, layout: Layout, recompute: Literal["none", "selective", "full"], element_bytes: int
+    model: ModelConfig, layout: ActivationLayout, recompute: Literal["none", "selective", "full"], element_bytes: int
 ) -> float:
     """Bytes that one layer keeps of one micro-batch on one rank. element_bytes: 2 for bf16, 4 for fp32.
 

@@ -24,7 +24,7 @@ import xxhash
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.schema import Config
-from megatrain.huggingface.files import is_hf
+from megatrain.huggingface.model_files import is_hf
 from megatrain.resuming.changed import changes
 from megatrain.runtime.launch import Launch
 

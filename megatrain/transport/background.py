@@ -48,7 +48,7 @@ class WatchedWork:
         return self._ended.is_set()
 
 
-class Watch:
+class WaitingThread:
     """The thread, started when it is first needed; it waits for one call after the other."""
 
     def __init__(self, name: str) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from megatrain.transport.background import Watch, Work
+from megatrain.transport.background import WaitingThread, Work
 from megatrain.transport.group import (
     Group,
     Handle,
@@ -142,7 +142,7 @@ class TorchGroup(Group):
         connection: _Connection,
         device: torch.device,
         timeout_seconds: float,
-        watch: Watch,
+        watch: WaitingThread,
     ) -> None:
         self.name = name
         self.ranks = ranks
@@ -317,7 +317,7 @@ class TorchWorld(World):
         self._connections: list[_Connection] = []
         self._unused: dist.ProcessGroup | None = None
         """Torch's own group of all ranks, until an axis of all ranks takes it."""
-        self._watch = Watch("megatrain-sends")
+        self._watch = WaitingThread("megatrain-sends")
 
     @classmethod
     def connect(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatrain.transport.background import Watch, Work
+from megatrain.transport.background import WaitingThread, Work
 from megatrain.transport.group import REDUCTIONS, Group, ReduceOp
 from megatrain.transport.shared_memory import SharedSlots, fits
 
@@ -30,7 +30,7 @@ class Exchanges:
         self._timeout = timeout_seconds
         self._slots: SharedSlots | None = None
         self._tried = False
-        self._thread = Watch("megatrain-exchanges")
+        self._thread = WaitingThread("megatrain-exchanges")
 
     def ready(self, group: Group, blocks: int, block: torch.Tensor) -> bool:
         """Whether `blocks` blocks like `block` may be exchanged here; the first call sets up the shared memory (collective)."""

@@ -35,7 +35,7 @@ from megatrain.transport.group import (
     check_place,
     check_reduction,
 )
-from megatrain.transport.turns import Turns
+from megatrain.transport.turns import RankTurns
 
 _NOTHING = torch.empty(0)
 
@@ -113,7 +113,7 @@ class _Job:
         self.waiting: dict[int, tuple[_Round, _Part]] = {}
         self.ended: dict[int, BaseException | None] = {}
         self.failure = ""
-        self.turns = Turns()
+        self.turns = RankTurns()
 
     # All methods below are called with the lock held.
 

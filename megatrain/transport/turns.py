@@ -13,7 +13,7 @@ _LOOK_SECONDS = 0.2
 """How often a rank that waits for its turn checks whether the job has failed."""
 
 
-class Turns:
+class RankTurns:
     """The rank, among those of one process, that may compute."""
 
     def __init__(self) -> None:

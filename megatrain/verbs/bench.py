@@ -34,10 +34,10 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, prepare_torch, require_memory, require_precision, require_schedule, vocabulary
 from megatrain.runtime.allocator import tune_allocator
+from megatrain.runtime.device_memory import memory_of, peak_memory_bytes
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.launch import Launch
-from megatrain.runtime.memory import memory_of, peak_memory_bytes
 from megatrain.runtime.reports import Reports, StepReport
 from megatrain.testing.trace import ANY_DATA, random_source
 from megatrain.training import Observers, Phase, Run, queue_step, train_step

@@ -27,7 +27,7 @@ from megatrain.data.boundaries import TokenizerError
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.files import whole
 from megatrain.huggingface.families import Part
-from megatrain.huggingface.files import (
+from megatrain.huggingface.model_files import (
     COMPANION_FOLDER,
     COMPANIONS,
     CONFIG,

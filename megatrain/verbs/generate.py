@@ -15,7 +15,7 @@ from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.stream import pieces_of_text
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.inference.decoding import Beams, Choice, Decoder, best_continuation, continuation
+from megatrain.inference.decoding import Beams, Decoder, Sampling, best_continuation, continuation
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.parallel.mesh import ParallelContext
@@ -113,7 +113,7 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tok
         sys.stderr.write(f"megatrain: {note}\n")
     beams, ends = beams_of(arguments), codec.ending.stops
     if beams is None:
-        tokens = continuation(decoder, prompt, arguments.max_tokens, choice_of(arguments), arguments.seed, ends)
+        tokens = continuation(decoder, prompt, arguments.max_tokens, sampling_of(arguments), arguments.seed, ends)
     else:
         tokens = iter(best_continuation(decoder, prompt, arguments.max_tokens, beams, ends))
     out.write(arguments.prompt)
@@ -121,10 +121,10 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tok
     out.write("\n")
 
 
-def choice_of(arguments: Arguments) -> Choice:
+def sampling_of(arguments: Arguments) -> Sampling:
     """How a token is chosen, from the command line; one beam means the most probable token."""
     greedy = arguments.greedy or arguments.beams is not None
-    return Choice(greedy, arguments.temperature, arguments.top_k, arguments.top_p)
+    return Sampling(greedy, arguments.temperature, arguments.top_k, arguments.top_p)
 
 
 def beams_of(arguments: Arguments) -> Beams | None:
@@ -161,6 +161,6 @@ def _fill(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokeniz
         before += encoded[number]
         if number < len(masks):
             seed = arguments.seed + number
-            tokens = filling.fill(number, arguments.max_tokens, choice_of(arguments), seed, beams_of(arguments))
+            tokens = filling.fill(number, arguments.max_tokens, sampling_of(arguments), seed, beams_of(arguments))
             before += _show(codec, tokens, before, out)
     out.write("\n")

@@ -14,7 +14,7 @@ from megatrain.checkpoint.together import ContentError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import ModelConfig
 from megatrain.data.loader import Loader
-from megatrain.inference.glm import Marks, places_of
+from megatrain.inference.glm_positions import Marks, places_of
 from megatrain.init_from import shapes_of, start_from
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch

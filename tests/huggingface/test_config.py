@@ -12,7 +12,7 @@ from megatrain.config.load import from_dict
 from megatrain.config.source import ConfigError
 from megatrain.data.indexed import TokenStoreWriter
 from megatrain.huggingface.config import config_of, kind_of, model_of
-from megatrain.huggingface.files import _merged
+from megatrain.huggingface.model_files import _merged
 from megatrain.verbs.exchange import import_hf
 
 hf = pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 import megatrain
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
 from megatrain.config.schema import ModelConfig
-from megatrain.huggingface import files as hf_files
+from megatrain.huggingface import model_files as hf_files
 from megatrain.huggingface.config import config_of, kind_of, model_of, same_model
 from megatrain.huggingface.families import FAMILIES, parts_of
 from megatrain.verbs.exchange import convert, export_hf, import_hf
@@ -103,7 +103,7 @@ def test_a_sharded_bf16_directory_round_trips(tmp_path, case):
 def test_large_exports_are_sharded(tmp_path, monkeypatch):
     import_hf(write("llama", tmp_path / "hf"), tmp_path / "run")
     monkeypatch.setattr(
-        "megatrain.huggingface.files.export.__kwdefaults__", {"like": None, "dtype": None, "shard_bytes": 50_000}
+        "megatrain.huggingface.model_files.export.__kwdefaults__", {"like": None, "dtype": None, "shard_bytes": 50_000}
     )
     export_hf(tmp_path / "run", tmp_path / "back", None, None)
     files = sorted(file.name for file in (tmp_path / "back").glob("*.safetensors"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatrain.config.schema import ModelConfig
-from megatrain.inference.decoding import Beams, Choice, Decoder, beam_search, best_continuation, continuation
+from megatrain.inference.decoding import Beams, Decoder, Sampling, beam_search, best_continuation, continuation
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel.mesh import ParallelContext
 
@@ -104,7 +104,7 @@ def test_beams_of_a_model_are_exhaustive_search():
     scores = {text: log_probability(prompt, text) for text in itertools.product(range(5), repeat=3)}
     best = max(scores, key=lambda text: scores[text])
     assert tuple(best_continuation(Decoder(gpt()), prompt, 3, Beams(125))) == best
-    greedy = list(continuation(Decoder(gpt()), prompt, 3, Choice(greedy=True), 0))
+    greedy = list(continuation(Decoder(gpt()), prompt, 3, Sampling(greedy=True), 0))
     assert list(best_continuation(Decoder(gpt()), prompt, 3, Beams(1))) == greedy
 
 
@@ -117,7 +117,7 @@ def test_beams_do_not_forget():
     ):
         best_continuation(Decoder(gpt()), [0] * 24, 1, Beams(2))
     assert len(best_continuation(Decoder(gpt()), [0] * 23, 1, Beams(2))) == 1
-    assert len(list(continuation(Decoder(gpt()), [0] * 24, 1, Choice(greedy=True), 0))) == 1
+    assert len(list(continuation(Decoder(gpt()), [0] * 24, 1, Sampling(greedy=True), 0))) == 1
 
 
 @pytest.mark.parametrize("position", ["learned", "rope"])

@@ -10,7 +10,7 @@ from tokenizer_models import sentencepiece
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump, from_dict
 from megatrain.data.samples.infilling import Sentinels
-from megatrain.inference.decoding import Beams, Choice, Decoder
+from megatrain.inference.decoding import Beams, Decoder, Sampling
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.trained import laid_out, saved_config
 from megatrain.kernels.attention_mask import causal_mask
@@ -79,8 +79,8 @@ def test_cached_and_uncached_decoding_give_the_same_logits(shape, monkeypatch):
 
     monkeypatch.setattr(decoder, "feed", watched)
     filling = filling_of(decoder)
-    first = list(filling.fill(0, 5, Choice(temperature=4.0), 1))
-    second = list(filling.fill(1, 5, Choice(temperature=4.0), 3))
+    first = list(filling.fill(0, 5, Sampling(temperature=4.0), 1))
+    second = list(filling.fill(1, 5, Sampling(temperature=4.0), 3))
     assert seen[0][0] == [259, 97, 98, 99, 260, 100, 101, 261] and first and second
     tokens, positions, inside = [], [], []
     for piece in seen:
@@ -93,10 +93,10 @@ def test_cached_and_uncached_decoding_give_the_same_logits(shape, monkeypatch):
 
 def test_the_end_of_a_piece_is_not_written():
     (model,) = chunks = chunks_of(config_of())
-    plain = list(filling_of(Decoder(chunks)).fill(0, 8, Choice(greedy=True), 0))
+    plain = list(filling_of(Decoder(chunks)).fill(0, 8, Sampling(greedy=True), 0))
     with torch.no_grad():  # the head is the embedding: an end of piece a little longer than the third token is preferred to it
         model.embedding.tokens.weight[IDS.eop] = 1.001 * model.embedding.tokens.weight[plain[2]]
-    assert list(filling_of(Decoder(chunks)).fill(0, 8, Choice(greedy=True), 0)) == plain[: plain.index(plain[2])]
+    assert list(filling_of(Decoder(chunks)).fill(0, 8, Sampling(greedy=True), 0)) == plain[: plain.index(plain[2])]
 
 
 def test_what_is_not_text_is_not_written():
@@ -104,14 +104,14 @@ def test_what_is_not_text_is_not_written():
     for seed in range(6):
         filling = filling_of(Decoder(chunks))
         for number in (0, 1):
-            assert all(token < 256 for token in filling.fill(number, 8, Choice(temperature=3.0), seed))
-        assert all(token < 256 for token in filling_of(Decoder(chunks)).fill(0, 4, Choice(), 0, Beams(8)))
+            assert all(token < 256 for token in filling.fill(number, 8, Sampling(temperature=3.0), seed))
+        assert all(token < 256 for token in filling_of(Decoder(chunks)).fill(0, 4, Sampling(), 0, Beams(8)))
 
 
 def test_a_model_whose_length_is_used_up_stops():
     decoder = Decoder(chunks_of(config_of(seq_length=16)))
     filling = filling_of(decoder)
-    texts = [list(filling.fill(n, 100, Choice(), n)) for n in (0, 1)]
+    texts = [list(filling.fill(n, 100, Sampling(), n)) for n in (0, 1)]
     assert 2 <= len(texts[0]) <= 5 and decoder.length <= 16
     with pytest.raises(ValueError, match=r"the prompt has 8 tokens and 2 blanks, and model\.max_positions is 11"):
         filling_of(Decoder(chunks_of(config_of(seq_length=11))))
@@ -141,7 +141,7 @@ def saved(directory, config, layout=None):
 def test_every_layout_fills_alike(tmp_path, shape, size, layout, beams):
     def fill(decoder):
         filling = filling_of(decoder)
-        return [list(filling.fill(n, 6, Choice(), n, beams)) for n in (0, 1)]
+        return [list(filling.fill(n, 6, Sampling(), n, beams)) for n in (0, 1)]
 
     path = saved(tmp_path, config_of(shape), MeshShape(tp=2))
     config = laid_out(saved_config(path), layout, size)
@@ -153,7 +153,7 @@ def test_every_layout_fills_alike(tmp_path, shape, size, layout, beams):
 def test_beams_that_are_wide_enough_find_the_best_text():
     """Of all texts of two tokens out of the likeliest twelve for a blank, none is better than what 200 beams find."""
     chunks = chunks_of(config_of())
-    best = list(filling_of(Decoder(chunks)).fill(0, 2, Choice(), 0, Beams(V)))
+    best = list(filling_of(Decoder(chunks)).fill(0, 2, Sampling(), 0, Beams(V)))
 
     def worth(text):
         decoder = Decoder(chunks)
@@ -174,8 +174,8 @@ def test_beams_that_are_wide_enough_find_the_best_text():
 def test_what_is_written_is_seen_by_the_next_blank():
     chunks = chunks_of(config_of())
     plain, after = filling_of(Decoder(chunks)), filling_of(Decoder(chunks))
-    list(plain.fill(0, 1, Choice(greedy=True), 0))
-    list(after.fill(0, 1, Choice(greedy=True), 0))
+    list(plain.fill(0, 1, Sampling(greedy=True), 0))
+    list(after.fill(0, 1, Sampling(greedy=True), 0))
     after._feed(0, [[120]], 3)
     assert plain._feed(1, [[IDS.sop]], 1).ne(after._feed(1, [[IDS.sop]], 1)).any()
 

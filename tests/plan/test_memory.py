@@ -11,7 +11,7 @@ from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import Block
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import MeshShape
-from megatrain.plan.memory import Layout, layer_activation_bytes
+from megatrain.plan.memory import ActivationLayout, layer_activation_bytes
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
 
@@ -73,13 +73,13 @@ def kept_bytes(ctx, model, recompute, sequence_parallel, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_keeps_what_the_page_counts(recompute, name, tp, sequence_parallel, dtype):
     measured = simulate(MeshShape(tp=tp), kept_bytes, MODELS[name], recompute, sequence_parallel, dtype)
-    counted = layer_activation_bytes(MODELS[name], Layout(B, tp, sequence_parallel), recompute, dtype.itemsize)
+    counted = layer_activation_bytes(MODELS[name], ActivationLayout(B, tp, sequence_parallel), recompute, dtype.itemsize)
     assert measured == pytest.approx([counted] * tp, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama", "geglu"])
 def test_selective_keeps_three_quarters_at_most(name):
-    none, selective = (layer_activation_bytes(MODELS[name], Layout(B), mode, 2) for mode in ("none", "selective"))
+    none, selective = (layer_activation_bytes(MODELS[name], ActivationLayout(B), mode, 2) for mode in ("none", "selective"))
     assert selective <= 0.75 * none
 
 
@@ -102,11 +102,11 @@ def test_memory_of_a_pipeline_follows_the_peak_of_saved_states():
         )
         return simulate(MeshShape(pp=4), most_kept, config)
 
-    one = 2 * layer_activation_bytes(model, Layout(1), "none", 4)
+    one = 2 * layer_activation_bytes(model, ActivationLayout(1), "none", 4)
     for stage, most in list(enumerate(peaks("1f1b")))[1:3]:  # the ends have embedding and logits besides
         assert most == pytest.approx((4 - stage) * one, rel=0.15)
     for most in peaks("gpipe")[1:3]:
         assert most == pytest.approx(8 * one, rel=0.15)
-    full = 2 * layer_activation_bytes(model, Layout(1), "full", 4)
+    full = 2 * layer_activation_bytes(model, ActivationLayout(1), "full", 4)
     for most in peaks("gpipe", "full")[1:3]:
         assert most == pytest.approx(8 * full + one / 2, rel=0.15), "inputs, and what one layer needs while it runs again"

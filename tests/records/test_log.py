@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatrain.records.log import JsonLines, RunLog, evaluation_lines, step_line
 from megatrain.records.rows import EvaluationRow, StepRow, perplexity, read_metrics
-from megatrain.runtime.memory import peak_memory_bytes
+from megatrain.runtime.device_memory import peak_memory_bytes
 
 
 def row(step, loss=2.3456, **changes):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatrain.testing import simulate, spawn
-from megatrain.transport.background import Watch
+from megatrain.transport.background import WaitingThread
 
 
 class Call:
@@ -23,7 +23,7 @@ class Call:
 
 
 def test_calls_end_one_after_the_other():
-    watch, calls = Watch("test"), [Call(), Call()]
+    watch, calls = WaitingThread("test"), [Call(), Call()]
     watched = [watch.watched(call) for call in calls]
     assert not any(w.is_completed() for w in watched)
     calls[0].ended.set()
@@ -35,7 +35,7 @@ def test_calls_end_one_after_the_other():
 
 
 def test_an_error_is_raised_where_one_waits():
-    watch, call = Watch("test"), Call(RuntimeError("connection reset"))
+    watch, call = WaitingThread("test"), Call(RuntimeError("connection reset"))
     watched = watch.watched(call)
     call.ended.set()
     with pytest.raises(RuntimeError, match="connection reset"):

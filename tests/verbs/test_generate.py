@@ -11,7 +11,7 @@ from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
 from megatrain.config.source import ConfigError
-from megatrain.inference.decoding import Choice, Decoder, continuation
+from megatrain.inference.decoding import Decoder, Sampling, continuation
 from megatrain.inference.trained import laid_out, saved_config
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_another_dtype_is_read_as_float32(tmp_path):
 def test_generation_goes_on_beyond_the_models_length():
     config = config_of()
     model = model_of(config)
-    got = list(continuation(Decoder([model]), [1, 2, 3], 60, Choice(greedy=True), 0))
+    got = list(continuation(Decoder([model]), [1, 2, 3], 60, Sampling(greedy=True), 0))
     assert len(got) == 60
     ids, window = [1, 2, 3], []
     for token in got:
@@ -123,8 +123,10 @@ def test_a_prompt_longer_than_the_model_keeps_its_end():
 
 def test_the_end_token_stops():
     model = model_of(config_of())
-    free = list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0))
-    assert list(continuation(Decoder([model]), [1], 20, Choice(greedy=True), 0, ends=[free[3]])) == free[: free.index(free[3])]
+    free = list(continuation(Decoder([model]), [1], 20, Sampling(greedy=True), 0))
+    assert (
+        list(continuation(Decoder([model]), [1], 20, Sampling(greedy=True), 0, ends=[free[3]])) == free[: free.index(free[3])]
+    )
 
 
 LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
@@ -133,18 +135,18 @@ LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
 @pytest.mark.parametrize(
     ("choice", "want"),
     [
-        (Choice(), [0.1, 0.5, 0.2, 0.15, 0.05]),
-        (Choice(greedy=True), [0, 1, 0, 0, 0]),
-        (Choice(top_k=1), [0, 1, 0, 0, 0]),
-        (Choice(top_k=2), [0, 5 / 7, 2 / 7, 0, 0]),
-        (Choice(top_k=99), [0.1, 0.5, 0.2, 0.15, 0.05]),
-        (Choice(top_p=0.01), [0, 1, 0, 0, 0]),
-        (Choice(top_p=0.6), [0, 5 / 7, 2 / 7, 0, 0]),
-        (Choice(top_p=0.8), [0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0]),
-        (Choice(top_p=1.0), [0.1, 0.5, 0.2, 0.15, 0.05]),
-        (Choice(top_k=2, top_p=0.72), [0, 5 / 7, 2 / 7, 0, 0]),
-        (Choice(top_k=2, top_p=0.7), [0, 1, 0, 0, 0]),
-        (Choice(temperature=0.5), [p * p / 0.325 for p in (0.1, 0.5, 0.2, 0.15, 0.05)]),
+        (Sampling(), [0.1, 0.5, 0.2, 0.15, 0.05]),
+        (Sampling(greedy=True), [0, 1, 0, 0, 0]),
+        (Sampling(top_k=1), [0, 1, 0, 0, 0]),
+        (Sampling(top_k=2), [0, 5 / 7, 2 / 7, 0, 0]),
+        (Sampling(top_k=99), [0.1, 0.5, 0.2, 0.15, 0.05]),
+        (Sampling(top_p=0.01), [0, 1, 0, 0, 0]),
+        (Sampling(top_p=0.6), [0, 5 / 7, 2 / 7, 0, 0]),
+        (Sampling(top_p=0.8), [0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0]),
+        (Sampling(top_p=1.0), [0.1, 0.5, 0.2, 0.15, 0.05]),
+        (Sampling(top_k=2, top_p=0.72), [0, 5 / 7, 2 / 7, 0, 0]),
+        (Sampling(top_k=2, top_p=0.7), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=0.5), [p * p / 0.325 for p in (0.1, 0.5, 0.2, 0.15, 0.05)]),
     ],
     ids=str,
 )
@@ -153,24 +155,24 @@ def test_probabilities(choice, want):
 
 
 def test_a_tiny_temperature_is_greedy_and_diverged_logits_are_an_error():
-    torch.testing.assert_close(Choice(temperature=1e-40).probabilities(LOGITS), torch.tensor([0.0, 1, 0, 0, 0]))
+    torch.testing.assert_close(Sampling(temperature=1e-40).probabilities(LOGITS), torch.tensor([0.0, 1, 0, 0, 0]))
     with pytest.raises(ValueError, match="training has diverged"):
-        Choice().probabilities(LOGITS * torch.nan)
+        Sampling().probabilities(LOGITS * torch.nan)
 
 
 def test_draws_follow_the_probabilities_and_the_seed():
     def draw(seed, n):
         generator = torch.Generator().manual_seed(seed)
-        return [Choice(top_k=3).draw(LOGITS, generator) for _ in range(n)]
+        return [Sampling(top_k=3).draw(LOGITS, generator) for _ in range(n)]
 
     assert draw(1, 50) == draw(1, 50) != draw(2, 50)
     counts = torch.bincount(torch.tensor(draw(3, 4000)), minlength=5) / 4000
-    torch.testing.assert_close(counts, Choice(top_k=3).probabilities(LOGITS), atol=0.03, rtol=0)
+    torch.testing.assert_close(counts, Sampling(top_k=3).probabilities(LOGITS), atol=0.03, rtol=0)
 
 
 def test_no_global_generator_is_touched():
     before = torch.get_rng_state()
-    list(continuation(Decoder([model_of(config_of())]), [1], 3, Choice(), 5))
+    list(continuation(Decoder([model_of(config_of())]), [1], 3, Sampling(), 5))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -253,11 +255,11 @@ LAYOUTS = [
 def test_every_layout_writes_the_same_text(tmp_path, variant, size, overrides):
     path = saved(tmp_path, config_of(**variant), MeshShape(tp=2))
     alone = Decoder([model_of(config_of(**variant))])
-    expected = list(continuation(alone, [1, 2, 3], 30, Choice(), 5))
+    expected = list(continuation(alone, [1, 2, 3], 30, Sampling(), 5))
     config = laid_out(saved_config(path), overrides, size)
 
     def write(ctx):
-        return list(continuation(load_decoder(path, config, ctx), [1, 2, 3], 30, Choice(), 5))
+        return list(continuation(load_decoder(path, config, ctx), [1, 2, 3], 30, Sampling(), 5))
 
     assert simulate(mesh_shape(config.parallel, size), write) == [expected] * size
 

@@ -49,7 +49,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A part of a document; concatenated, the pieces up to the one with `last` set are the document."""
 
     text: str
@@ -73,14 +73,14 @@ def read_documents(
 
 def read_pieces(
     paths: Iterable[str | Path], key: str = "text", divide: bool = True, on_bytes: Callable[[int], None] = ignore_bytes
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """The documents, in order, in pieces of about PIECE_CHARACTERS cut at SAFE_CUT; without `divide` whole. Raises ReadError.
 
     A stretch without a place to cut stays whole, however long.
     """
     for path in map(Path, paths):
         if not divide:
-            yield from (Piece(document.text, True) for document in read_documents([path], key, on_bytes))
+            yield from (TextPiece(document.text, True) for document in read_documents([path], key, on_bytes))
         elif _is_lines(path):
             for document in _line_documents(path, key, on_bytes):
                 yield from _pieces([document.text])
@@ -254,7 +254,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[Piece]:
+def _pieces(chunks: Iterable[str]) -> Iterator[TextPiece]:
     """One document, given in chunks, in pieces that a divisible tokenizer encodes as it would the whole."""
     buffer, searched = "", PIECE_CHARACTERS
     for chunk in chunks:
@@ -265,7 +265,7 @@ def _pieces(chunks: Iterable[str]) -> Iterator[Piece]:
             if cut is None:
                 searched = len(buffer) - start
                 break
-            yield Piece(buffer[start : cut.start()], False)
+            yield TextPiece(buffer[start : cut.start()], False)
             start, searched = cut.start(), PIECE_CHARACTERS
         buffer = buffer[start:]
-    yield Piece(buffer, True)
+    yield TextPiece(buffer, True)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from megatrain.data.bar import bar
 from megatrain.data.boundaries import NONE, Asked, TokenizerError, shown
 from megatrain.data.indexed import TokenStoreWriter, best_dtype
-from megatrain.data.prepare.read import Piece, read_pieces, total_bytes
+from megatrain.data.prepare.read import TextPiece, read_pieces, total_bytes
 from megatrain.data.store_record import record_of
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -100,7 +100,7 @@ def tokenize_files(
         raise ValueError("there is nothing to tokenise: give --input FILE...")
     size = total_bytes(inputs)
 
-    def encode(pieces: list[_Place]) -> _Encoded:
+    def encode(pieces: list[_PlacedPiece]) -> _Encoded:
         return _encode(encoder, pieces, around)
 
     text_bytes = 0
@@ -125,20 +125,20 @@ def tokenize_files(
     return TokenizeReport(str(output), writer.documents, documents.empty, writer.tokens, text_bytes, seconds, around.said)
 
 
-class _Place(NamedTuple):
+class _PlacedPiece(NamedTuple):
     """A piece, and whether it is the first of its document."""
 
-    piece: Piece
+    piece: TextPiece
     first: bool
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[_Place]]:
+def _batches(pieces: Iterable[TextPiece]) -> Iterator[list[_PlacedPiece]]:
     """Pieces in batches of about BATCH_CHARACTERS."""
-    batch: list[_Place] = []
+    batch: list[_PlacedPiece] = []
     characters = 0
     first = True
     for piece in pieces:
-        batch.append(_Place(piece, first))
+        batch.append(_PlacedPiece(piece, first))
         first = piece.last
         characters += len(piece.text) + 1
         if characters >= BATCH_CHARACTERS:
@@ -173,7 +173,7 @@ def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
     return _Around(begin, end, f"; each document {', and '.join(said)}" if said else "")
 
 
-def _encode(tokenizer: Tokenizer, pieces: list[_Place], around: _Around) -> _Encoded:
+def _encode(tokenizer: Tokenizer, pieces: list[_PlacedPiece], around: _Around) -> _Encoded:
     """The ids of a batch. A document without text gets no tokens around it, as there is nothing to separate."""
     arrays = tokenizer.encode_batch([place.piece.text for place in pieces])
     last = np.array([place.piece.last for place in pieces])
@@ -210,7 +210,7 @@ class _Documents:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[list[_Place]], _Encoded], batches: Iterator[list[_Place]], window: int
+    pool: ThreadPoolExecutor, work: Callable[[list[_PlacedPiece]], _Encoded], batches: Iterator[list[_PlacedPiece]], window: int
 ) -> Iterator[_Encoded]:
     """Results in the order of the batches, at most `window` batches in flight; after an error the waiting batches are dropped."""
     flying: deque[Future[_Encoded]] = deque(pool.submit(work, batch) for batch in islice(batches, window))

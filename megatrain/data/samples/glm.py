@@ -91,7 +91,7 @@ def text_length(config: GlmConfig, seq_length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Drawn:
     """The numbers drawn once for a micro-batch."""
 
     kind: int
@@ -120,16 +120,16 @@ class GlmBatches:
             texts = [self.text(samples, n) if pair is None else [] for n, pair in zip(numbers, pairs, strict=True)]
             sizes = [sum(len(d) for d in text) for text, pair in zip(texts, pairs, strict=True) if pair is None]
             key = self.plan.seed, OF_BATCH, consumed, int(of_micro_batch[0]) // places.shape[1]
-            choice = self.choose(Draws(*key), sizes or [self.plan.text_length])
+            drawn = self.choose(Draws(*key), sizes or [self.plan.text_length])
             for n, at, text, pair in zip(numbers, of_micro_batch, texts, pairs, strict=True):
                 if pair is not None:
                     kinds.append(KINDS.index("document"))
                     rows.append(self.answered(pair))
                     continue
                 draws = Draws(self.plan.seed, OF_SAMPLE, n)
-                kind = self._kind(draws, int(at), choice)
+                kind = self._kind(draws, int(at), drawn)
                 kinds.append(kind)
-                rows.append(self.lay_out(draws, text, replace(choice, kind=kind)))
+                rows.append(self.lay_out(draws, text, replace(drawn, kind=kind)))
         return assembled(rows, kinds, places, self.plan)
 
     def text(self, samples: Samples, n: int) -> list[Ids]:
@@ -150,7 +150,7 @@ class GlmBatches:
                 found.append(document)
         return found
 
-    def choose(self, draws: Draws, sizes: Sequence[int]) -> Choice:
+    def choose(self, draws: Draws, sizes: Sequence[int]) -> Drawn:
         """Draw the choices for a micro-batch; sizes: number of tokens of each of its texts."""
         config = self.plan.config
         short, single, kind, length = draws.uniform(4)
@@ -158,25 +158,25 @@ class GlmBatches:
         if short < config.short_seq_prob:
             cut = draws.between(SHORTEST, max(SHORTEST, self.plan.text_length - 2))
         if single < config.blank.single_span_prob:
-            return Choice(0, single=True, short=cut)
+            return Drawn(0, single=True, short=cut)
         chosen = self._drawn(kind)
         if config.document.length_granularity == "sample" or cut or self.plan.isolate:
-            return Choice(chosen, short=cut)
-        return Choice(chosen, span=self._span(length, min(sizes), max(sizes)))
+            return Drawn(chosen, short=cut)
+        return Drawn(chosen, span=self._span(length, min(sizes), max(sizes)))
 
     def _drawn(self, number: float) -> int:
         """The objective for a random number in [0, 1), by the shares."""
         return int(np.searchsorted(np.cumsum(self.shares / self.shares.sum()), number, side="right").clip(max=2))
 
-    def _kind(self, draws: Draws, at: int, choice: Choice) -> int:
+    def _kind(self, draws: Draws, at: int, drawn: Drawn) -> int:
         """The objective of the sample at place `at` of the global batch."""
         config = self.plan.config
         if config.objective_mix.mode == "weighted":
             present = np.flatnonzero(self.shares)
             return int(present[at % present.size])
-        if config.objective_granularity == "sample" and not choice.single:
+        if config.objective_granularity == "sample" and not drawn.single:
             return self._drawn(draws.one())
-        return choice.kind
+        return drawn.kind
 
     def _span(self, number: float, shortest: int, longest: int) -> int:
         """Length of the document objective's span for a random number in [0, 1)."""
@@ -187,13 +187,13 @@ class GlmBatches:
 
     # --- one row ----------------------------------------------------------------------------------------------------------
 
-    def lay_out(self, draws: Draws, documents: Sequence[Ids], choice: Choice) -> list[Laid]:
+    def lay_out(self, draws: Draws, documents: Sequence[Ids], drawn: Drawn) -> list[Laid]:
         """The texts of a row that fit into it, with their blanks; a text whose blanks cannot be placed stays whole, with loss weights of
         0.
         """
         room, found = self.plan.seq_length, []
-        for text in self._texts(documents, choice.short):
-            laid = self._laid(draws, text, choice)
+        for text in self._texts(documents, drawn.short):
+            laid = self._laid(draws, text, drawn)
             if laid is None or len(laid) > room:
                 kept = text[:room]
                 weights, zeros = np.zeros(kept.size, np.float32), np.zeros(kept.size, np.int64)
@@ -242,19 +242,19 @@ class GlmBatches:
             begin = end
         return found
 
-    def _laid(self, draws: Draws, text: Ids, choice: Choice) -> Laid | None:
+    def _laid(self, draws: Draws, text: Ids, drawn: Drawn) -> Laid | None:
         """A text with the blanks of its objective; None if they cannot be placed."""
         config, ids, rules = self.plan.config, self.plan.ids, self.plan.rules
-        if KINDS[choice.kind] == "document":
-            return self._long_blank(draws, text, choice.span)
-        if KINDS[choice.kind] == "sentence":
+        if KINDS[drawn.kind] == "document":
+            return self._long_blank(draws, text, drawn.span)
+        if KINDS[drawn.kind] == "sentence":
             if self.plan.sentence_ends is None:
                 raise ValueError("the sentence objective needs a table of the tokens that end sentences")
             sentences = sentences_of(text, self.plan.sentence_ends, ids.cls, ids.eos)
             spans = chosen_sentences(draws, sentences, int(config.sentence.mask_ratio * text.size))
             mask, rules = ids.smask, replace(rules, noise=0.0)
         else:
-            spans = blanks_of(draws, config.blank, text, documents_of(text, ids.cls, ids.eos), single=choice.single)
+            spans = blanks_of(draws, config.blank, text, documents_of(text, ids.cls, ids.eos), single=drawn.single)
             mask = ids.mask
         return None if spans is None or not spans.starts.size else fill_blanks(draws, text, spans, mask, ids, rules)
 

@@ -10,7 +10,7 @@ from megatrain.config.schema import BlankConfig, DocumentConfig, GlmConfig, Obje
 from megatrain.data.draws import Draws
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
 from megatrain.data.loader import batch_places
-from megatrain.data.samples.glm import KINDS, Choice, GlmBatches, Plan, text_length
+from megatrain.data.samples.glm import KINDS, Drawn, GlmBatches, Plan, text_length
 from megatrain.data.samples.infilling import Sentinels
 from megatrain.data.samples.pairs import PairSamples
 
@@ -106,7 +106,7 @@ def test_ranks_and_resumes_see_the_same(kind):
 def test_each_visit_masks_anew():
     compose = batches()
     text = compose.text(Texts(compose.plan.text_length - 1), 3)
-    one, other = (compose.lay_out(Draws(5, 12, n), text, Choice(0))[0] for n in (3, 103))
+    one, other = (compose.lay_out(Draws(5, 12, n), text, Drawn(0))[0] for n in (3, 103))
     assert not np.array_equal(one.tokens, other.tokens)
     again = batches(seed=6)
     assert not np.array_equal(batch_of(again).tokens, batch_of(compose).tokens)

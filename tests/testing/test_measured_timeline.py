@@ -4,7 +4,7 @@ import pytest
 
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import simulate
-from megatrain.testing.timeline import measured_timeline
+from megatrain.testing.measured_timeline import measured_timeline
 
 pytestmark = pytest.mark.alone
 
