@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatrain.config.budget import Gauge
+from megatrain.config.budget import Gauge, budget_of, gauge_of
 from megatrain.config.keys import choices, knobs, show
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 from megatrain.config.source import ConfigError
-from megatrain.config.validate_glm import require_glm, require_glm_text
-from megatrain.config.validate_schedules import require_schedules
 
 
 def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] = lambda: None) -> None:
@@ -25,17 +23,18 @@ def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] 
     """
     validate_step(config, world_size)
     _require_data(config)
-    require_glm_text(config)
-    require_schedules(config, begun)
+    _require_glm_text(config)
+    _require_schedules(config, begun)
     require_effects(config)
 
 
 def validate_step(config: Config, world_size: int) -> None:
     """Check the rules of one training step, which do not depend on the corpora or the number of steps. Raises ConfigError."""
     require_values(config)
-    require_glm(config)
+    _require_glm(config)
     validate_layout(config, world_size)
     _require_batches(config, world_size)
+    _require_embedding_grad(config.model)
     _require_device(config)
 
 
@@ -247,40 +246,68 @@ def _require_world(config: Config, world_size: int) -> None:
 def _require_batches(config: Config, world_size: int) -> None:
     train, replicas = config.train, config.data_parallel_size(world_size)
     _require_multiple("train.global_batch_size", train.global_batch_size, train.micro_batch_size, replicas)
-    if train.batch_ramp is None:
-        return
-    start, increment, _ = train.batch_ramp
-    if start > train.global_batch_size:
+    if train.batch_ramp is not None:
+        _require_ramp(config, train.batch_ramp, train.micro_batch_size * replicas, replicas)
+
+
+def _require_ramp(config: Config, ramp: tuple[int, int, int], wave: int, replicas: int) -> None:
+    """Check that batches grow from `ramp` on, in whole waves: the sequences of one micro-batch for each of the replicas."""
+    train, mix = config.train, config.data.glm.objective_mix
+    full, micro, (start, increment, samples) = train.global_batch_size, train.micro_batch_size, ramp
+    if wave == full:
         raise ConfigError(
-            f"train.batch_ramp={show(train.batch_ramp)} begins above train.global_batch_size={train.global_batch_size}. "
-            f"Use train.batch_ramp={show((train.micro_batch_size * replicas, increment, train.batch_ramp[2]))}."
+            f"train.batch_ramp={show(ramp)} cannot begin below train.global_batch_size={full}, which is one micro-batch of "
+            f"train.micro_batch_size={micro} for each of {replicas} data-parallel replicas. Use train.batch_ramp=null, or "
+            f"train.global_batch_size={2 * wave} or more."
         )
-    _require_multiple("train.batch_ramp[0]", start, train.micro_batch_size, replicas)
-    _require_multiple("train.batch_ramp[1]", increment, train.micro_batch_size, replicas)
-    mix, wave = config.data.glm.objective_mix, train.micro_batch_size * replicas
+    if start >= full:
+        where = "above" if start > full else "at"
+        raise ConfigError(
+            f"train.batch_ramp={show(ramp)} begins {where} train.global_batch_size={full}. "
+            f"Use train.batch_ramp={show((wave, -(-increment // wave) * wave, samples))}."
+        )
+    _require_multiple("train.batch_ramp[0]", start, micro, replicas, full)
+    _require_multiple("train.batch_ramp[1]", increment, micro, replicas)
     present = sum(share > 0 for share in (mix.blank, mix.sentence, mix.document))
     if config.data.objective == "glm" and mix.mode == "weighted" and start < present:
+        enough = -(-present // wave) * wave
         raise ConfigError(
             f"data.glm.objective_mix.mode=weighted puts each of {present} objectives into every batch, but train.batch_ramp="
-            f"{show(train.batch_ramp)} begins with {start}. Use train.batch_ramp="
-            f"{show((-(-present // wave) * wave, increment, train.batch_ramp[2]))}."
+            f"{show(ramp)} begins with {start}. Use train.batch_ramp="
+            f"{show((enough, increment, samples) if enough < full else None)}."
         )
 
 
-def _require_multiple(what: str, batch: int, micro: int, replicas: int) -> None:
-    """Check that a batch is a whole number of micro-batches for each replica."""
+def _require_multiple(what: str, batch: int, micro: int, replicas: int, below: int | None = None) -> None:
+    """Check that a batch is a whole number of micro-batches for each replica. The batch that is advised is less than `below`."""
     if batch % (micro * replicas) == 0:
         return
     fits = _nearest(_divisors(batch // replicas), micro) if batch % replicas == 0 else []
     smaller = f", or train.micro_batch_size={choices(fits)}" if fits else ""
+    near = [size for size in _multiples(batch, micro * replicas) if below is None or size < below]
     raise ConfigError(
         f"{what}={batch} is not a multiple of train.micro_batch_size={micro} x {replicas} "
-        f"data-parallel replicas = {micro * replicas}. "
-        f"Use {what}={choices(_multiples(batch, micro * replicas))}{smaller}."
+        f"data-parallel replicas = {micro * replicas}. Use {what}={choices(near)}{smaller}."
     )
 
 
+def _require_embedding_grad(model: ModelConfig) -> None:
+    """Check that the factor of the embedding's gradient lasts for a step."""
+    if model.embedding_grad_scale != 1 and model.embedding_grad_steps == (0, 0):
+        raise ConfigError(
+            f"model.embedding_grad_steps=[0, 0] holds model.embedding_grad_scale={model.embedding_grad_scale} for no step, and lets it "
+            "rise over none. Use for example model.embedding_grad_steps=[1000, 1000], or null: the scale holds for the whole run."
+        )
+
+
 def _require_device(config: Config) -> None:
+    """Check that the numbers' precision, their device and the collectives go together."""
+    train = config.train
+    if train.precision == "fp16" and train.loss_scale < train.loss_scale_min:
+        raise ConfigError(
+            f"train.loss_scale_min={train.loss_scale_min} is above train.loss_scale={train.loss_scale}, where the scale begins. Use "
+            f"train.loss_scale_min={train.loss_scale}."
+        )
     if config.train.precision == "fp16" and config.optim.master == "split":
         raise ConfigError(
             "optim.master=split keeps the 16 bits that a BF16 parameter lacks, but train.precision=fp16. "
@@ -293,6 +320,136 @@ def _require_device(config: Config) -> None:
         )
     if backend == "nccl" and device == "cpu":
         raise ConfigError("parallel.backend=nccl needs GPUs, but parallel.device=cpu. Use parallel.backend=gloo or auto.")
+
+
+def _require_schedules(config: Config, begun: Callable[[], Gauge | None]) -> None:
+    """Raise ConfigError at the first rule broken. begun: the gauge of the run that `config` continues; called only where it matters."""
+    optim = config.optim
+    if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
+        raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
+    problem = _warmup_problem(config, gauge_of(config)) or _decay_problem(config) or _skip_problem(config)
+    if problem is not None and config.train.tokens is not None:  # in tokens, a changed batch does not make the run shorter
+        kept = begun()
+        problem = problem if kept is None else _warmup_problem(config, kept)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _length(config: Config) -> str:
+    """The run's length as errors say it: `train.steps=100`, or `the 35 steps of train.tokens=409600`."""
+    tokens, steps = config.train.tokens, budget_of(config).total_steps()
+    return f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
+
+
+def _warmup_problem(config: Config, gauge: Gauge) -> str | None:
+    """The error if the warm-up does not fit into the run's length, both in the unit that schedules are counted in; None if it fits."""
+    optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
+    steps = budget.total_steps()
+    what = _length(config)
+    warmup, total = (gauge.warmup_steps, steps) if tokens is None else (gauge.warmup, tokens)
+    if warmup >= total:
+        return (
+            f"optim.warmup_steps={gauge.warmup_steps} is not less than {what}. "
+            f"Use optim.warmup_steps={steps // 10}, or more steps."
+        )
+    if optim.lr_schedule == "wsd" and warmup + optim.decay_fraction * total > total:
+        room = total - optim.decay_fraction * total
+        fits = int(room) if tokens is None else budget.steps_to(int(room / config.model.seq_length) + 1) - 1
+        return (
+            f"the last optim.decay_fraction={optim.decay_fraction} of {what} begins before "
+            f"optim.warmup_steps={gauge.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
+            f"optim.warmup_steps={fits}."
+        )
+    return None
+
+
+def _decay_problem(config: Config) -> str | None:
+    """The error if wsd's decay is so short that the last update still has the whole rate; None if it decays."""
+    optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
+    steps = budget.total_steps()
+    total = float(steps) if tokens is None else tokens
+
+    def left(updates: int) -> float:
+        """Share of the run that is left before so many last updates."""
+        done = max(0, steps - updates)
+        return 1 - (done if tokens is None else budget.consumed(done) * config.model.seq_length) / total
+
+    if optim.lr_schedule != "wsd" or optim.decay_fraction > left(1) + 1e-9:
+        return None
+    fits = f"optim.decay_fraction={left(2):.2g}, or " if (optim.warmup_steps or 0) <= steps - 3 else ""
+    longer = f"steps={int(1 / optim.decay_fraction + 1e-9) + 1}"
+    if tokens is not None:
+        longer = f"tokens={float(f'{1.05 * budget.full * config.model.seq_length / optim.decay_fraction:.3g}'):g}"
+    return (
+        f"the last optim.decay_fraction={optim.decay_fraction} of {_length(config)} has no update in it, so that optim.lr_schedule=wsd "
+        f"never decays. Use {fits}train.{longer} or more."
+    )
+
+
+def _skip_problem(config: Config) -> str | None:
+    """The error if train.skip_steps lists a step that the run does not have; None if it has all."""
+    skip, steps = config.train.skip_steps, budget_of(config).total_steps()
+    if not skip or max(skip) <= steps:
+        return None
+    fits = show(tuple(step for step in skip if step <= steps))
+    return f"train.skip_steps={show(skip)} goes beyond {_length(config)}. Use train.skip_steps={fits}, or a longer run."
+
+
+def _require_glm(config: Config) -> None:
+    """Raise ConfigError at the first rule broken."""
+    if config.data.objective != "glm":
+        if config.data.has_answers:
+            raise ConfigError(
+                f"data.train has a corpus with answers, which data.objective={config.data.objective} does not read. Use data.objective=glm."
+            )
+        return
+    glm, train = config.data.glm, config.train
+    mix, blank, document = glm.objective_mix, glm.blank, glm.document
+    shares = {"blank": mix.blank, "sentence": mix.sentence, "document": mix.document}
+    present = sum(share > 0 for share in shares.values())
+    if not present:
+        raise ConfigError("data.glm.objective_mix has no share above 0. Use for example data.glm.objective_mix.blank=1.")
+    if mix.mode == "weighted" and train.global_batch_size < present:
+        raise ConfigError(
+            f"data.glm.objective_mix.mode=weighted puts each of {present} objectives into every batch, but train.global_batch_size="
+            f"{train.global_batch_size}. Use train.global_batch_size={present} or more."
+        )
+    if mix.mode == "weighted" and glm.loss_norm == "microbatch" and train.micro_batch_size < present:
+        raise ConfigError(
+            f"data.glm.loss_norm=microbatch takes means within micro-batches, and data.glm.objective_mix.mode=weighted needs {present} "
+            f"sequences in each, but train.micro_batch_size={train.micro_batch_size}. Use train.micro_batch_size={present}."
+        )
+    if blank.min_span > blank.max_span:
+        raise ConfigError(
+            f"data.glm.blank.min_span={blank.min_span} is above data.glm.blank.max_span={blank.max_span}. Use "
+            f"data.glm.blank.min_span={blank.max_span} or less."
+        )
+    if document.min_ratio > document.max_ratio:
+        raise ConfigError(
+            f"data.glm.document.min_ratio={document.min_ratio} is above data.glm.document.max_ratio={document.max_ratio}. Use "
+            f"data.glm.document.min_ratio={document.max_ratio} or less."
+        )
+    if glm.text_length is not None and glm.text_length > config.model.seq_length - 2:
+        raise ConfigError(
+            f"data.glm.text_length={glm.text_length} leaves no room for sentinels in model.seq_length={config.model.seq_length}. Use "
+            f"data.glm.text_length={config.model.seq_length - 2} or less, or null."
+        )
+
+
+def _require_glm_text(config: Config) -> None:
+    """Raise ConfigError where the given corpora do not suit the objectives."""
+    if config.data.objective != "glm":
+        return
+    sentence = config.data.glm.objective_mix.sentence
+    if any(corpus.answers is not None for corpus in config.data.valid):
+        raise ConfigError(
+            "data.valid has a corpus with answers, which are for data.train alone. Use its text, or leave it out."
+        )
+    if sentence > 0 and config.data.tokenizer is None:
+        raise ConfigError(
+            f"data.glm.objective_mix.sentence={sentence} needs to know which tokens end a sentence, and data.tokenizer is null. Use "
+            "data.tokenizer=PATH, or data.glm.objective_mix.sentence=0."
+        )
 
 
 def _divisors(number: int) -> list[int]:

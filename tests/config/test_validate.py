@@ -18,6 +18,8 @@ from megatrain.config.validate import validate
 from megatrain.inference.trained import laid_out
 from megatrain.program import require_memory, require_precision
 
+ADVICE = re.compile(r" (Use|or) (?:for example )?([a-z_]+\.[a-z_.]+)=(\[[^\]]*\]|[^ ,]+?)(?=[,.:]? |\.$)")
+"""A key and its value in the advice of an error."""
 BASE = {"model": {"vocab_size": 101}, "data": {"train": "PREFIX"}}
 
 
@@ -65,6 +67,9 @@ def refusal(world_size=1, **values):
         (1, {"train__steps": 3}),
         (1, {"train__steps": 10, "optim__lr_schedule": "wsd", "optim__decay_fraction": 1.0}),
         (1, {"train__steps": 1, "optim__warmup_steps": 0}),
+        (1, {"train__steps": 11, "optim__lr_schedule": "wsd"}),
+        (1, {"train__steps": 10, "train__skip_steps": [10]}),
+        (1, {"model__embedding_grad_scale": 0.1, "model__embedding_grad_steps": [0, 1]}),
         (1, {"log__to": []}),
         (1, {"optim__clip_grad": 0, "train__eval_every": 0, "checkpoint__save_every": 0, "checkpoint__keep": 0}),
     ],
@@ -224,6 +229,51 @@ def test_what_is_accepted(world_size, values):
         ),
         (
             1,
+            {"optim__lr_schedule": "wsd", "train__steps": 10},
+            "the last optim.decay_fraction=0.1 of train.steps=10 has no update in it, so that optim.lr_schedule=wsd never decays. "
+            "Use optim.decay_fraction=0.2, or train.steps=11 or more.",
+        ),
+        (
+            1,
+            {"optim__lr_schedule": "wsd", "train__steps": 3, "optim__warmup_steps": 1, "optim__decay_fraction": 0.3},
+            "the last optim.decay_fraction=0.3 of train.steps=3 has no update in it, so that optim.lr_schedule=wsd never decays. "
+            "Use train.steps=4 or more.",
+        ),
+        (
+            1,
+            {"optim__lr_schedule": "wsd", "train__tokens": 512.0 * 32 * 8, "optim__decay_fraction": 0.125},
+            "the last optim.decay_fraction=0.125 of the 8 steps of train.tokens=131072 has no update in it, so that "
+            "optim.lr_schedule=wsd never decays. Use optim.decay_fraction=0.25, or train.tokens=138000 or more.",
+        ),
+        (
+            1,
+            {"optim__lr_schedule": "wsd", "train__tokens": 512.0 * 32 * 2, "optim__decay_fraction": 0.25},
+            "the last optim.decay_fraction=0.25 of the 2 steps of train.tokens=32768 has no update in it, so that "
+            "optim.lr_schedule=wsd never decays. Use train.tokens=68800 or more.",
+        ),
+        (
+            1,
+            {"train__steps": 10, "train__skip_steps": [5, 11, 3]},
+            "train.skip_steps=[5, 11, 3] goes beyond train.steps=10. Use train.skip_steps=[5, 3], or a longer run.",
+        ),
+        (
+            1,
+            {"train__tokens": 512.0 * 32 * 8, "train__skip_steps": [9]},
+            "train.skip_steps=[9] goes beyond the 8 steps of train.tokens=131072. Use train.skip_steps=[], or a longer run.",
+        ),
+        (
+            1,
+            {"model__embedding_grad_scale": 0.1, "model__embedding_grad_steps": [0, 0]},
+            "model.embedding_grad_steps=[0, 0] holds model.embedding_grad_scale=0.1 for no step, and lets it rise over none. "
+            "Use for example model.embedding_grad_steps=[1000, 1000], or null: the scale holds for the whole run.",
+        ),
+        (
+            1,
+            {"train__precision": "fp16", "train__loss_scale": 4, "train__loss_scale_min": 8},
+            "train.loss_scale_min=8.0 is above train.loss_scale=4.0, where the scale begins. Use train.loss_scale_min=4.0.",
+        ),
+        (
+            1,
             {"train__precision": "fp64", "parallel__device": "cuda"},
             "train.precision=fp64 is for checks on CPU, but parallel.device=cuda. Use parallel.device=cpu, or fp32.",
         ),
@@ -291,7 +341,25 @@ def test_what_is_accepted(world_size, values):
         (
             1,
             {"train__batch_ramp": [64, 2, 100]},
-            "train.batch_ramp=[64, 2, 100] begins above train.global_batch_size=32. Use train.batch_ramp=[4, 2, 100].",
+            "train.batch_ramp=[64, 2, 100] begins above train.global_batch_size=32. Use train.batch_ramp=[4, 4, 100].",
+        ),
+        (
+            1,
+            {"train__batch_ramp": [32, 4, 100]},
+            "train.batch_ramp=[32, 4, 100] begins at train.global_batch_size=32. Use train.batch_ramp=[4, 4, 100].",
+        ),
+        (
+            8,
+            {"train__batch_ramp": [32, 4, 100]},
+            "train.batch_ramp=[32, 4, 100] cannot begin below train.global_batch_size=32, which is one micro-batch of "
+            "train.micro_batch_size=4 for each of 8 data-parallel replicas. Use train.batch_ramp=null, or "
+            "train.global_batch_size=64 or more.",
+        ),
+        (
+            4,
+            {"train__batch_ramp": [31, 16, 100]},
+            "train.batch_ramp[0]=31 is not a multiple of train.micro_batch_size=4 x 4 data-parallel replicas = 16. "
+            "Use train.batch_ramp[0]=16.",
         ),
         (
             2,
@@ -328,6 +396,11 @@ def test_what_is_accepted(world_size, values):
 )
 def test_what_is_refused(world_size, values, expected):
     assert refusal(world_size, **values) == expected
+    for how, key, value in re.findall(ADVICE, expected):
+        try:
+            check(world_size, **values | {key.replace(".", "__"): yaml.safe_load(value)})
+        except ConfigError as error:
+            assert how == "or" and str(error) != expected, error  # a second way may break another rule
 
 
 LATER = [

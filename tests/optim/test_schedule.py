@@ -56,9 +56,9 @@ def config_of(optim, train):
 def test_what_passes_validation_reaches_its_peak_and_its_end(shape, warmup, fraction, full, start, increment, ramp, length):
     """The unit is a step of ten sequences; length: updates, or tokens as a float."""
     optim = {"lr": 1e-2, "min_lr": 1e-3, "lr_schedule": shape, "warmup_steps": warmup, "decay_fraction": fraction}
-    train = {"global_batch_size": 4 * full, "micro_batch_size": 4, "batch_ramp": [4 * min(start, full), 4 * increment, ramp]}
+    train = {"global_batch_size": 4 * full, "micro_batch_size": 4, "batch_ramp": [4 * start, 4 * increment, ramp]}
     train |= {"steps": length} if isinstance(length, int) else {"tokens": length}
-    train = train if ramp else train | {"batch_ramp": None}
+    train = train if ramp and start < full else train | {"batch_ramp": None}
     idle = {"constant": {"min_lr", "decay_fraction"}, "wsd": set()}.get(shape, {"decay_fraction"})
     config = config_of({k: v for k, v in optim.items() if k not in idle}, train)
     try:
@@ -71,6 +71,7 @@ def test_what_passes_validation_reaches_its_peak_and_its_end(shape, warmup, frac
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup] == pytest.approx(1e-2) or (shape == "wsd" and fraction == 1.0)
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert shape != "wsd" or rates[-1] < 1e-2
     if warmup and isinstance(length, int):
         assert rates[0] == pytest.approx(1e-2 / warmup) and rates[warmup - 1] == pytest.approx(1e-2)
     total = config.train.tokens or config.train.steps
