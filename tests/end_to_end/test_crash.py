@@ -116,7 +116,7 @@ def test_killed_twenty_times_and_started_again(house, uninterrupted):
     assert kill_at_random_moments(house, uninterrupted, "twenty", 20, seed) >= 5
 
 
-def test_one_of_two_ranks_killed_under_torchrun(house, uninterrupted_pair):
+def test_one_of_two_ranks_killed_under_torchrun(house):
     """The launcher ends the other; started again, here without it, both go on."""
     run = house / "pair"
     with jobs.torchrun(house / "job_pair_killed", 2, *words(house, "pair", *PAIR)) as job:
@@ -125,10 +125,11 @@ def test_one_of_two_ranks_killed_under_torchrun(house, uninterrupted_pair):
         (ended,) = job.finish()
     assert ended.code == 1
     assert 9 <= len(jobs.rows(run)) < STEPS
-    again = jobs.train(house / "job_pair_again", *words(house, "pair", *PAIR), size=2)
-    assert [e.code for e in again] == [0, 0], again
+    lines = [["train", *words(house, name, *PAIR)] for name in ("pair", "pair_uninterrupted")]
+    answers = jobs.commands(house / "job_pair_again", lines, 2)
+    assert [answer.code for each in answers for answer in each] == [0] * 4, answers
     check_resume(run)
-    jobs.same(run, uninterrupted_pair, STEPS)
+    jobs.same(run, house / "pair_uninterrupted", STEPS)
 
 
 def workers(job: jobs.Job) -> list[int]:
@@ -195,42 +196,49 @@ def test_the_launch_script_gives_75_and_goes_on(house, uninterrupted_pair):
 
 STAGES = "parallel.pipeline_parallel_size=2"
 ELSEWHERE = {
-    "zb_v": (2, [STAGES, "parallel.virtual_pipeline_size=2", "parallel.schedule=zb_v"]),
-    "1f1b, recompute, tensor parallel": (
-        4,
-        [STAGES, "train.recompute=full", "train.micro_batch_size=2", "parallel.tensor_parallel_size=2"],
-    ),
-    "zero 1": (2, ["parallel.zero_stage=1", "train.micro_batch_size=2"]),
-    "zero 3, masters in halves": (
-        2,
-        ["parallel.zero_stage=3", "train.micro_batch_size=2", "train.precision=bf16", "optim.master=split"],
-    ),
-    "zero 2, pipeline": (4, [STAGES, "parallel.schedule=zb_h1", "parallel.zero_stage=2", "train.micro_batch_size=2"]),
+    2: {
+        "zb_v": [STAGES, "parallel.virtual_pipeline_size=2", "parallel.schedule=zb_v"],
+        "zero 1": ["parallel.zero_stage=1", "train.micro_batch_size=2"],
+        "zero 3, masters in halves": [
+            "parallel.zero_stage=3",
+            "train.micro_batch_size=2",
+            "train.precision=bf16",
+            "optim.master=split",
+        ],
+    },
+    4: {
+        "1f1b, recompute, tensor parallel": [
+            STAGES,
+            "train.recompute=full",
+            "train.micro_batch_size=2",
+            "parallel.tensor_parallel_size=2",
+        ],
+        "zero 2, pipeline": [STAGES, "parallel.schedule=zb_h1", "parallel.zero_stage=2", "train.micro_batch_size=2"],
+    },
 }
+"""By number of processes. Four start for 20 s of two cores, and test_resume.py resumes every kind of layout in one process."""
 
 
-FAST = ("zb_v", "zero 3, masters in halves")
-"""Those of two processes; four start for 20 s of two cores, and test_resume.py resumes every kind of layout in one process."""
-
-
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ELSEWHERE])
-def test_a_layout_goes_on_to_the_bit_and_its_weights_load_elsewhere(house, tmp_path, name):
-    """12 steps; again from the checkpoint after 6; then one process goes on from the weights alone."""
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_layouts_go_on_to_the_bit_and_their_weights_load_elsewhere(house, tmp_path, size):
+    """12 steps; again from the checkpoint after 6; then replicas go on from the weights alone."""
     model = ["model.num_layers=4", "train.steps=12", "checkpoint.save_every=6"]
-    size, layout = ELSEWHERE[name]
+    layouts = ELSEWHERE[size]
 
     def line(run, *more):
         return ["train", str(house / "config.yaml"), f"log.dir={tmp_path / run}", *model, *more]
 
-    (whole,) = jobs.commands(tmp_path / "job", [line("whole", *layout)], size)
-    assert [answer.code for answer in whole] == [0] * size, whole
-    shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again/checkpoints/step_00000012")
-    (again,) = jobs.commands(tmp_path / "job", [line("again", *layout)], size)
-    assert [answer.code for answer in again] == [0] * size, again
-    assert [e["step"] for e in jobs.events(tmp_path / "again") if e["event"] == "resume"] == [6]
-    jobs.same(tmp_path / "again", tmp_path / "whole", 12)
-    resume = [f"checkpoint.resume={tmp_path / 'whole/checkpoints/step_00000012'}", "checkpoint.weights_only=true"]
-    ((alone,),) = jobs.commands(tmp_path / "job", [line("alone", *resume)])
-    assert alone.code == 0, alone
-    assert jobs.rows(tmp_path / "alone")[1]["loss"] < 0.99 * jobs.rows(tmp_path / "whole")[1]["loss"]
+    answers = jobs.commands(tmp_path / "job", [line(f"whole {name}", *layout) for name, layout in layouts.items()], size)
+    lines = []
+    for name, layout in layouts.items():
+        shutil.copytree(tmp_path / f"whole {name}", tmp_path / f"again {name}")
+        shutil.rmtree(tmp_path / f"again {name}/checkpoints/step_00000012")
+        resume = [f"checkpoint.resume={tmp_path / f'whole {name}/checkpoints/step_00000012'}", "checkpoint.weights_only=true"]
+        lines += [line(f"again {name}", *layout), line(f"elsewhere {name}", "train.micro_batch_size=2", *resume)]
+    answers += jobs.commands(tmp_path / "job", lines, size)
+    assert {answer.code for each in answers for answer in each} == {0}, answers
+    for name in layouts:
+        whole, again, elsewhere = (tmp_path / f"{which} {name}" for which in ("whole", "again", "elsewhere"))
+        assert [e["step"] for e in jobs.events(again) if e["event"] == "resume"] == [6]
+        jobs.same(again, whole, 12)
+        assert jobs.rows(elsewhere)[1]["loss"] < 0.99 * jobs.rows(whole)[1]["loss"]
