@@ -176,6 +176,16 @@ def train(folder: Path, *words: str, size: int = 1, seconds: float = SECONDS, ve
         return job.finish(seconds)
 
 
+def here(*words: str, verb: str = "train") -> Ended:
+    """Run `megatrain train WORDS` (or another verb) in this very process, which has imported everything, and so takes no start."""
+    from megatrain.cli import main as cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main([verb, *words])
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
 def torchrun(folder: Path, size: int, *words: str) -> Job:
     """Start `torchrun --nproc-per-node SIZE -m megatrain train WORDS`."""
     job = Job(folder)

@@ -35,9 +35,8 @@ def rows(ended):
     return {row["set"]: row for row in map(json.loads, ended.out.splitlines())}
 
 
-def test_the_numbers_of_the_run_itself(house, tmp_path):
-    (ended,) = jobs.train(tmp_path / "job", str(house / "run/checkpoints"), "--json", verb="eval")
-    found = rows(ended)
+def test_the_numbers_of_the_run_itself(house):
+    found = rows(jobs.here(str(house / "run/checkpoints"), "--json", verb="eval"))
     lines = [json.loads(line) for line in (house / "run/metrics.jsonl").read_text().splitlines()]
     (evaluated,) = [line for line in lines if "valid_loss" in line]
     for name, loss in evaluated["valid_losses"].items():
@@ -56,7 +55,7 @@ def test_another_layout_other_data_and_a_line_for_people(house, tmp_path):
     assert [ended.code for ended in pair] == [0, 0]
     said = max((ended.out for ended in pair), key=len)
     assert said.startswith("valid: loss ") and "bits per byte" in said and said.count("\n") == 1
-    (alone,) = jobs.train(tmp_path / "alone", words[0], words[1], "--json", verb="eval")
+    alone = jobs.here(words[0], words[1], "--json", verb="eval")
     assert f"loss {rows(alone)['valid']['loss']:.4f} nats" in said
 
 
@@ -69,6 +68,6 @@ def test_another_layout_other_data_and_a_line_for_people(house, tmp_path):
         (["data.tokenizer=/nowhere.json"], "the tokenizer /nowhere.json cannot be read"),
     ],
 )
-def test_what_cannot_be_evaluated(house, tmp_path, words, message):
-    ((answer,),) = jobs.commands(tmp_path, [["eval", str(house / "run/checkpoints"), *words]])
+def test_what_cannot_be_evaluated(house, words, message):
+    answer = jobs.here(str(house / "run/checkpoints"), *words, verb="eval")
     assert answer.code == 1 and message in answer.err
