@@ -126,7 +126,6 @@ SAME_NAMES = {
     "config": ["megatrain/config", "megatrain/huggingface/config.py"],
     "data": ["megatrain/cli/data.py", "megatrain/data"],
     "doctor": ["megatrain/cli/doctor.py", "megatrain/doctor"],
-    "glm": ["megatrain/config/glm.py", "megatrain/data/samples/glm.py"],
     "gpt": ["megatrain/data/samples/gpt.py", "megatrain/models/gpt.py"],
     "load": ["megatrain/checkpoint/load.py", "megatrain/config/load.py"],
     "model": ["megatrain/config/model.py", "megatrain/ngram/model.py"],
