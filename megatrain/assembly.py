@@ -12,7 +12,7 @@ from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Loader
 from megatrain.kernels.compiled import require_compiler
 from megatrain.kernels.dispatch import use_triton
-from megatrain.models.batch import Mixture, NextToken, Objective
+from megatrain.models.batch import Blanks, Mixture, NextToken, Objective
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.layers import kernels_of
 from megatrain.optim.optimizer import Optimizer
@@ -73,11 +73,12 @@ def assemble(
 
 def objective_of(config: Config) -> Objective:
     """The objective of a config: next tokens of whatever samples its data section makes."""
-    train, mix = config.train, config.data.glm.objective_mix
-    if config.data.objective == "glm" and mix.mode == "weighted":
-        shares = (mix.blank, mix.sentence, mix.document)
-        return Mixture(shares=shares, label_smoothing=train.label_smoothing, z_loss=train.z_loss)
-    return NextToken(label_smoothing=train.label_smoothing, z_loss=train.z_loss)
+    mix, smoothing, z_loss = config.data.glm.objective_mix, config.train.label_smoothing, config.train.z_loss
+    if config.data.objective == "next_token":
+        return NextToken(label_smoothing=smoothing, z_loss=z_loss)
+    if mix.mode == "sample":
+        return Blanks(label_smoothing=smoothing, z_loss=z_loss)
+    return Mixture(shares=(mix.blank, mix.sentence, mix.document), label_smoothing=smoothing, z_loss=z_loss)
 
 
 def units_of(chunks: list[GPT]) -> list[Unit]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatrain.data.held_out import Evaluated, evaluation_batches
-from megatrain.parallel.pipeline_parallel import run_schedule
-from megatrain.training import SMALLEST_WEIGHT, Model, schedule_of, stage_of, to_micro_batches
+from megatrain.training import SMALLEST_WEIGHT, Model, forward, to_micro_batches
 from megatrain.transport.host import Reading
 
 
@@ -17,15 +17,35 @@ from megatrain.transport.host import Reading
 class Evaluation:
     """Results on held-out text; the same on every rank."""
 
-    loss: float
-    """Mean over the tokens, in nats."""
-    accuracy: float
-    """Share of the tokens whose most probable prediction is right."""
-    tokens: int
-    cloze_accuracy: float | None = None
-    """Share of the blanks of which every token is predicted right; None without blanks."""
+    total_loss: float
+    """Sum over the tokens, in nats."""
+    weight: float
+    """Number of tokens, or what else the objective weighs."""
+    statistics: dict[str, float]
+    """Sum of each of the objective's statistics."""
     sets: dict[str, Evaluation] = field(default_factory=dict)
     """Results of each validation set, by name."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the tokens, in nats."""
+        return self.total_loss / max(self.weight, SMALLEST_WEIGHT)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that count."""
+        return round(self.weight)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the tokens whose most probable prediction is right; nan for an objective that does not say."""
+        return self.statistics.get("correct", math.nan) / max(self.weight, SMALLEST_WEIGHT)
+
+    @property
+    def cloze_accuracy(self) -> float | None:
+        """Share of the blanks of which every token is predicted right; None without blanks."""
+        blanks = self.statistics.get("blanks", 0.0)
+        return self.statistics["blanks_filled"] / blanks if blanks else None
 
 
 class Interrupted(Exception):
@@ -48,32 +68,29 @@ def evaluate(run: Model, global_batches: int = 0, stopping: Callable[[], bool] |
     finally:
         for chunk in run.chunks:
             chunk.train()
-    # Tensor-parallel ranks hold the same sums; losses come from the last stage, tokens from the first.
+    # Tensor-parallel ranks hold the same sums; losses come from the last stage, weights from the first.
     rows = run.ctx.world.to_host(run.ctx.world.all_reduce(sums * float(run.ctx.tp.rank == 0))).tolist()
-    sets = {name: _mean(*row) for name, row in zip(run.held_out, rows, strict=True)}
-    together = _mean(*(sum(column) for column in zip(*rows, strict=True)))
-    return replace(together, sets=sets)
+    names, together = run.objective.statistics, map(sum, zip(*rows, strict=True))
+    whole, *each = [Evaluation(loss, weight, dict(zip(names, k, strict=True))) for loss, *k, weight in (together, *rows)]
+    return replace(whole, sets=dict(zip(run.held_out, each, strict=True)))
 
 
 def _sums(run: Model, held_out: Evaluated, global_batches: int, stopping: Callable[[], bool] | None) -> torch.Tensor:
-    """This rank's sums over a validation set: (loss, tokens right, blanks right, blanks, tokens), float64 [5]."""
+    """This rank's sums over a validation set: (loss, the objective's k statistics, weight), float64 [k + 2]."""
     ctx, train = run.ctx, run.config.train
     batches = evaluation_batches(
         held_out, train.global_batch_size, train.micro_batch_size, ctx.dp.rank, ctx.dp.size, global_batches
     )
-    stage = stage_of(run)
-    sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)
+    sums = torch.zeros(len(run.objective.statistics) + 2, dtype=torch.float64, device=ctx.device)
     wishes: Reading | None = None
     for batch in batches:
         _heed(wishes)
         if stopping is not None:
             mine = torch.full((), float(stopping()), device=ctx.device)
             wishes = ctx.world.start_to_host(ctx.world.all_reduce(mine))
-        micro_batches = to_micro_batches(batch, run)
-        schedule = schedule_of(run.config, len(micro_batches), backward=False)
-        executed = run_schedule(stage, schedule, micro_batches, scale=1.0)
+        micro_batches = run.prepare(to_micro_batches(batch, run))
         weight = torch.stack([run.objective.weight(m) for m in micro_batches]).sum().double()
-        sums += torch.cat([executed.sums, weight[None] * float(ctx.pp.rank == 0)])
+        sums += torch.cat([forward(run, micro_batches).sums, weight[None] * float(ctx.pp.rank == 0)])
     _heed(wishes)
     return sums
 
@@ -82,8 +99,3 @@ def _heed(wishes: Reading | None) -> None:
     """Raise Interrupted where some rank wished to stop."""
     if wishes is not None and bool(wishes.wait()):
         raise Interrupted
-
-
-def _mean(loss: float, right: float, filled: float, blanks: float, tokens: float) -> Evaluation:
-    weight = max(tokens, SMALLEST_WEIGHT)
-    return Evaluation(loss / weight, right / weight, round(tokens), filled / blanks if blanks else None)

@@ -18,7 +18,7 @@ from megatrain.config.schema import Config
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Batch, Loader
 from megatrain.kernels.attention_mask import causal_mask
-from megatrain.models.batch import MicroBatch, Objective
+from megatrain.models.batch import Loss, MicroBatch, Objective
 from megatrain.models.gpt import GPT
 from megatrain.optim.optimizer import LossScale, Optimizer, clip_divisor, local_squared_norm
 from megatrain.parallel.mesh import ParallelContext
@@ -62,6 +62,8 @@ class Model:
     step: int = field(default=0, kw_only=True)
     """Batches consumed; each was applied or skipped."""
     observers: Observers = field(default_factory=Observers, kw_only=True)
+    prepare: Callable[[list[MicroBatch]], list[MicroBatch]] = field(default=list, kw_only=True)
+    """Completes micro-batches with what the objective reads beside the text (`MicroBatch.extra`)."""
 
     @property
     def parameters(self) -> Parameters:
@@ -134,7 +136,7 @@ def queue_step(run: Run) -> Queued:
     began, size = Moment(run.ctx.device), run.budget.batch_size(run.consumed_samples)
     with run.observers.phase("data"):
         batch = run.loader.batch(run.consumed_samples)
-    micro_batches = to_micro_batches(batch, run)
+    micro_batches = run.prepare(to_micro_batches(batch, run))
     waited = run.loader.waited
     totals = global_weights(run, micro_batches)
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
@@ -154,8 +156,9 @@ def queue_step(run: Run) -> Queued:
     run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
-    numbers = run.ctx.world.start_to_host(torch.stack([*sums, run.loss_scale.scale]))
-    return Queued(run.step, lr, size, left_out, run.consumed_samples, waited, began, numbers)
+    numbers = torch.cat([torch.stack([sums.grad_norm, sums.overflow, sums.stop, run.loss_scale.scale]), sums.means])
+    reading = run.ctx.world.start_to_host(numbers)
+    return Queued(run.step, lr, size, left_out, run.consumed_samples, waited, began, run.objective.statistics, reading)
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
@@ -193,12 +196,10 @@ def stage_of(run: Model) -> Stage:
     """This rank's share of the pipeline, as the executor sees it."""
     ctx, head = run.ctx, run.chunks[-1].head
 
-    def loss(hidden: torch.Tensor, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(summed loss, statistics [3]: weight predicted right, blanks filled right, blanks)."""
+    def loss(hidden: torch.Tensor, micro_batch: MicroBatch) -> Loss:
         if head is None:
             raise ValueError("only the last virtual stage of a pipeline ends in a loss")
-        total, correct, blanks = head(hidden, run.objective, micro_batch)
-        return total, torch.cat([correct[None].double(), blanks])
+        return head(hidden, run.objective, micro_batch)
 
     return Stage(
         ctx.pp.rank,
@@ -208,10 +209,16 @@ def stage_of(run: Model) -> Stage:
         ctx.sends,
         ctx.receives,
         ctx.device,
-        statistics=3,
+        statistics=run.objective.statistics,
         observe=run.observers.instruction,
         parameters=run.parameters,
     )
+
+
+def forward(model: Model, micro_batches: list[MicroBatch]) -> Executed:
+    """Forward passes only: sums, and outputs of the objective. Several models may take turns on one context."""
+    schedule = schedule_of(model.config, len(micro_batches), backward=False)
+    return run_schedule(stage_of(model), schedule, micro_batches, scale=1.0)
 
 
 def _postponing(chunk: GPT) -> Chunk:
@@ -224,28 +231,23 @@ def _postponing(chunk: GPT) -> Chunk:
 
 
 class Totals(NamedTuple):
-    """Sums over the world, still on the device: float64 scalars."""
+    """Sums over the world, still on the device, float64; scalars but for `means`."""
 
-    loss: torch.Tensor
-    accuracy: torch.Tensor
     grad_norm: torch.Tensor
     overflow: torch.Tensor
     """0 or 1: the loss or the gradient is not finite."""
     stop: torch.Tensor
+    """Number of ranks told to stop."""
+    means: torch.Tensor
+    """[1 + k] loss and statistics, by the weight of the global batch."""
 
 
 def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:
     """One small all-reduce carries what the ranks must agree on: squared norm, loss, statistics, the wish to stop."""
     ctx = run.ctx
-    counts_loss = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same loss, and the stages before the last hold 0
-    message = torch.stack(
-        [
-            local_squared_norm(run.flat, ctx),
-            executed.loss * counts_loss,
-            executed.statistics[0] * counts_loss,
-            torch.full((), float(run.stop_requested()), dtype=torch.float64, device=ctx.device),
-        ]
-    )
-    squared_norm, loss, correct, stops = ctx.world.all_reduce(message)
-    finite = torch.isfinite(squared_norm) & torch.isfinite(loss)
-    return Totals(loss / weight, correct / weight, squared_norm.sqrt() / run.loss_scale.scale, (~finite).double(), stops)
+    counts = float(ctx.tp.rank == 0)  # tensor-parallel ranks hold the same sums, and the stages before the last hold 0
+    stop = torch.full((1,), float(run.stop_requested()), dtype=torch.float64, device=ctx.device)
+    message = ctx.world.all_reduce(torch.cat([local_squared_norm(run.flat, ctx)[None], executed.sums * counts, stop]))
+    squared_norm, sums, stops = message[0], message[1:-1], message[-1]
+    finite = torch.isfinite(squared_norm) & torch.isfinite(sums[0])
+    return Totals(squared_norm.sqrt() / run.loss_scale.scale, (~finite).double(), stops, sums / weight)

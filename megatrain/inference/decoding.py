@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from megatrain.kernels.attention_mask import causal_mask
-from megatrain.models.batch import MicroBatch
+from megatrain.models.batch import Loss, MicroBatch
 from megatrain.models.gpt import GPT, Block
 from megatrain.models.layers import KeyValueCache
 from megatrain.parallel.mesh import ParallelContext
@@ -114,9 +114,11 @@ class Decoder:
             mask=causal_mask(self.config.window, self.config.sparse, prefix=prefix),
             block_positions=None if block_positions is None else block_positions.to(device),
         )
-        executed = run_schedule(self._stage(tokens.shape[1]), self.schedule, [batch], scale=1.0)
+        (logits,) = run_schedule(self._stage(), self.schedule, [batch], scale=1.0).outputs
         self.length += len(tokens)
-        return self.ctx.pp.all_reduce(executed.statistics).float().view(tokens.shape[1], -1)
+        if logits is None:  # they are another stage's
+            logits = torch.zeros(tokens.shape[1], self.chunks[0].vocab_size, device=device)
+        return self.ctx.pp.all_reduce(logits)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Append tokens (at least one) of a single sequence and return the logits [v] of the token after them.
@@ -134,21 +136,17 @@ class Decoder:
         tokens = torch.tensor(ids, dtype=torch.int64)[:, None]
         return self.feed(tokens, torch.arange(start, start + len(ids))[:, None])[0]
 
-    def _stage(self, sequences: int) -> Stage:
-        """This rank's stage of the pipeline; the last stage computes the logits of the last token of each sequence."""
+    def _stage(self) -> Stage:
+        """This rank's stage of the pipeline; the last stage puts out the logits of the last token of each sequence."""
         head, ctx = self.chunks[-1].head, self.ctx
 
-        def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> Loss:
             if head is None:
                 raise ValueError("only the last virtual stage of a pipeline gives logits")
-            return hidden.new_zeros(()), head.logits(hidden[-1:])[0].flatten()
+            return Loss(hidden.new_zeros(()), output=head.logits(hidden[-1:])[0].float().contiguous())
 
         chunks = [_cached(chunk, caches) for chunk, caches in zip(self.chunks, self.caches, strict=True)]
-        first = self.chunks[0]
-        statistics = first.vocab_size * sequences
-        return Stage(
-            ctx.pp.rank, chunks, last_logits, first.boundary, ctx.sends, ctx.receives, ctx.device, statistics=statistics
-        )
+        return Stage(ctx.pp.rank, chunks, last_logits, self.chunks[0].boundary, ctx.sends, ctx.receives, ctx.device)
 
     def _empty_cache(self, block: Block) -> KeyValueCache:
         build = self.chunks[0].build

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -35,6 +36,8 @@ class MicroBatch:
     """[b] int64 which of several objectives each sequence was made for."""
     totals: torch.Tensor | None = None
     """What the objective's weights are over the whole global batch, where that is known."""
+    extra: Any = None
+    """What the objective reads beside the text, such as a second model's outputs; `Model.prepare` puts it here."""
     postponed: Postponed | None = None
     """Where linear layers put weight gradients that wait for their turn (split backward); None: they compute them at once."""
 
@@ -47,16 +50,15 @@ class MicroBatch:
 # Objectives: what a batch should teach. An objective is one function from a batch to a loss, and the weight it is divided by.
 
 
-@dataclass(frozen=True)
-class Loss:
-    """The loss of one micro-batch, summed, not averaged: the division by the global weight happens once."""
+class Loss(NamedTuple):
+    """What an objective makes of one micro-batch: sums, not means, since the division by the global weight happens once."""
 
     total: torch.Tensor
     """Scalar, carries the gradient."""
-    correct: torch.Tensor
-    """Scalar, the weight of the tokens predicted right."""
-    blanks: torch.Tensor | None = None
-    """[2] blanks of which every token was predicted right, and blanks; where there are any, and the model is judged."""
+    statistics: Mapping[str, torch.Tensor] = {}
+    """Scalars by name, of those that the objective declares; one that is not there counts 0."""
+    output: Any = None
+    """Anything to be kept of each micro-batch, such as log-probabilities [s, b]."""
 
 
 class Scorer(Protocol):
@@ -75,6 +77,10 @@ class Scorer(Protocol):
 class Objective(Protocol):
     """A weight known before the forward pass, and a summed loss."""
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics that are summed over a global batch. A step reports "correct" over the weight as accuracy."""
+
     def weight(self, batch: MicroBatch) -> torch.Tensor:
         """Scalar: what this micro-batch contributes to the divisor (tokens, pairs, ...). Or several: the divisor is their sum, and a
         training step gives each back as `batch.totals`, summed over the global batch."""
@@ -90,6 +96,11 @@ class NextToken:
     label_smoothing: float = field(default=0.0, kw_only=True)
     z_loss: float = field(default=0.0, kw_only=True)
 
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """correct: the weight of the tokens predicted right."""
+        return ("correct",)
+
     def weight(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of the loss weights: the number of tokens that count."""
         return batch.loss_weights.sum(dtype=torch.float64)
@@ -99,8 +110,12 @@ class NextToken:
         regular = (self.label_smoothing, self.z_loss) if head.training else ()
         loss, correct = head.cross_entropy(hidden, batch.labels, *regular)
         weights = batch.loss_weights.to(loss.dtype)
-        blanks = None if head.training or batch.block_positions is None else filled_blanks(correct, batch)
-        return Loss((loss * weights * self.factors(batch)).sum(), (correct * weights).sum().detach(), blanks)
+        statistics = {"correct": (correct * weights).sum(), **self.judged(head, correct, batch)}
+        return Loss((loss * weights * self.factors(batch)).sum(), statistics)
+
+    def judged(self, _head: Scorer, _correct: torch.Tensor, _batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Further statistics, from which labels [s, b] were predicted right."""
+        return {}
 
     def factors(self, _batch: MicroBatch) -> torch.Tensor | float:
         """What the loss of each sequence counts, [b] or one number."""
@@ -108,7 +123,28 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class Mixture(NextToken):
+class Blanks(NextToken):
+    """Next tokens of a text with blanks (GLM); where the model is judged, not trained, it is counted how many blanks it fills right."""
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Besides, in evaluation: blanks, and those of which every token is predicted right (greedy decoding would write them so)."""
+        return (*super().statistics, "blanks_filled", "blanks")
+
+    def judged(self, head: Scorer, correct: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Blanks are counted from correct [s, b]; one begins where block_positions is 1."""
+        if head.training:
+            return {}
+        counted = batch.loss_weights > 0
+        number = (batch.second_positions == 1).cumsum(0).clamp_max(len(counted) - 1)
+        none = torch.zeros_like(number)
+        wrong = none.scatter_add(0, number, (counted & ~correct.bool()).long())
+        blanks = none.scatter_add(0, number, counted.long()) > 0
+        return {"blanks_filled": (blanks & (wrong == 0)).sum(), "blanks": blanks.sum()}
+
+
+@dataclass(frozen=True)
+class Mixture(Blanks):
     """The sum of several objectives' mean losses, each times its share: every sequence serves one (`batch.kinds`)."""
 
     shares: tuple[float, ...] = field(kw_only=True)
@@ -127,15 +163,3 @@ class Mixture(NextToken):
         # torch.tensor would have the host wait for the device.
         shares = torch.cat([batch.totals.new_full((1,), share) for share in self.shares])
         return (shares * batch.totals.sum() / batch.totals.clamp_min(1e-8))[batch.kinds].to(batch.loss_weights.dtype)
-
-
-def filled_blanks(correct: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """[2] how many blanks have every token right (what greedy decoding would write, it would write so too), and how many there are.
-
-    correct [s, b]; a blank begins where block_positions is 1.
-    """
-    counted = batch.loss_weights > 0
-    number = (batch.second_positions == 1).cumsum(0)
-    wrong = torch.zeros_like(number).scatter_add_(0, number.clamp_max(len(number) - 1), (counted & ~correct.bool()).long())
-    blanks = torch.zeros_like(number).scatter_add_(0, number.clamp_max(len(number) - 1), counted.long()) > 0
-    return torch.stack([(blanks & (wrong == 0)).sum(), blanks.sum()]).double()

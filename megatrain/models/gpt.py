@@ -11,7 +11,7 @@ from torch import nn
 from megatrain.config.schema import ModelConfig
 from megatrain.kernels.dispatch import Kernels
 from megatrain.kernels.sdpa import STEADY, Fused
-from megatrain.models.batch import MicroBatch, Objective
+from megatrain.models.batch import Loss, MicroBatch, Objective
 from megatrain.models.layers import MLP, Attention, Build, Dropout, KeyValueCache, LearnedPositions, Norm, scaled_gradient
 from megatrain.models.recompute import Remake, recomputed
 from megatrain.parallel.mesh import ParallelContext
@@ -174,13 +174,9 @@ class Head(nn.Module):
         logits = vocab_parallel_logits(self.normed(x), self.weight, self.build.tp, self.build.sequence_parallel)
         return capped(logits, self.build.config.logit_softcap)
 
-    def forward(
-        self, x: torch.Tensor, objective: Objective, batch: MicroBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[s/t or s, b, h] -> what the objective makes of them: (summed loss, weight predicted right, [2] blanks right and blanks)."""
-        loss = objective(self, x, batch)
-        none = torch.zeros(2, dtype=torch.float64, device=x.device)
-        return loss.total, loss.correct, none if loss.blanks is None else loss.blanks
+    def forward(self, x: torch.Tensor, objective: Objective, batch: MicroBatch) -> Loss:
+        """[s/t or s, b, h] -> the objective's loss of them."""
+        return objective(self, x, batch)
 
     def cross_entropy(
         self, x: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0

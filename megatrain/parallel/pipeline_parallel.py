@@ -66,8 +66,8 @@ class Resident:
         return nullcontext()
 
 
-FinalLoss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
-"""(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics [k] to add up)."""
+Head = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Any]]
+"""(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics: scalars by name, any output)."""
 
 
 Observer = Callable[[Instruction, float, float], None]
@@ -80,16 +80,16 @@ class Stage:
 
     number: int
     chunks: Sequence[Chunk]
-    loss: FinalLoss
-    """Called where the last virtual stage lies."""
+    head: Head
+    """What follows the last virtual stage; called where that lies."""
     boundary: Callable[[Any], torch.Tensor]
     """Micro-batch -> a new tensor of the shape, dtype and device of what travels between its virtual stages."""
     sends: Mapping[int, Link]
     """Stage -> the link to it."""
     receives: Mapping[int, Link]
     device: torch.device
-    statistics: int = 1
-    """k: how many statistics the loss has."""
+    statistics: tuple[str, ...] = ()
+    """Names of the head's statistics; one that it leaves out counts 0."""
     observe: Observer | None = None
     """Told of every instruction when it has run."""
     parameters: Parameters = field(default_factory=Resident)
@@ -97,10 +97,14 @@ class Stage:
 
 @dataclass
 class Executed:
-    """What a run of a schedule leaves behind besides gradients, on this rank."""
+    """What a run of a schedule leaves behind besides gradients. Where the last virtual stage is on another rank: zeros, and no outputs."""
 
+    names: tuple[str, ...]
+    """Of the k statistics."""
     sums: torch.Tensor
-    """[1 + k] float64: summed loss (undivided) and statistics of the micro-batches; zeros where the last virtual stage is elsewhere."""
+    """[1 + k] float64: sums over the micro-batches of the loss (undivided) and of each statistic."""
+    outputs: list[Any]
+    """What the head has put out, by micro-batch."""
     peak_saved: int = 0
     """Most saved states of one micro-batch on one chunk each, at a time."""
 
@@ -110,9 +114,9 @@ class Executed:
         return self.sums[0]
 
     @property
-    def statistics(self) -> torch.Tensor:
-        """Sum of the objective's statistics, [k]."""
-        return self.sums[1:]
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """Sum of each statistic, by its name."""
+        return dict(zip(self.names, self.sums[1:], strict=True))
 
 
 def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any], scale: torch.Tensor | float) -> Executed:
@@ -167,7 +171,9 @@ class _Execution:
         self.stage, self.micro_batches, self.scale = stage, micro_batches, scale
         kinds = {instruction.kind for instruction in program}
         self.differentiates, self.splits = kinds != {"forward"}, "backward_weight" in kinds
-        self.executed = Executed(torch.zeros(1 + stage.statistics, dtype=torch.float64, device=stage.device))
+        sums = torch.zeros(1 + len(stage.statistics), dtype=torch.float64, device=stage.device)
+        self.executed = Executed(stage.statistics, sums, [None] * len(micro_batches))
+        self.zero = sums.new_zeros(())
         self.saved: dict[tuple[int, int], _Saved] = {}
         """By micro-batch and chunk."""
         self.inbox: dict[Message, tuple[Handle, torch.Tensor]] = {}
@@ -233,8 +239,9 @@ class _Execution:
                 hidden.requires_grad_(self.differentiates)
             output = self.stage.chunks[chunk](hidden, micro_batch, postponed)
             if ends:
-                total, statistics = self.stage.loss(output, micro_batch)
-                self.executed.sums += torch.cat([total.detach().double()[None], statistics.detach().double()])
+                total, statistics, self.executed.outputs[m] = self.stage.head(output, micro_batch)
+                found = [total, *(statistics.get(name, self.zero) for name in self.stage.statistics)]
+                self.executed.sums += torch.stack([x.detach().double() for x in found])
                 ticket = total * self.scale
             else:
                 ticket = _Leave.apply(output, gradient)

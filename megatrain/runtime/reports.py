@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,8 +18,8 @@ class StepReport:
     """Steps so far, this one included."""
     loss: float
     """Mean over the weight (tokens) of the global batch, before the update."""
-    accuracy: float
-    """Share of that weight that was predicted right."""
+    statistics: dict[str, float]
+    """The objective's statistics, each as its sum over the global batch by that weight."""
     grad_norm: float
     """Global L2 norm before clipping."""
     learning_rate: float
@@ -37,6 +38,11 @@ class StepReport:
     wait_seconds: float = field(compare=False)
     """How long this rank waited for its batch; differs between ranks."""
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the weight that was predicted right; nan for an objective that does not say."""
+        return self.statistics.get("correct", math.nan)
+
 
 @dataclass(frozen=True)
 class Queued:
@@ -50,8 +56,10 @@ class Queued:
     consumed_samples: int
     wait_seconds: float
     began: Moment
+    statistics: tuple[str, ...]
+    """Names of the objective's k statistics."""
     numbers: Reading
-    """[6] float64: loss, accuracy, gradient norm, overflow (0 or 1), number of ranks told to stop, loss scale."""
+    """[5 + k] float64: gradient norm, overflow (0 or 1), number of ranks told to stop, loss scale, loss, and statistics by the weight."""
 
     @property
     def ended(self) -> Moment:
@@ -60,11 +68,11 @@ class Queued:
 
     def report(self) -> StepReport:
         """The step's report; blocks until the step has ended: the only synchronisation of a step."""
-        loss, accuracy, grad_norm, overflow, stop, loss_scale = self.numbers.wait().tolist()
+        grad_norm, overflow, stop, loss_scale, loss, *statistics = self.numbers.wait().tolist()
         return StepReport(
             self.step,
             loss,
-            accuracy,
+            dict(zip(self.statistics, statistics, strict=True)),
             grad_norm,
             self.learning_rate,
             self.samples,

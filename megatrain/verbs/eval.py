@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatrain.assembly import objective_of
 from megatrain.checkpoint.load import find
 from megatrain.config.load import load_overrides
 from megatrain.config.schema import Config
@@ -24,7 +25,6 @@ from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate import Evaluation, evaluate
 from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
-from megatrain.models.batch import NextToken
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape, tokenizer_of
 from megatrain.records.rows import perplexity
@@ -99,7 +99,7 @@ def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
         with session.together("opening the data"):
             tokenizer = tokenizer_of(config)
             _, _, sets = open_sources(config, chunks[0].vocab_size, tokenizer, train=False)
-        model = Model(config, ctx, chunks, NextToken(), held_out=sets)
+        model = Model(config, ctx, chunks, objective_of(config), held_out=sets)
         result = evaluate(model, config.train.eval_batches)
         if session.rank == 0:
             for name, of in result.sets.items():

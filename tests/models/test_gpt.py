@@ -195,5 +195,5 @@ def test_the_objective_weighs_each_token_and_sums():
     loss = NextToken()(Plain(), logits, made)
     each, right = Plain().cross_entropy(logits, made.labels)
     assert loss.total.item() == pytest.approx((each * weights).sum().item())
-    assert loss.correct.item() == pytest.approx((right * weights).sum().item())
+    assert loss.statistics["correct"].item() == pytest.approx((right * weights).sum().item())
     assert NextToken().weight(made).item() == weights.sum().item()

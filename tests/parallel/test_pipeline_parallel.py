@@ -52,14 +52,15 @@ class Product(torch.autograd.Function):
 
 
 def square_loss(hidden, micro_batch):
-    return hidden.square().sum(), torch.tensor([float(len(micro_batch))])
+    return hidden.square().sum(), {"rows": torch.tensor(len(micro_batch))}, hidden.detach().sum(1)
 
 
 def stage_of(ctx, schedule, loss=square_loss, layers=None):
     number = ctx.pp.rank
     layers = layers or [Layer(schedule.virtual(number, chunk)) for chunk in range(schedule.chunks)]
     room = lambda micro_batch: torch.empty(len(micro_batch), WIDTH, dtype=torch.float64)  # noqa: E731
-    return Stage(number, layers, loss, room, ctx.sends, ctx.receives, ctx.device)
+    names = ("absent", "rows")
+    return Stage(number, layers, loss, room, ctx.sends, ctx.receives, ctx.device, names)
 
 
 def batches_of(count):
@@ -70,25 +71,30 @@ def run(ctx, schedule):
     stage = stage_of(ctx, schedule)
     executed = run_schedule(stage, schedule, batches_of(schedule.micro_batches), SCALE)
     gradients = {schedule.virtual(stage.number, c): layer.weight.main_grad for c, layer in enumerate(stage.chunks)}
-    return executed.loss.item(), executed.statistics.tolist(), gradients, executed.peak_saved
+    statistics = {name: sum.item() for name, sum in executed.statistics.items()}
+    return executed.loss.item(), (statistics, executed.outputs), gradients, executed.peak_saved
 
 
 def expected(schedule):
-    """(loss, gradients) of all layers on one device, in one batch."""
+    """(loss, gradients, outputs) of all layers on one device, in one batch."""
     weights = [Layer(v).weight for v in range(schedule.virtual_stages)]
     hidden = torch.cat(batches_of(schedule.micro_batches))
     for weight in weights:
         hidden = (hidden @ weight).tanh()
     total = hidden.square().sum()
-    return total.item(), torch.autograd.grad(total * SCALE, weights)
+    return total.item(), torch.autograd.grad(total * SCALE, weights), hidden.detach().sum(1).split(ROWS)
 
 
 def check(schedule, results):
-    loss, gradients = expected(schedule)
+    loss, gradients, hidden = expected(schedule)
     last = schedule.home(schedule.virtual_stages - 1)[0]
-    for stage, (got, statistics, own, peak) in enumerate(results):
+    for stage, (got, (statistics, outputs), own, peak) in enumerate(results):
         assert got == pytest.approx(loss if stage == last else 0.0, rel=1e-13)
-        assert statistics == [float(ROWS * schedule.micro_batches) if stage == last else 0.0]
+        assert statistics == {"absent": 0.0, "rows": float(ROWS * schedule.micro_batches) if stage == last else 0.0}
+        if stage == last:
+            torch.testing.assert_close(outputs, list(hidden), rtol=1e-12, atol=1e-12)
+        else:
+            assert outputs == [None] * schedule.micro_batches
         for virtual, gradient in own.items():
             torch.testing.assert_close(gradient, gradients[virtual], rtol=1e-12, atol=1e-12)
         assert peak == on_paper(schedule).peak(stage), "as the simulator counts"

@@ -40,9 +40,9 @@ class Device:
 
     def queue(self, step, stop=0.0, there=True, overflow=0.0, left_out=False):
         self.events.append(f"queue {step}")
-        values = [3.5, 0.25, 2.0, overflow, stop, 8.0]
+        values = [2.0, overflow, stop, 8.0, 3.5, 0.25, 0.5]
         numbers = Numbers(self.events, step, At(2.0 * step + 1, there), values)
-        return Queued(step, 0.1, 4, left_out, 4 * step, 0.5, At(2.0 * step), numbers)
+        return Queued(step, 0.1, 4, left_out, 4 * step, 0.5, At(2.0 * step), ("correct", "entropy"), numbers)
 
     def tell(self, report, seconds):
         self.events.append(f"tell {report.step}")
