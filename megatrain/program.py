@@ -22,7 +22,7 @@ from megatrain.checkpoint.directory import claim
 from megatrain.checkpoint.manifest import MANIFEST
 from megatrain.companions import keep_tokenizer, take_along
 from megatrain.config.budget import budget_of
-from megatrain.config.load import Loaded, dump, from_dict, load
+from megatrain.config.load import load, load_tree
 from megatrain.config.schema import Config, ParallelConfig, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
@@ -62,8 +62,8 @@ def build(
     Raises ConfigError, LaunchError, TransportError, TokenStoreError or CheckpointError, on every rank at once.
     """
     config_file = Path(config) if isinstance(config, (str, Path)) else None
-    loaded = load(config, overrides, shapes_of) if isinstance(config, (str, Path)) else Loaded(from_dict(config, shapes_of), {})
-    config, text = loaded.config, dump(loaded.config, loaded.origins)
+    loaded = load(config, overrides, shapes_of) if isinstance(config, (str, Path)) else load_tree(config, shapes_of)
+    config, text = loaded.config, loaded.text
     launch = Launch.from_environment(os.environ)
     launch.require_ranks()
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)

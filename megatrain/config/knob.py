@@ -24,6 +24,8 @@ class Range:
     below: float | None = None
     not_empty: bool = False
     """Whether text must have a character."""
+    path: bool = False
+    """Whether text is a path: not empty; ~ or ~user at its beginning is a home directory."""
 
     @property
     def words(self) -> str:
@@ -35,13 +37,16 @@ class Range:
             "" if self.at_least is None else f"{self.at_least} or more",
             "" if self.at_most is None else f"at most {self.at_most}",
             "not empty" if self.not_empty else "",
+            "a path" if self.path else "",
         )
         return ", ".join(filter(None, bounds))
 
     def broken_by(self, value: Any) -> str:
         """The rule that a value breaks, to follow its key and value; "" if none. Null, true and false are in every range; NaN in none."""
         if isinstance(value, str):
-            return "must not be empty text" if self.not_empty and not value else ""
+            if not value and (self.not_empty or self.path):
+                return "must not be empty text"
+            return "must not begin with ~ and the name of no user" if self.path and value.startswith("~") else ""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return ""
         low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)

@@ -5,7 +5,7 @@
 The file has one mapping for each section of `schema.Config`; an override `section.key=value` replaces one value, read as YAML.
 No value is converted to another type, except an integer to a float and text like `1e-4` (no number in YAML 1.1) to a float. A
 corpus list may be a plain string (a list of one), and its elements strings or {path, weight}. Relative paths stay relative to
-the working directory.
+the working directory; ~ at the beginning of a path becomes the home directory, but not in `dump`, which writes what was given.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +28,7 @@ from megatrain.config.presets import FAMILIES, PRESETS
 from megatrain.config.schema import Config, CorpusConfig, Document
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
 
-__all__ = ["ConfigError", "Loaded", "dump", "from_dict", "load"]
+__all__ = ["ConfigError", "Loaded", "dump", "from_dict", "load", "load_tree"]
 
 Shapes = Callable[[str], Mapping[str, Any]]
 """Function: value of model.init_from -> the keys of `model` read there."""
@@ -42,7 +43,14 @@ class Loaded:
 
     config: Config
     origins: dict[str, str]
-    """For every `section.key`: `file:line`, `command line` or `default`."""
+    """For every `section.key`: `file:line`, `command line` or `default`; empty for a config that was no file."""
+    given: Config
+    """The config with ~ in its paths as they were written."""
+
+    @property
+    def text(self) -> str:
+        """The config as it was given, as YAML with origins."""
+        return dump(self.given, self.origins)
 
 
 def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | None = None) -> Loaded:
@@ -53,18 +61,48 @@ def load(path: str | FilePath, overrides: Iterable[str] = (), shapes: Shapes | N
     tree = read_file(path)
     _normalize_sections(tree)
     _apply_overrides(tree, overrides)
-    config = _filled(tree, shapes)
-    origins = {knob.key: tree.places.get(knob.path, DEFAULT) for knob in knobs()}
-    return Loaded(config, origins)
+    given = _filled(tree, shapes)
+    return Loaded(at_home(given), {knob.key: tree.places.get(knob.path, DEFAULT) for knob in knobs()}, given)
 
 
-def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
+def load_tree(tree: Config | Document, shapes: Shapes | None = None) -> Loaded:
     """The config of a tree {section: {key: value}}, or of a Config made in Python, checked like a file. Raises ConfigError."""
     if isinstance(tree, Config):
         tree = dataclasses.asdict(tree)
     source = Tree(tree)
     _normalize_sections(source)
-    return _filled(source, shapes)
+    given = _filled(source, shapes)
+    return Loaded(at_home(given), {}, given)
+
+
+def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
+    """The config of `load_tree`."""
+    return load_tree(tree, shapes).config
+
+
+def at_home(config: Config) -> Config:
+    """A config with home directories for ~ and ~user at the beginning of its paths."""
+    home: Config = _at_home(config)
+    return home
+
+
+def _at_home(node: Any) -> Any:
+    """The same for a section, a group within one, or an element of a list."""
+    changed = {}
+    for item in dataclasses.fields(node):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            changed[item.name] = _at_home(value)
+        elif isinstance(value, tuple):
+            changed[item.name] = tuple(_at_home(part) if dataclasses.is_dataclass(part) else part for part in value)
+        elif isinstance(value, str) and item.metadata["range"].path:
+            changed[item.name] = _home(value)
+    return dataclasses.replace(node, **changed)
+
+
+def _home(path: str) -> str:
+    """A path with the home directory for ~ or ~user at its beginning."""
+    return os.path.expanduser(path)  # noqa: PTH111  (a Path would make another text of `./a`)
 
 
 def restored(tree: Document) -> Config:
@@ -74,7 +112,7 @@ def restored(tree: Document) -> Config:
     """
     source = Tree(tree)
     _normalize_sections(source)
-    return _build(source)
+    return at_home(_build(source))
 
 
 def load_overrides(config: Config, overrides: Iterable[str]) -> Config:
@@ -86,7 +124,7 @@ def load_overrides(config: Config, overrides: Iterable[str]) -> Config:
     for knob in knobs():
         if tree.places.get(knob.path) == COMMAND_LINE and (problem := knob.ignored(changed)):
             raise ConfigError(f"{COMMAND_LINE}: {problem}")
-    return changed
+    return at_home(changed)
 
 
 def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
@@ -228,7 +266,7 @@ def _apply_shapes(tree: Tree, shapes: Shapes | None) -> None:
     """Add the keys read at model.init_from that neither the config nor its preset gives."""
     path = tree.root["model"].get("init_from")
     if shapes is not None and isinstance(path, str):
-        _fill_model(tree, shapes(path), f"init_from {path}")
+        _fill_model(tree, shapes(_home(path)), f"init_from {path}")
 
 
 def _apply_family(tree: Tree) -> None:

@@ -17,7 +17,7 @@ class ModelConfig:
     preset: str | None = knob(
         None, "Name of a published shape (config/presets.py lists them); explicit keys win over its keys."
     )
-    init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.", not_empty=True)
+    init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.", path=True)
     num_layers: int = knob(8, "Number of transformer blocks.", above=0, at_most=1 << 16)
     hidden_size: int = knob(512, "Width h of the residual stream.", above=0, at_most=1 << 24)
     num_attention_heads: int = knob(8, "Query heads a.", above=0, at_most=1 << 16)

@@ -25,7 +25,8 @@ megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenize
   read as YAML, and replaces what the file says; the same key twice is an error, in the file and on the command line.
 - An unknown key is an error that names the file, the line and the nearest known key. Nothing is coerced, but an integer serves
   as a number, and so does `1e-4`. Put text that looks like something else in quotes (`"010"`, `"no"`).
-- Tags, anchors and aliases of YAML are refused. Relative paths start at the working directory, wherever the file lies.
+- Tags, anchors and aliases of YAML are refused. Relative paths start at the working directory, wherever the file lies; `~` at the beginning
+  of a path is the home directory, and what is saved keeps it as it was written.
 - A corpus list may be written as one path, as a list of paths, or in full:
   `[{path: PREFIX, weight: 0.7}, {path: OTHER, weight: 0.3}]`.
 - `log.dir/config.yaml` holds every value of a run, each with its origin as a comment; `megatrain train` takes it again.

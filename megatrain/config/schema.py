@@ -239,12 +239,12 @@ class GlmConfig:
 class CorpusConfig:
     """One token store of a blend."""
 
-    path: str = knob("", "Prefix of the .bin/.idx pair.", not_empty=True, use="data/train")
+    path: str = knob("", "Prefix of the .bin/.idx pair.", path=True, use="data/train")
     weight: float = knob(1.0, "Share of the samples, relative to the other corpora of the list.", above=0)
     answers: str | None = knob(
         None,
         "data.train with objective=glm: prefix of the answers, where `path` holds prompts: a multi-task share (GLM-130B).",
-        not_empty=True,
+        path=True,
     )
     set: str = knob("", "data.valid: name of the validation set; a mapping of names to lists is the same.")
 
@@ -265,7 +265,7 @@ class DataConfig:
         "next_token", "What a sample teaches: each next token, or to fill blanks (GLM, arXiv:2103.10360), as `glm` says."
     )
     glm: GlmConfig = field(default_factory=GlmConfig)
-    tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.", not_empty=True, use="bytes")
+    tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.", path=True, use="bytes")
     eod: int | str | None = knob(
         None,
         "Token that ends a document, by name or id, or `none`; null: found in the files beside the tokenizer, or by its name.",
@@ -279,7 +279,7 @@ class DataConfig:
         not_empty=True,
     )
     cache_dir: str | None = knob(
-        None, "Where sample indices are cached; null means `index_cache` beside each store.", not_empty=True
+        None, "Where sample indices are cached; null means `index_cache` beside each store.", path=True
     )
 
     @property
@@ -401,7 +401,7 @@ class TrainConfig:
         "Under SLURM, minutes before the job's time limit to stop, as on a signal. Three steps and a checkpoint must fit.",
         at_least=0,
     )
-    exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.", not_empty=True)
+    exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.", path=True)
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.", at_least=0)
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.", at_least=0)
     audit_every: int = knob(
@@ -419,7 +419,7 @@ class TrainConfig:
 class CheckpointConfig:
     """When and where the state is saved."""
 
-    dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.", not_empty=True)
+    dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.", path=True)
     save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.", at_least=0)
     keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.", at_least=0)
     keep_every: int = knob(
@@ -438,7 +438,7 @@ class CheckpointConfig:
         "auto",
         "Where a run begins: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint; started again, the run "
         "goes on from its own checkpoints.",
-        not_empty=True,
+        path=True,
     )
     weights_only: bool = knob(
         False,
@@ -454,7 +454,7 @@ class CheckpointConfig:
 class LogConfig:
     """The run directory, and how often a run writes its logs."""
 
-    dir: str = knob("runs/demo", "Run directory.", not_empty=True)
+    dir: str = knob("runs/demo", "Run directory.", path=True)
     every: int = knob(1, "Steps between console lines; metrics.jsonl has every step.", above=0)
     norms_every: int = knob(
         0, "Steps between rows with the norms of gradients and weights of each part of the model; 0 means never.", at_least=0

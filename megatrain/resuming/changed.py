@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from megatrain.checkpoint.manifest import Manifest
+from megatrain.config.keys import knobs
 from megatrain.config.load import dump
 from megatrain.config.schema import Config, ModelConfig
 
@@ -154,7 +156,18 @@ def _meant(values: dict[str, Any]) -> dict[str, Any]:
 def values_then(manifest: Manifest) -> dict[str, Any]:
     """`section.key` -> value in a checkpoint's config; a key that its release did not have is at its default."""
     was = yaml.safe_load(manifest.config)
-    return dict(_leaves(asdict(Config()))) | dict(_leaves(was if isinstance(was, dict) else {}))
+    values = dict(_leaves(asdict(Config()))) | dict(_leaves(was if isinstance(was, dict) else {}))
+    paths = {knob.key for knob in knobs() if knob.range.path} | {"data.train", "data.valid"}
+    return {key: _at_home(value) if key in paths else value for key, value in values.items()}
+
+
+def _at_home(value: Any) -> Any:
+    """A path, or the paths of a list of corpora, with home directories for ~, as a config that is loaded has them."""
+    if isinstance(value, list):
+        return [_at_home(part) for part in value]
+    if isinstance(value, dict):
+        return {name: part if name == "set" else _at_home(part) for name, part in value.items()}
+    return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111  (a Path would make `./a` another text)
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

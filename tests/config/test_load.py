@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.config.keys import knobs
-from megatrain.config.load import ConfigError, dump, from_dict, load
+from megatrain.config.load import ConfigError, dump, from_dict, load, load_overrides
 from megatrain.config.schema import Config, CorpusConfig, DataConfig, ModelConfig
 
 
@@ -287,6 +287,37 @@ def test_dump_says_origins(write):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file names without line breaks")
+def test_a_tilde_is_the_home_directory_and_is_saved_as_it_was_written(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    path = write(
+        "data: {train: [~/a, {path: ~/b, weight: 2, answers: ~/c}, ./~d], valid: {web: ~/v}, tokenizer: ~/t.json, cache_dir: '~'}\n"
+        "model: {init_from: ~/hf}\n"
+        "train: {exit_file: ~/stop}\n"
+        "checkpoint: {dir: ~/run/checkpoints}\n"
+    )
+    read = []
+    loaded = load(path, ["log.dir=~/run", "checkpoint.resume=~/old/step_1"], lambda path: read.append(path) or {})
+    config = loaded.config
+    assert read == ["/home/ann/hf"] and config.model.init_from == "/home/ann/hf"
+    train = (CorpusConfig("/home/ann/a"), CorpusConfig("/home/ann/b", 2.0, "/home/ann/c"), CorpusConfig("./~d"))
+    assert config.data.train == train and config.data.valid == (CorpusConfig("/home/ann/v", set="web"),)
+    assert (config.data.tokenizer, config.data.cache_dir, config.log.dir) == ("/home/ann/t.json", "/home/ann", "/home/ann/run")
+    assert config.train.exit_file == "/home/ann/stop" and config.checkpoint_dir == "/home/ann/run/checkpoints"
+    assert config.checkpoint.resume == "/home/ann/old/step_1"
+    lines = loaded.text.splitlines()
+    assert '  dir: "~/run"  # command line' in lines and '  tokenizer: "~/t.json"  # c.yaml:1' in lines
+    assert "/home/ann" not in loaded.text
+    monkeypatch.setenv("HOME", "/home/bob")
+    assert load(write(loaded.text)).config.log.dir == "/home/bob/run"
+    assert load_overrides(Config(), ["data.valid=~/v"]).data.valid == (CorpusConfig("/home/bob/v"),)
+
+
+def test_every_knob_whose_words_say_that_it_is_a_path_is_one():
+    paths = {knob.key for knob in knobs() if knob.range.path}
+    named = ["model.init_from", "data.tokenizer", "data.cache_dir", "train.exit_file", "checkpoint.dir", "checkpoint.resume"]
+    assert paths == {*named, "log.dir"}
+
+
 def test_a_preset_for_a_config_that_has_every_key_is_refused(tmp_path):
     whole = tmp_path / "config.yaml"
     whole.write_text(dump(from_dict({"model": {"preset": "gpt2_124m"}}), {}))

@@ -54,7 +54,8 @@ def bad_scalars(kind, within):
     if kind is bool:
         return [0, 1, "yes", 0.5, math.nan, [], {}]
     if kind is str:
-        return [True, 3, 0.5, math.nan, [], {}, *([""] if within.not_empty else [])]
+        empty = [""] if within.not_empty or within.path else []
+        return [True, 3, 0.5, math.nan, [], {}, *empty, *(["~no_such_user/x"] if within.path else [])]
     odd = [True, False, "many", "3", "", math.nan, math.inf, -math.inf, [], {}, *just_outside(within, kind)]
     return [*odd, -(10**23), 10**400] if kind is float else [*odd, 0.5, 10**23, -(10**23)]
 
@@ -109,7 +110,7 @@ def test_every_number_has_a_lower_bound_and_every_text_says_whether_it_may_be_em
         kinds = members(knob.kind) + typing.get_args(next(iter(members(knob.kind))))
         if {int, float} & set(kinds):
             assert (knob.range.at_least is None) != (knob.range.above is None), knob.key
-        assert knob.range.not_empty == (str in kinds) or knob.key in may_be_empty, knob.key
+        assert (knob.range.not_empty or knob.range.path) == (str in kinds) or knob.key in may_be_empty, knob.key
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,11 @@ def test_every_number_has_a_lower_bound_and_every_text_says_whether_it_may_be_em
         ("parallel.context_parallel_size", 0, "parallel.context_parallel_size=0 must be greater than 0. Use for example 1."),
         ("data.eod", -1, "data.eod=-1 must be 0 or more. Use for example null."),
         ("data.eod", "", "data.eod='' must not be empty text. Use for example null."),
+        (
+            "log.dir",
+            "~no_such_user/x",
+            "log.dir='~no_such_user/x' must not begin with ~ and the name of no user. Use for example runs/demo.",
+        ),
         ("data.tokenizer", "", "data.tokenizer='' must not be empty text. Use for example bytes."),
         ("data.train", [""], "data.train[0].path='' must not be empty text. Use for example data/train."),
         (

@@ -46,6 +46,19 @@ def train(config):
         run.loader.close()
 
 
+def test_a_run_at_home_goes_on_and_its_config_keeps_the_tilde(house, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jobs.write_store(tmp_path / "data")
+    config = tree(house, tmp_path, data={"train": "~/data"}, log={"dir": "~/run"}, checkpoint={"dir": "~/kept"})
+    done, run = train(config | {"train": config["train"] | {"steps": 3}})
+    assert done and (tmp_path / "kept/latest").exists()
+    assert '"~/run"' in (tmp_path / "run/config.yaml").read_text() and str(tmp_path) not in run.config_text
+    done, run = train(config | {"train": config["train"] | {"steps": 4}})
+    assert done and run.step == 4
+    assert [line.split(": ")[1] for line in run.changes if line.startswith("changed")] == ["train.steps"]
+    assert [row["step"] for row in rows(tmp_path)[0]] == [1, 2, 3, 4]
+
+
 def test_a_ramp_trains_on_the_samples_in_order_and_resumes(house, tmp_path):
     controls = {"batch_ramp": [4, 4, 16], "global_batch_size": 12, "tokens": 16.0 * 100}
     given = tree(house, tmp_path, train=controls, checkpoint={"save_every": 3, "keep": 0})
