@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR2 and SIGINT to the launch script, to plain torchrun and to one worker, at any moment.
+"""SIGTERM, SIGUSR2 and SIGINT to the launch script (megatrain.lifecycle.agent), to plain torchrun and to one worker, at any moment.
 
 The run ends with the code that docs/launching.md names, its checkpoint is whole, no process stays, and it goes on as if nothing had been.
 """

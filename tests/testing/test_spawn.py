@@ -1,3 +1,5 @@
+"""Ranks as real processes (megatrain.testing.worker): results in order, errors, hangs, replacement."""
+
 import os
 import threading
 import time
