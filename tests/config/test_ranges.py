@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+import time
 import types
 import typing
 from pathlib import Path
@@ -121,6 +122,10 @@ def test_every_number_has_a_lower_bound_and_every_text_says_whether_it_may_be_em
         ("optim.weight_decay", -0.1, "optim.weight_decay=-0.1 must be 0 or more. Use for example 0.1."),
         ("optim.betas", [0.9, 1.0], "optim.betas=[0.9, 1.0] must lie in [0, 1). Use for example [0.9, 0.95]."),
         ("model.dropout", 1, "model.dropout=1.0 must lie in [0, 1). Use for example 0.0."),
+        ("optim.decay_fraction", 1.5, "optim.decay_fraction=1.5 must be at most 1. Use for example 0.1."),
+        ("train.seed", 1 << 63, f"train.seed={1 << 63} must be at most {(1 << 63) - 1}. Use for example 1234."),
+        ("model.rope_factor", 0.5, "model.rope_factor=0.5 must be 1 or more. Use for example 1.0."),
+        ("log.dir", "", "log.dir='' must not be empty text. Use for example runs/demo."),
         ("data.glm.blank.mask_ratio", 0, "data.glm.blank.mask_ratio=0.0 must lie in (0, 1). Use for example 0.15."),
         ("data.glm.short_seq_prob", 1.1, "data.glm.short_seq_prob=1.1 must be at most 1. Use for example 0.0."),
         ("train.skip_steps", [3, 0], "train.skip_steps=[3, 0] must be greater than 0. Use for example []."),
@@ -156,6 +161,31 @@ def test_every_number_has_a_lower_bound_and_every_text_says_whether_it_may_be_em
 )
 def test_what_is_said(key, bad, rule):
     assert refusal(key, bad) == rule
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "bound"),
+    [
+        ("model.hidden_size", 1 << 31, "16777216"),
+        ("model.num_layers", 10**23, "65536"),
+        ("model.seq_length", 1 << 31, "16777216"),
+        ("model.vocab_size", 10**23, "16777216"),
+        ("model.window", 1 << 31, "2147483647"),
+        ("parallel.pipeline_parallel_size", (1 << 31) - 1, "16777216"),
+        ("parallel.tensor_parallel_size", 10**23, "16777216"),
+        ("train.global_batch_size", 10**23 + 1, "16777216"),
+        ("train.steps", 1 << 31, "2147483647"),
+        ("train.tokens", 1e23, "1e+18"),
+        ("train.batch_ramp", [4, 4, 10**23], "2147483647"),
+        ("train.hang_timeout_seconds", 1e10, "1000000.0"),
+        ("data.glm.blank.max_span", 1 << 31, "65536"),
+    ],
+)
+def test_what_is_far_too_large_is_refused_at_once(key, bad, bound):
+    began = time.perf_counter()
+    said = refusal(key, bad)
+    assert time.perf_counter() - began < 1
+    assert re.match(rf"{re.escape(key)}=.* must be at most {re.escape(bound)}\. Use for example ", said), said
 
 
 def test_a_config_made_in_python_is_held_to_the_same_ranges():
