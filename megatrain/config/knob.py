@@ -27,19 +27,20 @@ class Range:
     path: bool = False
     """Whether text is a path: not empty; ~ or ~user at its beginning is a home directory."""
 
-    @property
-    def words(self) -> str:
-        """The range as text, to follow the type: `above 0, at most 65536`, `in [0, 1)`, `not empty`; "" without bounds."""
-        if self.below is not None:
+    def words(self, whole: bool) -> str:
+        """The range as text, to follow the type: `1 to 65536`, `above 0`, `in [0, 1)`, `not empty`, `a path`; "" without bounds.
+
+        whole: whether the knob's numbers are integers.
+        """
+        if self.not_empty or self.path:
+            text = "a path" if self.path else "not empty"
+            return text if self.at_least is None else f"{self.at_least} or more, {text}"
+        if whole and (self.at_least is not None or self.above is not None):
+            least = self.at_least if self.above is None else self.above + 1
+            return f"{least} or more" if self.at_most is None else f"{least} to {self.at_most}"
+        if self.below is not None or self.at_most is not None:
             return f"in {self._interval}"
-        bounds = (
-            "" if self.above is None else f"above {self.above}",
-            "" if self.at_least is None else f"{self.at_least} or more",
-            "" if self.at_most is None else f"at most {self.at_most}",
-            "not empty" if self.not_empty else "",
-            "a path" if self.path else "",
-        )
-        return ", ".join(filter(None, bounds))
+        return f"above {self.above}" if self.above is not None else "" if self.at_least is None else f"{self.at_least} or more"
 
     def broken_by(self, value: Any) -> str:
         """The rule that a value breaks, to follow its key and value; "" if none. Null, true and false are in every range; NaN in none."""
@@ -59,8 +60,9 @@ class Range:
 
     @property
     def _interval(self) -> str:
-        """The range in the notation of intervals: [0, 1)."""
-        return f"[{self.at_least}, {self.below})" if self.above is None else f"({self.above}, {self.below})"
+        """The range in the notation of intervals: [0, 1), (0, 1]."""
+        low = f"[{self.at_least}" if self.above is None else f"({self.above}"
+        return f"{low}, {self.at_most:g}]" if self.below is None else f"{low}, {self.below:g})"
 
 
 @dataclass(frozen=True)

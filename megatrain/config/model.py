@@ -20,13 +20,14 @@ class ModelConfig:
     init_from: str | None = knob(None, "Hugging Face directory or checkpoint to take initial weights from.", path=True)
     num_layers: int = knob(8, "Number of transformer blocks.", above=0, at_most=1 << 16)
     hidden_size: int = knob(512, "Width h of the residual stream.", above=0, at_most=1 << 24)
-    num_attention_heads: int = knob(8, "Query heads a.", above=0, at_most=1 << 16)
+    num_attention_heads: int = knob(8, "Query heads a of each layer.", above=0, at_most=1 << 16)
     head_dim: int | None = knob(
         None, "Width d of one attention head; null means hidden_size / num_attention_heads.", above=0, at_most=1 << 16
     )
     num_query_groups: int | None = knob(
         None,
-        "Key/value heads (grouped-query attention, arXiv:2305.13245); null means num_attention_heads, 1 is multi-query.",
+        "Key/value heads of each layer (grouped-query attention, arXiv:2305.13245); null means num_attention_heads, 1 is "
+        "multi-query.",
         above=0,
         at_most=1 << 16,
     )
@@ -71,11 +72,13 @@ class ModelConfig:
         at_most=1,
     )
     rope_interleaved: bool = knob(
-        False, "Pairs are neighbours (GPT-J) rather than the two halves (arXiv:2104.09864).", effects.ROTARY
+        False,
+        "Rotate pairs of neighbours (GPT-J) rather than pairs of the two halves of a head (arXiv:2104.09864).",
+        effects.ROTARY,
     )
     rope_angle_dtype: Literal["fp32", "fp16"] = knob(
         "fp32",
-        "fp16: angles are rounded as in the training of ChatGLM-6B, for its released weights alone; else they are exact.",
+        "fp16 rounds the angles as the training of ChatGLM-6B did, for its released weights alone; fp32 computes them exactly.",
         effects.ROTARY,
     )
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = knob(
@@ -109,19 +112,24 @@ class ModelConfig:
     )
     window: int | None = knob(
         None,
-        "Sliding window: keys that a query sees, its own included (arXiv:2004.05150; Mistral, arXiv:2310.06825); null is all.",
+        "Sliding window: number of keys that a query sees, its own included (arXiv:2004.05150; Mistral, arXiv:2310.06825); "
+        "null means all.",
         above=0,
     )
     sparse_block: int | None = knob(
         None,
-        "Block-sparse attention: tokens of a block (arXiv:1904.10509; arXiv:2007.14062, section 2); null is dense.",
+        "Block-sparse attention: tokens of a block (arXiv:1904.10509; arXiv:2007.14062, section 2); null means dense "
+        "attention.",
         above=0,
     )
     sparse_local_blocks: int = knob(
-        4, "Block-sparse attention: blocks up to its own that a query sees (arXiv:2007.14062).", effects.SPARSE, above=0
+        4,
+        "Block-sparse attention: number of blocks, up to its own, that a query sees (arXiv:2007.14062).",
+        effects.SPARSE,
+        above=0,
     )
     sparse_global_blocks: int = knob(
-        1, "Block-sparse attention: first blocks that all queries see (arXiv:2007.14062).", effects.SPARSE, at_least=0
+        1, "Block-sparse attention: number of first blocks that all queries see (arXiv:2007.14062).", effects.SPARSE, at_least=0
     )
     bias: bool = knob(True, "Biases in the linear layers and, with layernorm, in the norms.")
     qkv_bias: bool | None = knob(None, "Biases of queries, keys and values; null means as `bias` (Qwen2 has them there alone).")
@@ -143,16 +151,15 @@ class ModelConfig:
     )
     softmax_fp32: bool = knob(
         True,
-        "ALiBi is added in float32 in a bf16 run; a softmax is float32 inside anyway (arXiv:1710.03740, 3.3).",
+        "Add ALiBi's biases to the scores in float32 in a 16-bit run; the softmax is computed in float32 either way "
+        "(arXiv:1710.03740, 3.3).",
         effects.ALIBI,
     )
-    residual_fp32: bool = knob(
-        False, "Keep the residual stream in float32 where the run is in bf16 (arXiv:1710.03740).", effects.HALF
-    )
+    residual_fp32: bool = knob(False, "Keep the residual stream in float32 in a 16-bit run (arXiv:1710.03740).", effects.HALF)
     init: Literal["normal", "small", "fan_in", "xavier"] = knob(
         "normal",
-        "Standard deviation of the initial weights: init_std, sqrt(2 / 5h) (arXiv:1910.05895), or of each matrix 1 / sqrt(inputs), or "
-        "sqrt(2 / (inputs + outputs)), with embeddings of init_std (GLM-130B).",
+        "Standard deviation of the initial weights. normal: init_std; small: sqrt(2 / 5h) (arXiv:1910.05895); fan_in: 1 / "
+        "sqrt(inputs) of each matrix; xavier: sqrt(2 / (inputs + outputs)), with embeddings of init_std (GLM-130B).",
     )
     init_std: float = knob(
         0.02, "Standard deviation of the normal initialisation of weights (GPT-2).", effects.INIT_STD, above=0
@@ -160,8 +167,8 @@ class ModelConfig:
     embedding_init_std: float | None = knob(None, "Standard deviation of the embeddings; null means as `init` says.", above=0)
     scale_residual_init: bool = knob(
         True,
-        "Divide the deviation by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2), and with deepnorm for "
-        "those of values and of the MLP's first matrices (GLM-130B).",
+        "Divide the standard deviation by sqrt(2 num_layers) for weights that write into the residual stream (GPT-2), and "
+        "with deepnorm for those of values and of the MLP's first matrices (GLM-130B).",
     )
     embedding_grad_scale: float = knob(
         1.0,
@@ -171,7 +178,8 @@ class ModelConfig:
     )
     embedding_grad_steps: tuple[int, int] | None = knob(
         None,
-        "[hold, rise]: embedding_grad_scale for `hold` steps, then linearly to 1 over `rise` steps; null keeps it.",
+        "[hold, rise]: use embedding_grad_scale for `hold` steps, then raise it linearly to 1 over `rise` steps; null keeps "
+        "it for the whole run.",
         effects.DAMPED,
         at_least=0,
     )

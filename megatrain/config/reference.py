@@ -5,11 +5,13 @@ A test compares the committed page with `reference()`, so that the page cannot f
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
-from megatrain.config.keys import Knob, choices, knobs, show, type_name
-from megatrain.config.schema import Config
+from megatrain.config.keys import Knob, choices, fields_of, knobs, show, type_name
+from megatrain.config.knob import Range
+from megatrain.config.schema import Config, CorpusConfig
 
 HEAD = """# Configuration
 
@@ -35,10 +37,15 @@ megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenize
   held-out text. Keys of a preset, of `model.init_from` and of the family that have no effect beside the given ones are left at
   their defaults.
 - The second column has the type of a value and its range; of a list, that of each element. An integer is at most 2147483647, another
-  number at most 1e15, where nothing else is said. NaN and infinity are refused everywhere.
+  number at most 1e15, where nothing else is said. `in [0, 1)` means from 0, below 1; `in (0, 1]` above 0, at most 1. NaN and infinity
+  are refused everywhere.
 - Values marked *later* are known, but refused in this release with a message that says why.
 """
 
+CORPORA = """
+A corpus of `data.train` or `data.valid`, as a mapping:
+
+"""
 TABLE = "| key | values | default | what it does |\n| --- | --- | --- | --- |\n"
 
 
@@ -48,11 +55,24 @@ def reference() -> str:
     section = None
     for knob in knobs():
         if knob.section != section:
+            if section == "data":
+                parts.append(_corpora())
             section = knob.section
             parts.append(f"\n## {section}\n\n{_purpose(section)}\n\n{TABLE}")
-        does = f"{knob.doc}{_effect(knob)}{_later(knob)}"
-        parts.append(f"| `{knob.name}` | {_values(knob)} | `{show(knob.default)}` | {does} |\n")
+        does = f"{knob.doc}{_effect(knob)}{_later(knob)}".replace("|", r"\|")  # a bare one would end the cell
+        parts.append(f"| `{knob.name}` | {_values(knob.kind, knob.range)} | `{show(knob.default)}` | {does} |\n")
     return "".join(parts)
+
+
+def _corpora() -> str:
+    """The table of the keys of a corpus."""
+    kinds, rows = fields_of(CorpusConfig), []
+    for item in dataclasses.fields(CorpusConfig):
+        default = "" if item.default == "" else f"`{show(item.default)}`"
+        rows.append(
+            f"| `{item.name}` | {_values(kinds[item.name], item.metadata['range'])} | {default} | {item.metadata['doc']} |\n"
+        )
+    return f"{CORPORA}{TABLE}{''.join(rows)}"
 
 
 def _purpose(section: str) -> str:
@@ -61,10 +81,11 @@ def _purpose(section: str) -> str:
     return str(cls.__doc__).partition("\n")[0]
 
 
-def _values(knob: Knob) -> str:
-    """The knob's type and range: `integer or null: above 0`, `list of integer: each above 0`."""
-    kind, words = type_name(knob.kind), knob.range.words
-    return f"{kind}: {'each ' if kind.startswith('list') else ''}{words}" if words else kind
+def _values(kind: Any, within: Range) -> str:
+    """A type and range: `integer or null: 1 to 65536`, `list of integer: each 1 or more`."""
+    name = type_name(kind)
+    words = within.words("number" not in name)
+    return f"{name}: {'each ' if name.startswith('list') else ''}{words}" if words else name
 
 
 def _effect(knob: Knob) -> str:

@@ -37,7 +37,7 @@ class ParallelConfig:
     )
     sequence_parallel: bool = knob(False, "Split activations along the sequence between the matrices (arXiv:2205.05198).")
     pipeline_parallel_size: int = knob(1, "Pipeline stages.", above=0, at_most=1 << 24)
-    virtual_pipeline_size: int = knob(1, "Model chunks per stage.", above=0, at_most=1 << 16)
+    virtual_pipeline_size: int = knob(1, "Model chunks of each pipeline stage.", above=0, at_most=1 << 16)
     schedule: Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"] = knob("1f1b", "Pipeline schedule.")
     layer_split: tuple[int, ...] | None = knob(
         None,
@@ -62,28 +62,29 @@ class ParallelConfig:
     )
     zero_stage: Literal[0, 1, 2, 3] = knob(
         1,
-        "What the data-parallel ranks shard (ZeRO, arXiv:1910.02054): 1 optimizer states, 2 and gradients, 3 and parameters; 0 nothing.",
+        "State that the data-parallel ranks shard (ZeRO, arXiv:1910.02054): 0 nothing; 1 optimizer states; 2 gradients too; 3 "
+        "parameters too.",
     )
     zero_ranks: int | None = knob(
         None,
-        "Neighbouring data-parallel ranks, such as those of a node, that share one set of shards, of which the others have replicas "
-        "(MiCS, arXiv:2205.00119); it divides their number; null: all of them.",
+        "Number of neighbouring data-parallel ranks, such as those of a node, that share one set of shards; the other ranks "
+        "hold replicas of it (MiCS, arXiv:2205.00119). It divides the number of data-parallel ranks; null means all of them.",
         effects.SHARDED,
         above=0,
     )
     bucket_size: int | None = knob(
         None,
-        "Parameters that are reduced and gathered over the data-parallel ranks at a time; null: 8 million, or 1 million for each of "
-        "these ranks up to an eighth of the rank's own (zero_stage 2 and 3: a thirty-second).",
+        "Parameters that are reduced and gathered over the data-parallel ranks at a time; null means 8 million, or 1 million "
+        "for each of these ranks up to an eighth of the rank's own (zero_stage 2 and 3: a thirty-second).",
         above=0,
     )
     reduce_dtype: Literal["fp32", "bf16"] = knob(
         "fp32",
-        "What gradients are rounded to on their way over the data-parallel ranks: bf16 moves half the bytes of them. They are "
-        "accumulated over micro-batches in float32 either way.",
+        "Type in which gradients travel between data-parallel ranks: bf16 halves the bytes. Over micro-batches they are "
+        "accumulated in float32 either way.",
         effects.NOT_DOUBLE,
     )
-    overlap: bool = knob(True, "Reduce gradients beside the backward and gather parameters beside the forward.")
+    overlap: bool = knob(True, "Reduce gradients during the backward pass, and gather parameters during the forward pass.")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where tensors live; auto takes CUDA where there is one.")
     backend: Literal["auto", "gloo", "nccl"] = knob("auto", "Collectives library; auto is nccl on CUDA and gloo on CPU.")
 
@@ -97,12 +98,18 @@ class ObjectiveMix:
 
     mode: Literal["sample", "weighted"] = knob(
         "sample",
-        "sample: each is drawn with its share; weighted: every batch has all, and the loss is the sum of share x its mean.",
+        "sample: an objective is drawn with the probability of its share; weighted: every batch has all objectives, and the "
+        "loss is the sum of share x mean loss of each.",
         effects.BLANKS,
     )
-    blank: float = knob(0.5, "Share of short spans ([MASK]).", effects.BLANKS, at_least=0)
-    sentence: float = knob(0.3, "Share of whole sentences ([sMASK]); it needs data.tokenizer.", effects.BLANKS, at_least=0)
-    document: float = knob(0.2, "Share of one long span ([gMASK]).", effects.BLANKS, at_least=0)
+    blank: float = knob(0.5, "Share of the objective that blanks short spans ([MASK]).", effects.BLANKS, at_least=0)
+    sentence: float = knob(
+        0.3,
+        "Share of the objective that blanks whole sentences ([sMASK]); it needs data.tokenizer.",
+        effects.BLANKS,
+        at_least=0,
+    )
+    document: float = knob(0.2, "Share of the objective that blanks one long span ([gMASK]).", effects.BLANKS, at_least=0)
 
 
 @dataclass(frozen=True)
@@ -110,25 +117,34 @@ class BlankConfig:
     """Short spans."""
 
     mask_ratio: float = knob(
-        0.15, "Share of the tokens in spans; the last span is kept whole, so a little more.", effects.BLANKS, above=0, below=1
+        0.15,
+        "Share of the tokens that lie in spans; the last span is kept whole, so a little more.",
+        effects.BLANKS,
+        above=0,
+        below=1,
     )
     poisson_lambda: float = knob(
-        3.0, "Lengths are Poisson-distributed, restricted to min_span .. max_span.", effects.BLANKS, above=0, at_most=1 << 16
+        3.0,
+        "Mean of the Poisson distribution of span lengths, before it is restricted to min_span .. max_span.",
+        effects.BLANKS,
+        above=0,
+        at_most=1 << 16,
     )
     min_span: int = knob(1, "Tokens of the shortest span.", effects.BLANKS, above=0, at_most=1 << 16)
     max_span: int = knob(39, "Tokens of the longest span.", effects.BLANKS, above=0, at_most=1 << 16)
     min_gap: int = knob(1, "Least number of unmasked tokens between neighbouring spans.", effects.BLANKS, at_least=0)
     overflow: Literal["keep", "clip", "drop"] = knob(
-        "keep", "The span that exceeds mask_ratio: keep it whole, clip it, or drop it.", effects.BLANKS
+        "keep", "Treatment of the span that exceeds mask_ratio: keep it whole, clip it, or drop it.", effects.BLANKS
     )
     on_unplaceable: Literal["drop", "redraw"] = knob(
         "drop",
-        "Where not all spans fit: drop: the sample has no loss; redraw: draw lengths again, up to 8 times.",
+        "Treatment of a sample whose spans do not all fit. drop: the sample has no loss; redraw: lengths are drawn again, up "
+        "to 8 times.",
         effects.BLANKS,
     )
     span_layout: Literal["sorted_draws", "uniform"] = knob(
         "sorted_draws",
-        "Places of spans: sorted independent draws, as in GLM's code, or each arrangement equally often.",
+        "Distribution of the spans' places: sorted independent draws, as in GLM's code, or uniform over all arrangements.",
         effects.BLANKS,
     )
     single_span_prob: float = knob(
@@ -148,19 +164,19 @@ class DocumentConfig:
     """One long span."""
 
     min_ratio: float = knob(
-        0.5, "Share of the text that is generated, at least (GLM's released runs: 0.25).", effects.SPANS, at_least=0, at_most=1
+        0.5, "Least share of the text that is generated (GLM's released runs: 0.25).", effects.SPANS, at_least=0, at_most=1
     )
-    max_ratio: float = knob(1.0, "Share of the text that is generated, at most.", effects.SPANS, above=0, at_most=1)
+    max_ratio: float = knob(1.0, "Largest share of the text that is generated.", effects.SPANS, above=0, at_most=1)
     reserve_tokens: int = knob(2, "Least number of tokens of the text that stay unmasked.", effects.SPANS, at_least=0)
     suffix_prob: float = knob(
         0.5,
-        "Probability that the span is the end of the text; always so where a sample has several documents.",
+        "Probability that the span is the end of the text; it always is where a sample has several documents.",
         effects.SPANS,
         at_least=0,
         at_most=1,
     )
     length_granularity: Literal["batch", "sample"] = knob(
-        "batch", "Draw one length for a micro-batch, or one for each sample.", effects.SPANS
+        "batch", "Draw one length for a whole micro-batch, or one for each sample.", effects.SPANS
     )
 
 
@@ -168,9 +184,14 @@ class DocumentConfig:
 class SentenceConfig:
     """Whole sentences."""
 
-    mask_ratio: float = knob(0.15, "Share of the tokens in masked sentences, at least.", effects.SENTENCES, above=0, below=1)
+    mask_ratio: float = knob(
+        0.15, "Least share of the tokens that lie in masked sentences.", effects.SENTENCES, above=0, below=1
+    )
     end_chars: str = knob(
-        ".?!;:\u3002\uff1f\uff01\uff1b\u2026\n", "A token with one of these ends a sentence.", effects.ENDS, not_empty=True
+        ".?!;:\u3002\uff1f\uff01\uff1b\u2026\n",
+        "Characters that end a sentence: a token whose text has one of them is a sentence's last.",
+        effects.ENDS,
+        not_empty=True,
     )
 
 
@@ -178,14 +199,39 @@ class SentenceConfig:
 class SentinelConfig:
     """Ids of the special tokens; null: the tokenizer's, or an id after its vocabulary if it has none."""
 
-    cls: int | None = knob(None, "Begins a text: [CLS].", effects.BLANKS, at_least=0)
-    eos: int | None = knob(None, "Ends a document; null means the tokenizer's.", effects.BLANKS, at_least=0)
-    mask: int | None = knob(None, "Stands for a span: [MASK].", effects.BLANKS, at_least=0)
-    gmask: int | None = knob(None, "Stands for the end of a text: [gMASK].", effects.TASK_MASKS, at_least=0)
-    smask: int | None = knob(None, "Stands for a sentence: [sMASK].", effects.TASK_MASKS, at_least=0)
-    sop: int | None = knob(None, "Begins the text of a blank: <|startofpiece|>.", effects.BLANKS, at_least=0)
-    eop: int | None = knob(None, "Ends the text of a blank: <|endofpiece|>.", effects.BLANKS, at_least=0)
-    noise: int | None = knob(None, "decoder_noise_prob: [dBLOCK].", effects.NOISE, at_least=0)
+    cls: int | None = knob(
+        None,
+        "Id of [CLS], which begins a text; null: the tokenizer's, or a new id after its vocabulary.",
+        effects.BLANKS,
+        at_least=0,
+    )
+    eos: int | None = knob(
+        None, "Id of the token that ends a document; null: the tokenizer's, or new.", effects.BLANKS, at_least=0
+    )
+    mask: int | None = knob(
+        None, "Id of [MASK], which stands for a span; null: the tokenizer's, or new.", effects.BLANKS, at_least=0
+    )
+    gmask: int | None = knob(
+        None,
+        "Id of [gMASK], which stands for the end of a text; null: the tokenizer's, or new.",
+        effects.TASK_MASKS,
+        at_least=0,
+    )
+    smask: int | None = knob(
+        None, "Id of [sMASK], which stands for a sentence; null: the tokenizer's, or new.", effects.TASK_MASKS, at_least=0
+    )
+    sop: int | None = knob(
+        None,
+        "Id of <|startofpiece|>, which begins the text of a blank; null: the tokenizer's, or new.",
+        effects.BLANKS,
+        at_least=0,
+    )
+    eop: int | None = knob(
+        None, "Id of <|endofpiece|>, which ends the text of a blank; null: the tokenizer's, or new.", effects.BLANKS, at_least=0
+    )
+    noise: int | None = knob(
+        None, "Id of [dBLOCK], the noise token of decoder_noise_prob; null: the tokenizer's, or new.", effects.NOISE, at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -194,7 +240,7 @@ class GlmConfig:
 
     objective_mix: ObjectiveMix = field(default_factory=ObjectiveMix)
     objective_granularity: Literal["batch", "sample"] = knob(
-        "batch", "The objective is drawn for a micro-batch, or for each sample.", effects.DRAWN
+        "batch", "Draw the objective for a whole micro-batch, or for each sample.", effects.DRAWN
     )
     blank: BlankConfig = field(default_factory=BlankConfig)
     document: DocumentConfig = field(default_factory=DocumentConfig)
@@ -202,21 +248,23 @@ class GlmConfig:
     tokens: SentinelConfig = field(default_factory=SentinelConfig)
     text_length: int | None = knob(
         None,
-        "Tokens of text in a sample, with [CLS]; null leaves room in seq_length for the sentinels of nearly every draw.",
+        "Tokens of text in a sample, [CLS] included; null leaves room in seq_length for the special tokens of nearly every "
+        "draw.",
         effects.BLANKS,
         above=0,
     )
-    shuffle_spans: bool = knob(True, "Part B has the blanks in random order; false: in the order of the text.", effects.BLANKS)
-    task_masks: bool = knob(
-        True, "[gMASK] and [sMASK] are tokens of their own; false: [MASK] stands for all three.", effects.BLANKS
+    shuffle_spans: bool = knob(
+        True, "Put the blanks of part B in random order; false: in the order of the text.", effects.BLANKS
     )
+    task_masks: bool = knob(True, "Use [gMASK] and [sMASK] beside [MASK]; false: [MASK] stands for all three.", effects.BLANKS)
     position_dim1: Literal["corrupted", "original_start"] = knob(
         "corrupted",
-        "Positions count the text with its blanks, or the original one (part A then sees how long a blank is).",
+        "First position: corrupted counts the text with its blanks; original_start counts the original text, so that part A "
+        "shows how long a blank is.",
         effects.BLANKS,
     )
     position_dim2: bool = knob(
-        True, "The second position counts within a blank; false: it is 1 in all of part B.", effects.SECOND_POSITIONS
+        True, "Second position: counts within a blank; false: it is 1 in all of part B.", effects.SECOND_POSITIONS
     )
     short_seq_prob: float = knob(
         0.0,
@@ -227,7 +275,8 @@ class GlmConfig:
     )
     loss_norm: Literal["global_tokens", "microbatch"] = knob(
         "global_tokens",
-        "The loss is a mean over the tokens of the global batch, or a mean of the means of micro-batches (GLM's code).",
+        "global_tokens: the loss is a mean over the tokens of the global batch; microbatch: a mean of the means of "
+        "micro-batches (GLM's code).",
         effects.BLANKS,
     )
 
@@ -262,10 +311,12 @@ class DataConfig:
         "Documents packed in one sample do not see each other, and positions count from each one's start (arXiv:2407.21783).",
     )
     objective: Literal["next_token", "glm"] = knob(
-        "next_token", "What a sample teaches: each next token, or to fill blanks (GLM, arXiv:2103.10360), as `glm` says."
+        "next_token",
+        "Task that a sample teaches: to predict each next token, or to fill blanks (GLM, arXiv:2103.10360), as the keys of "
+        "`glm` say.",
     )
     glm: GlmConfig = field(default_factory=GlmConfig)
-    tokenizer: str | None = knob(None, "tokenizer.json of the `tokenizers` library, or `bytes`.", path=True, use="bytes")
+    tokenizer: str | None = knob(None, "File tokenizer.json of the `tokenizers` library, or `bytes`.", path=True, use="bytes")
     eod: int | str | None = knob(
         None,
         "Token that ends a document, by name or id, or `none`; null: found in the files beside the tokenizer, or by its name.",
@@ -279,7 +330,7 @@ class DataConfig:
         not_empty=True,
     )
     cache_dir: str | None = knob(
-        None, "Where sample indices are cached; null means `index_cache` beside each store.", path=True
+        None, "Directory of cached sample indices; null means `index_cache` beside each store.", path=True
     )
 
     @property
@@ -311,15 +362,16 @@ class OptimConfig:
         None, "Steps of linear warm-up; null means 100, or a tenth of a run of fewer than 1000 steps.", at_least=0
     )
     decay_fraction: float = knob(
-        0.1, "wsd: share of all steps, at the end, that decays linearly to min_lr.", effects.WSD, above=0, at_most=1
+        0.1, "wsd: share of the run, at its end, in which the rate falls linearly to min_lr.", effects.WSD, above=0, at_most=1
     )
-    weight_decay: float = knob(0.1, "Decay of matrices; biases and norm weights have none.", at_least=0)
+    weight_decay: float = knob(0.1, "Weight decay of matrices; biases and norm weights have none.", at_least=0)
     weight_decay_end: float | None = knob(
-        None, "Decay at the last step, approached linearly; null keeps it constant.", at_least=0
+        None, "Weight decay of the last step, approached linearly; null keeps it constant.", at_least=0
     )
     master: Literal["fp32", "split"] = knob(
         "fp32",
-        "bf16 runs: FP32 master weights beside the parameters, or split: the 16 bits that those lack, 2 bytes less each.",
+        "Master weights of a bf16 run: fp32 keeps them beside the parameters; split keeps the 16 bits that a BF16 parameter "
+        "lacks, 2 bytes less for each.",
         effects.BF16,
     )
     betas: tuple[float, float] = knob((0.9, 0.95), "Adam's moment decay rates.", effects.ADAM, at_least=0, below=1)
@@ -332,7 +384,7 @@ class OptimConfig:
 class TrainConfig:
     """The run: how long, how much at a time, in what precision."""
 
-    steps: int = knob(1000, "Optimizer updates.", effects.IN_STEPS, above=0)
+    steps: int = knob(1000, "Number of optimizer updates.", effects.IN_STEPS, above=0)
     tokens: float | None = knob(
         None,
         "Token budget instead of steps: the last update is the one that reaches it, and schedules are counted in tokens.",
@@ -342,11 +394,11 @@ class TrainConfig:
     global_batch_size: int = knob(32, "Sequences per optimizer update, over all ranks.", above=0, at_most=1 << 24)
     batch_ramp: tuple[int, int, int] | None = knob(
         None,
-        "[start, increment, samples]: begin with batches of `start` and grow to global_batch_size over so many samples "
-        "(arXiv:2005.14165, appendix B).",
+        "[start, increment, samples]: begin with global batches of `start` sequences, and grow by `increment` at a time to "
+        "global_batch_size over the first `samples` (arXiv:2005.14165, appendix B).",
         above=0,
     )
-    micro_batch_size: int = knob(4, "Sequences per forward pass of one rank.", above=0, at_most=1 << 24)
+    micro_batch_size: int = knob(4, "Sequences of one forward pass of a rank.", above=0, at_most=1 << 24)
     seed: int = knob(1234, "Seed of weights, data order and dropout.", at_least=0, at_most=(1 << 63) - 1)
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = knob(
         "bf16", "bf16: BF16 weights with FP32 masters and FP32 gradient accumulation; fp64 is for checks on CPU."
@@ -360,7 +412,11 @@ class TrainConfig:
         "none",
         "block: torch.compile what lies between a block's matrix products (kernels/compiled.py); on CPU it needs a C++ compiler.",
     )
-    recompute: Literal["none", "selective", "full"] = knob("none", "Activation recomputation (arXiv:2205.05198).")
+    recompute: Literal["none", "selective", "full"] = knob(
+        "none",
+        "Activation recomputation (arXiv:2205.05198): selective makes norm and activation outputs again in the backward; full "
+        "a whole block.",
+    )
     label_smoothing: float = knob(
         0.0,
         "Share of the target's probability that is spread over the vocabulary, in training (arXiv:1512.00567, section 7).",
@@ -372,36 +428,41 @@ class TrainConfig:
     )
     loss_chunk: int = knob(
         0,
-        "Tokens of a micro-batch whose logits exist at a time; made again in the backward (arXiv:2411.09009). 0 means all.",
+        "Tokens of a micro-batch whose logits exist at a time; the backward makes them again (arXiv:2411.09009). 0 means all.",
         at_least=0,
     )
     skip_steps: tuple[int, ...] = knob(
         (),
-        "Steps, from 1, whose batch is consumed without an update, such as where a loss spiked (PaLM, arXiv:2204.02311, section 5.1).",
+        "Steps, counted from 1, whose batch is consumed without an update, such as those where a loss spiked (PaLM, "
+        "arXiv:2204.02311, section 5.1).",
         above=0,
     )
     loss_scale: float = knob(
         65536.0,
-        "fp16: first scale of the loss, so that small gradients do not vanish (arXiv:1710.03740).",
+        "fp16: initial loss scale, so that small gradients do not vanish (arXiv:1710.03740).",
         effects.FP16,
         above=0,
     )
     loss_scale_window: int = knob(
-        1000, "fp16: updates without an overflow after which the scale doubles.", effects.FP16, above=0
+        1000, "fp16: number of updates without an overflow after which the loss scale doubles.", effects.FP16, above=0
     )
     loss_scale_hysteresis: int = knob(
-        2, "fp16: overflows, without such a window between, after which the scale halves.", effects.FP16, above=0
+        2,
+        "fp16: number of overflows, without such a window in between, after which the loss scale halves.",
+        effects.FP16,
+        above=0,
     )
-    loss_scale_min: float = knob(1.0, "fp16: the scale never falls below.", effects.FP16, above=0)
+    loss_scale_min: float = knob(1.0, "fp16: smallest loss scale.", effects.FP16, above=0)
     exit_after_minutes: float | None = knob(
-        None, "Stop after this time with a checkpoint and exit code 75, as on a signal.", above=0
+        None, "Minutes after which the run stops with a checkpoint and exit code 75, as on a signal; null means never.", above=0
     )
     exit_before_end_minutes: float = knob(
         2.0,
-        "Under SLURM, minutes before the job's time limit to stop, as on a signal. Three steps and a checkpoint must fit.",
+        "Under SLURM: minutes before the job's time limit at which the run stops, as on a signal. Three steps and a "
+        "checkpoint must fit.",
         at_least=0,
     )
-    exit_file: str | None = knob(None, "Stop with a checkpoint and exit code 75 as soon as this file exists.", path=True)
+    exit_file: str | None = knob(None, "File whose appearance stops the run with a checkpoint and exit code 75.", path=True)
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.", at_least=0)
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.", at_least=0)
     audit_every: int = knob(
@@ -410,9 +471,14 @@ class TrainConfig:
         at_least=0,
     )
     hang_timeout_seconds: float = knob(
-        600.0, "Limit of every collective; then the run ends, naming axis, call and culprit.", above=0, at_most=1e6
+        600.0,
+        "Seconds that a collective may take; after that the run ends, naming axis, call and culprit.",
+        above=0,
+        at_most=1e6,
     )
-    deterministic: bool = knob(False, "The same bits on every run of the same layout (torch.use_deterministic_algorithms).")
+    deterministic: bool = knob(
+        False, "Produce the same bits in every run of the same layout (torch.use_deterministic_algorithms)."
+    )
 
 
 @dataclass(frozen=True)
@@ -421,32 +487,32 @@ class CheckpointConfig:
 
     dir: str | None = knob(None, "Directory of the checkpoints; null means log.dir/checkpoints.", path=True)
     save_every: int = knob(200, "Steps between checkpoints; 0 means only at the end.", at_least=0)
-    keep: int = knob(3, "How many of the newest checkpoints to keep; 0 keeps all.", at_least=0)
+    keep: int = knob(3, "Number of newest checkpoints to keep; 0 keeps all.", at_least=0)
     keep_every: int = knob(
-        0, "Checkpoints of steps that are multiples of this stay as well; 0: none.", effects.KEPT, at_least=0
+        0, "Keep checkpoints of steps that are multiples of this as well; 0 means none.", effects.KEPT, at_least=0
     )
     asynchronous: bool = knob(
         True, "Train on while a checkpoint is written; a step waits only for a copy of what its rank saves."
     )
     staging_gib: float = knob(
         16.0,
-        "GiB of host memory a rank may take for the copy that `asynchronous` writes from, all ranks of a node at most a quarter of its "
-        "memory; where a rank saves more, the step waits for the disk.",
+        "GiB of host memory that a rank may take for the copy that `asynchronous` writes from; all ranks of a node take at "
+        "most a quarter of its memory. Where a rank saves more, the step waits for the disk.",
         above=0,
     )
     resume: str = knob(
         "auto",
-        "Where a run begins: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint; started again, the run "
-        "goes on from its own checkpoints.",
+        "Beginning of the run: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint. A run "
+        "that is started again goes on from its own checkpoints.",
         path=True,
     )
     weights_only: bool = knob(
         False,
-        "Begin from the weights at resume=PATH alone, of any layout: steps, data and optimizer state begin anew.",
+        "Take only the weights, of any layout, from the path in `resume`: steps, data and optimizer state begin anew.",
         effects.FROM_A_PATH,
     )
     accept_changes: tuple[Literal["model", "tokenizer", "data"], ...] = knob(
-        (), "Which of these may differ from the checkpoint's when a run resumes; a difference in any other is refused."
+        (), "Parts that may differ from the checkpoint's when a run resumes; a difference in any other is refused."
     )
 
 
@@ -460,11 +526,14 @@ class LogConfig:
         0, "Steps between rows with the norms of gradients and weights of each part of the model; 0 means never.", at_least=0
     )
     to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = knob(
-        ("tensorboard",), "Extra writers.", deferred=Deferred(("tensorboard",), "wandb and mlflow come in a later release")
+        ("tensorboard",),
+        "Extra writers of metrics.",
+        deferred=Deferred(("tensorboard",), "wandb and mlflow come in a later release"),
     )
     peak_tflops: float | None = knob(
         None,
-        "Peak TFLOP/s of one device, for MFU; null means the published peak of a known GPU, and a measured matmul on CPU.",
+        "Peak TFLOP/s of one device, for MFU; null means the published peak of a known GPU, and on a CPU a measured matrix "
+        "product.",
         above=0,
     )
 

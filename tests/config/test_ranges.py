@@ -196,19 +196,27 @@ def test_a_config_made_in_python_is_held_to_the_same_ranges():
 
 
 @pytest.mark.parametrize(
-    ("within", "words"),
+    ("within", "whole", "words"),
     [
-        (Range(), ""),
-        (Range(above=0), "above 0"),
-        (Range(at_least=0), "0 or more"),
-        (Range(above=0, at_most=1 << 16), "above 0, at most 65536"),
-        (Range(at_least=0, below=1), "in [0, 1)"),
-        (Range(above=0, below=1), "in (0, 1)"),
-        (Range(at_least=0, not_empty=True), "0 or more, not empty"),
+        (Range(), True, ""),
+        (Range(), False, ""),
+        (Range(above=0), True, "1 or more"),
+        (Range(above=0), False, "above 0"),
+        (Range(at_least=0), True, "0 or more"),
+        (Range(at_least=0), False, "0 or more"),
+        (Range(above=0, at_most=1 << 16), True, "1 to 65536"),
+        (Range(above=0, at_most=1 << 16), False, "in (0, 65536]"),
+        (Range(at_least=0, below=1), False, "in [0, 1)"),
+        (Range(above=0, below=1), False, "in (0, 1)"),
+        (Range(at_least=0, at_most=1), False, "in [0, 1]"),
+        (Range(above=0, at_most=1e18), False, "in (0, 1e+18]"),
+        (Range(not_empty=True), True, "not empty"),
+        (Range(at_least=0, not_empty=True), True, "0 or more, not empty"),
+        (Range(path=True), True, "a path"),
     ],
 )
-def test_a_range_in_words(within, words):
-    assert within.words == words
+def test_a_range_in_words(within, whole, words):
+    assert within.words(whole) == words
 
 
 def test_validate_has_rules_between_knobs_alone():
