@@ -25,7 +25,7 @@ import quickstart_glm
 import torch
 from running import Failed, call, interrupt, key, once, publish, say, step, verb
 
-from megatrain.config.budget import warmup_of
+from megatrain.config.budget import warmup_steps
 from megatrain.config.load import load
 from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.baselines import consumed_rows, count_pairs, held_out_pairs, interpolated_bigram, unigram_entropy
@@ -245,7 +245,7 @@ def train_as_planned(
     """Train to the last of `steps` (True), or until `change(steps)` is another number, with the state saved (False)."""
     every = -(-steps // EVALUATIONS)
     overrides = [
-        *(f"train.steps={steps}", f"optim.warmup_steps={min(warmup_of(config), steps // 5)}"),
+        *(f"train.steps={steps}", f"optim.warmup_steps={min(warmup_steps(config), steps // 5)}"),
         *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data / 'valid'}"),
         *(f"log.dir={run}", f"log.every={max(1, steps // 40)}"),
     ]

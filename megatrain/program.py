@@ -43,7 +43,7 @@ from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
 from megatrain.records.log import RunLog
-from megatrain.resuming.resume import gauge_kept, resume
+from megatrain.resuming.resume import resume, warmup_kept
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
 from megatrain.runtime.distributed import Session, connect
@@ -79,7 +79,7 @@ def build(
 def _build_in(session: Session, config: Config, text: str, objective: Objective | None) -> Job:
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
     session.same("config", text)
-    validate(config, session.world.size, partial(gauge_kept, config, session))
+    validate(config, session.world.size, partial(warmup_kept, config, session))
     require_schedule(config)
     require_precision(config.train.precision, session.device)
     prepare_torch(config.train)

@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from megatrain.config.budget import Budget, Position, budget_of, gauge_of, learning_rate, weight_decay
+from megatrain.config.budget import Budget, Position, budget_of, learning_rate, position, warmup_of, weight_decay
 from megatrain.config.schema import Config
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Batch, Loader
-from megatrain.kernels.attention_mask import causal_mask
+from megatrain.kernels.attention_mask import AttentionMask, causal_mask
 from megatrain.models.batch import Loss, MicroBatch, Objective
 from megatrain.models.gpt import GPT
 from megatrain.optim.optimizer import LossScale, Optimizer, clip_divisor, local_squared_norm
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
-from megatrain.parallel.pipeline_parallel import Chunk, Executed, Observer, Parameters, Resident, Stage, run_schedule
+from megatrain.parallel.pipeline_parallel import Executed, Observer, Parameters, Stage, Unsharded, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.reports import Queued, StepReport
@@ -68,7 +68,7 @@ class Model:
     @property
     def parameters(self) -> Parameters:
         """Where the executor finds the weights: here, whole."""
-        return Resident()
+        return Unsharded()
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Run(Model):
 
     def __post_init__(self) -> None:
         self.loss_scale = LossScale(self.config.train, self.ctx.device)
-        self.gauge = gauge_of(self.config)
+        self.warmup = warmup_of(self.config)
 
     @property
     def parameters(self) -> Parameters:
@@ -114,10 +114,7 @@ class Run(Model):
 
     def position(self, step: int, samples: int) -> Position:
         """Where in its schedules the run is after so many updates and samples."""
-        train, gauge = self.config.train, self.gauge
-        if train.tokens is None:
-            return Position(step, train.steps, gauge.warmup_steps)
-        return Position(samples * self.config.model.seq_length, train.tokens, gauge.warmup, gauge.first, gauge.full)
+        return position(self.config, self.warmup, step, samples)
 
 
 def schedule_of(config: Config, micro_batches: int, *, backward: bool = True) -> Schedule:
@@ -162,28 +159,20 @@ def queue_step(run: Run) -> Queued:
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
-    """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device."""
-    given = (
-        *(batch.tokens, batch.labels, batch.loss_weights, batch.positions, batch.places),
-        *(batch.documents, batch.prefix, batch.block_positions, batch.kinds),
-    )
-    here = [None if array is None else _rows_first(torch.from_numpy(array)) for array in given]
-    there = iter(to_device([x for x in here if x is not None], run.ctx.device))
-    nothing = [None] * len(batch.tokens)
-    columns = zip(*(nothing if x is None else next(there) for x in here), strict=True)
-    ends = zip(*(nothing if x is None else x for x in here[5:7]), strict=True)
-    mask_of, micro_batches = partial(causal_mask, run.config.model.window, run.config.model.sparse), []
-    for (tokens, labels, weights, positions, places, documents, prefix, inside, kinds), of_mask in zip(
-        columns, ends, strict=True
-    ):
-        mask = mask_of(documents, prefix, mask_of(*of_mask))
-        micro_batches.append(MicroBatch(tokens, labels, weights, positions, places, run.step, mask, inside, kinds))
+    """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device, which are sent in one copy."""
+    host = {f.name: torch.from_numpy(x) for f in fields(Batch) if (x := getattr(batch, f.name)) is not None}
+    host = {name: x.transpose(1, 2) if x.dim() == 3 else x for name, x in host.items()}
+    device = zip(host, to_device(list(host.values()), run.ctx.device), strict=True)
+    sent = {name: x.unbind() for name, x in device}
+    mask_of: Callable[..., AttentionMask] = partial(causal_mask, run.config.model.window, run.config.model.sparse)
+    micro_batches = []
+    of_mask = [name for name in ("documents", "prefix") if name in host]
+    for m in range(len(batch.tokens)):
+        given: dict[str, Any] = {name: x[m] for name, x in sent.items()}
+        on_host = mask_of(**{name: host[name][m] for name in of_mask})
+        mask = mask_of(**{name: given.pop(name) for name in of_mask}, on_host=on_host)
+        micro_batches.append(MicroBatch(samples=given.pop("places"), step=run.step, mask=mask, **given))
     return micro_batches
-
-
-def _rows_first(x: torch.Tensor) -> torch.Tensor:
-    """[m, b, s] -> [m, s, b]; [m, b] stays."""
-    return x.transpose(1, 2) if x.dim() == 3 else x
 
 
 def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
@@ -192,42 +181,35 @@ def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
     return run.ctx.dp_cp.all_reduce(weights.sum(0).double())
 
 
-def stage_of(run: Model) -> Stage:
-    """This rank's share of the pipeline, as the executor sees it."""
-    ctx, head = run.ctx, run.chunks[-1].head
-
-    def loss(hidden: torch.Tensor, micro_batch: MicroBatch) -> Loss:
-        if head is None:
-            raise ValueError("only the last virtual stage of a pipeline ends in a loss")
-        return head(hidden, run.objective, micro_batch)
-
-    return Stage(
-        ctx.pp.rank,
-        [_postponing(chunk) for chunk in run.chunks],
-        loss,
-        run.chunks[0].boundary,
-        ctx.sends,
-        ctx.receives,
-        ctx.device,
-        statistics=run.objective.statistics,
-        observe=run.observers.instruction,
-        parameters=run.parameters,
-    )
-
-
 def forward(model: Model, micro_batches: list[MicroBatch]) -> Executed:
     """Forward passes only: sums, and outputs of the objective. Several models may take turns on one context."""
     schedule = schedule_of(model.config, len(micro_batches), backward=False)
     return run_schedule(stage_of(model), schedule, micro_batches, scale=1.0)
 
 
-def _postponing(chunk: GPT) -> Chunk:
-    """A chunk of the model that is told through its micro-batch where postponed weight gradients go."""
+def stage_of(run: Model) -> Stage:
+    """This rank's share of the pipeline, as the executor sees it."""
+    return Stage(
+        run.ctx,
+        [partial(_run_chunk, chunk) for chunk in run.chunks],
+        partial(_run_head, run),
+        run.chunks[0].boundary,
+        run.objective.statistics,
+        run.observers.instruction,
+        run.parameters,
+    )
 
-    def forward(hidden: torch.Tensor | None, micro_batch: MicroBatch, postponed: Postponed | None) -> torch.Tensor:
-        return chunk(hidden, replace(micro_batch, postponed=postponed))
 
-    return forward
+def _run_chunk(chunk: GPT, hidden: torch.Tensor | None, micro_batch: MicroBatch, postponed: Postponed | None) -> torch.Tensor:
+    """Run a chunk; its layers read from their micro-batch where postponed weight gradients go."""
+    return chunk(hidden, replace(micro_batch, postponed=postponed))
+
+
+def _run_head(run: Model, hidden: torch.Tensor, micro_batch: MicroBatch) -> Loss:
+    head = run.chunks[-1].head
+    if head is None:
+        raise ValueError("only the last virtual stage of a pipeline ends in a loss")
+    return head(hidden, run.objective, micro_batch)
 
 
 class Totals(NamedTuple):

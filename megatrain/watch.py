@@ -87,7 +87,7 @@ class Watch:
             f"{summing_note(ctx.device, DTYPES[config.train.precision])}"
         )
         if config.optim.warmup_steps is None:
-            self.log.say(f"warm-up: {job.gauge.warmup_steps} of {job.total_steps} steps, as optim.warmup_steps is null")
+            self.log.say(f"warm-up: {job.warmup.warmup_steps} of {job.total_steps} steps, as optim.warmup_steps is null")
         attention = kernels_of(config, ctx.tp.size, DTYPES[config.train.precision], ctx.device).note
         if attention:
             self.log.say(attention)

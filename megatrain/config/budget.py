@@ -1,4 +1,4 @@
-"""The length of a run and its batch sizes: samples of each update, number of updates. Pure functions of the samples consumed.
+"""The length of a run, its batches, learning rate and weight decay: pure functions of the updates and samples done.
 
 train.steps              number of updates, whatever their batch
 train.tokens             instead: as many updates as it takes to consume this many tokens
@@ -12,10 +12,14 @@ ramp or number of replicas therefore does not bend the schedule.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from megatrain.config.schema import Config, OptimConfig
+
+DEFAULT_WARMUP = 100
+"""Steps of warm-up where optim.warmup_steps is null and the run is long enough."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,10 @@ class Budget:
     full: int
     """Sequences of an update after the ramp."""
     start: int
+    """Sequences of the first update."""
     increment: int
     ramp_samples: int
+    """Samples of the ramp; 0 where all updates are alike."""
     steps: int
     """Updates of the whole run; unused where `samples` is given."""
     samples: int | None = None
@@ -36,38 +42,45 @@ class Budget:
         """Sequences of the update that follows `consumed` samples."""
         if consumed >= self.ramp_samples:
             return self.full
-        increments = -(-(self.full - self.start) // self.increment)
-        return min(self.full, self.start + consumed * increments // self.ramp_samples * self.increment)
+        return min(self.full, self.start + consumed * self._increments // self.ramp_samples * self.increment)
 
     def consumed(self, steps: int, since: int = 0) -> int:
         """Samples consumed after `steps` more updates, starting from `since`."""
-        done, samples = 0, since
-        while done < steps and samples < self.ramp_samples:
-            alike = min(self._alike(samples), steps - done)
-            samples += alike * self.batch_size(samples)
-            done += alike
-        return samples + (steps - done) * self.full
+        for batch, count in self._stretches(since):
+            alike = int(min(count, steps))
+            since, steps = since + alike * batch, steps - alike
+            if steps == 0:
+                break
+        return since
 
     def steps_to(self, samples: int, since: int = 0) -> int:
         """Updates needed to go from `since` samples consumed to at least `samples`."""
-        done, consumed = 0, since
-        while consumed < min(samples, self.ramp_samples):
-            batch = self.batch_size(consumed)
-            alike = min(self._alike(consumed), -(-(samples - consumed) // batch))
-            consumed += alike * batch
-            done += alike
-        return done + max(0, -(-(samples - consumed) // self.full))
-
-    def _alike(self, consumed: int) -> int:
-        """Updates, after `consumed` samples within the ramp, that have the same batch size: a long ramp is counted in few steps."""
-        increments = -(-(self.full - self.start) // self.increment)
-        grown = consumed * increments // self.ramp_samples + 1
-        next_batch = -(-grown * self.ramp_samples // increments) if increments else self.ramp_samples
-        return -(-(next_batch - consumed) // self.batch_size(consumed))
+        done = 0
+        for batch, count in self._stretches(since):
+            alike = int(min(count, max(0, -(-(samples - since) // batch))))
+            since, done = since + alike * batch, done + alike
+            if since >= samples:
+                break
+        return done
 
     def total_steps(self, done: int = 0, consumed: int = 0) -> int:
         """Updates of the whole run, of which `done` have consumed `consumed` samples."""
         return self.steps if self.samples is None else done + self.steps_to(self.samples, consumed)
+
+    @property
+    def _increments(self) -> int:
+        """How many times the batch grows."""
+        return -(-(self.full - self.start) // self.increment)
+
+    def _stretches(self, consumed: int) -> Iterator[tuple[int, float]]:
+        """(sequences, updates in a row that have so many) after `consumed` samples, so that a long ramp is counted in few steps."""
+        while consumed < self.ramp_samples:
+            batch, grown = self.batch_size(consumed), consumed * self._increments // self.ramp_samples + 1
+            grows = -(-grown * self.ramp_samples // self._increments) if self._increments else self.ramp_samples
+            alike = -(-(grows - consumed) // batch)
+            yield batch, alike
+            consumed += alike * batch
+        yield self.full, math.inf
 
 
 @lru_cache(maxsize=8)
@@ -75,14 +88,10 @@ def budget_of(config: Config) -> Budget:
     """The budget of a config."""
     train = config.train
     samples = None if train.tokens is None else math.ceil(train.tokens / config.model.seq_length)
-    return Budget(train.global_batch_size, *_ramp(train.global_batch_size, train.batch_ramp), train.steps, samples)
+    return Budget(train.global_batch_size, *(train.batch_ramp or (train.global_batch_size, 1, 0)), train.steps, samples)
 
 
-DEFAULT_WARMUP = 100
-"""Steps of warm-up where optim.warmup_steps is null and the run is long enough."""
-
-
-def warmup_of(config: Config) -> int:
+def warmup_steps(config: Config) -> int:
     """Steps of warm-up: optim.warmup_steps, or if null a number that suits the run's length and, with wsd, ends before the decay begins."""
     given, steps = config.optim.warmup_steps, budget_of(config).total_steps()
     if given is not None:
@@ -92,8 +101,8 @@ def warmup_of(config: Config) -> int:
 
 
 @dataclass(frozen=True)
-class Gauge:
-    """With train.tokens, a run's schedules are measured in tokens: this holds the batch and warm-up, in tokens, that the run began with."""
+class WarmUp:
+    """Warm-up and batch that a run began with: with train.tokens they stay the measure of its schedules, whatever batch it goes on with."""
 
     first: int
     """Tokens of the run's first update."""
@@ -104,33 +113,18 @@ class Gauge:
     """Tokens of the first `warmup_steps` updates."""
 
 
-def gauge_of(config: Config) -> Gauge:
-    """The gauge of a run that begins with a config."""
-    train = config.train
-    return gauge(train.global_batch_size, train.batch_ramp, warmup_of(config), config.model.seq_length)
-
-
-def gauge(batch: int, ramp: tuple[int, int, int] | None, warmup_steps: int, seq_length: int) -> Gauge:
-    """The gauge of a run that begins with global batches of `batch` sequences; warmup_steps in updates, seq_length in tokens a sample."""
-    budget = Budget(batch, *_ramp(batch, ramp), warmup_steps)
-    first, warmup = budget.batch_size(0), budget.consumed(warmup_steps)
-    return Gauge(first * seq_length, batch * seq_length, warmup_steps, warmup * seq_length)
-
-
-def _ramp(batch: int, ramp: tuple[int, int, int] | None) -> tuple[int, int, int]:
-    """(start, increment, samples) of a ramp; without one, a ramp that is over at once."""
-    return (batch, 1, 0) if ramp is None else ramp
-
-
-# Learning rate and weight decay as pure functions of where a run is, counted so that another batch cannot bend them.
+def warmup_of(config: Config) -> WarmUp:
+    """The warm-up of a run that begins with a config."""
+    budget, steps, length = budget_of(config), warmup_steps(config), config.model.seq_length
+    return WarmUp(budget.batch_size(0) * length, budget.full * length, steps, budget.consumed(steps) * length)
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where in its schedules a run is: in updates, where train.steps gives its length, or in tokens, where train.tokens does."""
+    """Where a run's schedules are before an update: in updates with train.steps, in tokens with train.tokens."""
 
     done: float
-    """Before the update that comes next."""
+    """Before the update."""
     total: float
     """At the end of the run."""
     warmup: float
@@ -139,6 +133,13 @@ class Position:
     """Size of the first update, in that unit."""
     full: float = 1
     """Size of an update once a ramp of the batch is over."""
+
+
+def position(config: Config, began: WarmUp, step: int, samples: int) -> Position:
+    """The place of the update that follows `step` updates of `samples` sequences in all."""
+    if config.train.tokens is None:
+        return Position(step, config.train.steps, began.warmup_steps)
+    return Position(samples * config.model.seq_length, config.train.tokens, began.warmup, began.first, began.full)
 
 
 def weight_decay(config: OptimConfig, at: Position) -> float:

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatrain.config.budget import Gauge, budget_of, gauge_of
+from megatrain.config.budget import WarmUp, budget_of, warmup_of
 from megatrain.config.keys import choices, knobs, show
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
 from megatrain.config.source import ConfigError
 
 
-def validate(config: Config, world_size: int, begun: Callable[[], Gauge | None] = lambda: None) -> None:
+def validate(config: Config, world_size: int, begun: Callable[[], WarmUp | None] = lambda: None) -> None:
     """Check every rule for a run with `world_size` processes. Raises ConfigError at the first one broken.
 
-    begun: the gauge of the run that `config` continues, or None; called on all ranks or on none.
+    begun: the warm-up of the run that `config` continues, or None; called on all ranks or on none.
     """
     validate_step(config, world_size)
     _require_data(config)
@@ -322,12 +322,12 @@ def _require_device(config: Config) -> None:
         raise ConfigError("parallel.backend=nccl needs GPUs, but parallel.device=cpu. Use parallel.backend=gloo or auto.")
 
 
-def _require_schedules(config: Config, begun: Callable[[], Gauge | None]) -> None:
-    """Raise ConfigError at the first rule broken. begun: the gauge of the run that `config` continues; called only where it matters."""
+def _require_schedules(config: Config, begun: Callable[[], WarmUp | None]) -> None:
+    """Raise ConfigError at the first rule broken. begun: the warm-up of the run that `config` continues; called only where it matters."""
     optim = config.optim
     if optim.lr_schedule != "constant" and optim.min_lr > optim.lr:
         raise ConfigError(f"optim.min_lr={optim.min_lr} is above optim.lr={optim.lr}. Use optim.min_lr={optim.lr / 10:.3g}.")
-    problem = _warmup_problem(config, gauge_of(config)) or _decay_problem(config) or _skip_problem(config)
+    problem = _warmup_problem(config, warmup_of(config)) or _decay_problem(config) or _skip_problem(config)
     if problem is not None and config.train.tokens is not None:  # in tokens, a changed batch does not make the run shorter
         kept = begun()
         problem = problem if kept is None else _warmup_problem(config, kept)
@@ -341,15 +341,15 @@ def _length(config: Config) -> str:
     return f"train.steps={steps}" if tokens is None else f"the {steps} steps of train.tokens={tokens:g}"
 
 
-def _warmup_problem(config: Config, gauge: Gauge) -> str | None:
+def _warmup_problem(config: Config, began: WarmUp) -> str | None:
     """The error if the warm-up does not fit into the run's length, both in the unit that schedules are counted in; None if it fits."""
     optim, budget, tokens = config.optim, budget_of(config), config.train.tokens
     steps = budget.total_steps()
     what = _length(config)
-    warmup, total = (gauge.warmup_steps, steps) if tokens is None else (gauge.warmup, tokens)
+    warmup, total = (began.warmup_steps, steps) if tokens is None else (began.warmup, tokens)
     if warmup >= total:
         return (
-            f"optim.warmup_steps={gauge.warmup_steps} is not less than {what}. "
+            f"optim.warmup_steps={began.warmup_steps} is not less than {what}. "
             f"Use optim.warmup_steps={steps // 10}, or more steps."
         )
     if optim.lr_schedule == "wsd" and warmup + optim.decay_fraction * total > total:
@@ -357,7 +357,7 @@ def _warmup_problem(config: Config, gauge: Gauge) -> str | None:
         fits = int(room) if tokens is None else budget.steps_to(int(room / config.model.seq_length) + 1) - 1
         return (
             f"the last optim.decay_fraction={optim.decay_fraction} of {what} begins before "
-            f"optim.warmup_steps={gauge.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
+            f"optim.warmup_steps={began.warmup_steps} have passed. Use a smaller optim.decay_fraction, or "
             f"optim.warmup_steps={fits}."
         )
     return None

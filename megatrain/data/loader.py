@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Protocol
@@ -127,36 +128,6 @@ def isolated(batch: Batch, numbers: npt.NDArray[np.int64]) -> Batch:
     )
 
 
-class _Pending:
-    """A batch being built in a thread of its own; an error is raised when the batch is asked for."""
-
-    def __init__(self, loader: Loader, consumed: int) -> None:
-        self.consumed = consumed
-        self._loader = loader
-        self._batch: Batch | None = None
-        self._error: BaseException | None = None
-        # A daemon: a read that hangs on a dead file system must not keep a failing run alive.
-        self._thread = threading.Thread(target=self._build, name=f"batch after {consumed} samples", daemon=True)
-        self._thread.start()
-
-    def _build(self) -> None:
-        try:
-            self._batch = self._loader.build(self.consumed)
-        except BaseException as error:  # raised again in the thread that asks for the batch
-            self._error = error
-
-    def wait(self) -> None:
-        """Block until the thread has ended."""
-        self._thread.join()
-
-    def result(self) -> Batch:
-        """The batch. Raises the error that building it raised."""
-        self._thread.join()
-        if self._batch is None:
-            raise self._error or RuntimeError(f"the batch after {self.consumed} samples was never built")
-        return self._batch
-
-
 class Loader:
     """One data-parallel rank's batches; the next one is prepared while the caller works on this one.
 
@@ -181,7 +152,8 @@ class Loader:
         self.places(0)  # a size that does not divide is an error at once
         self.waited = 0.0
         """Seconds that the caller waited for the last batch."""
-        self._pending: _Pending | None = None
+        self._next: tuple[int, Future[Batch]] | None = None
+        """The batch being built in a thread, and the samples consumed before it."""
 
     def places(self, consumed: int) -> npt.NDArray[np.int64]:
         """[m, b] this rank's places in the global batch after `consumed` samples."""
@@ -193,12 +165,11 @@ class Loader:
         Raises TokenStoreError for a token outside the vocabulary, and any error of reading, in whichever thread it happened.
         """
         began = time.perf_counter()
-        pending, self._pending = self._pending, None
-        if pending is not None and pending.consumed != consumed:  # the caller jumped: a resume, a rollback
-            pending.wait()
-            pending = None
-        batch = pending.result() if pending is not None else self.build(consumed)
-        self._pending = _Pending(self, consumed + self.batch_size(consumed))
+        if self._next is not None and self._next[0] != consumed:  # the caller jumped: a resume, a rollback
+            self.close()
+        coming, self._next = self._next, None
+        batch = self.build(consumed) if coming is None else coming[1].result()
+        self._prepare(consumed + self.batch_size(consumed))
         self.waited = time.perf_counter() - began
         return batch
 
@@ -208,11 +179,25 @@ class Loader:
             raise ValueError(f"a run cannot have consumed {consumed} samples")
         return self.compose(self.samples, consumed, self.places(consumed))
 
+    def _prepare(self, consumed: int) -> None:
+        """Start to build a batch in a thread; an error is raised when the batch is asked for."""
+        future: Future[Batch] = Future()
+
+        def build() -> None:
+            try:
+                future.set_result(self.build(consumed))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._next = consumed, future
+        # A daemon: a read that hangs on a dead file system must not keep a failing run alive.
+        threading.Thread(target=build, name=f"batch after {consumed} samples", daemon=True).start()
+
     def close(self) -> None:
         """Waits for the background thread; the loader can still be used afterwards."""
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        if self._next is not None:
+            wait([self._next[1]])
+            self._next = None
 
     def __enter__(self) -> Loader:
         """The loader itself."""

@@ -138,7 +138,7 @@ class Decoder:
 
     def _stage(self) -> Stage:
         """This rank's stage of the pipeline; the last stage puts out the logits of the last token of each sequence."""
-        head, ctx = self.chunks[-1].head, self.ctx
+        head = self.chunks[-1].head
 
         def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> Loss:
             if head is None:
@@ -146,7 +146,7 @@ class Decoder:
             return Loss(hidden.new_zeros(()), output=head.logits(hidden[-1:])[0].float().contiguous())
 
         chunks = [_cached(chunk, caches) for chunk, caches in zip(self.chunks, self.caches, strict=True)]
-        return Stage(ctx.pp.rank, chunks, last_logits, self.chunks[0].boundary, ctx.sends, ctx.receives, ctx.device)
+        return Stage(self.ctx, chunks, last_logits, self.chunks[0].boundary)
 
     def _empty_cache(self, block: Block) -> KeyValueCache:
         build = self.chunks[0].build

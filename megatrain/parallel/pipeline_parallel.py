@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatrain.parallel.mesh import Done, Link
+from megatrain.parallel.mesh import Done, ParallelContext
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction, Message, Schedule
 from megatrain.transport.group import Handle
@@ -45,18 +45,24 @@ class Chunk(Protocol):
         """
 
 
+Head = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Any]]
+"""(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics: scalars by name, any output)."""
+Observer = Callable[[Instruction, float, float], None]
+"""(instruction, start, end): seconds of time.monotonic() on the host, without waiting for what it needs; a GPU may still be busy."""
+
+
 class Parameters(Protocol):
-    """Who must know what runs, because weights and gradients come and go with it (ZeRO)."""
+    """Where weights and gradients come and go with the instruction at work (ZeRO)."""
 
     def plan(self, program: Sequence[Instruction], /) -> None:
-        """Told what is going to run."""
+        """Called with the whole program before it runs."""
 
     def during(self, instruction: Instruction, postponed: Postponed | None, /) -> AbstractContextManager[None]:
-        """Around every instruction; `postponed` is its micro-batch's list of weight gradients that wait."""
+        """Entered around every instruction; `postponed` is its micro-batch's list of weight gradients that wait."""
 
 
-class Resident:
-    """Parameters that are always there."""
+class Unsharded:
+    """Parameters that are whole on every rank at any time."""
 
     def plan(self, _program: Sequence[Instruction], /) -> None:
         """Nothing to prepare."""
@@ -66,47 +72,36 @@ class Resident:
         return nullcontext()
 
 
-Head = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Any]]
-"""(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics: scalars by name, any output)."""
-
-
-Observer = Callable[[Instruction, float, float], None]
-"""(instruction, start, end): seconds of time.monotonic() on the host, without waiting for what it needs; a GPU may still be busy."""
-
-
 @dataclass(frozen=True)
 class Stage:
     """This rank's share of a pipeline."""
 
-    number: int
+    ctx: ParallelContext
     chunks: Sequence[Chunk]
+    """In the order of the forward pass."""
     head: Head
-    """What follows the last virtual stage; called where that lies."""
+    """Called after the last virtual stage, on the rank where that lies."""
     boundary: Callable[[Any], torch.Tensor]
     """Micro-batch -> a new tensor of the shape, dtype and device of what travels between its virtual stages."""
-    sends: Mapping[int, Link]
-    """Stage -> the link to it."""
-    receives: Mapping[int, Link]
-    device: torch.device
     statistics: tuple[str, ...] = ()
     """Names of the head's statistics; one that it leaves out counts 0."""
     observe: Observer | None = None
-    """Told of every instruction when it has run."""
-    parameters: Parameters = field(default_factory=Resident)
+    """Called after every instruction."""
+    parameters: Parameters = field(default_factory=Unsharded)
 
 
 @dataclass
 class Executed:
-    """What a run of a schedule leaves behind besides gradients. Where the last virtual stage is on another rank: zeros, and no outputs."""
+    """What a schedule has computed besides gradients. Where the last virtual stage is on another rank: zeros, and no outputs."""
 
     names: tuple[str, ...]
-    """Of the k statistics."""
+    """Names of the k statistics."""
     sums: torch.Tensor
     """[1 + k] float64: sums over the micro-batches of the loss (undivided) and of each statistic."""
     outputs: list[Any]
-    """What the head has put out, by micro-batch."""
+    """The head's output for each micro-batch."""
     peak_saved: int = 0
-    """Most saved states of one micro-batch on one chunk each, at a time."""
+    """Most saved states at a time, of one micro-batch on one chunk each."""
 
     @property
     def loss(self) -> torch.Tensor:
@@ -124,7 +119,7 @@ def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any],
 
     Collective over the pipeline. Raises TransportError where another stage has failed.
     """
-    program = schedule.program(stage.number)
+    program = schedule.program(stage.ctx.pp.rank)
     stage.parameters.plan(program)
     execution = _Execution(stage, program, micro_batches, scale)
     for instruction in program:
@@ -132,34 +127,29 @@ def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any],
     return execution.finish()
 
 
-class _Gradient:
-    """Where the gradient of an output is put, before the backward that reads it."""
+@dataclass
+class _Saved:
+    """State of one micro-batch on one chunk between its forward and its last backward."""
 
-    def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
+    input: torch.Tensor | None
+    postponed: Postponed | None
+    ticket: torch.Tensor | None = None
+    """Scalar whose backward is that of the chunk."""
+    gradient: torch.Tensor | None = None
+    """Gradient of the output, put here before the backward reads it."""
 
 
 class _Leave(torch.autograd.Function):
     """Output [s, b, h] -> a scalar ticket. Nothing refers to the output any more, so its storage is freed once it is sent."""
 
     @staticmethod
-    def forward(ctx: Any, output: torch.Tensor, gradient: _Gradient) -> torch.Tensor:
-        ctx.gradient = gradient
+    def forward(ctx: Any, output: torch.Tensor, saved: _Saved) -> torch.Tensor:
+        ctx.saved = saved
         return output.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _ticket: torch.Tensor) -> Any:
-        return ctx.gradient.value, None
-
-
-@dataclass
-class _Saved:
-    """What is kept of one micro-batch on one chunk between its forward and its last backward."""
-
-    input: torch.Tensor | None
-    ticket: torch.Tensor | None
-    gradient: _Gradient
-    postponed: Postponed | None
+        return ctx.saved.gradient, None
 
 
 class _Execution:
@@ -171,26 +161,26 @@ class _Execution:
         self.stage, self.micro_batches, self.scale = stage, micro_batches, scale
         kinds = {instruction.kind for instruction in program}
         self.differentiates, self.splits = kinds != {"forward"}, "backward_weight" in kinds
-        sums = torch.zeros(1 + len(stage.statistics), dtype=torch.float64, device=stage.device)
+        sums = torch.zeros(1 + len(stage.statistics), dtype=torch.float64, device=stage.ctx.device)
         self.executed = Executed(stage.statistics, sums, [None] * len(micro_batches))
         self.zero = sums.new_zeros(())
         self.saved: dict[tuple[int, int], _Saved] = {}
         """By micro-batch and chunk."""
         self.inbox: dict[Message, tuple[Handle, torch.Tensor]] = {}
-        """What has been given to this stage's instructions, or is on its way, and when it is there."""
+        """Tensors for this stage's instructions, with the handle to wait for."""
         self.sending: list[Handle] = []
 
     def run(self, instruction: Instruction) -> None:
-        """Do what an instruction says."""
+        """Receive what an instruction needs, run it, and send what it gives."""
+        stage, key = self.stage, (instruction.micro_batch, instruction.chunk)
         for message in instruction.receives:
-            link, room = self.stage.receives[message.source], self.stage.boundary(self.micro_batches[message.micro_batch])
+            link, room = stage.ctx.receives[message.source], stage.boundary(self.micro_batches[message.micro_batch])
             self.inbox[message] = link.group.recv(room, link.other, blocking=False), room
         given, began = self._take(instruction.needs), time.monotonic()
-        saved = self.saved.get((instruction.micro_batch, instruction.chunk))
-        with self.stage.parameters.during(instruction, saved.postponed if saved else None):
-            made = self._do(instruction, given)
-        if self.stage.observe is not None:
-            self.stage.observe(instruction, began, time.monotonic())
+        with stage.parameters.during(instruction, self.saved[key].postponed if key in self.saved else None):
+            made = self._compute(instruction, given)
+        if stage.observe is not None:
+            stage.observe(instruction, began, time.monotonic())
         if instruction.gives is not None and made is not None:
             self._give(instruction.gives, made)
         for handle in [handle for handle in self.sending if handle.done()]:
@@ -213,14 +203,14 @@ class _Execution:
 
     def _give(self, message: Message, tensor: torch.Tensor) -> None:
         """Pass a tensor on: to another chunk of this stage, or to another stage."""
-        if message.to == self.stage.number:
+        if message.to == message.source:
             self.inbox[message] = Done(), tensor
         else:
-            link = self.stage.sends[message.to]
+            link = self.stage.ctx.sends[message.to]
             self.sending.append(link.group.send(tensor.contiguous(), link.other, blocking=False))
 
-    def _do(self, instruction: Instruction, given: torch.Tensor | None) -> torch.Tensor | None:
-        """What an instruction makes of the activation or gradient that it needs; None where nobody needs that."""
+    def _compute(self, instruction: Instruction, given: torch.Tensor | None) -> torch.Tensor | None:
+        """Activation or gradient of the virtual stage before (after) -> this one's; None where the model ends."""
         if instruction.kind == "forward":
             return self._forward(instruction, given)
         if instruction.kind != "backward_weight":
@@ -230,36 +220,34 @@ class _Execution:
 
     def _forward(self, instruction: Instruction, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """The output for the next virtual stage, detached; None from the last one."""
-        m, chunk = instruction.micro_batch, instruction.chunk
-        micro_batch, gradient = self.micro_batches[m], _Gradient()
-        postponed: Postponed | None = [] if self.splits else None
-        ends = instruction.gives is None
+        m, micro_batch = instruction.micro_batch, self.micro_batches[instruction.micro_batch]
+        saved = _Saved(hidden, [] if self.splits else None)
         with torch.set_grad_enabled(self.differentiates):
             if hidden is not None:
                 hidden.requires_grad_(self.differentiates)
-            output = self.stage.chunks[chunk](hidden, micro_batch, postponed)
-            if ends:
+            output = self.stage.chunks[instruction.chunk](hidden, micro_batch, saved.postponed)
+            if instruction.gives is None:
                 total, statistics, self.executed.outputs[m] = self.stage.head(output, micro_batch)
                 found = [total, *(statistics.get(name, self.zero) for name in self.stage.statistics)]
                 self.executed.sums += torch.stack([x.detach().double() for x in found])
-                ticket = total * self.scale
+                saved.ticket = total * self.scale
             else:
-                ticket = _Leave.apply(output, gradient)
+                saved.ticket = _Leave.apply(output, saved)
         if self.differentiates:
-            self.saved[m, chunk] = _Saved(hidden, ticket, gradient, postponed)
+            self.saved[m, instruction.chunk] = saved
             self.executed.peak_saved = max(self.executed.peak_saved, len(self.saved))
-        return None if ends else output.detach()
+        return None if instruction.gives is None else output.detach()
 
     def _backward(self, instruction: Instruction, gradient: torch.Tensor | None) -> torch.Tensor | None:
         """The gradient of the input, for the virtual stage before; None at the first one."""
         saved = self.saved[instruction.micro_batch, instruction.chunk]
-        saved.gradient.value = gradient
+        saved.gradient = gradient
         if saved.ticket is not None and saved.ticket.requires_grad:
             torch.autograd.backward(saved.ticket)
         made = None if saved.input is None else saved.input.grad
         if saved.input is not None and made is None:  # nothing on the way to the loss depends on it
             made = torch.zeros_like(saved.input)
-        saved.input = saved.ticket = saved.gradient.value = None
+        saved.input = saved.ticket = saved.gradient = None
         if instruction.frees:
             del self.saved[instruction.micro_batch, instruction.chunk]
         return made

@@ -18,7 +18,7 @@ from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError, ContentError, together
-from megatrain.config.budget import Gauge, gauge, gauge_of, learning_rate
+from megatrain.config.budget import WarmUp, learning_rate, warmup_of
 from megatrain.config.schema import Config
 from megatrain.data.identity import identity_of, other_corpora, other_judged
 from megatrain.init_from import start_from
@@ -42,7 +42,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "tokens": run.consumed_samples * config.model.seq_length,
         "updates": int(run.optimizer.updates.item()),
         "loss_scale": run.loss_scale.state(),
-        "gauge": asdict(run.gauge),
+        "gauge": asdict(run.warmup),
         "finished": run.step >= run.total_steps,
     }
 
@@ -62,26 +62,28 @@ def take_over(run: Run, manifest: Manifest) -> None:
     # The checkpoint's number of samples, unless seq_length has changed: tokens count.
     run.consumed_samples = -(-progress["tokens"] // run.config.model.seq_length)
     run.optimizer.updates.fill_(progress["updates"])
-    run.gauge = _gauge_then(progress.get("gauge"), then, run.config)
+    run.warmup = _warmup_then(progress.get("gauge"), then, run.config)
     if then["train.precision"] == "fp16":
         run.loss_scale.restore(progress["loss_scale"])
 
 
-def _gauge_then(kept: dict[str, int] | None, then: dict[str, Any], config: Config) -> Gauge:
-    """The gauge that the run began with, but with the warm-up of `config` if that was changed. Earlier releases did not save a gauge."""
+def _warmup_then(kept: dict[str, int] | None, then: dict[str, Any], config: Config) -> WarmUp:
+    """The warm-up that the run began with, or that of `config` if it was changed. The first checkpoints do not have it (`kept`)."""
     if kept is not None:
-        found = Gauge(**kept)
+        found = WarmUp(**kept)
     else:
-        keys = ("train.global_batch_size", "train.batch_ramp", "optim.warmup_steps", "model.seq_length")
-        found = gauge(*(then[key] for key in keys))
+        batch, ramp = then["train.global_batch_size"], then["train.batch_ramp"]
+        began = replace(config, train=replace(config.train, global_batch_size=batch, batch_ramp=ramp))
+        began = replace(began, optim=replace(config.optim, warmup_steps=then["optim.warmup_steps"]))
+        found = warmup_of(replace(began, model=replace(config.model, seq_length=then["model.seq_length"])))
     if config.optim.warmup_steps is None:
         return found  # a default warm-up keeps the length that it had when the run began
-    now = gauge_of(config)
+    now = warmup_of(config)
     return found if found.warmup_steps == now.warmup_steps else replace(now, first=found.first, full=found.full)
 
 
-def gauge_kept(config: Config, session: Session) -> Gauge | None:
-    """The gauge of the run that `config` resumes; None if it resumes none (collective)."""
+def warmup_kept(config: Config, session: Session) -> WarmUp | None:
+    """The warm-up of the run that `config` resumes; None if it resumes none (collective)."""
     text = "null"
     with session.together("looking at the checkpoints"):
         if session.rank == 0:
@@ -91,9 +93,9 @@ def gauge_kept(config: Config, session: Session) -> Gauge | None:
             if manifest is None and began["from"] == "checkpoint":
                 manifest = read_manifest(Path(config.checkpoint.resume))
             if manifest is not None:
-                text = json.dumps(asdict(_gauge_then(manifest.progress.get("gauge"), values_then(manifest), config)))
+                text = json.dumps(asdict(_warmup_then(manifest.progress.get("gauge"), values_then(manifest), config)))
     found = json.loads(broadcast_text(text, session.everyone, session.device))
-    return None if found is None else Gauge(**found)
+    return None if found is None else WarmUp(**found)
 
 
 def resume(job: Job) -> None:

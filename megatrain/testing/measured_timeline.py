@@ -47,16 +47,7 @@ def sleep_through(ctx: ParallelContext, schedule: Schedule, unit_seconds: float)
         spans.append((instruction.kind, instruction.micro_batch, instruction.chunk, start, end))
 
     chunks = [_SleepingChunk(unit_seconds)] * schedule.chunks
-    stage = Stage(
-        ctx.pp.rank,
-        chunks,
-        lambda hidden, micro_batch: (hidden.sum(), {}, None),
-        torch.empty_like,
-        ctx.sends,
-        ctx.receives,
-        ctx.device,
-        observe=observe,
-    )
+    stage = Stage(ctx, chunks, lambda hidden, _micro_batch: (hidden.sum(), {}, None), torch.empty_like, observe=observe)
     if ctx.pp.group is not None:
         ctx.pp.group.barrier()
     run_schedule(stage, schedule, micro_batches, scale=1.0)

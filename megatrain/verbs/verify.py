@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from megatrain.config.budget import warmup_of
+from megatrain.config.budget import warmup_steps
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
@@ -76,7 +76,7 @@ class Verifier:
 
     def __init__(self, config: Config, steps: int, precision: Precision, resume: bool = False) -> None:
         """Train the reference. config: the user's, whose layout is ignored; resume: interrupt every run half-way."""
-        optim = replace(config.optim, warmup_steps=min(warmup_of(config), 1))
+        optim = replace(config.optim, warmup_steps=min(warmup_steps(config), 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
         exact = config.parallel if precision == "bf16" else replace(config.parallel, reduce_dtype="fp32")
         self.config = Layout().apply(replace(config, optim=optim, train=train, parallel=exact))

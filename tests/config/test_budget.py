@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.config.budget import Budget, Gauge, budget_of, gauge_of, warmup_of
+from megatrain.config.budget import Budget, WarmUp, budget_of, warmup_of, warmup_steps
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, TrainConfig
 
 
@@ -51,8 +51,8 @@ def test_a_token_budget_ends_there_whatever_the_batch_was_before():
 def test_what_token_budgets_are_measured_by():
     """first and full update, and the warm-up, in tokens of ten a sample."""
     given = OptimConfig(warmup_steps=6)
-    assert gauge_of(replace(config(steps=5), optim=given)) == Gauge(160, 160, 6, 960)
-    assert gauge_of(replace(config(steps=5, batch_ramp=(4, 4, 48)), optim=given)) == Gauge(40, 160, 6, 320)  # 4 4 4 4 8 8
+    assert warmup_of(replace(config(steps=5), optim=given)) == WarmUp(160, 160, 6, 960)
+    assert warmup_of(replace(config(steps=5, batch_ramp=(4, 4, 48)), optim=given)) == WarmUp(40, 160, 6, 320)  # 4 4 4 4 8 8
 
 
 @given(
@@ -98,7 +98,7 @@ def test_a_ramp_that_jumps_over_the_full_batch_stops_there():
     ],
 )
 def test_a_warm_up_that_is_not_given_suits_the_length_of_the_run(train, optim, steps):
-    assert warmup_of(replace(config(**train), optim=OptimConfig(**optim))) == steps
+    assert warmup_steps(replace(config(**train), optim=OptimConfig(**optim))) == steps
 
 
 @given(

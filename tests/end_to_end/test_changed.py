@@ -12,12 +12,12 @@ import torch
 import megatrain
 from megatrain.checkpoint.manifest import MANIFEST, read_manifest
 from megatrain.checkpoint.together import CheckpointError
-from megatrain.config.budget import gauge_of
+from megatrain.config.budget import warmup_of
 from megatrain.config.keys import knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.data.identity import store_identity
 from megatrain.resuming.changed import TABLE, change_of, table
-from megatrain.resuming.resume import _gauge_then, shared_identity
+from megatrain.resuming.resume import _warmup_then, shared_identity
 from megatrain.runtime.launch import Launch
 from megatrain.testing import simulate
 from megatrain.training import train_step
@@ -331,7 +331,13 @@ def test_nodes_with_another_text_under_the_same_name_are_refused(house):
 
 
 def test_a_warm_up_that_nobody_gave_stays_as_long_as_the_run_began_with():
-    began = asdict(gauge_of(from_dict({"train": {"steps": 300}})))
+    began = asdict(warmup_of(from_dict({"train": {"steps": 300}})))
     longer = {"train": {"steps": 800}}
-    assert _gauge_then(began, {}, from_dict(longer)).warmup_steps == 30
-    assert _gauge_then(began, {}, from_dict({**longer, "optim": {"warmup_steps": 50}})).warmup_steps == 50
+    assert _warmup_then(began, {}, from_dict(longer)).warmup_steps == 30
+    assert _warmup_then(began, {}, from_dict({**longer, "optim": {"warmup_steps": 50}})).warmup_steps == 50
+
+
+def test_a_checkpoint_without_a_warm_up_is_measured_by_its_config():
+    then = {"train.global_batch_size": 16, "train.batch_ramp": (4, 4, 48), "optim.warmup_steps": 6, "model.seq_length": 10}
+    now = from_dict({"train": {"steps": 800, "global_batch_size": 32}, "model": {"seq_length": 20}})
+    assert asdict(_warmup_then(None, then, now)) == {"first": 40, "full": 160, "warmup_steps": 6, "warmup": 320}

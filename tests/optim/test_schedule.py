@@ -20,15 +20,15 @@ class Course:
 
     position = Run.position
 
-    def __init__(self, config, gauge):
-        self.config, self.gauge = config, gauge
+    def __init__(self, config, warmup):
+        self.config, self.warmup = config, warmup
 
 
 def course(config, began=None):
     """[(learning rate, weight decay, samples before, sequences)] of every update; began: a config of before, and its updates."""
-    from megatrain.config.budget import budget_of, gauge_of
+    from megatrain.config.budget import budget_of, warmup_of
 
-    run, rows = Course(config, gauge_of(config if began is None else began[0])), []
+    run, rows = Course(config, warmup_of(config if began is None else began[0])), []
     step, samples = (0, 0) if began is None else (began[1], budget_of(began[0]).consumed(began[1]))
     while step < budget_of(config).total_steps(step, samples):
         at, size = run.position(step, samples), budget_of(config).batch_size(samples)
@@ -81,11 +81,11 @@ def test_what_passes_validation_reaches_its_peak_and_its_end(shape, warmup, frac
 
 def _measures(config, warmup):
     """Warm-up, first and full update in the run's unit."""
-    from megatrain.config.budget import gauge_of
+    from megatrain.config.budget import warmup_of
 
     if config.train.tokens is None:
         return warmup, 1, 1
-    found = gauge_of(config)
+    found = warmup_of(config)
     return found.warmup, found.first, found.full
 
 

@@ -56,11 +56,9 @@ def square_loss(hidden, micro_batch):
 
 
 def stage_of(ctx, schedule, loss=square_loss, layers=None):
-    number = ctx.pp.rank
-    layers = layers or [Layer(schedule.virtual(number, chunk)) for chunk in range(schedule.chunks)]
+    layers = layers or [Layer(schedule.virtual(ctx.pp.rank, chunk)) for chunk in range(schedule.chunks)]
     room = lambda micro_batch: torch.empty(len(micro_batch), WIDTH, dtype=torch.float64)  # noqa: E731
-    names = ("absent", "rows")
-    return Stage(number, layers, loss, room, ctx.sends, ctx.receives, ctx.device, names)
+    return Stage(ctx, layers, loss, room, statistics=("absent", "rows"))
 
 
 def batches_of(count):
@@ -70,7 +68,7 @@ def batches_of(count):
 def run(ctx, schedule):
     stage = stage_of(ctx, schedule)
     executed = run_schedule(stage, schedule, batches_of(schedule.micro_batches), SCALE)
-    gradients = {schedule.virtual(stage.number, c): layer.weight.main_grad for c, layer in enumerate(stage.chunks)}
+    gradients = {schedule.virtual(ctx.pp.rank, c): layer.weight.main_grad for c, layer in enumerate(stage.chunks)}
     statistics = {name: sum.item() for name, sum in executed.statistics.items()}
     return executed.loss.item(), (statistics, executed.outputs), gradients, executed.peak_saved
 

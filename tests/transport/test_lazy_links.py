@@ -87,13 +87,10 @@ class LazyWorld(World):
 def run(ctx: ParallelContext, name: str, micro_batches: int) -> float:
     schedule = Schedule(name, ctx.pp.size, CHUNKS[name], micro_batches)
     stage = Stage(
-        ctx.pp.rank,
+        ctx,
         [lambda hidden, micro_batch, _postponed: (micro_batch if hidden is None else hidden) * 2.0] * schedule.chunks,
         lambda hidden, _micro_batch: (hidden.sum(), {}, None),
         torch.empty_like,
-        ctx.sends,
-        ctx.receives,
-        torch.device("cpu"),
     )
     batches = [torch.full((2,), float(m + 1)) for m in range(micro_batches)]
     return float(run_schedule(stage, schedule, batches, 1.0).loss)
