@@ -28,19 +28,20 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class AdamRates:
-    """What a step of the whole model has in common; scalars are tensors on the device."""
+class Update:
+    """One update of the whole model: the numbers that its buckets have in common, of this rule or another; tensors are on the device."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
-    decoupled: bool
-    """Weight decay is AdamW's, apart from the gradient; else Adam's."""
+    momentum: float
+    """SGD's."""
     count: torch.Tensor
     """float32: updates so far, this one included."""
     grad_divisor: torch.Tensor
+    """Scalar, float64 or float32: gradients are divided by it."""
     skip: torch.Tensor
-    """0 or 1; where it is 1 nothing changes."""
+    """Scalar 0 or 1; where it is 1 nothing changes."""
 
     @cached_property
     def scalars(self) -> torch.Tensor:
@@ -51,37 +52,41 @@ class AdamRates:
 
 
 def adam_reference(
-    rates: AdamRates,
+    update: Update,
     weight_decay: float,
     weights: torch.Tensor,
     grads: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
+    decoupled: bool = True,
 ) -> None:
-    """Update weights and states [n], all float32 or all float64, in place by torch's fused kernel; gradients may be divided in place."""
-    divisor = rates.grad_divisor
+    """Update weights and states [n], all float32 or all float64, in place by torch's fused kernel; gradients may be divided in place.
+
+    decoupled: weight decay is AdamW's, apart from the gradient; else Adam's.
+    """
+    divisor = update.grad_divisor
     if grads.dtype == torch.float64:  # the kernel takes a float32 divisor, which would cost half of the digits
         grads.div_(divisor)
         divisor = torch.ones_like(divisor)
     # The kernel writes divided gradients back, an eighth of all traffic. On a CPU it costs nothing to see that there is no need.
-    plain = not divisor.is_cuda and float(divisor) == 1 and float(rates.skip) == 0
-    kernel = torch._fused_adamw_ if rates.decoupled else torch._fused_adam_
+    plain = not divisor.is_cuda and float(divisor) == 1 and float(update.skip) == 0
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
     kernel(
         [weights],
         [grads],
         [exp_avg],
         [exp_avg_sq],
         [],
-        [rates.count],
-        lr=rates.lr,
-        beta1=rates.betas[0],
-        beta2=rates.betas[1],
+        [update.count],
+        lr=update.lr,
+        beta1=update.betas[0],
+        beta2=update.betas[1],
         weight_decay=weight_decay,
-        eps=rates.eps,
+        eps=update.eps,
         amsgrad=False,
         maximize=False,
         grad_scale=None if plain else divisor.to(torch.float32),
-        found_inf=None if plain else rates.skip.to(torch.float32),
+        found_inf=None if plain else update.skip.to(torch.float32),
     )
 
 
@@ -124,7 +129,7 @@ def _adam_kernel(
 
 
 def adam_triton(
-    rates: AdamRates,
+    update: Update,
     weight_decay: float,
     parameters: torch.Tensor,
     masters: torch.Tensor | None,
@@ -132,6 +137,7 @@ def adam_triton(
     grads: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
+    decoupled: bool = True,
 ) -> None:
     """Update parameters [n] of any dtype but float64, their masters and states, float32, in place. Contiguous.
 
@@ -140,7 +146,7 @@ def adam_triton(
     n = grads.numel()
     if n == 0:
         return
-    beta1, beta2 = rates.betas
+    beta1, beta2 = update.betas
     bf16 = parameters.dtype == torch.bfloat16
     _adam_kernel[(-(-n // BLOCK),)](
         parameters.view(torch.int16) if bf16 else parameters,
@@ -149,18 +155,18 @@ def adam_triton(
         grads,
         exp_avg,
         exp_avg_sq,
-        rates.scalars,
+        update.scalars,
         n,
-        1 - rates.lr * weight_decay if rates.decoupled else 1.0,
+        1 - update.lr * weight_decay if decoupled else 1.0,
         weight_decay,
         1 - beta1,
         beta2,
         1 - beta2,
-        rates.eps,
+        update.eps,
         APART=masters is not None,
         HALVES=low is not None,
         BF16=bf16,
-        L2=weight_decay != 0 and not rates.decoupled,
+        L2=weight_decay != 0 and not decoupled,
         NEAR=1 - beta1 < 0.5,
         BLOCK=BLOCK,
         num_warps=4,

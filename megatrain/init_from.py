@@ -22,6 +22,7 @@ from megatrain.huggingface.config import kind_from
 from megatrain.huggingface.families import FAMILIES, Part, parts_of
 from megatrain.huggingface.model_files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.models.gpt import build_gpt
+from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.training import Run
@@ -95,7 +96,7 @@ def require_weights(config: Config, vocab_size: int) -> None:
 
 def start_from(run: Run, path: Path) -> None:
     """Load the weights at `path` into a run (collective). Raises CheckpointError on every rank."""
-    weights = run.optimizer.portions()[WEIGHTS]
+    weights = portions(run.optimizer)[WEIGHTS]
     if is_hf(path):
         mine = {p.spec.name: p.spec.shape for unit in run.flat.units for p in unit.parameters}
         stages = gather_texts(json.dumps(mine), run.ctx.pp.group, run.ctx.device)

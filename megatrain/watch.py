@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -18,9 +18,11 @@ from megatrain.job import Job
 from megatrain.kernels.matmul import adds_inside
 from megatrain.lifecycle.stop import PREEMPTED, write_marker
 from megatrain.models.layers import kernels_of
-from megatrain.optim.optimizer import part_norms
-from megatrain.parallel.flat import traffic
+from megatrain.optim.optimizer import squares
+from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Part
+from megatrain.parallel.zero import FlatParameters
 from megatrain.records.log import RunLog
 from megatrain.records.rows import EvaluationRow, StepRow
 from megatrain.resuming.resume import progress_of
@@ -175,7 +177,7 @@ class Watch:
         job = self.job
         progress = {**progress_of(job), "identity": job.identity, "began": job.began}
         contents = Contents(job.step, progress, job.config_text)
-        self.saver.save(contents, job.optimizer.portions(), wait=wait or not self.config.checkpoint.asynchronous)
+        self.saver.save(contents, portions(job.optimizer), wait=wait or not self.config.checkpoint.asynchronous)
 
     def _saved(self, path: Path, step: int, seconds: float) -> None:
         self.log.event("save", step, path=str(path), seconds=round(seconds, 3))
@@ -242,6 +244,38 @@ def between_nodes(parallel: ParallelConfig, ctx: ParallelContext, of_node: int) 
     ]
 
 
+class Traffic(NamedTuple):
+    """Bytes that a rank sends in a step."""
+
+    shards: int
+    """Bytes to the ranks that share the shards with it: neighbours."""
+    replicas: int
+    """Bytes to those that have the same shard."""
+
+    @property
+    def total(self) -> int:
+        """Bytes to all replicas."""
+        return self.shards + self.replicas
+
+
+def traffic(
+    elements: int, shards: int, replicas: int, stage: int, micro_batches: int, weight_bytes: int, gradient_bytes: int
+) -> Traffic:
+    """The bytes that a rank sends over the replicas in a step, for so many parameters of its own (zero.py has the table).
+
+    shards x replicas: data ranks; at stage 0 one shard, and all of them replicas. Stage 3 counts two gathers a micro-batch;
+    recomputation adds none, since it lies within a layer's backward.
+    """
+    reduce, gather = elements * gradient_bytes, elements * weight_bytes
+    within = {
+        0: 0,
+        1: reduce + gather,
+        2: micro_batches * reduce + gather,
+        3: micro_batches * (reduce + 2 * gather),
+    }
+    return Traffic(within[stage] * (shards - 1) // shards, 2 * reduce // shards * (replicas - 1) // replicas)
+
+
 def wasteful(config: Config, run: Run) -> list[str]:
     """What ZeRO moves for nothing."""
     flat, shards, replicas = run.flat, run.ctx.shards.size, run.ctx.replicas.size
@@ -257,11 +291,13 @@ def wasteful(config: Config, run: Run) -> list[str]:
     if shards == 1:
         return [f"parallel.zero_ranks=1 shards nothing: all {replicas} replicas keep everything, as with parallel.zero_stage=0"]
     micro_batches //= run.ctx.dp.size
-    elements = sum(held.bucket.size for held in flat.trained)
 
     def moved(stage: int) -> int:
-        sizes = flat.dtype.itemsize, flat.sent.itemsize
-        return traffic(elements, shards, replicas, stage, micro_batches, *sizes).total
+        sizes, total = (flat.dtype.itemsize, flat.sent.itemsize), 0
+        for bucket in (local.bucket for local in flat.trained):
+            among, over = run.ctx.factors(bucket.spec.average_over)
+            total += traffic(bucket.size, among.size, over.size, stage, micro_batches, *sizes).total
+        return total
 
     if asked < 2 or moved(asked) <= moved(1):
         return []
@@ -269,3 +305,22 @@ def wasteful(config: Config, run: Run) -> list[str]:
         f"parallel.zero_stage={asked} with {micro_batches} micro-batches on a rank moves {moved(asked) / 1e6:,.1f} MB a step over "
         f"the data axis, {moved(asked) / moved(1):.1f}x of stage 1: fewer and larger micro-batches (train.micro_batch_size) move less"
     ]
+
+
+PARTS: tuple[Part, ...] = get_args(Part)
+"""Parts of a model, for reports."""
+
+
+def part_norms(flat: FlatParameters, ctx: ParallelContext, loss_scale: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Part -> (norm of its gradients, norm of its weights), over the whole model (collective over the world; before the update)."""
+    shards = [shard for shard in flat.owned if shard.counts]
+    parts = torch.tensor([PARTS.index(shard.parameter.spec.part) for shard in shards], dtype=torch.int64)
+    both = torch.zeros(2, len(PARTS), dtype=torch.float64, device=ctx.device)
+    if shards:
+        for kind, tensors in enumerate(([shard.gradient for shard in shards], [shard.weight for shard in shards])):
+            found, owners = squares(tensors)
+            mine = (parts[owners] == torch.arange(len(PARTS))[:, None]).to(ctx.device)  # [parts, n]
+            both[kind] = found.where(mine, 0.0).sum(1)
+    gradients, weights = ctx.world.all_reduce(both).sqrt()
+    rows = ctx.world.to_host(torch.stack([gradients / loss_scale, weights], 1)).tolist()
+    return {part: (gradient, weight) for part, (gradient, weight) in zip(PARTS, rows, strict=True) if weight > 0}

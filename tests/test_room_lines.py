@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 3800,
     "kernels": 2950,
     "launch": 600,
-    "megatrain": 1500,  # its own files, without the rooms below
+    "megatrain": 1600,  # its own files, without the rooms below
     "megatrain/checkpoint": 2000,
     "megatrain/cli": 900,
     "megatrain/config": 2650,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2400,
     "megatrain/verbs": 1350,
-    "tests": 31500,
+    "tests": 32000,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.save import Contents, Saver
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.portion import Portion
 from megatrain.runtime.allocator import tune_allocator
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")

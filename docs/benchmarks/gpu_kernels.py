@@ -12,7 +12,7 @@ from isolated import Note
 from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
 
 from megatrain.kernels import compiled
-from megatrain.kernels.adamw import AdamRates, adam_reference, adam_triton
+from megatrain.kernels.adamw import Update, adam_reference, adam_triton
 from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.dispatch import Kernels, use_triton
@@ -125,7 +125,7 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
         parameters, masters = torch.randn(n, **bf16), torch.randn(n, device=device)
         grads, first, second = (torch.rand(n, device=device) for _ in range(3))
         one, zero = torch.ones((), device=device), torch.zeros((), device=device)
-        rates = AdamRates(1e-4, (0.9, 0.95), 1e-8, True, one, one, zero)
+        rates = Update(1e-4, (0.9, 0.95), 1e-8, 0.0, one, one, zero)
 
         def ours(kernels: Kernels) -> None:
             if kernels == "triton":

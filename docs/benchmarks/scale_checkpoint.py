@@ -22,8 +22,9 @@ from megatrain.checkpoint.tensor_file import BLOCK_BYTES, header_of
 from megatrain.config.load import dump, from_dict
 from megatrain.config.schema import Config
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.flat import Bucket, Cut, make_buckets, usual_size
+from megatrain.parallel.flat import Bucket, make_buckets, usual_size
 from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.portion import Partition
 
 VOCABULARY = 50_257
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -45,7 +46,7 @@ def stage_buckets(config: Config, stage: int) -> list[Bucket]:
         chunks = build_gpt(config.model, VOCABULARY, ctx, *pieces, sequence_parallel=True, dtype=torch.bfloat16, seed=1)
     units = units_of(chunks)
     elements = sum(p.numel() for p in {p for unit in units for p in unit.parameters})
-    return make_buckets(units, SHAPE.dp, usual_size(elements, SHAPE.dp, config.parallel.zero_stage), by_unit=False)
+    return make_buckets(units, {"dp_cp": SHAPE.dp}, usual_size(elements, SHAPE.dp, config.parallel.zero_stage), by_unit=False)
 
 
 def runs_of(buckets: list[Bucket], place: int) -> dict[str, int]:
@@ -53,14 +54,14 @@ def runs_of(buckets: list[Bucket], place: int) -> dict[str, int]:
     return {
         parameter.spec.name: count
         for bucket in buckets
-        for parameter, _, _, count in bucket.segments(place * bucket.part, (place + 1) * bucket.part)
+        for parameter, _, _, count in bucket.ranges(place * bucket.part, (place + 1) * bucket.part)
     }
 
 
 def stored(buckets: list[Bucket], stage: int) -> dict[str, StoredTensor]:
     """Name -> row of the manifest."""
     return {
-        parameter.spec.name: StoredTensor(parameter.spec, stage, dict.fromkeys(KINDS, "float32"), Cut(start, bucket.part))
+        parameter.spec.name: StoredTensor(parameter.spec, stage, dict.fromkeys(KINDS, "float32"), Partition(start, bucket.part))
         for bucket in buckets
         for parameter, start in zip(bucket.parameters, bucket.starts, strict=True)
     }

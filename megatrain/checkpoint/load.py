@@ -32,8 +32,8 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.tensor_file import Move, TensorFile, move
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
-from megatrain.parallel.flat import Cut, Plain, Portion, Portions, axis_of, logical_numel
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Partition, Portion, Portions, TensorElements, axis_of, logical_numel
 from megatrain.transport.consensus import broadcast_text, gather_texts
 
 OnDamaged = Callable[[Path, str], None]
@@ -231,7 +231,7 @@ class StoredElements:
         """The elements of `part`, as a new tensor [n]."""
         values = torch.empty(part.stop - part.start, dtype=self.dtype)
         spec = self._manifest.tensors[self._name].spec
-        portion = Portion(spec, part.start, values.numel(), Plain(values), Cut(0, max(1, spec.numel)))
+        portion = Portion(spec, part.start, values.numel(), TensorElements(values), Partition(0, max(1, spec.numel)))
         target = _target(self._manifest, self._kind, self._name, portion, ParallelContext.single())
         with ExitStack() as opened:
             rows = {source.row.name: source.row for source in target.sources}.values()

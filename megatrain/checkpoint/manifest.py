@@ -26,9 +26,9 @@ from megatrain.checkpoint import boxes
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain, unique_keys
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
 from megatrain.files import pointer
-from megatrain.parallel.flat import Cut, Portions, axis_of
 from megatrain.parallel.mesh import AXES, Axis, MeshShape, ParallelContext
-from megatrain.parallel.param import Init, ParamSpec, Split
+from megatrain.parallel.param import AverageOver, Init, ParamSpec, Split
+from megatrain.parallel.portion import Partition, Portions, axis_of
 
 FORMAT = "megatrain-checkpoint"
 VERSION = 2
@@ -38,8 +38,9 @@ WEIGHTS = "weights"
 """The kind that holds the parameters: FP32 master weights where the run has them."""
 STORED = frozenset(f.name for f in fields(ParamSpec) if f.compare)
 """The fields of a ParamSpec that are written."""
-PLACES = ("tp", "pp", "dp")
-"""Coordinates of a file. dp is the part of a slice that the data-parallel ranks cut (`ParallelContext.part`)."""
+PLACES = ("tp", "pp", "ep", "dp")
+"""Coordinates of a file. dp is the part of a slice that one of its replicas writes (`ParallelContext.part`). ep: for the tensors with
+replicas along edp alone, which have files of their own; others have replicas along ep too, and their files no such place."""
 SIDES = ("tp", "cp", "dp", "pp", "ep")
 """Sides of the mesh. Which data-parallel ranks share ZeRO shards does not change the files."""
 
@@ -57,8 +58,10 @@ class StoredTensor(NamedTuple):
     stage: int
     dtypes: Mapping[str, str]
     """Kind -> torch dtype name, such as float32."""
-    cut: Cut
-    """How the data-parallel ranks cut a slice's elements."""
+    partition: Partition
+    """How the replicas divide a slice's elements to write them."""
+    ep: int = 0
+    """Place along ep that has it, of a tensor with replicas along edp that is not split over ep."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class FileRow:
     name: str
     kind: str
     place: Mapping[str, int]
-    """Coordinate along each axis of PLACES."""
+    """Coordinate along each axis of PLACES that its tensors have."""
     bytes: int
     blocks: tuple[str, ...]
     """XXH3-128 checksum of each block of `block_bytes`, as 32 hex digits."""
@@ -109,7 +112,7 @@ class Manifest:
 
     def pieces(self, name: str, wanted: boxes.Box | None = None) -> Iterator[Piece]:
         """The pieces that the elements of a logical tensor lie in, each once; with `wanted`, no piece that surely has none of that box."""
-        spec, stage, _, cut = self.tensors[name]
+        spec, stage, _, partition, ep = self.tensors[name]
         axis = "tp" if spec.split is None else spec.split.axis
         size = getattr(self.layout, axis)
         for rank in range(size):
@@ -119,10 +122,11 @@ class Manifest:
             if not (spec.leads(Axis(axis, size, rank)) and boxes.numel(shared)):
                 continue
             shape = tuple(s.stop - s.start for s in box)
-            for data in cut.places(*boxes.reach(shape, boxes.within(shared, box))):
-                first, stop = cut.run(numel, data)
+            for data in partition.places(*boxes.reach(shape, boxes.within(shared, box))):
+                first, stop = partition.run(numel, data)
                 if first < stop:
-                    yield Piece({**dict.fromkeys(PLACES, 0), "pp": stage, axis: rank, "dp": data}, box, first, stop)
+                    place = {"tp": 0, "pp": stage, "ep": ep, axis: rank, "dp": data}
+                    yield Piece(file_place(spec.average_over, place), box, first, stop)
 
     def to_bytes(self) -> bytes:
         """The file's contents. The checksum is XXH3-128 of the whole file with its own 32 digits written as zeros."""
@@ -188,13 +192,17 @@ class Manifest:
                 raise ValueError(
                     f"{row.name}: {len(row.blocks)} checksums for {row.bytes} bytes in blocks of {self.block_bytes}"
                 )
-        parts = self.layout.dp * self.layout.cp
+        replicas = self.layout.dp * self.layout.cp
         for name, tensor in self.tensors.items():
+            parts = replicas // self.layout.ep if tensor.spec.average_over == "edp" else replicas
             size = 1 if tensor.spec.split is None else getattr(self.layout, tensor.spec.split.axis)
-            if tensor.cut.start + boxes.numel(tensor.spec.slices(size, 0)) > tensor.cut.shard * parts:
-                raise ValueError(f"{name} has elements behind the last of {parts} parts of {tensor.cut.shard}")
-        if self.layout.world > _MOST_RANKS or any(tensor.stage >= self.layout.pp for tensor in self.tensors.values()):
-            raise ValueError(f"the layout {self.layout} is absurd, or has fewer stages than the tensors name")
+            if tensor.partition.start + boxes.numel(tensor.spec.slices(size, 0)) > tensor.partition.shard * parts:
+                raise ValueError(f"{name} has elements behind the last of {parts} parts of {tensor.partition.shard}")
+        pp, ep = self.layout.pp, self.layout.ep
+        if self.layout.world > _MOST_RANKS or any(tensor.stage >= pp or tensor.ep >= ep for tensor in self.tensors.values()):
+            raise ValueError(
+                f"the layout {self.layout} is absurd, or has fewer stages or places along ep than the tensors name"
+            )
         for kind in self.kinds:
             have = sum(row.bytes for row in self.files if row.kind == kind)
             stored = [t for t in self.tensors.values() if kind in t.dtypes]
@@ -218,7 +226,12 @@ class Manifest:
 
 
 def _key(kind: str, place: Mapping[str, int]) -> tuple[str, ...]:
-    return (kind, *(str(place[axis]) for axis in PLACES))
+    return (kind, *(str(place.get(axis)) for axis in PLACES))
+
+
+def file_place(over: AverageOver, place: Mapping[str, int]) -> dict[str, int]:
+    """The coordinates, of those of all PLACES, of a file of tensors with replicas along an axis."""
+    return {axis: place[axis] for axis in PLACES if axis != "ep" or over == "edp"}
 
 
 def _layout_from_json(sides: Mapping[str, Any]) -> MeshShape:
@@ -242,7 +255,7 @@ def file_name(kind: str, place: Mapping[str, int]) -> str:
     """File name: weights-tp00000-pp00000-dp00000.safetensors. Raises ValueError if the kind is not a lower-case word."""
     if not _KIND_NAME.fullmatch(kind):
         raise ValueError(f"kind of tensors {kind!r} is not a plain lower-case word such as exp_avg")
-    return "-".join([kind, *(f"{axis}{place[axis]:05d}" for axis in PLACES)]) + ".safetensors"
+    return "-".join([kind, *(f"{axis}{place[axis]:05d}" for axis in PLACES if axis in place)]) + ".safetensors"
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -258,9 +271,10 @@ def tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
     return {
         "spec": {key: value for key, value in asdict(tensor.spec).items() if key in STORED},
         "stage": tensor.stage,
+        **({"ep": tensor.ep} if tensor.ep else {}),
         "dtypes": dict(tensor.dtypes),
-        "start": tensor.cut.start,
-        "shard": tensor.cut.shard,
+        "start": tensor.partition.start,
+        "shard": tensor.partition.shard,
     }
 
 
@@ -274,14 +288,15 @@ def tensor_from_json(row: Mapping[str, Any]) -> StoredTensor:
     if split is not None:
         if not 0 <= _count(split.dim) < len(shape) or _count(split.units, least=1) < 1 or split.axis not in AXES:
             raise ValueError(f"split of {given['name']!r} does not fit the shape {list(shape)}: {given['split']}")
-        if split.axis not in ("tp", "pp"):
-            raise ValueError(f"{given['name']!r} is split over axis {split.axis!r}; only tp and pp have files of their own")
+        if split.axis not in ("tp", "pp", "ep"):
+            raise ValueError(f"{given['name']!r} is split over axis {split.axis!r}; only tp, pp and ep have files of their own")
     spec = ParamSpec(**{**given, "shape": shape, "split": split, "init": Init(**given["init"])})
     dtypes = dict(row["dtypes"])
     for kind, dtype in dtypes.items():
-        file_name(kind, dict.fromkeys(PLACES, 0))
+        file_name(kind, {})
         dtype_of(dtype)
-    return StoredTensor(spec, _count(row["stage"]), dtypes, Cut(_count(row["start"]), _count(row["shard"], least=1)))
+    partition = Partition(_count(row["start"]), _count(row["shard"], least=1))
+    return StoredTensor(spec, _count(row["stage"]), dtypes, partition, _count(row.get("ep", 0)))
 
 
 def row_from_json(row: Mapping[str, Any]) -> FileRow:
@@ -291,7 +306,7 @@ def row_from_json(row: Mapping[str, Any]) -> FileRow:
     """
     if not isinstance(row["name"], str) or not _FILE_NAME.fullmatch(row["name"]) or ".." in row["name"]:
         raise ValueError(f"{row['name']!r} is not the name of a safetensors file beside the manifest")
-    place = {axis: _count(row["place"][axis]) for axis in PLACES}
+    place = {axis: _count(row["place"][axis]) for axis in PLACES if axis != "ep" or axis in row["place"]}
     blocks = tuple(row["blocks"])
     if not all(isinstance(block, str) and re.fullmatch(r"[0-9a-f]{32}", block) for block in blocks):
         raise ValueError(f"{row['name']}: checksums are 32 hex digits each")

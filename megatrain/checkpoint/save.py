@@ -16,6 +16,7 @@ import math
 import platform
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import Future
@@ -28,13 +29,13 @@ from typing import Any
 from megatrain.checkpoint.directory import SAVING, appear, prune, sync, tidy_here, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST,
-    PLACES,
     FileRow,
     Manifest,
     StoredTensor,
     check_file,
     check_portions,
     file_name,
+    file_place,
     layout_of,
     row_from_json,
     step_name,
@@ -44,11 +45,14 @@ from megatrain.checkpoint.manifest import (
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
-from megatrain.parallel.flat import Elements, Portion, Portions, Window, axis_of, logical_numel
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import AverageOver
+from megatrain.parallel.portion import ElementRange, Elements, Portion, Portions, axis_of, logical_numel
 from megatrain.transport.consensus import gather_texts
 
 DEFAULT_STAGING_BYTES = 16 * 2**30
+_Files = Mapping[tuple[str, AverageOver], PlannedFile]
+"""(kind, axis of the replicas of its tensors) -> file that this rank writes."""
 _LOOK_SECONDS = 0.02
 """Seconds between two looks for the rows of the other ranks."""
 _PATIENCE_SECONDS = 30.0
@@ -151,7 +155,7 @@ class Saver:
         self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
         self.writer.close()
 
-    def _stage(self, work: Path, files: Mapping[str, PlannedFile], wait: bool) -> None:
+    def _stage(self, work: Path, files: _Files, wait: bool) -> None:
         """Copy the elements that this rank owns, for the thread to write."""
         if not work.is_dir():
             raise CheckpointError(
@@ -204,18 +208,19 @@ def save(directory: Path, contents: Contents, portions: Portions, ctx: ParallelC
         saver.close()
 
 
-def _plan(work: Path, portions: Portions, ctx: ParallelContext) -> dict[str, PlannedFile]:
-    """For each kind of which this rank owns elements: the file to write."""
-    files: dict[str, PlannedFile] = {}
+def _plan(work: Path, portions: Portions, ctx: ParallelContext) -> _Files:
+    """The files to write of the elements that this rank owns."""
+    runs: dict[tuple[str, AverageOver], dict[str, tuple[Elements, int]]] = defaultdict(dict)
     for kind, named in portions.items():
-        runs = {name: run for name, portion in named.items() if (run := _owned(portion, ctx)) is not None}
-        if runs:
-            files[kind] = PlannedFile(work / file_name(kind, _place(ctx)), runs)
-    return files
+        for name, portion in named.items():
+            if (run := _owned(portion, ctx)) is not None:
+                runs[kind, portion.spec.average_over][name] = run
+    return {(kind, over): PlannedFile(work / file_name(kind, _place(over, ctx)), of) for (kind, over), of in runs.items()}
 
 
-def _place(ctx: ParallelContext) -> dict[str, int]:
-    return dict(zip(PLACES, (ctx.tp.rank, ctx.pp.rank, ctx.part), strict=True))
+def _place(over: AverageOver, ctx: ParallelContext) -> dict[str, int]:
+    """Place of this rank's files for tensors with replicas along `over`."""
+    return file_place(over, {"tp": ctx.tp.rank, "pp": ctx.pp.rank, "ep": ctx.ep.rank, "dp": ctx.part(over)})
 
 
 def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | None:
@@ -223,7 +228,7 @@ def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | Non
     spec = portion.spec
     if not spec.owned(ctx):
         return None
-    first, stop = portion.cut.run(logical_numel(spec, axis_of(spec, ctx)), ctx.part)
+    first, stop = portion.partition.run(logical_numel(spec, axis_of(spec, ctx)), ctx.part(spec.average_over))
     if first >= stop:
         return None
     if first < portion.first or stop > portion.first + portion.count:
@@ -231,7 +236,7 @@ def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | Non
             f"{spec.name}: this rank is to write elements {first} to {stop} and holds {portion.first} to "
             f"{portion.first + portion.count}"
         )
-    return Window(portion.elements, first - portion.first), stop - first
+    return ElementRange(portion.elements, first - portion.first), stop - first
 
 
 def _make_room(work: Path, need: int) -> None:
@@ -248,16 +253,16 @@ def _make_room(work: Path, need: int) -> None:
     work.mkdir()
 
 
-def _settle(
-    work: Path, files: Mapping[str, PlannedFile], portions: Portions, ctx: ParallelContext, failure: BaseException | None
-) -> None:
+def _settle(work: Path, files: _Files, portions: Portions, ctx: ParallelContext, failure: BaseException | None) -> None:
     """In the thread: leave a file for rank 0 with the rows of what this rank wrote, or with the reason why it did not."""
     left = work / f"rank-{ctx.world.rank:05d}"
     try:
         if failure is not None:
             raise failure
-        rows = [asdict(FileRow(f.path.name, kind, _place(ctx), f.size, tuple(f.blocks))) for kind, f in files.items()]
-        row = {"files": rows, "tensors": _describe(files, portions, ctx.pp.rank)}
+        rows = [
+            asdict(FileRow(f.path.name, kind, _place(over, ctx), f.size, tuple(f.blocks))) for (kind, over), f in files.items()
+        ]
+        row = {"files": rows, "tensors": _describe(files, portions, ctx)}
         write_file(left.with_suffix(".draft"), json.dumps(row).encode())
         left.with_suffix(".draft").replace(left.with_suffix(".json"))
     except Exception as error:
@@ -269,14 +274,16 @@ def _settle(
         raise
 
 
-def _describe(files: Mapping[str, PlannedFile], portions: Portions, stage: int) -> list[dict[str, Any]]:
+def _describe(files: _Files, portions: Portions, ctx: ParallelContext) -> list[dict[str, Any]]:
     """Rows of the manifest's `tensors` for this rank's files. Raises ValueError where two kinds disagree about a tensor."""
     stored: dict[str, StoredTensor] = {}
-    for kind, file in files.items():
+    for (kind, over), file in files.items():
         for name in file.runs:
             portion = portions[kind][name]
             dtype = str(portion.elements.dtype).removeprefix("torch.")
-            _merge(stored, StoredTensor(portion.spec, stage, {kind: dtype}, portion.cut))
+            cut = None if portion.spec.split is None else portion.spec.split.axis
+            ep = ctx.ep.rank if over == "edp" and cut != "ep" else 0
+            _merge(stored, StoredTensor(portion.spec, ctx.pp.rank, {kind: dtype}, portion.partition, ep))
     return [tensor_to_json(tensor) for tensor in stored.values()]
 
 

@@ -28,7 +28,7 @@ import torch
 
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, Entry, hash_block, header_of
 from megatrain.checkpoint.together import CheckpointError
-from megatrain.parallel.flat import Elements
+from megatrain.parallel.portion import Elements
 
 PAGE = 4096
 """Writes past the page cache are multiples of this many bytes."""

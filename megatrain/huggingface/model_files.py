@@ -26,8 +26,8 @@ from megatrain.config.schema import ModelConfig
 from megatrain.files import HEAD_BYTES, doing, make_folder, not_text, whole
 from megatrain.huggingface.config import config_of, kind_from, kind_of, model_of, names_of, same_model
 from megatrain.huggingface.families import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
-from megatrain.parallel.flat import Portion, axis_of, logical_numel
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion, axis_of, logical_numel
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 COMPANIONS = (

@@ -26,8 +26,8 @@ from megatrain.init_from import config_of_hf, declared
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, build_gpt
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion
 from megatrain.program import tokenizer_of
 
 

@@ -21,8 +21,8 @@ from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import require_values, validate_layout
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion
 from megatrain.program import require_schedule
 
 EMBEDDING = "embedding.tokens"

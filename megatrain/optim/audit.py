@@ -1,11 +1,11 @@
-"""The replica audit: what several ranks hold copies of must be the same on all of them, to the bit.
+"""The replica audit: copies of a tensor must be the same on all ranks that hold one, to the bit.
 
 Copies start equal and receive equal updates, so a difference is a bug or a broken device, and it grows: BLOOM's norm weights drifted
-apart over its tensor-parallel ranks for weeks, unseen, because losses hardly move. What is compared, each over its own axis:
+apart over its tensor-parallel ranks for weeks, unseen, because losses hardly move. Compared are, each over its own axis:
 
-    over dp x cp    parameters (ZeRO stages 0 to 2)
-    over the replicas of a shard (dp x cp at stage 0)    masters and states, and at stage 3 parameters
-    over tp         parameters, masters and states of what is not cut, or cut into fewer slices than there are ranks
+    over dp x cp, of experts over edp (`ParamSpec.average_over`)    parameters (ZeRO stages 0 to 2)
+    over the replicas of a shard (the same axis at stage 0)    masters and states, and at stage 3 parameters
+    over tp and ep    parameters, masters and states of what is not cut over tp, or cut into fewer slices than the axis has ranks
     over a tied axis (`ends`)    the copies of tied embeddings, with masters and states
 
 Each rank sends one 64-bit number a tensor: the sum of its 32-bit words, each times a random number that belongs to its position.
@@ -13,6 +13,7 @@ Each rank sends one 64-bit number a tensor: the sum of its 32-bit words, each ti
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -48,12 +49,8 @@ def audit(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> N
     Raises ReplicaError on every rank, which names the first tensors that differ, and the ranks whose copy is not that of most.
     """
     flat.settle()
-    problems = _compare(ctx.dp_cp, list(_everywhere(flat)), whole=True)
-    problems += _compare(flat.replicas, list(_over_replicas(flat, optimizer)), whole=True)
-    problems += _compare(ctx.tp, list(_over_tensor_ranks(flat, optimizer, ctx)))
-    for name in sorted({b.spec.tied for held in flat.trained for b in held.bucket.parameters if b.spec.tied is not None}):
-        tied = [copy for copy in _owned(flat, optimizer) if copy.parameter.spec.tied == name]
-        problems += _compare(getattr(ctx, name), tied, whole=True)
+    copies = sorted(_copies(flat, optimizer, ctx).items(), key=lambda of: of[0].name)  # in one order on all ranks
+    problems = [problem for axis, of in copies for problem in _compare(axis, of)]
     if lowest(bool(problems), ctx.world.group, ctx.device) is None:
         return
     texts = gather_texts("\n".join(problems[:_SHOWN]), ctx.world.group, ctx.device)
@@ -68,39 +65,37 @@ def audit(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> N
     )
 
 
-def _everywhere(flat: FlatParameters) -> Iterator[_Copy]:
-    """What every rank of the data axis holds."""
-    if flat.stage < 3:
-        yield from (_Copy("parameter", p.detach(), p) for held in flat.held for p in held.bucket.parameters)
+def _copies(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> dict[Axis, list[_Copy]]:
+    """The tensors, or pieces of them, that this rank has and other ranks of an axis too."""
+    found: dict[Axis, list[_Copy]] = defaultdict(list)
+    for local in flat.buckets:
+        if local.stage < 3:
+            axis = getattr(ctx, local.bucket.spec.average_over)
+            found[axis] += [_Copy("parameter", p.detach(), p) for p in local.bucket.parameters]
+    for index, local in enumerate(flat.trained):
+        for copy in _owned(flat, optimizer, index):
+            if local.stage == 3 or copy.what != "parameter":
+                found[local.replicas].append(copy)
+            spec = copy.parameter.spec
+            others = {"tp", spec.tied, None if spec.split is None else spec.split.axis} - {None}
+            for axis in (getattr(ctx, str(name)) for name in others):
+                if spec.copies(axis) > 1:
+                    found[axis].append(copy)
+    return found
 
 
-def _over_replicas(flat: FlatParameters, optimizer: Optimizer) -> Iterator[_Copy]:
-    """What every rank that owns the same shard holds, and not every other one."""
-    return (copy for copy in _owned(flat, optimizer) if flat.stage == 3 or copy.what != "parameter")
+def _owned(flat: FlatParameters, optimizer: Optimizer, index: int) -> Iterator[_Copy]:
+    """Parameters, masters and states of a trained bucket in what this rank updates, piece by piece."""
+    local, masters = flat.trained[index], optimizer.masters[index]
+    kinds = {"parameter": local.own_weights, "master": masters.masters, "low half of": masters.low, **optimizer.states[index]}
+    for parameter, _, at, count in local.bucket.ranges(local.own.start, local.own.stop):
+        for what, data in kinds.items():
+            if data is not None:
+                yield _Copy(what, data[at : at + count], parameter)
 
 
-def _over_tensor_ranks(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> Iterator[_Copy]:
-    """What more than one rank of tp holds."""
-    return (copy for copy in _owned(flat, optimizer) if copy.parameter.spec.copies(ctx.tp.size) > 1)
-
-
-def _owned(flat: FlatParameters, optimizer: Optimizer) -> Iterator[_Copy]:
-    """Parameters, masters and states in what this rank updates, piece by piece."""
-    for index, held in enumerate(flat.trained):
-        masters = optimizer.masters[index]
-        kinds = {"parameter": held.own_weights, "master": masters.masters, "low half of": masters.low}
-        kinds |= {kind: pieces[index] for kind, pieces in optimizer.states.items()}
-        for parameter, _, at, count in held.bucket.segments(held.own.start, held.own.stop):
-            for what, data in kinds.items():
-                if data is not None:
-                    yield _Copy(what, data[at : at + count], parameter)
-
-
-def _compare(axis: Axis, copies: list[_Copy], whole: bool = False) -> list[str]:
-    """One line for every tensor whose copies differ along the axis; the same on all of its ranks.
-
-    whole: every rank of the axis holds the same; else those whose slice is the same do.
-    """
+def _compare(axis: Axis, copies: list[_Copy]) -> list[str]:
+    """One line for every tensor whose copies differ between ranks of the axis with the same slice; the same on all of its ranks."""
     if axis.group is None or not copies:
         return []
     mine = torch.stack([digest(copy.data) for copy in copies])
@@ -109,7 +104,7 @@ def _compare(axis: Axis, copies: list[_Copy], whole: bool = False) -> list[str]:
     table = axis.group.to_host(gathered).view(axis.size, -1).t().tolist()
     problems = []
     for copy, digests in zip(copies, table, strict=True):
-        group = axis.size if whole else copy.parameter.spec.copies(axis.size)
+        group = copy.parameter.spec.copies(axis)
         for first in range(0, axis.size, group):
             places = range(first, first + group)
             problem = _odd_ones(axis, digests, places)

@@ -168,7 +168,7 @@ class MeshShape:
 
         Axes: tp, cp, dp, pp; dp_cp (gradient average); ep and edp (its two factors: experts, and copies of an expert); shards and
         replicas (two factors again: the ranks that have one copy of ZeRO's shards between them, and those that have the same shard);
-        ends (first and last stage); world.
+        edp_shards and edp_replicas (the same two factors of edp); ends (first and last stage); world.
         """
         at = self.coordinates(rank)
         if axis in ("tp", "cp", "dp", "pp"):
@@ -182,11 +182,14 @@ class MeshShape:
         mine = at["cp"] + self.cp * at["dp"]
         if axis == "dp_cp":
             return tuple(replicas)
-        inner = {"ep": self.ep, "edp": self.ep}.get(axis, self.zero_ranks or len(replicas))
-        if axis in ("ep", "shards"):
+        inner = self.ep if axis in ("ep", "edp") else self.zero_ranks or len(replicas)
+        if axis in ("edp_shards", "edp_replicas"):  # of an expert's copies, those whose ranks share a set of shards
+            replicas, mine = replicas[mine % self.ep :: self.ep], mine // self.ep
+            inner = inner // self.ep if inner % self.ep == 0 else 1
+        if axis in ("ep", "shards", "edp_shards"):
             start = mine - mine % inner
             return tuple(replicas[start : start + inner])
-        if axis in ("edp", "replicas"):
+        if axis in ("edp", "replicas", "edp_replicas"):
             return tuple(replicas[mine % inner :: inner])
         raise ValueError(f"unknown axis {axis!r}; axes are {', '.join(AXES)}")
 
@@ -212,7 +215,7 @@ class MeshShape:
         return 2 if self.pp % 2 and stage == self.pp - 1 else stage % 2
 
 
-AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "shards", "replicas", "ends", "world")
+AXES = ("tp", "cp", "dp", "pp", "ep", "edp", "dp_cp", "shards", "replicas", "edp_shards", "edp_replicas", "ends", "world")
 
 
 @dataclass(frozen=True)
@@ -228,6 +231,8 @@ class ParallelContext:
     dp_cp: Axis
     shards: Axis
     replicas: Axis
+    edp_shards: Axis
+    edp_replicas: Axis
     ends: Axis
     world: Axis
     device: torch.device
@@ -236,10 +241,14 @@ class ParallelContext:
     receives: Mapping[int, Link] = field(default_factory=dict)
     """Stage of the same pipeline -> the link from it."""
 
-    @property
-    def part(self) -> int:
-        """Which of dp * cp equal parts of what the data ranks hold this rank writes: its own among the parts of its shard."""
-        return self.shards.rank * self.replicas.size + self.replicas.rank
+    def factors(self, average_over: str) -> tuple[Axis, Axis]:
+        """(ranks that share one set of ZeRO's shards, ranks that have the same shard) of an axis that gradients are averaged over."""
+        return (self.shards, self.replicas) if average_over == "dp_cp" else (self.edp_shards, self.edp_replicas)
+
+    def part(self, average_over: str) -> int:
+        """Which of the equal parts of a bucket this rank writes to a checkpoint, as many as the axis has ranks: one of its shard."""
+        shards, replicas = self.factors(average_over)
+        return shards.rank * replicas.size + replicas.rank
 
     @classmethod
     def build(cls, world: World, shape: MeshShape, device: torch.device | str = "cpu") -> ParallelContext:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -25,6 +25,9 @@ from megatrain.parallel.mesh import Axis, ParallelContext
 Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
 """Of a model, as reports tell them apart; biases belong to their matrices' part."""
 
+
+AverageOver = Literal["dp_cp", "edp"]
+"""Axes whose ranks hold replicas: dp x cp, or of what differs along ep (experts) its other factor."""
 
 TILE = 128
 """Rows of a matrix that one block of a GPU's matmul works on (NVIDIA, Matrix Multiplication Background, "tile quantization")."""
@@ -102,8 +105,8 @@ class ParamSpec:
     """How it is cut; None: every rank of every axis holds all of it."""
     partial_over: str | None = None
     """Axis over whose ranks (of the same slice) gradients are partial sums, because each saw other tokens or heads."""
-    average_over: str = "dp_cp"
-    """Axis of the replicas whose gradients are summed (the loss is already divided by the global weight)."""
+    average_over: AverageOver = "dp_cp"
+    """Axis of the replicas whose gradients are summed (the loss is already divided by the global weight); edp for an expert's."""
     tied: str | None = None
     """Axis whose ranks each hold a copy because they cannot share one tensor (`ends`: first and last stage); gradients are summed."""
     trainable: bool = True
@@ -112,6 +115,13 @@ class ParamSpec:
     init: Init = Init()
     part: Part = field(default="other", compare=False)
     """For reports alone: no checkpoint holds it, and no comparison sees it."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where gradients of different slices would be summed."""
+        if self.average_over not in get_args(AverageOver):
+            raise ValueError(f"{self.name}: average_over={self.average_over!r} is no axis of replicas; use dp_cp, or edp")
+        if self.split is not None and self.split.axis == "ep" and self.average_over != "edp":
+            raise ValueError(f"{self.name} is split over ep: its gradients can be summed over edp, not {self.average_over}")
 
     @property
     def numel(self) -> int:
@@ -133,21 +143,21 @@ class ParamSpec:
             whole[dim] = slice(*self.split.slice(self.shape[dim], axis_size, axis_rank))
         return tuple(whole)
 
-    def copies(self, axis_size: int) -> int:
-        """How many ranks of the split axis hold the same elements."""
-        return axis_size if self.split is None else self.split.copies(axis_size)
+    def copies(self, axis: Axis) -> int:
+        """How many ranks of an axis hold the same elements; all of an axis over which it is not cut."""
+        return self.split.copies(axis.size) if self.split is not None and self.split.axis == axis.name else axis.size
 
     def owned(self, ctx: ParallelContext) -> bool:
         """Whether this rank is the first of those that hold the same elements: the one that counts them in a norm and saves them.
 
-        Of the replicas over dp x cp each counts as one that owns them.
+        Of the replicas over `average_over` each counts as one that owns them.
         """
-        axis = ctx.tp if self.split is None else getattr(ctx, self.split.axis)
-        return self.leads(axis) and (self.tied is None or getattr(ctx, self.tied).rank == 0)
+        axes = (ctx.tp,) if self.split is None else (ctx.tp, getattr(ctx, self.split.axis))
+        return all(map(self.leads, axes)) and (self.tied is None or getattr(ctx, self.tied).rank == 0)
 
     def leads(self, axis: Axis) -> bool:
-        """Whether this place of the split axis is the first that holds its elements."""
-        return axis.rank % self.copies(axis.size) == 0
+        """Whether this place of an axis is the first that holds its elements."""
+        return axis.rank % self.copies(axis) == 0
 
 
 class Parameter(nn.Parameter):

@@ -1,7 +1,7 @@
 """Replicas of the model over the data axis, and what of them is sharded: ZeRO stages 0 to 3 (Rajbhandari et al., arXiv:1910.02054).
 
 Problem: d ranks hold the same weights and each sees its own samples. Gradients must be summed; and to hold d copies of gradients,
-of optimizer states and of weights is waste. Four ranks, a bucket of parameters (`buckets.py`) and its four shards, at each stage:
+of optimizer states and of weights is waste. Four ranks, a bucket of parameters (`flat.py`) and its four shards, at each stage:
 
     stage     weights           gradients, float32             optimizer states     bytes moved per rank and step
     0         0 1 2 3           0 1 2 3  all-reduced           0 1 2 3              all-reduce 4 Psi, x2
@@ -16,7 +16,8 @@ Zhang et al., arXiv:2205.00119; FSDP's hybrid sharding). The data axis is then `
     data rank           0 1 2 3         what is above goes over `shards`, times (z-1)/z; and once a step the own gradients
     its shard, z = 2    0 1 0 1         are all-reduced over `replicas`: 4 Psi/z, x2, times (r-1)/r
 
-Stage 0 is z = 1: one shard, which all ranks own.
+Stage 0 is z = 1: one shard, which all ranks own. All this is a bucket's own matter: a parameter that differs along `ep` (an expert)
+has replicas along `edp` alone (`ParamSpec.average_over`), and its buckets go over edp and the two factors of that.
 
 Weights lie in one contiguous buffer, gradients in another (float32, float64 in float64 runs), in the order of the backward. A
 parameter's `main_grad` is a view. What comes first writes a matrix's gradient, and what follows adds to it (`param.claim`). When the
@@ -48,63 +49,18 @@ from weakref import proxy
 import torch
 from torch import nn
 
-from megatrain.parallel.flat import FlatBuffers, Held, Pool, Segment, Unit, there
-from megatrain.parallel.mesh import (
-    Axis,
-    ParallelContext,
-)
+from megatrain.parallel.flat import FlatBuffers, LocalBucket, ParameterShard, Rules, Unit
+from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction
 from megatrain.transport.group import Handle
-
-# Which unit of the model is used when, read from the program of a step: so that ZeRO fetches weights ahead of time.
-#
-# 1F1B on one stage, units 0 (embedding), 1, 2:   forward 0 1 2 | backward 2 1 | forward 0 1 2 | backward 2 1
-
-
-class Uses:
-    """Which unit is used when, as far ahead as the program says."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = units
-        self._order: list[int] = []
-        self._chunks: list[int] = []
-        self._at = 0
-
-    def plan(self, program: Sequence[Instruction]) -> None:
-        """Forwards use a chunk's units in order, backwards in reverse; split-off weight gradients read no matrix."""
-        self._order, self._at = [], 0
-        self._chunks = [instruction.chunk for instruction in program][::-1]
-        for instruction in program:
-            mine = [i for i, unit in enumerate(self.units) if unit.chunk == instruction.chunk]
-            if instruction.kind == "forward":
-                self._order += mine
-            elif instruction.kind != "backward_weight":
-                self._order += [i for i in reversed(mine) if not self.units[i].source]
-
-    @property
-    def next(self) -> int | None:
-        """The unit after the one at work; None where nothing is planned."""
-        return self._order[self._at] if self._at < len(self._order) else None
-
-    def come_to(self, index: int) -> None:
-        """A unit is used now."""
-        if self.next == index:
-            self._at += 1
-
-    def next_instruction(self, chunk: int) -> bool:
-        """An instruction is over: whether the next one is on the same chunk."""
-        if self._chunks:
-            self._chunks.pop()
-        return bool(self._chunks) and self._chunks[-1] == chunk
-
 
 IN_FLIGHT = 2
 """Reductions under way at a time where each holds a bucket's buffer, or has another one behind it."""
 
 
 class FlatParameters(FlatBuffers):
-    """The parameters of this rank's part of the model, their gradients, and their way over the data axis."""
+    """The parameters of this rank's part of the model, their gradients, and their way over the replicas."""
 
     def __init__(
         self,
@@ -115,34 +71,40 @@ class FlatParameters(FlatBuffers):
         bucket_size: int | None = None,
         overlap: bool = True,
         reduce_dtype: torch.dtype | None = None,
+        rules: Rules | None = None,
     ) -> None:
         """units: in the order of the forward pass. bucket_size: None for `usual_size`. overlap: reduce and gather beside the computation.
-        reduce_dtype: what gradients are rounded to on their way over the data axis; None: they keep theirs.
+        reduce_dtype: gradients are rounded to it on their way over the replicas; None: they keep their dtype. rules: of the optimizer,
+        by part of the model, where they are not the run's.
 
         Raises ValueError when nothing is trainable, or when the parameters differ in dtype.
         """
-        super().__init__(units, ctx, stage, bucket_size, reduce_dtype)
-        self.overlap = overlap
+        super().__init__(units, ctx, stage, bucket_size, rules)
+        self.overlap, self.sent = overlap, reduce_dtype or self.wide
         self._pool = Pool()
+        self._largest = max(local.bucket.size for local in self.trained)
         self._flying: list[_Flight] = []
-        self._summing: list[tuple[Held, torch.Tensor | None]] = []
+        self._summing: list[tuple[LocalBucket, torch.Tensor | None]] = []
         self._now: Instruction | None = None
         self._postponed: Postponed | None = None
         self._uses = Uses(units)
         # Landing lets the next sum begin, or gives a buffer back; where there is neither to gain, it is put off to the end.
-        waits = self.stage >= 2 or self.replicas.group is not None or self.sent != self.wide
-        self._aloft = 0 if not overlap or self.shards.group is None else IN_FLIGHT if waits else len(self.trained)
-        homes = {p: held for held in self.held for p in held.bucket.parameters}
-        self._of_chunk = {c: [h for h in self.held if h.bucket.chunk == c] for c in {u.chunk for u in units}}
+        waits = self.sent != self.wide or any(b.stage >= 2 or b.replicas.group is not None for b in self.trained)
+        apart = overlap and any(local.shards.group is not None for local in self.trained)
+        self._aloft = 0 if not apart else IN_FLIGHT if waits else len(self.trained)
+        homes = {p: local for local in self.buckets for p in local.bucket.parameters}
+        self._of_chunk = {c: [b for b in self.buckets if b.bucket.chunk == c] for c in {u.chunk for u in units}}
         self._of_unit = [list(dict.fromkeys(homes[p] for p in unit.parameters)) for unit in units]
-        me = proxy(self)  # what parameters and modules hold must not keep the buffers alive when the run has gone
-        for number, held in enumerate(self.trained):
-            for parameter in held.bucket.parameters:
+        self._partial: dict[str, list[ParameterShard]] = {}
+        for shard in self.owned:
+            if shard.parameter.spec.partial_over is not None:
+                self._partial.setdefault(shard.parameter.spec.partial_over, []).append(shard)
+        me = proxy(self)  # the hooks of parameters and modules must not keep the buffers alive when the run has gone
+        for number, local in enumerate(self.trained):
+            for parameter in local.bucket.parameters:
                 parameter.open_gradient = partial(_open, me, number)
-        for held in self.trained:
-            self._place_grads(held)
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(_move_gradient)
+                parameter.register_post_accumulate_grad_hook(_move_gradient)
+            local.place_grads()
         for index, unit in enumerate(units):
             if unit.module is not None:
                 _hook(unit.module, me, index)
@@ -185,7 +147,7 @@ class FlatParameters(FlatBuffers):
 
     def _end_backward(self, index: int) -> None:
         """The gradient of a unit's input is there; so are those of its weights, unless they were postponed."""
-        mine = [held for held in self._of_unit[index] if held.bucket.unit == index]
+        mine = [local for local in self._of_unit[index] if local.bucket.unit == index]
         if self._now is not None and self._now.kind == "backward_input" and self._postponed is not None:
             self._postponed.append(lambda: self._complete(mine))
         else:
@@ -194,195 +156,191 @@ class FlatParameters(FlatBuffers):
 
     # --- weights --------------------------------------------------------------------------------------------------------
 
-    def _common(self, chunk: int) -> list[Held]:
+    def _common(self, chunk: int) -> list[LocalBucket]:
         """Buckets that every unit of a chunk reads: norms and biases."""
-        return [held for held in self._of_chunk[chunk] if not held.bucket.decay]
+        return [local for local in self._of_chunk[chunk] if not local.bucket.decay]
 
     def _use(self, index: int) -> None:
         """Have a unit's weights, and begin to fetch those of the next one."""
         self._uses.come_to(index)
         mine = [*self._of_unit[index], *self._common(self.units[index].chunk)]
-        for held in mine:
-            self._start_gather(held)
-        if self.overlap and self._uses.next is not None:
-            for held in self._of_unit[self._uses.next]:
-                self._start_gather(held)
+        ahead = self._of_unit[self._uses.next] if self.overlap and self._uses.next is not None else []
+        for local in (*mine, *ahead):
+            self._start_gather(local)
         self._fetch(mine)
 
-    def _fetch(self, mine: Sequence[Held]) -> None:
+    def _fetch(self, mine: Sequence[LocalBucket]) -> None:
         """Wait until weights are there."""
-        for held in mine:
-            self._start_gather(held)
-            if held.arriving is not None:
-                held.arriving.wait()
-                held.arriving = None
-                if self.stage == 3:
-                    self._place_weights(held)
+        for local in mine:
+            self._start_gather(local)
+            if local.arriving is not None:
+                local.arriving.wait()
+                local.arriving = None
+                if local.stage == 3:
+                    local.place_weights()
 
-    def _start_gather(self, held: Held) -> None:
+    def _start_gather(self, local: LocalBucket) -> None:
         """Stage 3: begin to gather weights that are not here; at the other stages they are, or `publish` has begun it."""
-        if held.weights is None:
-            held.weights = self._pool.take(held.own_weights, held.bucket.size)
-            held.arriving = self.shards.start_gather_into(held.weights, held.own_weights)
+        if local.weights is None:
+            local.weights = self._pool.take(local.own_weights, local.bucket.size)
+            local.arriving = local.shards.start_gather_into(local.weights, local.own_weights)
 
     def _let_go_unit(self, index: int) -> None:
+        """Let a unit's weights go, but for those that the next unit uses too."""
         kept = self._of_unit[self._uses.next] if self._uses.next is not None else []
-        self._let_go([held for held in self._of_unit[index] if held not in kept and held.bucket.decay])
+        self._let_go([local for local in self._of_unit[index] if local not in kept and local.bucket.decay])
 
-    def _let_go(self, mine: Sequence[Held]) -> None:
+    def _let_go(self, mine: Sequence[LocalBucket]) -> None:
         """Stage 3: keep only the shard of weights."""
-        if self.stage < 3:
-            return
-        for held in mine:
-            if held.weights is not None:
-                if held.arriving is not None:
-                    held.arriving.wait()
-                    held.arriving = None
-                self._pool.give(held.weights)
-                held.weights = None
-                self._place_weights(held)
+        for local in mine:
+            if local.stage == 3 and local.weights is not None:
+                if local.arriving is not None:
+                    local.arriving.wait()
+                    local.arriving = None
+                self._pool.give(local.weights)
+                local.weights = None
+                local.place_weights()
 
-    def publish(self, held: Held) -> None:
-        """What this rank owns of a bucket has been updated: let the other ranks have it, beside what comes next."""
-        if self.stage in (1, 2):
-            held.arriving = self.shards.start_gather_into(there(held.weights), held.own_weights)
+    def publish(self, local: LocalBucket) -> None:
+        """This rank's shard of a bucket has been updated: let the other ranks have it, beside what comes next."""
+        if local.stage in (1, 2) and local.weights is not None:
+            local.arriving = local.shards.start_gather_into(local.weights, local.own_weights)
             if not self.overlap:
-                self._fetch([held])
+                self._fetch([local])
 
     def settle(self) -> None:
         """Wait for all weights that are on their way, to read parameters outside of a forward pass."""
-        self._fetch([held for held in self.held if held.arriving is not None])
+        self._fetch([local for local in self.buckets if local.arriving is not None])
 
     # --- gradients ------------------------------------------------------------------------------------------------------
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        for held in self.trained:
-            held.reduced = False
-            self._place_grads(held)
-            if held.grads is None:
-                there(held.own_grads).zero_()
+        for local in self.trained:
+            local.reduced = False
+            local.place_grads()
+            if local.grads is None:
+                local.own_grads.zero_()
             else:
-                self._forget(held)
+                self._forget(local, local.grads)
 
-    def _forget(self, held: Held) -> None:
+    def _forget(self, local: LocalBucket, grads: torch.Tensor) -> None:
         """Let the buffer of a bucket have no gradient yet. What comes first writes a matrix, and need neither clear nor read it.
 
         Norms and biases are many, small, and cleared in one go.
         """
-        grads = there(held.grads)
-        for gap in held.bucket.gaps() if held.bucket.decay else [slice(None)]:
+        for gap in local.bucket.gaps() if local.bucket.decay else [slice(None)]:
             grads[gap].zero_()
-        for parameter in held.bucket.parameters:
-            parameter.unwritten = held.bucket.decay
+        for parameter in local.bucket.parameters:
+            parameter.unwritten = local.bucket.decay
 
     def _open(self, number: int) -> None:
         """A gradient of a trained bucket is about to be added. Raises ValueError where the bucket has been reduced already."""
-        held = self.trained[number]
-        if held.reduced:
-            names = ", ".join(p.spec.name for p in held.bucket.parameters[:3])
+        local = self.trained[number]
+        if local.reduced:
+            names = ", ".join(p.spec.name for p in local.bucket.parameters[:3])
             raise ValueError(
                 f"a gradient for the bucket of {names} ... came after it was reduced. A parameter that several units use "
                 "must be among the parameters of each of them (`Unit.parameters`)."
             )
-        held.grads = self._pool.take(there(held.own_grads), held.bucket.size)
-        self._place_grads(held)
-        self._forget(held)
+        local.grads = self._pool.take(local.own_grads, local.bucket.size)
+        local.place_grads()
+        self._forget(local, local.grads)
 
-    def _complete(self, mine: Sequence[Held]) -> None:
+    def _complete(self, mine: Sequence[LocalBucket]) -> None:
         """Reduce buckets that will get no further gradient in this instruction; at stages 0 and 1, in this step."""
         if self._now is None:
             return
-        if self.stage >= 2 or (self._now.last and self.overlap):
-            for held in mine:
-                if held.grads is not None and not held.reduced:
-                    self._start_reduction(held, self._now.last)
+        for local in mine:
+            if local.stage >= 2 or (self._now.last and self.overlap):
+                self._start_reduction(local, self._now.last)
 
-    def _start_reduction(self, held: Held, last: bool) -> None:
-        """Begin to sum a bucket's gradients over the ranks that share its shards. last: there will be no others in this step."""
-        grads, held.reduced = there(held.grads), last
-        _clear_unwritten(held)
-        if self.stage >= 2:
-            held.grads = None
-        for parameter in held.bucket.parameters:
+    def _start_reduction(self, local: LocalBucket, last: bool) -> None:
+        """Begin to sum a bucket's gradients, if there are any, over the ranks that share its shards. last: of this step."""
+        grads = local.grads
+        if grads is None or local.reduced:
+            return
+        local.reduced = last
+        for parameter in local.bucket.parameters:
+            if parameter.unwritten:  # nobody gave this gradient: it is zero
+                parameter.accumulated.zero_()
             parameter.main_grad = None  # a gradient that comes too late is noticed
+        if local.stage >= 2:
+            local.grads = None
         self._land(self._aloft - 1)
-        sent, room = self._to_send(grads, self.shards)
-        self._flying.append(_Flight(held, grads, self.shards.start_scatter_sum_into(grads[held.own], sent), last, room))
+        sent, room = self._to_send(grads, local.shards)
+        self._flying.append(_Flight(local, grads, local.shards.start_scatter_sum_into(grads[local.own], sent), last, room))
         if self._aloft == 0:
             self._land(0)
 
     def _land(self, flying: int) -> None:
         """Wait until at most so many reductions are under way, and keep what this rank owns of the others."""
         while len(self._flying) > max(flying, 0):
-            held, grads, reducing, last, room = self._flying.pop(0)
+            local, grads, reducing, last, room = self._flying.pop(0)
             reducing.wait()
             if room is not None:
                 self._pool.give(room)
-            if self.stage >= 2:
-                there(held.own_grads).add_(grads[held.own])
+            if local.stage >= 2:
+                local.own_grads.add_(grads[local.own])
                 self._pool.give(grads)
             if last:
-                self._sum_replicas(held)
+                self._sum_replicas(local)
 
     def _to_send(self, grads: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Gradients as they go over an axis: themselves, or rounded; then also the buffer that this lies in, to be given back."""
         if axis.group is None or self.sent == grads.dtype:
             return grads, None
-        room = self._pool.take(grads, max(held.bucket.size for held in self.trained), self.sent)  # one that serves all of them
+        room = self._pool.take(grads, self._largest, self.sent)  # one that serves all of them
         return room[: grads.numel()].copy_(grads), room
 
-    def _sum_replicas(self, held: Held) -> None:
+    def _sum_replicas(self, local: LocalBucket) -> None:
         """Begin to sum what this rank owns of a bucket's gradients, once a step, over the ranks that own the same."""
-        own = there(held.own_grads)
         if self.sent != self.wide:
             self._end_sums(IN_FLIGHT - 1)
-        sent, room = self._to_send(own, self.replicas)
-        held.reducing = self.replicas.start_all_reduce(sent)[1]
-        self._summing.append((held, room))
+        sent, room = self._to_send(local.own_grads, local.replicas)
+        local.reducing = local.replicas.start_all_reduce(sent)[1]
+        self._summing.append((local, room))
         if not self.overlap:
             self._end_sums(0)
 
     def _end_sums(self, under_way: int) -> None:
         """Wait until at most so many sums over the replicas are under way."""
         while len(self._summing) > under_way:
-            held, room = self._summing.pop(0)
-            there(held.reducing).wait()
+            local, room = self._summing.pop(0)
+            if local.reducing is not None:
+                local.reducing.wait()
             if room is not None:
-                own = there(held.own_grads)
-                own.copy_(room[: own.numel()])
+                local.own_grads.copy_(room[: local.own_grads.numel()])
                 self._pool.give(room)
 
     def reduce(self) -> None:
         """The step's gradients are all there: finish their sums over replicas, over ranks that hold the same slice, and tied ones."""
-        self._let_go(self.held)
-        for held in self.trained:
-            if held.grads is not None and not held.reduced:
-                self._start_reduction(held, last=True)
+        self._let_go(self.buckets)
+        for local in self.trained:
+            self._start_reduction(local, last=True)
         self._land(0)
-        for held in self.trained:
-            if held.reducing is None:  # the last micro-batch gave it no gradient
-                self._sum_replicas(held)
+        for local in self.trained:
+            if local.reducing is None:  # the last micro-batch gave it no gradient
+                self._sum_replicas(local)
         self._end_sums(0)
-        for held in self.trained:
-            held.reducing = None
-            self._place_grads(held)
-        partial = [s for s in self.segments() if s.parameter.spec.partial_over is not None]
-        if partial:
-            _sum_partial(partial, self.ctx)
+        for local in self.trained:
+            local.reducing = None
+            local.place_grads()
+        for name, shards in self._partial.items():
+            _sum_partial(shards, getattr(self.ctx, name))
         self._sum_tied()
 
     def _sum_tied(self) -> None:
-        for held in self.trained:
-            tied = held.bucket.parameters[0].spec.tied
-            if tied is not None:
-                getattr(self.ctx, tied).all_reduce(there(held.own_grads))
+        """Sum the gradients of each parameter that the ranks of an axis have a copy of."""
+        for local in self.trained:
+            if local.bucket.spec.tied is not None:
+                getattr(self.ctx, local.bucket.spec.tied).all_reduce(local.own_grads)
 
 
 class _Flight(NamedTuple):
     """A reduction over the ranks that share the shards, under way."""
 
-    held: Held
+    local: LocalBucket
     grads: torch.Tensor
     """The whole bucket; this rank's own part of it is what is being summed."""
     reducing: Handle
@@ -392,11 +350,60 @@ class _Flight(NamedTuple):
     """Where the rounded copy lies that is sent; None: they are sent themselves."""
 
 
-def _clear_unwritten(held: Held) -> None:
-    """Let the gradients that nobody gave be zero."""
-    for parameter in held.bucket.parameters:
-        if parameter.unwritten:
-            there(parameter.main_grad)
+class Uses:
+    """The order in which the units of the model are used, read from a step's program, so that weights are fetched ahead of time.
+
+    1F1B on one stage, units 0 (embedding), 1, 2:   forward 0 1 2 | backward 2 1 | forward 0 1 2 | backward 2 1
+    """
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = units
+        self._order: list[int] = []
+        self._chunks: list[int] = []
+        self._at = 0
+
+    def plan(self, program: Sequence[Instruction]) -> None:
+        """Forwards use a chunk's units in order, backwards in reverse; split-off weight gradients read no matrix."""
+        self._order, self._at = [], 0
+        self._chunks = [instruction.chunk for instruction in program][::-1]
+        for instruction in program:
+            mine = [i for i, unit in enumerate(self.units) if unit.chunk == instruction.chunk]
+            if instruction.kind == "forward":
+                self._order += mine
+            elif instruction.kind != "backward_weight":
+                self._order += [i for i in reversed(mine) if not self.units[i].source]
+
+    @property
+    def next(self) -> int | None:
+        """The unit after the one at work; None where nothing is planned."""
+        return self._order[self._at] if self._at < len(self._order) else None
+
+    def come_to(self, index: int) -> None:
+        """A unit is used now."""
+        self._at += self.next == index
+
+    def next_instruction(self, chunk: int) -> bool:
+        """An instruction is over: whether the next one is on the same chunk."""
+        if self._chunks:
+            self._chunks.pop()
+        return bool(self._chunks) and self._chunks[-1] == chunk
+
+
+class Pool:
+    """Buffers that are used again: fresh memory is slow on a CPU."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+
+    def take(self, like: torch.Tensor, elements: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A buffer of so many elements, of the device and, unless one is given, the dtype of `like`, not cleared."""
+        dtype = dtype or like.dtype
+        free = self._free.get((elements, dtype))
+        return free.pop() if free else like.new_empty(elements, dtype=dtype)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        """Take a buffer back."""
+        self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
 
 def _open(flat: FlatParameters, number: int) -> None:
@@ -430,29 +437,24 @@ class _Tell(torch.autograd.Function):
 
 def _move_gradient(parameter: Any) -> None:
     """Add what autograd computed (norms, a user's own layer) to the flat buffer; linear layers have added theirs already."""
-    if parameter.grad is None:
-        return
-    parameter.accumulated.add_(parameter.grad)
-    parameter.grad = None
+    if parameter.grad is not None:
+        parameter.accumulated.add_(parameter.grad)
+        parameter.grad = None
 
 
-def _sum_partial(segments: Sequence[Segment], ctx: ParallelContext) -> None:
-    """Sum each gradient over the ranks that hold the same slice, all in one all-reduce over tp.
+def _sum_partial(shards: Sequence[ParameterShard], axis: Axis) -> None:
+    """Sum each gradient over the ranks of an axis that hold the same slice, all in one all-reduce.
 
     A parameter cut into n distinct slices takes n places in the message, and each rank fills in its own: the ranks of a slice
     are summed without a group of their own.
     """
-    tp = ctx.tp
-    slots = [tp.size // s.parameter.spec.copies(tp.size) for s in segments]
-    places = [tp.rank // s.parameter.spec.copies(tp.size) for s in segments]
-    lengths = [s.gradient.numel() for s in segments]
-    message = segments[0].gradient.new_zeros(sum(n * length for n, length in zip(slots, lengths, strict=True)))
-    mine, start = [], 0
-    for length, count, place in zip(lengths, slots, places, strict=True):
-        mine.append(message[start + place * length :][:length])
-        start += count * length
-    for segment, part in zip(segments, mine, strict=True):
-        part.copy_(segment.gradient)
-    tp.all_reduce(message)
-    for segment, part in zip(segments, mine, strict=True):
-        segment.gradient.copy_(part)
+    copies = [shard.parameter.spec.copies(axis) for shard in shards]
+    rows = [axis.size // n * [shard.gradient.numel()] for n, shard in zip(copies, shards, strict=True)]
+    message = shards[0].gradient.new_zeros(sum(map(sum, rows)))
+    places = iter(message.split([length for row in rows for length in row]))
+    mine = [[next(places) for _ in row][axis.rank // n] for n, row in zip(copies, rows, strict=True)]
+    for shard, part in zip(shards, mine, strict=True):
+        part.copy_(shard.gradient)
+    axis.all_reduce(message)
+    for shard, part in zip(shards, mine, strict=True):
+        shard.gradient.copy_(part)

@@ -23,6 +23,7 @@ from megatrain.config.schema import Config
 from megatrain.data.identity import identity_of, other_corpora, other_judged
 from megatrain.init_from import start_from
 from megatrain.job import Job
+from megatrain.optim.portions import portions
 from megatrain.resuming.beginning import Own, beginning_of, said
 from megatrain.resuming.changed import bends_schedules, change_of, changes, told, values_then
 from megatrain.runtime.distributed import Session
@@ -49,7 +50,7 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 def restore(run: Run, path: Path) -> Manifest:
     """Set a run to the state in the checkpoint at `path` (collective). Raises CheckpointError on every rank."""
-    manifest = load(path, run.optimizer.portions(), run.ctx)
+    manifest = load(path, portions(run.optimizer), run.ctx)
     take_over(run, manifest)
     return manifest
 
@@ -119,7 +120,7 @@ def resume(job: Job) -> None:
     def tell(path: Path, why: str) -> None:
         _tell(job, path, why)
 
-    found = load_newest(directory, job.optimizer.portions(), ctx, tell, accept, own)
+    found = load_newest(directory, portions(job.optimizer), ctx, tell, accept, own)
     if found is not None:
         if job.began["from"] != "auto":
             job.told.append(
@@ -135,7 +136,7 @@ def resume(job: Job) -> None:
         path = Path(config.checkpoint.resume)
         with together(ctx):
             accept(path, read_manifest(path))
-        _go_on(job, path, load(path, job.optimizer.portions(), ctx))
+        _go_on(job, path, load(path, portions(job.optimizer), ctx))
     elif job.began["from"] == "weights":
         start_from(job, Path(config.checkpoint.resume))
         job.resumed_from = Path(config.checkpoint.resume)

@@ -13,6 +13,7 @@ from megatrain.assembly import assemble
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
 from megatrain.config.schema import Config
+from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.resuming.resume import progress_of, restore
 from megatrain.testing.agree import Disagreement, Trace
@@ -28,7 +29,7 @@ def interrupted(ctx: ParallelContext, config: Config, steps: int, at: int, folde
     def between(step: int, run: Run) -> Run:
         if step != at:
             return run
-        path = save(folder, Contents(at, progress_of(run), dump(config)), run.optimizer.portions(), ctx)
+        path = save(folder, Contents(at, progress_of(run), dump(config)), portions(run.optimizer), ctx)
         return _from(run, path)
 
     return trace_run(ctx, config, steps, between=between)
@@ -43,7 +44,7 @@ def continued(ctx: ParallelContext, config: Config, steps: int, at: int, path: P
 def _from(run: Run, path: Path) -> Run:
     """A new run of the same config in the state of the checkpoint."""
     fresh = assemble(run.config, run.ctx, run.loader, run.chunks[0].vocab_size, objective=run.objective)
-    for named in fresh.optimizer.portions().values():
+    for named in portions(fresh.optimizer).values():
         for portion in named.values():  # whatever is not loaded stays NaN and shows
             everything = slice(0, portion.count)
             portion.elements.write(everything, portion.elements.read(everything).fill_(float("nan")))

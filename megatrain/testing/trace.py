@@ -99,7 +99,7 @@ def trace_run(
         grad_norms=[r.grad_norm for r in reports],
         gradients=gradients,
         weights=weights,
-        states=dict(zip(run.optimizer.states, states, strict=True)),
+        states=dict(zip(run.optimizer.kinds, states, strict=True)),
         learning_rate=config.optim.lr,
         dtype=config.train.precision,
     )
@@ -162,7 +162,7 @@ def round_weights(run: Run) -> None:
 def _keep_first_gradients(gradients: dict[str, torch.Tensor], run: Run) -> None:
     """Fill `gradients` with the logical gradients of the first step. Observes a run before its update, which may overwrite them."""
     if not gradients:
-        local = run.flat.whole([held.own_grads for held in run.flat.trained if held.own_grads is not None])
+        local = run.flat.whole([(local, local.own_grads) for local in run.flat.trained])
         gradients.update(_whole_of_all(run.ctx, local))
 
 

@@ -38,9 +38,9 @@ from megatrain.huggingface.model_files import (
 )
 from megatrain.inference.trained import saved_config, vocab_size_of
 from megatrain.init_from import config_of_hf, declared
-from megatrain.parallel.flat import Cut, Elements, Portion
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.portion import Elements, Partition, Portion
 from megatrain.verbs.export_tokenizer import TokenizerFiles, files_of
 
 SINGLE = ParallelContext.single()
@@ -108,7 +108,7 @@ class WholeTensors(Mapping[str, torch.Tensor]):
 
 
 def _portion(spec: ParamSpec, elements: Elements) -> Portion:
-    return Portion(spec, 0, spec.numel, elements, Cut(0, max(1, spec.numel)))
+    return Portion(spec, 0, spec.numel, elements, Partition(0, max(1, spec.numel)))
 
 
 def _write(out: Path, contents: Contents, portions: Mapping[str, Mapping[str, Portion]]) -> Path:

@@ -7,8 +7,8 @@ import torch
 
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.save import Contents, save
-from megatrain.parallel.flat import Cut, Plain, Portion
 from megatrain.parallel.param import Init, ParamSpec, Split
+from megatrain.parallel.portion import Partition, Portion, TensorElements
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 PADDING = 777.0
@@ -60,11 +60,11 @@ class State:
             found[kind], start = {}, 0
             for spec in self.specs:
                 tensor = named[spec.name]
-                cut = Cut(start, shard)
-                first, stop = cut.run(tensor.numel(), ctx.dp_cp.rank) if sharded else (0, tensor.numel())
+                partition = Partition(start, shard)
+                first, stop = partition.run(tensor.numel(), ctx.dp_cp.rank) if sharded else (0, tensor.numel())
                 if first < stop:
-                    run = Plain(tensor.view(-1)[first:stop])
-                    found[kind][spec.name] = Portion(spec, first, stop - first, run, cut)
+                    run = TensorElements(tensor.view(-1)[first:stop])
+                    found[kind][spec.name] = Portion(spec, first, stop - first, run, partition)
                 start += tensor.numel()
         return found
 

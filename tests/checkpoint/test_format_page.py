@@ -8,9 +8,9 @@ import pytest
 import xxhash
 
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, StoredTensor
-from megatrain.parallel.flat import Cut
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.param import ParamSpec, Split
+from megatrain.parallel.portion import Partition
 from megatrain.testing import simulate
 
 PAGE = (Path(__file__).parents[2] / "docs/checkpoint_format.md").read_text()
@@ -44,7 +44,7 @@ def test_the_manifests_checksum_is_what_the_page_says(tmp_path, state):
 def test_the_arithmetic_is_what_the_page_says(units, pad, t):
     n = 24
     spec = ParamSpec("w", (n,), Split(0, units, pad=pad))
-    manifest = Manifest(1, 0.0, {}, MeshShape(tp=t), (), {"w": StoredTensor(spec, 0, {}, Cut(0, n))}, "")
+    manifest = Manifest(1, 0.0, {}, MeshShape(tp=t), (), {"w": StoredTensor(spec, 0, {}, Partition(0, n))}, "")
     found = {piece.place["tp"]: (piece.slice[0].start, piece.slice[0].stop) for piece in manifest.pieces("w")}
     if pad:
         m = -(-n // t)
@@ -59,7 +59,7 @@ def test_the_arithmetic_is_what_the_page_says(units, pad, t):
 @pytest.mark.parametrize(("start", "shard", "ranks"), [(0, 10, 3), (7, 10, 4), (25, 8, 7), (3, 100, 2)])
 def test_the_shards_are_what_the_page_says(start, shard, ranks):
     spec = ParamSpec("w", (6, 4))
-    manifest = Manifest(1, 0.0, {}, MeshShape(dp=ranks), (), {"w": StoredTensor(spec, 0, {}, Cut(start, shard))}, "")
+    manifest = Manifest(1, 0.0, {}, MeshShape(dp=ranks), (), {"w": StoredTensor(spec, 0, {}, Partition(start, shard))}, "")
     found = {piece.place["dp"]: (piece.first, piece.stop) for piece in manifest.pieces("w")}
     bounds = {d: (max(0, d * shard - start), min(24, (d + 1) * shard - start)) for d in range(ranks)}
     assert found == {d: (first, stop) for d, (first, stop) in bounds.items() if first < stop}

@@ -12,9 +12,9 @@ import torch
 from megatrain.checkpoint.directory import claim, latest
 from megatrain.checkpoint.load import load_newest
 from megatrain.checkpoint.save import Contents, Saver
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.portion import Portion
 
 KILLS = 200
 TENSORS, ELEMENTS = 6, 40_000

@@ -10,9 +10,9 @@ from megatrain.checkpoint.manifest import file_name, read_manifest
 from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.tensor_file import hash_block
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
-from megatrain.parallel.flat import Plain, Portion, Window
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec, Split
+from megatrain.parallel.portion import ElementRange, Portion, TensorElements
 from megatrain.testing import simulate
 
 SINGLE = ParallelContext.single()
@@ -79,7 +79,7 @@ def test_elements_that_are_not_views_are_written_back(tmp_path, state):
 
     def check(ctx):
         held = Halved(torch.full((10,), torch.nan))
-        mine = Portion(spec, 1, 8, Window(held, 1), Portion.whole(spec, torch.zeros(9)).cut)
+        mine = Portion(spec, 1, 8, ElementRange(held, 1), Portion.whole(spec, torch.zeros(9)).partition)
         load(path, {"weights": {"w": mine}}, ctx)
         return (held.half * 2).tolist()
 
@@ -154,7 +154,7 @@ def test_what_does_not_fit_its_spec_is_refused(tmp_path, state):
     path = state.save(SINGLE, tmp_path)
     good = Portion.whole(ParamSpec("w", (4,)), torch.zeros(4))
     for first, name in ((1, "w"), (-1, "w"), (0, "v")):
-        bad = Portion(good.spec, first, 4, Plain(torch.zeros(4)), good.cut)
+        bad = Portion(good.spec, first, 4, TensorElements(torch.zeros(4)), good.partition)
         with pytest.raises(
             ContentError, match=rf"{name}: the rank gives elements {first} to {first + 4}, and the slice of 'w' has 4"
         ):

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from megatrain.checkpoint.load import newest
 from megatrain.checkpoint.manifest import (
-    PLACES,
     FileRow,
     Manifest,
     StoredTensor,
     check_file,
     file_name,
+    file_place,
     open_file,
     read_manifest,
     tensor_from_json,
@@ -23,9 +23,9 @@ from megatrain.checkpoint.manifest import (
 )
 from megatrain.checkpoint.tensor_file import header_of
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
-from megatrain.parallel.flat import Cut
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Init, ParamSpec, Split
+from megatrain.parallel.portion import Partition
 
 names = st.text(st.characters(codec="utf-8"), max_size=20)
 splits = st.none() | st.builds(
@@ -46,7 +46,7 @@ specs = st.builds(
 
 @given(specs, st.dictionaries(st.sampled_from(["weights", "exp_avg"]), st.sampled_from(["float32", "bfloat16"])))
 def test_a_spec_survives_json_exactly(spec, dtypes):
-    tensor = StoredTensor(spec, 3, dtypes, Cut(5, 64))
+    tensor = StoredTensor(spec, 3, dtypes, Partition(5, 64))
     assert tensor_from_json(json.loads(json.dumps(tensor_to_json(tensor)))) == tensor
 
 
@@ -67,8 +67,8 @@ def test_pieces_cover_every_element_once(rows, columns, size, kind, start, dp):
     else:
         split = None
     spec = ParamSpec("x", (rows, columns), split)
-    cut = Cut(start, -(-(start + spec.numel) // dp))
-    manifest = Manifest(1, 0.0, {}, MeshShape(tp=size, dp=dp), (), {"x": StoredTensor(spec, 0, {}, cut)}, "")
+    partition = Partition(start, -(-(start + spec.numel) // dp))
+    manifest = Manifest(1, 0.0, {}, MeshShape(tp=size, dp=dp), (), {"x": StoredTensor(spec, 0, {}, partition)}, "")
     seen = torch.zeros(spec.shape, dtype=torch.int64)
     for piece in manifest.pieces("x"):
         seen[piece.slice].view(-1)[piece.first : piece.stop] += 1  # contiguous: it is cut along its first dim
@@ -176,11 +176,9 @@ def bytes_of(tensors, shape, blocks=1):
     stored = {}
     for n in range(tensors):
         spec = ParamSpec(f"layers.{n}.weight", (4096, 4096), Split(0, 4096))
-        stored[spec.name] = StoredTensor(spec, 0, {"weights": "float32"}, Cut(0, spec.numel))
+        stored[spec.name] = StoredTensor(spec, 0, {"weights": "float32"}, Partition(0, spec.numel))
     places = [shape.coordinates(rank) for rank in range(shape.world)]
-    rows = [
-        FileRow(file_name("weights", at), "weights", {k: at[k] for k in PLACES}, 10**9, ("0" * 32,) * blocks) for at in places
-    ]
+    rows = [FileRow(file_name("weights", at), "weights", file_place("dp_cp", at), 10**9, ("0" * 32,) * blocks) for at in places]
     return len(Manifest(1, 0.0, {}, shape, tuple(rows), stored, "").to_bytes())
 
 

@@ -11,9 +11,9 @@ import torch
 
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.save import Contents, Saver
-from megatrain.parallel.flat import Cut, Plain, Portion
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.param import ParamSpec, Split
+from megatrain.parallel.portion import Partition, Portion, TensorElements
 from megatrain.testing import spawn
 
 MILLIONS = int(os.environ.get("MEGATRAIN_MEMORY_MILLIONS", "60"))
@@ -39,14 +39,14 @@ def portions(ctx, fill):
     numels = [torch.Size(spec.local_shape(ctx.tp.size)).numel() for spec in specs()]
     shard = -(-sum(numels) // ctx.dp.size)
     for spec, numel in zip(specs(), numels, strict=True):
-        cut = Cut(start, shard)
-        first, stop = cut.run(numel, ctx.dp.rank)
+        partition = Partition(start, shard)
+        first, stop = partition.run(numel, ctx.dp.rank)
         start += numel
         if first >= stop:
             continue
         for kind in KINDS:
             flat = elements_of(spec, ctx, first, stop) if fill else torch.zeros(stop - first)
-            found[kind][spec.name] = Portion(spec, first, stop - first, Plain(flat), cut)
+            found[kind][spec.name] = Portion(spec, first, stop - first, TensorElements(flat), partition)
     return found
 
 

@@ -18,9 +18,9 @@ from megatrain.checkpoint.load import newest
 from megatrain.checkpoint.manifest import read_manifest
 from megatrain.checkpoint.save import Contents, Saver, save
 from megatrain.checkpoint.together import CheckpointError, ContentError
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.portion import Portion
 from megatrain.testing import simulate
 
 SINGLE = ParallelContext.single()
@@ -272,7 +272,7 @@ from pathlib import Path
 from megatrain.checkpoint.save import Contents, save
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec
-from megatrain.parallel.flat import Portion
+from megatrain.parallel.portion import Portion
 part = {"weights": {"w": Portion.whole(ParamSpec("w", (100_000,)), torch.zeros(100_000))}}
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 save(Path(sys.argv[1]), Contents(1, {}, ""), part, ParallelContext.single())

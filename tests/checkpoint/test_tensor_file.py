@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from megatrain.checkpoint.tensor_file import DTYPES, TensorFile, hash_block, header_of
 from megatrain.checkpoint.together import DamagedCheckpointError
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
-from megatrain.parallel.flat import Plain
+from megatrain.parallel.portion import TensorElements
 
 FLOATS = (torch.bfloat16, torch.float64, torch.float16, torch.float32)
 
@@ -24,7 +24,7 @@ def tensors():
 def test_the_library_reads_what_is_written_here(tmp_path, block_bytes):
     named = tensors()
     writer = Writer(Staging(0, torch.device("cpu"), block_bytes))
-    file = PlannedFile(tmp_path / "x.safetensors", {n: (Plain(t), t.numel()) for n, t in named.items()})
+    file = PlannedFile(tmp_path / "x.safetensors", {n: (TensorElements(t), t.numel()) for n, t in named.items()})
     with writer.copying(first=True):
         writer.write(file)
     writer.close()

@@ -136,7 +136,7 @@ def test_norms_of_parts_make_the_norm_of_all(layout):
     stage, tp = layout
 
     def look(ctx):
-        from megatrain.optim.optimizer import part_norms
+        from megatrain.watch import part_norms
 
         seen, parts = {}, {}
 

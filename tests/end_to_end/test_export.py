@@ -15,8 +15,8 @@ from megatrain.cli import main as cli
 from megatrain.config.load import dump, from_dict
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.portion import Portion
 
 hf = pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
 

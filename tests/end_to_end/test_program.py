@@ -270,7 +270,7 @@ def break_gradient(run, name, bad, before_sum):
             parameter.main_grad.view(-1)[3] = bad
         real()
         if not before_sum:
-            owned = list(run.flat.segments())
+            owned = run.flat.owned
             segment = next((s for s in owned if s.parameter is parameter), owned[0])
             segment.gradient[3] = bad
 
@@ -280,7 +280,7 @@ def break_gradient(run, name, bad, before_sum):
 def kept_by(optimizer):
     """Every tensor that an optimizer keeps between steps."""
     masters = [m.masters for m in optimizer.masters if m.masters is not None]
-    return [*masters, *(piece for pieces in optimizer.states.values() for piece in pieces)]
+    return [*masters, *(state for of in optimizer.states for state in of.values())]
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def trained(stage, zero_ranks, reduce_dtype, overlap=True):
         real(self)
         if self.ctx.world.rank == 0:
             rooms = [b for (_, dtype), free in self._pool._free.items() if dtype == torch.bfloat16 for b in free]
-            largest = max(held.bucket.size for held in self.trained)
-            shards, replicas = self.shards.size, self.replicas.size
+            largest = max(local.bucket.size for local in self.trained)
+            shards, replicas = self.trained[0].shards.size, self.trained[0].replicas.size
             kept[:] = sum(b.nbytes for b in rooms), sending_bytes(largest, shards, replicas, overlap), largest
 
     with pytest.MonkeyPatch.context() as patch:

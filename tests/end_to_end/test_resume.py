@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatrain.config.load import from_dict
+from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.agree import agree
@@ -108,7 +109,7 @@ def test_a_lost_moment_is_noticed(house, monkeypatch, one_thread):
 
     def forgetful(run, path):
         real(run, path)
-        for portion in run.optimizer.portions()["exp_avg_sq"].values():
+        for portion in portions(run.optimizer)["exp_avg_sq"].values():
             everything = slice(0, portion.count)
             portion.elements.write(everything, portion.elements.read(everything).zero_())
 

@@ -9,7 +9,7 @@ from zero_grid import STEPS, config_of, reference
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump
 from megatrain.optim.audit import ReplicaError, audit
-from megatrain.parallel.flat import traffic
+from megatrain.optim.portions import portions
 from megatrain.parallel.zero import FlatParameters
 from megatrain.plan.memory import state_bytes
 from megatrain.resuming.resume import progress_of, restore
@@ -19,6 +19,7 @@ from megatrain.testing.resumed import interrupted, require_same_bits
 from megatrain.testing.trace import mesh_shape, trace_run
 from megatrain.training import train_step
 from megatrain.transport.wrappers import RecordedWorld, Recorder
+from megatrain.watch import traffic
 
 ONE, ZB = ("1f1b", 1, 1), ("zb_h1", 1, 2)
 
@@ -65,7 +66,7 @@ def test_replicas_that_are_not_summed_are_found(monkeypatch):
     def forget(self, held):
         real(self, held)
         held.reducing.wait()
-        held.own_grads.div_(self.replicas.size)
+        held.own_grads.div_(held.replicas.size)
 
     real = FlatParameters._sum_replicas
     monkeypatch.setattr(FlatParameters, "_sum_replicas", forget)
@@ -87,9 +88,9 @@ def test_replicas_of_a_shard_are_equal_to_the_bit_and_one_changed_bit_is_named(s
         def prepare(run):
             train_step(run)
             if kind != "no" and ctx.world.rank == 3:
-                held, masters, states = run.flat.trained[0], run.optimizer.masters[0], run.optimizer.states
+                held, masters, states = run.flat.trained[0], run.optimizer.masters[0], run.optimizer.states[0]
                 where = {"master": masters.masters, "parameter": held.own_weights}
-                (states[kind][0] if kind in states else where[kind]).view(torch.uint8)[0] ^= 1
+                (states[kind] if kind in states else where[kind]).view(torch.uint8)[0] ^= 1
             audit(run.flat, run.optimizer, ctx)
 
         trace_run(ctx, config, 0, prepare=prepare)
@@ -131,8 +132,8 @@ def test_bytes_of_a_step_are_those_of_the_table(stage):
         assert moved["replicas", "all_reduce"] == expected.replicas  # twice, times a half
         gathered = moved["shards", "all_gather"] // 2
         # Of two gathers in each of 3 micro-batches, norms and biases need one in all, the first and the last unit one in each.
-        ends = sum(h.bucket.size for h in flat.held if h.bucket.unit in (0, len(flat.units) - 1))
-        saved = 5 * sum(h.bucket.size for h in flat.held if not h.bucket.decay) + 3 * ends
+        ends = sum(h.bucket.size for h in flat.buckets if h.bucket.unit in (0, len(flat.units) - 1))
+        saved = 5 * sum(h.bucket.size for h in flat.buckets if not h.bucket.decay) + 3 * ends
         assert reduced + gathered == expected.shards - (saved * 8 // 2 if stage == 3 else 0)
 
 
@@ -141,7 +142,7 @@ def test_bytes_kept_are_those_of_two_ranks_that_share(stage):
     def kept(ctx):
         runs = []
         trace_run(ctx, config, 0, prepare=runs.append)
-        flat, elements = runs[0].flat, sum(held.bucket.size for held in runs[0].flat.held)
+        flat, elements = runs[0].flat, sum(held.bucket.size for held in runs[0].flat.buckets)
         return [*flat.nbytes().values(), runs[0].optimizer.nbytes], elements
 
     config, shape = shared(stage)
@@ -167,7 +168,7 @@ def test_a_checkpoint_is_the_same_files_however_many_ranks_share_and_goes_into_a
             else:
                 restore(run, here)
             audit(run.flat, run.optimizer, ctx)
-            save(to, Contents(1, progress_of(run), dump(config)), run.optimizer.portions(), ctx)
+            save(to, Contents(1, progress_of(run), dump(config)), portions(run.optimizer), ctx)
 
         trace_run(ctx, config, 0, prepare=prepare)
 

@@ -85,7 +85,7 @@ def measured(kernel: Any) -> dict[str, int]:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
-    from megatrain.kernels.adamw import AdamRates, adam_triton
+    from megatrain.kernels.adamw import Update, adam_triton
     from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
     from megatrain.kernels.attention_mask import AttentionMask
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
@@ -141,10 +141,12 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
     def updated(n: int, dtype: torch.dtype, halves: bool, decoupled: bool) -> None:
         one = torch.ones(())
-        rates = AdamRates(1e-3, (0.9, 0.95), 1e-8, decoupled, one, one, one)
+        rates = Update(1e-3, (0.9, 0.95), 1e-8, 0.0, one, one, one)
         apart, low = dtype != torch.float32 and not halves, torch.zeros(n, dtype=torch.int16) if halves else None
         masters, grads, *states = (torch.zeros(n) for _ in range(4))
-        adam_triton(rates, 0.1, torch.zeros(n, dtype=dtype), masters if apart else None, low, grads, *states)
+        adam_triton(
+            rates, 0.1, torch.zeros(n, dtype=dtype), masters if apart else None, low, grads, *states, decoupled=decoupled
+        )
 
     def dropped(h: int, dtype: torch.dtype) -> None:
         x, samples = some(ROWS // 3, 3, h, dtype=dtype, grad=False), torch.zeros(3, dtype=torch.int64)

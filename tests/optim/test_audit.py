@@ -68,7 +68,7 @@ def test_masters_and_states_of_norms(stage, kind):
     def change(run):
         for index, held in enumerate(run.flat.trained):
             if not held.bucket.decay:
-                flip(run.optimizer.masters[index].masters if kind == "master" else run.optimizer.states[kind][index])
+                flip(run.optimizer.masters[index].masters if kind == "master" else run.optimizer.states[index][kind])
                 return
 
     with pytest.raises(ReplicaError, match=rf"{kind} [\w.]+, axis (tp|dp_cp): rank"):

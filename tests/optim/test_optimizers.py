@@ -8,12 +8,13 @@ from reference_schedules import reference_rates
 
 from megatrain.config.budget import Position, learning_rate, weight_decay
 from megatrain.config.schema import OptimConfig
-from megatrain.optim.optimizer import BLOCK, ROW, Optimizer, _squares, clip_divisor, local_squared_norm, part_norms
+from megatrain.optim.optimizer import BLOCK, ROW, Optimizer, clip_divisor, local_squared_norm, squares
 from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec, Split
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
+from megatrain.watch import part_norms
 
 SINGLE = ParallelContext.single()
 
@@ -62,7 +63,7 @@ def test_a_skipped_step_changes_no_bit(name, dtype):
     one, go, skip = torch.tensor(1.0), torch.tensor(0.0), torch.tensor(1.0)
     flat.grads.normal_(generator=torch.Generator().manual_seed(1))
     optimizer.step(1e-2, one, go)
-    kept = [flat.weights, optimizer.updates, *(p for pieces in optimizer.states.values() for p in pieces)]
+    kept = [flat.weights, optimizer.updates, *(state for of in optimizer.states for state in of.values())]
     kept += [m.masters for m in optimizer.masters if m.masters is not None]
     before = [b.clone() for b in kept]
     flat.grads.fill_(torch.nan)
@@ -148,13 +149,13 @@ def test_rows_are_summed_in_float32_where_their_squares_are_some():
     """Whole rows, a rest, a row of zeros, one too large, one too small; and one number that is not finite."""
     x = torch.randn(4 * ROW + 10, generator=torch.Generator().manual_seed(0))
     x[:ROW], x[ROW : 2 * ROW], x[2 * ROW : 3 * ROW] = 0, 3e20, 2e-30
-    squares, owners = _squares([x, torch.ones(3), x[3 * ROW :]])
-    assert squares.dtype == torch.float64 and owners.tolist() == [0, 1, 2, 0, 0, 0, 0, 2]
-    assert squares[3:6].tolist() == pytest.approx([0, ROW * 9e40, ROW * 4e-60], rel=1e-6)
+    found, owners = squares([x, torch.ones(3), x[3 * ROW :]])
+    assert found.dtype == torch.float64 and owners.tolist() == [0, 1, 2, 0, 0, 0, 0, 2]
+    assert found[3:6].tolist() == pytest.approx([0, ROW * 9e40, ROW * 4e-60], rel=1e-6)
     of_last = x[3 * ROW :].double().square().sum().item()
-    assert squares[owners == 2].sum().item() == pytest.approx(of_last, rel=5e-7)
+    assert found[owners == 2].sum().item() == pytest.approx(of_last, rel=5e-7)
     x[3 * ROW] = torch.nan
-    assert _squares([x])[0].isnan().tolist() == [False, False, False, False, True]
+    assert squares([x])[0].isnan().tolist() == [False, False, False, False, True]
 
 
 def test_rows_of_zeros_need_no_float64(monkeypatch):
@@ -163,7 +164,7 @@ def test_rows_of_zeros_need_no_float64(monkeypatch):
     monkeypatch.setattr(torch.linalg, "vector_norm", lambda x, **of: ("dtype" in of and wide.append(len(x)), plain(x, **of))[1])
     x = torch.zeros(5, ROW)
     x[3] = 1e-30
-    assert _squares([x.flatten()])[0][1:].tolist() == pytest.approx([0, 0, 0, ROW * 1e-60, 0], rel=1e-6, abs=0)
+    assert squares([x.flatten()])[0][1:].tolist() == pytest.approx([0, 0, 0, ROW * 1e-60, 0], rel=1e-6, abs=0)
     assert wide == [1]
 
 

@@ -7,9 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.parallel.flat import ALIGNMENT, FlatBuffers, Unit, make_buckets, traffic, usual_size
+from megatrain.parallel.flat import ALIGNMENT, FlatBuffers, Unit, make_buckets, usual_size
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter, ParamSpec
+from megatrain.watch import traffic
+
+TWO = {"dp_cp": 2}
 
 
 def parameter(name, *shape, follows=False, dtype=torch.float32, device="cpu", **spec):
@@ -36,7 +39,7 @@ def names(bucket):
 
 def test_backward_order_with_norms_and_biases_at_the_end():
     head = Unit((parameter("final_norm", 8, decay=False), parameter("head", 16, 8)))
-    buckets = make_buckets([layer(0), layer(1), head], 2, largest=1, by_unit=False)
+    buckets = make_buckets([layer(0), layer(1), head], TWO, largest=1, by_unit=False)
     assert [names(b) for b in buckets] == [
         ["head"],
         ["layers.1.down"],
@@ -51,39 +54,39 @@ def test_backward_order_with_norms_and_biases_at_the_end():
 
 def test_units_share_a_bucket_up_to_its_size_but_not_at_stage_3():
     units = [layer(0), layer(1), layer(2)]
-    together = make_buckets(units, 2, largest=1000, by_unit=False)
+    together = make_buckets(units, TWO, largest=1000, by_unit=False)
     assert [len(names(b)) for b in together] == [7, 2, 9]
     assert [b.unit for b in together] == [0, 0, None]  # complete when the last of them is
-    apart = make_buckets(units, 2, largest=1000, by_unit=True)
+    apart = make_buckets(units, TWO, largest=1000, by_unit=True)
     assert [(len(names(b)), b.unit) for b in apart] == [(3, 2), (3, 1), (3, 0), (9, None)]
 
 
 def test_a_shared_parameter_has_a_bucket_to_itself():
     tokens = parameter("embedding.tokens", 16, 8)
     units = [Unit((tokens, parameter("positions", 4, 8))), layer(0), Unit((parameter("final_norm", 8, decay=False), tokens))]
-    buckets = make_buckets(units, 2, largest=10**6, by_unit=False)
+    buckets = make_buckets(units, TWO, largest=10**6, by_unit=False)
     assert [names(b) for b in buckets if tokens in set(b.parameters)] == [["embedding.tokens"]]
     assert [b.unit for b in buckets if tokens in set(b.parameters)] == [None]  # its gradient is complete with the chunk's
-    tied = make_buckets([Unit((parameter("embedding.tokens", 16, 8, tied="ends"),)), layer(0)], 2, 10**6, by_unit=False)
+    tied = make_buckets([Unit((parameter("embedding.tokens", 16, 8, tied="ends"),)), layer(0)], TWO, 10**6, by_unit=False)
     assert ["embedding.tokens"] in [names(b) for b in tied]
 
 
 def test_frozen_parameters_come_last_and_apart():
     units = [layer(0, trainable=False), layer(1)]
-    buckets = make_buckets(units, 2, largest=10**6, by_unit=False)
+    buckets = make_buckets(units, TWO, largest=10**6, by_unit=False)
     assert [b.trainable for b in buckets] == [True, True, False]
     assert names(buckets[2]) == ["layers.0.down", "layers.0.q", "layers.0.k"]
 
 
 def test_chunks_have_buckets_of_their_own():
     second = Unit(layer(1).parameters, chunk=1)
-    assert [b.chunk for b in make_buckets([layer(0), second], 2, 10**6, by_unit=False)] == [1, 1, 0, 0]
+    assert [b.chunk for b in make_buckets([layer(0), second], TWO, 10**6, by_unit=False)] == [1, 1, 0, 0]
 
 
 def test_different_dtypes_cannot_share_a_buffer():
     unit = Unit((parameter("a", 2), parameter("b", 2, dtype=torch.bfloat16)))
     with pytest.raises(ValueError, match=r"one dtype .*bfloat16.*float32"):
-        make_buckets([unit], 1, 10, by_unit=False)
+        make_buckets([unit], TWO, 10, by_unit=False)
 
 
 @settings(deadline=None)
@@ -97,14 +100,14 @@ def test_every_element_has_one_place_and_one_owner(sizes, parts, largest, by_uni
     units = [
         Unit(tuple(parameter(f"{i}.{j}", n, decay=decay) for j, (n, decay) in enumerate(unit))) for i, unit in enumerate(sizes)
     ]
-    buckets = make_buckets(units, parts, largest, by_unit)
+    buckets = make_buckets(units, {"dp_cp": parts}, largest, by_unit)
     assert sorted(n for b in buckets for n in names(b)) == sorted(p.spec.name for u in units for p in u.parameters)
     for bucket in buckets:
         assert bucket.size % (parts * ALIGNMENT) == 0 and bucket.part * parts == bucket.size
         assert len({(p.spec.decay, p.spec.trainable) for p in bucket.parameters}) == 1
         owned = {p: [] for p in bucket.parameters}
         for rank in range(parts):
-            for p, first, at, count in bucket.segments(rank * bucket.part, (rank + 1) * bucket.part):
+            for p, first, at, count in bucket.ranges(rank * bucket.part, (rank + 1) * bucket.part):
                 assert at >= 0 and at + count <= bucket.part
                 owned[p] += range(first, first + count)
         assert all(elements == list(range(p.numel())) for p, elements in owned.items())
@@ -133,8 +136,8 @@ def test_a_rank_takes_the_usual_size_unless_one_is_given(given, buckets):
     """128 matrices of 2^20 elements: an eighth of them is 16.8M."""
     unit = Unit(tuple(parameter(f"{i}", 2**20, device="meta") for i in range(128)))
     ctx = replace(ParallelContext.single("meta"), dp_cp=Axis("dp_cp", 64))
-    flat = FlatBuffers([unit], ctx, 1, given, None)
-    assert len(flat.held) == buckets
+    flat = FlatBuffers([unit], ctx, 1, given)
+    assert len(flat.buckets) == buckets
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(0, 8), (1, 4 + 2), (2, 3 * 4 + 2), (3, 3 * (4 + 2 * 2))])

@@ -20,9 +20,9 @@ def poison(monkeypatch):
     """Every buffer that is to hold gradients holds NaN before it is told to forget them."""
     forget = FlatParameters._forget
 
-    def poisoned(flat, held):
-        held.grads.fill_(torch.nan)
-        forget(flat, held)
+    def poisoned(flat, local, grads):
+        grads.fill_(torch.nan)
+        forget(flat, local, grads)
 
     monkeypatch.setattr(FlatParameters, "_forget", poisoned)
 

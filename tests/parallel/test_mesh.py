@@ -33,6 +33,8 @@ def expected_size(shape, axis, rank):
     sizes = {"edp": replicas // shape.ep, "dp_cp": replicas, "world": shape.world}
     sizes["shards"] = shape.zero_ranks or replicas
     sizes["replicas"] = replicas // sizes["shards"]
+    sizes["edp_shards"] = sizes["shards"] // shape.ep if sizes["shards"] % shape.ep == 0 else 1
+    sizes["edp_replicas"] = sizes["edp"] // sizes["edp_shards"]
     return sizes[axis] if axis in sizes else getattr(shape, axis)
 
 
@@ -101,7 +103,7 @@ def test_a_rank_makes_few_groups_and_sits_in_each(shape, data):
     world = CountingWorld(rank, shape.world)
     ctx = ParallelContext.build(world, shape)
     links = shape.links(rank)
-    assert len(world.made) <= 15 + 2 * (shape.zero_ranks is not None)
+    assert len(world.made) <= 15 + (2 + (shape.ep > 1)) * (shape.zero_ranks is not None)
     of_axes = world.made[: -len(links) or None]
     assert len(of_axes) == len(set(of_axes)) and all(rank in ranks for ranks in world.made)
     assert sum(len(ranks) == 1 for ranks in of_axes) <= (shape.pp > 2), "only `ends` may stand by"
@@ -177,15 +179,32 @@ def test_both_ranks_of_a_link_make_it_at_the_same_place(stages, other):
     assert len(groups) == 1
 
 
-@pytest.mark.parametrize(("inner", "outer"), [("ep", "edp"), ("shards", "replicas")])
+@pytest.mark.parametrize(
+    ("inner", "outer", "of"),
+    [("ep", "edp", "dp_cp"), ("shards", "replicas", "dp_cp"), ("edp_shards", "edp_replicas", "edp")],
+)
 @settings(max_examples=40, deadline=None)
 @given(shapes(), st.data())
-def test_experts_and_shards_divide_the_replicas(inner, outer, shape, data):
+def test_experts_and_shards_divide_the_replicas(inner, outer, of, shape, data):
     rank = data.draw(st.integers(0, shape.world - 1))
-    different, copies = shape.ranks_along(inner, rank), shape.ranks_along(outer, rank)
-    assert set(different) & set(copies) == {rank}
-    assert set(different) | set(copies) <= set(shape.ranks_along("dp_cp", rank))
-    assert len(different) * len(copies) == shape.dp * shape.cp
+    different, copies, whole = (set(shape.ranks_along(axis, rank)) for axis in (inner, outer, of))
+    assert different & copies == {rank}
+    assert different | copies <= whole
+    assert len(different) * len(copies) == len(whole)
+    if inner == "edp_shards":
+        assert different <= set(shape.ranks_along("shards", rank)), "what stays within a node does so for experts"
+
+
+def test_the_copies_of_an_expert_share_shards_within_a_node():
+    """8 data ranks, two experts in turn, nodes of 4: an expert has two shards, on two ranks of a node, and two replicas of each."""
+    shape = MeshShape(dp=8, ep=2, zero_ranks=4)
+    assert [shape.ranks_along("edp", rank) for rank in (0, 5)] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert [shape.ranks_along("edp_shards", rank) for rank in (0, 3, 5)] == [(0, 2), (1, 3), (5, 7)]
+    assert [shape.ranks_along("edp_replicas", rank) for rank in (0, 3, 5)] == [(0, 4), (3, 7), (1, 5)]
+    parts = [ParallelContext.build(CountingWorld(rank, 8), shape).part("edp") for rank in range(8)]
+    assert parts == [0, 0, 2, 2, 1, 1, 3, 3]
+    alone = MeshShape(dp=8, ep=4, zero_ranks=2)  # no two ranks of a node have the same expert
+    assert alone.ranks_along("edp_shards", 5) == (5,) and alone.ranks_along("edp_replicas", 5) == (1, 5)
 
 
 def test_ranks_of_a_node_share_the_shards_and_each_writes_a_part():
@@ -193,9 +212,9 @@ def test_ranks_of_a_node_share_the_shards_and_each_writes_a_part():
     shape = MeshShape(tp=2, dp=4, zero_ranks=2)
     assert [shape.ranks_along("shards", rank) for rank in (0, 3, 4, 7)] == [(0, 2), (1, 3), (4, 6), (5, 7)]
     assert [shape.ranks_along("replicas", rank) for rank in (0, 3, 4, 7)] == [(0, 4), (3, 7), (0, 4), (3, 7)]
-    parts = [ParallelContext.build(CountingWorld(rank, 8), shape).part for rank in range(8)]
+    parts = [ParallelContext.build(CountingWorld(rank, 8), shape).part("dp_cp") for rank in range(8)]
     assert parts == [0, 0, 2, 2, 1, 1, 3, 3]
-    whole = [ParallelContext.build(CountingWorld(rank, 8), MeshShape(tp=2, dp=4)).part for rank in range(8)]
+    whole = [ParallelContext.build(CountingWorld(rank, 8), MeshShape(tp=2, dp=4)).part("dp_cp") for rank in range(8)]
     assert whole == [0, 0, 1, 1, 2, 2, 3, 3]
 
 

@@ -12,9 +12,9 @@ from megatrain.inference.plain import load
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.parallel import param, vocabulary
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, initialise, padded
+from megatrain.parallel.portion import Portion
 from megatrain.parallel.vocabulary import Target, vocab_parallel_loss, vocab_parameter
 from megatrain.testing import simulate
 from megatrain.testing.agree import agree
@@ -153,13 +153,13 @@ def test_padding_is_zero_after_many_steps(layout, tied, options, one_thread):
 
             def step(*given):
                 flat = run.flat
-                of = [held.own_grads for held in flat.trained if held.own_grads is not None]
+                of = [(local, local.own_grads) for local in flat.trained]
                 gradients.append({name: rows.clone() for name, rows in padding_of(flat.whole(of), ctx).items()})
                 plain(*given)
 
-            def poisoned(held):
-                held.grads.fill_(torch.nan)
-                forget(held)
+            def poisoned(local, grads):
+                grads.fill_(torch.nan)
+                forget(local, grads)
 
             run.optimizer.step, run.flat._forget = step, poisoned
 

@@ -44,8 +44,8 @@ def test_units_are_dealt_out_or_replicated(units, width, size, dim):
             spec.slices(size, 0)
         return
     held, owned = holders(spec, size)
-    assert (held == spec.copies(size)).all() and (owned == 1).all()
-    assert spec.local_shape(size)[dim] * size == units * width * spec.copies(size)
+    assert (held == spec.copies(Axis("tp", size))).all() and (owned == 1).all()
+    assert spec.local_shape(size)[dim] * size == units * width * spec.copies(Axis("tp", size))
 
 
 def test_a_whole_parameter_is_owned_by_the_first_rank():

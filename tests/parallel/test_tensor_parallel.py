@@ -96,7 +96,7 @@ def summed(per_rank, name):
         here = spec.slices(size, rank)
         local = shares[name][1]
         inside = tuple(slice(0, s.stop - s.start) for s in here)
-        if spec.partial_over or rank % spec.copies(size) == 0:
+        if spec.partial_over or rank % spec.copies(Axis("tp", size)) == 0:
             total[here] += local[inside]
         else:
             near(local[inside], total[here])

@@ -77,7 +77,7 @@ def measured(run):
     run.flat.settle()
     distinct = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept_tensors(run)}
     said = {**run.flat.nbytes(), "optimizer": run.optimizer.nbytes}
-    return said, sum(distinct.values()), sum(b.bucket.size for b in run.flat.held)
+    return said, sum(distinct.values()), sum(b.bucket.size for b in run.flat.buckets)
 
 
 def kept_tensors(run):
@@ -86,8 +86,8 @@ def kept_tensors(run):
         yield from (p.detach(), p._main_grad) if p._main_grad is not None else (p.detach(),)
     for held, masters in zip(run.flat.trained, run.optimizer.masters, strict=True):
         yield from (t for t in (held.own_weights, held.own_grads, masters.masters, masters.low) if t is not None)
-    for pieces in run.optimizer.states.values():
-        yield from pieces
+    for states in run.optimizer.states:
+        yield from states.values()
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -121,7 +121,7 @@ def test_between_steps_nothing_is_open_or_gathered():
     def look(run):
         train_step(run)
         flat = run.flat
-        assert all(held.weights is None and held.grads is None for held in flat.held)
+        assert all(held.weights is None and held.grads is None for held in flat.buckets)
         assert all(bool(p.isnan().all()) for p in flat.parameters)
         return True
 
@@ -137,7 +137,7 @@ def test_at_most_two_units_are_gathered_at_a_time(schedule):
 
         def fetch(mine):
             real(mine)
-            gathered = [h.bucket.size for h in flat.held if h.weights is not None and h.bucket.decay]
+            gathered = [h.bucket.size for h in flat.buckets if h.weights is not None and h.bucket.decay]
             most[0] = max(most[0], len(gathered))
 
         flat._fetch = fetch

@@ -15,8 +15,8 @@ from megatrain.inference.decoding import Decoder, Sampling, continuation
 from megatrain.inference.trained import laid_out, saved_config
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.flat import Portion
 from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.portion import Portion
 from megatrain.program import mesh_shape
 from megatrain.testing import simulate
 from megatrain.verbs.generate import load_decoder, main
