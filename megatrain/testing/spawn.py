@@ -1,7 +1,7 @@
 """`spawn`: run a function on every rank of a mesh, as real processes that talk over gloo.
 
-Processes are started once for each world size and wait for the next call, since importing torch takes longer than most tests;
-they end with this process. A pool in which a rank crashed or did not answer is killed and replaced.
+Processes are started once, as many as the largest world so far had ranks, and wait for the next call, since importing torch takes
+longer than most tests; they end with this process. A pool in which a rank crashed or did not answer is killed and replaced.
 """
 
 from __future__ import annotations
@@ -74,26 +74,31 @@ def spawn(shape: int | MeshShape, fn: Callable[..., Any], *args: Any, timeout_se
     `RankTraceback` with its traceback and a line for each other rank; TimeoutError, with the ranks' stacks, past the limit.
     """
     mesh = mesh_of(shape)
-    pool = _pools.get(mesh.world)
-    if pool is None or not pool.usable():
-        pool = _pools[mesh.world] = _Pool(mesh.world)
-    answers = pool.run(fn, mesh, args, timeout_seconds)
+    if _pools and not _pools[0].usable():
+        close_pools()
+    if not _pools:
+        _pools.append(_Pool())
+    answers = _pools[0].run(fn, mesh, args, timeout_seconds)
     failed = [(answer.failed_at, rank) for rank, answer in enumerate(answers) if answer.failed_at is not None]
     raise_first([answers[rank].failure(rank) for _, rank in sorted(failed)], mesh.world)
     return [pickle.loads(answer.result) for answer in answers]
 
 
 class _Pool:
-    """The worker processes for one world size."""
+    """The worker processes; a world takes the first of them."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self) -> None:
         self._tasks = 0
+        self._closed = False
         self._folder = Path(tempfile.mkdtemp(prefix="megatrain_spawn_"))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
+
+    def _grow(self, size: int) -> None:
+        """Start processes until there are `size`. Raises TimeoutError where one does not start."""
+        known = len(self._pipes)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        for rank in range(size):
+        for rank in range(known, size):
             mine, theirs = Pipe()
             number = theirs.fileno()
             command = [sys.executable, "-m", "megatrain.testing.worker", str(number), str(rank), str(self._stacks(rank))]
@@ -101,7 +106,7 @@ class _Pool:
             theirs.close()
             self._pipes.append(mine)
         deadline = time.monotonic() + _START_SECONDS
-        for rank, pipe in enumerate(self._pipes):
+        for rank, pipe in enumerate(self._pipes[known:], known):
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
                 self.close()
                 raise TimeoutError(f"the process of rank {rank} of {size} did not start within {_START_SECONDS:g} s")
@@ -109,35 +114,36 @@ class _Pool:
                 pipe.recv()
 
     def usable(self) -> bool:
-        """Whether all processes live and the pool was not closed."""
-        return bool(self._pipes) and all(process.poll() is None for process in self._processes)
+        """Whether all processes live."""
+        return not self._closed and all(process.poll() is None for process in self._processes)
 
     def run(self, fn: Callable[..., Any], shape: MeshShape, args: tuple[Any, ...], timeout_seconds: float) -> list[Answer]:
         """Give all ranks the task and collect their answers."""
         self._tasks += 1
         rendezvous = self._folder / f"task_{self._tasks}"
         message = (_describe(fn, shape, timeout_seconds, rendezvous), pickle.dumps(args))
+        self._grow(shape.world)
         answers: dict[int, Answer] = {}
         deadline = time.monotonic() + timeout_seconds
-        for rank, pipe in enumerate(self._pipes):
+        for rank, pipe in enumerate(self._pipes[: shape.world]):
             try:
                 pipe.send(message)
             except OSError:
                 answers[rank] = self._crashed(rank)
-        while len(answers) < self._size:
+        while len(answers) < shape.world:
             failed = any(answer.failed_at is not None for answer in answers.values())
             limit = min(deadline, time.monotonic() + _GRACE_SECONDS) if failed else deadline
-            if not self._collect(answers, limit):
-                self._give_up(answers, timeout_seconds, failed)
+            if not self._collect(answers, shape.world, limit):
+                self._give_up(answers, shape.world, timeout_seconds, failed)
         if any(process.poll() is not None for process in self._processes):
             self.close()
         else:
             rendezvous.unlink(missing_ok=True)
-        return [answers[rank] for rank in range(self._size)]
+        return [answers[rank] for rank in range(shape.world)]
 
-    def _collect(self, answers: dict[int, Answer], limit: float) -> bool:
+    def _collect(self, answers: dict[int, Answer], size: int, limit: float) -> bool:
         """Read the next answers; False if none arrives until `limit`."""
-        awaited = {id(pipe): rank for rank, pipe in enumerate(self._pipes) if rank not in answers}
+        awaited = {id(pipe): rank for rank, pipe in enumerate(self._pipes[:size]) if rank not in answers}
         ready = wait([self._pipes[rank] for rank in awaited.values()], max(0.0, limit - time.monotonic()))
         for rank in [awaited[id(pipe)] for pipe in ready]:
             try:
@@ -153,13 +159,13 @@ class _Pool:
         summary = f"the process of rank {rank} was {what}" if code < 0 else f"the process of rank {rank} {what}"
         return Answer(b"", _CRASHED, summary, summary + "\n")
 
-    def _give_up(self, answers: dict[int, Answer], timeout_seconds: float, failed: bool) -> None:
+    def _give_up(self, answers: dict[int, Answer], size: int, timeout_seconds: float, failed: bool) -> None:
         """Kill the pool. Raises TimeoutError with stacks, unless another rank's failure explains the missing answers."""
-        late = [rank for rank in range(self._size) if rank not in answers]
+        late = [rank for rank in range(size) if rank not in answers]
         stacks = [f"rank {rank} was in:\n{self._stack(rank)}" for rank in late]
         self.close()
         if not failed:
-            headline = f"{len(late)} of {self._size} spawned ranks still ran after {timeout_seconds:g} s"
+            headline = f"{len(late)} of {size} spawned ranks still ran after {timeout_seconds:g} s"
             raise TimeoutError("\n".join([headline, *stacks]))
         for rank in late:
             answers[rank] = Answer(b"", time.monotonic(), "did not notice the failure and was killed", "")
@@ -174,10 +180,11 @@ class _Pool:
         return self._stacks(rank).read_text() if self._stacks(rank).exists() else "(no stack)"
 
     def close(self) -> None:
-        """Kill the processes and remove their files."""
+        """Kill the processes and remove their files; the pool is usable no more."""
         for pipe in self._pipes:
             pipe.close()
         self._pipes.clear()
+        self._closed = True
         for process in self._processes:
             process.kill()
             process.wait()
@@ -195,13 +202,13 @@ def _describe(fn: Callable[..., Any], shape: MeshShape, timeout_seconds: float, 
     return Task(module.__name__, str(module.__file__), name, tuple(sys.path), shape, timeout_seconds, rendezvous)
 
 
-_pools: dict[int, _Pool] = {}
-"""World size -> pool. The one state that outlives a call: starting processes anew would take most of a test's time."""
+_pools: list[_Pool] = []
+"""The pool, if there is one. The one state that outlives a call: starting processes anew would take most of a test's time."""
 
 
 @atexit.register
 def close_pools() -> None:
     """End all waiting processes; also called at exit."""
-    for pool in _pools.values():
+    for pool in _pools:
         pool.close()
     _pools.clear()

@@ -81,6 +81,7 @@ def test_processes_live_on_and_have_one_thread_each():
     first, second = spawn(2, process), spawn(2, process)
     assert first == second
     assert len({pid for pid, _ in first} | {os.getpid()}) == 3
+    assert spawn(3, process)[:2] == first  # a larger world has the processes of a smaller one
     assert [threads for _, threads in first] == [1, 1]
 
 
