@@ -1,5 +1,7 @@
 """The central theorem: the same seed and data give the same losses, gradients and weights under every layout."""
 
+from itertools import combinations, product
+
 import pytest
 from layout_grid import LAYOUTS, SETTINGS, STEPS, compare, config_of, shape_of
 
@@ -7,32 +9,31 @@ from megatrain.testing import simulate, spawn
 from megatrain.testing.layouts import covering
 from megatrain.testing.trace import trace_run
 
-COVERING = covering(SETTINGS)
+POINTS = [(layout, *setting) for layout in LAYOUTS for setting in SETTINGS]
+COVERING = [(layout, tuple(setting)) for layout, *setting in covering(POINTS)]
+"""Every three values of a setting, and every layout with every two."""
+REST = [point for point in product(LAYOUTS, SETTINGS) if point not in COVERING]
 
 
 def name(value):
     return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@pytest.mark.parametrize("setting", COVERING, ids=name)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+@pytest.mark.parametrize(
+    ("layout", "setting"), [*COVERING, *(pytest.param(*point, marks=pytest.mark.slow) for point in REST)], ids=name
+)
 def test_simulated_ranks_agree_with_one_process(layout, setting):
     compare(simulate(shape_of(layout, setting), trace_run, config_of(layout, setting), STEPS), layout, setting)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if s not in COVERING], ids=name)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
-def test_simulated_ranks_agree_with_one_process_in_the_rest_of_the_grid(layout, setting):
-    compare(simulate(shape_of(layout, setting), trace_run, config_of(layout, setting), STEPS), layout, setting)
-
-
-@pytest.mark.parametrize(("layout", "setting"), list(zip(LAYOUTS, COVERING, strict=False)), ids=name)
+@pytest.mark.parametrize(("layout", "setting"), list(zip(LAYOUTS, covering(SETTINGS), strict=False)), ids=name)
 def test_gloo_processes_agree_with_one_process(layout, setting):
     compare(spawn(shape_of(layout, setting), trace_run, config_of(layout, setting), STEPS), layout, setting)
 
 
 def test_the_covering_set_holds_every_triple():
-    assert len(COVERING) < len(SETTINGS)
-    for columns in ((0, 1, 2), (0, 1, 3), (1, 2, 4), (2, 3, 4)):
-        assert len({tuple(s[i] for i in columns) for s in COVERING}) == 8
+    points = [(layout, *setting) for layout, setting in COVERING]
+    assert len(points) == len(set(points)) <= 80
+    for columns in combinations(range(6), 3):
+        wanted = len(LAYOUTS) * 4 if 0 in columns else 8
+        assert len({tuple(point[i] for i in columns) for point in points}) == wanted
