@@ -10,6 +10,7 @@ only blocks that contain such elements are read and verified:
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -178,7 +179,8 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
     with together(ctx):
         manifest = read_manifest(path)
         check_portions(portions, ctx)
-        _check_kinds(manifest, portions)
+    if ctx.world.rank == 0:
+        tell_unknown(path, manifest)
     for kind in portions:
         names = set(portions[kind])
         for axis in (ctx.dp_cp, ctx.pp):
@@ -186,6 +188,8 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
                 name for text in gather_texts(json.dumps(sorted(names)), axis.group, ctx.device) for name in json.loads(text)
             }
         with together(ctx):
+            if names:
+                _check_kind(manifest, kind)
             _check_names(manifest, kind, names)
     with ExitStack() as opened:
         with together(ctx):
@@ -245,15 +249,21 @@ class StoredElements:
         raise CheckpointError(f"{self._path} is only read")
 
 
-def _check_kinds(manifest: Manifest, portions: Portions) -> None:
+def tell_unknown(path: Path, manifest: Manifest) -> None:
+    """Say in one line, if there are any, which fields of tensors in a checkpoint are ignored."""
+    if manifest.unknown:
+        these = ", ".join(manifest.unknown)
+        print(f"megatrain: {path}: fields of tensors that this release does not know are ignored: {these}", file=sys.stderr)  # noqa: T201
+
+
+def _check_kind(manifest: Manifest, kind: str) -> None:
     """Raise ContentError for a kind of tensors that the checkpoint lacks."""
-    for kind in portions:
-        if kind not in manifest.kinds:
-            raise ContentError(
-                f"the checkpoint of step {manifest.step} holds {', '.join(manifest.kinds)}, but no {kind}. Was it saved with "
-                "another optim.name? To take its weights alone: checkpoint.weights_only=true, checkpoint.resume=PATH of the "
-                "checkpoint, and another checkpoint.dir."
-            )
+    if kind not in manifest.kinds:
+        raise ContentError(
+            f"the checkpoint of step {manifest.step} holds {', '.join(manifest.kinds)}, but no {kind}. Was it saved with "
+            "another optim.name? To take its weights alone: checkpoint.weights_only=true, checkpoint.resume=PATH of the "
+            "checkpoint, and another checkpoint.dir."
+        )
 
 
 def _check_names(manifest: Manifest, kind: str, wanted: Collection[str]) -> None:

@@ -103,6 +103,8 @@ class Manifest:
     """The resolved config as YAML."""
     versions: Mapping[str, str] = field(default_factory=dict)
     block_bytes: int = BLOCK_BYTES
+    unknown: tuple[str, ...] = field(default=(), compare=False)
+    """Fields of specs in the file that this release does not know, and ignores."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -164,7 +166,8 @@ class Manifest:
             raise ContentError(
                 f"checkpoint format version {body['version']!r} was written by another release of megatrain; this one reads {VERSION}"
             )
-        stored = [tensor_from_json(row) for row in body["tensors"]]
+        unknown: set[str] = set()
+        stored = [tensor_from_json(row, unknown) for row in body["tensors"]]
         tensors = {tensor.spec.name: tensor for tensor in stored}
         if len(tensors) != len(stored):
             raise ValueError("a tensor is listed twice")
@@ -178,6 +181,7 @@ class Manifest:
             config=body["config"],
             versions=body["versions"],
             block_bytes=_count(body["block_bytes"], least=1),
+            unknown=tuple(sorted(unknown)),
         )
         manifest._check()
         return manifest
@@ -278,25 +282,36 @@ def tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
     }
 
 
-def tensor_from_json(row: Mapping[str, Any]) -> StoredTensor:
-    """The inverse of `tensor_to_json`. Raises ValueError, TypeError or KeyError for invalid contents."""
-    given = dict(row["spec"])
-    if set(given) != STORED:
-        raise ValueError(f"spec of {given.get('name')!r} has the keys {sorted(given)}")
-    split = None if given["split"] is None else Split(**given["split"])
+def tensor_from_json(row: Mapping[str, Any], unknown: set[str] | None = None) -> StoredTensor:
+    """The inverse of `tensor_to_json`. Raises ValueError, TypeError or KeyError for invalid contents.
+
+    Fields of the spec that are missing have its defaults, as in a checkpoint from before there was such a field; the names of those that
+    this release does not know are added to `unknown`.
+    """
+    unknown = set() if unknown is None else unknown
+    given = _known(ParamSpec, row["spec"], unknown)
+    split = None if given.get("split") is None else Split(**_known(Split, given["split"], unknown, "split."))
+    init = Init(**_known(Init, given.get("init", {}), unknown, "init."))
     shape = tuple(_count(n) for n in given["shape"])
     if split is not None:
         if not 0 <= _count(split.dim) < len(shape) or _count(split.units, least=1) < 1 or split.axis not in AXES:
             raise ValueError(f"split of {given['name']!r} does not fit the shape {list(shape)}: {given['split']}")
         if split.axis not in ("tp", "pp", "ep"):
             raise ValueError(f"{given['name']!r} is split over axis {split.axis!r}; only tp, pp and ep have files of their own")
-    spec = ParamSpec(**{**given, "shape": shape, "split": split, "init": Init(**given["init"])})
+    spec = ParamSpec(**{**given, "shape": shape, "split": split, "init": init})
     dtypes = dict(row["dtypes"])
     for kind, dtype in dtypes.items():
         file_name(kind, {})
         dtype_of(dtype)
     partition = Partition(_count(row["start"]), _count(row["shard"], least=1))
     return StoredTensor(spec, _count(row["stage"]), dtypes, partition, _count(row.get("ep", 0)))
+
+
+def _known(of: type, given: Mapping[str, Any], unknown: set[str], prefix: str = "") -> dict[str, Any]:
+    """The given values of the fields of a dataclass; the other names are added to `unknown`, behind `prefix`."""
+    names = {f.name for f in fields(of)}
+    unknown |= {prefix + key for key in given if key not in names}
+    return {key: value for key, value in given.items() if key in names}
 
 
 def row_from_json(row: Mapping[str, Any]) -> FileRow:

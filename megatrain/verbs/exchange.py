@@ -16,7 +16,7 @@ import torch
 
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.directory import claim
-from megatrain.checkpoint.load import StoredElements, find, verify
+from megatrain.checkpoint.load import StoredElements, find, tell_unknown, verify
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_manifest
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.together import CheckpointError
@@ -141,6 +141,7 @@ def export_hf(checkpoint: Path, out: Path, like: Path | None, dtype: str | None)
     """`megatrain export CKPT HF_DIR`."""
     path = find(checkpoint)
     manifest = read_manifest(path)
+    tell_unknown(path, manifest)
     config, vocab_size = saved_config(path), vocab_size_of(manifest)
     if like is not None and not any(file for name in (CONFIG, *COMPANIONS) for file in like.glob(name)):
         raise CheckpointError(
@@ -212,6 +213,7 @@ def inspect(checkpoint: Path, as_json: bool) -> int:
         "files": len(manifest.files),
         "bytes": sum(row.bytes for row in manifest.files),
         "versions": dict(manifest.versions),
+        **({"ignored": list(manifest.unknown)} if manifest.unknown else {}),
     }
     print(json.dumps(said) if as_json else "\n".join(f"{key:12} {value}" for key, value in said.items()))  # noqa: T201
     return 0
@@ -242,6 +244,7 @@ def convert(checkpoint: Path, out: Path, weights_only: bool, dtype: str | None) 
     """`megatrain checkpoint convert`: write the same numbers as one file for each kind; optionally only weights, or in another dtype."""
     path = find(checkpoint)
     manifest = read_manifest(path)
+    tell_unknown(path, manifest)
     verify(path)
     portions: dict[str, dict[str, Portion]] = {}
     for name, tensor in manifest.tensors.items():

@@ -143,7 +143,11 @@ HOSTILE = {
         put("tensors", 0, "spec", "split", "dim", 2),
         put("tensors", 0, "spec", "split", "axis", "dp"),
         put("tensors", 0, "spec", "split", "units", 0),
-        put("tensors", 0, "spec", "surprise", 1),
+        put("tensors", 0, "spec", "average_over", "dp"),
+        put("tensors", 0, "spec", None),
+        put("tensors", 0, "ep", 1),
+        lambda body: body["tensors"][0]["spec"].pop("shape"),
+        lambda body: body["tensors"][0]["spec"]["split"].pop("units"),
         put("tensors", 0, "dtypes", {"weights": "Tensor"}),
         put("tensors", 0, "dtypes", {"../weights": "float32"}),
         put("tensors", 0, "stage", 1),
@@ -169,6 +173,100 @@ def test_what_does_not_belong_is_refused(tmp_path, state, change):
     rewritten(path, change)
     with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used"):
         read_manifest(path)
+
+
+def of_specs(change):
+    """A change of the spec of every tensor."""
+
+    def changed(body):
+        for tensor in body["tensors"]:
+            change(tensor["spec"])
+
+    return changed
+
+
+def without(*keys):
+    """Specs without a field, where they have it: written before there was such a field. It must have its default."""
+
+    def change(spec):
+        for key in keys[:-1]:
+            spec = spec[key] or {}
+        spec.pop(keys[-1], None)
+
+    return of_specs(change)
+
+
+def beside(*keys):
+    """Specs with a field of a later release."""
+
+    def change(spec):
+        for key in keys:
+            spec = spec[key] or {}
+        spec["surprise"] = {"deep": [1]}
+
+    return of_specs(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        *((without(key), "") for key in ("partial_over", "average_over", "tied", "trainable", "decay", "init")),
+        *((without(*keys), "") for keys in (("split", "axis"), ("split", "pad"), ("init", "kind"), ("init", "value"))),
+        (beside(), "surprise"),
+        (beside("split"), "split.surprise"),
+        (beside("init"), "init.surprise"),
+        (lambda body: (beside()(body), beside("split")(body), without("decay")(body)), "split.surprise, surprise"),
+        (lambda body: None, ""),
+    ],
+)
+def test_a_field_of_a_spec_that_is_missing_has_its_default_and_one_that_is_not_known_is_ignored(
+    tmp_path, state, same, capsys, change, told
+):
+    """As a checkpoint of an earlier release, or of a later one, has them: the same numbers are loaded, and one line is said."""
+    ctx = ParallelContext.single()
+    path = state.save(ctx, tmp_path)
+    rewritten(path, change)
+    got, manifest = state.load(path, ctx)
+    same(got, state.local(ctx))
+    said = capsys.readouterr().err.splitlines()
+    line = f"megatrain: {path}: fields of tensors that this release does not know are ignored: {told}"
+    assert said == ([line] if told else []) and ", ".join(manifest.unknown) == told
+    assert Manifest.from_bytes(manifest.to_bytes()).unknown == ()
+
+
+def test_a_row_as_it_is_written_and_one_with_a_field_less_and_one_more():
+    row = {
+        "spec": {
+            "name": "layers.0.mlp.down.weight",
+            "shape": [8, 16],
+            "split": {"dim": 1, "units": 16, "axis": "tp", "pad": False},
+            "partial_over": None,
+            "average_over": "dp_cp",
+            "tied": None,
+            "trainable": True,
+            "decay": False,
+            "init": {"kind": "normal", "value": 0.5},
+        },
+        "stage": 1,
+        "dtypes": {"weights": "float32"},
+        "start": 64,
+        "shard": 128,
+    }
+    spec = ParamSpec("layers.0.mlp.down.weight", (8, 16), Split(1, 16), decay=False, init=Init(value=0.5))
+    tensor = StoredTensor(spec, 1, {"weights": "float32"}, Partition(64, 128))
+    assert json.loads(json.dumps(tensor_to_json(tensor))) == row and tensor_from_json(row) == tensor
+    unknown = set()
+    less = {**row, "spec": {key: value for key, value in row["spec"].items() if key != "average_over"}}
+    more = {**row, "spec": {**row["spec"], "expert": True}}
+    assert tensor_from_json(less, unknown) == tensor and unknown == set()
+    assert tensor_from_json(more, unknown) == tensor and unknown == {"expert"}
+    cut = {**row["spec"], "split": {"dim": 0, "units": 4, "axis": "ep", "pad": False}, "average_over": "edp"}
+    expert = StoredTensor(
+        ParamSpec(**{**vars(spec), "split": Split(0, 4, "ep"), "average_over": "edp"}), 1, {}, Partition(0, 9)
+    )
+    assert tensor_from_json({**row, "spec": cut, "dtypes": {}, "start": 0, "shard": 9}) == expert
+    named = StoredTensor(ParamSpec("e", (3,), average_over="edp"), 0, {}, Partition(0, 9), ep=2)
+    assert tensor_to_json(named)["ep"] == 2 and tensor_from_json(tensor_to_json(named)) == named
 
 
 def bytes_of(tensors, shape, blocks=1):
