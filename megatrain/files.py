@@ -130,13 +130,17 @@ def not_utf8(head: bytes, where: str, error: UnicodeDecodeError, place: str) -> 
         return f"{where}: {_CONVERT.format(encoding.upper(), encoding)}"
     if said := pointer(head):
         return f"{where}: {said}"
-    for name, command, marks in _COMPRESSED:
-        if head.startswith(marks):
-            return f"{where}: this is compressed by {name}, which its name does not say. Unpack it: {command}"
+    if found := compression(head):
+        return f"{where}: this is compressed by {found[0]}, which its name does not say. Unpack it: {found[1]}"
     return (
         f"{where}: not UTF-8 (byte 0x{error.object[error.start]:02x}, {place}: {error.reason}). Find out how the text is encoded and "
         "convert it: iconv -f ENCODING -t utf-8 OLD > NEW, where ENCODING is for example windows-1252, gb18030 or shift_jis."
     )
+
+
+def compression(head: bytes) -> tuple[str, str] | None:
+    """The format of a compressed file and the command that unpacks it, by its first bytes; None for other files."""
+    return next(((name, command) for name, command, marks in _COMPRESSED if head.startswith(marks)), None)
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)

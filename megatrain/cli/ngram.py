@@ -70,7 +70,7 @@ def _add_compile(stages: Any, add_verb: AddVerb) -> None:
         "turn an ARPA file into one that loads at once",
         "megatrain ngram compile model.arpa model.bin",
     )
-    parser.add_argument("arpa", type=Path, metavar="M.arpa", help="ARPA file of any tool, perhaps .gz")
+    parser.add_argument("arpa", type=Path, metavar="M.arpa", help="ARPA file of any tool, perhaps .gz, .xz, .bz2 or .zst")
     parser.add_argument("binary", type=Path, metavar="M.bin", help="the file to write")
     parser.add_argument("--quantize", type=int, default=0, metavar="BITS", help="2 to 16 bits a number (default: float32)")
 

@@ -1,4 +1,4 @@
-"""Reads ARPA files of any dialect (lmplz, SRILM, IRSTLM; also gzip) into arrays.
+"""Reads ARPA files of any dialect (lmplz, SRILM, IRSTLM; also compressed by gzip, xz, bzip2 or Zstandard) into arrays.
 
     \\data\\          ngram 1=6 ...
     \\1-grams:       log10 p, word, log10 back-off (if missing: 0); separated by blanks or tabs
@@ -8,10 +8,13 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
+import lzma
 import re
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.files import HEAD_BYTES, not_text
+from megatrain.data.prepare.read import unzstd
+from megatrain.files import HEAD_BYTES, compression, not_text
 from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.table import twins
 from megatrain.ngram.text import SPECIAL, split
@@ -68,17 +72,51 @@ class Arpa:
 
 
 def read_arpa(path: Path) -> Arpa:
-    """Read a file. Raises ArpaError or OSError."""
+    """Read a file; its first bytes, not its name, say how it is compressed. Raises ArpaError or OSError."""
     with path.open("rb") as file:
-        packed = file.peek(2)[:2] == b"\x1f\x8b"
+        head = file.peek(8)
+        unpack = next((unpack for mark, unpack in _COMPRESSED.items() if head.startswith(mark)), None)
         try:
-            return _Reader(path, gzip.GzipFile(fileobj=file) if packed else file).read()  # type: ignore[arg-type]
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            return _Reader(path, file if unpack is None else unpack(file)).read()
+        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
             raise ArpaError(f"{path} is cut short or damaged: {error}") from None
 
 
+class _Chunks:
+    """Reads from an iterator of bytes as from a file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end."""
+        while len(self._rest) < size and (chunk := next(self._chunks, b"")):
+            self._rest += chunk
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+def _bunzip2(file: BinaryIO) -> Iterator[bytes]:
+    """The contents of a bzip2 file. Raises EOFError if it is incomplete or damaged."""
+    with bz2.BZ2File(file) as stream:
+        try:
+            while chunk := stream.read(BLOCK_BYTES):
+                yield chunk
+        except OSError as error:
+            raise EOFError(str(error)) from None
+
+
+_COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": lambda file: _Chunks(_bunzip2(file)),
+    b"\x28\xb5\x2f\xfd": lambda file: _Chunks(unzstd(file)),
+}
+"""First bytes of a compressed file -> how its contents are read."""
+
+
 class _Reader:
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: Any) -> None:
         self.path, self.file = path, file
         self.line = 0
         self._rest = b""
@@ -121,6 +159,8 @@ class _Reader:
 
     def _header(self) -> list[int]:
         self._rest = self.file.read(BLOCK_BYTES)
+        if inner := compression(self._rest):
+            raise ArpaError(f"{self.path} is compressed by {inner[0]}, which is not read here. Unpack it: {inner[1]}")
         if said := not_text(self._rest[:HEAD_BYTES]):
             raise ArpaError(f"{self.path}: {said}")
         self._rest = self._rest.removeprefix(codecs.BOM_UTF8)

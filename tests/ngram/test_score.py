@@ -1,10 +1,14 @@
 """Scores are those of backing off by hand, whatever made the file; tables answer what was put into them."""
 
+import bz2
 import gzip
+import lzma
 import math
+from functools import partial
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_ngram import Model, sentences
@@ -99,8 +103,11 @@ ngram 3=1
 def test_other_dialects_and_suffixes_that_pruning_took(tmp_path):
     """Back-offs that are left out are 0; `a </s>` is no bigram here, and weighs what backing off gives it."""
     (tmp_path / "m.arpa").write_bytes(SRILM)
-    (tmp_path / "m.arpa.gz").write_bytes(gzip.compress(SRILM))
-    for name in ("m.arpa", "m.arpa.gz"):
+    frames = zstandard.compress(SRILM[:100]) + zstandard.compress(SRILM[100:])
+    packed = {"m.arpa.gz": gzip.compress(SRILM), "m.xz": lzma.compress(SRILM), "m.bz2": bz2.compress(SRILM), "m.zst": frames}
+    for name, data in packed.items():
+        (tmp_path / name).write_bytes(data)
+    for name in ("m.arpa", *packed):
         model = load(tmp_path / name)
         first, second, third, unknown = model.score(["a", "a b", "b a", "x"])
         assert first.log10 == pytest.approx(-0.3 - 0.05)
@@ -138,7 +145,19 @@ def changed(old, new):
         (changed(b"ngram 2=2", b"ngram 2=3"), r"m\.arpa:\d+: b'.*' where a 2-gram was expected: the header gives more"),
         (b"", r"no \\data\\ .*\(it is empty\)"),
         (b"hello\n" * 5000, r"no \\data\\ in the first 1000 lines.*begins with b'hello'"),
-        (gzip.compress(SRILM, mtime=0)[:60], "cut short or damaged"),
+        *(
+            (pack(SRILM)[:-20], "cut short")
+            for pack in (partial(gzip.compress, mtime=0), lzma.compress, bz2.compress, zstandard.compress)
+        ),
+        *(
+            (pack(SRILM)[:40] + b"damage" + pack(SRILM)[46:], "is cut short or damaged: ")
+            for pack in (lzma.compress, bz2.compress, zstandard.compress)
+        ),
+        (b"PK\x03\x04" + SRILM, r"m\.arpa is compressed by zip, which is not read here\. Unpack it: unzip -p OLD > NEW"),
+        (
+            gzip.compress(lzma.compress(SRILM), mtime=0),
+            r"m\.arpa is compressed by xz, which is not read here\. Unpack it: xz -dc",
+        ),
     ],
 )
 def test_files_that_are_not_whole_are_refused(tmp_path, data, said):

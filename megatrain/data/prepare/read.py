@@ -117,7 +117,7 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     kind = path.suffix.lower()
     try:
         with path.open("rb") as file:
-            source = {".gz": _gunzip, ".zst": _unzstd}.get(kind, _plain)(file)
+            source = {".gz": _gunzip, ".zst": unzstd}.get(kind, _plain)(file)
             done = 0
             for chunk in source:
                 if not done and (said := not_text(chunk[:HEAD_BYTES])):
@@ -142,7 +142,7 @@ def _gunzip(file: BinaryIO) -> Iterator[bytes]:
             yield chunk
 
 
-def _unzstd(file: BinaryIO) -> Iterator[bytes]:
+def unzstd(file: BinaryIO) -> Iterator[bytes]:
     """All frames of a file. Unlike the library's own reader, it does not take an incomplete last frame for the end of the file.
 
     Raises EOFError if the file is incomplete or damaged, ReadError without the library.
