@@ -150,7 +150,14 @@ def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], eve
 
 
 def check(weights: Weights, parts: Mapping[str, Part], tied: bool) -> None:
-    """Raise ContentError for tensors that are missing, too many, or of other shapes."""
+    """Raise ContentError for tensors that are missing, too many, of 8 bits, or of other shapes."""
+    for name in sorted(weights.names):
+        dtype = weights.tensor(name).dtype
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise ContentError(
+                f"{weights.path}: {name} is of {dtype}. Weights of 8 bits mean something only with their scales, which are not read here: "
+                "give the directory of the model in bfloat16, float16 or float32."
+            )
     wanted = {part.stored: part for part in parts.values()}
     logical = {part.stored: name for name, part in parts.items()}
     surplus = weights.names - set(wanted)

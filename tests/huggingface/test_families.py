@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 import megatrain
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
@@ -224,6 +225,17 @@ def test_pickles_are_refused(tmp_path):
     source = write("gpt2", tmp_path / "hf")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
     with pytest.raises(ContentError, match=r"pytorch_model.bin holds pickles, which can run code.*save_pretrained"):
+        megatrain.load(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_weights_of_8_bits_are_refused(tmp_path, dtype):
+    source = write("llama 3.1, tied, wide heads", tmp_path / "hf")
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {name: tensors[name].to(dtype)}, file, {"format": "pt"})
+    with pytest.raises(ContentError, match=rf"{name} is of {dtype}\. Weights of 8 bits .* in bfloat16, float16 or float32"):
         megatrain.load(source)
 
 
