@@ -11,7 +11,7 @@ from typing import Any
 
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import ModelConfig
-from megatrain.huggingface.said import Json, contradiction
+from megatrain.huggingface.said import Json, contradiction, nothing_said
 
 NAMES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 """All names of config.json that are read here."""
@@ -62,23 +62,18 @@ def _object(config: Json, name: str) -> Json:
 
 def _read(config: Json, where: str, said: Json, positions: int) -> Json:
     """The settings of one of the two objects together with those outside of it. where: its name; said: its contents."""
-    kind = said.get("rope_type") or said.get("type") or "default"
-    if said.get("type") not in (None, kind):
-        raise contradiction(f"{where}.rope_type={kind!r}", f"{where}.type={said['type']!r}")
-    if kind not in _KNOWN:
-        raise ContentError(f"config.json has {where}.rope_type={kind!r}; linear, llama3 and yarn are known")
+    kind = _kind(where, said)
     for name, value in said.items():
         if name not in _KNOWN[kind] and value is not None and (kind, name, value) != ("default", "factor", 1):
             raise ContentError(
                 f"config.json has {where}.{name}={value!r}, which rotary frequencies of rope_type={kind!r} do not have. Remove it, or "
                 "give the rope_type that it belongs to."
             )
-    theta = _one(config, where, said, "rope_theta")
-    found: Json = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": "none" if kind == "default" else kind}
+    theta = _number(config, where, said, "rope_theta", 10000.0)
+    found: Json = {"rope_theta": theta, "rope_scaling": "none" if kind == "default" else kind}
     if kind == "default":
         return found
-    original = _one(config, where, said, "original_max_position_embeddings")
-    original = positions if original is None else original
+    original = positions if kind == "linear" else _number(config, where, said, "original_max_position_embeddings", positions)
     factor = said.get("factor")
     if kind == "yarn" and factor is None and "factor" in said:
         factor = positions / original
@@ -98,12 +93,32 @@ def _read(config: Json, where: str, said: Json, positions: int) -> Json:
     return found
 
 
+def _kind(where: str, said: Json) -> str:
+    """The type of rotary frequencies that an object names. Raises ContentError for null, an unknown one, or two that differ."""
+    kind = said.get("rope_type", said.get("type", "default"))
+    if kind is None:
+        raise nothing_said(f"{where}.rope_type", "Give the type of rotary frequencies, or leave it out")
+    if said.get("type") not in (None, kind):
+        raise contradiction(f"{where}.rope_type={kind!r}", f"{where}.type={said['type']!r}")
+    if kind not in _KNOWN:
+        raise ContentError(f"config.json has {where}.rope_type={kind!r}; linear, llama3 and yarn are known")
+    return str(kind)
+
+
 def _one(config: Json, where: str, said: Json, name: str) -> Any:
     """The value of a name inside an object or outside; None if neither has it. Raises ContentError if they differ."""
     within, outside = said.get(name), config.get(name)
     if within is not None and outside is not None and within != outside:
         raise contradiction(f"{where}.{name}={within!r}", f"{name}={outside!r}")
     return outside if within is None else within
+
+
+def _number(config: Json, where: str, said: Json, name: str, default: float) -> Any:
+    """The value of a name inside an object or outside, `default` where it is in neither. Raises ContentError for null, or two values."""
+    value = _one(config, where, said, name)
+    if value is None and (name in said or name in config):
+        raise nothing_said(f"{where}.{name}" if name in said else name)
+    return default if value is None else value
 
 
 def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:

@@ -84,10 +84,17 @@ def value_of(config: Json, of: JsonKey) -> Any:
             raise contradiction(f"{first}={said[first]!r}", f"{name}={value!r}")
     if said:
         return next(iter(said.values()))
-    value, what = (of.null, f"has {of.names[0]}=null") if of.names[0] in config else (of.default, f"has no {of.names[0]}")
+    if of.names[0] in config and of.null is REFUSED:
+        raise nothing_said(of.names[0])
+    value = of.null if of.names[0] in config else of.default
     if value is REFUSED:
-        raise ContentError(f"config.json {what}, which says nothing. Give the number that the weights were trained with.")
+        raise ContentError(f"config.json has no {of.names[0]}. Give the number that the weights were trained with.")
     return value
+
+
+def nothing_said(name: str, advice: str = "Give the number that the weights were trained with") -> ContentError:
+    """The error for a null that transformers cannot read either."""
+    return ContentError(f"config.json has {name}=null, which says nothing. {advice}.")
 
 
 def contradiction(one: str, other: str) -> ContentError:

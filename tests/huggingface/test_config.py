@@ -1,6 +1,7 @@
 """What a config.json means: defaults, nulls and spellings as transformers has them; what contradicts itself is refused by name."""
 
 import json
+import re
 import warnings
 
 import pytest
@@ -110,7 +111,7 @@ def test_two_spellings_of_the_same_are_one():
 
 def test_null_is_absence_where_transformers_has_it_so():
     plain = model_of(config("llama", rope_scaling=None))
-    assert plain == model_of(config("llama", rope_theta=None, rope_parameters=None, head_dim=None, attention_dropout=None))
+    assert plain == model_of(config("llama", rope_parameters=None, head_dim=None, attention_dropout=None))
     assert plain["rope_theta"] == 10000.0
     assert model_of(config("glm"))["rope_fraction"] == 0.5
     assert model_of(config("glm", partial_rotary_factor=None))["rope_fraction"] == 1.0  # as transformers reads it
@@ -123,6 +124,35 @@ def test_null_is_absence_where_transformers_has_it_so():
     ):
         with pytest.raises(ContentError, match=f"config.json has {name}=null"):
             model_of(config(kind, **{name: None}))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ({"rope_theta": None}, "rope_theta"),
+        ({"rope_theta": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_parameters.rope_theta"),
+        ({"rope_scaling": {"rope_type": None, "rope_theta": 5e5}}, "rope_scaling.rope_type"),
+        ({"rope_scaling": {"type": None, "factor": 2.0}}, "rope_scaling.rope_type"),
+        (
+            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
+            "rope_scaling.original_max_position_embeddings",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "original_max_position_embeddings": None},
+            "original_max_position_embeddings",
+        ),
+    ],
+)
+def test_a_null_with_which_transformers_builds_no_model_is_refused(said, name):
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "glm4"):
+        with pytest.raises(ContentError, match=f"^config.json has {re.escape(name)}=null, which says nothing. Give the "):
+            model_of(config(kind, **said))
+    outside = model_of(config("llama", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+    assert outside["rope_theta"] == 500.0  # transformers takes the one within
 
 
 REFUSED = {
@@ -261,7 +291,7 @@ NO_MODELS = {
     ),
     "a factor of nothing": (
         {"rope_scaling": {"rope_type": "linear", "factor": 0}},
-        "model.rope_factor=0.0 must be greater than 0",
+        "model.rope_factor=0.0 must be 1 or more",
     ),
     "no length": (
         {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 0}},
