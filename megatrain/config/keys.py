@@ -31,7 +31,7 @@ class Knob:
     range: Range
     """The values that it takes, beside its type."""
     use: Any
-    """A value in range."""
+    """A value in range, which errors advise."""
     deferred: Deferred | None
     """Which values of its type and range only a later release takes; None: none."""
 

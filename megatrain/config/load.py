@@ -87,7 +87,7 @@ def at_home(config: Config) -> Config:
 
 
 def _at_home(node: Any) -> Any:
-    """The same for a section, a group within one, or an element of a list."""
+    """A section, a group within one, or a corpus, with home directories for ~ in its paths."""
     changed = {}
     for item in dataclasses.fields(node):
         value = getattr(node, item.name)

@@ -94,7 +94,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ObjectiveMix:
-    """Shares of the three objectives: short spans, sentences, one long span."""
+    """Shares of GLM's three objectives: blank short spans, whole sentences, one long span."""
 
     mode: Literal["sample", "weighted"] = knob(
         "sample",
@@ -114,7 +114,7 @@ class ObjectiveMix:
 
 @dataclass(frozen=True)
 class BlankConfig:
-    """Short spans."""
+    """How short spans are blanked ([MASK])."""
 
     mask_ratio: float = knob(
         0.15,
@@ -161,7 +161,7 @@ class BlankConfig:
 
 @dataclass(frozen=True)
 class DocumentConfig:
-    """One long span."""
+    """How one long span is blanked ([gMASK])."""
 
     min_ratio: float = knob(
         0.5, "Least share of the text that is generated (GLM's released runs: 0.25).", effects.SPANS, at_least=0, at_most=1
@@ -182,7 +182,7 @@ class DocumentConfig:
 
 @dataclass(frozen=True)
 class SentenceConfig:
-    """Whole sentences."""
+    """How whole sentences are blanked ([sMASK])."""
 
     mask_ratio: float = knob(
         0.15, "Least share of the tokens that lie in masked sentences.", effects.SENTENCES, above=0, below=1

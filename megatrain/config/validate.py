@@ -396,7 +396,7 @@ def _skip_problem(config: Config) -> str | None:
 
 
 def _require_glm(config: Config) -> None:
-    """Raise ConfigError at the first rule broken."""
+    """Check that GLM's objectives fit into the batches, and their spans and texts into a sample."""
     if config.data.objective != "glm":
         if config.data.has_answers:
             raise ConfigError(
