@@ -12,7 +12,8 @@ from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Loader
 from megatrain.kernels.compiled import require_compiler
 from megatrain.kernels.dispatch import use_triton
-from megatrain.models.batch import Blanks, Mixture, NextToken, Objective
+from megatrain.models.batch import NextToken, Objective
+from megatrain.models.blanks import Blanks, Mixture
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
 from megatrain.models.layers import kernels_of
 from megatrain.optim.optimizer import Optimizer

@@ -1,6 +1,7 @@
-"""The training program: build a run, take a step, go on until done.
+"""The training step: tokens -> loss -> gradients -> parameters, in `queue_step`, and the run that it is taken on.
 
 One path serves every layout: a laptop's single process is a mesh of size 1, gradient accumulation is a pipeline of one stage.
+`assembly.py` builds a run, `program.py` goes on with it until it is done.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from megatrain.config.budget import Budget, Position, budget_of, learning_rate, position, warmup_of, weight_decay
+from megatrain.config.budget import Position, budget_of, learning_rate, position, warmup_of, weight_decay
 from megatrain.config.schema import Config
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Batch, Loader
 from megatrain.kernels.attention_mask import AttentionMask, causal_mask
-from megatrain.models.batch import Loss, MicroBatch, Objective
-from megatrain.models.gpt import GPT
+from megatrain.models.batch import MicroBatch, Objective
+from megatrain.models.gpt import GPT, Head
 from megatrain.optim.optimizer import LossScale, Optimizer, clip_divisor, local_squared_norm
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
@@ -30,7 +31,7 @@ from megatrain.runtime.reports import Queued, StepReport
 from megatrain.transport.host import Moment, to_device
 
 SMALLEST_WEIGHT = 1e-8
-"""What a sum of losses is divided by at least, so that a batch in which nothing counts has loss 0."""
+"""Least divisor of a sum of losses, so that a batch in which nothing counts has loss 0."""
 
 Phase = Literal["data", "reduce", "optimizer"]
 """A phase of a step besides the pipeline's instructions: read the batch, reduce the gradients, update the weights."""
@@ -50,7 +51,7 @@ class Observers:
 
 @dataclass
 class Model:
-    """A model on this rank, and what it takes to compute a loss with it."""
+    """A model on this rank, with an objective. One context may hold several."""
 
     config: Config
     ctx: ParallelContext
@@ -64,11 +65,8 @@ class Model:
     observers: Observers = field(default_factory=Observers, kw_only=True)
     prepare: Callable[[list[MicroBatch]], list[MicroBatch]] = field(default=list, kw_only=True)
     """Completes micro-batches with what the objective reads beside the text (`MicroBatch.extra`)."""
-
-    @property
-    def parameters(self) -> Parameters:
-        """Where the executor finds the weights: here, whole."""
-        return Unsharded()
+    parameters: Parameters = field(default_factory=Unsharded, kw_only=True)
+    """The weights as the executor asks for them; those of a run lie in flat buffers, perhaps in shards."""
 
 
 @dataclass
@@ -85,12 +83,8 @@ class Run(Model):
 
     def __post_init__(self) -> None:
         self.loss_scale = LossScale(self.config.train, self.ctx.device)
-        self.warmup = warmup_of(self.config)
-
-    @property
-    def parameters(self) -> Parameters:
-        """Where the executor finds the weights: in flat buffers, perhaps in shards."""
-        return self.flat
+        self.warmup, self.budget = warmup_of(self.config), budget_of(self.config)
+        self.parameters = self.flat
 
     @property
     def lr(self) -> float:
@@ -101,11 +95,6 @@ class Run(Model):
     def weight_decay(self) -> float:
         """Weight decay of the next update."""
         return weight_decay(self.config.optim, self.position(self.step, self.consumed_samples))
-
-    @property
-    def budget(self) -> Budget:
-        """The samples of each update, and how many updates there are."""
-        return budget_of(self.config)
 
     @property
     def total_steps(self) -> int:
@@ -189,10 +178,11 @@ def forward(model: Model, micro_batches: list[MicroBatch]) -> Executed:
 
 def stage_of(run: Model) -> Stage:
     """This rank's share of the pipeline, as the executor sees it."""
+    head = cast(Head, run.chunks[-1].head)  # on the rank of the last virtual stage, which is the one that is asked for it
     return Stage(
         run.ctx,
         [partial(_run_chunk, chunk) for chunk in run.chunks],
-        partial(_run_head, run),
+        lambda hidden, micro_batch: head(hidden, run.objective, micro_batch),
         run.chunks[0].boundary,
         run.objective.statistics,
         run.observers.instruction,
@@ -203,13 +193,6 @@ def stage_of(run: Model) -> Stage:
 def _run_chunk(chunk: GPT, hidden: torch.Tensor | None, micro_batch: MicroBatch, postponed: Postponed | None) -> torch.Tensor:
     """Run a chunk; its layers read from their micro-batch where postponed weight gradients go."""
     return chunk(hidden, replace(micro_batch, postponed=postponed))
-
-
-def _run_head(run: Model, hidden: torch.Tensor, micro_batch: MicroBatch) -> Loss:
-    head = run.chunks[-1].head
-    if head is None:
-        raise ValueError("only the last virtual stage of a pipeline ends in a loss")
-    return head(hidden, run.objective, micro_batch)
 
 
 class Totals(NamedTuple):

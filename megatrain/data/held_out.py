@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatrain.config.schema import CorpusConfig
 from megatrain.data.indexed import TokenStore, TokenStoreError
-from megatrain.data.loader import Batch, batch_of, batch_places, isolated, positions_of
+from megatrain.data.loader import Batch, batch_of, batch_places, isolated
 
 
 class Evaluated(Protocol):
@@ -69,7 +69,6 @@ class HeldOut:
 
     def batch(self, first: int, places: npt.NDArray[np.int64]) -> Batch:
         """Samples first + places [m, b]; past the end tokens are 0, with loss weight 0."""
-        positions = positions_of(places, self.seq_length)
         rows = np.zeros((places.size, self.seq_length + 1), np.int64)
         numbers = np.zeros_like(rows)
         labelled = np.zeros(places.size, np.int64)
@@ -78,8 +77,7 @@ class HeldOut:
                 rows[row], labelled[row] = self.sample(first + int(place))
                 if self.isolate_documents:
                     numbers[row] = self.document_numbers(first + int(place))
-        weights = (positions < labelled.reshape(*places.shape, 1)).astype(np.float32)
-        batch = batch_of(rows.reshape(*places.shape, -1), weights, positions, places)
+        batch = batch_of(rows.reshape(*places.shape, -1), places, labelled.reshape(places.shape))
         return isolated(batch, numbers.reshape(*places.shape, -1)) if self.isolate_documents else batch
 
 

@@ -17,23 +17,24 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+Ints = npt.NDArray[np.int64]
+
 
 class Samples(Protocol):
     """An endless sequence of training samples."""
 
-    def sample(self, n: int) -> npt.NDArray[np.int64]:
+    def sample(self, n: int) -> Ints:
         """Tokens [seq_length + 1] of sample n >= 0."""
 
-    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
+    def document_numbers(self, n: int) -> Ints:
         """[seq_length + 1] number of each token's document within sample n, not decreasing; used where documents are isolated."""
 
-    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
+    def pairs(self, n: int) -> list[tuple[Ints, Ints]] | None:
         """(prompt, answer) pairs if sample n consists of those; None if it is text."""
 
 
@@ -41,31 +42,66 @@ class Samples(Protocol):
 class Batch:
     """One rank's share of a global batch: m micro-batches of b sequences of s tokens."""
 
-    tokens: npt.NDArray[np.int64]
+    tokens: Ints
     """[m, b, s] token ids."""
-    labels: npt.NDArray[np.int64]
+    labels: Ints
     """[m, b, s] the id that each position predicts; arbitrary where the weight is 0."""
     loss_weights: npt.NDArray[np.float32]
     """[m, b, s] weight of each position in the loss; 0 where it does not count."""
-    positions: npt.NDArray[np.int64]
+    positions: Ints
     """[m, b, s] place of each token in its sequence."""
-    places: npt.NDArray[np.int64]
+    places: Ints
     """[m, b] place of each sequence in the global batch."""
-    documents: npt.NDArray[np.int64] | None = None
+    documents: Ints | None = None
     """[m, b, s] number of each token's document in its sequence; None unless documents are isolated from each other."""
-    block_positions: npt.NDArray[np.int64] | None = None
+    block_positions: Ints | None = None
     """[m, b, s] second position: place within the text of a blank, from 1; 0 in part A."""
-    prefix: npt.NDArray[np.int64] | None = None
+    prefix: Ints | None = None
     """[m, b] number of first tokens that all see. With documents [m, b, s]: for each token the place after those of its document."""
-    kinds: npt.NDArray[np.int64] | None = None
+    kinds: Ints | None = None
     """[m, b] number of the objective that each sequence is for."""
 
 
-Compose = Callable[[Samples, int, npt.NDArray[np.int64]], Batch]
+Compose = Callable[[Samples, int, Ints], Batch]
 """Function: (samples, consumed, places [m, b]) -> the batch of samples consumed + places."""
 
 
-def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> npt.NDArray[np.int64]:
+def next_token(samples: Samples, consumed: int, places: Ints) -> Batch:
+    """A batch in which every position predicts the next token."""
+    return batch_of(_rows(samples.sample, consumed, places), places)
+
+
+def isolated_documents(samples: Samples, consumed: int, places: Ints) -> Batch:
+    """As `next_token`, but documents do not see each other, and no position predicts across documents."""
+    return isolated(next_token(samples, consumed, places), _rows(samples.document_numbers, consumed, places))
+
+
+def _rows(read: Callable[[int], Ints], consumed: int, places: Ints) -> Ints:
+    """[m, b, n] `read(consumed + place)` for every place [m, b]."""
+    return np.stack([read(consumed + int(place)) for place in places.flat]).reshape(*places.shape, -1)
+
+
+def batch_of(rows: Ints, places: Ints, labelled: Ints | None = None) -> Batch:
+    """The batch of samples `rows` [m, b, s + 1] at places [m, b]: each token predicts the next.
+
+    labelled: [m, b] number of first labels that count in each sequence; None: all of them.
+    """
+    tokens, labels = np.ascontiguousarray(rows[..., :-1]), np.ascontiguousarray(rows[..., 1:])
+    positions = np.broadcast_to(np.arange(tokens.shape[-1]), tokens.shape).copy()
+    counted = tokens.shape[-1] if labelled is None else labelled[..., None]
+    return Batch(tokens, labels, (positions < counted).astype(np.float32), positions, places)
+
+
+def isolated(batch: Batch, numbers: Ints) -> Batch:
+    """The batch with its documents, numbered by `numbers` [m, b, s + 1], isolated from each other."""
+    documents, following = numbers[..., :-1], numbers[..., 1:]
+    starts = np.diff(documents, axis=-1, prepend=documents[..., :1] - 1) > 0
+    first = np.maximum.accumulate(np.where(starts, batch.positions, 0), axis=-1)
+    weights, positions = batch.loss_weights * (documents == following), batch.positions - first
+    return replace(batch, positions=positions, loss_weights=weights, documents=np.ascontiguousarray(documents))
+
+
+def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int) -> Ints:
     """[m, b] one data-parallel rank's places in the global batch. Raises ValueError when the sizes do not divide."""
     if min(global_batch_size, micro_batch_size, dp_size) < 1 or not 0 <= dp_rank < dp_size:
         raise ValueError(
@@ -81,59 +117,8 @@ def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp
     return np.arange(global_batch_size, dtype=np.int64).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
 
 
-def next_token(samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
-    """A batch in which every position predicts the next token."""
-    rows = rows_of(samples.sample, consumed, places)
-    positions = positions_of(places, rows.shape[-1] - 1)
-    return batch_of(rows, np.ones(positions.shape, np.float32), positions, places)
-
-
-def isolated_documents(samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
-    """As `next_token`, but documents do not see each other, and no position predicts across documents."""
-    return isolated(next_token(samples, consumed, places), rows_of(samples.document_numbers, consumed, places))
-
-
-def rows_of(
-    read: Callable[[int], npt.NDArray[np.int64]], consumed: int, places: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
-    """[m, b, n] `read(consumed + place)` for every place [m, b]."""
-    return np.stack([read(consumed + int(place)) for place in places.flat]).reshape(*places.shape, -1)
-
-
-def batch_of(
-    rows: npt.NDArray[np.int64],
-    loss_weights: npt.NDArray[np.float32],
-    positions: npt.NDArray[np.int64],
-    places: npt.NDArray[np.int64],
-) -> Batch:
-    """A Batch from samples `rows` [m, b, s+1], their label weights [m, b, s], token positions [m, b, s] and places [m, b]."""
-    return Batch(np.ascontiguousarray(rows[..., :-1]), np.ascontiguousarray(rows[..., 1:]), loss_weights, positions, places)
-
-
-def positions_of(places: npt.NDArray[np.int64], seq_length: int) -> npt.NDArray[np.int64]:
-    """[m, b, s] positions 0 .. s-1 for each sequence."""
-    return np.broadcast_to(np.arange(seq_length, dtype=np.int64), (*places.shape, seq_length)).copy()
-
-
-def isolated(batch: Batch, numbers: npt.NDArray[np.int64]) -> Batch:
-    """The batch with its documents, numbered by `numbers` [m, b, s + 1], isolated from each other."""
-    documents, following = numbers[..., :-1], numbers[..., 1:]
-    starts = np.diff(documents, axis=-1, prepend=documents[..., :1] - 1) > 0
-    first = np.maximum.accumulate(np.where(starts, batch.positions, 0), axis=-1)
-    return replace(
-        batch,
-        positions=batch.positions - first,
-        loss_weights=batch.loss_weights * (documents == following),
-        documents=np.ascontiguousarray(documents),
-    )
-
-
 class Loader:
-    """One data-parallel rank's batches; the next one is prepared while the caller works on this one.
-
-    `global_batch_size` and `micro_batch_size` count sequences; the first may be a function of the samples consumed. Raises ValueError when
-    sizes do not divide.
-    """
+    """One data-parallel rank's batches; the next one is prepared while the caller works on this one."""
 
     def __init__(
         self,
@@ -145,7 +130,10 @@ class Loader:
         *,
         compose: Compose = next_token,
     ) -> None:
-        """compose: turns samples into batches."""
+        """Sizes count sequences; that of the global batch may be a function of the samples consumed.
+
+        Raises ValueError when sizes do not divide.
+        """
         self.samples, self.compose = samples, compose
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         self.batch_size = global_batch_size if callable(global_batch_size) else lambda _: global_batch_size
@@ -155,7 +143,7 @@ class Loader:
         self._next: tuple[int, Future[Batch]] | None = None
         """The batch being built in a thread, and the samples consumed before it."""
 
-    def places(self, consumed: int) -> npt.NDArray[np.int64]:
+    def places(self, consumed: int) -> Ints:
         """[m, b] this rank's places in the global batch after `consumed` samples."""
         return batch_places(self.batch_size(consumed), self.micro_batch_size, self.dp_rank, self.dp_size)
 
@@ -203,6 +191,6 @@ class Loader:
         """The loader itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_error: object) -> None:
         """Closes the loader."""
         self.close()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import Loss, MicroBatch
-from megatrain.models.gpt import GPT, Block
+from megatrain.models.gpt import GPT, Block, Head
 from megatrain.models.layers import KeyValueCache
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
@@ -138,11 +139,9 @@ class Decoder:
 
     def _stage(self) -> Stage:
         """This rank's stage of the pipeline; the last stage puts out the logits of the last token of each sequence."""
-        head = self.chunks[-1].head
+        head = cast(Head, self.chunks[-1].head)
 
         def last_logits(hidden: torch.Tensor, _batch: MicroBatch) -> Loss:
-            if head is None:
-                raise ValueError("only the last virtual stage of a pipeline gives logits")
             return Loss(hidden.new_zeros(()), output=head.logits(hidden[-1:])[0].float().contiguous())
 
         chunks = [_cached(chunk, caches) for chunk, caches in zip(self.chunks, self.caches, strict=True)]

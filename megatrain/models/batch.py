@@ -1,4 +1,7 @@
-"""`MicroBatch`: what every layer may read about the tokens at hand, so that no layer's signature ever changes."""
+"""`MicroBatch`: the text that every layer may read, so that no layer's signature ever changes; and `Objective`: what the model learns.
+
+An objective is one function from a micro-batch to a loss, and the weight that the loss of a global batch is divided by.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,9 @@ class MicroBatch:
     kinds: torch.Tensor | None = None
     """[b] int64 which of several objectives each sequence was made for."""
     totals: torch.Tensor | None = None
-    """What the objective's weights are over the whole global batch, where that is known."""
+    """The objective's weights summed over the global batch, float64 scalar or [n]; None outside of training."""
     extra: Any = None
-    """What the objective reads beside the text, such as a second model's outputs; `Model.prepare` puts it here."""
+    """Anything that the objective reads beside the text, such as a second model's outputs (`Model.prepare`)."""
     postponed: Postponed | None = None
     """Where linear layers put weight gradients that wait for their turn (split backward); None: they compute them at once."""
 
@@ -47,26 +50,23 @@ class MicroBatch:
         return torch.zeros_like(self.positions) if self.block_positions is None else self.block_positions
 
 
-# Objectives: what a batch should teach. An objective is one function from a batch to a loss, and the weight it is divided by.
-
-
 class Loss(NamedTuple):
-    """What an objective makes of one micro-batch: sums, not means, since the division by the global weight happens once."""
+    """Sums over one micro-batch, not means: the division by the weight of the global batch happens once."""
 
     total: torch.Tensor
     """Scalar, carries the gradient."""
     statistics: Mapping[str, torch.Tensor] = {}
-    """Scalars by name, of those that the objective declares; one that is not there counts 0."""
+    """Scalars under the names that the objective declares; one that is not there counts 0."""
     output: Any = None
     """Anything to be kept of each micro-batch, such as log-probabilities [s, b]."""
 
 
 class Scorer(Protocol):
-    """What an objective may ask of a model's head."""
+    """A model's head, as objectives see it."""
 
     @property
     def training(self) -> bool:
-        """Whether the model is being trained, not judged."""
+        """Whether the model is being trained, not evaluated."""
 
     def cross_entropy(
         self, x: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
@@ -79,11 +79,10 @@ class Objective(Protocol):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """Names of the statistics that are summed over a global batch. A step reports "correct" over the weight as accuracy."""
+        """Names of the statistics that its losses come with. The sum of "correct" over the weight is reported as accuracy."""
 
     def weight(self, batch: MicroBatch) -> torch.Tensor:
-        """Scalar: what this micro-batch contributes to the divisor (tokens, pairs, ...). Or several: the divisor is their sum, and a
-        training step gives each back as `batch.totals`, summed over the global batch."""
+        """Scalar: this micro-batch's share of the divisor (tokens, pairs, ...). Or [n]: the divisor is their sum."""
 
     def __call__(self, head: Scorer, hidden: torch.Tensor, batch: MicroBatch) -> Loss:
         """Loss of the last chunk's hidden states [s/t or s, b, h]."""
@@ -98,7 +97,7 @@ class NextToken:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """correct: the weight of the tokens predicted right."""
+        """Only "correct", the weight of the tokens predicted right."""
         return ("correct",)
 
     def weight(self, batch: MicroBatch) -> torch.Tensor:
@@ -110,56 +109,13 @@ class NextToken:
         regular = (self.label_smoothing, self.z_loss) if head.training else ()
         loss, correct = head.cross_entropy(hidden, batch.labels, *regular)
         weights = batch.loss_weights.to(loss.dtype)
-        statistics = {"correct": (correct * weights).sum(), **self.judged(head, correct, batch)}
-        return Loss((loss * weights * self.factors(batch)).sum(), statistics)
-
-    def judged(self, _head: Scorer, _correct: torch.Tensor, _batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Further statistics, from which labels [s, b] were predicted right."""
-        return {}
+        more = {} if head.training else self.evaluated(correct, batch)
+        return Loss((loss * weights * self.factors(batch)).sum(), {"correct": (correct * weights).sum(), **more})
 
     def factors(self, _batch: MicroBatch) -> torch.Tensor | float:
-        """What the loss of each sequence counts, [b] or one number."""
+        """Factor of each sequence's loss, [b] or one number."""
         return 1.0
 
-
-@dataclass(frozen=True)
-class Blanks(NextToken):
-    """Next tokens of a text with blanks (GLM); where the model is judged, not trained, it is counted how many blanks it fills right."""
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """Besides, in evaluation: blanks, and those of which every token is predicted right (greedy decoding would write them so)."""
-        return (*super().statistics, "blanks_filled", "blanks")
-
-    def judged(self, head: Scorer, correct: torch.Tensor, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Blanks are counted from correct [s, b]; one begins where block_positions is 1."""
-        if head.training:
-            return {}
-        counted = batch.loss_weights > 0
-        number = (batch.second_positions == 1).cumsum(0).clamp_max(len(counted) - 1)
-        none = torch.zeros_like(number)
-        wrong = none.scatter_add(0, number, (counted & ~correct.bool()).long())
-        blanks = none.scatter_add(0, number, counted.long()) > 0
-        return {"blanks_filled": (blanks & (wrong == 0)).sum(), "blanks": blanks.sum()}
-
-
-@dataclass(frozen=True)
-class Mixture(Blanks):
-    """The sum of several objectives' mean losses, each times its share: every sequence serves one (`batch.kinds`)."""
-
-    shares: tuple[float, ...] = field(kw_only=True)
-    """Of each kind; they need not sum to 1."""
-
-    def weight(self, batch: MicroBatch) -> torch.Tensor:
-        """[kinds] sums of the loss weights."""
-        kinds = torch.zeros_like(batch.samples) if batch.kinds is None else batch.kinds
-        sums = batch.loss_weights.sum(0, dtype=torch.float64)
-        return sums.new_zeros(len(self.shares)).index_add_(0, kinds, sums)
-
-    def factors(self, batch: MicroBatch) -> torch.Tensor | float:
-        """Turns a mean over all tokens into the weighted sum of the means of kinds."""
-        if batch.totals is None or batch.kinds is None:
-            return 1.0
-        # torch.tensor would have the host wait for the device.
-        shares = torch.cat([batch.totals.new_full((1,), share) for share in self.shares])
-        return (shares * batch.totals.sum() / batch.totals.clamp_min(1e-8))[batch.kinds].to(batch.loss_weights.dtype)
+    def evaluated(self, _correct: torch.Tensor, _batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Further statistics in evaluation, from which labels [s, b] are predicted right."""
+        return {}

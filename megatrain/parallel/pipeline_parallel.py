@@ -34,17 +34,11 @@ from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction, Message, Schedule
 from megatrain.transport.group import Handle
 
+Chunk = Callable[[torch.Tensor | None, Any, Postponed | None], torch.Tensor]
+"""A virtual stage: (hidden states of the one before, None for the first; micro-batch; postponed) -> its own hidden states.
 
-class Chunk(Protocol):
-    """One virtual stage of the model."""
-
-    def __call__(self, hidden: torch.Tensor | None, micro_batch: Any, postponed: Postponed | None, /) -> torch.Tensor:
-        """Hidden states of the virtual stage before (None for the first) -> this one's.
-
-        A layer whose weight gradient can wait appends it to `postponed` in its backward, unless that is None.
-        """
-
-
+A layer whose weight gradient can wait appends it to `postponed` in its backward, unless that is None.
+"""
 Head = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Any]]
 """(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics: scalars by name, any output)."""
 Observer = Callable[[Instruction, float, float], None]
@@ -92,7 +86,7 @@ class Stage:
 
 @dataclass
 class Executed:
-    """What a schedule has computed besides gradients. Where the last virtual stage is on another rank: zeros, and no outputs."""
+    """Results of a schedule besides gradients. Where the last virtual stage is on another rank: zeros, and no outputs."""
 
     names: tuple[str, ...]
     """Names of the k statistics."""
@@ -124,7 +118,9 @@ def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any],
     execution = _Execution(stage, program, micro_batches, scale)
     for instruction in program:
         execution.run(instruction)
-    return execution.finish()
+    for handle in execution.sending:
+        handle.wait()
+    return execution.executed
 
 
 @dataclass
@@ -187,12 +183,6 @@ class _Execution:
             handle.wait()
             self.sending.remove(handle)
 
-    def finish(self) -> Executed:
-        """Wait for what is still being sent."""
-        for handle in self.sending:
-            handle.wait()
-        return self.executed
-
     def _take(self, message: Message | None) -> torch.Tensor | None:
         """The tensor of a message, once it is there."""
         if message is None:
@@ -210,13 +200,9 @@ class _Execution:
             self.sending.append(link.group.send(tensor.contiguous(), link.other, blocking=False))
 
     def _compute(self, instruction: Instruction, given: torch.Tensor | None) -> torch.Tensor | None:
-        """Activation or gradient of the virtual stage before (after) -> this one's; None where the model ends."""
-        if instruction.kind == "forward":
-            return self._forward(instruction, given)
-        if instruction.kind != "backward_weight":
-            return self._backward(instruction, given)
-        self._backward_weight(instruction)
-        return None
+        """The activation or gradient that an instruction makes of the one it is given; None where the model ends."""
+        by_kind = {"forward": self._forward, "backward_weight": self._backward_weight}
+        return by_kind.get(instruction.kind, self._backward)(instruction, given)
 
     def _forward(self, instruction: Instruction, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """The output for the next virtual stage, detached; None from the last one."""
@@ -252,7 +238,7 @@ class _Execution:
             del self.saved[instruction.micro_batch, instruction.chunk]
         return made
 
-    def _backward_weight(self, instruction: Instruction) -> None:
+    def _backward_weight(self, instruction: Instruction, _none: torch.Tensor | None) -> None:
         postponed = self.saved.pop((instruction.micro_batch, instruction.chunk)).postponed or []
         with torch.no_grad():
             while postponed:

@@ -19,7 +19,8 @@ micro-batch (s/t*b*h with sequence parallelism), so v chunks move v times as muc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -29,7 +30,7 @@ Kind = Literal["forward", "backward", "backward_input", "backward_weight"]
 
 
 class Message(NamedTuple):
-    """What travels between neighbouring virtual stages: the input of the later one, or the gradient of the earlier one's output."""
+    """A tensor for a neighbouring virtual stage: the input of the later one, or the gradient of the earlier one's output."""
 
     kind: Literal["activation", "gradient"]
     micro_batch: int
@@ -72,6 +73,12 @@ Program = Callable[[int, int, int, int], list[Instruction]]
 # --- the schedules ----------------------------------------------------------------------------------------------------
 
 
+def _staggered(count: int, delays: Mapping[Kind, int]) -> Iterator[tuple[Kind, int]]:
+    """(kind, number) of instructions 0 .. count - 1 of each kind: one of each kind a turn, a kind from the turn of its delay on."""
+    for turn in range(count + max(delays.values())):
+        yield from ((kind, turn - delay) for kind, delay in delays.items() if 0 <= turn - delay < count)
+
+
 def gpipe(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
     """GPipe (Huang et al., arXiv:1811.06965, section 2.3): all forwards, then all backwards.
 
@@ -79,8 +86,7 @@ def gpipe(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Inst
 
     Peak of saved states: m on every stage. Step bubble: (p-1) / (m+p-1).
     """
-    forwards = [Instruction("forward", m) for m in range(micro_batches)]
-    return forwards + [Instruction("backward", m) for m in range(micro_batches)]
+    return [Instruction(kind, m) for kind, m in _staggered(micro_batches, {"forward": 0, "backward": micro_batches})]
 
 
 def one_f_one_b(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
@@ -92,12 +98,7 @@ def one_f_one_b(stage: int, stages: int, chunks: int, micro_batches: int) -> lis
     bubble: (p-1) / (m+p-1), as GPipe's.
     """
     warm_up = min(stages - stage - 1, micro_batches)
-    program = [Instruction("forward", m) for m in range(warm_up)]
-    for m in range(micro_batches):
-        if warm_up + m < micro_batches:
-            program.append(Instruction("forward", warm_up + m))
-        program.append(Instruction("backward", m))
-    return program
+    return [Instruction(kind, m) for kind, m in _staggered(micro_batches, {"forward": 0, "backward": warm_up})]
 
 
 def interleaved(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
@@ -113,26 +114,13 @@ def interleaved(stage: int, stages: int, chunks: int, micro_batches: int) -> lis
     total = -(-micro_batches // stages) * group
     warm_up = min(2 * (stages - stage - 1) + (chunks - 1) * stages, total)
 
-    def unit(k: int) -> tuple[int, int]:
-        """Micro-batch and chunk of the k-th forward; the k-th backward has the chunks in the opposite order."""
-        return k // group * stages + k % stages, k % group // stages
+    def unit(kind: Kind, k: int) -> Instruction:
+        """The k-th forward; the k-th backward has the chunks in the opposite order."""
+        chunk = k % group // stages
+        return Instruction(kind, k // group * stages + k % stages, chunk if kind == "forward" else chunks - 1 - chunk)
 
-    def forward(k: int) -> Iterator[Instruction]:
-        m, chunk = unit(k)
-        if m < micro_batches:
-            yield Instruction("forward", m, chunk)
-
-    def backward(k: int) -> Iterator[Instruction]:
-        m, chunk = unit(k)
-        if m < micro_batches:
-            yield Instruction("backward", m, chunks - 1 - chunk)
-
-    program = [i for k in range(warm_up) for i in forward(k)]
-    for k in range(total):
-        if warm_up + k < total:
-            program.extend(forward(warm_up + k))
-        program.extend(backward(k))
-    return program
+    program = [unit(kind, k) for kind, k in _staggered(total, {"forward": 0, "backward": warm_up})]
+    return [instruction for instruction in program if instruction.micro_batch < micro_batches]
 
 
 def zb_h1(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
@@ -144,15 +132,8 @@ def zb_h1(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Inst
     while no stage keeps more than 1F1B's first: peak of saved states min(m, p). Step bubble with F = B = W: (p-1) / (3m+p-1).
     """
     warm_up = min(stages - stage - 1, micro_batches)
-    program = [Instruction("forward", m) for m in range(warm_up)]
-    for m in range(micro_batches):
-        if warm_up + m < micro_batches:
-            program.append(Instruction("forward", warm_up + m))
-        program.append(Instruction("backward_input", m))
-        if m >= stage:
-            program.append(Instruction("backward_weight", m - stage))
-    done = max(micro_batches - stage, 0)
-    return program + [Instruction("backward_weight", m) for m in range(done, micro_batches)]
+    delays: dict[Kind, int] = {"forward": 0, "backward_input": warm_up, "backward_weight": warm_up + stage}
+    return [Instruction(kind, m) for kind, m in _staggered(micro_batches, delays)]
 
 
 def zb_v(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instruction]:
@@ -167,47 +148,29 @@ def zb_v(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instr
     (6m+p-1), and the peak of saved states is 2p chunks, half a stage each: 1F1B's first stage on all. Runs as if there were at
     least 2p-1 micro-batches.
     """
-    total = max(micro_batches, 2 * stages - 1)
-    program: list[Instruction] = []
-    counts: dict[tuple[Kind, int], int] = {}
-
-    def do(kind: Kind, chunk: int) -> None:
-        m = counts.get((kind, chunk), 0)
-        counts[kind, chunk] = m + 1
-        if m < micro_batches:
-            program.append(Instruction(kind, m, chunk))
-
-    def backward_and_weight(chunk: int) -> None:
-        do("backward_input", chunk)
-        do("backward_weight", chunk)
-
-    for _ in range(2 * (stages - stage) - 1):  # until the first micro-batch has come back
-        do("forward", 0)
-    for _ in range(stage):
-        do("forward", 1)
-        do("forward", 0)
-    for _ in range(stages - stage):
-        do("forward", 1)
-        backward_and_weight(1)
-    for _ in range(total - stages):  # steady: a forward and a backward on each chunk
-        if counts["forward", 0] < total:
-            do("forward", 0)
-        backward_and_weight(0)
-        do("forward", 1)
-        backward_and_weight(1)
-    for _ in range(stage):  # drain: the stages before wait for input gradients
-        do("backward_input", 0)
-        do("backward_input", 1)
-    for _ in range(stages - stage):
-        backward_and_weight(0)
-    for chunk in (1, 0):
-        while counts.get(("backward_weight", chunk), 0) < total:
-            do("backward_weight", chunk)
-    return program
+    total, behind = max(micro_batches, 2 * stages - 1), stages - stage
+    forward: list[tuple[Kind, int]] = [("forward", 0), ("forward", 1)]
+    backward: list[tuple[Kind, int]] = [("backward_input", 0), ("backward_input", 1)]
+    weight: list[tuple[Kind, int]] = [("backward_weight", 0), ("backward_weight", 1)]
+    order = [
+        *forward[:1] * (2 * behind - 1),  # until the first micro-batch has come back
+        *forward[::-1] * stage,
+        *[forward[1], backward[1], weight[1]] * behind,
+        *[forward[0], backward[0], weight[0], forward[1], backward[1], weight[1]] * (total - stages),  # steady
+        *backward * stage,  # drain: the stages before wait for input gradients
+        *[backward[0], weight[0]] * behind,
+        *weight[1:] * total,  # the weight gradients that are left
+        *weight[:1] * total,
+    ]
+    counts, program = Counter[tuple[Kind, int]](), []
+    for kind, chunk in order:
+        program.append(Instruction(kind, counts[kind, chunk], chunk))
+        counts[kind, chunk] += 1
+    return [instruction for instruction in program if instruction.micro_batch < micro_batches]
 
 
 class _Family(NamedTuple):
-    """What is fixed about a schedule by its name."""
+    """A named schedule: its programs, and how many chunks a stage may have."""
 
     program: Program
     fewest_chunks: int
@@ -242,16 +205,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Raises ValueError where name or numbers make no schedule; the message names the config keys."""
-        family = FAMILIES.get(self.name)
-        if family is None:
-            raise ValueError(f"parallel.schedule={self.name} is none of {', '.join(FAMILIES)}")
         problem = chunks_problem(self.name, self.chunks)
+        if problem is None and (self.stages < 1 or self.micro_batches < 1):
+            numbers = f"{self.stages} stages and {self.micro_batches} micro-batches"
+            problem = f"no schedule for {numbers}: both must be at least 1"
         if problem is not None:
             raise ValueError(problem)
-        if self.stages < 1 or self.micro_batches < 1:
-            raise ValueError(
-                f"no schedule for {self.stages} stages and {self.micro_batches} micro-batches: both must be at least 1"
-            )
 
     @property
     def virtual_stages(self) -> int:
@@ -260,24 +219,28 @@ class Schedule:
 
     def virtual(self, stage: int, chunk: int) -> int:
         """Number of the virtual stage that lies on `stage` as its `chunk`."""
-        back = FAMILIES[self.name].folded and chunk % 2 == 1
-        return chunk * self.stages + (self.stages - 1 - stage if back else stage)
+        return chunk * self.stages + self._folded(stage, chunk)
 
     def home(self, virtual: int) -> tuple[int, int]:
         """(stage, chunk) of a virtual stage; the inverse of `virtual`."""
         chunk, place = divmod(virtual, self.stages)
-        back = FAMILIES[self.name].folded and chunk % 2 == 1
-        return (self.stages - 1 - place if back else place), chunk
+        return self._folded(place, chunk), chunk
+
+    def _folded(self, place: int, chunk: int) -> int:
+        """A V runs back with every second chunk."""
+        return self.stages - 1 - place if FAMILIES[self.name].folded and chunk % 2 == 1 else place
 
     def program(self, stage: int) -> Sequence[Instruction]:
-        """What `stage` does, in order. Raises ValueError for a stage that is not there."""
+        """The instructions of `stage`, in order. Raises ValueError for a stage that is not there."""
         if not 0 <= stage < self.stages:
             raise ValueError(f"there is no stage {stage} in a pipeline of {self.stages}")
         return _program(self, stage)
 
 
 def chunks_problem(name: str, chunks: int) -> str | None:
-    """Why a schedule cannot have so many chunks a stage, with the key to change; None where it can."""
+    """The error if a schedule cannot have so many chunks a stage, with the key to change; None where it can."""
+    if name not in FAMILIES:
+        return f"parallel.schedule={name} is none of {', '.join(FAMILIES)}"
     family = FAMILIES[name]
     if family.fewest_chunks <= chunks and (family.most_chunks is None or chunks <= family.most_chunks):
         return None

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatrain.models.batch import Blanks, MicroBatch, Mixture, NextToken
+from megatrain.models.batch import MicroBatch, NextToken
+from megatrain.models.blanks import Blanks, Mixture
 
 LABELS = torch.tensor([[7, 7], [7, 7], [7, 7], [7, 7], [7, 7], [7, 7]])
 WEIGHTS = torch.tensor([[0, 0], [1, 0], [1, 1], [1, 0], [1, 0], [0, 0]], dtype=torch.float32)
