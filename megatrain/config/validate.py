@@ -302,12 +302,6 @@ def _require_embedding_grad(model: ModelConfig) -> None:
 
 def _require_device(config: Config) -> None:
     """Check that the numbers' precision, their device and the collectives go together."""
-    train = config.train
-    if train.precision == "fp16" and train.loss_scale < train.loss_scale_min:
-        raise ConfigError(
-            f"train.loss_scale_min={train.loss_scale_min} is above train.loss_scale={train.loss_scale}, where the scale begins. Use "
-            f"train.loss_scale_min={train.loss_scale}."
-        )
     if config.train.precision == "fp16" and config.optim.master == "split":
         raise ConfigError(
             "optim.master=split keeps the 16 bits that a BF16 parameter lacks, but train.precision=fp16. "

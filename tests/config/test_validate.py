@@ -268,11 +268,6 @@ def test_what_is_accepted(world_size, values):
         ),
         (
             1,
-            {"train__precision": "fp16", "train__loss_scale": 4, "train__loss_scale_min": 8},
-            "train.loss_scale_min=8.0 is above train.loss_scale=4.0, where the scale begins. Use train.loss_scale_min=4.0.",
-        ),
-        (
-            1,
             {"train__precision": "fp64", "parallel__device": "cuda"},
             "train.precision=fp64 is for checks on CPU, but parallel.device=cuda. Use parallel.device=cpu, or fp32.",
         ),
