@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from megatrain.config.budget import Position, budget_of, learning_rate, position, warmup_of, weight_decay
+from megatrain.config.budget import budget_of, learning_rate, position, warmup_of, weight_decay
 from megatrain.config.schema import Config
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Batch, Loader
@@ -89,21 +89,17 @@ class Run(Model):
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return learning_rate(self.config.optim, self.position(self.step, self.consumed_samples))
+        return learning_rate(self.config.optim, position(self.config, self.warmup, self.step, self.consumed_samples))
 
     @property
     def weight_decay(self) -> float:
         """Weight decay of the next update."""
-        return weight_decay(self.config.optim, self.position(self.step, self.consumed_samples))
+        return weight_decay(self.config.optim, position(self.config, self.warmup, self.step, self.consumed_samples))
 
     @property
     def total_steps(self) -> int:
         """Updates of the whole run, those that are done included."""
         return self.budget.total_steps(self.step, self.consumed_samples)
-
-    def position(self, step: int, samples: int) -> Position:
-        """Where in its schedules the run is after so many updates and samples."""
-        return position(self.config, self.warmup, step, samples)
 
 
 def schedule_of(config: Config, micro_batches: int, *, backward: bool = True) -> Schedule:
@@ -123,7 +119,6 @@ def queue_step(run: Run) -> Queued:
     with run.observers.phase("data"):
         batch = run.loader.batch(run.consumed_samples)
     micro_batches = run.prepare(to_micro_batches(batch, run))
-    waited = run.loader.waited
     totals = global_weights(run, micro_batches)
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
     micro_batches = [replace(m, totals=totals) for m in micro_batches]
@@ -144,7 +139,9 @@ def queue_step(run: Run) -> Queued:
     run.step += 1
     numbers = torch.cat([torch.stack([sums.grad_norm, sums.overflow, sums.stop, run.loss_scale.scale]), sums.means])
     reading = run.ctx.world.start_to_host(numbers)
-    return Queued(run.step, lr, size, left_out, run.consumed_samples, waited, began, run.objective.statistics, reading)
+    return Queued(
+        run.step, lr, size, left_out, run.consumed_samples, run.loader.waited, began, run.objective.statistics, reading
+    )
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
@@ -196,7 +193,7 @@ def _run_chunk(chunk: GPT, hidden: torch.Tensor | None, micro_batch: MicroBatch,
 
 
 class Totals(NamedTuple):
-    """Sums over the world, still on the device, float64; scalars but for `means`."""
+    """Sums over the world, still on the device: float64 scalars, and means [1 + k] of the loss and the statistics over the weight."""
 
     grad_norm: torch.Tensor
     overflow: torch.Tensor
@@ -204,7 +201,6 @@ class Totals(NamedTuple):
     stop: torch.Tensor
     """Number of ranks told to stop."""
     means: torch.Tensor
-    """[1 + k] loss and statistics, by the weight of the global batch."""
 
 
 def sum_totals(run: Run, executed: Executed, weight: torch.Tensor) -> Totals:

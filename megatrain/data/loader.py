@@ -188,9 +188,7 @@ class Loader:
             self._next = None
 
     def __enter__(self) -> Loader:
-        """The loader itself."""
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Closes the loader."""
         self.close()

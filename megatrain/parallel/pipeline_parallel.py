@@ -98,14 +98,9 @@ class Executed:
     """Most saved states at a time, of one micro-batch on one chunk each."""
 
     @property
-    def loss(self) -> torch.Tensor:
-        """Sum of the losses."""
-        return self.sums[0]
-
-    @property
-    def statistics(self) -> dict[str, torch.Tensor]:
-        """Sum of each statistic, by its name."""
-        return dict(zip(self.names, self.sums[1:], strict=True))
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """The sums, by "loss" and the names of the statistics."""
+        return dict(zip(("loss", *self.names), self.sums, strict=True))
 
 
 def run_schedule(stage: Stage, schedule: Schedule, micro_batches: Sequence[Any], scale: torch.Tensor | float) -> Executed:

@@ -161,9 +161,9 @@ class _Channel:
     came: dict[str, float] = field(default_factory=dict)
     """Side (`sender`, `receiver`) -> when it posted its first message, where that had to open the channel."""
     sent: list[tuple[Message, float]] = field(default_factory=list)
-    """What the sender has posted, and when."""
+    """Messages that the sender has posted, and when."""
     expected: list[tuple[Message, float]] = field(default_factory=list)
-    """What the receiver has posted, and when."""
+    """Messages that the receiver has posted, and when."""
     arrived: dict[Message, float] = field(default_factory=dict)
     last: float = 0.0
     """When the last one arrived."""
@@ -198,15 +198,15 @@ class _Stage:
         self.outgoing: dict[int, _Channel] = {}
         self.waiting_for: int | None = None
         self._made: dict[Message, float] = {}
-        """What this stage has made for another chunk of its own."""
+        """Messages for another chunk of this stage, and when each was made."""
         self._unsent: Message | None = None
-        """What the instruction before has made for another stage."""
+        """The last instruction's message for another stage."""
         self._posted = 0
         """How many of the receives before the next instruction are posted."""
 
     @property
     def doing(self) -> str:
-        """What it cannot do yet."""
+        """The instruction that it cannot begin, or the message that it cannot send."""
         return f"before {self.program[self.place]}" if self._unsent is None else f"to send {self._unsent}"
 
     def run(self) -> set[int]:

@@ -18,7 +18,7 @@ from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError, ContentError, together
-from megatrain.config.budget import WarmUp, learning_rate, warmup_of
+from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
 from megatrain.config.schema import Config
 from megatrain.data.identity import identity_of, other_corpora, other_judged
 from megatrain.init_from import start_from
@@ -190,7 +190,7 @@ def _ahead(run: Run) -> str:
     """The remaining steps, tokens and learning rates of a run, as text."""
     left, since, length = run.total_steps - run.step, run.consumed_samples, run.config.model.seq_length
     last, end = (run.budget.consumed(count, since) for count in (left - 1, left))
-    rate = learning_rate(run.config.optim, run.position(run.total_steps - 1, last))
+    rate = learning_rate(run.config.optim, position(run.config, run.warmup, run.total_steps - 1, last))
     return (
         f"{left} steps are left, {run.step + 1} to {run.total_steps}, with {(end - since) * length:,} tokens, {end * length:,} in all; the "
         f"learning rate is {run.lr:.3E} in the next step and {rate:.3E} in the last"

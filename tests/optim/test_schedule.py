@@ -6,32 +6,21 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from megatrain.config.budget import Position, learning_rate, weight_decay
+from megatrain.config.budget import Position, budget_of, learning_rate, position, warmup_of, weight_decay
 from megatrain.config.load import from_dict
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
-from megatrain.training import Run
 
 SHAPES = ("cosine", "linear", "wsd", "constant")
 
 
-class Course:
-    """The schedules of a run of a config: what `Run` makes of steps and samples, without a model."""
-
-    position = Run.position
-
-    def __init__(self, config, warmup):
-        self.config, self.warmup = config, warmup
-
-
 def course(config, began=None):
     """[(learning rate, weight decay, samples before, sequences)] of every update; began: a config of before, and its updates."""
-    from megatrain.config.budget import budget_of, warmup_of
 
-    run, rows = Course(config, warmup_of(config if began is None else began[0])), []
+    warmup, rows = warmup_of(config if began is None else began[0]), []
     step, samples = (0, 0) if began is None else (began[1], budget_of(began[0]).consumed(began[1]))
     while step < budget_of(config).total_steps(step, samples):
-        at, size = run.position(step, samples), budget_of(config).batch_size(samples)
+        at, size = position(config, warmup, step, samples), budget_of(config).batch_size(samples)
         rows.append((learning_rate(config.optim, at), weight_decay(config.optim, at), samples, size))
         step, samples = step + 1, samples + size
     return rows
@@ -81,8 +70,6 @@ def test_what_passes_validation_reaches_its_peak_and_its_end(shape, warmup, frac
 
 def _measures(config, warmup):
     """Warm-up, first and full update in the run's unit."""
-    from megatrain.config.budget import warmup_of
-
     if config.train.tokens is None:
         return warmup, 1, 1
     found = warmup_of(config)

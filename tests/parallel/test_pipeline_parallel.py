@@ -69,8 +69,8 @@ def run(ctx, schedule):
     stage = stage_of(ctx, schedule)
     executed = run_schedule(stage, schedule, batches_of(schedule.micro_batches), SCALE)
     gradients = {schedule.virtual(ctx.pp.rank, c): layer.weight.main_grad for c, layer in enumerate(stage.chunks)}
-    statistics = {name: sum.item() for name, sum in executed.statistics.items()}
-    return executed.loss.item(), (statistics, executed.outputs), gradients, executed.peak_saved
+    statistics = {name: sum.item() for name, sum in executed.by_name.items()}
+    return statistics.pop("loss"), (statistics, executed.outputs), gradients, executed.peak_saved
 
 
 def expected(schedule):

@@ -93,7 +93,7 @@ def run(ctx: ParallelContext, name: str, micro_batches: int) -> float:
         torch.empty_like,
     )
     batches = [torch.full((2,), float(m + 1)) for m in range(micro_batches)]
-    return float(run_schedule(stage, schedule, batches, 1.0).loss)
+    return float(run_schedule(stage, schedule, batches, 1.0).by_name["loss"])
 
 
 @pytest.mark.parametrize("name", sorted(CHUNKS))
