@@ -22,13 +22,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import nn
 
 from megatrain.parallel.mesh import Axis, ParallelContext
-from megatrain.parallel.param import Parameter, ParamSpec, Part
+from megatrain.parallel.param import AverageOver, Parameter, ParamSpec, Part
 from megatrain.transport.group import Handle
 
 ALIGNMENT = 64
@@ -77,13 +77,8 @@ class Bucket:
 
     @property
     def spec(self) -> ParamSpec:
-        """The first parameter's: the others are alike in part of the optimizer's rules, average_over, trainable, decay and tied."""
+        """The first parameter's: the others are trainable, averaged, tied, decayed and updated like it."""
         return self.parameters[0].spec
-
-    @property
-    def trainable(self) -> bool:
-        """Whether it has gradients and optimizer states."""
-        return self.spec.trainable
 
     @property
     def decay(self) -> bool:
@@ -246,8 +241,6 @@ class LocalBucket:
     """The whole bucket's; at stages 2 and 3 only between the first gradient and the reduction; None for a frozen bucket."""
     arriving: Handle | None = None
     """All-gather of the weights under way."""
-    reducing: Handle | None = None
-    """Sum of this rank's own gradients over the replicas under way."""
     reduced: bool = False
     """Whether the last reduction of this step has begun."""
 
@@ -262,10 +255,9 @@ class LocalBucket:
 
     def place_grads(self) -> None:
         """Let each main_grad be a view of the gradients; without them there is none."""
-        for parameter in self.bucket.parameters if self.grads is None else ():
-            parameter.main_grad = None
-        for parameter, view in () if self.grads is None else self.bucket.views(self.grads):
-            parameter.main_grad = view
+        views = {} if self.grads is None else dict(self.bucket.views(self.grads))
+        for parameter in self.bucket.parameters:
+            parameter.main_grad = views.get(parameter)
 
 
 class ParameterShard(NamedTuple):
@@ -291,14 +283,14 @@ class FlatBuffers:
         self.stage = stage if ctx.shards.size > 1 else 0  # the one shard is the whole
         self.parameters = list(dict.fromkeys(p for unit in units for p in unit.parameters if p.spec.trainable))
         largest = bucket_size or usual_size(sum(p.numel() for p in self.parameters), ctx.dp_cp.size, self.stage)
-        parts = {"dp_cp": ctx.dp_cp.size, "edp": ctx.edp.size}
+        parts = {name: getattr(ctx, name).size for name in get_args(AverageOver)}
         buckets = make_buckets(units, parts, largest, self.stage == 3, self.rules)
-        if not any(bucket.trainable for bucket in buckets):
+        if not any(bucket.spec.trainable for bucket in buckets):
             raise ValueError("there is no trainable parameter")
         self.dtype = buckets[0].parameters[0].dtype
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.buckets = self._lay_out(buckets)
-        self.trained = [local for local in self.buckets if local.bucket.trainable]
+        self.trained = [local for local in self.buckets if local.bucket.spec.trainable]
         self.owned = [
             ParameterShard(
                 parameter,
@@ -313,23 +305,21 @@ class FlatBuffers:
 
     def _lay_out(self, buckets: Sequence[Bucket]) -> list[LocalBucket]:
         """Make the buffers, and move the parameters of each bucket into its part of them."""
-        placed = [self._sharding(bucket) for bucket in buckets]
-        pairs = list(zip(buckets, placed, strict=True))
-        kept = [b.size // (shards.size if stage == 3 else 1) for b, (stage, shards, _) in pairs]
-        summed = [b.size // (shards.size if stage >= 2 else 1) * b.trainable for b, (stage, shards, _) in pairs]
+        placed = [(bucket, *self._sharding(bucket)) for bucket in buckets]
+        kept = [b.size // (shards.size if stage == 3 else 1) for b, stage, shards, _ in placed]
+        summed = [b.size // (shards.size if stage >= 2 else 1) * b.spec.trainable for b, stage, shards, _ in placed]
         self.weights = torch.zeros(sum(kept), dtype=self.dtype, device=self.ctx.device)
         self.grads = torch.zeros(sum(summed), dtype=self.wide, device=self.ctx.device)
         made = []
-        for (bucket, (stage, shards, replicas)), weights, grads in zip(
-            pairs, self.weights.split(kept), self.grads.split(summed), strict=True
-        ):
+        buffers = zip(placed, self.weights.split(kept), self.grads.split(summed), strict=True)
+        for (bucket, stage, shards, replicas), weights, grads in buffers:
             shard = bucket.size // shards.size
             own = slice(shards.rank * shard, (shards.rank + 1) * shard)
             whole = weights if stage < 3 else weights.new_zeros(bucket.size)
             for parameter, view in bucket.views(whole):
                 view.copy_(parameter.detach())
             own_weights = weights[own] if stage < 3 else weights.copy_(whole[own])
-            own_grads, whole_grads = (grads[own], grads) if stage < 2 and bucket.trainable else (grads, None)
+            own_grads, whole_grads = (grads[own], grads) if stage < 2 and bucket.spec.trainable else (grads, None)
             local = LocalBucket(
                 bucket, stage, shards, replicas, own, own_weights, own_grads, weights if stage < 3 else None, whole_grads
             )

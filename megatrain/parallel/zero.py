@@ -42,7 +42,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import proxy
 
@@ -84,7 +83,7 @@ class FlatParameters(FlatBuffers):
         self._pool = Pool()
         self._largest = max(local.bucket.size for local in self.trained)
         self._flying: list[_Flight] = []
-        self._summing: list[tuple[LocalBucket, torch.Tensor | None]] = []
+        self._summing: list[tuple[LocalBucket, Handle, torch.Tensor | None]] = []
         self._now: Instruction | None = None
         self._postponed: Postponed | None = None
         self._uses = Uses(units)
@@ -94,6 +93,8 @@ class FlatParameters(FlatBuffers):
         self._aloft = 0 if not apart else IN_FLIGHT if waits else len(self.trained)
         homes = {p: local for local in self.buckets for p in local.bucket.parameters}
         self._of_chunk = {c: [b for b in self.buckets if b.bucket.chunk == c] for c in {u.chunk for u in units}}
+        self._common = {c: [b for b in of if not b.bucket.decay] for c, of in self._of_chunk.items()}
+        """By chunk, norms and biases: every unit of it reads them."""
         self._of_unit = [list(dict.fromkeys(homes[p] for p in unit.parameters)) for unit in units]
         self._partial: dict[str, list[ParameterShard]] = {}
         for shard in self.owned:
@@ -102,7 +103,7 @@ class FlatParameters(FlatBuffers):
         me = proxy(self)  # the hooks of parameters and modules must not keep the buffers alive when the run has gone
         for number, local in enumerate(self.trained):
             for parameter in local.bucket.parameters:
-                parameter.open_gradient = partial(_open, me, number)
+                parameter.open_gradient = lambda number=number: me._open(number)
                 parameter.register_post_accumulate_grad_hook(_move_gradient)
             local.place_grads()
         for index, unit in enumerate(units):
@@ -119,13 +120,13 @@ class FlatParameters(FlatBuffers):
     def during(self, instruction: Instruction, postponed: Postponed | None) -> Iterator[None]:
         """Around every instruction; `postponed` is its micro-batch's list of weight gradients that wait."""
         self._now, self._postponed = instruction, postponed
-        self._fetch(self._common(instruction.chunk))
+        self._fetch(self._common[instruction.chunk])
         yield
         if instruction.frees:
             self._complete(self._of_chunk[instruction.chunk])
         self._now = self._postponed = None
         if not self._uses.next_instruction(instruction.chunk):
-            self._let_go(self._common(instruction.chunk))
+            self._let_go(self._common[instruction.chunk])
 
     def enter(self, index: int, hidden: Any) -> Any:
         """The input of a unit, before its forward; its weights are there when this returns."""
@@ -156,14 +157,10 @@ class FlatParameters(FlatBuffers):
 
     # --- weights --------------------------------------------------------------------------------------------------------
 
-    def _common(self, chunk: int) -> list[LocalBucket]:
-        """Buckets that every unit of a chunk reads: norms and biases."""
-        return [local for local in self._of_chunk[chunk] if not local.bucket.decay]
-
     def _use(self, index: int) -> None:
         """Have a unit's weights, and begin to fetch those of the next one."""
         self._uses.come_to(index)
-        mine = [*self._of_unit[index], *self._common(self.units[index].chunk)]
+        mine = [*self._of_unit[index], *self._common[self.units[index].chunk]]
         ahead = self._of_unit[self._uses.next] if self.overlap and self._uses.next is not None else []
         for local in (*mine, *ahead):
             self._start_gather(local)
@@ -298,17 +295,15 @@ class FlatParameters(FlatBuffers):
         if self.sent != self.wide:
             self._end_sums(IN_FLIGHT - 1)
         sent, room = self._to_send(local.own_grads, local.replicas)
-        local.reducing = local.replicas.start_all_reduce(sent)[1]
-        self._summing.append((local, room))
+        self._summing.append((local, local.replicas.start_all_reduce(sent)[1], room))
         if not self.overlap:
             self._end_sums(0)
 
     def _end_sums(self, under_way: int) -> None:
         """Wait until at most so many sums over the replicas are under way."""
         while len(self._summing) > under_way:
-            local, room = self._summing.pop(0)
-            if local.reducing is not None:
-                local.reducing.wait()
+            local, summing, room = self._summing.pop(0)
+            summing.wait()
             if room is not None:
                 local.own_grads.copy_(room[: local.own_grads.numel()])
                 self._pool.give(room)
@@ -320,11 +315,10 @@ class FlatParameters(FlatBuffers):
             self._start_reduction(local, last=True)
         self._land(0)
         for local in self.trained:
-            if local.reducing is None:  # the last micro-batch gave it no gradient
+            if not local.reduced:  # the last micro-batch gave it no gradient
                 self._sum_replicas(local)
         self._end_sums(0)
         for local in self.trained:
-            local.reducing = None
             local.place_grads()
         for name, shards in self._partial.items():
             _sum_partial(shards, getattr(self.ctx, name))
@@ -384,9 +378,8 @@ class Uses:
 
     def next_instruction(self, chunk: int) -> bool:
         """An instruction is over: whether the next one is on the same chunk."""
-        if self._chunks:
-            self._chunks.pop()
-        return bool(self._chunks) and self._chunks[-1] == chunk
+        del self._chunks[-1:]
+        return self._chunks[-1:] == [chunk]
 
 
 class Pool:
@@ -406,19 +399,14 @@ class Pool:
         self._free.setdefault((buffer.numel(), buffer.dtype), []).append(buffer)
 
 
-def _open(flat: FlatParameters, number: int) -> None:
-    flat._open(number)
-
-
 def _hook(module: nn.Module, flat: FlatParameters, index: int) -> None:
-    """Have enter and leave called around a unit's module."""
+    """Have enter and leave called around a unit's module, with the first of its arguments and of its results."""
+
+    def leave(_: nn.Module, _given: Any, made: Any) -> Any:
+        return (flat.leave(index, made[0]), *made[1:]) if isinstance(made, tuple) else flat.leave(index, made)
+
     module.register_forward_pre_hook(lambda _, given: (flat.enter(index, given[0]), *given[1:]))
-    module.register_forward_hook(lambda _, _given, made: _first(made, lambda y: flat.leave(index, y)))
-
-
-def _first(made: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A module's result with its first tensor changed."""
-    return (change(made[0]), *made[1:]) if isinstance(made, tuple) else change(made)
+    module.register_forward_hook(leave)
 
 
 class _Tell(torch.autograd.Function):

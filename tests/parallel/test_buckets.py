@@ -74,7 +74,7 @@ def test_a_shared_parameter_has_a_bucket_to_itself():
 def test_frozen_parameters_come_last_and_apart():
     units = [layer(0, trainable=False), layer(1)]
     buckets = make_buckets(units, TWO, largest=10**6, by_unit=False)
-    assert [b.trainable for b in buckets] == [True, True, False]
+    assert [b.spec.trainable for b in buckets] == [True, True, False]
     assert names(buckets[2]) == ["layers.0.down", "layers.0.q", "layers.0.k"]
 
 
