@@ -24,6 +24,7 @@ import torch
 
 from megatrain.kernels.attention_dropout import WeightDropout, drop_weights, fits, tiled
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
+from megatrain.kernels.dispatch import Kernels, use_numba
 from megatrain.kernels.flex_attention import flex, takes
 from megatrain.kernels.sdpa import STEADY, Fused, fused
 
@@ -46,6 +47,8 @@ class Variant:
     """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
     order: tuple[Fused, ...] = STEADY
     """Which of torch's fused kernels serve on a GPU, best first (`sdpa.py`)."""
+    kernels: Kernels = "auto"
+    """Which softmax serves on a CPU (`dispatch.py`)."""
 
     @property
     def fused(self) -> bool:
@@ -145,6 +148,19 @@ def _scaled_product(scale: float, a: torch.Tensor, b: torch.Tensor, room: _Room 
     return out.baddbmm_(a, b, beta=0, alpha=scale)
 
 
+def _softmax(scores: torch.Tensor, block: int = 1) -> torch.Tensor:
+    """Softmax of [n, r block, keys] over the keys, in place, by numba; query i of a block sees all but the last block - 1 - i."""
+    from megatrain.kernels.cpu_softmax import softmax  # noqa: PLC0415  numba is optional
+
+    return softmax(scores, block)
+
+
+def _numba_add(total: torch.Tensor, more: torch.Tensor) -> None:
+    from megatrain.kernels.cpu_heads import add  # noqa: PLC0415
+
+    add(total, more)
+
+
 def _operand(x: torch.Tensor) -> torch.Tensor:
     """What is to be multiplied: a slice in 16 bits torch on a CPU would copy at every product, and element by element."""
     return x.contiguous() if x.device.type == "cpu" and x.dtype.itemsize == 2 else x
@@ -194,9 +210,13 @@ class _Block:
 
     def add(self, total: torch.Tensor, gradient: torch.Tensor) -> None:
         """Add the gradient of `columns` to that of the keys or values, [b g, 1, n, d]."""
+        compiled = use_numba(self.variant.kernels, gradient) and total.dtype == torch.float32 and len(self.spans) == 1
         done = 0
         for span in self.spans:
-            total[self.part, 0, span] += gradient[:, done : done + span.stop - span.start]
+            if compiled:
+                _numba_add(total[self.part, 0, span], gradient)
+            else:
+                total[self.part, 0, span] += gradient[:, done : done + span.stop - span.start]
             done += span.stop - span.start
 
     def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,13 +232,16 @@ class _Block:
         by_head = self.by_head(scores)
         if self.variant.slopes is not None:
             by_head += self._bias(self.variant.slopes.to(scores.dtype))
+        compiled = use_numba(self.variant.kernels, scores)
+        if compiled and self.variant.mask.only_causal:
+            return _softmax(scores, self.end - self.start)
         certain = self.variant.mask.seen_by_all(self.offset + self.start)  # of the one span, which then begins at key 0
         corner = by_head[..., certain:]
         if self.variant.mask.only_causal:
             corner += room.triangle(self.end - self.start, corner.dtype)
         elif corner.shape[-1]:
             corner.masked_fill_(self._hidden(rows.device, certain), -torch.inf)
-        return torch.softmax(scores, -1, out=scores).to(rows.dtype)
+        return _softmax(scores) if compiled else torch.softmax(scores, -1, out=scores).to(rows.dtype)
 
     def dropped(self, x: torch.Tensor) -> torch.Tensor:
         """x [n, r block, keys] times the factors of dropout."""

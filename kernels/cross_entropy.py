@@ -11,10 +11,11 @@ row's ids is read by neither, and Triton's loads go over it whole: rows of 50,30
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
-from megatrain.kernels.dispatch import Kernels, jit, next_power, tl, use_triton
+from megatrain.kernels.dispatch import Kernels, jit, next_power, tl, use_numba, use_triton
 
 BLOCK = 4096
 """Ids that a Triton program takes at a time."""
@@ -50,6 +51,10 @@ def statistics_of(
             logits, local, here, top, total, label, total if added is None else added, *logits.stride(), IDS=ids, WIDTH=width,
             WITH_SUM=with_sum, BLOCK=min(BLOCK, next_power(width)), num_warps=8,
         )  # fmt: skip
+        return top, total, label, added
+    if added is None and _by_numba(kernels, logits):
+        label.copy_(logits.gather(1, local[:, None]).squeeze(1) * here)
+        _numba().statistics(logits, ids, top, total)
         return top, total, label, added
     logits = logits[:, :ids]
     blocks = _row_blocks(logits)
@@ -96,14 +101,26 @@ def gradient_of(
             SPREAD=spread is not None, BLOCK=min(BLOCK, next_power(width)), num_warps=8,
         )  # fmt: skip
         return
-    if ids < width:
+    if _by_numba(kernels, logits):
+        _numba().gradient(logits, ids, factor.float(), torch.zeros_like(top) if spread is None else spread.float())
+    else:
         logits[:, ids:].zero_()
         logits = logits[:, :ids]
-    logits.mul_(factor[:, None].to(logits.dtype))
-    if spread is not None:
-        logits.sub_(spread[:, None].to(logits.dtype))
+        logits.mul_(factor[:, None].to(logits.dtype))
+        if spread is not None:
+            logits.sub_(spread[:, None].to(logits.dtype))
     rows = torch.arange(logits.shape[0], device=logits.device)
     logits[rows, local] = torch.where(here, label.to(logits.dtype), logits[rows, local])  # scatter_ would copy all logits
+
+
+def _by_numba(kernels: Kernels, logits: torch.Tensor) -> bool:
+    return use_numba(kernels, logits) and logits.stride(1) == 1
+
+
+def _numba() -> Any:
+    from megatrain.kernels import cpu_softmax  # noqa: PLC0415  numba is optional
+
+    return cpu_softmax
 
 
 def _exponentials_in_16_bits(x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:

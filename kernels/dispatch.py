@@ -1,7 +1,8 @@
 """Which implementation of an operation serves: the one place that decides (`train.kernels`).
 
-    auto        Triton on CUDA where it is installed, else the reference
+    auto        Triton on CUDA and numba on a CPU in BF16, where they are installed, else the reference
     triton      Triton; on a CPU its interpreter (TRITON_INTERPRET=1), for tests; an error where there is neither
+    numba       numba on a CPU in BF16 (kernels/cpu.py); an error where it is not installed, or cannot serve
     reference   plain PyTorch everywhere
 
 Kernels are written with `jit` and `tl` of this module. Without Triton they are functions that nobody calls.
@@ -10,13 +11,15 @@ Kernels are written with `jit` and `tl` of this module. Without Triton they are 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
 
-Kernels = Literal["auto", "triton", "reference"]
+Kernels = Literal["auto", "triton", "numba", "reference"]
 
 try:
     import triton
@@ -26,6 +29,10 @@ except ImportError:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its kernels in Python; it must be said before megatrain is imported."""
+
+
+LEAST = 1 << 14
+"""Numbers of a tensor from which on numba's kernels serve: below, the call itself is what costs."""
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -55,7 +62,7 @@ else:
 
 def use_triton(kernels: Kernels, device: torch.device) -> bool:
     """Whether Triton's kernels serve on a device. Raises ValueError where they are asked for and cannot."""
-    if kernels == "reference":
+    if kernels in ("numba", "reference"):
         return False
     possible = triton is not None and (device.type == "cuda" or INTERPRETED)
     if kernels == "auto":
@@ -64,6 +71,66 @@ def use_triton(kernels: Kernels, device: torch.device) -> bool:
         why = "Triton is not installed: pip install 'megatrain[gpu]'" if triton is None else f"Triton has no {device.type}"
         raise ValueError(f"train.kernels=triton cannot be: {why}. Use train.kernels=auto, or reference.")
     return True
+
+
+def use_numba(kernels: Kernels, x: torch.Tensor) -> bool:
+    """Whether numba's kernels serve for a tensor: in BF16, on a CPU, of so many numbers that it is worth a call."""
+    return (
+        kernels in ("auto", "numba")
+        and x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.numel() >= LEAST
+        and numba_lacks() is None
+    )
+
+
+def numba_lacks() -> str | None:
+    """Why numba's kernels cannot serve on this CPU with torch's number of threads; None: they can."""
+    if not _numba_there():
+        return "numba is not installed: pip install 'megatrain[cpu]'"
+    threads = torch.get_num_threads()
+    if threads > 1 and not _numba_splits():
+        return f"numba has no OpenMP here, and so no use for {threads} threads: set OMP_NUM_THREADS=1, or install libgomp"
+    return None
+
+
+@cache
+def _numba_there() -> bool:
+    try:
+        import numba  # noqa: F401, PLC0415  optional, and 0.2 s that no other run need spend
+    except ImportError:
+        return False
+    return True
+
+
+@cache
+def _numba_splits() -> bool:
+    """Whether numba has threads that several callers may use at a time. On macOS its OpenMP and torch's abort where they meet."""
+    if sys.platform != "linux":
+        return False
+    try:
+        import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
+
+
+def require(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str:
+    """What serves in a run of this dtype, in words. Raises ValueError where kernels are asked for and cannot serve."""
+    if use_triton(kernels, device):
+        return "triton"
+    on_cpu = device.type == "cpu"
+    if kernels == "reference" or (kernels == "auto" and on_cpu and dtype != torch.bfloat16):
+        return "plain PyTorch"
+    if on_cpu:
+        lacks = numba_lacks() if dtype == torch.bfloat16 else f"its kernels are for bfloat16, and this is {dtype}"
+    else:
+        lacks = "Triton is not installed: pip install 'megatrain[gpu]'"
+    if kernels == "numba" and not on_cpu:
+        lacks = f"its kernels are for a CPU, and this is {device.type}"
+    if kernels == "numba" and lacks is not None:
+        raise ValueError(f"train.kernels=numba cannot be: {lacks}. Use train.kernels=auto, or reference.")
+    return "numba" if lacks is None else f"plain PyTorch ({lacks})"
 
 
 @cache

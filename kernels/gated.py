@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, tl, use_triton
+from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, tl, use_numba, use_triton
 from megatrain.kernels.gelu_tanh import gelu_tanh
 
 PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -38,9 +38,16 @@ SLOPES: dict[str, Callable[..., torch.Tensor]] = {
 }
 """(gradient of act(x), x, grad_input: where that of x is written), which may be the first."""
 CURVES = {"swiglu": 0, "geglu": 1, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-"""Numbers of act for the Triton kernels."""
+"""Numbers of act for the compiled kernels."""
 BLOCK = 1024
 """Elements that one Triton program takes at a time."""
+
+
+class Compiled(NamedTuple):
+    """(x, up or None, kind) -> act(x), or act(x) up; (x, up or None, dy, kind, summed) -> (gradients beside one another, their sums)."""
+
+    forward: Callable[..., torch.Tensor]
+    backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def activated(x: torch.Tensor, kind: str, *, bias: torch.Tensor | None = None, kernels: Kernels = "auto") -> torch.Tensor:
@@ -48,10 +55,10 @@ def activated(x: torch.Tensor, kind: str, *, bias: torch.Tensor | None = None, k
 
     bias: stands for what was added to x before, [f]; its gradient is made here.
     """
-    triton = use_triton(kernels, x.device)
-    if bias is None and not triton and not _by_sigmoid(x, kind):
+    compiled = _compiled(kernels, x)
+    if bias is None and compiled is None and not _by_sigmoid(x, kind):
         return PLAIN[kind](x)
-    return _Activated.apply(x, bias, kind, triton)
+    return _Activated.apply(x, bias, kind, compiled)
 
 
 def gated(
@@ -66,9 +73,16 @@ def gated(
     """act(gate) * up, both [..., f]; kind: a key of GATES.
 
     bias: stands for what was added to gate|up before, [2 f]; its gradient is made here. keep: act(gate) may be kept, which is faster
-    without Triton.
+    for the reference.
     """
-    return _Gated.apply(gate, up, bias, kind, keep, use_triton(kernels, gate.device))
+    return _Gated.apply(gate, up, bias, kind, keep, _compiled(kernels, gate))
+
+
+def _compiled(kernels: Kernels, x: torch.Tensor) -> Compiled | None:
+    """What makes both passes for x; None: the reference."""
+    if use_triton(kernels, x.device):
+        return Compiled(_forward_triton, _backward_triton)
+    return Compiled(_forward_numba, _backward_numba) if use_numba(kernels, x) else None
 
 
 def _by_sigmoid(x: torch.Tensor, kind: str) -> bool:
@@ -77,20 +91,20 @@ def _by_sigmoid(x: torch.Tensor, kind: str) -> bool:
 
 class _Activated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, kind: str, triton: bool) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, kind: str, compiled: Compiled | None) -> torch.Tensor:
         act = gelu_tanh if _by_sigmoid(x, kind) else PLAIN[kind]
-        y = _forward_triton(x, None, kind) if triton else act(x)
+        y = act(x) if compiled is None else compiled.forward(x, None, kind)
         ctx.save_for_backward(y if kind == "relu" else x)
-        ctx.settings = kind, triton, None if bias is None else bias.dtype
+        ctx.settings = kind, compiled, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        kind, triton, wide = ctx.settings
+        kind, compiled, wide = ctx.settings
         summed = ctx.needs_input_grad[1]
-        if triton:
-            dx, sums = _backward_triton(x, None, dy, kind, summed)
+        if compiled is not None:
+            dx, sums = compiled.backward(x, None, dy, kind, summed)
         else:
             dx = torch.empty_like(x, memory_format=torch.contiguous_format)
             SLOPES[kind](dy, x, grad_input=dx)
@@ -101,12 +115,18 @@ class _Activated(torch.autograd.Function):
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate: torch.Tensor, up: torch.Tensor, bias: torch.Tensor | None, kind: str, keep: bool, triton: bool
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        bias: torch.Tensor | None,
+        kind: str,
+        keep: bool,
+        compiled: Compiled | None,
     ) -> torch.Tensor:
-        ctx.settings = kind, triton, None if bias is None else bias.dtype
-        if triton:
+        ctx.settings = kind, compiled, None if bias is None else bias.dtype
+        if compiled is not None:
             ctx.save_for_backward(gate, up)
-            return _forward_triton(gate, up, kind)
+            return compiled.forward(gate, up, kind)
         act = GATES[kind](gate)
         ctx.save_for_backward(gate, up, *([act] if keep else []))
         return act * up if keep else act.mul_(up)
@@ -114,10 +134,10 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         gate, up, *kept = ctx.saved_tensors
-        kind, triton, wide = ctx.settings
+        kind, compiled, wide = ctx.settings
         summed = ctx.needs_input_grad[2]
-        if triton:
-            both, sums = _backward_triton(gate, up, dy, kind, summed)
+        if compiled is not None:
+            both, sums = compiled.backward(gate, up, dy, kind, summed)
         else:
             both = gate.new_empty(*gate.shape[:-1], 2 * gate.shape[-1])
             dgate, dup = both.chunk(2, -1)
@@ -131,6 +151,35 @@ class _Gated(torch.autograd.Function):
 def row_sums(dy: torch.Tensor) -> torch.Tensor:
     """[..., n] summed over its rows, in float32 inside: [n], in the dtype of dy. (Asked for another, torch on CPU copies all of dy.)"""
     return dy.flatten(0, -2).sum(0)
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [..., f] as rows [n, f] whose numbers lie behind one another: a view where they do, as in the parts of one matmul's output.
+
+    A dim of size 1 may have any stride, which says nothing of where the next row is, and `contiguous` leaves it: reshaped it is gone.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+# --- numba ----------------------------------------------------------------------------------------------------------------
+
+
+def _forward_numba(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:
+    from megatrain.kernels.cpu_gated import activate  # noqa: PLC0415  numba is optional
+
+    return activate(_rows_of(x), None if up is None else _rows_of(up), CURVES[kind]).view(x.shape)
+
+
+def _backward_numba(
+    x: torch.Tensor, up: torch.Tensor | None, dy: torch.Tensor, kind: str, summed: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `_backward_triton`; the sums are always made."""
+    from megatrain.kernels.cpu_gated import activate_back  # noqa: PLC0415
+
+    given = dy.reshape(-1, dy.shape[-1]).contiguous()
+    dx, sums = activate_back(_rows_of(x), None if up is None else _rows_of(up), given, CURVES[kind])
+    return dx.view(*x.shape[:-1], dx.shape[1]), sums if summed else None
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------------
@@ -201,15 +250,6 @@ def _backward_kernel(
         tl.store(sums + program * stride_out + column, total, mask=inside)
         if GATED:
             tl.store(sums_up + program * stride_out + column, total_up, mask=inside)
-
-
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x [..., f] as rows [n, f] whose numbers lie behind one another: a view where they do, as in the parts of one matmul's output.
-
-    A dim of size 1 may have any stride, which says nothing of where the next row is, and `contiguous` leaves it: reshaped it is gone.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _forward_triton(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch.Tensor:

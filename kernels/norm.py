@@ -4,7 +4,7 @@ With m = mean(x) (0 for RMSNorm) and r = 1 / sqrt(mean((x - m)^2) + eps) over a 
 
     y = n' w + b      dx = r (g - mean(g) - n' mean(g n')), g = dy w   (RMSNorm: without mean(g))      dw = sum of dy n', db = sum of dy
 
-Where a bias was added to the residual last, its gradient is the sum of dx over the rows, which the Triton kernel makes beside dw and db.
+Where a bias was added to the residual last, its gradient is the sum of dx over the rows, which compiled kernels make beside dw and db.
 
 Both keep their input and one or two numbers a row. torch's composite RMSNorm on CPU keeps the normalised rows too, in float32 even for
 bfloat16 inputs; its LayerNorm there is fused, and serves as it is. Statistics are in at least float32.
@@ -17,15 +17,22 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power, tl, use_triton, warps
+from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power, tl, use_numba, use_triton, warps
 
 WIDEST_BYTES = 16_384
 """A wider row does not fit into the registers of one program beside the sums for weight and bias: the row is read twice, in blocks, and
 the sums are a pass of their own."""
 WIDE_BLOCK, SUMS_BLOCK = 4096, 1024
 """Numbers of a row that these two passes take at a time."""
+NARROWEST = 128
+"""A narrower row is torch's on a CPU: numba's loops would hardly begin."""
 LEAST_ROWS = 4
 """One program of the Triton backward works through so many rows or more, for one partial sum of weight gradients."""
+
+
+def norm_compiled(kernels: Kernels, x: torch.Tensor) -> bool:
+    """Whether a compiled kernel normalises x [..., n]: Triton's or numba's."""
+    return use_triton(kernels, x.device) or (x.shape[-1] >= NARROWEST and use_numba(kernels, x))
 
 
 def norm(
@@ -38,8 +45,8 @@ def norm(
     kernels: Kernels = "auto",
 ) -> torch.Tensor:
     """x [..., n] normalised over the last dim, times `weight` [n], plus `bias` [n]; rms: RMSNorm, which has no bias."""
-    if use_triton(kernels, x.device):
-        return _TritonNorm.apply(x, None, weight, bias, None, eps, rms, False)[0]
+    if norm_compiled(kernels, x):
+        return _CompiledNorm.apply(x, None, weight, bias, None, eps, rms, False, kernels)[0]
     if rms:
         return _RMSNorm.apply(x, weight, eps)
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -55,9 +62,9 @@ def norm_beside(
     rms: bool,
     kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x), x): of what is read beside its norm too, both gradients are added in one pass where Triton serves."""
-    if use_triton(kernels, x.device):
-        y, same = _TritonNorm.apply(x, None, weight, bias, None, eps, rms, True)
+    """(norm(x), x): of what is read beside its norm too, both gradients are added in one pass where it is compiled."""
+    if norm_compiled(kernels, x):
+        y, same = _CompiledNorm.apply(x, None, weight, bias, None, eps, rms, True, kernels)
         return y, same
     return norm(x, weight, bias, eps, rms=rms, kernels=kernels), x
 
@@ -72,9 +79,9 @@ def add_norm(
     rms: bool,
     kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual), in one pass over both where Triton serves."""
-    if use_triton(kernels, x.device) and x.dtype == residual.dtype:
-        y, total = _TritonNorm.apply(x, residual, weight, bias, None, eps, rms, True)
+    """(norm(x + residual), x + residual), in one pass over both where it is compiled."""
+    if norm_compiled(kernels, x) and x.dtype == residual.dtype:
+        y, total = _CompiledNorm.apply(x, residual, weight, bias, None, eps, rms, True, kernels)
         return y, total
     total = x + residual
     return norm(total, weight, bias, eps, rms=rms, kernels=kernels), total
@@ -89,12 +96,13 @@ def add_biased_norm(
     eps: float,
     *,
     rms: bool,
+    kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """add_norm of x and residual of one dtype, Triton's alone: its backward has the sums too that are a bias's gradient.
+    """add_norm of x and residual of one dtype where `norm_compiled`: its backward has the sums too that are a bias's gradient.
 
     residual_bias: stands for what was added to residual before, [n]; its gradient is made here, in float32.
     """
-    y, total = _TritonNorm.apply(x, residual, weight, bias, residual_bias, eps, rms, True)
+    y, total = _CompiledNorm.apply(x, residual, weight, bias, residual_bias, eps, rms, True, kernels)
     return y, total
 
 
@@ -115,6 +123,75 @@ class _RMSNorm(torch.autograd.Function):
         g = dy * weight
         mean = (g * normed).mean(-1, keepdim=True)
         return g.sub_(normed.mul_(mean)).mul_(r).to(x.dtype), dweight, None
+
+
+class _CompiledNorm(torch.autograd.Function):
+    """(norm(x + residual), x + residual), or of x alone where there is no residual; the second is empty unless it is to be read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        residual_bias: torch.Tensor | None,
+        eps: float,
+        rms: bool,
+        beside: bool,
+        kernels: Kernels,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        triton = use_triton(kernels, x.device)
+        forward = _forward_triton if triton else _forward_numba
+        x, other = x.contiguous(), None if residual is None else residual.contiguous()
+        y, total, means, scales = forward(x, other, weight, bias, eps, rms)
+        ctx.save_for_backward(total, weight, means, scales)
+        ctx.settings = rms, residual is not None, bias is not None, triton
+        ctx.set_materialize_grads(False)
+        if beside:
+            return y, total if residual is not None else x.view_as(x)
+        nothing = total.new_empty(0)
+        ctx.mark_non_differentiable(nothing)
+        return y, nothing
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None) -> Any:
+        total, weight, means, scales = ctx.saved_tensors
+        rms, added, has_bias, triton = ctx.settings
+        dy = torch.zeros_like(total) if dy is None else dy.contiguous()
+        dtotal = None if dtotal is None else dtotal.contiguous()
+        before: bool = ctx.needs_input_grad[4]
+        backward = _backward_triton if triton else _backward_numba
+        dx, summed = backward(dy, dtotal, total, weight, means, scales, rms, has_bias, before)
+        own = summed[: 1 + has_bias].to(weight.dtype)
+        return (
+            dx,
+            dx if added else None,
+            own[0],
+            own[1] if has_bias else None,
+            summed[-1] if before else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+# --- numba ----------------------------------------------------------------------------------------------------------------
+
+
+def _forward_numba(*given: Any) -> tuple[torch.Tensor, ...]:
+    from megatrain.kernels.cpu_norm import forward  # noqa: PLC0415  numba is optional
+
+    return forward(*given)
+
+
+def _backward_numba(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from megatrain.kernels.cpu_norm import backward  # noqa: PLC0415
+
+    *_, biased, before = given
+    dx, sums = backward(*given)
+    return dx, sums[[True, biased, before]]
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------------
@@ -267,72 +344,58 @@ def _sums_kernel(
         tl.store(dbefore + program * n + columns, sum_x, mask=inside)
 
 
-class _TritonNorm(torch.autograd.Function):
-    """(norm(x + residual), x + residual), or of x alone where there is no residual; the second is empty unless it is to be read."""
+def _forward_triton(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool
+) -> tuple[torch.Tensor, ...]:
+    """(y, x + residual or x, means, scales) of x and `residual` [.., n], contiguous."""
+    n = x.shape[-1]
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    rows = x.numel() // n
+    total = x if residual is None else torch.empty_like(x)
+    y = torch.empty_like(x)
+    means, scales = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    block = next_power(n)
+    other = x if residual is None else residual
+    _forward_kernel[(rows,)](
+        x, other, weight, weight if bias is None else bias, y, total, means, scales, n, eps,
+        RMS=rms, ADD=residual is not None, BIAS=bias is not None, BLOCK=block, num_warps=warps(block),
+    )  # fmt: skip
+    return y, total, means, scales
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        residual_bias: torch.Tensor | None,
-        eps: float,
-        rms: bool,
-        beside: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        n = x.shape[-1]
-        x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-        rows = x.numel() // n
-        total = x if residual is None else torch.empty_like(x)
-        y = torch.empty_like(x)
-        means, scales = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-        block = next_power(n)
-        other = x if residual is None else residual.contiguous()
-        _forward_kernel[(rows,)](
-            x, other, weight, weight if bias is None else bias, y, total, means, scales, n, eps,
-            RMS=rms, ADD=residual is not None, BIAS=bias is not None, BLOCK=block, num_warps=warps(block),
+
+def _backward_triton(
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    means: torch.Tensor,
+    scales: torch.Tensor,
+    rms: bool,
+    has_bias: bool,
+    before: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, sums in float32 for weight, for bias where there is one, and of dx where `before`: [1 to 3, n]) of dy and dtotal."""
+    n = total.shape[-1]
+    rows = total.numel() // n
+    # Two programs for each multiprocessor: all run at once, and the partial sums stay few, whatever the number of rows.
+    each = max(LEAST_ROWS, -(-rows // (2 * multiprocessors(total.device))))
+    programs = -(-rows // each)
+    dx = torch.empty_like(total)
+    partial = torch.empty(1 + has_bias + before, programs, n, dtype=torch.float32, device=total.device)
+    dweight, dbias, dbefore = partial[0], partial[1] if has_bias else dy, partial[-1] if before else dy
+    block = next_power(n)
+    added_dy = dy if dtotal is None else dtotal
+    settings: dict[str, Any] = {"RMS": rms, "ADD": dtotal is not None}
+    if block * total.element_size() <= WIDEST_BYTES:
+        _backward_kernel[(programs,)](
+            dy, added_dy, total, weight, means, scales, dx, dweight, dbias, dbefore, rows, n, **settings,
+            BIAS=has_bias, BEFORE=before, EACH=each, BLOCK=block, num_warps=warps(block * total.element_size()),
         )  # fmt: skip
-        ctx.save_for_backward(total, weight, means, scales)
-        ctx.settings = rms, residual is not None, bias is not None
-        ctx.set_materialize_grads(False)
-        if beside:
-            return y, total if residual is not None else x.view_as(x)
-        nothing = total.new_empty(0)
-        ctx.mark_non_differentiable(nothing)
-        return y, nothing
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None) -> Any:
-        total, weight, means, scales = ctx.saved_tensors
-        rms, added, has_bias = ctx.settings
-        n = total.shape[-1]
-        rows = total.numel() // n
-        dy = torch.zeros_like(total) if dy is None else dy.contiguous()
-        dtotal = None if dtotal is None else dtotal.contiguous()
-        # Two programs for each multiprocessor: all run at once, and the partial sums stay few, whatever the number of rows.
-        each = max(LEAST_ROWS, -(-rows // (2 * multiprocessors(total.device))))
-        programs = -(-rows // each)
-        dx = torch.empty_like(total)
-        before: bool = ctx.needs_input_grad[4]
-        partial = torch.empty(1 + has_bias + before, programs, n, dtype=torch.float32, device=total.device)
-        dweight, dbias, dbefore = partial[0], partial[1] if has_bias else dy, partial[-1] if before else dy
-        block = next_power(n)
-        added_dy = dy if dtotal is None else dtotal
-        settings: dict[str, Any] = {"RMS": rms, "ADD": dtotal is not None}
-        if block * total.element_size() <= WIDEST_BYTES:
-            _backward_kernel[(programs,)](
-                dy, added_dy, total, weight, means, scales, dx, dweight, dbias, dbefore, rows, n, **settings,
-                BIAS=has_bias, BEFORE=before, EACH=each, BLOCK=block, num_warps=warps(block * total.element_size()),
-            )  # fmt: skip
-        else:
-            wide = {"N": n, "BLOCK": WIDE_BLOCK, "num_warps": warps(WIDE_BLOCK)}
-            _wide_backward_kernel[(rows,)](dy, added_dy, total, weight, means, scales, dx, **settings, **wide)
-            sums = {"RMS": rms, "BIAS": has_bias, "BEFORE": before, "EACH": each, "BLOCK": SUMS_BLOCK}
-            _sums_kernel[(programs, -(-n // SUMS_BLOCK))](
-                dy, total, means, scales, dx if before else dy, dweight, dbias, dbefore, rows, n, **sums
-            )
-        summed = partial.sum(1)
-        own = summed[: 1 + has_bias].to(weight.dtype)
-        return dx, dx if added else None, own[0], own[1] if has_bias else None, summed[-1] if before else None, None, None, None
+    else:
+        wide = {"N": n, "BLOCK": WIDE_BLOCK, "num_warps": warps(WIDE_BLOCK)}
+        _wide_backward_kernel[(rows,)](dy, added_dy, total, weight, means, scales, dx, **settings, **wide)
+        sums = {"RMS": rms, "BIAS": has_bias, "BEFORE": before, "EACH": each, "BLOCK": SUMS_BLOCK}
+        _sums_kernel[(programs, -(-n // SUMS_BLOCK))](
+            dy, total, means, scales, dx if before else dy, dweight, dbias, dbefore, rows, n, **sums
+        )
+    return dx, partial.sum(1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatrain.kernels.beside import beside
-from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power, tl, use_triton
+from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power, tl, use_numba, use_triton
 from megatrain.kernels.gated import row_sums
 
 TILE = 2048
@@ -66,7 +66,7 @@ def heads(
     All three are views, where the inputs lie beside one another; which are used up: do not read them afterwards. bias: stands for what
     was added to q|k|v before, [(a + 2 g) d]; its gradient is made here.
     """
-    return _Heads.apply(q, k, v, bias, head_dim, turns, use_triton(kernels, q.device))
+    return _Heads.apply(q, k, v, bias, head_dim, turns, kernels)
 
 
 class _Rotate(torch.autograd.Function):
@@ -93,14 +93,15 @@ class _Heads(torch.autograd.Function):
         bias: torch.Tensor | None,
         d: int,
         turns: Turns | None,
-        triton: bool,
+        kernels: Kernels,
     ) -> tuple[torch.Tensor, ...]:
+        triton = use_triton(kernels, q.device)
         widths = [x.shape[-1] for x in (q, k, v)]
         whole = beside((q, k, v))
         if triton and turns is not None and not _even(whole):
             whole = whole.contiguous()
         parts = [x.unflatten(-1, (-1, d)) for x in whole.split(widths, -1)]
-        ctx.settings = d, turns, triton, None if bias is None else bias.dtype
+        ctx.settings = d, turns, kernels, None if bias is None else bias.dtype
         if turns is not None and triton:
             _launch(parts[:2], whole[..., : -widths[2]], turns)
         elif turns is not None:
@@ -111,12 +112,14 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> Any:
-        d, turns, triton, wide = ctx.settings
+        d, turns, kernels, wide = ctx.settings
         summed = ctx.needs_input_grad[3]
         widths = [dy.shape[2] * d for dy in dys]
         whole = dys[0].new_empty(*dys[0].shape[:2], sum(widths))
-        if triton:
+        if use_triton(kernels, whole.device):
             sums = _launch(dys, whole, turns, summed=summed, back=True)
+        elif turns is None and use_numba(kernels, whole):
+            sums = _placed(dys, whole)
         else:
             parts = [x.unflatten(-1, (-1, d)) for x in whole.split(widths, -1)]
             for dy, part in list(zip(dys, parts, strict=True))[0 if turns is None else 2 :]:
@@ -140,6 +143,18 @@ def _rotate(
     else:
         turn(x, cos, sin, interleaved, y, back=back)
     return y
+
+
+def _placed(parts: Sequence[torch.Tensor], whole: torch.Tensor) -> torch.Tensor:
+    """Copy parts [s, b, heads, d] beside one another into `whole` by numba; the sum over tokens, float32, is returned."""
+    from megatrain.kernels.cpu import PARTS  # noqa: PLC0415  numba is optional
+    from megatrain.kernels.cpu_heads import place  # noqa: PLC0415
+
+    sums, start = torch.empty(PARTS, whole.shape[2]), 0
+    for x in parts:
+        place(x if x.stride(3) == 1 else x.contiguous(), whole, start, sums)
+        start += x.shape[2] * x.shape[3]
+    return sums.sum(0)
 
 
 def turn(

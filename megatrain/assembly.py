@@ -11,7 +11,7 @@ from megatrain.config.schema import Config
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Loader
 from megatrain.kernels.compiled import require_compiler
-from megatrain.kernels.dispatch import use_triton
+from megatrain.kernels.dispatch import require
 from megatrain.models.batch import NextToken, Objective
 from megatrain.models.blanks import Blanks, Mixture
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
@@ -39,7 +39,7 @@ def assemble(
 ) -> Run:
     """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
     train = config.train
-    use_triton(train.kernels, ctx.device)  # an error now, and not in the first step
+    require(train.kernels, ctx.device, DTYPES[train.precision])  # an error now, and not in the first step
     if train.compile == "block":
         require_compiler(ctx.device)
     serving = kernels_of(config, ctx.tp.size, DTYPES[train.precision], ctx.device)  # first, while the device is empty

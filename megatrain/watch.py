@@ -15,6 +15,7 @@ from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config, ParallelConfig
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
+from megatrain.kernels.dispatch import require
 from megatrain.kernels.matmul import adds_inside
 from megatrain.lifecycle.stop import PREEMPTED, write_marker
 from megatrain.models.layers import kernels_of
@@ -75,7 +76,7 @@ class Watch:
         )
         size = parameter_count(config.model, vocab_size)
         ctx = job.ctx
-        parallel = config.parallel
+        parallel, dtype = config.parallel, DTYPES[config.train.precision]
         sequence = " + sequence parallel" if parallel.sequence_parallel else ""
         chunks = f" x {parallel.virtual_pipeline_size} chunks" if parallel.virtual_pipeline_size > 1 else ""
         over = f" over {parallel.zero_ranks}" if parallel.zero_ranks else ""
@@ -86,11 +87,11 @@ class Watch:
         self.log.say(
             f"model: {size:,} parameters | layout: {layout} | precision {config.train.precision} | "
             f"batch {config.train.global_batch_size} x {config.model.seq_length} tokens | peak: {self.speed.peak.note}"
-            f"{summing_note(ctx.device, DTYPES[config.train.precision])}"
+            f"{summing_note(ctx.device, dtype)} | kernels: {require(config.train.kernels, ctx.device, dtype)}"
         )
         if config.optim.warmup_steps is None:
             self.log.say(f"warm-up: {job.warmup.warmup_steps} of {job.total_steps} steps, as optim.warmup_steps is null")
-        attention = kernels_of(config, ctx.tp.size, DTYPES[config.train.precision], ctx.device).note
+        attention = kernels_of(config, ctx.tp.size, dtype, ctx.device).note
         if attention:
             self.log.say(attention)
         for note in (*self._notes(), *between_nodes(parallel, ctx, job.session.launch.local_world_size)):

@@ -1,9 +1,12 @@
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before megatrain's kernels are imported
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir(), f"megatrain-tests-{os.getuid()}")))  # workers share it
 
 import fuzzing
 import pytest

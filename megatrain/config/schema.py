@@ -403,10 +403,10 @@ class TrainConfig:
     precision: Literal["bf16", "fp16", "fp32", "fp64"] = knob(
         "bf16", "bf16: BF16 weights with FP32 masters and FP32 gradient accumulation; fp64 is for checks on CPU."
     )
-    kernels: Literal["auto", "triton", "reference"] = knob(
+    kernels: Literal["auto", "triton", "numba", "reference"] = knob(
         "auto",
-        "Implementation of norms, rotation, gates, losses and the AdamW update: auto is Triton on CUDA, else plain PyTorch "
-        "(kernels/dispatch.py).",
+        "Implementation of norms, rotation, gates, losses and the AdamW update: auto is Triton on CUDA, numba on a CPU "
+        "in bf16, where installed, else plain PyTorch (kernels/dispatch.py).",
     )
     compile: Literal["none", "block"] = knob(
         "none",

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from megatrain.assembly import DTYPES
 from megatrain.config.load import from_dict, load
 from megatrain.config.schema import Config
 from megatrain.doctor.measure import MESSAGE_NUMBERS, Report, look, measure
 from megatrain.doctor.rules import Finding, as_json, judge, judge_apart, judge_missing, name_wrong_interfaces, short
 from megatrain.init_from import shapes_of
-from megatrain.kernels.dispatch import use_triton
+from megatrain.kernels.dispatch import require
 from megatrain.plan.memory import state_bytes
 from megatrain.program import vocabulary
 from megatrain.runtime import ports
@@ -147,7 +148,7 @@ def _look(
             config = load(config_path, overrides, shapes_of).config
         device, backend = choose_device(config.parallel, launch, gpus)
         mine.backend = f"{backend} on {device.type}"
-        use_triton(config.train.kernels, device)
+        require(config.train.kernels, device, DTYPES[config.train.precision])
         count = checkpoint_bytes(config)
     except (ValueError, RuntimeError, OSError) as error:
         mine.problems.append(str(error))

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatrain.kernels.dispatch import triton
+from megatrain.kernels.dispatch import require
 from megatrain.kernels.matmul import matmul
 from megatrain.runtime.interface import BACKENDS
 from megatrain.transport.consensus import broadcast_text, gather_texts
@@ -47,7 +47,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     devices: list[str] = field(default_factory=list)
     kernels: str = ""
-    """`triton`, or `plain PyTorch: ` and why Triton's kernels cannot be used."""
+    """The ones that serve a run in BF16: `triton`, `numba`, or `plain PyTorch` and why no compiled ones."""
     backends: list[str] = field(default_factory=list)
     """The libraries for collectives (gloo, nccl) that torch has."""
     backend: str = ""
@@ -92,12 +92,7 @@ def look(report: Report, device: torch.device, directory: Path, env: Mapping[str
         except importlib.metadata.PackageNotFoundError:
             report.versions[package] = "not installed"
     _look_at_device(report, device)
-    report.kernels = (
-        "triton"
-        if triton is not None and device.type == "cuda"
-        else "plain PyTorch: "
-        + ("Triton is not installed (pip install 'megatrain[gpu]')" if triton is None else f"Triton has no {device.type}")
-    )
+    report.kernels = require("auto", device, torch.bfloat16)
     report.backends = backends()
     for name, entries in psutil.net_if_addrs().items():
         ip = [entry.address for entry in entries if entry.family in (socket.AF_INET, socket.AF_INET6)]

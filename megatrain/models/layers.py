@@ -19,7 +19,7 @@ from megatrain.kernels.attention_dropout import WeightDropout
 from megatrain.kernels.beside import together
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import GATES, activated, gated
-from megatrain.kernels.norm import add_biased_norm, add_norm, norm, norm_beside
+from megatrain.kernels.norm import add_biased_norm, add_norm, norm, norm_beside, norm_compiled
 from megatrain.kernels.rotary import Turns, heads, rotary
 from megatrain.kernels.sdpa import STEADY, Choice, Fused, Shape, choose
 from megatrain.models.batch import MicroBatch
@@ -130,7 +130,7 @@ class Norm(nn.Module):
         self.alone: Callable[..., Any] = functools.partial(norm, kernels=build.kernels, **settings)
         self.added: Callable[..., Any] = functools.partial(add_norm, kernels=build.kernels, **settings)
         self.both: Callable[..., Any] | None = functools.partial(norm_beside, kernels=build.kernels, **settings)
-        self.added_biased: Callable[..., Any] = functools.partial(add_biased_norm, **settings)
+        self.added_biased: Callable[..., Any] = functools.partial(add_biased_norm, kernels=build.kernels, **settings)
         self.kernels, self.own = build.kernels, not build.compile
         if build.compile:
             self.both = None
@@ -166,7 +166,7 @@ class Norm(nn.Module):
 
     def sums_after(self, x: torch.Tensor) -> bool:
         """Whether the backward of x and a residual of its dtype has the sums of a bias's gradient without another pass."""
-        return self.own and use_triton(self.kernels, x.device)
+        return self.own and norm_compiled(self.kernels, x)
 
 
 class Dropout(nn.Module):
@@ -404,7 +404,8 @@ class Attention(nn.Module):
         q, k, v = self._heads(x, batch, remake)
         if cache is not None:
             k, v = cache.extend(k, v)
-        variant = Variant(batch.mask, self.slopes, self._dropout(batch), self.build.config.softmax_fp32, self.build.fused)
+        build = self.build
+        variant = Variant(batch.mask, self.slopes, self._dropout(batch), build.config.softmax_fp32, build.fused, build.kernels)
         return self.output(attention(q, k, v, variant), batch.postponed, sums_bias=sums_bias)
 
     def _heads(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None) -> tuple[torch.Tensor, ...]:

@@ -148,7 +148,7 @@ def need_namespaces() -> None:
 def test_alone_and_without_a_config(tmp_path):
     (ended,) = jobs.train(tmp_path / "job", verb="doctor")
     assert ended.code == 0 and ended.out.splitlines()[-1] == "a job would run", ended.err
-    assert "kernels: plain PyTorch" in ended.out and "interfaces: lo 127.0.0.1" in ended.out
+    assert "| kernels: numba |" in ended.out and "interfaces: lo 127.0.0.1" in ended.out
 
 
 def test_two_ranks(tmp_path):

@@ -51,6 +51,7 @@ LOST = {
     "zstandard": [],
     "pyarrow": [],
     "triton": [],
+    "numba": [],
     "rich": [],
     "tensorboard": [
         "warning: no tensorboard, since tensorboard cannot be imported (pip install tensorboard); training goes on"

@@ -107,7 +107,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         bias = None if rms else some(n, dtype=dtype)
         if before:
             place = some(n, dtype=torch.float32)
-            differentiate(*add_biased_norm(x, some(ROWS, n, dtype=dtype), weight, bias, place, 1e-5, rms=rms))
+            differentiate(*add_biased_norm(x, some(ROWS, n, dtype=dtype), weight, bias, place, 1e-5, rms=rms, kernels="triton"))
         elif add:
             differentiate(*add_norm(x, some(ROWS, n, dtype=dtype), weight, bias, 1e-5, rms=rms, kernels="triton"))
         else:

@@ -53,7 +53,7 @@ def after_a_bias(rms):
         *own, place = biases
         bias = own[0] if own else None
         if kernels == "triton":
-            return add_biased_norm(x, residual, weight, bias, place, 1e-5, rms=rms)
+            return add_biased_norm(x, residual, weight, bias, place, 1e-5, rms=rms, kernels="triton")
         return add_norm(x, residual + place, weight, bias, 1e-5, rms=rms, kernels=kernels)
 
     return function

@@ -1,0 +1,55 @@
+"""Moves of a CPU in BF16 that add up on the way: gradients of heads into rows of q|k|v (kernels/rotary.py), and of a block's keys into
+those of all (kernels/attention.py)."""
+
+from __future__ import annotations
+
+import torch
+from numba import prange
+
+from megatrain.kernels.cpu import PARTS, Kernel, flat, jit, line, wide
+
+
+@jit
+def _copy(x, y):
+    for i in range(len(x)):
+        y[i] = x[i]
+
+
+@jit
+def _join(x, total):
+    for i in range(len(x)):
+        total[i] += wide(x[i])
+
+
+@Kernel
+def _place(x, stride_s, stride_b, stride_head, y, start, width, sums, tokens, batch, heads, d):
+    for part in prange(PARTS):
+        mine = line(sums, part * width + start, heads * d)
+        mine[:] = 0
+        for token in range(tokens * part // PARTS, tokens * (part + 1) // PARTS):
+            at = (token // batch) * stride_s + (token % batch) * stride_b
+            for head in range(heads):
+                to = token * width + start + head * d
+                _copy(line(x, at + head * stride_head, d), line(y, to, d))
+            _join(line(y, token * width + start, heads * d), mine)
+
+
+@Kernel
+def _add(x, total, stride, rows, n):
+    for part in prange(rows):
+        _join(line(x, part * n, n), line(total, part * stride, n))
+
+
+def place(x: torch.Tensor, rows: torch.Tensor, start: int, sums: torch.Tensor) -> None:
+    """Copy heads x [s, b, heads, d], numbers of a head side by side, to columns `start` .. of rows [s, b, width], contiguous.
+
+    sums [PARTS, width] float32: the same columns become sums over parts of the tokens.
+    """
+    s, b, heads, d = x.shape
+    _place(x.numel(), flat(x), *x.stride()[:3], flat(rows), start, rows.shape[2], flat(sums), s * b, b, heads, d)
+
+
+def add(total: torch.Tensor, more: torch.Tensor) -> None:
+    """total [n, keys, d] float32, whose keys lie behind one another, += `more`, BF16 and contiguous."""
+    rows, keys, d = more.shape
+    _add(more.numel(), flat(more), flat(total), total.stride(0), rows, keys * d)
