@@ -12,13 +12,14 @@ from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Loader
 from megatrain.kernels.compiled import require_compiler
 from megatrain.kernels.dispatch import require
+from megatrain.kernels.sdpa import Choice, Shape, choose
 from megatrain.models.batch import NextToken, Objective
 from megatrain.models.blanks import Blanks, Mixture
 from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
-from megatrain.models.layers import kernels_of
+from megatrain.models.layers import Build
 from megatrain.optim.optimizer import Optimizer
 from megatrain.parallel.flat import Unit
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.param import Parameter
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.flops import forward_flops, parameter_count
@@ -43,20 +44,8 @@ def assemble(
     if train.compile == "block":
         require_compiler(ctx.device)
     serving = kernels_of(config, ctx.tp.size, DTYPES[train.precision], ctx.device)  # first, while the device is empty
-    chunks = build_gpt(
-        config.model,
-        vocab_size,
-        ctx,
-        *layer_pieces(config, vocab_size),
-        sequence_parallel=config.parallel.sequence_parallel,
-        dtype=DTYPES[train.precision],
-        seed=train.seed,
-        recompute=train.recompute,
-        loss_chunk=train.loss_chunk,
-        kernels=train.kernels,
-        compile=train.compile == "block",
-        fused=serving.order,
-    )
+    build = build_of(config, vocab_size, ctx, serving)
+    chunks = build_gpt(build, *layer_pieces(config, vocab_size), ctx.pp.rank)
     check_whole(chunks, config, vocab_size, ctx)
     parallel = config.parallel
     flat = FlatParameters(
@@ -70,6 +59,35 @@ def assemble(
     optimizer = Optimizer(flat, config.optim, train.kernels)
     objective = objective or objective_of(config)
     return Run(config, ctx, chunks, objective, flat, optimizer, loader, held_out=held_out or {})
+
+
+def build_of(config: Config, vocab_size: int, ctx: ParallelContext, serving: Choice | None = None) -> Build:
+    """The value that the layers of a run's model are built with on this rank; serving: torch's kernels for causal attention."""
+    train = config.train
+    return Build(
+        Rows(ctx.tp, config.parallel.sequence_parallel),
+        DTYPES[train.precision],
+        ctx.device,
+        config.model,
+        vocab_size,
+        train.seed,
+        recompute=train.recompute,
+        loss_chunk=train.loss_chunk,
+        kernels=train.kernels,
+        compile=train.compile == "block",
+        fused=(serving or Choice()).order,
+    )
+
+
+def kernels_of(config: Config, tp_size: int, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Which of torch's kernels serve a run's causal attention: tried on a GPU, once, where its training has no other attention."""
+    model, data = config.model, config.data
+    masked = model.window or model.sparse or data.isolate_documents or data.objective == "glm"
+    if masked or model.position == "alibi" or model.attention_dropout > 0 or not model.softmax_fp32:
+        return Choice()
+    heads, groups = model.num_attention_heads // tp_size, max(1, model.query_groups // tp_size)
+    shape = Shape(model.seq_length, config.train.micro_batch_size, heads, groups, model.head_size)
+    return choose(shape, dtype, device, config.train.deterministic)
 
 
 def objective_of(config: Config) -> Objective:

@@ -22,8 +22,9 @@ from megatrain.huggingface.config import kind_from
 from megatrain.huggingface.families import FAMILIES, Part, parts_of
 from megatrain.huggingface.model_files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
 from megatrain.models.gpt import build_gpt
+from megatrain.models.layers import Build
 from megatrain.optim.portions import portions
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import Axis, Rows
 from megatrain.parallel.param import ParamSpec
 from megatrain.training import Run
 from megatrain.transport.consensus import gather_texts
@@ -61,8 +62,8 @@ def config_of_hf(path: Path, others: Mapping[str, Any] | None = None) -> Config:
 def specs_of(model: ModelConfig, vocab_size: int) -> dict[str, ParamSpec]:
     """Name -> spec of the logical tensors of a model, which is built on the meta device and takes no memory."""
     with torch.device("meta"):
-        ctx, pieces = ParallelContext.single("meta"), [range(model.num_layers)]
-        gpt = build_gpt(model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=torch.float32, seed=0)[0]
+        build = Build(Rows(Axis("tp")), torch.float32, torch.device("meta"), model, vocab_size, seed=0)
+        gpt = build_gpt(build)[0]
     return {p.spec.name: p.spec for p in gpt.logical_parameters()}
 
 

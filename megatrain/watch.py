@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from megatrain.assembly import DTYPES
+from megatrain.assembly import DTYPES, kernels_of
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config, ParallelConfig
@@ -18,7 +18,6 @@ from megatrain.job import Job
 from megatrain.kernels.dispatch import require
 from megatrain.kernels.matmul import adds_inside
 from megatrain.lifecycle.stop import PREEMPTED, write_marker
-from megatrain.models.layers import kernels_of
 from megatrain.optim.optimizer import squares
 from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
@@ -67,7 +66,7 @@ class Watch:
     def start(self) -> None:
         """Say what begins, and where it comes from (collective)."""
         job, config = self.job, self.config
-        vocab_size = job.chunks[0].vocab_size
+        vocab_size = job.chunks[0].build.vocab_size
         self.speed = Speed(
             model_flops_per_token(config.model, vocab_size),
             hardware_flops_per_token(config.model, vocab_size, config.train.recompute),

@@ -22,8 +22,9 @@ from megatrain.checkpoint.tensor_file import BLOCK_BYTES, header_of
 from megatrain.config.load import dump, from_dict
 from megatrain.config.schema import Config
 from megatrain.models.gpt import build_gpt
+from megatrain.models.layers import Build
 from megatrain.parallel.flat import Bucket, make_buckets, usual_size
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.parallel.portion import Partition
 
 VOCABULARY = 50_257
@@ -42,8 +43,8 @@ def stage_buckets(config: Config, stage: int) -> list[Bucket]:
     """The buckets of the ranks of a pipeline stage; no number is drawn."""
     ctx = ParallelContext.build(Pretended(SHAPE.rank_at(pp=stage), RANKS), SHAPE, "meta")
     with patch("megatrain.models.gpt.initialise", lambda *_: None):
-        pieces = layer_pieces(config, VOCABULARY)
-        chunks = build_gpt(config.model, VOCABULARY, ctx, *pieces, sequence_parallel=True, dtype=torch.bfloat16, seed=1)
+        build = Build(Rows(ctx.tp, True), torch.bfloat16, ctx.device, config.model, VOCABULARY, seed=1)
+        chunks = build_gpt(build, *layer_pieces(config, VOCABULARY), stage)
     units = units_of(chunks)
     elements = sum(p.numel() for p in {p for unit in units for p in unit.parameters})
     return make_buckets(units, {"dp_cp": SHAPE.dp}, usual_size(elements, SHAPE.dp, config.parallel.zero_stage), by_unit=False)

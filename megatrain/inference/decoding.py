@@ -118,7 +118,7 @@ class Decoder:
         (logits,) = run_schedule(self._stage(), self.schedule, [batch], scale=1.0).outputs
         self.length += len(tokens)
         if logits is None:  # they are another stage's
-            logits = torch.zeros(tokens.shape[1], self.chunks[0].vocab_size, device=device)
+            logits = torch.zeros(tokens.shape[1], self.chunks[0].build.vocab_size, device=device)
         return self.ctx.pp.all_reduce(logits)
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:

@@ -49,13 +49,14 @@ class Filling:
                 f"the prompt has {self.sep} tokens and {len(masks)} blanks, and model.max_positions is {limit}: there is no room to fill "
                 "them. Shorten the prompt."
             )
-        if max(part_a) >= decoder.chunks[0].vocab_size:
+        if max(part_a) >= decoder.chunks[0].build.vocab_size:
             raise ValueError(
                 f"the tokenizer made token {max(part_a)} of the prompt, and the checkpoint's vocabulary has "
-                f"{decoder.chunks[0].vocab_size} tokens. Give the tokenizer that the run was trained with: --tokenizer TOKENIZER.json."
+                f"{decoder.chunks[0].build.vocab_size} tokens. Give the tokenizer that the run was trained with: --tokenizer "
+                "TOKENIZER.json."
             )
         never = {ids.cls, ids.mask, ids.gmask, ids.smask, ids.sop, ids.noise} | set(
-            range(text_vocab, decoder.chunks[0].vocab_size)
+            range(text_vocab, decoder.chunks[0].build.vocab_size)
         )
         self._never = torch.tensor(sorted(never - {ids.eop, ids.eos}))
         """Ids that are never decoded: neither text nor an end token."""

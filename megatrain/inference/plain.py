@@ -26,7 +26,8 @@ from megatrain.init_from import config_of_hf, declared
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, build_gpt
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.portion import Portion
 from megatrain.program import tokenizer_of
 
@@ -107,8 +108,7 @@ def marks_of(config: Config, vocab_size: int) -> Marks | None:
 
 
 def _empty(model: ModelConfig, vocab_size: int, ctx: ParallelContext, dtype: torch.dtype) -> GPT:
-    pieces = [range(model.num_layers)]
-    return build_gpt(model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=dtype, seed=0)[0]
+    return build_gpt(Build(Rows(ctx.tp), dtype, ctx.device, model, vocab_size, seed=0))[0]
 
 
 def _portions(gpt: GPT) -> dict[str, Portion]:

@@ -21,7 +21,8 @@ from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import require_values, validate_layout
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.portion import Portion
 from megatrain.program import require_schedule
 
@@ -57,15 +58,8 @@ def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Confi
 def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
     """This rank's chunks of a checkpoint's model in float32, in the layout of `config`; collective over the world of `ctx`."""
     vocab_size = vocab_size_of(read_manifest(path))
-    chunks = build_gpt(
-        config.model,
-        vocab_size,
-        ctx,
-        *layer_pieces(config, vocab_size),
-        sequence_parallel=False,
-        dtype=torch.float32,
-        seed=config.train.seed,
-    )
+    build = Build(Rows(ctx.tp), torch.float32, ctx.device, config.model, vocab_size, config.train.seed)
+    chunks = build_gpt(build, *layer_pieces(config, vocab_size), ctx.pp.rank)
     load(path, {WEIGHTS: {p.spec.name: Portion.whole(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
     return [chunk.eval() for chunk in chunks]
 

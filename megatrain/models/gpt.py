@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from megatrain.config.schema import ModelConfig
-from megatrain.kernels.dispatch import Kernels
-from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import Loss, MicroBatch, Objective
 from megatrain.models.layers import MLP, Attention, Build, Dropout, KeyValueCache, LearnedPositions, Norm, scaled_gradient
-from megatrain.models.recompute import Remake, recomputed
-from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import Parameter, initialise
-from megatrain.parallel.vocabulary import (
-    Target,
-    VocabParallelEmbedding,
-    capped,
-    vocab_parallel_logits,
-    vocab_parallel_loss,
-    vocab_parameter,
-)
-
-# The block, and a stack of blocks: what every model family is made of.
+from megatrain.models.recompute import recomputed
+from megatrain.parallel.param import Parameter, ParamSpec, initialise
+from megatrain.parallel.tensor_parallel import Remake
+from megatrain.parallel.vocabulary import Target, VocabParallelEmbedding, VocabParallelHead, vocab_parameter
 
 
 class Block(nn.Module):
@@ -62,44 +50,40 @@ class Block(nn.Module):
         post = self.placement == "post"
         h, x = (x, x) if post else self.attention_norm.beside(x)
         bias = self._bias_before_sum(x)
-        again = None if post else self._again(self.attention_norm, x)
-        y = self.attention(h.to(self.dtype), batch, cache, again, sums_bias=bias is None)
+        remake = None if post else self._remake(self.attention_norm, x)
+        y = self.attention(h.to(self.dtype), batch, cache, remake, sums_bias=bias is None)
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
-        stream = h if self.placement == "deepnorm" else x
-        h, stream, again = self._between(stream, self.attention_dropout(y, batch), bias)
-        y = self.mlp(h.to(self.dtype), batch, again)
+        residual = h if self.placement == "deepnorm" else x
+        h, residual, remake = self._after_attention(residual, self.attention_dropout(y, batch), bias)
+        y = self.mlp(h.to(self.dtype), batch, remake)
         y = y if self.mlp_output_norm is None else self.mlp_output_norm(y)
-        x = self._sum(stream, self.mlp_dropout(y, batch))
+        x = self._sum(residual, self.mlp_dropout(y, batch))
         return self.mlp_norm(x) if post else x
 
-    def _sum(self, stream: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The residual stream with a branch's output."""
-        return stream + y if self.alpha == 1 else torch.add(y, stream, alpha=self.alpha)
+    def _sum(self, residual: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The residual stream with a branch's output added."""
+        return residual + y if self.alpha == 1 else torch.add(y, residual, alpha=self.alpha)
 
     def _bias_before_sum(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The place of the attention output's bias, where its gradient is summed by the norm between: nothing changes it on the way."""
+        """The proxy of attention's output bias, where the MLP's norm sums its gradient: nothing changes the output on the way."""
         unchanged = self.placement == "pre" and not self.attention_dropout.active and x.dtype == self.dtype
-        return self.attention.output.bias_place() if unchanged and self.mlp_norm.sums_after(x) else None
+        return self.attention.output.bias_proxy() if unchanged and self.mlp_norm.sums_after(x) else None
 
-    def _between(
-        self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    def _after_attention(
+        self, residual: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, Remake | None]:
-        """Of the stream and the first branch's output: what the second reads, the stream there, how to make the first of these again.
+        """Residual stream and attention's output -> (input of the MLP, residual stream beside it, how that input is made again).
 
-        bias: the place of what was added to y last, where its gradient is to be made here.
+        bias: the proxy of the bias in y, where the gradient of that bias is made here.
         """
-        if self.placement == "post":
-            total = x + y
-            x = self.attention_norm(total)
-            return x, x, self._again(self.attention_norm, total)
-        if self.placement == "deepnorm":
-            total = self._sum(x, y)
-            x = self.mlp_norm(total)
-            return x, x, self._again(self.mlp_norm, total)
-        h, x = self.mlp_norm.after_adding(x, y, bias)
-        return h, x, self._again(self.mlp_norm, x)
+        if self.placement in ("post", "deepnorm"):
+            norm, total = self.attention_norm if self.placement == "post" else self.mlp_norm, self._sum(residual, y)
+            h = norm(total)
+            return h, h, self._remake(norm, total)
+        h, residual = self.mlp_norm.after_adding(residual, y, bias)
+        return h, residual, self._remake(self.mlp_norm, residual)
 
-    def _again(self, norm: Norm, x: torch.Tensor) -> Remake | None:
+    def _remake(self, norm: Norm, x: torch.Tensor) -> Remake | None:
         """How to make a norm's output again, where it is not to be kept."""
         return (lambda: norm(x).to(self.dtype)) if self.recompute == "selective" else None
 
@@ -121,20 +105,10 @@ class Stack(nn.Module):
 class Embedding(nn.Module):
     """Token embedding plus learned positions, normalised where asked for, with dropout."""
 
-    def __init__(self, vocab_size: int, build: Build) -> None:
+    def __init__(self, build: Build) -> None:
         super().__init__()
         self.build = build
-        self.tokens = VocabParallelEmbedding(
-            "embedding.tokens",
-            vocab_size,
-            build.config.hidden_size,
-            build.tp,
-            sequence_parallel=build.sequence_parallel,
-            init=build.embedding_init,
-            dtype=build.dtype,
-            device=build.device,
-            tied=build.tied_over,
-        )
+        self.tokens = VocabParallelEmbedding(_token_matrix(build), build)
         learned = build.config.learned_positions
         self.positions = LearnedPositions("embedding.positions", build) if learned else None
         two = build.config.position == "learned_2d"
@@ -158,21 +132,30 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """Final norm and output matrix: turns hidden states into losses or logits without gathering logits in training."""
 
-    def __init__(self, vocab_size: int, build: Build, tied: Parameter | None) -> None:
+    def __init__(self, build: Build, tied: Parameter | None) -> None:
+        """tied: the embedding's matrix, where this rank has it and the head's is the same."""
         super().__init__()
-        self.build, self.vocab_size = build, vocab_size
+        self.build = build
+        h, v = build.config.hidden_size, build.vocab_size
         # With post-norm blocks the last one's output is normalised already.
         self.norm = Norm("final_norm", build) if build.config.norm_placement != "post" else None
-        self.weight = _head_weight(vocab_size, build) if tied is None else tied
+        own = ParamSpec("head.weight", (v, h), init=build.init(h, v), part="head")
+        spec = _token_matrix(build) if build.config.tied_embeddings else own
+        self.weight = vocab_parameter(spec, build) if tied is None else tied
 
     def normed(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> what the output matrix is multiplied with."""
         return (x if self.norm is None else self.norm(x)).to(self.build.dtype)
 
+    @property
+    def output(self) -> VocabParallelHead:
+        """The output matrix, with the loss of its logits."""
+        build = self.build
+        return VocabParallelHead(self.weight, build.rows, build.config.logit_softcap, build.loss_chunk, build.kernels)
+
     def local_logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> logits [s, b, v_local] of this rank's ids."""
-        logits = vocab_parallel_logits(self.normed(x), self.weight, self.build.tp, self.build.sequence_parallel)
-        return capped(logits, self.build.config.logit_softcap)
+        return self.output.logits(self.normed(x))
 
     def forward(self, x: torch.Tensor, objective: Objective, batch: MicroBatch) -> Loss:
         """[s/t or s, b, h] -> the objective's loss of them."""
@@ -182,11 +165,7 @@ class Head(nn.Module):
         self, x: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[s/t or s, b, h], labels [s, b] -> (loss [s, b] in nats, whether the label had the largest logit [s, b])."""
-        build = self.build
-        target = Target(label_smoothing, z_loss, build.config.logit_softcap)
-        return vocab_parallel_loss(
-            self.normed(x), labels, self.weight, build.tp, build.sequence_parallel, target, build.loss_chunk, build.kernels
-        )
+        return self.output.loss(self.normed(x), labels, Target(label_smoothing, z_loss))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[s/t or s, b, h] -> whole logits [s, b, v] without padding, on every rank; no gradient."""
@@ -194,17 +173,13 @@ class Head(nn.Module):
         most = self.weight.spec.slices(self.build.tp.size, 0)[0].stop  # of the first rank; the last may have fewer
         even = local.new_zeros(most, *local.shape[:2])
         even[: local.shape[-1]] = local.permute(2, 0, 1)
-        return self.build.tp.gathered(even)[: self.vocab_size].permute(1, 2, 0)
+        return self.build.tp.gathered(even)[: self.build.vocab_size].permute(1, 2, 0)
 
 
-def _head_weight(vocab_size: int, build: Build) -> Parameter:
-    """The head's own matrix, or its copy of the embedding's."""
-    h, of = build.config.hidden_size, (vocab_size, build.config.hidden_size, build.tp)
-    if build.config.tied_embeddings:
-        return vocab_parameter(
-            "embedding.tokens", *of, build.embedding_init, build.dtype, build.device, tied=build.tied_over, part="embedding"
-        )
-    return vocab_parameter("head.weight", *of, build.init(h, vocab_size), build.dtype, build.device, part="head")
+def _token_matrix(build: Build) -> ParamSpec:
+    """The embedding's matrix, which may be the head's too."""
+    shape = (build.vocab_size, build.config.hidden_size)
+    return ParamSpec("embedding.tokens", shape, tied=build.tied_over, init=build.embedding_init, part="embedding")
 
 
 class GPT(nn.Module):
@@ -212,7 +187,6 @@ class GPT(nn.Module):
 
     def __init__(
         self,
-        vocab_size: int,
         build: Build,
         layers: Sequence[int],
         *,
@@ -222,12 +196,12 @@ class GPT(nn.Module):
     ) -> None:
         """embedding: that of another chunk on this rank, whose matrix a tied head shares."""
         super().__init__()
-        self.build, self.vocab_size = build, vocab_size
-        self.embedding = Embedding(vocab_size, build) if first else None
+        self.build = build
+        self.embedding = Embedding(build) if first else None
         self.stack = Stack(layers, build)
         source = embedding or self.embedding
         tied = source.tokens.weight if source is not None and build.config.tied_embeddings else None
-        self.head = Head(vocab_size, build, tied) if last else None
+        self.head = Head(build, tied) if last else None
 
     def forward(self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
         """Hidden states of the chunk before (None for the first) -> this chunk's [s/t or s, b, h]."""
@@ -237,10 +211,9 @@ class GPT(nn.Module):
 
     def boundary(self, batch: MicroBatch) -> torch.Tensor:
         """Room for what travels between virtual stages: [s/t or s, b, h], not filled."""
-        rows, sequences = batch.tokens.shape
-        build = self.build
-        rows //= build.tp.size if build.sequence_parallel else 1
-        return torch.empty(rows, sequences, build.config.hidden_size, dtype=build.residual_dtype, device=build.device)
+        build, (length, sequences) = self.build, batch.tokens.shape
+        shape = (build.rows.count(length), sequences, build.config.hidden_size)
+        return torch.empty(shape, dtype=build.residual_dtype, device=build.device)
 
     def units(self) -> list[nn.Module]:
         """What is used at one time, in the order of the forward pass: embedding, blocks, head."""
@@ -253,48 +226,23 @@ class GPT(nn.Module):
 
 
 def build_gpt(
-    config: ModelConfig,
-    vocab_size: int,
-    ctx: ParallelContext,
-    pieces: Sequence[Sequence[int]],
-    homes: Sequence[int],
-    *,
-    sequence_parallel: bool,
-    dtype: torch.dtype,
-    seed: int,
-    recompute: Literal["none", "selective", "full"] = "none",
-    loss_chunk: int = 0,
-    kernels: Kernels = "auto",
-    compile: bool = False,
-    fused: tuple[Fused, ...] = STEADY,
+    build: Build, pieces: Sequence[Sequence[int]] | None = None, homes: Sequence[int] = (0,), stage: int = 0
 ) -> list[GPT]:
-    """This rank's chunks of the model, weights drawn from `seed`: the same logical tensors under every layout.
+    """The chunks of a model that lie on pipeline stage `stage`, weights drawn from the seed: the same tensors under every layout.
 
-    pieces: the layers of each virtual stage; homes: the stage where each lies.
+    pieces: the layers of each virtual stage (None: one has them all); homes: the stage where each lies.
     """
-    apart = config.tied_embeddings and homes[0] != homes[-1]
-    build = Build(
-        config,
-        ctx.tp,
-        sequence_parallel,
-        dtype,
-        ctx.device,
-        seed,
-        recompute,
-        "ends" if apart else None,
-        loss_chunk,
-        kernels,
-        compile,
-        fused,
-    )
+    pieces = pieces or [range(build.config.num_layers)]
+    if build.config.tied_embeddings and homes[0] != homes[-1]:
+        build = replace(build, tied_over="ends")
     chunks: list[GPT] = []
     for virtual, layers in enumerate(pieces):
-        if homes[virtual] == ctx.pp.rank:
+        if homes[virtual] == stage:
             embedding = chunks[0].embedding if chunks else None
             first, last = virtual == 0, virtual == len(pieces) - 1
-            chunks.append(GPT(vocab_size, build, layers, first=first, last=last, embedding=embedding))
+            chunks.append(GPT(build, layers, first=first, last=last, embedding=embedding))
     for parameter in logical_parameters(chunks):
-        initialise(parameter, ctx.tp, seed)
+        initialise(parameter, build.tp, build.seed)
     return chunks
 
 

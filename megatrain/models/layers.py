@@ -1,4 +1,8 @@
-"""The small parts of a block: norms, the MLP and dropout. Each is handed the axis it uses."""
+"""The layers of a block, norms, attention, MLP and dropout, and learned positions. Each is built with one value, a `Build`.
+
+Activations are [s/t, b, h] with sequence parallelism, else [s, b, h]; which rows a rank has between linear layers says `build.rows`.
+Attention's heads and the MLP's inner columns are split over tp, so a rank has [s, b, a/t, d] of queries and [s, b, f/t] inside an MLP.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatrain.config.schema import Config, ModelConfig
+from megatrain.config.schema import ModelConfig
 from megatrain.kernels import compiled
 from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.attention_dropout import WeightDropout
@@ -21,30 +25,23 @@ from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import GATES, activated, gated
 from megatrain.kernels.norm import add_biased_norm, add_norm, norm, norm_beside, norm_compiled
 from megatrain.kernels.rotary import Turns, heads, rotary
-from megatrain.kernels.sdpa import STEADY, Choice, Fused, Shape, choose
+from megatrain.kernels.sdpa import STEADY, Fused
 from megatrain.models.batch import MicroBatch
 from megatrain.models.position import alibi_slopes, tables
-from megatrain.models.recompute import Remake
 from megatrain.parallel import rng
-from megatrain.parallel.mesh import Axis
-from megatrain.parallel.param import Init, ParamSpec, Part, make_parameters
-from megatrain.parallel.tensor_parallel import ColumnParallelLinear, Linears, RowParallelLinear
+from megatrain.parallel.param import ONES, ZEROS, Init, ParamSpec, Place, make_parameters
+from megatrain.parallel.tensor_parallel import Backward, ColumnParallelLinear, Matrix, Remake, RowParallelLinear
 
 
 @dataclass(frozen=True)
-class Build:
-    """What every layer of one model is built with."""
+class Build(Place):
+    """What every layer of one model is built with: where it lies, which model it is, and how it runs."""
 
     config: ModelConfig
-    tp: Axis
-    sequence_parallel: bool
-    dtype: torch.dtype
-    device: torch.device
+    vocab_size: int
     seed: int
-    """Of dropout."""
+    """Of the weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"
-    tied_over: str | None = None
-    """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
     loss_chunk: int = 0
     """Tokens of a micro-batch whose logits exist at a time; 0: all."""
     kernels: Kernels = "auto"
@@ -53,6 +50,8 @@ class Build:
     """Whether what lies between matrix products is compiled (kernels/compiled.py)."""
     fused: tuple[Fused, ...] = STEADY
     """Which of torch's kernels for causal attention serve on a GPU, best first (kernels/sdpa.py)."""
+    tied_over: str | None = None
+    """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
 
     def init(self, inputs: int, outputs: int) -> Init:
         """Of weights that read the residual stream; inputs, outputs: of the matrix."""
@@ -93,25 +92,6 @@ class Build:
         """Of the residual stream."""
         return torch.promote_types(self.dtype, torch.float32) if self.config.residual_fp32 else self.dtype
 
-    @property
-    def replicated_partial(self) -> str | None:
-        """Axis over which gradients of whole (unsplit) parameters are partial sums: with sequence parallelism, each rank sees s/t."""
-        return "tp" if self.sequence_parallel else None
-
-    def linears(self, part: Part) -> Linears:
-        """What every linear layer of a part is built with."""
-        return {
-            "part": part,
-            "bias": self.config.bias,
-            "sequence_parallel": self.sequence_parallel,
-            "dtype": self.dtype,
-            "device": self.device,
-        }
-
-    def first_position(self, local_rows: int) -> int:
-        """Position in the sequence of this rank's first activation row."""
-        return self.tp.rank * local_rows if self.sequence_parallel else 0
-
 
 class Norm(nn.Module):
     """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dim; statistics in at least float32."""
@@ -119,13 +99,13 @@ class Norm(nn.Module):
     def __init__(self, name: str, build: Build, width: int | None = None, partial: str | None = None) -> None:
         """width: of what is normalised, h by default; partial: the axis over which the gradients of its parameters are partial sums."""
         super().__init__()
-        config, partial = build.config, partial or build.replicated_partial
-        size = (width or config.hidden_size,)
-        weight = ParamSpec(f"{name}.weight", size, None, partial, decay=False, init=Init("constant", 1.0), part="norm")
-        bias = ParamSpec(f"{name}.bias", size, None, partial, decay=False, init=Init("constant", 0.0), part="norm")
-        self.weight = make_parameters([weight], build.tp, build.dtype, build.device)[0]
+        config, shape = build.config, (width or build.config.hidden_size,)
+        spec = functools.partial(
+            ParamSpec, shape=shape, partial_over=partial or build.rows.partial_over, decay=False, part="norm"
+        )
+        self.weight = make_parameters([spec(f"{name}.weight", init=ONES)], build)[0]
         has_bias = config.norm == "layernorm" and config.bias
-        self.bias = make_parameters([bias], build.tp, build.dtype, build.device)[0] if has_bias else None
+        self.bias = make_parameters([spec(f"{name}.bias", init=ZEROS)], build)[0] if has_bias else None
         settings: dict[str, Any] = {"eps": config.norm_eps, "rms": config.norm == "rmsnorm"}
         self.alone: Callable[..., Any] = functools.partial(norm, kernels=build.kernels, **settings)
         self.added: Callable[..., Any] = functools.partial(add_norm, kernels=build.kernels, **settings)
@@ -187,8 +167,8 @@ class Dropout(nn.Module):
             return x
         p = self.build.config.dropout
         key = rng.key(self.build.seed, "dropout", batch.step, *self.where)
-        first = self.build.first_position(x.shape[0])
-        return rng.dropout(x, p, key, batch.samples, first, kernels=self.build.kernels)
+        places = self.build.rows.held(len(batch.tokens))
+        return rng.dropout(x, p, key, batch.samples, places, kernels=self.build.kernels)
 
 
 class MLP(nn.Module):
@@ -198,24 +178,25 @@ class MLP(nn.Module):
         super().__init__()
         config = build.config
         h, f = config.hidden_size, config.ffn_size
-        shared = build.linears("mlp")
-        inner = ("gate", "up") if config.gated else ("up",)
-        outputs = [(f"{name}.{n}", f, f) for n in inner]
-        self.inner = ColumnParallelLinear(outputs, h, build.tp, init=build.branch_init(h, f), **shared)
-        self.down = RowParallelLinear(f"{name}.down", f, h, f, build.tp, init=build.residual_init(f, h), **shared)
+        outputs = [
+            Matrix(f"{name}.{n}", h, f, f, build.branch_init(h, f)) for n in (("gate", "up") if config.gated else ("up",))
+        ]
+        down = Matrix(f"{name}.down", f, h, f, build.residual_init(f, h))
+        self.inner = ColumnParallelLinear(outputs, build, bias=config.bias, part="mlp")
+        self.down = RowParallelLinear(down, build, bias=config.bias, part="mlp")
         self.activation, self.kernels = config.activation, build.kernels
         self.fused = compiled.compiled(compiled.activation, "mlp", kind=config.activation) if build.compile else None
 
     def forward(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape. remake: makes x again, so that neither it nor the activation is kept."""
-        bias = self.inner.bias_place() if self.fused is None else None
-        inner = self.inner(x, batch.postponed, remake, sums_bias=bias is None)
+        bias = self.inner.bias_proxy() if self.fused is None else None
+        inner = self.inner(x, Backward(batch.postponed, remake, sums_bias=bias is None))
         cheaper_kept = remake is None or self.activation == "relu"  # its own backward keeps the output, not the input
         again = None if cheaper_kept else (lambda: self._activate(inner, None, keep=False))
-        return self.down(self._activate(inner, bias, keep=remake is None), batch.postponed, again)
+        return self.down(self._activate(inner, bias, keep=remake is None), Backward(batch.postponed, again))
 
     def _activate(self, inner: tuple[torch.Tensor, ...], bias: torch.Tensor | None, keep: bool) -> torch.Tensor:
-        """One or two [s, b, f/t] -> [s, b, f/t]. bias: the inner ones' place; keep: whether what the backward reads twice may be kept."""
+        """One or two [s, b, f/t] -> [s, b, f/t]. bias: the inner ones' proxy; keep: whether what the backward reads twice may be kept."""
         if self.fused is not None:
             return self.fused(together(*inner))
         if self.activation not in GATES:
@@ -246,29 +227,14 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, name: str, build: Build) -> None:
         super().__init__()
-        self.build = build
+        self.rows = build.rows
         shape = (build.config.position_rows, build.config.hidden_size)
-        spec = ParamSpec(name, shape, None, build.replicated_partial, init=build.embedding_init, part="embedding")
-        self.weight = make_parameters([spec], build.tp, build.dtype, build.device)[0]
+        spec = ParamSpec(name, shape, None, self.rows.partial_over, init=build.embedding_init, part="embedding")
+        self.weight = make_parameters([spec], build)[0]
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Add to token embeddings x [s/t or s, b, h] the vectors of this rank's rows of `positions` [s, b]."""
-        first = self.build.first_position(x.shape[0])
-        return x + functional.embedding(positions[first : first + x.shape[0]], self.weight)
-
-
-# Multi-head, grouped-query (arXiv:2305.13245) and multi-query (arXiv:1911.02150) attention.
-
-
-def kernels_of(config: Config, tp_size: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    """Which of torch's kernels serve a run's causal attention: tried on a GPU, once, where its training has no other attention."""
-    model, data = config.model, config.data
-    masked = model.window or model.sparse or data.isolate_documents or data.objective == "glm"
-    if masked or model.position == "alibi" or model.attention_dropout > 0 or not model.softmax_fp32:
-        return Choice()
-    heads, groups = model.num_attention_heads // tp_size, max(1, model.query_groups // tp_size)
-    shape = Shape(model.seq_length, config.train.micro_batch_size, heads, groups, model.head_size)
-    return choose(shape, dtype, device, config.train.deterministic)
+        return x + functional.embedding(self.rows.of(positions), self.weight)
 
 
 class Rotary(nn.Module):
@@ -351,7 +317,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """q|k|v, attention within each of this rank's heads, output matrix; heads are split over tp."""
+    """Multi-head, grouped-query (arXiv:2305.13245) or multi-query (arXiv:1911.02150) attention; heads are split over tp."""
 
     slopes: torch.Tensor | None
 
@@ -360,29 +326,27 @@ class Attention(nn.Module):
         self.name, self.build = name, build
         config = build.config
         h, d = config.hidden_size, config.head_size
-        shared = build.linears("attention")
-        qkv: Linears = {**shared, "bias": config.qkv_biased}
-        width, groups = config.num_attention_heads * d, config.query_groups
-        outputs = [
-            (f"{name}.query", width, config.num_attention_heads),
-            (f"{name}.key", groups * d, groups),
-            (f"{name}.value", groups * d, groups),
+        all_heads, groups = config.num_attention_heads, config.query_groups
+        width, narrow = all_heads * d, groups * d
+        qkv = [
+            Matrix(f"{name}.query", h, width, all_heads, build.init(h, width)),
+            Matrix(f"{name}.key", h, narrow, groups, build.init(h, narrow)),
+            Matrix(f"{name}.value", h, narrow, groups, build.branch_init(h, narrow)),
         ]
-        inits = [build.init(h, width), build.init(h, groups * d), build.branch_init(h, groups * d)]
-        self.qkv = ColumnParallelLinear(outputs, h, build.tp, init=inits, **qkv)
-        init = build.residual_init(width, h)
-        self.output = RowParallelLinear(f"{name}.output", width, h, config.num_attention_heads, build.tp, init=init, **shared)
+        output = Matrix(f"{name}.output", width, h, all_heads, build.residual_init(width, h))
+        self.qkv = ColumnParallelLinear(qkv, build, bias=config.qkv_biased, part="attention")
+        self.output = RowParallelLinear(output, build, bias=config.bias, part="attention")
         # Every rank of tp sees other heads, so the gradients of these norms are partial sums.
         self.query_norm = Norm(f"{name}.query_norm", build, d, "tp") if config.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", build, d, "tp") if config.qk_norm else None
         self.rotary = Rotary(build) if config.rotary else None
         self.head_dim = d
-        heads = config.num_attention_heads // build.tp.size
-        self.first_head = build.tp.rank * heads
-        slopes = alibi_slopes(config.num_attention_heads)[self.first_head : self.first_head + heads]
+        mine = all_heads // build.tp.size
+        self.first_head = build.tp.rank * mine
+        slopes = alibi_slopes(all_heads)[self.first_head : self.first_head + mine]
         wide = torch.promote_types(build.dtype, torch.float32)
-        mine = torch.tensor(slopes, dtype=wide, device=build.device) if config.position == "alibi" else None
-        self.register_buffer("slopes", mine, persistent=False)
+        alibi = torch.tensor(slopes, dtype=wide, device=build.device) if config.position == "alibi" else None
+        self.register_buffer("slopes", alibi, persistent=False)
 
     @property
     def key_heads(self) -> int:
@@ -399,23 +363,23 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape.
 
-        remake: makes x again, so that it is not kept. sums_bias: False where `output.bias_place` is given its bias's gradient.
+        remake: makes x again, so that it is not kept. sums_bias: False where `output.bias_proxy` is given its bias's gradient.
         """
         q, k, v = self._heads(x, batch, remake)
         if cache is not None:
             k, v = cache.extend(k, v)
         build = self.build
         variant = Variant(batch.mask, self.slopes, self._dropout(batch), build.config.softmax_fp32, build.fused, build.kernels)
-        return self.output(attention(q, k, v, variant), batch.postponed, sums_bias=sums_bias)
+        return self.output(attention(q, k, v, variant), Backward(batch.postponed, sums_bias=sums_bias))
 
     def _heads(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None) -> tuple[torch.Tensor, ...]:
         """[s/t or s, b, h] -> what attention multiplies, each [s, b, heads, d]."""
         turned = self.rotary if self.query_norm is None else None  # else norms stand between
         if turned is not None and turned.apart is not None:
-            whole = together(*self.qkv(x, batch.postponed, remake))
+            whole = together(*self.qkv(x, Backward(batch.postponed, remake)))
             return turned.apart(whole, tuple(turned.tables(batch)), groups=self.key_heads)
-        bias = self.qkv.bias_place()
-        q, k, v = self.qkv(x, batch.postponed, remake, sums_bias=bias is None)
+        bias = self.qkv.bias_proxy()
+        q, k, v = self.qkv(x, Backward(batch.postponed, remake, sums_bias=bias is None))
         turns = None if turned is None else turned.turns(batch)
         q, k, v = heads(q, k, v, self.head_dim, turns, bias=bias, kernels=self.build.kernels)
         if self.query_norm is not None and self.key_norm is not None:

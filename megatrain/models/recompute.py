@@ -16,9 +16,6 @@ from typing import Any
 
 import torch
 
-Remake = Callable[[], torch.Tensor]
-"""Makes a tensor again that was not kept."""
-
 
 def recomputed(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """function(x), of which only x is kept; the backward runs `function` again, with the same parameters."""

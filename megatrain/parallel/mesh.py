@@ -125,6 +125,60 @@ def _copied(output: torch.Tensor, x: torch.Tensor) -> Handle:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How the rows (dim 0, the sequence) of activations lie on the ranks of tp between linear layers: all on each, or split.
+
+    A column-parallel layer reads all s rows, and a row-parallel one makes partial sums of them all:
+
+                                     enter                         leave
+        all on each rank             nothing                       all-reduce
+        split (sequence parallel)    all-gather [s/t] -> [s]       reduce-scatter [s] -> [s/t]
+
+    In the backward pass a gradient leaves where the activation entered, and enters where it left.
+    """
+
+    tp: Axis
+    split: bool = False
+
+    @property
+    def partial_over(self) -> str | None:
+        """Axis over which gradients of whole (unsplit) parameters are partial sums, as each rank has seen its own rows alone."""
+        return self.tp.name if self.split else None
+
+    def held(self, length: int) -> tuple[range, ...]:
+        """Places of this rank's rows in a sequence of `length`, in the order in which it has them."""
+        if not self.split:
+            return (range(length),)
+        count = length // self.tp.size
+        return (range(self.tp.rank * count, (self.tp.rank + 1) * count),)
+
+    def count(self, length: int) -> int:
+        """Rows on this rank of a sequence of `length`."""
+        return sum(map(len, self.held(length)))
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of `x` [s, ...], which it has whole; a view where they are neighbours."""
+        parts = [x[places.start : places.stop] for places in self.held(len(x))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's rows -> all [s, ...], in the order of the sequence; without a gradient."""
+        return self.tp.gathered(x) if self.split else x
+
+    def start_enter(self, x: torch.Tensor) -> tuple[torch.Tensor, Handle]:
+        """Begin to `enter`; the result may be used once the handle has been waited for."""
+        return self.tp.start_gather(x) if self.split else (x, Done())
+
+    def leave(self, partial: torch.Tensor) -> torch.Tensor:
+        """Partial sums [s, ...], which may be overwritten -> this rank's rows of the sum over tp; without a gradient."""
+        return self.tp.scatter_summed(partial) if self.split else self.tp.all_reduce(partial)
+
+    def start_leave(self, partial: torch.Tensor) -> tuple[torch.Tensor, Handle]:
+        """Begin to `leave`; the result may be used once the handle has been waited for."""
+        return self.tp.start_scatter_sum(partial) if self.split else self.tp.start_all_reduce(partial)
+
+
+@dataclass(frozen=True)
 class Link:
     """One direction between two stages, with a group of its own: what is sent here is received in the same order."""
 

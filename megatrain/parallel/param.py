@@ -20,11 +20,10 @@ from torch import nn
 
 from megatrain.kernels.matmul import add_matmul, matmul
 from megatrain.parallel import rng
-from megatrain.parallel.mesh import Axis, ParallelContext
+from megatrain.parallel.mesh import Axis, ParallelContext, Rows
 
 Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
 """Of a model, as reports tell them apart; biases belong to their matrices' part."""
-
 
 AverageOver = Literal["dp_cp", "edp"]
 """Axes whose ranks hold replicas: dp x cp, or of what differs along ep (experts) its other factor."""
@@ -42,6 +41,9 @@ class Init:
     kind: Literal["normal", "constant"] = "normal"
     value: float = 0.02
     """Standard deviation, or the constant."""
+
+
+ONES, ZEROS = Init("constant", 1.0), Init("constant", 0.0)
 
 
 @dataclass(frozen=True)
@@ -247,10 +249,26 @@ def _view_over(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((sum(t.shape[0] for t in tensors), *first.shape[1:]), first.stride())
 
 
-def make_parameters(specs: Sequence[ParamSpec], tp: Axis, dtype: torch.dtype, device: torch.device) -> list[Parameter]:
+@dataclass(frozen=True)
+class Place:
+    """Where and as what the layers of a model lie on this rank: what each of them is built with."""
+
+    rows: Rows
+    """How activations lie between linear layers."""
+    dtype: torch.dtype
+    """Of parameters, and of what is multiplied with them."""
+    device: torch.device
+
+    @property
+    def tp(self) -> Axis:
+        """The axis over which matrices are split."""
+        return self.rows.tp
+
+
+def make_parameters(specs: Sequence[ParamSpec], place: Place) -> list[Parameter]:
     """This rank's zero-filled parameters of equal width, behind one another in one storage."""
-    shapes = [spec.local_shape(tp.size) for spec in specs]
-    storage = torch.zeros((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=dtype, device=device)
+    shapes = [spec.local_shape(place.tp.size) for spec in specs]
+    storage = torch.zeros((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype=place.dtype, device=place.device)
     parameters: list[Parameter] = []
     for spec, rows in zip(specs, storage.split([shape[0] for shape in shapes]), strict=True):
         parameters.append(Parameter(rows, spec, follows=bool(parameters)))
@@ -270,17 +288,17 @@ def add_bias_gradient(parameters: Sequence[nn.Parameter], dy: torch.Tensor) -> l
     return _accumulate(parameters, lambda out, first: out.copy_(dy.sum(0)) if first else out.add_(dy.sum(0)), lambda: dy.sum(0))
 
 
-def bias_place(biases: Sequence[nn.Parameter]) -> torch.Tensor:
+def bias_proxy(biases: Sequence[nn.Parameter]) -> torch.Tensor:
     """Stands for the joined biases [out] that a matmul has added to its output already, without their values.
 
     Who makes the gradient of that output sums it over the tokens in the same pass, and gives the sum as this tensor's gradient, in at
     least float32; it goes where `add_bias_gradient` would have brought it.
     """
-    place: torch.Tensor = _Place.apply(*biases)
-    return place
+    proxy: torch.Tensor = _BiasProxy.apply(*biases)
+    return proxy
 
 
-class _Place(torch.autograd.Function):
+class _BiasProxy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *biases: nn.Parameter) -> torch.Tensor:
         ctx.biases = biases

@@ -108,24 +108,31 @@ def normal(
     return output.reshape([_range(n, part)[1] for n, part in zip(shape, _parts(shape, slices), strict=True)])
 
 
+Places = tuple[range, ...]
+"""Positions in a sequence, of one row after the other, as ranges of neighbours."""
+
+
 def dropout(
-    x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int = 0, *, kernels: Kernels = "auto"
+    x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, places: Places | None = None, *, kernels: Kernels = "auto"
 ) -> torch.Tensor:
     """Zero each element of `x` [s, b, h] with probability `p` and scale the others by 1 / (1 - p).
 
-    Row r of x is position `first` + r of its sequence (sequence-parallel ranks pass where their part begins), and `samples`
-    [b] int64, below 2^32, is the place of each sequence in the global batch: an element's fate depends on (key, sample, position, column)
-    and not on how sequences are grouped into micro-batches or spread over ranks. The backward makes the mask again; but
-    for the smallest ones it is never stored. Triton makes the same bits (kernels/dropout.py); float64 has the reference everywhere.
-    Raises ValueError on a probability outside [0, 1) or where `samples` do not fit `x`.
+    `places` are the positions of the rows of x in their sequence (None: 0 .. s - 1), and `samples` [b] int64, below 2^32, is the
+    place of each sequence in the global batch: an element's fate depends on (key, sample, position, column) and not on how sequences
+    are grouped into micro-batches or spread over ranks. The backward makes the mask again; but for the smallest ones it is never
+    stored. Triton makes the same bits (kernels/dropout.py); float64 has the reference everywhere.
+    Raises ValueError on a probability outside [0, 1) or where `samples` or `places` do not fit `x`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout={p} is not a probability below 1. Use a value from 0.0 (off) to less than 1, such as 0.1.")
     if x.dim() != 3 or samples.shape != x.shape[1:2]:
         raise ValueError(f"dropout wants x [s, b, h] and samples [b]; got x {list(x.shape)} and samples {list(samples.shape)}")
+    places = places or (range(len(x)),)
+    if sum(map(len, places)) != len(x):
+        raise ValueError(f"dropout wants the place of each row; got {sum(map(len, places))} places for x {list(x.shape)}")
     if p == 0:
         return x
-    return _Dropout.apply(x, p, key, samples, first, use_triton(kernels, x.device) and x.dtype != torch.float64)
+    return _Dropout.apply(x, p, key, samples, places, use_triton(kernels, x.device) and x.dtype != torch.float64)
 
 
 def attention_dropout(
@@ -162,40 +169,44 @@ class _Dropout(torch.autograd.Function):
     """Dropout is linear and its own transpose: backward is forward on the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int, triton: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, places: Places, triton: bool
+    ) -> torch.Tensor:
         ctx.save_for_backward(samples)
-        ctx.arguments = p, key, first, triton
-        if triton:
-            words = _descend_from_zero(key)
-            return dropout_triton(x, samples.to(x.device), first, words, _SPLIT, _threshold(p), 1 / (1 - p))
-        return _drop(x, p, key, samples, first)
+        ctx.arguments = p, key, places, triton
+        if not triton:
+            return _drop(x, p, key, samples, places)
+        settings = _descend_from_zero(key), _SPLIT, _threshold(p), 1 / (1 - p)
+        parts = x.split([len(part) for part in places])
+        samples = samples.to(x.device)
+        made = [dropout_triton(rows, samples, part.start, *settings) for rows, part in zip(parts, places, strict=True)]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (samples,) = ctx.saved_tensors
-        p, key, first, triton = ctx.arguments
-        return _Dropout.apply(gradients[0], p, key, samples, first, triton), None, None, None, None, None
+        p, key, places, triton = ctx.arguments
+        return _Dropout.apply(gradients[0], p, key, samples, places, triton), None, None, None, None, None
 
 
-def _drop(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
+def _drop(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, places: Places) -> torch.Tensor:
     """Dropout of `x` [s, b, h]."""
     if x.numel() > _SMALL or x.device.type != "cpu":
-        return _drop_in_blocks(x, p, key, samples, first)
-    s, _, h = x.shape
-    return x * _small_mask(p, key, tuple(samples.tolist()), first, s, h) * (1 / (1 - p))
+        return _drop_in_blocks(x, p, key, samples, places)
+    return x * _small_mask(p, key, tuple(samples.tolist()), places, x.shape[-1]) * (1 / (1 - p))
 
 
 @lru_cache(maxsize=1 << 10)
-def _small_mask(p: float, key: Key, samples: tuple[int, ...], first: int, s: int, h: int) -> torch.Tensor:
+def _small_mask(p: float, key: Key, samples: tuple[int, ...], places: Places, h: int) -> torch.Tensor:
     """Which elements of [s, b, h] stay: bool."""
-    ones = torch.ones(s, len(samples), h)
-    return _drop_in_blocks(ones, p, key, torch.tensor(samples), first) != 0
+    ones = torch.ones(sum(map(len, places)), len(samples), h)
+    return _drop_in_blocks(ones, p, key, torch.tensor(samples), places) != 0
 
 
-def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, first: int) -> torch.Tensor:
+def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, places: Places) -> torch.Tensor:
     """Dropout of `x` [s, b, h], a block of rows at a time. Each row (position, sample) has a key; its counter is the column."""
     s, b, h = x.shape
-    a, c = _row_keys(key, samples.to(x.device), first, s)
+    a, c = _row_keys(key, samples.to(x.device), places)
     rows = x.reshape(s * b, h)
     output = torch.empty_like(rows)
     height = max(1, min(_block(x.device) // max(h, 1), s * b))
@@ -216,10 +227,11 @@ def _threshold(p: float) -> int:
     return min(round(p * (1 << 32)), _WORD) - (1 << 31)
 
 
-def _row_keys(key: Key, samples: torch.Tensor, first: int, s: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of (sample, position) for `s` positions from `first`: two int32 tensors [s * b, 1]."""
+def _row_keys(key: Key, samples: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of (sample, position) for the s positions `places`: two int32 tensors [s * b, 1]."""
     of_sample = _descend(samples.to(torch.int32), *_descend_from_zero(key))
-    positions = torch.arange(first, first + s, dtype=torch.int32, device=samples.device)
+    ranges = [torch.arange(part.start, part.stop, dtype=torch.int32, device=samples.device) for part in places]
+    positions = ranges[0] if len(ranges) == 1 else torch.cat(ranges)
     a, c = _descend(positions[:, None], *of_sample)
     return a.view(-1, 1), c.view(-1, 1)
 

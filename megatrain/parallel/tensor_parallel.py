@@ -12,6 +12,8 @@ second by rows; then only the pair's end needs a sum. Four ranks, MLP [h] -> [f]
 Sequence parallelism splits what lies between the pairs (norms, dropout, residuals: activations [s/t, b, h]) along the sequence:
 the sum becomes a reduce-scatter, and an all-gather stands before the column-parallel matrix. Same bytes, 1/t of the activations.
 
+How activations lie between the pairs is a value, `mesh.Rows`: a layer here enters all rows, and leaves with its own.
+
 Communication, per layer and micro-batch, in units of s*b*h elements times (t-1)/t moved per rank: without sequence parallelism
 4 all-reduces (2 forward, 2 backward) = 8; with it, forward 2 gathers + 2 scatters, backward 2 + 2 and 2 more gathers of the
 column-parallel inputs, which were not kept whole = 10. In the backward, gathers and scatters run beside matmuls.
@@ -27,73 +29,80 @@ gradients of logits, v/h times as large as anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megatrain.kernels.beside import beside
 from megatrain.kernels.matmul import linear, matmul
-from megatrain.parallel.mesh import (
-    Axis,
-    Done,
-)
+from megatrain.parallel.mesh import Done, Rows
 from megatrain.parallel.param import (
+    ZEROS,
     Init,
     ParamSpec,
     Part,
+    Place,
     Postponed,
     Split,
     add_bias_gradient,
     add_weight_gradient,
-    bias_place,
+    bias_proxy,
     joined,
     make_parameters,
 )
 from megatrain.transport.group import Handle
 
-# --- linear layers ----------------------------------------------------------------------------------------------------
+Remake = Callable[[], torch.Tensor]
+"""Makes a tensor again that was not kept."""
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """What a linear function needs besides tensors: the axis, the layout of its activations and its parameters."""
+class Backward(NamedTuple):
+    """How the backward pass of a linear layer goes."""
 
-    tp: Axis
-    sequence_parallel: bool
+    postponed: Postponed | None = None
+    """Where its weight gradients are put, to be computed later; None: at once."""
+    remake: Remake | None = None
+    """Makes its input again, which is then not kept."""
+    sums_bias: bool = True
+    """Whether the biases' gradient is made here; else by who makes that of the output, for `bias_proxy`."""
+
+
+AT_ONCE = Backward()
+
+
+class _Linear(NamedTuple):
+    """A linear function: its layout, its parameters and how its backward goes."""
+
+    rows: Rows
     weights: Sequence[nn.Parameter]
     biases: Sequence[nn.Parameter]
-    postponed: Postponed | None = None
-    remake: Callable[[], torch.Tensor] | None = None
-    """Makes the input again, which is then not kept."""
-    sums_bias: bool = True
-    """Whether the biases' gradient is made here, and not by who makes that of the output (`bias_place`)."""
+    how: Backward
 
     def weight(self) -> torch.Tensor:
         """[sum of out, in], one matrix."""
         return joined(self.weights)
 
     def kept(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What to save of the input."""
-        return (x,) if self.remake is None else ()
+        """The input, where it is saved for the backward."""
+        return (x,) if self.how.remake is None else ()
 
     def input(self, saved: Sequence[torch.Tensor]) -> torch.Tensor:
         """The input, as it was saved or made again; without a gradient."""
-        if self.remake is None:
+        if self.how.remake is None:
             return saved[0]
         with torch.no_grad():
-            return self.remake()
+            return self.how.remake()
 
     def bias_gradients(self, dy: torch.Tensor) -> list[torch.Tensor | None]:
-        """Of the biases, from dy [tokens, out]: for autograd, what it shall have."""
-        return add_bias_gradient(self.biases, dy) if self.sums_bias else [None] * len(self.biases)
+        """Gradients of the biases, from dy [tokens, out], as autograd is to have them."""
+        return add_bias_gradient(self.biases, dy) if self.how.sums_bias else [None] * len(self.biases)
 
     def weight_gradients(self, compute: Callable[[], list[torch.Tensor | None]]) -> list[torch.Tensor | None]:
-        """What `compute` returns for autograd; or nothing, and `compute` waits until its turn comes."""
-        if self.postponed is None:
+        """The gradients that `compute` returns; or None for each parameter, and `compute` waits until its turn comes."""
+        if self.how.postponed is None:
             return compute()
-        self.postponed.append(lambda: _compute_late(compute, self.weights[0]))
+        self.how.postponed.append(lambda: _compute_late(compute, self.weights[0]))
         return [None] * (len(self.weights) + len(self.biases))
 
 
@@ -112,9 +121,8 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, layer: _Linear, *_parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(*layer.kept(x))
-        whole = layer.tp.gathered(x) if layer.sequence_parallel else x
         bias = joined(layer.biases) if layer.biases else None
-        y = linear(whole, layer.weight(), bias)
+        y = linear(layer.rows.enter(x), layer.weight(), bias)
         return tuple(y.split([w.shape[0] for w in layer.weights], dim=-1)) if len(layer.weights) > 1 else (y,)
 
     @staticmethod
@@ -122,27 +130,21 @@ class _ColumnLinear(torch.autograd.Function):
         layer: _Linear = ctx.layer
         saved = ctx.saved_tensors
         dy = beside(dys).flatten(0, 1)
-
-        def gather_input() -> tuple[torch.Tensor, Handle]:
-            x = layer.input(saved)
-            return layer.tp.start_gather(x) if layer.sequence_parallel else (x, Done())
-
-        begun = gather_input() if layer.postponed is None else None
+        begun = layer.rows.start_enter(layer.input(saved)) if layer.how.postponed is None else None
         dx: torch.Tensor | None = None
-        reduce: Handle = Done()
+        leaving: Handle = Done()
         if ctx.needs_input_grad[0]:
             partial = matmul(dy, layer.weight()).view(-1, *ctx.shape[1:])  # beside the gather
-            start = layer.tp.start_scatter_sum if layer.sequence_parallel else layer.tp.start_all_reduce
-            dx, reduce = start(partial)
+            dx, leaving = layer.rows.start_leave(partial)
 
         def weights() -> list[torch.Tensor | None]:
-            whole, gather = begun or gather_input()
-            gather.wait()
+            whole, entering = begun or layer.rows.start_enter(layer.input(saved))
+            entering.wait()
             grads = add_weight_gradient(layer.weights, dy, whole.flatten(0, 1))
             return grads + layer.bias_gradients(dy)
 
         grads = layer.weight_gradients(weights)  # beside the reduction
-        reduce.wait()
+        leaving.wait()
         return dx, None, *grads
 
 
@@ -154,17 +156,16 @@ class _RowLinear(torch.autograd.Function):
         ctx.layer, ctx.shape = layer, x.shape
         ctx.save_for_backward(*layer.kept(x))
         # The bias is added once: by the first rank, inside its matmul, before the partial results are summed.
-        bias = layer.biases[0].detach() if layer.biases and layer.tp.rank == 0 else None
-        partial = linear(x, layer.weight(), bias)
-        return layer.tp.scatter_summed(partial) if layer.sequence_parallel else layer.tp.all_reduce(partial)
+        bias = layer.biases[0].detach() if layer.biases and layer.rows.tp.rank == 0 else None
+        return layer.rows.leave(linear(x, layer.weight(), bias))
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         layer: _Linear = ctx.layer
         saved = ctx.saved_tensors
-        whole, gather = layer.tp.start_gather(dy) if layer.sequence_parallel else (dy, Done())
+        whole, entering = layer.rows.start_enter(dy)
         bias_grads = layer.bias_gradients(dy.flatten(0, 1))  # beside the gather
-        gather.wait()
+        entering.wait()
         whole = whole.flatten(0, 1)
         dx = matmul(whole, layer.weight()).view(ctx.shape) if ctx.needs_input_grad[0] else None
         grads = layer.weight_gradients(lambda: add_weight_gradient(layer.weights, whole, layer.input(saved).flatten(0, 1)))
@@ -175,123 +176,70 @@ def column_linear(
     x: torch.Tensor,
     weights: Sequence[nn.Parameter],
     biases: Sequence[nn.Parameter],
-    tp: Axis,
-    sequence_parallel: bool,
-    postponed: Postponed | None = None,
-    remake: Callable[[], torch.Tensor] | None = None,
-    sums_bias: bool = True,
+    rows: Rows,
+    how: Backward = AT_ONCE,
 ) -> tuple[torch.Tensor, ...]:
-    """x W_i^T + b_i for every weight: x [s/t, b, in] with sequence parallelism, else [s, b, in] -> each [s, b, out_i/t].
-
-    postponed: where the weight gradients are put, to be computed later. remake: makes x again for them, so that it is not kept.
-    sums_bias: whether the gradient of the biases is made here; else by who makes that of the output (`bias_place`).
-    """
-    layer = _Linear(tp, sequence_parallel, weights, biases, postponed, remake, sums_bias)
-    return _ColumnLinear.apply(x, layer, *weights, *biases)
+    """x W_i^T + b_i for every weight: x [s/t or s, b, in], as `rows` lie -> each [s, b, out_i/t]."""
+    return _ColumnLinear.apply(x, _Linear(rows, weights, biases, how), *weights, *biases)
 
 
-class Linears(TypedDict):
-    """What the linear layers of one part of a model are built with alike."""
+class Matrix(NamedTuple):
+    """One logical matrix of a linear layer, [outputs, inputs]."""
 
-    part: Part
-    bias: bool
-    sequence_parallel: bool
-    dtype: torch.dtype
-    device: torch.device
+    name: str
+    inputs: int
+    outputs: int
+    units: int
+    """Indivisible pieces (heads, columns) of the dim that is split over tp: fewer than ranks are replicated over neighbouring ones."""
+    init: Init = Init()
 
 
 class ColumnParallelLinear(nn.Module):
     """Several outputs of one input, each split over the ranks by output columns: q|k|v by heads, gate|up by columns.
 
-    `outputs` is a list of (logical name, out features, indivisible units): out features are cut into units (heads); an output
-    with fewer units than ranks is replicated over neighbouring ranks, and its gradient summed over them. `init`: of all of them,
-    or of each.
+    An output with fewer units than ranks is replicated over neighbouring ranks, and its gradient summed over them.
     """
 
-    def __init__(
-        self,
-        outputs: Sequence[tuple[str, int, int]],
-        in_features: int,
-        tp: Axis,
-        *,
-        bias: bool,
-        sequence_parallel: bool,
-        init: Init | Sequence[Init],
-        dtype: torch.dtype,
-        device: torch.device,
-        part: Part = "other",
-    ) -> None:
+    def __init__(self, matrices: Sequence[Matrix], place: Place, *, bias: bool, part: Part = "other") -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.rows = place.rows
         weights, biases = [], []
-        inits = [init] * len(outputs) if isinstance(init, Init) else init
-        for (name, size, units), of in zip(outputs, inits, strict=True):
+        for name, inputs, outputs, units, init in matrices:
             split = Split(0, units)
             # Replicas of one key head serve different query heads: their gradients are partial sums.
-            partial = "tp" if split.copies(tp.size) > 1 else None
-            weights.append(ParamSpec(f"{name}.weight", (size, in_features), split, partial, init=of, part=part))
-            zero = Init("constant", 0.0)
-            biases.append(ParamSpec(f"{name}.bias", (size,), split, partial, decay=False, init=zero, part=part))
-        self.weights = nn.ParameterList(make_parameters(weights, tp, dtype, device))
-        self.biases = nn.ParameterList(make_parameters(biases, tp, dtype, device) if bias else [])
+            partial = "tp" if split.copies(place.tp.size) > 1 else None
+            weights.append(ParamSpec(f"{name}.weight", (outputs, inputs), split, partial, init=init, part=part))
+            biases.append(ParamSpec(f"{name}.bias", (outputs,), split, partial, decay=False, init=ZEROS, part=part))
+        self.weights = nn.ParameterList(make_parameters(weights, place))
+        self.biases = nn.ParameterList(make_parameters(biases, place) if bias else [])
 
-    def bias_place(self) -> torch.Tensor | None:
-        """Where who makes the outputs' gradients gives that of all biases, [sum of out/t]; None without biases."""
-        return bias_place(tuple(self.biases)) if self.biases else None
+    def bias_proxy(self) -> torch.Tensor | None:
+        """Takes the gradient of all biases, [sum of out/t], from who makes the outputs' gradients; None without biases."""
+        return bias_proxy(tuple(self.biases)) if self.biases else None
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        postponed: Postponed | None = None,
-        remake: Callable[[], torch.Tensor] | None = None,
-        sums_bias: bool = True,
-    ) -> tuple[torch.Tensor, ...]:
-        """[s/t or s, b, in] -> one [s, b, out/t] per output. sums_bias: False where `bias_place` is given the biases' gradient."""
-        weights, biases = tuple(self.weights), tuple(self.biases)
-        return column_linear(x, weights, biases, self.tp, self.sequence_parallel, postponed, remake, sums_bias)
+    def forward(self, x: torch.Tensor, how: Backward = AT_ONCE) -> tuple[torch.Tensor, ...]:
+        """[s/t or s, b, in] -> one [s, b, out/t] per output."""
+        return column_linear(x, tuple(self.weights), tuple(self.biases), self.rows, how)
 
 
 class RowParallelLinear(nn.Module):
     """One output, its inputs split over the ranks: x [s, b, in/t] -> [s/t, b, out] with sequence parallelism, else [s, b, out]."""
 
-    def __init__(
-        self,
-        name: str,
-        in_features: int,
-        out_features: int,
-        units: int,
-        tp: Axis,
-        *,
-        bias: bool,
-        sequence_parallel: bool,
-        init: Init,
-        dtype: torch.dtype,
-        device: torch.device,
-        part: Part = "other",
-    ) -> None:
+    def __init__(self, matrix: Matrix, place: Place, *, bias: bool, part: Part = "other") -> None:
         super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel
-        spec = ParamSpec(f"{name}.weight", (out_features, in_features), Split(1, units), init=init, part=part)
-        self.weight = make_parameters([spec], tp, dtype, device)[0]
-        self.biases = nn.ParameterList()
-        if bias:
-            partial = "tp" if sequence_parallel else None  # each rank adds up only its part of the sequence
-            zero = Init("constant", 0.0)
-            spec = ParamSpec(f"{name}.bias", (out_features,), None, partial, decay=False, init=zero, part=part)
-            self.biases = nn.ParameterList(make_parameters([spec], tp, dtype, device))
+        self.rows = place.rows
+        name, inputs, outputs, units, init = matrix
+        spec = ParamSpec(f"{name}.weight", (outputs, inputs), Split(1, units), init=init, part=part)
+        self.weight = make_parameters([spec], place)[0]
+        partial = self.rows.partial_over
+        spec = ParamSpec(f"{name}.bias", (outputs,), None, partial, decay=False, init=ZEROS, part=part)
+        self.biases = nn.ParameterList(make_parameters([spec], place) if bias else [])
 
-    def bias_place(self) -> torch.Tensor | None:
-        """Where who makes the output's gradient gives that of the bias, [out], summed over the rows it has; None without a bias."""
-        return bias_place(tuple(self.biases)) if self.biases else None
+    def bias_proxy(self) -> torch.Tensor | None:
+        """Takes the gradient of the bias, [out], summed over this rank's rows, from who makes the output's; None without a bias."""
+        return bias_proxy(tuple(self.biases)) if self.biases else None
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        postponed: Postponed | None = None,
-        remake: Callable[[], torch.Tensor] | None = None,
-        sums_bias: bool = True,
-    ) -> torch.Tensor:
-        """[s, b, in/t] -> [s/t or s, b, out]. sums_bias: False where `bias_place` is given the bias's gradient."""
+    def forward(self, x: torch.Tensor, how: Backward = AT_ONCE) -> torch.Tensor:
+        """[s, b, in/t] -> [s/t or s, b, out]."""
         biases = tuple(self.biases)
-        layer = _Linear(self.tp, self.sequence_parallel, (self.weight,), biases, postponed, remake, sums_bias)
-        return _RowLinear.apply(x, layer, self.weight, *biases)
+        return _RowLinear.apply(x, _Linear(self.rows, (self.weight,), biases, how), self.weight, *biases)

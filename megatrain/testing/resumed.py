@@ -43,7 +43,7 @@ def continued(ctx: ParallelContext, config: Config, steps: int, at: int, path: P
 
 def _from(run: Run, path: Path) -> Run:
     """A new run of the same config in the state of the checkpoint."""
-    fresh = assemble(run.config, run.ctx, run.loader, run.chunks[0].vocab_size, objective=run.objective)
+    fresh = assemble(run.config, run.ctx, run.loader, run.chunks[0].build.vocab_size, objective=run.objective)
     for named in portions(fresh.optimizer).values():
         for portion in named.values():  # whatever is not loaded stays NaN and shows
             everything = slice(0, portion.count)

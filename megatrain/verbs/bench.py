@@ -22,14 +22,13 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from megatrain.assembly import DTYPES, assemble
+from megatrain.assembly import DTYPES, assemble, kernels_of
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import require_effects, validate_step
 from megatrain.data.loader import Loader
 from megatrain.files import doing
 from megatrain.init_from import shapes_of
-from megatrain.models.layers import kernels_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
 from megatrain.program import mesh_shape, prepare_torch, require_memory, require_precision, require_schedule, vocabulary
@@ -159,7 +158,7 @@ def export_trace(export: Callable[[str], object], path: Path) -> None:
 def _report(
     run: Run, seconds: Sequence[float], waits: Sequence[float], phases: dict[str, float], session: Session
 ) -> dict[str, Any]:
-    config, vocab_size = run.config, run.chunks[0].vocab_size
+    config, vocab_size = run.config, run.chunks[0].build.vocab_size
     model, parallel, train = config.model, config.parallel, config.train
     speed = Speed(
         model_flops_per_token(model, vocab_size),

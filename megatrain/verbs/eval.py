@@ -98,7 +98,7 @@ def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
         chunks = load_chunks(path, config, ctx)
         with session.together("opening the data"):
             tokenizer = tokenizer_of(config)
-            _, _, sets = open_sources(config, chunks[0].vocab_size, tokenizer, train=False)
+            _, _, sets = open_sources(config, chunks[0].build.vocab_size, tokenizer, train=False)
         model = Model(config, ctx, chunks, objective_of(config), held_out=sets)
         result = evaluate(model, config.train.eval_batches)
         if session.rank == 0:

@@ -106,7 +106,7 @@ def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tok
     if config.data.objective == "glm":
         _fill(arguments, config, decoder, codec, out)
         return
-    prompt = _encode(codec, arguments.prompt, decoder.chunks[0].vocab_size)
+    prompt = _encode(codec, arguments.prompt, decoder.chunks[0].build.vocab_size)
     if len(prompt) > config.model.positions and out is sys.stdout:
         kept = max(1, config.model.positions // 2)
         note = f"the prompt has {len(prompt)} tokens, and model.max_positions is {config.model.positions}: the last {kept} are used"
@@ -151,7 +151,7 @@ def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: T
 
 def _fill(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
     """Write the prompt with its blanks filled; a prompt without blanks is continued."""
-    ids, text_vocab = resolve(config.data.glm, codec, decoder.chunks[0].vocab_size)
+    ids, text_vocab = resolve(config.data.glm, codec, decoder.chunks[0].build.vocab_size)
     texts, masks = parsed(arguments.prompt, ids)
     encoded = [codec.encode(text) for text in texts]
     filling = Filling(decoder, encoded, masks, ids, text_vocab)

@@ -12,7 +12,7 @@ from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
 from megatrain.models.gpt import GPT, logical_parameters
 from megatrain.models.layers import Build
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.runtime.flops import parameter_count
 
 PUBLISHED = {
@@ -75,8 +75,8 @@ def test_parameter_counts_of_built_models(name):
     config = from_dict({"model": {"preset": name}})
     validate_layout(config, 1)
     meta, ctx = torch.device("meta"), ParallelContext.single()
-    build = Build(config.model, ctx.tp, False, torch.bfloat16, meta, seed=0)
-    model = GPT(config.model.vocab_size, build, range(1))  # blocks are alike
+    build = Build(Rows(ctx.tp), torch.bfloat16, meta, config.model, config.model.vocab_size, seed=0)
+    model = GPT(build, range(1))  # blocks are alike
     assert all(p.is_meta for p in model.parameters())
     one_layer = sum(p.spec.numel for p in logical_parameters([model]))
     block = sum(p.spec.numel for p in model.stack.blocks[0].parameters())

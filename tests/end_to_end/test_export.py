@@ -15,7 +15,8 @@ from megatrain.cli import main as cli
 from megatrain.config.load import dump, from_dict
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.portion import Portion
 
 hf = pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
@@ -39,8 +40,8 @@ def saved(folder, tokenizer, model, **data):
     vocab_size = load_tokenizer(name).vocab_size + 7
     shape = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 64, "init_std": 0.3}
     config = from_dict({"model": {**shape, "vocab_size": vocab_size, **model}, "data": {"tokenizer": name, **data}})
-    ctx, pieces = ParallelContext.single(), [range(2)]
-    gpt = build_gpt(config.model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=torch.float32, seed=3)[0]
+    ctx = ParallelContext.single()
+    gpt = build_gpt(Build(Rows(ctx.tp), torch.float32, ctx.device, config.model, vocab_size, seed=3))[0]
     if not config.model.tied_embeddings:
         with torch.no_grad():  # random bytes are no characters, and the library shows each of them
             gpt.get_parameter("head.weight")[3:259] = 0

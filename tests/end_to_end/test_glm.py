@@ -19,8 +19,9 @@ from megatrain.init_from import shapes_of, start_from
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
+from megatrain.models.layers import Build
 from megatrain.models.position import _angles
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.testing import simulate
 from megatrain.testing.trace import random_source
 from megatrain.training import train_step
@@ -259,8 +260,8 @@ def test_angles_of_the_released_weights():
 def test_causal_is_the_special_case_without_a_prefix():
     def logits(position, prefix):
         model = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=20, position=position, init_std=0.3)
-        pieces = [range(2)], [0]
-        (gpt,) = build_gpt(model, V, ParallelContext.single(), *pieces, sequence_parallel=False, dtype=torch.float64, seed=3)
+        ctx = ParallelContext.single()
+        (gpt,) = build_gpt(Build(Rows(ctx.tp), torch.float64, ctx.device, model, V, seed=3))
         tokens = prompts()[0][:, :20].t()
         if position == "learned_2d":
             with torch.no_grad():

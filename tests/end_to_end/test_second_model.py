@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from megatrain.assembly import assemble, layer_pieces
+from megatrain.assembly import assemble, build_of, layer_pieces
 from megatrain.config.load import from_dict
 from megatrain.data.loader import Loader
 from megatrain.models.batch import Loss, NextToken
@@ -75,8 +75,7 @@ class Preference(LogProbabilities):
 
 def frozen(config, ctx):
     """A model with the weights that training begins with."""
-    of = {"sequence_parallel": config.parallel.sequence_parallel, "dtype": torch.float64, "seed": config.train.seed}
-    chunks = build_gpt(config.model, V, ctx, *layer_pieces(config, V), **of)
+    chunks = build_gpt(build_of(config, V, ctx), *layer_pieces(config, V), ctx.pp.rank)
     return Model(config, ctx, [chunk.eval() for chunk in chunks], LogProbabilities())
 
 

@@ -9,7 +9,8 @@ from megatrain.config.schema import Config, DataConfig, ModelConfig, OptimConfig
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.testing.layouts import Layout
 from megatrain.verbs.verify import Verifier
 
@@ -92,7 +93,7 @@ def test_every_loss_agrees_under_every_layout(loss, documents):
 def test_the_post_norm_block_is_torchs_encoder_layer():
     config = replace(BASE, norm_placement="post", activation="relu", num_query_groups=None, dropout=0.0, position="none")
     ctx = ParallelContext.single()
-    chunk = build_gpt(config, 29, ctx, [range(4)], [0], sequence_parallel=False, dtype=torch.float64, seed=1)[0]
+    chunk = build_gpt(Build(Rows(ctx.tp), torch.float64, ctx.device, config, 29, seed=1))[0]
     block = chunk.stack.blocks[0]
     layer = torch.nn.TransformerEncoderLayer(16, 4, 64, dropout=0.0, activation="relu", norm_first=False, dtype=torch.float64)
     state = {p.spec.name.removeprefix("layers.0."): p.detach() for p in block.parameters()}
@@ -119,7 +120,7 @@ def test_isolated_documents_are_what_they_are_alone():
     for switches in ({"position": "learned"}, {"position": "alibi"}, {"position": "rope", "window": 3}):
         config = replace(BASE, dropout=0.0, **switches)
         ctx = ParallelContext.single()
-        chunk = build_gpt(config, 29, ctx, [range(4)], [0], sequence_parallel=False, dtype=torch.float64, seed=1)[0]
+        chunk = build_gpt(Build(Rows(ctx.tp), torch.float64, ctx.device, config, 29, seed=1))[0]
         tokens = torch.randint(29, (8, 1), generator=torch.Generator().manual_seed(3))
 
         def logits(first, last, documents=None, positions=None, chunk=chunk, tokens=tokens, config=config):

@@ -9,7 +9,8 @@ import torch
 from megatrain.config.schema import ModelConfig
 from megatrain.inference.decoding import Beams, Decoder, Sampling, beam_search, best_continuation, continuation
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import ParallelContext, Rows
 
 V, LONGEST, END = 4, 4, 3
 
@@ -85,9 +86,8 @@ def test_it_stops_when_nothing_can_become_better():
 def gpt(**settings):
     shape = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "num_query_groups": 2, "seq_length": 24}
     model = ModelConfig(**{**shape, "init_std": 0.5, **settings})
-    pieces = [range(2)], [0]
-    made = build_gpt(model, 5, ParallelContext.single(), *pieces, sequence_parallel=False, dtype=torch.float32, seed=7)
-    return [chunk.eval() for chunk in made]
+    ctx = ParallelContext.single()
+    return [chunk.eval() for chunk in build_gpt(Build(Rows(ctx.tp), torch.float32, ctx.device, model, 5, seed=7))]
 
 
 def log_probability(prompt, text):

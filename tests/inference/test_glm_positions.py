@@ -9,7 +9,8 @@ from megatrain.assembly import objective_of
 from megatrain.config.schema import Config, DataConfig, GlmConfig, ModelConfig, ObjectiveMix, TrainConfig
 from megatrain.data.loader import Loader
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.testing.trace import random_source
 from megatrain.training import Model, to_micro_batches
 
@@ -44,7 +45,7 @@ def batch_of(shape, kind, packed):
         model=model_of(shape), data=data, train=TrainConfig(global_batch_size=3, micro_batch_size=3, precision="fp64")
     )
     ctx = ParallelContext.single()
-    chunks = build_gpt(config.model, V, ctx, [range(1)], [0], sequence_parallel=False, dtype=torch.float64, seed=1)
+    chunks = build_gpt(Build(Rows(ctx.tp), torch.float64, ctx.device, config.model, V, seed=1))
     samples, compose = random_source(config, V)
     batch = Loader(samples, 3, 3, 0, 1, compose=compose).build(0)
     (micro_batch,) = to_micro_batches(batch, Model(config, ctx, chunks, objective_of(config)))

@@ -16,7 +16,8 @@ from megatrain.inference.trained import laid_out, saved_config
 from megatrain.kernels.attention_mask import causal_mask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.parallel.portion import Portion
 from megatrain.program import mesh_shape
 from megatrain.testing import simulate
@@ -39,9 +40,8 @@ def config_of(shape="glm-1", **model):
 
 def chunks_of(config, ctx=None):
     ctx = ctx or ParallelContext.single()
-    pieces = [range(config.model.num_layers)], [0]
-    made = build_gpt(config.model, config.model.vocab_size, ctx, *pieces, sequence_parallel=False, dtype=torch.float32, seed=7)
-    return [chunk.eval() for chunk in made]
+    build = Build(Rows(ctx.tp), torch.float32, ctx.device, config.model, config.model.vocab_size, seed=7)
+    return [chunk.eval() for chunk in build_gpt(build)]
 
 
 def filling_of(decoder):

@@ -13,7 +13,7 @@ from megatrain.kernels.attention_mask import AttentionMask, BlockSparse
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Attention, Build
 from megatrain.parallel import rng
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import Axis, Rows
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,7 +169,7 @@ def test_a_layer_takes_the_kernels_of_its_run(monkeypatch, kernels, calls):
         kernel, "tiled", lambda q, k, v, words, _mask: called.append(tuple(words.samples.tolist())) or q.flatten(2)
     )
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, seq_length=4, vocab_size=9, attention_dropout=0.5)
-    build = Build(config, ParallelContext.single().tp, False, torch.bfloat16, DEVICE, 0, kernels=kernels)
+    build = Build(Rows(Axis("tp")), torch.bfloat16, DEVICE, config, 9, 0, kernels=kernels)
     layer = Attention("layers.0.attention", build)
     for weight in layer.parameters():
         torch.nn.init.zeros_(weight)

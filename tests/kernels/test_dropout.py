@@ -8,7 +8,7 @@ from megatrain.kernels.dispatch import Kernels
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import Build, Dropout
 from megatrain.parallel import rng
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import Axis, Rows
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,12 +20,12 @@ def numbers(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
 
 
-def both(x, p, key, samples, first=0):
+def both(x, p, key, samples, places=None):
     """(output, gradient of a random product, its bits) by Triton and by the reference."""
     sides = []
     for kernels in ("triton", "reference"):
         leaf = x.detach().requires_grad_()
-        y = rng.dropout(leaf, p, key, samples, first, kernels=kernels)
+        y = rng.dropout(leaf, p, key, samples, places, kernels=kernels)
         (dx,) = torch.autograd.grad(y, leaf, numbers(*x.shape, dtype=x.dtype).transpose(0, 1).contiguous().transpose(0, 1))
         sides.append((y.detach(), dx))
     return sides
@@ -61,7 +61,16 @@ def test_words_of_a_key_of_two_samples_and_positions():
     ids=str,
 )
 def test_every_bit_is_the_references(shape, p, seed, first, samples):
-    require_same_bits(both(numbers(*shape), p, rng.key(seed, "any"), torch.tensor(samples), first))
+    require_same_bits(both(numbers(*shape), p, rng.key(seed, "any"), torch.tensor(samples), (range(first, first + shape[0]),)))
+
+
+def test_rows_that_are_no_neighbours_have_the_masks_of_their_places():
+    x, key, samples = numbers(6, 2, 300), rng.key(8), torch.tensor([3, 1])
+    whole = both(x, 0.5, key, samples)
+    apart = both(torch.cat([x[:1], x[4:]]), 0.5, key, samples, (range(1), range(4, 6)))
+    require_same_bits(apart)
+    for (of_all, _), (of_some, _) in zip(whole, apart, strict=True):
+        assert torch.equal(of_some, torch.cat([of_all[:1], of_all[4:]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -110,7 +119,7 @@ def test_a_layer_takes_the_kernels_of_its_run(monkeypatch, kernels: Kernels, lau
     called, plain = [], rng.dropout_triton
     monkeypatch.setattr(rng, "dropout_triton", lambda x, *rest: called.append(x.shape) or plain(x, *rest))
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=1, seq_length=4, vocab_size=9, dropout=0.5)
-    build = Build(config, ParallelContext.single().tp, False, torch.float32, DEVICE, 0, kernels=kernels)
+    build = Build(Rows(Axis("tp")), torch.float32, DEVICE, config, 9, 0, kernels=kernels)
     tokens = torch.zeros(4, 2, dtype=torch.int64, device=DEVICE)
     batch = MicroBatch(tokens, tokens, tokens.float(), tokens, torch.arange(2, device=DEVICE), 0)
     Dropout(build, 0, "mlp")(numbers(4, 2, 16).requires_grad_(), batch).sum().backward()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatrain import assembly
 from megatrain.config.load import from_dict
 from megatrain.kernels.sdpa import Choice, Shape
 from megatrain.models import layers as layer
@@ -32,13 +33,13 @@ def asked(monkeypatch):
         calls.append(call)
         return Choice(("cudnn", "flash"), "told")
 
-    monkeypatch.setattr(layer, "choose", choose)
+    monkeypatch.setattr(assembly, "choose", choose)
     return calls
 
 
 @pytest.mark.parametrize(("tp_size", "heads", "groups"), [(1, 8, 2), (2, 4, 1), (4, 2, 1)])
 def test_the_shape_is_that_of_one_rank(asked, tp_size, heads, groups):
-    choice = layer.kernels_of(config(train={"deterministic": True}), tp_size, torch.bfloat16, torch.device("cuda"))
+    choice = assembly.kernels_of(config(train={"deterministic": True}), tp_size, torch.bfloat16, torch.device("cuda"))
     assert choice == Choice(("cudnn", "flash"), "told")
     assert asked == [(Shape(s=6, b=3, heads=heads, groups=groups, d=2), torch.bfloat16, torch.device("cuda"), True)]
 
@@ -57,7 +58,7 @@ def test_the_shape_is_that_of_one_rank(asked, tp_size, heads, groups):
     ids=str,
 )
 def test_nothing_is_tried_where_training_has_another_attention(asked, other):
-    assert layer.kernels_of(config(**other), 1, torch.bfloat16, torch.device("cuda")) == Choice(("flash", "efficient"), "")
+    assert assembly.kernels_of(config(**other), 1, torch.bfloat16, torch.device("cuda")) == Choice(("flash", "efficient"), "")
     assert asked == []
 
 

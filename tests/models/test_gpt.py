@@ -10,7 +10,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch, NextToken
 from megatrain.models.gpt import GPT
 from megatrain.models.layers import Attention, Build, KeyValueCache, LearnedPositions, Rotary
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.param import initialise
 from megatrain.runtime.flops import parameter_count
 
@@ -45,7 +45,7 @@ SANDWICH = {
 
 
 def build(**changes):
-    return Build(replace(CONFIG, **changes), SINGLE.tp, False, torch.float64, torch.device("cpu"), 0)
+    return Build(Rows(SINGLE.tp), torch.float64, torch.device("cpu"), replace(CONFIG, **changes), V, 0)
 
 
 def filled(module):
@@ -67,7 +67,7 @@ def batch(rows=S, first=0):
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_parameters_are_as_many_as_counted_with_names_of_their_own(switches):
     made = build(**switches)
-    parameters = GPT(V, made, range(3)).logical_parameters()
+    parameters = GPT(made, range(3)).logical_parameters()
     names = [p.spec.name for p in parameters]
     assert sum(p.spec.numel for p in parameters) == parameter_count(made.config, V)
     assert len(set(names)) == len(names)
@@ -81,9 +81,9 @@ def test_parameters_are_as_many_as_counted_with_names_of_their_own(switches):
 
 
 def test_pieces_in_a_row_are_the_whole():
-    whole = filled(GPT(V, build(tied_embeddings=False), range(3)))
+    whole = filled(GPT(build(tied_embeddings=False), range(3)))
     pieces = [
-        filled(GPT(V, build(tied_embeddings=False), layers, first=layers[0] == 0, last=layers[-1] == 2))
+        filled(GPT(build(tied_embeddings=False), layers, first=layers[0] == 0, last=layers[-1] == 2))
         for layers in (range(1), range(1, 3))
     ]
     hidden = None
@@ -97,12 +97,12 @@ def test_pieces_in_a_row_are_the_whole():
 
 
 def test_a_tied_head_is_the_embedding():
-    model = GPT(V, build(), range(1))
+    model = GPT(build(), range(1))
     assert model.head.weight is model.embedding.tokens.weight
 
 
 def test_no_token_sees_a_later_one():
-    model = filled(GPT(V, build(position="rope"), range(3)))
+    model = filled(GPT(build(position="rope"), range(3)))
     changed = batch()
     changed.tokens[4] = (changed.tokens[4] + 1) % V
     before, after = model(None, batch()), model(None, changed)
@@ -170,11 +170,11 @@ def test_learned_positions_are_looked_up_not_counted():
 
 def test_every_parameter_says_of_which_part_it_is():
     switches = {"norm_placement": "sandwich", "position": "learned_2d", "embedding_norm": True, "qk_norm": True}
-    made = GPT(V, build(num_layers=1, tied_embeddings=False, activation="swiglu", **switches), [0])
+    made = GPT(build(num_layers=1, tied_embeddings=False, activation="swiglu", **switches), [0])
     assert {p.spec.name: p.spec.part for p in made.logical_parameters()} == {
         n: part for part in SANDWICH for n in SANDWICH[part]
     }
-    alone = GPT(V, build(), [2], first=False, last=True)  # the last stage's copy of a tied matrix
+    alone = GPT(build(), [2], first=False, last=True)  # the last stage's copy of a tied matrix
     assert {p.spec.part for p in alone.logical_parameters() if p.spec.name == "embedding.tokens"} == {"embedding"}
 
 

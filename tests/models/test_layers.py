@@ -9,7 +9,7 @@ from torch.nn import functional
 from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch
 from megatrain.models.layers import MLP, Attention, Build, Dropout, Norm, scaled_gradient
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.parallel.param import initialise
 from megatrain.testing import simulate
 
@@ -19,7 +19,7 @@ CONFIG = ModelConfig(num_layers=2, hidden_size=H, num_attention_heads=4, seq_len
 
 def build(ctx=None, sequence_parallel=False, seed=0, **changes):
     ctx = ctx or ParallelContext.single()
-    return Build(replace(CONFIG, **changes), ctx.tp, sequence_parallel, torch.float64, torch.device("cpu"), seed)
+    return Build(Rows(ctx.tp, sequence_parallel), torch.float64, torch.device("cpu"), replace(CONFIG, **changes), 29, seed)
 
 
 def numbers(seed, *shape):

@@ -7,8 +7,8 @@ import torch
 from zero_grid import config_of, shape_of
 
 from megatrain.parallel.flat import Unit
-from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import Parameter, ParamSpec, add_bias_gradient, add_weight_gradient, claim, make_parameters
+from megatrain.parallel.mesh import ParallelContext, Rows
+from megatrain.parallel.param import Parameter, ParamSpec, Place, add_bias_gradient, add_weight_gradient, claim, make_parameters
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
@@ -57,7 +57,7 @@ def flat_of(monkeypatch, parameters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_first_product_is_written_and_the_second_added(monkeypatch, dtype):
-    q, k = make_parameters([ParamSpec("q", (4, 3)), ParamSpec("k", (2, 3))], SINGLE.tp, dtype, SINGLE.device)
+    q, k = make_parameters([ParamSpec("q", (4, 3)), ParamSpec("k", (2, 3))], Place(Rows(SINGLE.tp), dtype, SINGLE.device))
     flat = flat_of(monkeypatch, [q, k])
     assert flat.grads[:18].isnan().all() and (flat.grads[18:] == 0).all(), "nothing is cleared but what is no parameter's"
     dy, x = torch.randn(5, 6).to(dtype), torch.randn(5, 3).to(dtype)
@@ -68,7 +68,9 @@ def test_the_first_product_is_written_and_the_second_added(monkeypatch, dtype):
 
 
 def test_where_one_of_two_has_a_gradient_already_the_other_begins_with_zero(monkeypatch):
-    q, k = make_parameters([ParamSpec("q", (4, 3)), ParamSpec("k", (2, 3))], SINGLE.tp, torch.float32, SINGLE.device)
+    q, k = make_parameters(
+        [ParamSpec("q", (4, 3)), ParamSpec("k", (2, 3))], Place(Rows(SINGLE.tp), torch.float32, SINGLE.device)
+    )
     flat_of(monkeypatch, [q, k])
     k.main_grad.add_(1.0)
     dy, x = torch.randn(5, 6), torch.randn(5, 3)
@@ -77,7 +79,7 @@ def test_where_one_of_two_has_a_gradient_already_the_other_begins_with_zero(monk
 
 
 def test_a_bias_that_decays_is_written_too(monkeypatch):
-    (bias,) = make_parameters([ParamSpec("b", (6,))], SINGLE.tp, torch.float32, SINGLE.device)
+    (bias,) = make_parameters([ParamSpec("b", (6,))], Place(Rows(SINGLE.tp), torch.float32, SINGLE.device))
     flat_of(monkeypatch, [bias])
     for times in (1, 2):
         add_bias_gradient([bias], torch.ones(5, 6))

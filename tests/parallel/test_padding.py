@@ -11,11 +11,12 @@ from megatrain.config.load import dump, from_dict
 from megatrain.inference.plain import load
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
+from megatrain.models.layers import Build
 from megatrain.parallel import param, vocabulary
-from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
-from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, initialise, padded
+from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext, Rows
+from megatrain.parallel.param import Init, Parameter, ParamSpec, Place, Split, initialise, padded
 from megatrain.parallel.portion import Portion
-from megatrain.parallel.vocabulary import Target, vocab_parallel_loss, vocab_parameter
+from megatrain.parallel.vocabulary import Target, VocabParallelHead, vocab_parameter
 from megatrain.testing import simulate
 from megatrain.testing.agree import agree
 from megatrain.testing.control import last_steps
@@ -58,9 +59,9 @@ def test_the_products_of_a_head_are_whole_tiles(monkeypatch, chunk):
         monkeypatch.setattr(
             vocabulary, name, lambda *of, plain=plain, name=name: (shapes.append((name, *of[1].shape)), plain(*of))[1]
         )
-    weight = vocab_parameter("head", 50257, 8, SINGLE.tp, Init(), torch.float32, torch.device("cpu"))
+    weight = vocab_parameter(ParamSpec("head", (50257, 8)), Place(Rows(SINGLE.tp), torch.float32, SINGLE.device))
     x = torch.ones(3, 1, 8).requires_grad_()
-    loss, _ = vocab_parallel_loss(x, torch.tensor([[0], [5], [50256]]), weight, SINGLE.tp, False, chunk=chunk)
+    loss, _ = VocabParallelHead(weight, Rows(SINGLE.tp), chunk=chunk).loss(x, torch.tensor([[0], [5], [50256]]))
     loss.sum().backward()
     assert {("linear", 50304, 8), ("matmul", 50304, 8)} == {shape for shape in shapes if shape[0] != "add_matmul"}
     torch.testing.assert_close(
@@ -75,11 +76,13 @@ def test_a_zero_is_no_logit(ranks, chunk):
     """Where all logits are negative, those of padding would be the largest."""
 
     def on(ctx):
-        weight = vocab_parameter("head", V, H, ctx.tp, Init("constant", -1.0), torch.float64, torch.device("cpu"))
+        weight = vocab_parameter(
+            ParamSpec("head", (V, H), init=Init("constant", -1.0)), Place(Rows(ctx.tp), torch.float64, ctx.device)
+        )
         initialise(weight, ctx.tp, 0)
         x, labels = torch.ones(6, 1, H, dtype=torch.float64), torch.arange(V - 6, V).view(6, 1)
-        target = Target(label_smoothing=0.1, z_loss=0.01, softcap=30.0)
-        loss, correct = vocab_parallel_loss(x.requires_grad_(), labels, weight, ctx.tp, False, target, chunk)
+        target = Target(label_smoothing=0.1, z_loss=0.01)
+        loss, correct = VocabParallelHead(weight, Rows(ctx.tp), 30.0, chunk).loss(x.requires_grad_(), labels, target)
         loss.sum().backward()
         return loss.detach(), correct, x.grad, weight.grad, weight.spec.slices(ctx.tp.size, ctx.tp.rank)[0]
 
@@ -209,7 +212,7 @@ def test_whole_logits_are_those_of_the_vocabulary(ranks):
 
     def on(ctx):
         config = config_of().model
-        model = build_gpt(config, V, ctx, [range(2)], [0], sequence_parallel=False, dtype=torch.float64, seed=1)[0]
+        model = build_gpt(Build(Rows(ctx.tp), torch.float64, ctx.device, config, V, seed=1))[0]
         return model.head.logits(model(None, batch))
 
     alone = simulate(MeshShape(), on)[0]
@@ -221,7 +224,7 @@ def test_whole_logits_are_those_of_the_vocabulary(ranks):
 def test_nothing_of_it_is_in_a_checkpoint_or_an_export(tmp_path):
     config = config_of()
     config = from_dict({"model": {**vars(config.model), "logit_softcap": 0.0, "preset": None}})
-    model = build_gpt(config.model, V, SINGLE, [range(2)], [0], sequence_parallel=False, dtype=torch.float32, seed=3)[0]
+    model = build_gpt(Build(Rows(SINGLE.tp), torch.float32, SINGLE.device, config.model, V, seed=3))[0]
     weights = {p.spec.name: Portion.whole(p.spec, p.detach()) for p in model.logical_parameters()}
     saved = save(tmp_path / "run/checkpoints", Contents(1, {}, dump(config)), {"weights": weights}, SINGLE)
     rows = [len(p) for p in model.parameters() if p.spec.name == "embedding.tokens"]

@@ -158,7 +158,7 @@ def test_neighbouring_keys_are_equidistributed_and_independent():
 
 
 def test_neighbouring_samples_and_positions_have_independent_streams():
-    a, c = rng._row_keys(key(1), torch.arange(64), 0, 64)
+    a, c = rng._row_keys(key(1), torch.arange(64), (range(64),))
     numbers = torch.arange(128, dtype=torch.int32).expand(64 * 64, 128).contiguous()
     numbers = rng._number(numbers, torch.empty_like(numbers), a, c).view(64, 64, 128)
     check_bytes(numbers)
@@ -227,7 +227,7 @@ def test_normal_refuses_what_does_not_fit():
 
 def test_dropout_matches_big_integers():
     k, samples = key(11, "dropout", 0), torch.tensor([0, 7, 2**31 + 1])
-    kept = dropout(torch.ones(4, 3, 5), 0.4, k, samples, first=9) > 0
+    kept = dropout(torch.ones(4, 3, 5), 0.4, k, samples, (range(9, 13),)) > 0
     wanted = [[[reference_kept(k, 0.4, int(n), 9 + r, c) for c in range(5)] for n in samples] for r in range(4)]
     assert kept.tolist() == wanted
 
@@ -262,10 +262,10 @@ def test_dropout_masks_differ_by_step_layer_and_site():
 
 def test_backward_uses_the_mask_of_the_forward():
     x = torch.randn(6, 2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    k, samples = key(2), torch.tensor([4, 1])
-    assert torch.autograd.gradcheck(lambda t: dropout(t, 0.4, k, samples, 3), (x,))
-    assert torch.autograd.gradgradcheck(lambda t: dropout(t, 0.4, k, samples, 3) ** 2, (x,))
-    y = dropout(x, 0.4, k, samples, 3)
+    k, samples, places = key(2), torch.tensor([4, 1]), (range(3, 5), range(9, 13))
+    assert torch.autograd.gradcheck(lambda t: dropout(t, 0.4, k, samples, places), (x,))
+    assert torch.autograd.gradgradcheck(lambda t: dropout(t, 0.4, k, samples, places) ** 2, (x,))
+    y = dropout(x, 0.4, k, samples, places)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert torch.equal(gradient == 0, y == 0)
 
@@ -281,7 +281,7 @@ def test_dropout_stores_no_mask():
 def test_sequence_parallel_parts_make_the_whole():
     x, k, samples = torch.ones(12, 3, 7), key(3), torch.tensor([0, 1, 2])
     whole = dropout(x, 0.5, k, samples)
-    pieces = [dropout(x[i : i + 3], 0.5, k, samples, first=i) for i in range(0, 12, 3)]
+    pieces = [dropout(x[i : i + 3], 0.5, k, samples, (range(i, i + 3),)) for i in range(0, 12, 3)]
     assert torch.equal(torch.cat(pieces), whole)
 
 

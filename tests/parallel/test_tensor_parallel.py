@@ -14,19 +14,10 @@ from megatrain.models.gpt import Block
 from megatrain.models.layers import Build
 from megatrain.parallel import param, tensor_parallel, vocabulary
 from megatrain.parallel.flat import Unit
-from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
-from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, joined, make_parameters
-from megatrain.parallel.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    column_linear,
-)
-from megatrain.parallel.vocabulary import (
-    VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_logits,
-    vocab_parameter,
-)
+from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext, Rows
+from megatrain.parallel.param import Parameter, ParamSpec, Place, Split, joined, make_parameters
+from megatrain.parallel.tensor_parallel import Backward, ColumnParallelLinear, Matrix, RowParallelLinear, column_linear
+from megatrain.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead, vocab_parameter
 from megatrain.parallel.zero import FlatParameters
 from megatrain.testing import simulate
 from megatrain.transport.group import Handle, World
@@ -34,10 +25,16 @@ from megatrain.transport.wrappers import RecordedWorld, Recorder, Wrapper
 
 S, B, H, D = 8, 3, 12, 4
 DTYPE = torch.float64
-SHARED = {"dtype": DTYPE, "device": torch.device("cpu")}
 LAYOUTS = [(1, False), (2, False), (4, False), (1, True), (2, True), (4, True)]
 START = 0.25
 """What a main_grad holds before: gradients are added to it."""
+
+
+SINGLE = Axis("tp")
+
+
+def place(tp=SINGLE, sequence_parallel=False):
+    return Place(Rows(tp, sequence_parallel), DTYPE, torch.device("cpu"))
 
 
 def numbers(seed, *shape):
@@ -107,12 +104,12 @@ def summed(per_rank, name):
 
 # --- linear layers ----------------------------------------------------------------------------------------------------
 
-OUTPUTS = [("q", 4 * D, 4), ("k", 2 * D, 2), ("v", D, 1)]
+OUTPUTS = [Matrix("q", H, 4 * D, 4), Matrix("k", H, 2 * D, 2), Matrix("v", H, D, 1)]
 """Of 4, 2 and 1 heads: under tp 4 the last two are replicated."""
 
 
 def column_layer(tp, sequence_parallel, bias=True):
-    return ColumnParallelLinear(OUTPUTS, H, tp, bias=bias, sequence_parallel=sequence_parallel, init=Init(), **SHARED)
+    return ColumnParallelLinear(OUTPUTS, place(tp, sequence_parallel), bias=bias)
 
 
 def column_on(ctx, sequence_parallel, mode, bias):
@@ -132,7 +129,7 @@ def column_on(ctx, sequence_parallel, mode, bias):
 def test_column_parallel_linear(size, sequence_parallel, mode, bias):
     results = simulate(MeshShape(tp=size), column_on, sequence_parallel, mode, bias)
     x, total, leaves = numbers(0, S, B, H).requires_grad_(), torch.zeros((), dtype=DTYPE), {}
-    for i, (name, width, units) in enumerate(OUTPUTS):
+    for i, (name, _, width, units, _) in enumerate(OUTPUTS):
         w = leaves[f"{name}.weight"] = logical(ParamSpec(f"{name}.weight", (width, H)))
         b = logical(ParamSpec(f"{name}.bias", (width,)))
         if bias:
@@ -150,7 +147,7 @@ def test_column_parallel_linear(size, sequence_parallel, mode, bias):
 
 
 def row_on(ctx, sequence_parallel, mode):
-    layer = RowParallelLinear("o", 4 * D, H, 4, ctx.tp, bias=True, sequence_parallel=sequence_parallel, init=Init(), **SHARED)
+    layer = RowParallelLinear(Matrix("o", 4 * D, H, 4), place(ctx.tp, sequence_parallel), bias=True)
     parameters = [layer.weight, *layer.biases]
     prepare(parameters, ctx.tp, mode)
     x = numbers(1, S, B, 4 * D).chunk(ctx.tp.size, -1)[ctx.tp.rank].clone().requires_grad_()
@@ -175,10 +172,10 @@ def test_row_parallel_linear(size, sequence_parallel, mode):
 
 def test_frozen_parameters_get_no_gradient_and_the_others_theirs():
     specs = [ParamSpec(n, (4, H), trainable=n != "k") for n in "qk"]
-    q, k = make_parameters(specs, Axis("tp"), DTYPE, torch.device("cpu"))
+    q, k = make_parameters(specs, place())
     FlatParameters([Unit((q, k))], ParallelContext.single())
     x = numbers(0, S, B, H).requires_grad_()
-    y, z = column_linear(x, (q, k), (), Axis("tp"), False)
+    y, z = column_linear(x, (q, k), (), Rows(Axis("tp")))
     (y.sum() + z.sum()).backward()
     near(q.main_grad, x.detach().sum((0, 1)).expand(4, H))
     assert q.grad is None and k.grad is None and k.main_grad is None and x.grad is not None
@@ -232,15 +229,15 @@ class Vocabulary:
 
     def on(self, ctx):
         tp, sp = ctx.tp, self.sequence_parallel
-        embedding = VocabParallelEmbedding("e", self.size, H, tp, sequence_parallel=sp, init=Init(), **SHARED)
-        head = embedding.weight if self.tied else vocab_parameter("head", self.size, H, tp, Init(), **SHARED)
+        embedding = VocabParallelEmbedding(ParamSpec("e", (self.size, H)), place(tp, sp))
+        head = embedding.weight if self.tied else vocab_parameter(ParamSpec("head", (self.size, H)), place(tp, sp))
         parameters = [embedding.weight] if self.tied else [embedding.weight, head]
         prepare(parameters, tp, self.mode)
         tokens, labels = self.ids()
         x = embedding(tokens)
-        logits = vocab_parallel_logits(x, head, tp, sp)
+        logits = VocabParallelHead(head, Rows(tp, sp)).logits(x)
         kept = logits.detach().clone()
-        loss, correct = vocab_parallel_cross_entropy(logits, labels, head, tp)
+        loss, correct = VocabParallelHead(head, Rows(tp, sp)).cross_entropy(logits, labels)
         (loss * numbers(4, S, B)).sum().backward()
         return x.detach(), kept, loss.detach(), correct, gradients(parameters, self.mode)
 
@@ -269,9 +266,9 @@ def test_vocabulary(size, sequence_parallel, vocab, tied, mode):
 
 def loss_of(ctx, logits, labels, scale):
     """Cross-entropy of whole logits, each rank given its columns: loss, correct, gradient of those columns."""
-    weight = vocab_parameter("w", logits.shape[-1], 1, ctx.tp, Init(), DTYPE, torch.device("cpu"))
+    weight = vocab_parameter(ParamSpec("w", (logits.shape[-1], 1)), place(ctx.tp))
     local = logits[..., weight.spec.slices(ctx.tp.size, ctx.tp.rank)[0]].clone().requires_grad_()
-    loss, correct = vocab_parallel_cross_entropy(local * 1, labels, weight, ctx.tp)
+    loss, correct = VocabParallelHead(weight, Rows(ctx.tp)).cross_entropy(local * 1, labels)
     return loss.detach(), correct, torch.autograd.grad(loss, local, scale.to(loss.dtype))[0]
 
 
@@ -332,7 +329,7 @@ def test_traffic_of_a_layer_is_what_the_docstring_says(sequence_parallel, units)
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, seq_length=S)
 
     def run(ctx):
-        block = Block(0, Build(config, ctx.tp, sequence_parallel, DTYPE, ctx.device, 0))
+        block = Block(0, Build(Rows(ctx.tp, sequence_parallel), DTYPE, ctx.device, config, 29, 0))
         x = part(numbers(0, S, B, 16), ctx.tp, sequence_parallel)
         block(x, micro_batch()).sum().backward()
 
@@ -411,10 +408,10 @@ def events(monkeypatch):
 
 def layers_under_test(ctx, sequence_parallel):
     """Name -> (forward, its input); every parameter has a main_grad."""
-    tp, shared = ctx.tp, {"sequence_parallel": sequence_parallel, "init": Init(), **SHARED}
-    column = ColumnParallelLinear([("u", 4 * D, 4)], H, tp, bias=True, **shared)
-    row = RowParallelLinear("o", 4 * D, H, 4, tp, bias=True, **shared)
-    head = vocab_parameter("e", 10, H, tp, Init(), **SHARED)
+    tp, here = ctx.tp, place(ctx.tp, sequence_parallel)
+    column = ColumnParallelLinear([Matrix("u", H, 4 * D, 4)], here, bias=True)
+    row = RowParallelLinear(Matrix("o", 4 * D, H, 4), here, bias=True)
+    head = vocab_parameter(ParamSpec("e", (10, H)), here)
     for parameter in (*column.parameters(), *row.parameters(), head):
         parameter.main_grad = torch.zeros_like(parameter.data)
     x = part(numbers(0, S, B, H), tp, sequence_parallel)
@@ -422,7 +419,7 @@ def layers_under_test(ctx, sequence_parallel):
     return {
         "column": (lambda: column(x)[0], x),
         "row": (lambda: row(inner), inner),
-        "head": (lambda: vocab_parallel_logits(x, head, tp, sequence_parallel), x),
+        "head": (lambda: VocabParallelHead(head, here.rows).logits(x), x),
     }
 
 
@@ -471,7 +468,7 @@ def test_joined_is_a_view_where_it_can_be():
 
 def test_parameters_of_one_matrix_lie_behind_one_another():
     specs = [ParamSpec("q", (8, H), Split(0, 4)), ParamSpec("k", (2, H), Split(0, 1), "tp")]
-    made = make_parameters(specs, Axis("tp", 4, 1, (0, 1, 2, 3)), torch.float32, torch.device("cpu"))
+    made = make_parameters(specs, place(Axis("tp", 4, 1, (0, 1, 2, 3))))
     assert [tuple(p.shape) for p in made] == [(2, H), (2, H)] and [p.follows for p in made] == [False, True]
     assert all(isinstance(p, Parameter) for p in made) and joined(made).data_ptr() == made[0].data_ptr()
 
@@ -483,16 +480,16 @@ def test_parameters_of_one_matrix_lie_behind_one_another():
 @pytest.mark.parametrize("tp", [1, 2])
 def test_postponed_weight_gradients_come_when_they_are_run_and_are_the_same(tp, sequence_parallel):
     def gradients(ctx, postpone):
-        shared = {"sequence_parallel": sequence_parallel, "init": Init(), **SHARED}
-        column = ColumnParallelLinear([("u", 4 * D, 4), ("w", 4 * D, 4)], H, ctx.tp, bias=True, **shared)
-        row = RowParallelLinear("o", 4 * D, H, 4, ctx.tp, bias=True, **shared)
+        here = place(ctx.tp, sequence_parallel)
+        column = ColumnParallelLinear([Matrix("u", H, 4 * D, 4), Matrix("w", H, 4 * D, 4)], here, bias=True)
+        row = RowParallelLinear(Matrix("o", 4 * D, H, 4), here, bias=True)
         parameters = [*column.parameters(), *row.parameters()]
         for p in parameters:
             fill(p, ctx.tp)
             p.main_grad = torch.zeros_like(p.data)
         x, postponed = part(numbers(0, S, B, H), ctx.tp, sequence_parallel), [] if postpone else None
-        a, b = column(x, postponed)
-        y = row(a * b, postponed)
+        a, b = column(x, Backward(postponed))
+        y = row(a * b, Backward(postponed))
         y.backward(part(numbers(1, S, B, H), ctx.tp, sequence_parallel).detach())
         early = [p.main_grad.abs().sum().item() for p in (*column.weights, row.weight)]
         assert (early == [0.0] * 3) == postpone
@@ -514,7 +511,7 @@ def fill(parameter, tp):
 
 def test_postponed_work_without_a_main_grad_is_an_error():
     postponed = []
-    layer = RowParallelLinear("o", 4, 3, 4, Axis("tp"), bias=False, sequence_parallel=False, init=Init(), **SHARED)
-    layer(numbers(0, S, B, 4), postponed).sum().backward()
+    layer = RowParallelLinear(Matrix("o", 4, 3, 4), place(), bias=False)
+    layer(numbers(0, S, B, 4), Backward(postponed)).sum().backward()
     with pytest.raises(ValueError, match=r"postponed weight gradient of shape \[3, 4\] needs a main_grad"):
         postponed[0]()

@@ -10,7 +10,7 @@ from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelCo
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import Block
 from megatrain.models.layers import Build
-from megatrain.parallel.mesh import MeshShape
+from megatrain.parallel.mesh import MeshShape, Rows
 from megatrain.plan.memory import ActivationLayout, layer_activation_bytes
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
@@ -52,7 +52,7 @@ class Kept:
 
 
 def kept_bytes(ctx, model, recompute, sequence_parallel, dtype):
-    build = Build(model, ctx.tp, sequence_parallel, dtype, ctx.device, 0, recompute)
+    build = Build(Rows(ctx.tp, sequence_parallel), dtype, ctx.device, model, 64, 0, recompute)
     block = Block(0, build)
     rows = S // ctx.tp.size if sequence_parallel else S
     x = torch.randn(rows, B, H).to(dtype).requires_grad_()

@@ -15,7 +15,8 @@ from megatrain.inference.decoding import Decoder, Sampling, continuation
 from megatrain.inference.trained import laid_out, saved_config
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
-from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.models.layers import Build
+from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.parallel.portion import Portion
 from megatrain.program import mesh_shape
 from megatrain.testing import simulate
@@ -45,8 +46,7 @@ def model_of(config, ctx=SINGLE):
 
 
 def whole_gpt(model, vocab_size, ctx):
-    pieces = [range(model.num_layers)]
-    return build_gpt(model, vocab_size, ctx, pieces, [0], sequence_parallel=False, dtype=torch.float32, seed=7)[0]
+    return build_gpt(Build(Rows(ctx.tp), torch.float32, ctx.device, model, vocab_size, seed=7))[0]
 
 
 def saved(directory, config, layout=ONE, dtype=torch.float32):
