@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -26,7 +26,7 @@ from megatrain.kernels.adamw import Update, adam_reference, adam_triton
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.parallel.param import ParamSpec
+from megatrain.parallel.param import ParamSpec, Part
 from megatrain.parallel.zero import FlatParameters
 from megatrain.transport.host import to_device
 
@@ -121,9 +121,12 @@ class Optimizer:
         self, flat: FlatParameters, config: OptimConfig, kernels: Kernels = "auto", rules: Mapping[str, Rule] = RULES
     ) -> None:
         """kernels: train.kernels; float64 is the reference's alone. rules: by name; a bucket has that of its part of the model in
-        `flat.rules`, else that of optim.name.
+        `flat.rules`, else that of optim.name. Raises ValueError where there is no such part or rule.
         """
         self.flat, self.config = flat, config
+        for part, name in flat.rules.items():
+            if part not in get_args(Part) or name not in rules:
+                raise ValueError(f"rules {part}={name}: parts are {', '.join(get_args(Part))}; rules are {', '.join(rules)}")
         triton = use_triton(kernels, flat.ctx.device) and flat.wide == torch.float32
         # Counted on the device, because a skipped step does not count and the host need not know of it.
         self.updates = torch.zeros((), dtype=torch.float32, device=flat.ctx.device)
@@ -136,7 +139,7 @@ class Optimizer:
             {kind: torch.zeros_like(local.own_weights, dtype=flat.wide) for kind in rule.states}
             for local, rule in zip(flat.trained, self.rules, strict=True)
         ]
-        """Of each trained bucket, by name."""
+        """The states of each trained bucket, by name."""
 
     @property
     def nbytes(self) -> int:

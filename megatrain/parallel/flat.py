@@ -33,9 +33,6 @@ from megatrain.transport.group import Handle
 
 ALIGNMENT = 64
 """Elements between the starts of separate matrices and of parts: a cache line, and a 128-byte GPU segment even in BF16."""
-SMALLEST = 8_000_000
-FOR_EACH_RANK = 1_000_000
-"""Elements of a bucket by default: at least SMALLEST, and FOR_EACH_RANK times the number of replicas; see `usual_size`."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def usual_size(elements: int, ranks: int, stage: int) -> int:
     But a bucket is no more than an eighth of the elements, since nothing runs beside the reduction of the last one; and from stage 2
     on, where the gradients of up to three buckets are open at a time, a thirty-second (at stage 3 a bucket ends with its unit anyway).
     """
-    return max(SMALLEST, min(FOR_EACH_RANK * ranks, elements // (8 if stage < 2 else 32)))
+    return max(8_000_000, min(1_000_000 * ranks, elements // (8 if stage < 2 else 32)))
 
 
 Rules = Mapping[Part, str]

@@ -222,7 +222,7 @@ class FlatParameters(FlatBuffers):
                 self._forget(local, local.grads)
 
     def _forget(self, local: LocalBucket, grads: torch.Tensor) -> None:
-        """Let the buffer of a bucket have no gradient yet. What comes first writes a matrix, and need neither clear nor read it.
+        """Let the buffer of a bucket have no gradient yet. The first one of a matrix is written there, so nothing is cleared or read.
 
         Norms and biases are many, small, and cleared in one go.
         """

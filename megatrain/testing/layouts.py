@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from megatrain.config.schema import Config, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_layout
-from megatrain.parallel.flat import SMALLEST
+from megatrain.parallel.flat import usual_size
 from megatrain.parallel.mesh import MeshShape
 from megatrain.parallel.schedules import FAMILIES, chunks_problem
 
@@ -226,6 +226,8 @@ def shrunk(config: Config) -> Config:
     ramp = None if config.train.batch_ramp is None else (8, 8, 16)
     train = replace(config.train, global_batch_size=16, micro_batch_size=2, batch_ramp=ramp)
     parallel = replace(
-        config.parallel, layer_split=None, bucket_size=min(config.parallel.bucket_size or SMALLEST, 20 * hidden * hidden)
+        config.parallel,
+        layer_split=None,
+        bucket_size=min(config.parallel.bucket_size or usual_size(0, 1, 0), 20 * hidden * hidden),
     )
     return replace(config, model=small, train=train, parallel=parallel)
