@@ -12,14 +12,14 @@ LINES = {
     "megatrain": 1600,  # its own files, without the rooms below
     "megatrain/checkpoint": 2000,
     "megatrain/cli": 900,
-    "megatrain/config": 2650,
+    "megatrain/config": 2800,
     "megatrain/data": 3850,
     "megatrain/doctor": 800,
-    "megatrain/huggingface": 1450,
+    "megatrain/huggingface": 1500,
     "megatrain/inference": 650,
     "megatrain/lifecycle": 1350,
     "megatrain/models": 1050,
-    "megatrain/ngram": 2200,
+    "megatrain/ngram": 2250,
     "megatrain/optim": 550,
     "megatrain/parallel": 3600,
     "megatrain/plan": 300,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2400,
     "megatrain/verbs": 1350,
-    "tests": 32000,
+    "tests": 32700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
