@@ -42,7 +42,7 @@ from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
-from megatrain.records.log import RunLog
+from megatrain.records.log import RunLog, Shown
 from megatrain.resuming.resume import resume, warmup_kept
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
@@ -261,13 +261,12 @@ def _open_log(job: Job) -> Any:
         with job.session.together("opening the log"):
             log = RunLog(
                 config.log.dir,
+                Shown(config.log.every, config.log.to),
                 total_steps=job.total_steps,
                 sequence_length=config.model.seq_length,
                 rank=rank,
                 world_size=job.session.world.size,
                 start_step=job.step,
-                every=config.log.every,
-                writers=config.log.to,
             )
             stack.enter_context(log)
             if rank == 0:

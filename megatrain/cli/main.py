@@ -158,19 +158,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.verify import Asked
     from megatrain.verbs.verify import main as verify
 
-    return verify(
-        arguments.config,
-        arguments.overrides,
-        arguments.layouts,
-        arguments.steps,
-        arguments.precision,
-        arguments.processes,
-        arguments.shrink,
-        arguments.resume,
-        None if arguments.json is None else Path(arguments.json),
-    )
+    report = None if arguments.json is None else Path(arguments.json)
+    switches = arguments.processes, arguments.shrink, arguments.resume
+    asked = Asked(arguments.layouts, arguments.steps, arguments.precision, *switches, report)
+    return verify(arguments.config, arguments.overrides, asked)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

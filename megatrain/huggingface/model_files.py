@@ -211,7 +211,6 @@ def export(
     companions: Path | None = None,
     ids: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
-    shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Write a Hugging Face directory and return its model_type.
 
@@ -228,7 +227,7 @@ def export(
     make_folder(out)
     rows = list(rows_of(FAMILIES[kind], weights.keys()))
     with _taken_back(out):
-        stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype, shard_bytes)
+        stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype)
         with whole(out / CONFIG, text=True) as file:
             file.write(json.dumps({**_merged(base, new, kind, stored), **(ids or {})}, indent=2) + "\n")
         if companions is not None:
@@ -257,9 +256,9 @@ def _merged(base: dict[str, Any], new: dict[str, Any], kind: str, dtype: torch.d
 
 
 def _write_weights(
-    out: Path, rows: list[Any], weights: Mapping[str, torch.Tensor], heads: int, dtype: torch.dtype | None, shard_bytes: int
+    out: Path, rows: list[Any], weights: Mapping[str, torch.Tensor], heads: int, dtype: torch.dtype | None
 ) -> torch.dtype:
-    """Write the stored tensors in files of at most `shard_bytes`, reading each once; returns the dtype of the last one."""
+    """Write the stored tensors in files of at most SHARD_BYTES, reading each once; returns the dtype of the last one."""
     shards: list[list[str]] = []
     tensors: dict[str, torch.Tensor] = {}
     total = 0
@@ -279,7 +278,7 @@ def _write_weights(
     for row in rows:
         made = joined(row, [weights[name] for name in row.of], heads)
         made = made if dtype is None else made.to(dtype)
-        if tensors and sum(t.nbytes for t in tensors.values()) + made.nbytes > shard_bytes:
+        if tensors and sum(t.nbytes for t in tensors.values()) + made.nbytes > SHARD_BYTES:
             write()
         tensors[row.name] = made
         total += made.nbytes

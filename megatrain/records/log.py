@@ -21,7 +21,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatrain.records.progress import StepBar, person_watching
 from megatrain.records.rows import EvaluationRow, StepRow, finite, perplexity, read_metrics
@@ -85,27 +85,36 @@ class JsonLines:
         return True
 
 
+class Shown(NamedTuple):
+    """How a run is shown beside its files."""
+
+    every: int = 1
+    """Steps between console lines (log.every)."""
+    writers: Sequence[str] = ("tensorboard",)
+    """Other writers of the numbers (log.to)."""
+    watched: bool | None = None
+    """Whether a progress bar is drawn; None: where stderr is a terminal."""
+
+
 class RunLog:
     """All records of a run. Every rank has one; ranks other than 0 write events only."""
 
     def __init__(
         self,
         log_dir: Path | str,
+        shown: Shown | None = None,
         *,
         total_steps: int,
         sequence_length: int,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
-        every: int = 1,
-        writers: Sequence[str] = ("tensorboard",),
-        watched: bool | None = None,
     ) -> None:
         """Open the files of a run that has done `start_step` of `total_steps` updates.
 
-        `every` is the steps between console lines (log.every) and `writers` is log.to. `watched` draws a progress bar, by
-        default where stderr is a terminal. Raises OSError, on rank 0, where `log_dir` cannot be written.
+        Raises OSError, on rank 0, where `log_dir` cannot be written.
         """
+        every, writers, watched = shown or Shown()
         if every < 1:
             raise ValueError(f"log.every={every} is no number of steps. Use 1 for a console line at each step, or 100.")
         self.directory = Path(log_dir)

@@ -26,7 +26,7 @@ from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.waiting import has_policy
 from megatrain.transport.consensus import broadcast_text, lowest
 from megatrain.transport.group import Group, TransportError, World
-from megatrain.transport.processes import TorchWorld
+from megatrain.transport.processes import Rendezvous, TorchWorld
 from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 BACKEND_MARGIN_SECONDS = 45.0
@@ -156,12 +156,10 @@ def connect(
         launch.rank,
         launch.world_size,
         backend=backend,
-        rendezvous=(launch.master_addr, launch.master_port),
+        rendezvous=Rendezvous((launch.master_addr, launch.master_port), launch.launcher_serves, launch.store_prefix),
         device=device,
         timeout_seconds=timeout_seconds + BACKEND_MARGIN_SECONDS,
         join_seconds=timeout_seconds,
-        hosts_store=False if launch.launcher_serves else None,
-        prefix=launch.store_prefix,
     )
     world = RecordedWorld(inner, recorder)
     everyone = world.group("world", range(launch.world_size))

@@ -24,7 +24,7 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.failure import Failure
 from megatrain.testing.spawn import Answer, Task
 from megatrain.transport.group import TransportError
-from megatrain.transport.processes import TorchWorld
+from megatrain.transport.processes import Rendezvous, TorchWorld
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def _do(task: Task, args: bytes, rank: int) -> Answer:
         sys.path[:] = task.path
         fn = _find(task)
         world = TorchWorld.connect(
-            rank, task.shape.world, backend="gloo", rendezvous=task.rendezvous, timeout_seconds=task.timeout_seconds
+            rank, task.shape.world, backend="gloo", rendezvous=Rendezvous(task.rendezvous), timeout_seconds=task.timeout_seconds
         )
         answer = _call(world, task, fn, args)
     except BaseException as error:

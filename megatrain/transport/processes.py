@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -305,6 +304,17 @@ def _blocks(whole: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
     return data.view(size, data.shape[0] // size, *data.shape[1:]).unbind(0)
 
 
+class Rendezvous(NamedTuple):
+    """The store where the ranks of a job meet."""
+
+    at: tuple[str, int] | Path
+    """Host and port, or a file that all ranks see (one machine, new for each job)."""
+    launcher_serves: bool = False
+    """Whether the launcher serves the port (torchrun); else rank 0 does."""
+    prefix: str = "megatrain"
+    """Keeps the keys apart from other users, and earlier attempts, of the same store."""
+
+
 class TorchWorld(World):
     """All ranks of a job of several processes, over torch.distributed. A process can have one at a time."""
 
@@ -326,34 +336,26 @@ class TorchWorld(World):
         size: int,
         *,
         backend: Literal["gloo", "nccl"],
-        rendezvous: tuple[str, int] | Path,
+        rendezvous: Rendezvous,
         device: torch.device | str = "cpu",
         timeout_seconds: float = 600.0,
         join_seconds: float | None = None,
-        hosts_store: bool | None = None,
-        prefix: str = "megatrain",
-        interface: str | None = None,
     ) -> TorchWorld:
         """Join the job as `rank` of `size`.
 
-        rendezvous: (host, port) of the store where the ranks meet, or a file that all see (one machine, new for each job).
         device: where this rank's tensors live; with nccl its own GPU, which becomes the current one.
         timeout_seconds: limit of every later call. join_seconds: how long to wait for the other ranks here (None: as long).
-        hosts_store: whether this process serves the port; None means rank 0 does, False that the launcher does (torchrun).
-        prefix: keeps the keys apart from other users, and earlier attempts, of the same store.
-        interface: network interface for connections between ranks, such as `eth0`; None lets the backend choose.
 
         Raises TransportError if the port is in use, the store cannot be reached, or ranks do not come (it lists them).
         """
         if dist.is_initialized():
             raise TransportError("this process is already connected to a world; close that one first")
         device = torch.device(device)
-        if interface is not None:
-            os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)  # the only way to tell them
         if device.type == "cuda":
             torch.cuda.set_device(device)
         join = timedelta(seconds=timeout_seconds if join_seconds is None else join_seconds)
-        store = PrefixStore(prefix, open_store(rank, size, rendezvous, join, rank == 0 if hosts_store is None else hosts_store))
+        serves = rank == 0 and not rendezvous.launcher_serves
+        store = PrefixStore(rendezvous.prefix, open_store(rank, size, rendezvous.at, join, serves))
         own = f"{torch.cuda.get_device_properties(device).uuid}" if backend == "nccl" else ""
         meet_all(store, rank, size, join, own)
         try:

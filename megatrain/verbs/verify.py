@@ -22,7 +22,7 @@ from itertools import chain
 from math import lcm
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megatrain.config.budget import warmup_steps
 from megatrain.config.load import load
@@ -295,18 +295,21 @@ def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
     return config
 
 
-def main(
-    path: str,
-    overrides: Sequence[str],
-    layouts: str,
-    steps: int,
-    precision: Precision,
-    processes: bool,
-    shrink: bool,
-    resume: bool,
-    report: Path | None,
-) -> int:
+class Asked(NamedTuple):
+    """The options of `megatrain verify`."""
+
+    layouts: str
+    steps: int
+    precision: Precision
+    processes: bool
+    shrink: bool
+    resume: bool
+    report: Path | None
+
+
+def main(path: str, overrides: Sequence[str], asked: Asked) -> int:
     """`megatrain verify`: exit code 0 where every layout agrees, 1 otherwise."""
+    layouts, steps, precision, processes, shrink, resume, report = asked
     config = prepared(path, overrides, shrink)
     if resume and steps < 2:
         raise ConfigError(f"--resume interrupts a run half-way, and --steps {steps} has no half. Use --steps 2 or more.")

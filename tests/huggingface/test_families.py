@@ -103,9 +103,7 @@ def test_a_sharded_bf16_directory_round_trips(tmp_path, case):
 
 def test_large_exports_are_sharded(tmp_path, monkeypatch):
     import_hf(write("llama", tmp_path / "hf"), tmp_path / "run")
-    monkeypatch.setattr(
-        "megatrain.huggingface.model_files.export.__kwdefaults__", {"like": None, "dtype": None, "shard_bytes": 50_000}
-    )
+    monkeypatch.setattr("megatrain.huggingface.model_files.SHARD_BYTES", 50_000)
     export_hf(tmp_path / "run", tmp_path / "back", None, None)
     files = sorted(file.name for file in (tmp_path / "back").glob("*.safetensors"))
     assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

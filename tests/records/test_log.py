@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatrain.records.log import JsonLines, RunLog, evaluation_lines, step_line
+from megatrain.records.log import JsonLines, RunLog, Shown, evaluation_lines, step_line
 from megatrain.records.rows import EvaluationRow, StepRow, perplexity, read_metrics
 from megatrain.runtime.device_memory import peak_memory_bytes
 
@@ -37,8 +37,8 @@ def evaluation(step, loss=2.0):
     return EvaluationRow(step, loss, 4096, 0.45, step * 512, 0.1)
 
 
-def open_log(path, **changes):
-    return RunLog(path, **{"total_steps": 10, "sequence_length": 64, "watched": False, **changes})
+def open_log(path, every=1, writers=("tensorboard",), watched=False, **changes):
+    return RunLog(path, Shown(every, writers, watched), **{"total_steps": 10, "sequence_length": 64, **changes})
 
 
 def lines(path):

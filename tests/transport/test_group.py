@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatrain.parallel.mesh import MeshShape
 from megatrain.testing import simulate, spawn
 from megatrain.transport.group import TransportError
-from megatrain.transport.processes import TorchWorld
+from megatrain.transport.processes import Rendezvous, TorchWorld
 from megatrain.transport.threads import MemoryWorld
 from megatrain.transport.wrappers import DelayedGroup, RecordedGroup, RecordedWorld, Recorder
 
@@ -503,18 +503,18 @@ def test_a_port_in_use_is_said_at_once():
         port = other.getsockname()[1]
         start = time.monotonic()
         with pytest.raises(TransportError, match=rf"port {port} .*in use.*MASTER_PORT"):
-            TorchWorld.connect(0, 2, backend="gloo", rendezvous=("127.0.0.1", port), join_seconds=5)
+            TorchWorld.connect(0, 2, backend="gloo", rendezvous=Rendezvous(("127.0.0.1", port)), join_seconds=5)
         assert time.monotonic() - start < 4
 
 
 def test_ranks_that_do_not_come_are_named():
     with pytest.raises(TransportError, match=r"of 3 ranks \[1, 2\] did not come"):
-        TorchWorld.connect(0, 3, backend="gloo", rendezvous=("127.0.0.1", jobs.free_port()), join_seconds=0.5)
+        TorchWorld.connect(0, 3, backend="gloo", rendezvous=Rendezvous(("127.0.0.1", jobs.free_port())), join_seconds=0.5)
 
 
 def test_a_store_that_nobody_serves():
     with pytest.raises(TransportError, match="cannot reach the store"):
-        TorchWorld.connect(1, 2, backend="gloo", rendezvous=("127.0.0.1", jobs.free_port()), join_seconds=0.5)
+        TorchWorld.connect(1, 2, backend="gloo", rendezvous=Rendezvous(("127.0.0.1", jobs.free_port())), join_seconds=0.5)
 
 
 def makes_only_its_own_groups(ctx):

@@ -10,7 +10,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.transport import processes
-from megatrain.transport.processes import TorchWorld
+from megatrain.transport.processes import Rendezvous, TorchWorld
 from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 
@@ -48,7 +48,7 @@ def connect(monkeypatch):
     monkeypatch.setattr(dist, "ProcessGroupNCCL", FakeNCCL, raising=False)
 
     def connected(size, backend="gloo"):
-        worlds.append(TorchWorld.connect(0, size, backend=backend, rendezvous=("nowhere", 1), timeout_seconds=77.0))
+        worlds.append(TorchWorld.connect(0, size, backend=backend, rendezvous=Rendezvous(("nowhere", 1)), timeout_seconds=77.0))
         return worlds[-1], made
 
     yield connected
@@ -118,7 +118,7 @@ def test_nccl_adds_in_the_dtype_that_it_is_given_and_a_wider_output_is_filled_fr
 
 @pytest.mark.gpu
 def test_nccl_takes_the_options(tmp_path):
-    world = TorchWorld.connect(0, 1, backend="nccl", rendezvous=tmp_path / "meet", device="cuda:0")
+    world = TorchWorld.connect(0, 1, backend="nccl", rendezvous=Rendezvous(tmp_path / "meet"), device="cuda:0")
     try:
         group, other, x = world.group("world", (0,)), world.group("dp", (0,)), torch.ones(3, device="cuda:0")
         for made in (group, other):
