@@ -1,7 +1,8 @@
 """Small training jobs as real processes: the command itself, alone or as ranks that are started by hand and meet over gloo.
 
-Importing torch takes each process 2 to 4 seconds, so `commands` also runs many command lines, one after the other, in one
-process (or one pair of them): each goes through `megatrain.cli.main.main`, and each joins its world anew.
+Importing torch takes each process 2 to 4 seconds, so they are forks of one that has (`forked.py`), and `commands` also runs many
+command lines, one after the other, in one process (or one pair of them): each goes through `megatrain.cli.main.main`, and each joins
+its world anew.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ from typing import Any
 
 import numpy as np
 import yaml
+from forked import Forked
 
 SECONDS = 60.0
 """Limit of one process, its start on a busy machine included."""
+
+FORKS = sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
+"""Whether processes may begin as forks of one that has imported everything; a GPU's driver does not survive that."""
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")
 
@@ -113,7 +118,7 @@ class Job:
     """Processes of one job, whose output goes to files; none outlives the `with` block."""
 
     folder: Path
-    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes] | Forked] = field(default_factory=list)
 
     def start(self, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Start one more process, in a session of its own."""
@@ -124,6 +129,15 @@ class Job:
                 command, env=dict(env), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
         self.processes.append(process)
+
+    def fork(self, words: Sequence[str], env: Mapping[str, str]) -> None:
+        """Start `megatrain WORDS`, or a file of Python with its arguments, as a process that has everything imported."""
+        if not FORKS:
+            module = [] if words[0].endswith(".py") else ["-m", "megatrain"]
+            return self.start([sys.executable, *module, *words], env)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = len(self.processes)
+        self.processes.append(Forked(words, env, self._file("out", number), self._file("err", number)))
 
     def finish(self, seconds: float = SECONDS) -> list[Ended]:
         """Wait for all. Raises subprocess.TimeoutExpired with what they have said on stderr."""
@@ -166,7 +180,7 @@ def start(
     port = free_port() if port is None else port
     job = Job(folder)
     for rank in range(size):
-        job.start([sys.executable, "-m", "megatrain", verb, *each[rank]], environment(rank, size, port))
+        job.fork([verb, *each[rank]], environment(rank, size, port))
     return job
 
 
@@ -216,8 +230,8 @@ def commands(folder: Path, lines: Sequence[Sequence[str] | Sequence[Sequence[str
     tasks.write_text(json.dumps({"lines": lines, "ports": ports}))
     with Job(folder) as job:
         for rank in range(size):
-            command = [sys.executable, str(Path(__file__).resolve()), str(tasks), str(folder / f"answers_{rank}")]
-            job.start(command, environment(rank, size, ports[0]))
+            words = [str(Path(__file__).resolve()), str(tasks), str(folder / f"answers_{rank}")]
+            job.fork(words, environment(rank, size, ports[0]))
         ended = job.finish(SECONDS + 10 * len(lines))
     for end in ended:
         if end.code != 0:
