@@ -103,20 +103,31 @@ def doctor(
     seconds: float = 40.0,
     **sections: Mapping[str, object],
 ) -> Said:
-    """Run both forms. ranks: those that are started; ports: where each form meets."""
+    """Run both forms. ranks: those that are started; ports: where each form meets.
+
+    The processes are forks, unless one of them needs a start of its own: so all take the same time to come.
+    """
     tree = {**CONFIG, "checkpoint": {"dir": str(tmp_path / "checkpoints")}, **sections}
     config = jobs.write_config(tmp_path / "c.yaml", tree)
     ports = [jobs.free_port(), jobs.free_port()] if ports is None else ports
+    twice = tmp_path / "twice.py"
+    twice.write_text(TWICE)
+    planted = (plants or {}).values()
+    from_start = any(plant.shell or plant.env.keys() & {"PYTHONPATH", *SLOW_PRODUCTS} for plant in planted)
     text, objects = [], []
     with jobs.Job(tmp_path / "job") as job:
         for rank in range(size) if ranks is None else ranks:
             plant = (plants or {}).get(rank, Plant())
             forms = "1" if plant.text_alone else "2"
-            command = [sys.executable, "-c", TWICE, ",".join(map(str, ports)), forms, str(config), *words, *plant.words]
+            program = [str(twice), ",".join(map(str, ports)), forms, str(config), *words, *plant.words]
+            env = {**by_hand(rank, size, ports[0]), **plant.env}
             if plant.shell:
                 inside = [] if plant.shell.startswith("ulimit") else ["unshare", "--mount", "--uts"]
-                command = [*inside, "sh", "-c", f'{plant.shell} && exec "$@"', "sh", *command]
-            job.start(command, {**by_hand(rank, size, ports[0]), **plant.env})
+                job.start([*inside, "sh", "-c", f'{plant.shell} && exec "$@"', "sh", sys.executable, *program], env)
+            elif from_start:
+                job.start([sys.executable, *program], env)
+            else:
+                job.fork(program, env)
         for ended in job.finish(seconds):
             assert ended.code == 0, ended
             out = ended.out.split("\f")
