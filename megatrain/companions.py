@@ -31,7 +31,7 @@ def keep_tokenizer(config: Config) -> None:
 
 
 def take_along(source: Path, target: Path) -> None:
-    """Copy the files beside the checkpoints of one directory to another directory."""
+    """Copy the tokenizer and Hugging Face files beside the checkpoints of one directory to another directory."""
     for name in (TOKENIZER_FOLDER, COMPANION_FOLDER):
         if (source / name).is_dir() and (source / name).resolve() != (target / name).resolve():
             copy_files(source / name, target / name, ("*",))

@@ -96,6 +96,6 @@ def _sums(run: Model, held_out: Evaluated, global_batches: int, stopping: Callab
 
 
 def _heed(wishes: Reading | None) -> None:
-    """Raise Interrupted where some rank wished to stop."""
+    """Raise Interrupted if any rank wished to stop; `wishes`: the number of such ranks, None before the first batch."""
     if wishes is not None and bool(wishes.wait()):
         raise Interrupted

@@ -32,11 +32,11 @@ def doing(what: str, path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if "(while " not in str(error) and error.filename in (None, path, str(path)):
-            if error.strerror is None:  # raised by a library
+            if error.strerror is None:  # an error that a library has raised, without a number
                 error.args = (f"{error} (while {what} {path})",)
             else:
                 error.strerror, error.filename = f"{error.strerror} (while {what})", str(path)
-                error.args = (error.errno, error.strerror)  # what is pickled for another process
+                error.args = (error.errno, error.strerror)  # pickling keeps `args` alone
         raise
 
 

@@ -23,16 +23,16 @@ class Job(Run):
     claim: Claim = field(default_factory=lambda: Claim(None))
     """The run's claim of its checkpoint directory."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """Identity of its texts and tokenizer: sizes and hashes."""
-    began: dict[str, str] = field(default_factory=dict)
+    """Sizes and hashes of its texts and tokenizer (data/identity.py)."""
+    beginning: dict[str, str] = field(default_factory=dict)
     """The run's beginning: anew, a checkpoint or weights (resuming/beginning.py); each checkpoint keeps it."""
     resumed_from: Path | None = None
-    told: list[str] = field(default_factory=list)
-    """Messages on which checkpoint was taken or passed over, and why, where checkpoint.resume alone does not tell."""
+    notes: list[str] = field(default_factory=list)
+    """For the log: which checkpoint the run starts from, and why, unless checkpoint.resume=auto says it all."""
     damaged: list[str] = field(default_factory=list)
     """Damaged checkpoints that were passed over, each with its fault."""
     changes: list[str] = field(default_factory=list)
-    """Messages on keys that differ from the checkpoint's config, and the effect."""
+    """For the log: the keys that differ from the checkpoint's config, each with its effect."""
 
     def close(self) -> None:
         """Release the checkpoint directory, the data loader and the session."""

@@ -1,6 +1,6 @@
-"""The training program around the step: from a config file to a finished run, with everything that people watch.
+"""The training program around the step: from a config file to a finished run, with its log, evaluations and checkpoints.
 
-build    config -> session -> context -> data -> run, resumed where there is something to resume
+build    config -> session -> context -> data -> run, resumed from its newest checkpoint if it has one
 train    step, log, evaluate, save, until done or told to stop
 """
 
@@ -105,7 +105,7 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
 
 
 def _keep_companions(job: Job) -> None:
-    """Put what travels with weights beside the run's own checkpoints."""
+    """Copy the tokenizer, and other files that came with the weights, to the run's checkpoint directory."""
     if job.session.rank:
         return
     if job.resumed_from is not None and (job.resumed_from / MANIFEST).is_file():
@@ -127,7 +127,7 @@ def require_precision(precision: str, device: torch.device) -> None:
 
 
 def require_memory(config: Config, vocab_size: int, world_size: int, available: int) -> None:
-    """Raise ConfigError where not even a rank's weights fit into `available` bytes: a slip, and not a model that is a little large."""
+    """Raise ConfigError if not even a rank's weights fit into `available` bytes. Does not predict whether all of a step fits."""
     parallel, count = config.parallel, parameter_count(config.model, vocab_size)
     shared = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     shared *= config.shard_size(world_size) if parallel.zero_stage == 3 else 1
@@ -169,12 +169,12 @@ def vocabulary(config: Config) -> int:
 
 
 def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, dict[str, Evaluated]]:
-    """This rank's loader, and what is evaluated, by name. Raises TokenStoreError."""
-    source, samples, judged = open_sources(config, vocab_size, tokenizer_of(config))
+    """(this rank's loader, validation sets by name). Raises TokenStoreError."""
+    source, samples, validation = open_sources(config, vocab_size, tokenizer_of(config))
     if samples is None:
         raise ConfigError("data.train is empty")
     sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
-    return Loader(samples, *sizes, compose=source.compose), judged
+    return Loader(samples, *sizes, compose=source.compose), validation
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
@@ -184,7 +184,7 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
 
 
 def prepare_torch(train: TrainConfig) -> None:
-    """Process-wide settings of torch: what the config asks for, and products of 16-bit numbers whose sums are float32 throughout."""
+    """Set torch for this process: determinism as the config asks, and float32 sums in products of 16-bit matrices."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if train.precision in ("fp32", "fp64"):  # TensorFloat-32 keeps 10 of 23 bits
@@ -213,7 +213,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         told.started()
 
         def asked() -> bool:
-            """Once a step, and once a batch of an evaluation."""
+            """Whether this rank is told to stop, or at a limit; called once a step, and once a batch of an evaluation."""
             guard.tick()
             return bool(told) or limits.reached()
 
@@ -227,7 +227,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
 
 
 def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
-    """Whether all steps are done. A step is reported when the next one is queued; before anything but a step, all are."""
+    """Train; returns whether all steps are done. A step is reported when the next one is queued, and before any save or evaluation."""
     config = job.config
     watch.start()
     with Reports(watch.step) as reports:

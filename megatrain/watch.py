@@ -1,4 +1,4 @@
-"""What is written about a run while it goes on: log lines, events, evaluations, checkpoints."""
+"""Writes the record of a run as it goes on: log lines, events, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def due(step: int, every: int) -> bool:
 
 
 class Watch:
-    """What is written about a run while it goes on; every rank has one, and rank 0's speaks."""
+    """Writes the record of one run. Every rank has one, as saving and evaluating are collective; the log writes on rank 0 alone."""
 
     speed: Speed
-    """Known from `start` on."""
+    """Speeds as shares of the devices' peak; set by `start`."""
     doubted = False
-    """Whether a share of the peak above 100% was told."""
+    """Whether the log has said that a share of the peak above 100% is impossible."""
 
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config = job, log, job.config
@@ -64,7 +64,7 @@ class Watch:
         return self.job.consumed_samples * self.config.model.seq_length
 
     def start(self) -> None:
-        """Say what begins, and where it comes from (collective)."""
+        """Log the job, model, layout, and the checkpoint or weights that the run starts from (collective)."""
         job, config = self.job, self.config
         vocab_size = job.chunks[0].build.vocab_size
         self.speed = Speed(
@@ -95,7 +95,7 @@ class Watch:
             self.log.say(attention)
         for note in (*self._notes(), *between_nodes(parallel, ctx, job.session.launch.local_world_size)):
             self.log.say(note)
-        for what in job.told:
+        for what in job.notes:
             self.log.say(what)
         if self.job.resumed_from is not None:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")
@@ -112,7 +112,7 @@ class Watch:
             self.log.say(f"nothing to do: step {job.step} of {which} is done. Raise train.{key} to go on.")
 
     def _notes(self) -> list[str]:
-        """What is legal, and unusual or wasteful."""
+        """Notes on settings that are legal, and unusual or wasteful."""
         return [*unusual_ratio(self.config), *wasteful(self.config, self.job)]
 
     def step(self, report: StepReport, seconds: float) -> None:
@@ -155,7 +155,7 @@ class Watch:
             self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
 
     def evaluate(self) -> bool:
-        """Evaluate, write the row and redraw the picture; False where some rank is told to stop: saving cannot wait."""
+        """Evaluate, write the row and redraw the picture. False if a rank is told to stop meanwhile: the evaluation then ends early."""
         began = time.perf_counter()
         try:
             result = evaluate(self.job, self.config.train.eval_batches, self.job.stop_requested)
@@ -173,9 +173,9 @@ class Watch:
         return True
 
     def save(self, *, wait: bool) -> None:
-        """Save a checkpoint; with `wait`, until it is on the disk, else until it is copied."""
+        """Save a checkpoint; returns when it is on the disk or, without `wait`, when it is copied to host memory."""
         job = self.job
-        progress = {**progress_of(job), "identity": job.identity, "began": job.began}
+        progress = {**progress_of(job), "identity": job.identity, "began": job.beginning}
         contents = Contents(job.step, progress, job.config_text)
         self.saver.save(contents, portions(job.optimizer), wait=wait or not self.config.checkpoint.asynchronous)
 
@@ -199,7 +199,7 @@ class Watch:
         self.log.event(kind, self.job.step, rank=rank, message=message)
 
     def stopped(self, why: str) -> None:
-        """Say that the run was told to stop and is saved, and leave the marker that launch scripts look for, on every node."""
+        """Log that the run was told to stop and is saved; on every node, leave the marker that launch scripts look for."""
         launch = self.job.session.launch
         if launch.local_rank == 0:
             write_marker(Path(self.config.log.dir, PREEMPTED), launch, why, self.job.step)
@@ -207,7 +207,7 @@ class Watch:
         self.log.say(f"stopped at step {self.job.step} with a checkpoint saved; the same command goes on from there")
 
     def finished(self) -> None:
-        """Last picture and event."""
+        """Draw the last picture and write the last event."""
         self.log.draw()
         self._event("end")
 
@@ -217,14 +217,14 @@ class Watch:
 
 
 def summing_note(device: torch.device, dtype: torch.dtype) -> str:
-    """For the start-up line: where a GPU adds products of 16-bit matrices to the float32 sums of weight gradients."""
+    """Text for the start-up line: where a GPU adds products of 16-bit matrices to the float32 sums of weight gradients; "" on CPU."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return ""
     return f" | weight gradients: added {'inside' if adds_inside(device, dtype) else 'after'} the matmul"
 
 
 def unusual_ratio(config: Config) -> list[str]:
-    """A note where blanks take a share of the text that GLMs are not trained with."""
+    """A note if blanks take a share of the text that no published GLM was trained with."""
     ratio = config.data.glm.blank.mask_ratio
     if config.data.objective != "glm" or 0.1 <= ratio <= 0.2:
         return []
@@ -277,7 +277,7 @@ def traffic(
 
 
 def wasteful(config: Config, run: Run) -> list[str]:
-    """What ZeRO moves for nothing."""
+    """Notes on messages of ZeRO that save no memory."""
     flat, shards, replicas = run.flat, run.ctx.shards.size, run.ctx.replicas.size
     asked, micro_batches = config.parallel.zero_stage, config.train.global_batch_size // config.train.micro_batch_size
     if shards * replicas == 1:

@@ -26,7 +26,7 @@ from megatrain.config.load import load
 from megatrain.data.draws import Draws
 from megatrain.data.indexed import TokenStore
 from megatrain.data.samples.glm import Drawn, GlmBatches, assembled
-from megatrain.data.samples.infilling import Laid
+from megatrain.data.samples.infilling import InfillingText
 from megatrain.job import Job
 from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
@@ -124,7 +124,7 @@ def judge(job: Job, prefix: Path) -> np.ndarray:
     chunk.eval()
     for document in range(store.documents):
         tokens = np.asarray(store.document(document), np.int64)
-        rows: list[list[Laid]] = []
+        rows: list[list[InfillingText]] = []
         for window, begin in enumerate(range(0, tokens.size, size)):
             piece = tokens[begin : begin + size]
             text = compose.documents(piece, np.zeros(piece.size, np.int64))

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatrain.data.draws import Draws
-from megatrain.data.samples.infilling import Laid, Rules, Sentinels, fill_blanks
+from megatrain.data.samples.infilling import InfillingText, Rules, Sentinels, fill_blanks
 from megatrain.data.samples.spans import Spans
 from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.records.rows import read_metrics
@@ -28,7 +28,7 @@ BLANKS = Spans(np.array([4, 9]), np.array([3, 1]))
 """width , height; and return."""
 
 
-def example() -> Laid:
+def example() -> InfillingText:
     """A line of code with two blanks, as a batch has it."""
     text = np.array([IDS.cls, *range(len(WORDS))])
     return fill_blanks(Draws(2), text, BLANKS, IDS.mask, IDS, Rules())
@@ -51,7 +51,7 @@ def draw_step(path: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _mask(axes: Axes, laid: Laid, size: int) -> None:
+def _mask(axes: Axes, laid: InfillingText, size: int) -> None:
     mask = AttentionMask(prefix=torch.tensor([laid.sep]))
     seen = mask.allowed(torch.arange(size), torch.arange(size))[0].numpy()
     part = np.where(np.arange(size)[:, None] < laid.sep, 1, 2)
@@ -66,7 +66,7 @@ def _mask(axes: Axes, laid: Laid, size: int) -> None:
     )
 
 
-def _rows(axes: Axes, laid: Laid, size: int) -> None:
+def _rows(axes: Axes, laid: InfillingText, size: int) -> None:
     rows = {
         "tokens": [word(int(token)) for token in laid.tokens],
         "targets": [word(int(t)) if w else "" for t, w in zip(laid.targets, laid.weights, strict=True)],

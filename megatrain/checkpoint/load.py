@@ -286,7 +286,7 @@ def _targets(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> li
     """The sources of each portion. Raises ContentError where shapes or dtypes do not fit."""
     given = [(kind, name, portion) for kind, named in portions.items() for name, portion in named.items()]
     problems = [problem for kind, name, portion in given if (problem := _misfit(manifest, kind, name, portion))]
-    problems = list(dict.fromkeys(problems))  # a wrong shape shows again in the tensor's moments
+    problems = list(dict.fromkeys(problems))  # a wrong shape is found again in each of the tensor's moments
     if problems:
         raise ContentError(f"{len(problems)} tensors do not fit the config: " + "; ".join(problems[:_SHOWN]))
     return [_target(manifest, kind, name, portion, ctx) for kind, name, portion in given]
@@ -334,7 +334,7 @@ def _target(manifest: Manifest, kind: str, name: str, portion: Portion, ctx: Par
 
 
 def _rows(targets: list[_Target]) -> list[FileRow]:
-    """The rows of the files that are needed, each once."""
+    """The manifest's rows of the files that the targets need, each once."""
     return list({source.row.name: source.row for target in targets for source in target.sources}.values())
 
 
@@ -372,7 +372,7 @@ def _moves(targets: list[_Target], files: dict[str, TensorFile]) -> tuple[dict[s
 
 
 def _in_rows(target: _Target, files: dict[str, TensorFile]) -> list[Move] | None:
-    """For a portion whose elements have the same order and dtype in files and memory: the bytes from each source; else None."""
+    """The bytes to copy from each source, if the elements have the same order and dtype in files and memory; else None."""
     portion, elements = target.portion, target.portion.elements
     if not elements.direct or target.stop <= portion.first:
         return None

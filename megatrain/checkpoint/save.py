@@ -141,7 +141,7 @@ class Saver:
         written, published = self._written, self._published
         self._written = self._published = None
         with together(self.ctx):
-            pass  # from here on every rank's thread has the work that rank 0's waits for
+            pass  # all ranks have handed their thread the work that rank 0's thread waits for
         with together(self.ctx):
             futures.wait([future for future in (written, published) if future is not None])
             if written is not None:
@@ -268,7 +268,7 @@ def _settle(work: Path, files: _Files, portions: Portions, ctx: ParallelContext,
     except Exception as error:
         with suppress(OSError):  # the first error is the one to report
             for file in files.values():
-                file.path.unlink(missing_ok=True)  # so that there is room for a few bytes
+                file.path.unlink(missing_ok=True)  # frees space for the report, on a full disk
             left.with_suffix(".draft").write_text(f"rank {ctx.world.rank}: {error}")
             left.with_suffix(".draft").replace(left.with_suffix(".failed"))
         raise

@@ -47,7 +47,7 @@ _LONGEST_HEADER = 100_000_000
 _MADV_POPULATE_READ = 22
 """Constant of Linux 5.14 and later that Python does not name."""
 _LIBC = ctypes.CDLL(None)
-"""For madvise without the interpreter's lock, as it may wait for the disk."""
+"""The C library: its madvise may wait for the disk, and is called without the interpreter's lock."""
 _PIECE_BYTES = 2**18
 """Bytes that are copied and hashed at a time: they fit in a core's own cache."""
 _HASHERS = 2

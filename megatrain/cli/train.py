@@ -23,7 +23,7 @@ def add_train(
 def _train(arguments: argparse.Namespace) -> int:
     from megatrain.config.load import load
     from megatrain.config.validate import validate_step
-    from megatrain.lifecycle.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_begun
+    from megatrain.lifecycle.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_listening
     from megatrain.runtime.launch import Launch
 
     launch = Launch.from_environment(os.environ)
@@ -36,7 +36,7 @@ def _train(arguments: argparse.Namespace) -> int:
         validate_step(config, launch.world_size)  # report an impossible config at once, before torch is imported
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
-        reply_begun(launch)
+        reply_listening(launch)
         from megatrain.program import main as train
 
         try:

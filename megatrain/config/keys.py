@@ -154,8 +154,10 @@ def choices(values: Iterable[Any]) -> str:
 
 def show(value: Any) -> str:
     """A value as it is written in YAML."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return f"[{', '.join(map(show, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {show(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value).replace("\n", "\\n")

@@ -94,7 +94,7 @@ def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None
     """
     if asked == NONE:
         return Ending(None, (), f"eod={NONE}")
-    listed = _ids(vocabulary, _said(folder, GENERATION).get("eos_token_id"))
+    listed = _ids(vocabulary, _json_object(folder, GENERATION).get("eos_token_id"))
     eod, origin = _end(vocabulary, folder, listed) if asked is None else _asked(vocabulary, "eod", asked)
     return Ending(eod, tuple(dict.fromkeys((*(() if eod is None else (eod,)), *listed))), origin)
 
@@ -104,7 +104,7 @@ def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: Asked = N
     if asked is not None:
         begin, origin = _asked(vocabulary, "bos", asked)
         return Beginning(begin, begin, () if begin is None else (begin,), origin)
-    template, config = vocabulary.template(), _said(folder, TOKENIZER_CONFIG)
+    template, config = vocabulary.template(), _json_object(folder, TOKENIZER_CONFIG)
     begin = _begin(vocabulary, folder, template)
     added = config.get("add_bos_token")
     if added is False:
@@ -172,7 +172,7 @@ def _begin(vocabulary: Vocabulary, folder: Path | None, template: tuple[int, ...
     """The token that begins a document, from the files beside the tokenizer, the tokens that it adds, or by name; None if there is none."""
     declared = _declared(vocabulary, folder, "bos_token")
     known = [token for name in BEGINNINGS if (token := vocabulary.special_id(name)) is not None]
-    generation = _ids(vocabulary, _said(folder, GENERATION).get("bos_token_id"))
+    generation = _ids(vocabulary, _json_object(folder, GENERATION).get("bos_token_id"))
     alone = known if len(known) == 1 else []
     return next(iter((*declared.values(), *(token for token in template if token in known), *generation, *alone)), None)
 
@@ -181,7 +181,7 @@ def _declared(vocabulary: Vocabulary, folder: Path | None, role: str) -> dict[st
     """File beside the tokenizer -> the id that it gives for `role`. Raises TokenizerError for a token that does not exist."""
     found: dict[str, int] = {}
     for file in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        name = _said(folder, file).get(role)
+        name = _json_object(folder, file).get(role)
         name = name.get("content") if isinstance(name, dict) else name
         if isinstance(name, str) and name:
             token = vocabulary.id_of(name)
@@ -210,14 +210,14 @@ def _several(vocabulary: Vocabulary, tokens: Any, origin: str) -> TokenizerError
     )
 
 
-def _said(folder: Path | None, file: str) -> dict[str, Any]:
+def _json_object(folder: Path | None, file: str) -> dict[str, Any]:
     """A JSON object in a file beside the tokenizer; {} if the file is missing. Raises TokenizerError if it cannot be read."""
     if folder is None:
         return {}
     try:
         data = (folder / file).read_bytes()
-        if said := not_text(data[:HEAD_BYTES]):
-            raise ValueError(said)
+        if problem := not_text(data[:HEAD_BYTES]):
+            raise ValueError(problem)
         found = json.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         return {}

@@ -12,6 +12,7 @@ from typing import Any
 
 import xxhash
 
+from megatrain.config.keys import show
 from megatrain.config.schema import Config, CorpusConfig
 from megatrain.data.indexed import store_paths
 
@@ -82,9 +83,9 @@ def other_corpora(was: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]], co
         if before[0].count("-") == after[0].count("-"):  # older releases did not record answers
             then, here = (row[2] if len(row) > 2 else None for row in (before, after))
             if then != here:
-                yield f"{name}.answers={corpus.answers} are others: {then} -> {here}"
+                yield f"{name}.answers={show(corpus.answers)} are others: {show(then)} -> {show(here)}"
 
 
-def other_judged(was: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> bool:
-    """Whether held-out texts differ from those before."""
+def other_held_out(was: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> bool:
+    """Whether the held-out texts differ. was, now: (set, identity) of each."""
     return len(was) != len(now) or any(a[0] != b[0] or not same_store(a[1], b[1]) for a, b in zip(was, now, strict=True))

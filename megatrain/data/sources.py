@@ -21,7 +21,7 @@ from megatrain.data.indexed import TokenStore, record_path
 from megatrain.data.loader import Batch, Compose, Samples, isolated_documents, next_token
 from megatrain.data.samples.glm import KINDS, Drawn, GlmBatches, Plan, assembled
 from megatrain.data.samples.gpt import GptSamples
-from megatrain.data.samples.infilling import Laid
+from megatrain.data.samples.infilling import InfillingText
 from megatrain.data.samples.pairs import PairSamples
 from megatrain.data.samples.sentinels import resolve, sentence_ends
 from megatrain.data.store_record import require_made_with
@@ -29,8 +29,8 @@ from megatrain.data.tokenizer import Tokenizer
 
 LOOKED_AT = 1024
 """Number of documents of a store that are checked for whether they end in eos."""
-JUDGED = 13
-"""Purpose of a stream of random numbers, as part of its key: held-out text."""
+HELD_OUT = 13
+"""Part of the key of a stream of random numbers: blanks of held-out text."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Source:
     sample_length: int
     """Tokens of a sample, without the one that it shares with the next."""
     text_vocab: int
-    """Vocabulary size of text: its ids are below."""
-    judged: Callable[[HeldOut], dict[str, Evaluated]]
+    """Number of ids that text may have, from 0; larger ids are special tokens."""
+    validation: Callable[[HeldOut], dict[str, Evaluated]]
     """Function: held-out text -> the validation sets made of it, by name."""
 
 
@@ -96,8 +96,10 @@ def open_sources(
         samples = build_samples(data.train, source.sample_length, config.train.seed, data.cache_dir, source.text_vocab)
     isolate = data.isolate_documents or data.objective == "glm"
     sets = build_held_out(data.valid, source.sample_length, source.text_vocab, isolate)
-    judged = {_joined(name, kind): of for name, held_out in sets.items() for kind, of in source.judged(held_out).items()}
-    return source, samples, judged
+    validation = {
+        _joined(name, kind): of for name, held_out in sets.items() for kind, of in source.validation(held_out).items()
+    }
+    return source, samples, validation
 
 
 def _require_made_with(corpora: Sequence[CorpusConfig], tokenizer: Tokenizer, data: DataConfig, eos: int | None) -> None:
@@ -152,11 +154,11 @@ class GlmHeldOut:
         rows = [self._row(first + int(place)) if first + int(place) < len(self) else [] for place in places.flat]
         return assembled(rows, [self.kind] * len(rows), places, self.plan)
 
-    def _row(self, n: int) -> list[Laid]:
+    def _row(self, n: int) -> list[InfillingText]:
         tokens, labelled = self.held_out.sample(n)
         size = min(labelled + 1, self.plan.text_length - 1)
         documents = self._batches.documents(tokens[:size], self.held_out.document_numbers(n)[: size + 1])
-        return self._batches.lay_out(Draws(self.plan.seed, JUDGED, self.kind, n), documents, Drawn(self.kind))
+        return self._batches.lay_out(Draws(self.plan.seed, HELD_OUT, self.kind, n), documents, Drawn(self.kind))
 
 
 def build_samples(

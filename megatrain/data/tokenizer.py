@@ -273,8 +273,8 @@ def load_tokenizer(name: str | Path, eod: Asked = None, bos: Asked = None) -> To
             f"the tokenizer {path} cannot be read ({error.strerror}). Give `bytes` or the path of a tokenizer.json; "
             f"`megatrain data tokenizer --input FILE... --vocab-size 8192 --output {path}` trains one."
         ) from None
-    if said := not_text(data[:HEAD_BYTES]):
-        raise TokenizerError(f"{path} is not a tokenizer.json: {said}")
+    if problem := not_text(data[:HEAD_BYTES]):
+        raise TokenizerError(f"{path} is not a tokenizer.json: {problem}")
     try:
         text = data.decode("utf-8-sig")
         json.loads(text)

@@ -1,1 +1,1 @@
-"""Would a job run here? What each rank sees and measures, and the rules that judge it (docs/scale.md)."""
+"""Would a job run here? Readings and measurements of each rank, and the rules that judge them (docs/scale.md)."""

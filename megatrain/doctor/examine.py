@@ -94,8 +94,8 @@ def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port
 
 
 def _examine(meeting: Meeting, inputs: Inputs, mine: Report, launch: Launch, device: torch.device, wait_seconds: float) -> int:
-    """Exit code, the same on all ranks: judges what ranks saw alone and, if they can join, what they measured together."""
-    # Rank 0 may come as late as the others wait for it, and then wait as long for the last of them.
+    """Judge the readings of all ranks and, if they can join a group, their measurements. Returns the exit code, the same on all ranks."""
+    # Rank 0 may come at the end of the time that others wait for it, and then waits as long for the last of them.
     patience = 2 * wait_seconds + MARGIN_SECONDS
     texts = meeting.collect(json.dumps(asdict(mine)), wait_seconds)
     apart = 0
@@ -140,7 +140,7 @@ def _nodes(env: Mapping[str, str]) -> list[str]:
 def _look(
     mine: Report, launch: Launch, config_path: str | None, overrides: Sequence[str], json_too: bool
 ) -> tuple[Inputs, torch.device]:
-    """The job and this rank's device. A problem goes into the report `mine`, so that the other ranks learn of it instead of waiting."""
+    """(inputs, this rank's device). A problem goes into the report `mine`, so that the other ranks learn of it instead of waiting."""
     config, device, count = from_dict({}), torch.device("cpu"), 0
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     try:

@@ -79,12 +79,12 @@ class Report:
 
     @property
     def link_mb_per_second(self) -> float:
-        """The fastest link to another node: what this rank's own network port can do."""
+        """Speed of the fastest measured link to another node, as a bound on this rank's own network port; 0 without any."""
         return max(self.links_mb_per_second.values(), default=0.0)
 
 
 def look(report: Report, device: torch.device, directory: Path, env: Mapping[str, str]) -> None:
-    """Fill in what this machine has, without joining any group."""
+    """Fill in the readings of this machine: versions, backends, devices, interfaces, disk. Joins no group."""
     report.versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -135,7 +135,7 @@ def write_speed(directory: Path, rank: int, size: int = DISK_TEST_BYTES) -> floa
 
 
 def measure(report: Report, group: Group | None, device: torch.device, directory: Path) -> None:
-    """Fill in what a rank measures together with the others (collective). Raises TransportError."""
+    """Fill in the measurements: clock, shared directory, speeds of matmul, all-reduce and links (collective). Raises TransportError."""
     token = _write_token(report, directory)
     name = broadcast_text(token, group, device)
     _meet(group)

@@ -38,7 +38,7 @@ class Finding:
 
 
 def judge_apart(reports: Sequence[Report]) -> list[Finding]:
-    """Findings that keep ranks from joining a group, from what each rank saw of its own machine."""
+    """Findings that keep ranks from joining a group, from the readings that each rank took of its own machine."""
     said: dict[str, list[Report]] = {}
     for report in reports:
         for problem in [*report.problems, *name_wrong_interfaces(report)]:

@@ -1,7 +1,7 @@
 """config.json of Hugging Face <-> the `model` section, by a table for each family: names of keys, and values that are required.
 
-said.py reads a name's value, rope.py the rotary settings. Defaults are those of transformers' classes. Settings that the model section
-cannot express are refused by name, never dropped.
+json_names.py reads a name's value, rope.py the rotary settings. Defaults are those of transformers' classes. Settings that the model
+section cannot express are refused by name, never dropped.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import ModelConfig
 from megatrain.huggingface.dialects import DIALECTS
 from megatrain.huggingface.families import FAMILIES
-from megatrain.huggingface.rope import NAMES as ROPE_NAMES
-from megatrain.huggingface.rope import rope_of, rope_to
-from megatrain.huggingface.said import (
+from megatrain.huggingface.json_names import (
     SAME,
     Json,
     refuse_foreign,
     require_one_meaning,
     value_of,
 )
+from megatrain.huggingface.rope import NAMES as ROPE_NAMES
+from megatrain.huggingface.rope import rope_of, rope_to
 
 _WHOLE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "seq_length"),

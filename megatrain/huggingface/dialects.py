@@ -11,7 +11,7 @@ from typing import Any
 
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import ModelConfig
-from megatrain.huggingface.said import Json, JsonKey, contradiction, key, lenient
+from megatrain.huggingface.json_names import Json, JsonKey, contradiction, key, lenient
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 """Names of activations without a gate -> model.activation."""

@@ -316,8 +316,8 @@ def _json(file: Path) -> Any:
         if file.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"it has {file.stat().st_size} bytes")
         data = file.read_bytes()
-        if said := not_text(data[:HEAD_BYTES]):
-            raise ValueError(said)
+        if problem := not_text(data[:HEAD_BYTES]):
+            raise ValueError(problem)
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise ContentError(f"{file} cannot be read: {error}") from error

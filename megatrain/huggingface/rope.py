@@ -11,7 +11,7 @@ from typing import Any
 
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import ModelConfig
-from megatrain.huggingface.said import Json, contradiction, nothing_said
+from megatrain.huggingface.json_names import Json, contradiction, nothing_said
 
 NAMES = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings")
 """All names of config.json that are read here."""
@@ -34,8 +34,8 @@ def rope_of(config: Json, kind: str, positions: int, head_size: int, part: float
     positions: max_position_embeddings; part: share of a head that is rotated by default, None for families that rotate whole heads.
     """
     spelled = {name: _object(config, name) for name in ("rope_scaling", "rope_parameters")}
-    given = {name: said for name, said in spelled.items() if said}
-    read = {name: _read(config, name, said, positions) for name, said in given.items()} or {
+    given = {name: settings for name, settings in spelled.items() if settings}
+    read = {name: _read(config, name, settings, positions) for name, settings in given.items()} or {
         "": _read(config, "", {}, positions)
     }
     found, *others = read.values()
@@ -54,28 +54,30 @@ def rope_of(config: Json, kind: str, positions: int, head_size: int, part: float
 
 
 def _object(config: Json, name: str) -> Json:
-    said = config.get(name) or {}
-    if not isinstance(said, dict):
-        raise ContentError(f"config.json has {name}={said!r}, which is no JSON object")
-    return said
+    settings = config.get(name) or {}
+    if not isinstance(settings, dict):
+        raise ContentError(f"config.json has {name}={settings!r}, which is no JSON object")
+    return settings
 
 
-def _read(config: Json, where: str, said: Json, positions: int) -> Json:
-    """The settings of one of the two objects together with those outside of it. where: its name; said: its contents."""
-    kind = _kind(where, said)
-    for name, value in said.items():
+def _read(config: Json, where: str, settings: Json, positions: int) -> Json:
+    """The settings of one of the two objects together with those outside of it. where: its name; settings: its contents."""
+    kind = _kind(where, settings)
+    for name, value in settings.items():
         if name not in _KNOWN[kind] and value is not None and (kind, name, value) != ("default", "factor", 1):
             raise ContentError(
                 f"config.json has {where}.{name}={value!r}, which rotary frequencies of rope_type={kind!r} do not have. Remove it, or "
                 "give the rope_type that it belongs to."
             )
-    theta = _number(config, where, said, "rope_theta", 10000.0)
+    theta = _number(config, where, settings, "rope_theta", 10000.0)
     found: Json = {"rope_theta": theta, "rope_scaling": "none" if kind == "default" else kind}
     if kind == "default":
         return found
-    original = positions if kind == "linear" else _number(config, where, said, "original_max_position_embeddings", positions)
-    factor = said.get("factor")
-    if kind == "yarn" and factor is None and "factor" in said:
+    original = (
+        positions if kind == "linear" else _number(config, where, settings, "original_max_position_embeddings", positions)
+    )
+    factor = settings.get("factor")
+    if kind == "yarn" and factor is None and "factor" in settings:
         factor = positions / original
     if not isinstance(factor, (int, float)):
         raise ContentError(f"config.json has {where}.rope_type={kind!r} and gives no factor")
@@ -84,46 +86,46 @@ def _read(config: Json, where: str, said: Json, positions: int) -> Json:
         found["rope_original_length"] = original
     if kind == "llama3":
         for ours, name in _LLAMA3.items():
-            if said.get(name) is None:
+            if settings.get(name) is None:
                 raise ContentError(f"config.json has {where}.rope_type='llama3' and gives no {name}")
-            found[ours] = said[name]
+            found[ours] = settings[name]
     if kind == "yarn":
-        _require_plain_yarn(where, said, factor)
-        found |= {ours: said.get(name) or default for ours, (name, default) in _YARN.items()}
+        _require_plain_yarn(where, settings, factor)
+        found |= {ours: settings.get(name) or default for ours, (name, default) in _YARN.items()}
     return found
 
 
-def _kind(where: str, said: Json) -> str:
+def _kind(where: str, settings: Json) -> str:
     """The type of rotary frequencies that an object names. Raises ContentError for null, an unknown one, or two that differ."""
-    kind = said.get("rope_type", said.get("type", "default"))
+    kind = settings.get("rope_type", settings.get("type", "default"))
     if kind is None:
         raise nothing_said(f"{where}.rope_type", "Give the type of rotary frequencies, or leave it out")
-    if said.get("type") not in (None, kind):
-        raise contradiction(f"{where}.rope_type={kind!r}", f"{where}.type={said['type']!r}")
+    if settings.get("type") not in (None, kind):
+        raise contradiction(f"{where}.rope_type={kind!r}", f"{where}.type={settings['type']!r}")
     if kind not in _KNOWN:
         raise ContentError(f"config.json has {where}.rope_type={kind!r}; linear, llama3 and yarn are known")
     return str(kind)
 
 
-def _one(config: Json, where: str, said: Json, name: str) -> Any:
+def _one(config: Json, where: str, settings: Json, name: str) -> Any:
     """The value of a name inside an object or outside; None if neither has it. Raises ContentError if they differ."""
-    within, outside = said.get(name), config.get(name)
+    within, outside = settings.get(name), config.get(name)
     if within is not None and outside is not None and within != outside:
         raise contradiction(f"{where}.{name}={within!r}", f"{name}={outside!r}")
     return outside if within is None else within
 
 
-def _number(config: Json, where: str, said: Json, name: str, default: float) -> Any:
+def _number(config: Json, where: str, settings: Json, name: str, default: float) -> Any:
     """The value of a name inside an object or outside, `default` where it is in neither. Raises ContentError for null, or two values."""
-    value = _one(config, where, said, name)
-    if value is None and (name in said or name in config):
-        raise nothing_said(f"{where}.{name}" if name in said else name)
+    value = _one(config, where, settings, name)
+    if value is None and (name in settings or name in config):
+        raise nothing_said(f"{where}.{name}" if name in settings else name)
     return default if value is None else value
 
 
-def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:
+def _fraction(config: Json, kind: str, settings: Json, part: float | None) -> float:
     """The share of a head that is rotated."""
-    fraction = _one(config, "rope_parameters", said, "partial_rotary_factor")
+    fraction = _one(config, "rope_parameters", settings, "partial_rotary_factor")
     if fraction is None:
         return 1.0 if part is None or "partial_rotary_factor" in config else part  # given as null it means 1, not `part`
     if not isinstance(fraction, (int, float)):
@@ -135,14 +137,14 @@ def _fraction(config: Json, kind: str, said: Json, part: float | None) -> float:
     return float(fraction)
 
 
-def _require_plain_yarn(where: str, said: Json, factor: float) -> None:
+def _require_plain_yarn(where: str, settings: Json, factor: float) -> None:
     """Raise ContentError for a factor of cosines, or a ramp, that differs from models/position.py."""
 
     def scale(by: float) -> float:
         return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
 
-    one, every = said.get("mscale"), said.get("mscale_all_dim")
-    given = said.get("attention_factor")
+    one, every = settings.get("mscale"), settings.get("mscale_all_dim")
+    given = settings.get("attention_factor")
     if given is None and one and every:
         given = scale(one) / scale(every)
     if given is not None and not math.isclose(given, scale(1), rel_tol=1e-9):
@@ -150,7 +152,7 @@ def _require_plain_yarn(where: str, said: Json, factor: float) -> None:
             f"config.json has in {where} an attention_factor, or mscale and mscale_all_dim, that make {given:g} for yarn, whose factor "
             f"here is always 0.1 log(factor) + 1 = {scale(1):g}"
         )
-    if not said.get("truncate", True):
+    if not settings.get("truncate", True):
         raise ContentError(
             f"config.json has {where}.truncate=false for yarn, whose ramp here always begins and ends at whole pairs"
         )

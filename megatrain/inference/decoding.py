@@ -1,4 +1,4 @@
-"""Decoding: a model with a key-value cache, and the sampling of the next token: the most probable, sampled, or by beam search.
+"""Decoding: a model with a key-value cache, and the choice of the next token: the most probable, sampled, or by beam search.
 
 A decoding step is the forward-only schedule with one micro-batch. The last stage's logits go to every rank, and all ranks choose the
 same token, each from a generator with the same seed: checkpoint, prompt and seed give the same text under every layout.
@@ -75,7 +75,7 @@ class Decoder:
         """The tokens given to `logits` since the last restart."""
 
     def restart(self) -> None:
-        """Empty the caches: one empty sequence."""
+        """Empty the caches, for one new sequence."""
         self.caches, self.length, self.seen = (
             [[self._empty_cache(block) for block in c.stack.blocks] for c in self.chunks],
             0,

@@ -1,4 +1,4 @@
-"""The config and weights of a trained model, under any layout, whatever layout it was saved under."""
+"""Loads the config and weights of a trained model, under any layout, whatever layout it was saved under."""
 
 from __future__ import annotations
 

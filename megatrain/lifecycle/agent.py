@@ -23,7 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatrain.lifecycle.stop import BEGUN, INSIST_SECONDS, PREEMPTED, SIGNALS, write_marker
+from megatrain.lifecycle.stop import INSIST_SECONDS, LISTENING, PREEMPTED, SIGNALS, write_marker
 from megatrain.runtime.launch import Launch, LaunchError
 
 SHUTDOWN_SECONDS = 600
@@ -95,11 +95,11 @@ def after_signal(logs: RankLogs, marker: Path) -> int:
     """Exit code of a run that was told to stop, once its workers have ended; the workers' own code if they had just finished."""
     replies = logs.replies()
     if not replies or "" in replies:  # a worker does not listen for signals yet: none has trained
-        say_stopped(marker, logs.told)
+        say_stopped(marker, logs.stop_signal)
         return os.EX_TEMPFAIL
-    if BEGUN not in replies:
+    if LISTENING not in replies:
         return max(int(code) for code in replies)
-    if logs.insisted:
+    if logs.second_interrupt:
         return complain("interrupted; the last checkpoint holds") + 129
     return complain(f"error: told to stop, but the run has not saved; what its ranks said: {logs.folder}")
 
@@ -150,10 +150,10 @@ def listen(logs: RankLogs) -> None:
     def hear(number: int, frame: FrameType | None) -> None:
         heard.append(time.monotonic())
         if len(heard) == 1:
-            logs.told = number
+            logs.stop_signal = number
             raise SignalException(f"process {os.getpid()} was told to stop", signal.SIGUSR2)
         if number == signal.SIGINT and heard[-1] - heard[0] > INSIST_SECONDS:
-            logs.insisted = True
+            logs.second_interrupt = True
             tell_workers(signal.SIGINT)
             threading.Timer(INSISTED_SECONDS, tell_workers, [signal.SIGKILL]).start()
 

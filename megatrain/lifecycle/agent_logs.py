@@ -35,7 +35,7 @@ class RankLogs(LogsSpecs):
     def __init__(self, folder: Path, marker: Path, terminal: bool) -> None:
         super().__init__(str(folder))
         self.folder, self.marker, self.terminal = folder, marker, terminal
-        self.told, self.insisted = int(signal.SIGTERM), False
+        self.stop_signal, self.second_interrupt = int(signal.SIGTERM), False
         self.where = "this machine"
         self._replies: dict[int, Path] = {}
         self.grows = False
@@ -69,7 +69,7 @@ class RankLogs(LogsSpecs):
         return places
 
     def replies(self) -> set[str]:
-        """Replies of the workers: an exit code; BEGUN if it failed or was killed; empty if it does not listen for signals yet."""
+        """Replies of the workers: an exit code; LISTENING if it failed or was killed; empty if it does not listen for signals yet."""
         return {read(path) for path in self._replies.values()}
 
     def tell_errors(self) -> set[int]:
@@ -83,11 +83,11 @@ class RankLogs(LogsSpecs):
             with contextlib.suppress(OSError), (self.folder / f"rank_{rank:05d}.err").open("a") as file:
                 file.write(text)
         for text in distinct(errors):
-            if not self._told_by_rank_0(text):
+            if not self._printed_by_rank_0(text):
                 print(text, end="", file=sys.stderr, flush=True)
         return set(errors)
 
-    def _told_by_rank_0(self, text: str) -> bool:
+    def _printed_by_rank_0(self, text: str) -> bool:
         """Whether rank 0's node has printed this error, in a job whose nodes share one console; False if rank 0's log is not visible
         here.
         """

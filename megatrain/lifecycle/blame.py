@@ -304,7 +304,7 @@ def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world
         lines.append(f"and {len(culprits) - SHOWN} more, of ranks {_runs(culprits)}")
     if not culprits:
         lines.append("all ranks are in the same call: the network between them, or a device, does not deliver")
-    lines += _witnesses(states, culprits)
+    lines += _reports_beside(states, culprits)
     kill = tuple(identities[rank] for rank in silent if rank in identities)
     return Verdict("death" if dead else "hang", culprits, "\n".join(lines), kill)
 
@@ -319,7 +319,7 @@ def _describe_silent(rank: int, identity: Identity | None, condition: str) -> st
     return f"{identity or f'rank {rank}'} {meaning[condition]}"
 
 
-def _witnesses(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
+def _reports_beside(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
     """Reports shown beside the culprits': ranks that wait for a culprit directly, longest first; then ranks whose transport broke."""
     blamed, waits = set(culprits), _waits(states)
     waiting = [s for s in states.values() if s.doing == "waiting" and s.rank not in blamed]

@@ -36,7 +36,7 @@ OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
 LOOK_SECONDS = 1.0
 STORE_SECONDS = 4.0
 """Limit of each call to the store during an alarm."""
-TESTIMONY_SECONDS = 2.0
+STATES_SECONDS = 2.0
 """How long the judging rank waits for all ranks to write their states."""
 VERDICT_SECONDS = 8.0
 """How long the other ranks wait for the verdict."""
@@ -106,7 +106,7 @@ class Guard:
         if self._served_by_rank_0 and self._session.rank != 0:
             text = self._waker.wait("identity/0", self._timeout)
             self._server = None if text is None else Identity.parse(text)
-        for name, body in (("look", self._look), ("wake", self._await_alarm)):
+        for name, body in (("look", self._check), ("wake", self._await_alarm)):
             self._threads.append(threading.Thread(target=body, name=f"megatrain-guard-{name}", daemon=True))
             self._threads[-1].start()
 
@@ -124,7 +124,7 @@ class Guard:
         said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
         state = State(self._session.rank, "left" if error is None else "raised", said)
         try:
-            board = self._testify(state)
+            board = self._write_state(state)
             board.write(f"wake/{state.rank}", "bye")
         except TransportError:
             return  # the store closed just now
@@ -133,7 +133,7 @@ class Guard:
         if error is None and self._session.everyone is not None:
             self._session.everyone.barrier()  # the rank that serves the store must not end first
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         """Thread: once a second, check whether this rank has waited too long."""
         looked = awake = time.monotonic()
         while not self._closing.wait(min(LOOK_SECONDS, self._timeout / 4)):
@@ -174,16 +174,16 @@ class Guard:
         if not self._alarmed.acquire(blocking=False):
             threading.Event().wait()
         try:
-            verdict, speaker = self._hold_court(state)
+            verdict, speaker = self._agree_on_verdict(state)
         except TransportError as error:
             verdict, speaker = self._blame_server(state, error), state.rank == min({*state.ranks, self._size - 1} - {0})
         self._end(state, verdict, speaker)
 
-    def _hold_court(self, state: State) -> tuple[Verdict, bool]:
+    def _agree_on_verdict(self, state: State) -> tuple[Verdict, bool]:
         """The verdict, and whether this rank reached it. Raises TransportError if the store does not answer."""
         if self._server is not None and self._server.condition() in ("gone", "stopped"):
             raise TransportError(f"{self._server} is {self._server.condition()}")
-        board = self._testify(state)
+        board = self._write_state(state)
         first = board.count("alarms") == 1
         if not first:
             text = board.wait("verdict", VERDICT_SECONDS)
@@ -195,7 +195,7 @@ class Guard:
         board.write("verdict", verdict.as_json())
         return verdict, True
 
-    def _testify(self, state: State) -> Board:
+    def _write_state(self, state: State) -> Board:
         """Write this rank's state; returns the board that it was written to. Raises TransportError."""
         key, text = f"state/{state.rank}", state.text()
         if self._board is not None:
@@ -207,12 +207,13 @@ class Guard:
         return board
 
     def _reach_verdict(self, board: Board) -> Verdict:
+        """Judge the states that ranks write within STATES_SECONDS. Raises TransportError."""
         keys = [f"state/{rank}" for rank in range(self._size)]
-        deadline = time.monotonic() + TESTIMONY_SECONDS
+        deadline = time.monotonic() + STATES_SECONDS
         while time.monotonic() < deadline and not board.complete(keys):
             time.sleep(0.1)
-        said = board.read_all(keys)
-        states = {rank: State.parse(said[key]) for rank, key in enumerate(keys) if key in said}
+        texts = board.read_all(keys)
+        states = {rank: State.parse(texts[key]) for rank, key in enumerate(keys) if key in texts}
         silent = board.read_all([f"identity/{rank}" for rank in range(self._size) if rank not in states])
         identities = [Identity.parse(text) for text in silent.values()]
         return judge(states, {identity.rank: identity for identity in identities}, self._size)

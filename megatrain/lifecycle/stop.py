@@ -38,8 +38,8 @@ INSIST_SECONDS = 3.0
 PREEMPTED = "preempted"
 """Name of the marker file in log.dir: the run stopped early and wants to be started again."""
 INTERRUPTED = 130
-BEGUN = "begun"
-"""The reply to the launch scripts until there is an exit code."""
+LISTENING = "listening"
+"""The reply to the launch scripts from a process that receives signals and has no exit code yet."""
 
 
 class StopRequest:
@@ -168,9 +168,9 @@ def reply(launch: Launch, code: int) -> int:
     return code
 
 
-def reply_begun(launch: Launch) -> None:
+def reply_listening(launch: Launch) -> None:
     """Tell the launch scripts that this process receives signals: from here on it can reply how it ended."""
-    _write_reply(launch, BEGUN)
+    _write_reply(launch, LISTENING)
 
 
 def leave_error(text: str, env: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""Keeps what started a run in RUN/launches/TIME/: the launch script, the config as given, command, environment, packages.
+"""Keeps the inputs of a run's start in RUN/launches/TIME/: launch script, config as given, command, environment, packages.
 
 Values of variables whose names look like secrets are left out, and so are passwords in addresses.
 """

@@ -21,7 +21,7 @@ class StepRow:
     step: int
     """Number of updates done, this one included: the first has 1."""
     loss: float
-    """Mean over the valid tokens of the global batch, before the update, in nats."""
+    """Mean loss over the tokens of the global batch that count, before the update, in nats."""
     token_accuracy: float | None
     """Share of these tokens whose most probable prediction is right."""
     grad_norm: float

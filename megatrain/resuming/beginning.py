@@ -23,6 +23,7 @@ import xxhash
 
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
+from megatrain.config.keys import show
 from megatrain.config.schema import Config
 from megatrain.huggingface.model_files import is_hf
 from megatrain.resuming.changed import changes
@@ -46,47 +47,47 @@ def only_weights(config: Config) -> bool:
 
 
 @dataclass
-class Own:
+class OwnCheckpoints:
     """Tells a run's own checkpoints from others; call it newest first. Remembers why others are not the run's own."""
 
     config: Config
     launch: Launch
-    began: Mapping[str, str]
+    beginning: Mapping[str, str]
     """The beginning of a run of this config (`beginning_of`)."""
     others: list[str] = field(default_factory=list)
     """Checkpoints of other runs, newest first, each with the reason why it is not this run's."""
-    _over: bool = field(default=False, init=False)
+    _rest_is_others: bool = field(default=False, init=False)
     """Whether all remaining, older checkpoints are known to be of other runs."""
 
     def __call__(self, path: Path, manifest: Manifest | None) -> bool:
         """Whether a checkpoint of checkpoint.dir is the run's own; `manifest` is None if it cannot be read."""
-        if self.began["from"] == "auto":
+        if self.beginning["from"] == "auto":
             return True
-        why = "its manifest cannot be read" if manifest is None else next(self._against(manifest), "")
+        why = "its manifest cannot be read" if manifest is None else next(self._reasons(manifest), "")
         if why:
             self.others.append(f"{path.name} is not this run's: {why}")
             # Older checkpoints are of that other run as well, or of a run before it.
-            self._over = self._over or (manifest is not None and self.began["from"] == "never")
+            self._rest_is_others = self._rest_is_others or (manifest is not None and self.beginning["from"] == "never")
         return not why
 
-    def _against(self, manifest: Manifest) -> Iterator[str]:
+    def _reasons(self, manifest: Manifest) -> Iterator[str]:
         """Reasons why a checkpoint is not the run's own."""
-        if self._over:
+        if self._rest_is_others:
             yield "a newer one is not"
         was = manifest.progress.get("began")
         if was is None:  # an earlier release, which with weights_only went on from any checkpoint
-            if self.began["from"] != "weights":
+            if self.beginning["from"] != "weights":
                 yield "it was saved by an earlier release, which did not say where its run began"
-        elif self.began["from"] == "never" == was["from"]:
+        elif self.beginning["from"] == "never" == was["from"]:
             if manifest.progress.get("finished") and not self._restarted(was):
                 yield "its run has finished"
-            yield from (f"its run had {key}={before}" for key, before, _ in changes(manifest, self.config))
+            yield from (f"its run had {key}={show(before)}" for key, before, _ in changes(manifest, self.config))
         elif not self._same_path(was):
-            yield f"its run began {said(was)}"
+            yield f"its run began {beginning_text(was)}"
 
     def _same_path(self, was: Mapping[str, str]) -> bool:
         """Whether a run began from checkpoint.resume: compares the manifest's hash if that checkpoint still exists, else the path."""
-        now = self.began
+        now = self.beginning
         if "path" not in was or "path" not in now:
             return False
         key = "digest" if now["digest"] and not self._replaced() else "path"
@@ -95,21 +96,21 @@ class Own:
 
     def _replaced(self) -> bool:
         """Whether the checkpoint at checkpoint.resume was since replaced, by the same step of the very run that began from its weights."""
-        path = Path(self.began["path"])
+        path = Path(self.beginning["path"])
         if path.parent != Path(self.config.checkpoint_dir).resolve():
             return False
         with suppress(CheckpointError, OSError):
             was = read_manifest(path).progress.get("began") or {}
-            return all(was.get(key) == self.began[key] for key in ("from", "path"))
+            return all(was.get(key) == self.beginning[key] for key in ("from", "path"))
         return False
 
     def _restarted(self, was: Mapping[str, str]) -> bool:
         """Whether the checkpoint is of this very job, which its launcher has started again."""
-        return self.launch.restart_count > 0 and self.launch.job not in ("", "none") and was["job"] == self.began["job"]
+        return self.launch.restart_count > 0 and self.launch.job not in ("", "none") and was["job"] == self.beginning["job"]
 
 
-def said(began: Mapping[str, str]) -> str:
-    """A run's beginning as text for messages."""
-    if began["from"] in ("checkpoint", "weights"):
-        return f"from {'the weights of ' if began['from'] == 'weights' else ''}{began['path']}"
-    return "anew" if began["from"] == "auto" else "anew, with checkpoint.resume=never"
+def beginning_text(beginning: Mapping[str, str]) -> str:
+    """A beginning as text for messages: `from PATH`, `anew`."""
+    if beginning["from"] in ("checkpoint", "weights"):
+        return f"from {'the weights of ' if beginning['from'] == 'weights' else ''}{beginning['path']}"
+    return "anew" if beginning["from"] == "auto" else "anew, with checkpoint.resume=never"

@@ -14,20 +14,23 @@ from typing import Any, Literal
 import yaml
 
 from megatrain.checkpoint.manifest import Manifest
-from megatrain.config.keys import knobs
+from megatrain.config.keys import knobs, show
 from megatrain.config.load import dump
 from megatrain.config.schema import Config, ModelConfig
 
 
 @dataclass(frozen=True)
 class Change:
-    """The effect of changing some keys."""
+    """The effect on a resumed run of changing some keys."""
 
     keys: tuple[str, ...]
     """`section.key`, or patterns with `*`; the first row that has a key counts."""
     then: Literal["kept", "told", "bent", "refused"]
-    """kept: nothing changes but rounding; told: no curve changes; bent: curves change from the next step on; refused: unless accepted."""
+    """kept: the same numbers but for rounding; told: the same curves, and a line in the log; bent: other curves from the next step on;
+    refused: an error, unless checkpoint.accept_changes allows it.
+    """
     what: str
+    """The effect in words."""
 
     def has(self, key: str) -> bool:
         """Whether the row is about `key`."""
@@ -116,15 +119,15 @@ _FOLLOWING = {
 
 
 def change_of(key: str) -> Change:
-    """The row of a key."""
+    """The row of TABLE for a key."""
     return next(row for row in TABLE if row.has(key))
 
 
-def told(key: str, was: Any, now: Any, *, same: bool = False) -> str:
-    """One line: `key: was -> now (effect)`. same: both values lead to the same contents; then that is said instead."""
+def change_line(key: str, was: Any, now: Any, *, same: bool = False) -> str:
+    """`key: was -> now (effect)`, values as in YAML. same: both paths lead to the same contents, which is then the effect."""
     row = change_of(key)
     what = "the same in another place" if same else "" if row.then == "kept" else row.what
-    return f"{key}: {was} -> {now}" + (f" ({what})" if what else "")
+    return f"{key}: {show(was)} -> {show(now)}" + (f" ({what})" if what else "")
 
 
 def bends_schedules(key: str) -> bool:
@@ -138,15 +141,15 @@ def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]
     now = dict(
         _leaves(yaml.safe_load(dump(config, {})))
     )  # in the form that is saved, which leaves out defaults inside of lists
-    meant = _meant(before), _meant(now)
+    effective = _effective(before), _effective(now)
     for key, value in now.items():
         if before[key] != value and (
-            None not in (before[key], value) or meant[0].get(key, before[key]) != meant[1].get(key, value)
+            None not in (before[key], value) or effective[0].get(key, before[key]) != effective[1].get(key, value)
         ):
             yield key, before[key], value
 
 
-def _meant(values: dict[str, Any]) -> dict[str, Any]:
+def _effective(values: dict[str, Any]) -> dict[str, Any]:
     """Key -> the value that null stands for, so that writing out that value is no change."""
     model = ModelConfig(**{field.name: values[f"model.{field.name}"] for field in fields(ModelConfig)})
     vocabulary = {"model.vocab_size": None}  # follows from the tokenizer; shapes of tensors are checked on loading

@@ -19,13 +19,14 @@ from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError, ContentError, together
 from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
+from megatrain.config.keys import show
 from megatrain.config.schema import Config
-from megatrain.data.identity import identity_of, other_corpora, other_judged
+from megatrain.data.identity import identity_of, other_corpora, other_held_out
 from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.optim.portions import portions
-from megatrain.resuming.beginning import Own, beginning_of, said
-from megatrain.resuming.changed import bends_schedules, change_of, changes, told, values_then
+from megatrain.resuming.beginning import OwnCheckpoints, beginning_of, beginning_text
+from megatrain.resuming.changed import bends_schedules, change_line, change_of, changes, values_then
 from megatrain.runtime.distributed import Session
 from megatrain.training import Run
 from megatrain.transport.consensus import broadcast_text
@@ -88,10 +89,10 @@ def warmup_kept(config: Config, session: Session) -> WarmUp | None:
     text = "null"
     with session.together("looking at the checkpoints"):
         if session.rank == 0:
-            began = beginning_of(config, session.launch)
-            own, listed = Own(config, session.launch, began), catalogue(Path(config.checkpoint_dir))
+            beginning = beginning_of(config, session.launch)
+            own, listed = OwnCheckpoints(config, session.launch, beginning), catalogue(Path(config.checkpoint_dir))
             manifest = next((manifest for path, manifest, _ in listed if manifest is not None and own(path, manifest)), None)
-            if manifest is None and began["from"] == "checkpoint":
+            if manifest is None and beginning["from"] == "checkpoint":
                 manifest = read_manifest(Path(config.checkpoint.resume))
             if manifest is not None:
                 text = json.dumps(asdict(_warmup_then(manifest.progress.get("gauge"), values_then(manifest), config)))
@@ -111,8 +112,8 @@ def resume(job: Job) -> None:
     with together(ctx):
         if ctx.world.rank == 0:
             text = json.dumps(beginning_of(config, launch))
-    job.began = json.loads(broadcast_text(text, ctx.world.group, ctx.device))
-    directory, own = Path(config.checkpoint_dir), Own(config, launch, job.began)
+    job.beginning = json.loads(broadcast_text(text, ctx.world.group, ctx.device))
+    directory, own = Path(config.checkpoint_dir), OwnCheckpoints(config, launch, job.beginning)
 
     def accept(path: Path, manifest: Manifest) -> None:
         _require_same_subject(path, manifest, config, job.identity)
@@ -122,22 +123,22 @@ def resume(job: Job) -> None:
 
     found = load_newest(directory, portions(job.optimizer), ctx, tell, accept, own)
     if found is not None:
-        if job.began["from"] != "auto":
-            job.told.append(
-                f"checkpoint.resume={config.checkpoint.resume}, and {found[0]} is this run's own, which began {said(job.began)}: it goes "
-                "on from there. To begin there again, set checkpoint.dir to another directory"
+        if job.beginning["from"] != "auto":
+            job.notes.append(
+                f"checkpoint.resume={config.checkpoint.resume}, and {found[0]} is this run's own, which began "
+                f"{beginning_text(job.beginning)}: it goes on from there. To begin there again, set checkpoint.dir to another directory"
             )
         _go_on(job, *found)
-        job.began = dict(found[1].progress.get("began", job.began))
+        job.beginning = dict(found[1].progress.get("began", job.beginning))
         return
-    if job.began["from"] != "auto":
-        job.told += [f"the run begins {said(job.began)}", *own.others[:1]]
-    if job.began["from"] == "checkpoint":
+    if job.beginning["from"] != "auto":
+        job.notes += [f"the run begins {beginning_text(job.beginning)}", *own.others[:1]]
+    if job.beginning["from"] == "checkpoint":
         path = Path(config.checkpoint.resume)
         with together(ctx):
             accept(path, read_manifest(path))
         _go_on(job, path, load(path, portions(job.optimizer), ctx))
-    elif job.began["from"] == "weights":
+    elif job.beginning["from"] == "weights":
         start_from(job, Path(config.checkpoint.resume))
         job.resumed_from = Path(config.checkpoint.resume)
     elif config.model.init_from is not None:
@@ -177,9 +178,9 @@ def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     same = {
         "data.train": "data" in was and not any(other_corpora(was["data"], now["data"], job.config.data.train)),
         "data.tokenizer": "tokenizer" in was and was["tokenizer"] == now["tokenizer"],
-        "data.valid": "valid" in was and not other_judged(was["valid"], now["valid"]),
+        "data.valid": "valid" in was and not other_held_out(was["valid"], now["valid"]),
     }
-    job.changes = [f"changed since then: {told(*change, same=same.get(change[0], False))}" for change in changed]
+    job.changes = [f"changed since then: {change_line(*change, same=same.get(change[0], False))}" for change in changed]
     if "valid" in was and not same["data.valid"]:
         job.changes.append("changed since then: data.valid is another text; losses of before and after do not compare")
     if any(bends_schedules(key) for key, _, _ in changed) and job.step < job.total_steps:
@@ -216,7 +217,10 @@ def _other_subjects(manifest: Manifest, config: Config, identity: dict[str, Any]
     for what in other_corpora(was["data"], identity["data"], config.data.train) if "data" in was else ():
         yield "data", what
     if "tokenizer" in was and was["tokenizer"] != identity["tokenizer"]:
-        yield "tokenizer", f"data.tokenizer={config.data.tokenizer}: {was['tokenizer']} -> {identity['tokenizer']}"
+        yield (
+            "tokenizer",
+            f"data.tokenizer={show(config.data.tokenizer)}: {show(was['tokenizer'])} -> {show(identity['tokenizer'])}",
+        )
     for key, before, after in changes(manifest, config):
         if change_of(key).then == "refused" and key not in _COMPARED:
-            yield "model" if key.startswith("model.") else "data", f"{key}: {before} -> {after}"
+            yield "model" if key.startswith("model.") else "data", f"{key}: {show(before)} -> {show(after)}"

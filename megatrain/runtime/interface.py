@@ -74,7 +74,7 @@ def choose(asked: str | None, master: str | None, present: Sequence[Interface]) 
 
 
 def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
-    """Choose an interface if ranks are on several machines, or the user asks for one, and tell the backends; None if none was chosen.
+    """Choose an interface, if ranks are on several machines or the user names one, and set the backends' variables; else None.
 
     Variables that the user has set for a backend stay. Raises LaunchError.
     """

@@ -30,7 +30,7 @@ class StepReport:
     overflow: bool
     """The loss or the gradient was not finite."""
     stop: bool
-    """Some rank was told to stop."""
+    """Whether any rank was told to stop."""
     loss_scale: float
     """Loss scale of the next step."""
     consumed_samples: int
@@ -63,8 +63,8 @@ class Queued:
 
     @property
     def ended(self) -> Moment:
-        """When the update has ended."""
-        return self.numbers.there
+        """The moment at which the update ends."""
+        return self.numbers.copied
 
     def report(self) -> StepReport:
         """The step's report; blocks until the step has ended: the only synchronisation of a step."""
@@ -117,5 +117,5 @@ class Reports:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and self._queued is not None and self._queued.ended.come():
+        if error is not None and self._queued is not None and self._queued.ended.reached():
             self.catch_up()

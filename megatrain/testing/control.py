@@ -51,7 +51,10 @@ class Judge:
         return [trace_run(ParallelContext.single(), self.config, self.steps, prepare=change) for change in changes]
 
     def hold(self, trace: Trace, at: int = 0) -> dict[str, float]:
-        """Largest deviation of each kind. Raises Disagreement. at: number of first steps that the trace does not have."""
+        """Compare a trace with the reference; returns the largest deviation of each kind. Raises Disagreement.
+
+        at: number of steps done before the trace begins.
+        """
         name, reference = self.config.optim.name, last_steps(self.reference, at)
         try:
             return agree(reference, trace, optimizer=name)
@@ -71,5 +74,5 @@ class Judge:
 
 
 def last_steps(trace: Trace, at: int) -> Trace:
-    """The trace as that of a run that resumed after `at` steps (0: unchanged)."""
+    """The trace without its first `at` steps, as a run has it that resumed there (0: unchanged)."""
     return replace(trace, losses=trace.losses[at:], grad_norms=trace.grad_norms[at:], gradients={}) if at else trace

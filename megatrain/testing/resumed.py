@@ -45,7 +45,7 @@ def _from(run: Run, path: Path) -> Run:
     """A new run of the same config in the state of the checkpoint."""
     fresh = assemble(run.config, run.ctx, run.loader, run.chunks[0].build.vocab_size, objective=run.objective)
     for named in portions(fresh.optimizer).values():
-        for portion in named.values():  # whatever is not loaded stays NaN and shows
+        for portion in named.values():  # elements that are not loaded stay NaN, and so differ
             everything = slice(0, portion.count)
             portion.elements.write(everything, portion.elements.read(everything).fill_(float("nan")))
     restore(fresh, path)

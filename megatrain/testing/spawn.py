@@ -174,7 +174,7 @@ class _Pool:
         return self._folder / f"stack_{rank}"
 
     def _stack(self, rank: int) -> str:
-        """The present stack of a process, as far as it can still write it."""
+        """The stack of a process at this moment, if the process can still write it."""
         self._processes[rank].send_signal(signal.SIGUSR1)
         time.sleep(0.2)
         return self._stacks(rank).read_text() if self._stacks(rank).exists() else "(no stack)"

@@ -33,7 +33,7 @@ class WatchedWork:
         """Wait for the call, as the thread does."""
         try:
             self._work.wait()
-        except Exception as error:  # whoever waits gets it
+        except Exception as error:  # raised again by `wait`
             self._error = error
         self._ended.set()
 
@@ -49,7 +49,7 @@ class WatchedWork:
 
 
 class WaitingThread:
-    """The thread, started when it is first needed; it waits for one call after the other."""
+    """A thread that waits for one call after the other; it is started when first needed."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,8 +1,7 @@
 """`Group`: the eight calls megatrain needs from a transport, and nothing else.
 
-Implementations: `TorchGroup` in `processes.py` (torch.distributed: NCCL, gloo; the only code that names it, with the
-alarm's `board.py`) and `MemoryGroup` in `threads.py` (ranks that are threads of one process: simulated process
-groups). Wrappers, in `wrappers.py`: `RecordedGroup` (who waits for what), `DelayedGroup` (tests of overlap).
+Implementations: `TorchGroup` in `processes.py` (processes, over torch.distributed: NCCL or gloo) and `MemoryGroup` in `threads.py`
+(simulated ranks, threads of one process). Wrappers, in `wrappers.py`: `RecordedGroup` (calls and waits), `DelayedGroup` (a slow network).
 
 Every call is given its output tensor, so no copy is made that could be avoided, and returns a `Handle`; a blocking call has waited
 before it returns. Tensors must be contiguous. Ranks of one group call the same operations in the same order.

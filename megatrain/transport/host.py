@@ -28,7 +28,7 @@ class Moment:
             self._event = torch.cuda.Event(enable_timing=True, blocking=True)
             self._event.record(torch.cuda.current_stream(device))
 
-    def come(self) -> bool:
+    def reached(self) -> bool:
         """Whether the device has finished."""
         return self._event is None or bool(self._event.query())
 
@@ -45,15 +45,15 @@ class Moment:
 
 
 class Reading:
-    """A copy of a tensor to host memory, started when this object is made. `there`: when it ends."""
+    """A copy of a tensor to host memory, started when this object is made. `copied`: the moment when it has ended."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._host = tensor.to("cpu", non_blocking=True)  # into pinned memory
-        self.there = Moment(tensor.device)
+        self.copied = Moment(tensor.device)
 
     def wait(self) -> torch.Tensor:
         """The copy; on a GPU the host blocks until it has ended."""
-        self.there.wait()
+        self.copied.wait()
         return self._host
 
 

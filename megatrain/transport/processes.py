@@ -112,7 +112,7 @@ def _options(backend: str, limit: timedelta) -> Any:
     if backend != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-    options._timeout = limit  # torch warns where it differs from the group's
+    options._timeout = limit  # torch warns where this limit differs from the group's
     return options
 
 
@@ -163,18 +163,18 @@ class TorchGroup(Group):
         """Reduce `tensor` over the group, in place; the same bits on every rank."""
         check_reduction(self, op)
         check_dense(self, "all_reduce", tensor)
-        near = self._near(tensor)
-        handle = _TorchHandle(self, f"all_reduce({op})", near)
-        handle.start(dist.all_reduce, near, op=_DIST_OPS[op], async_op=True)
-        return self._given(handle, near, tensor, blocking)
+        readable = self._readable(tensor)
+        handle = _TorchHandle(self, f"all_reduce({op})", readable)
+        handle.start(dist.all_reduce, readable, op=_DIST_OPS[op], async_op=True)
+        return self._finish(handle, readable, tensor, blocking)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
         """Concatenate every rank's `tensor` [n, ...] along dim 0 into `output` [size * n, ...]."""
         check_parts(self, "all_gather", output, tensor)
-        near, part = self._near(output, copy=False), self._near(tensor)
-        handle = _TorchHandle(self, "all_gather", part, near)
+        readable, part = self._readable(output, copy=False), self._readable(tensor)
+        handle = _TorchHandle(self, "all_gather", part, readable)
         if self._gloo:
-            blocks = _blocks(near, self.size)
+            blocks = _blocks(readable, self.size)
             if not self._staged and self._shared.ready(self, 1, part):
                 handle.follow(lambda: self._shared.gather(blocks, part, blocking))
             else:
@@ -182,8 +182,8 @@ class TorchGroup(Group):
             if blocks[self.rank].data_ptr() != part.data_ptr():
                 blocks[self.rank].copy_(part.detach())
         else:
-            handle.start(_all_gather_single, near, part, async_op=True)
-        return self._given(handle, near, output, blocking)
+            handle.start(_all_gather_single, readable, part, async_op=True)
+        return self._finish(handle, readable, output, blocking)
 
     def reduce_scatter(
         self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
@@ -191,24 +191,24 @@ class TorchGroup(Group):
         """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...]."""
         check_reduction(self, op)
         check_parts(self, "reduce_scatter", tensor, output, wider=True)
-        near, whole = self._near(output, copy=False), self._near(tensor)
-        handle = _TorchHandle(self, f"reduce_scatter({op})", whole, near)
+        readable, whole = self._readable(output, copy=False), self._readable(tensor)
+        handle = _TorchHandle(self, f"reduce_scatter({op})", whole, readable)
         parts = dict(enumerate(_blocks(whole, self.size)))
         mine = parts[self.rank]
         if self._gloo:
             if not self._staged and self._shared.ready(self, self.size - 1, mine):
-                handle.follow(lambda: self._shared.reduce_scatter(near, parts, op, blocking))
+                handle.follow(lambda: self._shared.reduce_scatter(readable, parts, op, blocking))
             else:
                 received = {place: torch.empty_like(mine) for place in self._others()}
                 self._swap(handle, received, {place: parts[place] for place in self._others()})
                 parts.update(received)
-                handle.then(lambda: reduce_in_order(near, [parts[place] for place in range(self.size)], op))
+                handle.then(lambda: reduce_in_order(readable, [parts[place] for place in range(self.size)], op))
         else:
-            same = near.dtype == whole.dtype
-            handle.start(_reduce_scatter_single, near if same else mine, whole, op=_DIST_OPS[op], async_op=True)
+            same = readable.dtype == whole.dtype
+            handle.start(_reduce_scatter_single, readable if same else mine, whole, op=_DIST_OPS[op], async_op=True)
             if not same:
-                handle.then(lambda: near.detach().copy_(mine))
-        return self._given(handle, near, output, blocking)
+                handle.then(lambda: readable.detach().copy_(mine))
+        return self._finish(handle, readable, output, blocking)
 
     def all_to_all(
         self,
@@ -221,37 +221,37 @@ class TorchGroup(Group):
     ) -> Handle:
         """Send block i of `tensor` to place i; `output` collects the blocks received."""
         to, come = check_all_to_all(self, output, tensor, output_rows, input_rows)
-        near, sent = self._near(output, copy=False), self._near(tensor)
-        handle = _TorchHandle(self, "all_to_all", sent, near)
-        handle.start(dist.all_to_all_single, near, sent, come, to, async_op=True)
-        return self._given(handle, near, output, blocking)
+        readable, sent = self._readable(output, copy=False), self._readable(tensor)
+        handle = _TorchHandle(self, "all_to_all", sent, readable)
+        handle.start(dist.all_to_all_single, readable, sent, come, to, async_op=True)
+        return self._finish(handle, readable, output, blocking)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
         """Overwrite `tensor` everywhere with that of place `source`."""
         check_place(self, "broadcast", source)
         check_dense(self, "broadcast", tensor)
-        near = self._near(tensor)
-        handle = _TorchHandle(self, f"broadcast({source})", near)
-        handle.start(dist.broadcast, near, group_src=source, async_op=True)
-        return self._given(handle, near, tensor, blocking)
+        readable = self._readable(tensor)
+        handle = _TorchHandle(self, f"broadcast({source})", readable)
+        handle.start(dist.broadcast, readable, group_src=source, async_op=True)
+        return self._finish(handle, readable, tensor, blocking)
 
     def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
         """Send `tensor` to place `to`."""
         check_place(self, "send", to, other=True)
         check_dense(self, "send", tensor)
-        near = self._near(tensor)
-        handle = _TorchHandle(self, f"send(to {to})", near)
-        handle.start(self._isend, near, group_dst=to, tag=_MESSAGES)
-        return self._given(handle, near, near, blocking)
+        readable = self._readable(tensor)
+        handle = _TorchHandle(self, f"send(to {to})", readable)
+        handle.start(self._isend, readable, group_dst=to, tag=_MESSAGES)
+        return self._finish(handle, readable, readable, blocking)
 
     def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
         """Receive into `output` from place `source`."""
         check_place(self, "recv", source, other=True)
         check_dense(self, "recv", output)
-        near = self._near(output, copy=False)
-        handle = _TorchHandle(self, f"recv(from {source})", near)
-        handle.start(dist.irecv, near, group_src=source, tag=_MESSAGES)
-        return self._given(handle, near, output, blocking)
+        readable = self._readable(output, copy=False)
+        handle = _TorchHandle(self, f"recv(from {source})", readable)
+        handle.start(dist.irecv, readable, group_src=source, tag=_MESSAGES)
+        return self._finish(handle, readable, output, blocking)
 
     def barrier(self) -> None:
         """Return once every rank of the group has called."""
@@ -271,17 +271,17 @@ class TorchGroup(Group):
         work = dist.isend(tensor, **kwargs)
         return self._watch.watched(work) if self._gloo and work is not None else work
 
-    def _near(self, tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
+    def _readable(self, tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
         """`tensor` itself if the backend can read it, else a pinned copy in host memory (with copy=False: pinned, not filled)."""
         if not self._staged:
             return tensor
-        near = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        return near.copy_(tensor.detach()) if copy else near
+        readable = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        return readable.copy_(tensor.detach()) if copy else readable
 
-    def _given(self, handle: _TorchHandle, near: torch.Tensor, output: torch.Tensor, blocking: bool) -> Handle:
-        """The handle; copies `near` back to `output` if they differ, and waits if blocking."""
-        if near is not output:
-            handle.then(lambda: output.detach().copy_(near, non_blocking=True))
+    def _finish(self, handle: _TorchHandle, readable: torch.Tensor, output: torch.Tensor, blocking: bool) -> Handle:
+        """The handle; copies `readable` back to `output` if they differ, and waits if blocking."""
+        if readable is not output:
+            handle.then(lambda: output.detach().copy_(readable, non_blocking=True))
         if blocking:
             handle.wait()
         return handle

@@ -41,7 +41,7 @@ _NOTHING = torch.empty(0)
 
 
 class _Part:
-    """One rank's arguments to a call."""
+    """The arguments of one rank to a call of its group."""
 
     __slots__ = ("detail", "group", "operation", "output", "rows", "sequence", "tensor")
 
@@ -150,12 +150,12 @@ class _Job:
         for part in done.parts.values():
             rank = part.group.world_rank
             if rank in self.waiting and self.waiting[rank][0] is done:
-                del self.waiting[rank]  # here, not when it wakes up: `waiting` must never hold a rank that can go on
+                del self.waiting[rank]  # not when it wakes up: `waiting` must never hold a rank that can go on
                 self.awake[rank].notify()
 
     def wait(self, rank: int, awaited: _Round, part: _Part) -> None:
         """Sleep until `awaited` is done. Raises TransportError on failure, deadlock or timeout."""
-        if awaited.done:  # while this rank was getting the lock
+        if awaited.done:  # it was done while this rank waited for the lock
             return
         self.waiting[rank] = (awaited, part)
         try:

@@ -20,10 +20,10 @@ class RankTurns:
         self._lock = threading.Lock()
         self._rank: int | None = None
 
-    def begin(self, rank: int, over: Callable[[], object]) -> None:
-        """Wait until no other rank has the turn, and take it; return without it once `over()` is true."""
+    def begin(self, rank: int, failed: Callable[[], object]) -> None:
+        """Wait until no other rank has the turn, and take it; return without it once `failed()` is true."""
         while not self._lock.acquire(timeout=_LOOK_SECONDS):
-            if over():
+            if failed():
                 return
         self._rank = rank
 

@@ -118,7 +118,7 @@ class _RecordedHandle(Handle):
 
 class _RecordedReading(Reading):
     def __init__(self, inner: Reading, recorder: Recorder, call: tuple[Group, str, int, torch.Tensor | None]) -> None:
-        self.there = inner.there
+        self.copied = inner.copied
         self._inner, self._recorder, self._call = inner, recorder, call
 
     def wait(self) -> torch.Tensor:

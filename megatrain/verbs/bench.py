@@ -81,7 +81,7 @@ def prepared(session: Session, config: Config) -> Iterator[Run]:
 
 
 def _timed(run: Run, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each of so many steps, from end to end of their updates, queued as in training; seconds that each waited for its batch."""
+    """(seconds of each step, seconds that each waited for its batch), queued as in training. A step ends when its update ends."""
     seconds: list[float] = []
     waits: list[float] = []
 
@@ -127,7 +127,7 @@ def _stopwatch(run: Run, spent: dict[str, float]) -> Observers:
         spent[phase] += time.perf_counter() - began
 
     def observe(instruction: Instruction, began: float, ended: float) -> None:
-        _wait(run)  # device work started by this instruction counts for it
+        _wait(run)  # an instruction includes the device work that it has started
         late = time.monotonic() - ended
         spent["forward" if instruction.kind == "forward" else "backward"] += ended - began + late
 

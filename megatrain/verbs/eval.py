@@ -36,8 +36,8 @@ COUNTED_TOKENS = 1 << 22
 """Bytes per token are measured on at most this many tokens from the beginning of each store."""
 
 
-def settled(saved: Config, overrides: Sequence[str], world_size: int) -> Config:
-    """The config of a checkpoint's run with other data, batches and layout. Raises ConfigError."""
+def config_to_evaluate(saved: Config, overrides: Sequence[str], world_size: int) -> Config:
+    """The config of a checkpoint's run with the data, batches and layout that `overrides` give. Raises ConfigError."""
     layout = [text for text in overrides if text.startswith("parallel.")]
     others = [text for text in overrides if not text.startswith("parallel.")]
     for text in others:
@@ -91,7 +91,7 @@ def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
     """`megatrain eval`: print a line for each validation set. Returns 0. Raises CheckpointError, ConfigError or TokenStoreError."""
     path = find(Path(checkpoint), say_damaged)
     launch = Launch.from_environment(os.environ)
-    config = settled(saved_config(path), overrides, launch.world_size)
+    config = config_to_evaluate(saved_config(path), overrides, launch.world_size)
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
     try:
         ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, launch.world_size), session.device)

@@ -68,14 +68,14 @@ class Row:
     problem: str = ""
     """The first difference; "" if all agrees."""
     note: str = ""
-    """Both figures, if deviations exceed the bounds but so do the control's; else ""."""
+    """The deviations of layout and control, if both exceed the bounds; else ""."""
 
 
 class Verifier:
     """Runs layouts of one config and compares them with one process."""
 
     def __init__(self, config: Config, steps: int, precision: Precision, resume: bool = False) -> None:
-        """Train the reference. config: the user's, whose layout is ignored; resume: interrupt every run half-way."""
+        """Train the reference, on one process. config: its layout is ignored; resume: save every run half-way and continue it."""
         optim = replace(config.optim, warmup_steps=min(warmup_steps(config), 1))
         train = replace(config.train, steps=max(steps, 2), precision=precision)
         exact = config.parallel if precision == "bf16" else replace(config.parallel, reduce_dtype="fp32")
@@ -143,7 +143,7 @@ class Verifier:
 
 
 def _fewer_micro_batches(config: Config, layout: Layout) -> Config:
-    """The same batches in about as many micro-batches as the pipeline has stages, since messages between processes are slow."""
+    """The config with larger micro-batches, about as many as the pipeline has stages, since messages between processes are slow."""
     micro, share = config.train.micro_batch_size, batch_unit(config.train) // layout.dp
     fixed = config.data.drawn_per_micro_batch
     while not fixed and share // micro > max(2, layout.pp) and share % (2 * micro) == 0:

@@ -6,7 +6,7 @@ import pytest
 
 from megatrain.config.schema import Config, CorpusConfig, DataConfig
 from megatrain.data import identity
-from megatrain.data.identity import identity_of, other_corpora, other_judged, same_store, sampled, store_identity
+from megatrain.data.identity import identity_of, other_corpora, other_held_out, same_store, sampled, store_identity
 
 
 def change(path, at):
@@ -76,7 +76,7 @@ def test_other_answers_are_noticed(tmp_path, corpora):
     ]
     without = (CorpusConfig(f"{tmp_path}/prompts"), corpora[1])
     (line,) = other_corpora(was, of(without)["data"], without)
-    assert line == f"data.train[0].answers=None are others: {was[0][2]} -> None"
+    assert line == f"data.train[0].answers=null are others: {was[0][2]} -> null"
     old = [[row[0].rpartition("-")[0], row[1]] for row in was]
     assert list(other_corpora(old, now, corpora)) == []
 
@@ -86,9 +86,9 @@ def test_weights_and_order_count(corpora):
     said = list(other_corpora(was, of(turned)["data"], turned))
     assert [line.partition(":")[0] for line in said] == [
         "data.train[0].weight",  # the texts are the same here
-        f"data.train[0].answers={turned[0].answers} are others",
+        f"data.train[0].answers={turned[0].answers or 'null'} are others",
         "data.train[1].weight",
-        f"data.train[1].answers={turned[1].answers} are others",
+        f"data.train[1].answers={turned[1].answers or 'null'} are others",
     ]
     assert list(other_corpora(was, was[:1], corpora[:1])) == ["data.train has 1 corpora, and had 2"]
 
@@ -97,8 +97,8 @@ def test_held_out_text_has_names_and_contents(tmp_path, corpora):
     text = CorpusConfig(f"{tmp_path}/text", set="web")
     was = of(corpora, (text,))["valid"]
     assert was == [["web", store_identity(f"{tmp_path}/text")]]
-    assert not other_judged(was, of(corpora, (text,))["valid"])
-    assert other_judged(was, of(corpora, (CorpusConfig(f"{tmp_path}/text", set="code"),))["valid"])
-    assert other_judged(was, [])
+    assert not other_held_out(was, of(corpora, (text,))["valid"])
+    assert other_held_out(was, of(corpora, (CorpusConfig(f"{tmp_path}/text", set="code"),))["valid"])
+    assert other_held_out(was, [])
     change(tmp_path / "text.bin", 11)
-    assert other_judged(was, of(corpora, (text,))["valid"])
+    assert other_held_out(was, of(corpora, (text,))["valid"])

@@ -13,7 +13,7 @@ from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
 from megatrain.parallel.mesh import MeshShape
-from megatrain.resuming.beginning import Own, beginning_of
+from megatrain.resuming.beginning import OwnCheckpoints, beginning_of
 from megatrain.resuming.changed import values_then
 from megatrain.runtime.launch import Launch
 
@@ -57,10 +57,10 @@ def test_from_a_path_it_begins_and_then_goes_on_from_its_own(house):
     path = saved(house, "old", 1)
     job, began = start(house, "path", path)
     assert (began, job.step, job.resumed_from) == (1, 2, path)
-    assert job.told == [f"the run begins from {path}"]
+    assert job.notes == [f"the run begins from {path}"]
     job, began = start(house, "path", path)
     assert (began, job.step, job.resumed_from) == (2, 3, saved(house, "path", 2))
-    assert job.told == [
+    assert job.notes == [
         f"checkpoint.resume={path}, and {saved(house, 'path', 2)} is this run's own, which began from {path}: it goes on from there. "
         "To begin there again, set checkpoint.dir to another directory"
     ]
@@ -79,7 +79,7 @@ def test_another_path_is_another_beginning_and_a_copy_is_the_same_one(house):
     assert start(house, "moved", saved(house, "old", 1))[1] == 3
     job, began = start(house, "moved", saved(house, "old", 2))
     assert began == 2
-    assert job.told[1] == f"step_00000004 is not this run's: its run began from {saved(house, 'old', 1)}"
+    assert job.notes[1] == f"step_00000004 is not this run's: its run began from {saved(house, 'old', 1)}"
     assert start(house, "moved", saved(house, "old", 2))[1] == 3
 
 
@@ -106,15 +106,15 @@ def test_never_begins_anew_once(house):
     shutil.copytree(house / "old", house / "never")
     job, began = start(house, "never", "never")
     assert (began, job.step) == (0, 1)
-    assert job.told == [
+    assert job.notes == [
         "the run begins anew, with checkpoint.resume=never",
         "step_00000004 is not this run's: its run began anew",
     ]
     assert [start(house, "never", "never")[1] for _ in range(3)] == [1, 2, 3]
     job, began = start(house, "never", "never")
-    assert (began, job.told[1]) == (0, "step_00000004 is not this run's: its run has finished")
+    assert (began, job.notes[1]) == (0, "step_00000004 is not this run's: its run has finished")
     job, began = start(house, "never", "never", lr=2e-2)
-    assert (began, job.told[1]) == (0, "step_00000001 is not this run's: its run had optim.lr=0.01")
+    assert (began, job.notes[1]) == (0, "step_00000001 is not this run's: its run had optim.lr=0.01")
     assert start(house, "never", "auto", lr=2e-2)[1] == 1
 
 
@@ -150,7 +150,7 @@ def manifest_of(config, **progress):
 
 def own(config, launch=None):
     launch = launch or Launch()
-    return Own(config, launch, beginning_of(config, launch))
+    return OwnCheckpoints(config, launch, beginning_of(config, launch))
 
 
 def config_of(resume, **checkpoint):

@@ -16,7 +16,7 @@ from megatrain.config.budget import warmup_of
 from megatrain.config.keys import knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.data.identity import store_identity
-from megatrain.resuming.changed import TABLE, change_of, table
+from megatrain.resuming.changed import TABLE, change_line, change_of, table
 from megatrain.resuming.resume import _warmup_then, shared_identity
 from megatrain.runtime.launch import Launch
 from megatrain.testing import simulate
@@ -219,6 +219,14 @@ def test_what_is_bent_from_the_next_step_on(house, plain, before, change, right)
         assert f"learning rate is {now.lr:.3E} in the next step" in now.told[-1]
 
 
+def test_values_are_shown_as_yaml_has_them():
+    assert change_line("train.compile", None, True) == "train.compile: null -> true"
+    assert change_line("parallel.layer_split", [5, None], [{"path": "a", "ids": [1, False]}]) == (
+        "parallel.layer_split: [5, null] -> [{path: a, ids: [1, false]}]"
+    )
+    assert change_line("data.train", "a", "b", same=True) == "data.train: a -> b (the same in another place)"
+
+
 REFUSED = [
     ({"train": {"seed": 7}}, "data", "train.seed: 1234 -> 7"),
     ({"model": {"seq_length": 32}}, "model", "model.seq_length: 16 -> 32"),
@@ -227,8 +235,8 @@ REFUSED = [
     ({"data": {"train": "other"}}, "data", "data.train[0]=HOUSE/other is another text: 2042-8000-"),
     ({"data": {"train": ["data", "data"]}}, "data", "data.train has 2 corpora, and had 1"),
     ({"data": {"train": [{"path": "data", "weight": 2.0}]}}, "data", "data.train[0].weight: 1.0 -> 2.0"),
-    ({"data": {"tokenizer": "bytes"}, "model": {"vocab_size": 300}}, "tokenizer", "data.tokenizer=bytes: None -> bytes"),
-    ({"data": {"isolate_documents": True}}, "data", "data.isolate_documents: False -> True"),
+    ({"data": {"tokenizer": "bytes"}, "model": {"vocab_size": 300}}, "tokenizer", "data.tokenizer=bytes: null -> bytes"),
+    ({"data": {"isolate_documents": True}}, "data", "data.isolate_documents: false -> true"),
 ]
 REFUSED = [("", *row) for row in REFUSED]
 ACCEPTED = {subject: {"checkpoint": {"accept_changes": [subject]}} for subject in ("model", "data")}

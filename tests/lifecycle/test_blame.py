@@ -161,7 +161,7 @@ def test_a_guard_asks_as_little_in_any_world(size):
         guard.store.inner.add("alarms", 1)
         guard.store.inner.set("verdict", Verdict("hang", (7,), "rank 7").as_json())
         before = guard.store.calls.copy()
-        assert guard._hold_court(waiting(5, range(size))) == (Verdict("hang", (7,), "rank 7"), False)
+        assert guard._agree_on_verdict(waiting(5, range(size))) == (Verdict("hang", (7,), "rank 7"), False)
         assert guard.store.calls - before == {"set": 1, "add": 1, "wait": 1, "get": 1}
     assert guard.opened == 2 and sum(guard.store.calls.values()) <= 12
 
@@ -175,5 +175,5 @@ def test_a_connection_that_is_lost_is_opened_again():
     guard._board = Board(Lost(), 1.0)
     with pytest.raises(TransportError, match="Connection reset"):
         guard._board.write("state/5", "")
-    guard._testify(State(5, "busy"))
+    guard._write_state(State(5, "busy"))
     assert guard.opened == 1 and State.parse(guard.store.inner.get("state/5").decode()) == State(5, "busy")

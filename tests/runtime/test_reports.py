@@ -12,12 +12,12 @@ CPU = torch.device("cpu")
 class At(Moment):
     """A moment that comes when it is told to."""
 
-    def __init__(self, at, there=True):
+    def __init__(self, at, passed=True):
         super().__init__(CPU)
-        self._at, self.there = at, there
+        self._at, self.passed = at, passed
 
-    def come(self):
-        return self.there
+    def reached(self):
+        return self.passed
 
 
 class Numbers(Reading):
@@ -25,7 +25,7 @@ class Numbers(Reading):
 
     def __init__(self, events, step, ended, values):
         super().__init__(torch.tensor(values, dtype=torch.float64))
-        self.there, self.events, self.step = ended, events, step
+        self.copied, self.events, self.step = ended, events, step
 
     def wait(self):
         self.events.append(f"read {self.step}")

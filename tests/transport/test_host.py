@@ -33,8 +33,8 @@ def test_what_travels_together_arrives_apart():
 def test_on_a_cpu_a_tensor_is_there_and_moments_have_come():
     began = Moment(CPU)
     reading = Reading(torch.tensor([1.0, 2.0]))
-    assert began.come() and reading.there.come() and reading.wait().tolist() == [1.0, 2.0]
-    assert 0 <= reading.there.seconds_since(began) < 60
+    assert began.reached() and reading.copied.reached() and reading.wait().tolist() == [1.0, 2.0]
+    assert 0 <= reading.copied.seconds_since(began) < 60
 
 
 @pytest.mark.gpu
@@ -44,9 +44,9 @@ def test_on_a_gpu_the_host_goes_on_and_waits_for_the_reading_alone():
     began = Moment(device)
     torch.cuda._sleep(10**8)  # cycles: 50 ms
     reading = Reading(torch.full((3,), 5.0, device=device))
-    assert not reading.there.come()
+    assert not reading.copied.reached()
     assert reading.wait().tolist() == [5.0] * 3 and reading.wait().is_pinned()
-    assert reading.there.come() and reading.there.seconds_since(began) > 0.02
+    assert reading.copied.reached() and reading.copied.seconds_since(began) > 0.02
 
 
 @pytest.mark.gpu

@@ -120,8 +120,8 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
             source = {".gz": _gunzip, ".zst": unzstd}.get(kind, _plain)(file)
             done = 0
             for chunk in source:
-                if not done and (said := not_text(chunk[:HEAD_BYTES])):
-                    raise ReadError(f"{path}: {said}")
+                if not done and (problem := not_text(chunk[:HEAD_BYTES])):
+                    raise ReadError(f"{path}: {problem}")
                 yield chunk
                 on_bytes(file.tell() - done)
                 done = file.tell()

@@ -122,7 +122,7 @@ def tokenize_files(
             )
         writer.record = record_of(encoder, around.end, around.begin, writer.documents, writer.tokens).text()
     seconds = time.monotonic() - started
-    return TokenizeReport(str(output), writer.documents, documents.empty, writer.tokens, text_bytes, seconds, around.said)
+    return TokenizeReport(str(output), writer.documents, documents.empty, writer.tokens, text_bytes, seconds, around.shown)
 
 
 class _PlacedPiece(NamedTuple):
@@ -154,8 +154,8 @@ class _Around:
 
     begin: int | None
     end: int | None
-    said: str
-    """The same as text, for the report."""
+    shown: str
+    """Both tokens as text, for the report."""
 
 
 def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
@@ -168,9 +168,9 @@ def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
             f"0..{tokenizer.vocab_size - 1}; or leave the option out."
         )
     begin = tokenizer.beginning.first
-    said = [f"begins with {shown(tokenizer, (begin,))}, by {tokenizer.beginning.origin}"] if begin is not None else []
-    said += [f"ends in {shown(tokenizer, (end,))}, by {tokenizer.ending.origin}"] if end is not None else []
-    return _Around(begin, end, f"; each document {', and '.join(said)}" if said else "")
+    words = [f"begins with {shown(tokenizer, (begin,))}, by {tokenizer.beginning.origin}"] if begin is not None else []
+    words += [f"ends in {shown(tokenizer, (end,))}, by {tokenizer.ending.origin}"] if end is not None else []
+    return _Around(begin, end, f"; each document {', and '.join(words)}" if words else "")
 
 
 def _encode(tokenizer: Tokenizer, pieces: list[_PlacedPiece], around: _Around) -> _Encoded:

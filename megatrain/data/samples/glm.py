@@ -22,7 +22,7 @@ from megatrain.config.schema import GlmConfig
 from megatrain.data.draws import Draws
 from megatrain.data.loader import Batch, Samples
 from megatrain.data.samples.infilling import (
-    Laid,
+    InfillingText,
     Rules,
     Sentinels,
     chosen_sentences,
@@ -35,7 +35,7 @@ from megatrain.data.samples.spans import Ids, Spans, blanks_of, documents_of, le
 KINDS = ("blank", "sentence", "document")
 """Objectives, by their number in `Batch.kinds`."""
 OF_BATCH, OF_SAMPLE = 11, 12
-"""Purposes of a stream of random numbers, as part of its key: draws for a micro-batch, for a sample."""
+"""Part of the key of a stream of random numbers: draws for a micro-batch, for a sample."""
 SHORTEST = 32
 """Least number of tokens of a short text."""
 
@@ -112,7 +112,7 @@ class GlmBatches:
 
     def __call__(self, samples: Samples, consumed: int, places: npt.NDArray[np.int64]) -> Batch:
         """The batch of samples consumed + places [m, b]."""
-        rows: list[list[Laid]] = []
+        rows: list[list[InfillingText]] = []
         kinds: list[int] = []
         for of_micro_batch in places:
             numbers = [consumed + int(place) for place in of_micro_batch]
@@ -151,7 +151,7 @@ class GlmBatches:
         return found
 
     def choose(self, draws: Draws, sizes: Sequence[int]) -> Drawn:
-        """Draw the choices for a micro-batch; sizes: number of tokens of each of its texts."""
+        """Draw the numbers of a micro-batch; sizes: number of tokens of each of its texts."""
         config = self.plan.config
         short, single, kind, length = draws.uniform(4)
         cut = 0
@@ -187,7 +187,7 @@ class GlmBatches:
 
     # --- one row ----------------------------------------------------------------------------------------------------------
 
-    def lay_out(self, draws: Draws, documents: Sequence[Ids], drawn: Drawn) -> list[Laid]:
+    def lay_out(self, draws: Draws, documents: Sequence[Ids], drawn: Drawn) -> list[InfillingText]:
         """The texts of a row that fit into it, with their blanks; a text whose blanks cannot be placed stays whole, with loss weights of
         0.
         """
@@ -197,24 +197,24 @@ class GlmBatches:
             if laid is None or len(laid) > room:
                 kept = text[:room]
                 weights, zeros = np.zeros(kept.size, np.float32), np.zeros(kept.size, np.int64)
-                laid = Laid(kept, kept, weights, np.arange(kept.size), zeros, kept.size)
+                laid = InfillingText(kept, kept, weights, np.arange(kept.size), zeros, kept.size)
             if len(laid):
                 found.append(laid)
             room -= len(laid)
         return found
 
-    def answered(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[Laid]:
+    def answered(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[InfillingText]:
         """Prompts, each followed by [gMASK] and the answer as its blank, as many as fit; a pair that is too long loses its beginning."""
         ids, room, found = self.plan.ids, self.plan.seq_length, []
         rules = replace(self.plan.rules, counts_on=not self.plan.two_dimensional, noise=0.0)
         for prompt, answer in pairs:
-            said = answer if answer.size and answer[-1] == ids.eos else np.append(answer, ids.eos)
-            said = said[: self.plan.seq_length - 3]
-            kept = prompt[max(0, prompt.size + said.size + 3 - self.plan.seq_length) :]
-            text = np.concatenate([[ids.cls], kept, said])
+            reply = answer if answer.size and answer[-1] == ids.eos else np.append(answer, ids.eos)
+            reply = reply[: self.plan.seq_length - 3]
+            kept = prompt[max(0, prompt.size + reply.size + 3 - self.plan.seq_length) :]
+            text = np.concatenate([[ids.cls], kept, reply])
             if text.size + 2 > room:
                 break
-            found.append(continue_text(text, text.size - said.size, ids.gmask, ids, rules))
+            found.append(continue_text(text, text.size - reply.size, ids.gmask, ids, rules))
             room -= text.size + 2
         return found
 
@@ -242,7 +242,7 @@ class GlmBatches:
             begin = end
         return found
 
-    def _laid(self, draws: Draws, text: Ids, drawn: Drawn) -> Laid | None:
+    def _laid(self, draws: Draws, text: Ids, drawn: Drawn) -> InfillingText | None:
         """A text with the blanks of its objective; None if they cannot be placed."""
         config, ids, rules = self.plan.config, self.plan.ids, self.plan.rules
         if KINDS[drawn.kind] == "document":
@@ -258,7 +258,7 @@ class GlmBatches:
             mask = ids.mask
         return None if spans is None or not spans.starts.size else fill_blanks(draws, text, spans, mask, ids, rules)
 
-    def _long_blank(self, draws: Draws, text: Ids, span: int) -> Laid | None:
+    def _long_blank(self, draws: Draws, text: Ids, span: int) -> InfillingText | None:
         """A text whose end, or a long span within it, is the blank; None if it is too short."""
         config, ids = self.plan.config, self.plan.ids
         rules = replace(self.plan.rules, counts_on=not self.plan.two_dimensional, noise=0.0)
@@ -273,7 +273,9 @@ class GlmBatches:
         return None if spans is None else fill_blanks(draws, text, spans, ids.gmask, ids, rules)
 
 
-def assembled(rows: Sequence[Sequence[Laid]], kinds: Sequence[int], places: npt.NDArray[np.int64], plan: Plan) -> Batch:
+def assembled(
+    rows: Sequence[Sequence[InfillingText]], kinds: Sequence[int], places: npt.NDArray[np.int64], plan: Plan
+) -> Batch:
     """A batch from rows of texts with blanks, padded with zeros on the right."""
     shape = (len(rows), plan.seq_length)
     tokens, targets, positions, block_positions, documents, prefix = (np.zeros(shape, np.int64) for _ in range(6))

@@ -27,7 +27,7 @@ from megatrain.data.indexed import TokenStore, TokenStoreError
 from megatrain.data.samples.cache import Arrays, cached_arrays
 
 DOCUMENTS, SAMPLES = 1, 2
-"""Purposes of a permutation, as part of its key."""
+"""Part of the key of a permutation: of an epoch's documents, of its samples."""
 SMALL_INDEX = 1 << 12
 """An index with fewer rows takes less time to compute than to open from files, and is not cached."""
 KEPT_EPOCHS = 2

@@ -52,7 +52,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Laid:
+class InfillingText:
     """A text with blanks as model inputs and targets; arrays [n]."""
 
     tokens: Ids
@@ -68,8 +68,8 @@ class Laid:
         return int(self.tokens.size)
 
 
-def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels, rules: Rules) -> Laid:
-    """The layout of a text with blanks `spans`, each replaced by the token `mask`."""
+def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels, rules: Rules) -> InfillingText:
+    """A text with the blanks `spans`, each replaced by the token `mask`."""
     starts, lengths = spans.starts, spans.lengths
     count = starts.size
     shown = text.copy()
@@ -95,7 +95,7 @@ def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels
     sep = part_a.size
     positions = sep + within if rules.counts_on else np.repeat(at, pieces)
     inside = within + 1 if rules.block_positions else np.ones_like(within)
-    return Laid(
+    return InfillingText(
         np.concatenate([part_a, inputs]),
         np.concatenate([part_a, outputs]),
         np.concatenate([np.zeros(sep, np.float32), np.ones(within.size, np.float32)]),
@@ -105,8 +105,8 @@ def fill_blanks(draws: Draws, text: Ids, spans: Spans, mask: int, ids: Sentinels
     )
 
 
-def continue_text(text: Ids, cut: int, mask: int, ids: Sentinels, rules: Rules) -> Laid:
-    """The layout of a text whose end, from token `cut` on, is the blank. No end of piece: the last target is the text's own last token."""
+def continue_text(text: Ids, cut: int, mask: int, ids: Sentinels, rules: Rules) -> InfillingText:
+    """A text whose end, from token `cut` on, is the blank. No end of piece: the last target is the text's own last token."""
     length = text.size - cut
     sep = cut + 1
     begun = np.append(text[:cut], mask)
@@ -114,7 +114,7 @@ def continue_text(text: Ids, cut: int, mask: int, ids: Sentinels, rules: Rules) 
     positions = cut + counts if rules.counts_on else np.full(length, cut)
     after = np.zeros(sep, np.int64)
     weights = np.concatenate([np.zeros(sep), text[cut:] != ids.cls]).astype(np.float32)
-    return Laid(
+    return InfillingText(
         np.concatenate([begun, [ids.sop], text[cut:-1]]),
         np.concatenate([begun, text[cut:]]),
         weights,

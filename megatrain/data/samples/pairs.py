@@ -14,7 +14,7 @@ from megatrain.data.indexed import TokenStore, TokenStoreError
 
 Ids = npt.NDArray[np.int64]
 PAIRS = 3
-"""Purpose of a permutation, as part of its key."""
+"""Part of the key of a permutation: of an epoch's pairs."""
 
 
 class PairSamples:

@@ -24,7 +24,7 @@ from megatrain.data.draws import Draws
 
 Ids = npt.NDArray[np.int64]
 REDRAWS = 8
-"""How often lengths are drawn, with on_unplaceable=redraw."""
+"""Number of times that lengths are drawn at most, with on_unplaceable=redraw."""
 
 
 @dataclass(frozen=True)
