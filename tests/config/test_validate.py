@@ -11,6 +11,7 @@ import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from megatrain.config.budget import warmup_of
 from megatrain.config.keys import choices, knobs
 from megatrain.config.load import ConfigError, from_dict
 from megatrain.config.validate import validate
@@ -386,6 +387,26 @@ def test_what_is_refused(world_size, values, expected):
             check(world_size, **values | {key.replace(".", "__"): yaml.safe_load(value)})
         except ConfigError as error:
             assert how == "or" and str(error) != expected, error  # a second way may break another rule
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "taken"),
+    [
+        (512.0 * 32 * 8, {"train": {"skip_steps": [9]}}, True),  # the batch may have been smaller: more steps
+        (512.0 * 32 * 8, {"optim": {"lr_schedule": "wsd", "decay_fraction": 0.125}}, True),
+        (None, {"train": {"skip_steps": [9], "steps": 8}}, False),
+        (None, {"optim": {"lr_schedule": "wsd"}, "train": {"steps": 8}}, False),
+    ],
+)
+def test_a_run_that_goes_on_in_tokens_may_have_other_steps(tokens, more, taken):
+    train = {"tokens": tokens} if tokens else {}
+    config = from_dict({**BASE, **more, "train": {**train, **more.get("train", {})}})
+    asked = []
+    with pytest.raises(ConfigError, match=r"goes beyond|never decays"):
+        validate(config, 1, lambda: asked.append("begun"))
+    assert len(asked) == taken  # asking is collective: only where the answer matters
+    if taken:
+        validate(config, 1, lambda: warmup_of(config))
 
 
 LATER = [
