@@ -1,4 +1,4 @@
-# Sourced by slurm_checks.sh and network_checks.sh: what to run, and with which Python. Runs on bash 3.2 (macOS).
+# Sourced by docs_checks.sh, slurm_checks.sh and network_checks.sh: what to run, and with which Python. Runs on bash 3.2 (macOS).
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -18,10 +18,10 @@ read_options() {
     esac
 }
 
-# FILE: runs its tests.
+# FILE...: runs its tests, and what of pytest's options stands beside it.
 run_checks() {
     cd "$root"
-    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m "$marks" "$1" ${options[@]+"${options[@]}"}
+    OMP_NUM_THREADS=1 "$PYTHON" -m pytest -m "$marks" "$@" ${options[@]+"${options[@]}"}
 }
 
 # Sets PYTHON, unless the user has, to that of an environment with the test tools, which it installs.

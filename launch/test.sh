@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole check of a checkout: virtual environment, installation with the test tools, lint, types, import contracts, tests.
 #
-#   bash launch/test.sh                    about 15 minutes on 2 cores
-#   bash launch/test.sh --all              the slow tests too
+#   bash launch/test.sh                    about 12 minutes on 2 cores
+#   bash launch/test.sh --all              the slow tests too, and the commands of the pages (launch/docs_checks.sh)
 #   bash launch/test.sh tests/data -k bpe  everything after --all goes to pytest (`-n 0`: in one process, for a debugger)
 #
 # Tests that need a GPU run where there is one. Exit code 0 only if every check passed. Runs on bash 3.2 (macOS).
@@ -16,7 +16,7 @@ case "${1:-}" in
         ;;
 esac
 
-slow="not slow"
+slow="not slow and not docs"
 if [ "${1:-}" = --all ]; then
     slow=""
     shift

@@ -1,7 +1,12 @@
 """Every command of README.md and docs/ is run as it is written, page by page, in a fresh copy of the tree with a small text.
 
-A block without a language, or of `bash`, holds commands; `python` a program; `yaml` a part of a config; `text` what is shown. What cannot
-be run here stands in ELSEWHERE with the reason; nothing else is left out, so a new block is run, or fails.
+A block without a language, or of `bash`, holds commands; `python` a program; `yaml` a part of a config; `text` what is shown. A comment
+in the line above a block leaves out what begins so, or runs it smaller; nothing else is left out, so a new command is run, or fails:
+
+    <!-- not run `bash launch/gpu_checks.sh`: needs a GPU -->
+    <!-- run `--steps 2000` as `--steps 20`: minutes -->
+
+The pages are run by `bash launch/docs_checks.sh`, and by CI.
 """
 
 import json
@@ -20,35 +25,12 @@ import yaml
 from megatrain.config.load import from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 COMMANDS, LANGUAGES = ("", "bash", "sh"), ("", "bash", "sh", "python", "yaml", "text")
-MEASURES, CLUSTER = "a measurement of minutes", "needs several machines or SLURM: launch/slurm_checks.sh, network_checks.sh"
-ELSEWHERE = {
-    "README.md": {
-        "bash launch/quickstart.sh": "ten minutes: tests/end_to_end/test_quickstart.py",
-        "bash launch/test.sh": "these tests",
-        "pip install -e .": "changes the environment of the tests: tests/test_packaging.py",
-        "bash launch/install.sh": "changes the environment of the tests: tests/launch/test_install.py",
-        'eval "$(bash launch/virtual_cluster.sh start)"': CLUSTER,
-        "cat docs/*.md >corpus.txt": "part of the commands for the cluster",
-        "NPROC_PER_NODE=2 sbatch": CLUSTER,
-        "tail -F slurm.out": CLUSTER,
-    },
-    "benchmarks.md": {"python docs/benchmarks/": MEASURES},
-    "checkpoint_format.md": {"import json": "tests/checkpoint/test_format_page.py"},
-    "glm.md": {"bash launch/quickstart.sh": "ten minutes: tests/end_to_end/test_quickstart.py"},
-    "kernels.md": {
-        "python -m pytest tests/kernels/test_triton.py": "minutes, and a part of these tests",
-        "bash launch/gpu_checks.sh": "needs a GPU",
-    },
-    "launching.md": {"NNODES=2": CLUSTER, "sbatch": CLUSTER, "srun": CLUSTER},
-    "testing.md": {"import pytest": "tests/testing/test_page.py"},
-    "watching.md": {"tail -f": "has no end", "tensorboard": "a server, which has no end"},
-}
-"""By page: how a command or program begins, and why it is not run here or where it is."""
-QUICK = ("README.md",)
-"""Pages that CI runs; the others are slow."""
-BARE = ("README.md", "controls.md", "data.md", "memory.md", "models.md", "ngram.md", "verify.md")
+MARK = re.compile(r"<!-- (not run|run) `([^`]+)`(?: as `([^`]+)`)?: (\S.*) -->")
+LEFT_OUT = 14
+"""Commands that are not run, of all pages; a number that only falls."""
+BARE = ("README.md", "controls.md", "data.md", "memory.md", "models.md", "ngram.md", "testing.md", "verify.md")
 """Pages whose reader needs no more than a text."""
 READER = {
     "glm.md": "import torch, megatrain; input_ids = torch.arange(2, 10)[None]; "
@@ -66,6 +48,8 @@ class Block:
     line: int
     language: str
     text: str
+    marks: tuple[str, ...] = ()
+    """The comments above it."""
 
     @property
     def parts(self) -> list[str]:
@@ -75,27 +59,51 @@ class Block:
         lines = self.text.replace("\\\n", " ").splitlines()
         return [line for line in lines if line.strip() and not line.startswith("#")]
 
+    @property
+    def left_out(self) -> list[str]:
+        """How the parts begin that are not run."""
+        return [found[2] for mark in self.marks if (found := MARK.fullmatch(mark)) and found[1] == "not run"]
+
+    @property
+    def smaller(self) -> list[tuple[str, str]]:
+        """What stands in a part, and what is run in its place."""
+        return [(found[2], found[3]) for mark in self.marks if (found := MARK.fullmatch(mark)) and found[1] == "run"]
+
+    def to_run(self) -> list[str]:
+        """Its parts but for those left out, with their reduced sizes."""
+        kept = [part for part in self.parts if not part.startswith(tuple(self.left_out))]
+        for large, small in self.smaller:
+            kept = [part.replace(large, small) for part in kept]
+        return kept
+
 
 def blocks(page: Path) -> list[Block]:
-    found, opened = [], None
+    found, opened, marks = [], None, []
     for number, line in enumerate(page.read_text().splitlines(), 1):
         fence = re.fullmatch(r"\s*```+\s*(\S*).*", line)
         if fence and opened is None:
             opened = (number, fence[1], [])
         elif fence:
-            found.append(Block(page.name, opened[0], opened[1], "\n".join(opened[2])))
-            opened = None
+            found.append(Block(page.name, opened[0], opened[1], "\n".join(opened[2]), tuple(marks)))
+            opened, marks = None, []
         elif opened is not None:
             opened[2].append(line)
+        else:
+            marks = [*marks, line.strip()] if line.strip().startswith("<!--") else []
     assert opened is None, f"{page.name}:{opened[0]}: a block that does not end"
     return found
 
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
+RUNNABLE = [block for block in BLOCKS if block.language not in ("text", "yaml")]
 
 
-def reason(page: str, part: str) -> str:
-    return next((why for begins, why in ELSEWHERE.get(page, {}).items() if part.startswith(begins)), "")
+def idle_marks(block: Block) -> list[str]:
+    """Comments above a block that are none of a known form, or change nothing in it."""
+    known = [mark for mark in block.marks if (found := MARK.fullmatch(mark)) and (found[1] == "run") == bool(found[3])]
+    idle = [begins for begins in block.left_out if not any(part.startswith(begins) for part in block.parts)]
+    idle += [large for large, _ in block.smaller if not any(large in part for part in block.parts)]
+    return [mark for mark in block.marks if mark not in known] + idle
 
 
 def test_every_block_says_what_it_is():
@@ -104,15 +112,18 @@ def test_every_block_says_what_it_is():
     assert [block for block in BLOCKS if block.language == "text" and commands.match(block.text)] == []
 
 
-def test_what_is_left_out_is_there():
-    there = {(block.page, part) for block in BLOCKS for part in block.parts}
-    stale = [
-        (page, begins)
-        for page, few in ELSEWHERE.items()
-        for begins in few
-        if not any(of == page and part.startswith(begins) for of, part in there)
-    ]
-    assert stale == []
+def test_what_is_not_run_as_written_says_why():
+    assert [(f"{block.page}:{block.line}", idle) for block in BLOCKS if (idle := idle_marks(block))] == []
+    begins = re.compile("<!-- *(?:not )?run")
+    marked = sum(len(begins.findall(page.read_text())) for page in PAGES)
+    shown = sum(len(begins.findall(block.text)) for block in BLOCKS)
+    assert marked - shown == sum(len(block.marks) for block in RUNNABLE), "a mark stands in the line above a block of commands"
+
+
+def test_few_commands_are_left_out():
+    total, run = sum(len(block.parts) for block in RUNNABLE), sum(len(block.to_run()) for block in RUNNABLE)
+    assert total > 60
+    assert total - run <= LEFT_OUT
 
 
 def test_parts_of_configs_have_keys_that_exist():
@@ -128,20 +139,38 @@ def test_a_new_block_cannot_escape(tmp_path):
     )
     found = blocks(page)
     assert [(block.line, block.language) for block in found] == [(1, ""), (9, "python"), (15, "text")]
-    assert found[0].parts == ["megatrain nonsense    --more  # why", "ls"]
-    assert found[1].parts == ["a = 1\n\nb"]
-    assert [reason("new.md", part) for part in found[0].parts] == ["", ""]
+    assert found[0].to_run() == ["megatrain nonsense    --more  # why", "ls"]
+    assert found[1].to_run() == ["a = 1\n\nb"]
+
+
+def test_marks_leave_out_and_reduce(tmp_path):
+    page = tmp_path / "marked.md"
+    marks = ["<!-- not run `sbatch`: no cluster -->", "<!-- run `--steps 2000` as `--steps 20`: minutes -->"]
+    page.write_text("\n".join([*marks, "```", "sbatch job", "python a.py --steps 2000", "```", "", "```", "ls", "```"]))
+    first, second = blocks(page)
+    assert (first.to_run(), second.to_run()) == (["python a.py --steps 20"], ["ls"])
+    assert idle_marks(first) == []
+    wrong = [
+        "<!-- not run `make`: x -->",
+        "<!-- not run `sbatch` -->",
+        "<!-- run `sbatch`: why -->",
+        "<!-- run `-x` as `-y`: z -->",
+    ]
+    page.write_text("\n".join([*wrong, "```", "sbatch job", "```"]))
+    (block,) = blocks(page)
+    assert idle_marks(block) == [wrong[1], wrong[2], "make", "-x"]
 
 
 def run(house: Path, part: str, language: str, page: str) -> None:
     """A part of a page at the root of a copy, with the reader's home and this environment's programs."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith((*jobs.LAUNCHERS, "OMP_"))}
+    env = {key: value for key, value in os.environ.items() if not key.startswith((*jobs.LAUNCHERS, "OMP_", "PYTEST_"))}
     bin_folder = Path(sys.executable).parent
     env |= {
         "PATH": f"{bin_folder}:{env['PATH']}",
         "HOME": str(house / "home"),
         "PYTHON": sys.executable,
         "MEGATRAIN_VENV": sys.prefix,
+        "PET_MASTER_PORT": str(jobs.free_port()),  # torchrun's --master-port: another page may be run at the same time
     }
     program = f"{READER.get(page, '')}\n{part}"
     command = [sys.executable, "-c", program] if language == "python" else ["bash", "-c", part]
@@ -181,6 +210,13 @@ def furnish(house: Path, page: str) -> None:
         "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "log": {"dir": "runs/demo"},
     }
+    if page == "benchmarks.md":  # as the quickstart leaves its data
+        folder = house / "runs/quickstart/data_small"
+        folder.mkdir(parents=True)
+        shutil.copy(house / "tokenizer.json", folder)
+        for file in (house / "data").glob("train.*"):
+            for name in ("train", "valid"):
+                shutil.copy(file, folder / (name + file.suffix))
     if page == "glm.md":
         tree["model"] |= {"family": "glm", "seq_length": 64, "position": "rope_2d", "vocab_size": 1008}
         tree["data"] |= {"objective": "glm"}
@@ -204,20 +240,12 @@ def qwen3(folder: Path) -> None:
     Qwen3ForCausalLM(Qwen3Config(**sizes)).save_pretrained(folder)
 
 
-WITH_PARTS = [page.name for page in PAGES if any(b.page == page.name and b.language not in ("text", "yaml") for b in BLOCKS)]
-
-
+@pytest.mark.docs
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("page", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in WITH_PARTS])
+@pytest.mark.parametrize("page", sorted({block.page for block in RUNNABLE if block.to_run()}))
 def test_a_page_as_it_is_written(page, house):
-    parts = [
-        (part, block.language)
-        for block in BLOCKS
-        if block.page == page and block.language not in ("text", "yaml")
-        for part in block.parts
-    ]
-    parts = [(part, language) for part, language in parts if not reason(page, part)]
-    if parts and page not in BARE:
+    parts = [(part, block.language) for block in RUNNABLE if block.page == page for part in block.to_run()]
+    if page not in BARE:
         furnish(house, page)
     for part, language in parts:
         run(house, part, language, page)

@@ -207,6 +207,23 @@ def test_the_index_lists_every_page() -> None:
     assert {page for page in pages if f"({page})" not in index} == set()
 
 
+def test_benchmarks_have_one_folder_and_an_index() -> None:
+    index = (ROOT / "docs/benchmarks.md").read_text().split("## The scripts\n")[1]
+    assert set(re.findall(r"`(\w+\.py)`", index)) == {
+        path.name for path in (ROOT / "docs/benchmarks").iterdir() if path.is_file()
+    }
+    assert [name(path) for path in CODE if "benchmarks" not in path.parts and re.search(r"_speed$|^compare_", path.stem)] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in ("CHANGELOG.md", "chronicle.md")], ids=name)
+def test_paths_lead_somewhere(page: Path) -> None:
+    """Paths from the root of the checkout; those two pages tell of what was."""
+    paths = re.findall(
+        r"(?<![\w/.-])(?:docs|kernels|launch|megatrain|tests)/[\w/-]+\.(?:md|py|sbatch|sh|txt|yaml)\b", page.read_text()
+    )
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_readme_shows_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "bash launch/quickstart.sh" in readme

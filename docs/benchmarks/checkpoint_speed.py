@@ -37,7 +37,7 @@ CTX = ParallelContext.single()
 
 
 def shapes(layers: int = 12, hidden: int = 768, vocab: int = 50257) -> dict[str, tuple[int, ...]]:
-    """The tensors of GPT-2 124M."""
+    """The tensors of a GPT-2; without arguments those of 124M."""
     found: dict[str, tuple[int, ...]] = {"embedding.tokens": (vocab, hidden), "embedding.positions": (1024, hidden)}
     for n in range(layers):
         for name, rows, columns in (("qkv", 3, 1), ("output", 1, 1), ("up", 4, 1), ("down", 1, 4)):
@@ -47,9 +47,9 @@ def shapes(layers: int = 12, hidden: int = 768, vocab: int = 50257) -> dict[str,
     return found
 
 
-def state() -> dict[str, dict[str, torch.Tensor]]:
+def state(hidden: int) -> dict[str, dict[str, torch.Tensor]]:
     """Kind -> name -> tensor."""
-    return {kind: {name: torch.randn(shape) for name, shape in shapes().items()} for kind in KINDS}
+    return {kind: {name: torch.randn(shape) for name, shape in shapes(hidden=hidden).items()} for kind in KINDS}
 
 
 class Ours:
@@ -150,13 +150,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; emptied again")
+    parser.add_argument("--hidden", type=int, default=768, help="the model's width")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     tune_allocator()
     torch.set_num_threads(args.threads)
     folder = args.folder / "checkpoint_speed"
-    tensors = state()
+    tensors = state(args.hidden)
     sides = {
         "megatrain": Ours(folder, tensors),
         "dcp": Theirs(folder, tensors, 1),

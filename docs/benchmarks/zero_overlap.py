@@ -8,6 +8,7 @@ reduction or a gather, and when the first reduction began as a share of the last
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from dataclasses import replace
@@ -26,13 +27,17 @@ CONFIG = Config(
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5, help="of a round")
+    args = parser.parse_args()
     for delay in (0.0, 0.02):
         for stage in (0, 1, 2, 3):
             seen = {True: [], False: []}
-            for _ in range(3):
+            for _ in range(args.rounds):
                 for overlap, rounds in seen.items():
                     config = replace(CONFIG, parallel=replace(CONFIG.parallel, zero_stage=stage, overlap=overlap))
-                    rounds.append(spawn(2, measured_overlap, config, 5, delay)[0])
+                    rounds.append(spawn(2, measured_overlap, config, args.steps, delay)[0])
             row = {"zero_stage": stage, "delay_ms": 1000 * delay}
             for overlap, rounds in seen.items():
                 name = "overlap" if overlap else "one after the other"

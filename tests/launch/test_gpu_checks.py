@@ -73,6 +73,7 @@ def smoke(tmp_path_factory):
     return json.loads((folder / "out/report.json").read_text()), done.stdout, spent
 
 
+@pytest.mark.docs
 def test_every_item_is_done_with_tiny_shapes_in_less_than_a_minute_of_cpu(smoke):
     report, said, seconds = smoke
     assert {name: item["state"] for name, item in report["items"].items()} == dict.fromkeys(
@@ -82,6 +83,7 @@ def test_every_item_is_done_with_tiny_shapes_in_less_than_a_minute_of_cpu(smoke)
     assert "| 8 kernels | done |" in said[-12_000:] and "| swiglu |" in said[-12_000:]
 
 
+@pytest.mark.docs
 def test_the_tables_are_made_of_real_measurements(smoke):
     report, _, _ = smoke
     parts = {name: part["result"] for item in report["items"].values() for name, part in item["parts"].items()}
