@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2400,
     "megatrain/verbs": 1350,
-    "tests": 32700,
+    "tests": 34000,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
