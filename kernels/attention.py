@@ -282,7 +282,9 @@ def _blocks(queries: torch.Tensor, keys: torch.Tensor, groups: int, variant: Var
     offset = n - s
     kind = "cpu" if queries.device.type == "cpu" else "cuda"
     height, scratch = BLOCK[kind], SCRATCH[kind]
-    if kind == "cpu" and queries.dtype.itemsize == 2 and torch.get_num_threads() > 1:  # who wait for each other at every operation
+    if (
+        kind == "cpu" and queries.dtype.itemsize == 2 and torch.get_num_threads() > 1
+    ):  # who wait for each other at every operation
         height, scratch = 2 * height, 2 * scratch
     for start in range(0, s, height):
         end = min(start + height, s)

@@ -1,4 +1,4 @@
-"""Megatron-style training of large language models, readable in an afternoon.
+"""Megatron-style training of large language models, written to be read.
 
     run = megatrain.build("config.yaml")       # or a Config, or a plain tree
     megatrain.train_step(run)                  # one update at a time, or

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from step_files import step_files
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST, LONGEST_BESIDE = 600, 540
@@ -222,6 +223,22 @@ def test_paths_lead_somewhere(page: Path) -> None:
         r"(?<![\w/.-])(?:docs|kernels|launch|megatrain|tests)/[\w/-]+\.(?:md|py|sbatch|sh|txt|yaml)\b", page.read_text()
     )
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_files_named_in_readme_and_index_exist() -> None:
+    files = {name(path) for path in ROOT.rglob("*") if ".venv" not in path.parts}
+    for page in (ROOT / "README.md", ROOT / "docs/index.md"):
+        named = {file.removeprefix("../") for file in re.findall(r"[\w./-]+\.(?:py|sh|yaml|sbatch|md)\b", page.read_text())}
+        assert {file for file in named if not any(f"/{path}".endswith(f"/{file}") for path in files)} == set()
+
+
+def test_readme_says_how_long_the_step_is() -> None:
+    said = re.search(
+        r"one training step with all of them is (\d+) files of some ([\d,]+) lines", (ROOT / "README.md").read_text()
+    )
+    assert said is not None
+    lengths = step_files().values()
+    assert (int(said[1]), round(sum(lengths), -2)) == (len(lengths), int(said[2].replace(",", "")))
 
 
 def test_readme_shows_the_two_commands() -> None:
