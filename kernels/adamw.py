@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -88,6 +89,13 @@ def adam_reference(
         grad_scale=None if plain else divisor.to(torch.float32),
         found_inf=None if plain else update.skip.to(torch.float32),
     )
+
+
+def adam_numba(*given: Any, decoupled: bool = True) -> None:
+    """As `adam_triton`, of parameters in BF16 on a CPU."""
+    from megatrain.kernels.cpu_adamw import adam  # noqa: PLC0415  numba is optional
+
+    adam(*given, decoupled=decoupled)
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
     "docs/benchmarks": 3800,
-    "kernels": 3900,
+    "kernels": 4050,
     "launch": 600,
     "megatrain": 1600,  # its own files, without the rooms below
     "megatrain/checkpoint": 2000,

@@ -22,8 +22,8 @@ from typing import Literal, get_args
 import torch
 
 from megatrain.config.schema import OptimConfig, TrainConfig
-from megatrain.kernels.adamw import Update, adam_reference, adam_triton
-from megatrain.kernels.dispatch import Kernels, use_triton
+from megatrain.kernels.adamw import Update, adam_numba, adam_reference, adam_triton
+from megatrain.kernels.dispatch import Kernels, use_numba, use_triton
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec, Part
@@ -61,14 +61,16 @@ class Rule:
     """(update, weight decay, weights, gradients, *states): changes masters and states [n] in place."""
     fused: Callable[..., None] | None = None
     """The same in one Triton kernel: (update, weight decay, parameters, masters, low halves, gradients, *states)."""
+    on_cpu: Callable[..., None] | None = None
+    """The same of BF16 parameters in one numba kernel."""
     elementwise: bool = True
     """Whether `apply` may be given any part of a bucket; else all that this rank owns, with ranges=[ParameterRange, ...] of it."""
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RULES = {
-    "adamw": Rule(MOMENTS, adam_reference, adam_triton),
-    "adam": Rule(MOMENTS, partial(adam_reference, decoupled=False), partial(adam_triton, decoupled=False)),
+    "adamw": Rule(MOMENTS, adam_reference, adam_triton, adam_numba),
+    "adam": Rule(MOMENTS, *(partial(adam, decoupled=False) for adam in (adam_reference, adam_triton, adam_numba))),
     "sgd": Rule(("momentum",), sgd_step),
 }
 """Values of optim.name."""
@@ -131,7 +133,8 @@ class Optimizer:
         # Counted on the device, because a skipped step does not count and the host need not know of it.
         self.updates = torch.zeros((), dtype=torch.float32, device=flat.ctx.device)
         chosen = [rules[flat.rules.get(local.bucket.spec.part, config.name)] for local in flat.trained]
-        self.rules = [rule if triton else replace(rule, fused=None) for rule in chosen]
+        numba = use_numba(kernels, flat.weights)
+        self.rules = [rule if triton else replace(rule, fused=rule.on_cpu if numba else None) for rule in chosen]
         self.kinds = tuple(dict.fromkeys(kind for name in (config.name, *flat.rules.values()) for kind in rules[name].states))
         """Names of the states, also of those that no bucket of this rank has."""
         self.masters = [Masters(local.own_weights, flat.wide, config.master) for local in flat.trained]
