@@ -70,7 +70,12 @@ class Rule:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RULES = {
     "adamw": Rule(MOMENTS, adam_reference, adam_triton, adam_numba),
-    "adam": Rule(MOMENTS, *(partial(adam, decoupled=False) for adam in (adam_reference, adam_triton, adam_numba))),
+    "adam": Rule(
+        MOMENTS,
+        partial(adam_reference, decoupled=False),
+        partial(adam_triton, decoupled=False),
+        partial(adam_numba, decoupled=False),
+    ),
     "sgd": Rule(("momentum",), sgd_step),
 }
 """Values of optim.name."""
