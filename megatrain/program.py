@@ -42,7 +42,7 @@ from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
-from megatrain.records.log import RunLog, Shown
+from megatrain.records.log import LogDisplay, RunLog
 from megatrain.resuming.resume import resume, warmup_kept
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
@@ -212,12 +212,12 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
     ):
         told.started()
 
-        def asked() -> bool:
+        def told_to_stop() -> bool:
             """Whether this rank is told to stop, or at a limit; called once a step, and once a batch of an evaluation."""
             guard.tick()
             return bool(told) or limits.reached()
 
-        job.stop_requested = asked
+        job.stop_requested = told_to_stop
         done = _loop(job, watch, guard)
         if done:
             watch.finished()
@@ -261,7 +261,7 @@ def _open_log(job: Job) -> Any:
         with job.session.together("opening the log"):
             log = RunLog(
                 config.log.dir,
-                Shown(config.log.every, config.log.to),
+                LogDisplay(config.log.every, config.log.to),
                 total_steps=job.total_steps,
                 sequence_length=config.model.seq_length,
                 rank=rank,

@@ -44,7 +44,7 @@ from megatrain.doctor.rules import judge
 from megatrain.lifecycle.blame import Identity, State, Verdict
 from megatrain.lifecycle.guard import STORE_SECONDS, Guard
 from megatrain.parallel.mesh import MeshShape, ParallelContext
-from megatrain.records.log import RunLog, Shown
+from megatrain.records.log import LogDisplay, RunLog
 from megatrain.records.rows import StepRow
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.slurm import expand_nodes
@@ -305,7 +305,7 @@ def logs() -> dict[str, Any]:
         1, 2.3456789, 0.5123456, 0.8123456, 1.23456e-4, 10**12, 8e6, 12.3456789, 412.3456, 0.4123456, 0.5123456, 70 * 2**30
     )
     with tempfile.TemporaryDirectory() as folder:
-        with RunLog(folder, Shown(1001, watched=False), total_steps=1000, sequence_length=2048, world_size=RANKS) as log:
+        with RunLog(folder, LogDisplay(1001, watched=False), total_steps=1000, sequence_length=2048, world_size=RANKS) as log:
             log.say = lambda text: None  # type: ignore[method-assign]
             for step in range(1, 1001):
                 log.step(StepRow(**{**asdict(row), "step": step}))

@@ -158,13 +158,13 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.verify import Asked
+    from megatrain.verbs.verify import VerifyOptions
     from megatrain.verbs.verify import main as verify
 
     report = None if arguments.json is None else Path(arguments.json)
     switches = arguments.processes, arguments.shrink, arguments.resume
-    asked = Asked(arguments.layouts, arguments.steps, arguments.precision, *switches, report)
-    return verify(arguments.config, arguments.overrides, asked)
+    options = VerifyOptions(arguments.layouts, arguments.steps, arguments.precision, *switches, report)
+    return verify(arguments.config, arguments.overrides, options)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -26,8 +26,8 @@ NONE = "none"
 """Value of data.eod and data.bos: no such token."""
 TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
 
-Asked = int | str | None
-"""A token asked for: an id, a name or `none`; None: to be found."""
+TokenRequest = int | str | None
+"""A token as data.eod, data.bos or --eod give it: an id, a name or `none`; None: to be found."""
 
 
 class TokenizerError(ValueError):
@@ -87,7 +87,7 @@ class Beginning:
     """Why they are put first, for messages."""
 
 
-def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None) -> Ending:
+def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: TokenRequest = None) -> Ending:
     """The tokens that end a document. folder: directory of the files beside the tokenizer; asked: `data.eod`.
 
     Raises TokenizerError if several tokens are possible, or the one asked for does not exist.
@@ -95,14 +95,14 @@ def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None
     if asked == NONE:
         return Ending(None, (), f"eod={NONE}")
     listed = _ids(vocabulary, _json_object(folder, GENERATION).get("eos_token_id"))
-    eod, origin = _end(vocabulary, folder, listed) if asked is None else _asked(vocabulary, "eod", asked)
+    eod, origin = _end(vocabulary, folder, listed) if asked is None else _requested(vocabulary, "eod", asked)
     return Ending(eod, tuple(dict.fromkeys((*(() if eod is None else (eod,)), *listed))), origin)
 
 
-def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: Asked = None) -> Beginning:
+def find_beginning(vocabulary: Vocabulary, folder: Path | None, asked: TokenRequest = None) -> Beginning:
     """The tokens that begin a document; as `find_ending`, asked: `data.bos`."""
     if asked is not None:
-        begin, origin = _asked(vocabulary, "bos", asked)
+        begin, origin = _requested(vocabulary, "bos", asked)
         return Beginning(begin, begin, () if begin is None else (begin,), origin)
     template, config = vocabulary.template(), _json_object(folder, TOKENIZER_CONFIG)
     begin = _begin(vocabulary, folder, template)
@@ -129,19 +129,19 @@ def shown(names: Names, tokens: Sequence[int]) -> str:
     return ", ".join(f"'{names.name_of(token)}' ({token})" for token in tokens)
 
 
-def _asked(vocabulary: Vocabulary, role: str, asked: int | str) -> tuple[int | None, str]:
+def _requested(vocabulary: Vocabulary, role: str, asked: int | str) -> tuple[int | None, str]:
     if asked == NONE:
         return None, f"{role}={NONE}"
     found = token_of(vocabulary, asked)
     if found is None:
         raise TokenizerError(
             f"{role}={asked}: {vocabulary.label} has no such token; its ids are 0..{vocabulary.vocab_size - 1}. "
-            f"Give a name or an id that it has, or {role}={NONE}.{_known(vocabulary)}"
+            f"Give a name or an id that it has, or {role}={NONE}.{_token_names(vocabulary)}"
         )
     return found, f"{role}={asked}"
 
 
-def _known(vocabulary: Vocabulary) -> str:
+def _token_names(vocabulary: Vocabulary) -> str:
     found = [token for name in (*ENDS, *BEGINNINGS) if (token := vocabulary.special_id(name)) is not None]
     return f" It has {shown(vocabulary, found)}." if found else ""
 

@@ -97,7 +97,7 @@ def open_sources(
     isolate = data.isolate_documents or data.objective == "glm"
     sets = build_held_out(data.valid, source.sample_length, source.text_vocab, isolate)
     validation = {
-        _joined(name, kind): of for name, held_out in sets.items() for kind, of in source.validation(held_out).items()
+        _set_name(name, kind): of for name, held_out in sets.items() for kind, of in source.validation(held_out).items()
     }
     return source, samples, validation
 
@@ -109,7 +109,7 @@ def _require_made_with(corpora: Sequence[CorpusConfig], tokenizer: Tokenizer, da
             require_made_with(TokenStore(path), tokenizer, data, eos)
 
 
-def _joined(name: str, kind: str) -> str:
+def _set_name(name: str, kind: str) -> str:
     return f"{name}_{kind}" if name and kind else name or kind
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatrain.data.boundaries import END_OF_TEXT, Asked, Beginning, Ending, TokenizerError, find_beginning, find_ending
+from megatrain.data.boundaries import END_OF_TEXT, Beginning, Ending, TokenizerError, TokenRequest, find_beginning, find_ending
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import read_pieces
 from megatrain.data.stream import REPLACEMENT
@@ -89,7 +89,7 @@ class ByteTokenizer:
     divisible = True
     label = identity = "bytes"
 
-    def __init__(self, eod: Asked = None, bos: Asked = None) -> None:
+    def __init__(self, eod: TokenRequest = None, bos: TokenRequest = None) -> None:
         self.ending, self.beginning = find_ending(self, None, eod), find_beginning(self, None, bos)
         self.eod = self.ending.eod
 
@@ -130,8 +130,8 @@ class JsonTokenizer:
         library: LibraryTokenizer,
         label: str = "the tokenizer",
         folder: Path | None = None,
-        eod: Asked = None,
-        bos: Asked = None,
+        eod: TokenRequest = None,
+        bos: TokenRequest = None,
     ) -> None:
         """folder: directory of other tokenizer files; eod, bos: the tokens asked for. Raises TokenizerError."""
         library.no_truncation()
@@ -258,7 +258,7 @@ def _divisible(description: dict[str, Any]) -> bool:
     return bool(gpt2 and literal and description.get("normalizer") is None)
 
 
-def load_tokenizer(name: str | Path, eod: Asked = None, bos: Asked = None) -> Tokenizer:
+def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest = None) -> Tokenizer:
     """Load `bytes`, or the tokenizer.json at a path. eod, bos: tokens that end and begin a document; None: to be found.
 
     Raises TokenizerError.

@@ -126,7 +126,7 @@ def same_model(one: Json, other: Json) -> bool:
 
 def _differences(one: ModelConfig, other: ModelConfig) -> list[str]:
     """Keys of the model section in which two models differ."""
-    return [item.name for item in fields(one) if _meant(one, item.name) != _meant(other, item.name)]
+    return [item.name for item in fields(one) if _effective(one, item.name) != _effective(other, item.name)]
 
 
 def kind_of(model: ModelConfig, vocab_size: int) -> str:
@@ -142,7 +142,7 @@ def kind_of(model: ModelConfig, vocab_size: int) -> str:
     raise ContentError("no family of Hugging Face is such a model: " + "; ".join(reasons))
 
 
-def _meant(model: ModelConfig, name: str) -> Any:
+def _effective(model: ModelConfig, name: str) -> Any:
     """A key's value, with null replaced by the value that it stands for; None for settings that have no effect in this model."""
     if name.startswith("rope_") and not model.rotary:
         return None

@@ -85,8 +85,8 @@ class JsonLines:
         return True
 
 
-class Shown(NamedTuple):
-    """How a run is shown beside its files."""
+class LogDisplay(NamedTuple):
+    """Settings of the console, and which writers a log has beside its .jsonl files."""
 
     every: int = 1
     """Steps between console lines (log.every)."""
@@ -102,7 +102,7 @@ class RunLog:
     def __init__(
         self,
         log_dir: Path | str,
-        shown: Shown | None = None,
+        shown: LogDisplay | None = None,
         *,
         total_steps: int,
         sequence_length: int,
@@ -114,7 +114,7 @@ class RunLog:
 
         Raises OSError, on rank 0, where `log_dir` cannot be written.
         """
-        every, writers, watched = shown or Shown()
+        every, writers, watched = shown or LogDisplay()
         if every < 1:
             raise ValueError(f"log.every={every} is no number of steps. Use 1 for a console line at each step, or 100.")
         self.directory = Path(log_dir)

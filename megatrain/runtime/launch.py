@@ -54,7 +54,7 @@ class Launch:
     """Process number of the launcher, if the launch scripts give it."""
     launcher_serves: bool = False
     """Whether the launcher (torchrun's agent), not rank 0, serves the store where the ranks meet."""
-    asked: int = 1
+    tasks_asked: int = 1
     """Number of tasks that the SLURM job asks for, in a process that srun has not started (its world still is 1)."""
 
     @classmethod
@@ -65,16 +65,16 @@ class Launch:
         elif _is_step(env):
             launch = _from_srun(env, _hostnames)
         else:
-            return cls(host=socket.gethostname(), asked=_tasks_asked(env))
+            return cls(host=socket.gethostname(), tasks_asked=_tasks_asked(env))
         launch.check()
         return launch
 
     def require_ranks(self) -> None:
         """Raise LaunchError if the job asked for several tasks but this process, about to train, was not started by srun."""
-        if self.asked > 1:
+        if self.tasks_asked > 1:
             raise LaunchError(
-                f"this SLURM job asks for {self.asked} tasks, but this process was started without srun, so that it would train alone. "
-                "Start every rank: `srun megatrain train ...`, or `sbatch launch/srun.sbatch CONFIG.yaml ...`. For one process: "
+                f"this SLURM job asks for {self.tasks_asked} tasks, but this process was started without srun, so that it would train "
+                "alone. Start every rank: `srun megatrain train ...`, or `sbatch launch/srun.sbatch CONFIG.yaml ...`. For one process: "
                 "`srun --ntasks 1 --nodes 1 megatrain train ...`, or a job of one task."
             )
 

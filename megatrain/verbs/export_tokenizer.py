@@ -42,7 +42,7 @@ def files_of(data: DataConfig, positions: int) -> TokenizerFiles:
     own = byte_level(data) if name == "bytes" else load_tokenizer(name, data.eod, data.bos)
     if not isinstance(own, JsonTokenizer):
         raise TokenizerError(f"{name} is no tokenizer.json")
-    beside = {} if name == "bytes" else _beside(Path(name).parent)
+    beside = {} if name == "bytes" else _other_files(Path(name).parent)
     ending = _ending(own)
     tokens = {"eos_token": ending.eod, "bos_token": own.beginning.bos, "pad_token": _pad(own, ending)}
     named = {role: own.name_of(token) for role, token in tokens.items() if token is not None}
@@ -84,7 +84,7 @@ def _letters() -> list[str]:
     return [chr(value) if value in seen else chr(BYTE_VALUES + unseen.index(value)) for value in range(BYTE_VALUES)]
 
 
-def _beside(folder: Path) -> dict[str, str]:
+def _other_files(folder: Path) -> dict[str, str]:
     """File name -> text of the other tokenizer files in a tokenizer's directory."""
     names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template.jinja", "chat_template.json")
     return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}

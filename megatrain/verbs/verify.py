@@ -172,10 +172,10 @@ def comparable(config: Config, layouts: str) -> Config:
     """The config that all of the layouts train (`for_replicas`). Raises ConfigError for names that are no layouts."""
     if layouts == "all":
         return for_replicas(config, LARGEST_WORLD)
-    return for_replicas(config, lcm(*(layout.dp for layout in _named(layouts))))
+    return for_replicas(config, lcm(*(layout.dp for layout in _layouts_named(layouts))))
 
 
-def _named(layouts: str) -> list[Layout]:
+def _layouts_named(layouts: str) -> list[Layout]:
     try:
         chosen = [Layout.parse(name.strip()) for name in layouts.split(",") if name.strip()]
     except ValueError as error:
@@ -192,7 +192,7 @@ def plan_rows(
     LIST.
     """
     if layouts != "all":
-        chosen = _named(layouts)
+        chosen = _layouts_named(layouts)
         for layout in chosen:
             if problem := layout.problem(config):
                 raise ConfigError(f"--layouts {layout}: {problem}")
@@ -295,7 +295,7 @@ def prepared(path: str, overrides: Sequence[str], shrink: bool) -> Config:
     return config
 
 
-class Asked(NamedTuple):
+class VerifyOptions(NamedTuple):
     """The options of `megatrain verify`."""
 
     layouts: str
@@ -307,9 +307,9 @@ class Asked(NamedTuple):
     report: Path | None
 
 
-def main(path: str, overrides: Sequence[str], asked: Asked) -> int:
+def main(path: str, overrides: Sequence[str], options: VerifyOptions) -> int:
     """`megatrain verify`: exit code 0 where every layout agrees, 1 otherwise."""
-    layouts, steps, precision, processes, shrink, resume, report = asked
+    layouts, steps, precision, processes, shrink, resume, report = options
     config = prepared(path, overrides, shrink)
     if resume and steps < 2:
         raise ConfigError(f"--resume interrupts a run half-way, and --steps {steps} has no half. Use --steps 2 or more.")

@@ -104,10 +104,10 @@ def test_a_verb_that_needs_a_package_says_which(capsys, monkeypatch):
 
 
 def test_where_a_person_watches_a_run_without_rich_has_no_bar(tmp_path, capsys, monkeypatch):
-    from megatrain.records.log import RunLog, Shown
+    from megatrain.records.log import LogDisplay, RunLog
 
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    with RunLog(tmp_path, Shown(writers=(), watched=True), total_steps=3, sequence_length=8) as log:
+    with RunLog(tmp_path, LogDisplay(writers=(), watched=True), total_steps=3, sequence_length=8) as log:
         log.say("hello")
     said = capsys.readouterr()
     assert said.out == "hello\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatrain.records.log import JsonLines, RunLog, Shown, evaluation_lines, step_line
+from megatrain.records.log import JsonLines, LogDisplay, RunLog, evaluation_lines, step_line
 from megatrain.records.rows import EvaluationRow, StepRow, perplexity, read_metrics
 from megatrain.runtime.device_memory import peak_memory_bytes
 
@@ -38,7 +38,7 @@ def evaluation(step, loss=2.0):
 
 
 def open_log(path, every=1, writers=("tensorboard",), watched=False, **changes):
-    return RunLog(path, Shown(every, writers, watched), **{"total_steps": 10, "sequence_length": 64, **changes})
+    return RunLog(path, LogDisplay(every, writers, watched), **{"total_steps": 10, "sequence_length": 64, **changes})
 
 
 def lines(path):

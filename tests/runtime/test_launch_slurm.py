@@ -63,7 +63,7 @@ def no_scontrol(monkeypatch):
 )
 def test_every_place(env, launcher, rank, size, asked):
     launch = Launch.from_environment(env)
-    assert (launch.launcher, launch.rank, launch.world_size, launch.asked) == (launcher, rank, size, asked)
+    assert (launch.launcher, launch.rank, launch.world_size, launch.tasks_asked) == (launcher, rank, size, asked)
     if asked == 1:
         launch.require_ranks()
         return

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.bar import bar
-from megatrain.data.boundaries import NONE, Asked, TokenizerError, shown
+from megatrain.data.boundaries import NONE, TokenizerError, TokenRequest, shown
 from megatrain.data.indexed import TokenStoreWriter, best_dtype
 from megatrain.data.prepare.read import TextPiece, read_pieces, total_bytes
 from megatrain.data.store_record import record_of
@@ -82,8 +82,8 @@ def tokenize_files(
     workers: int = 1,
     append_eod: bool = False,
     key: str = "text",
-    eod: Asked = None,
-    bos: Asked = None,
+    eod: TokenRequest = None,
+    bos: TokenRequest = None,
 ) -> TokenizeReport:
     """Writes the documents of `inputs` to the token store `output` (a prefix), one document each, in order.
 
@@ -158,7 +158,7 @@ class _Around:
     """Both tokens as text, for the report."""
 
 
-def _around(tokenizer: Tokenizer, append_eod: bool, eod: Asked) -> _Around:
+def _around(tokenizer: Tokenizer, append_eod: bool, eod: TokenRequest) -> _Around:
     """The tokens to put around the documents of a store. Raises TokenizerError."""
     ends = (append_eod or eod is not None) and eod != NONE
     end = tokenizer.eod if ends else None
