@@ -21,6 +21,10 @@ from megatrain.transport.host import Reading
 ReduceOp = Literal["sum", "max", "min"]
 
 
+BlockRows = tuple[list[int], list[int]]
+"""Rows of an all_to_all: (those sent to each place, those received from each place)."""
+
+
 class TransportError(RuntimeError):
     """A collective failed: the message names the axis, the call and, where it is known, the rank at fault."""
 
@@ -61,15 +65,17 @@ class Group(ABC):
         other.name = name
         return other
 
-    @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
         """Reduce `tensor` over the group, in place; the same bits on every rank."""
+        check_reduction(self, op)
+        check_dense(self, "all_reduce", tensor)
+        return self._all_reduce(tensor, op, blocking)
 
-    @abstractmethod
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
         """Concatenate every rank's `tensor` [n, ...] along dim 0 into `output` [size * n, ...]."""
+        check_parts(self, "all_gather", output, tensor)
+        return self._all_gather(output, tensor, blocking)
 
-    @abstractmethod
     def reduce_scatter(
         self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
     ) -> Handle:
@@ -78,8 +84,10 @@ class Group(ABC):
         `output` may be of a wider dtype; `tensor` may then be overwritten. What comes from the ranks is added in the wider one, in
         order of place; NCCL adds in the dtype of `tensor`, and rounds each sum.
         """
+        check_reduction(self, op)
+        check_parts(self, "reduce_scatter", tensor, output, wider=True)
+        return self._reduce_scatter(output, tensor, op, blocking)
 
-    @abstractmethod
     def all_to_all(
         self,
         output: torch.Tensor,
@@ -90,18 +98,49 @@ class Group(ABC):
         blocking: bool = True,
     ) -> Handle:
         """Send block i of `tensor` (dim 0; equal, or of `input_rows` rows each) to place i; `output` collects what comes."""
+        rows = check_all_to_all(self, output, tensor, output_rows, input_rows)
+        return self._all_to_all(output, tensor, rows, blocking)
 
-    @abstractmethod
     def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
         """Overwrite `tensor` everywhere with that of place `source`."""
+        check_place(self, "broadcast", source)
+        check_dense(self, "broadcast", tensor)
+        return self._broadcast(tensor, source, blocking)
 
-    @abstractmethod
     def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
         """Send `tensor` to place `to`, whose matching `recv` has the same shape and dtype."""
+        check_place(self, "send", to, other=True)
+        check_dense(self, "send", tensor)
+        return self._send(tensor, to, blocking)
 
-    @abstractmethod
     def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
         """Receive into `output` from place `source`; messages between two ranks arrive in order."""
+        check_place(self, "recv", source, other=True)
+        check_dense(self, "recv", output)
+        return self._recv(output, source, blocking)
+
+    # The calls above, once their arguments are checked.
+
+    @abstractmethod
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle: ...
+
+    @abstractmethod
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, blocking: bool) -> Handle: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle: ...
+
+    @abstractmethod
+    def _all_to_all(self, output: torch.Tensor, tensor: torch.Tensor, rows: BlockRows, blocking: bool) -> Handle: ...
+
+    @abstractmethod
+    def _broadcast(self, tensor: torch.Tensor, source: int, blocking: bool) -> Handle: ...
+
+    @abstractmethod
+    def _send(self, tensor: torch.Tensor, to: int, blocking: bool) -> Handle: ...
+
+    @abstractmethod
+    def _recv(self, output: torch.Tensor, source: int, blocking: bool) -> Handle: ...
 
     @abstractmethod
     def barrier(self) -> None:
@@ -200,8 +239,8 @@ def check_all_to_all(
     tensor: torch.Tensor,
     output_rows: Sequence[int] | None,
     input_rows: Sequence[int] | None,
-) -> tuple[list[int], list[int]]:
-    """Rows to each place and rows from each place. Raises TransportError where they do not add up to the tensors' rows."""
+) -> BlockRows:
+    """The BlockRows of a call. Raises TransportError where they do not add up to the tensors' rows."""
     check_dense(group, "all_to_all", output, tensor)
     if output.dtype != tensor.dtype or output.dim() == 0 or output.shape[1:] != tensor.shape[1:]:
         problem = f"rows of {list(output.shape)} {output.dtype} are not like rows of {list(tensor.shape)} {tensor.dtype}"

@@ -14,16 +14,12 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megatrain.transport.background import WaitingThread, Work
 from megatrain.transport.group import (
+    BlockRows,
     Group,
     Handle,
     ReduceOp,
     TransportError,
     World,
-    check_all_to_all,
-    check_dense,
-    check_parts,
-    check_place,
-    check_reduction,
     name_ranks,
     refuse,
 )
@@ -159,18 +155,13 @@ class TorchGroup(Group):
         """The process group of torch; None once it is closed."""
         return self._connection.process_group
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
-        """Reduce `tensor` over the group, in place; the same bits on every rank."""
-        check_reduction(self, op)
-        check_dense(self, "all_reduce", tensor)
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle:
         readable = self._readable(tensor)
         handle = _TorchHandle(self, f"all_reduce({op})", readable)
         handle.start(dist.all_reduce, readable, op=_DIST_OPS[op], async_op=True)
         return self._finish(handle, readable, tensor, blocking)
 
-    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
-        """Concatenate every rank's `tensor` [n, ...] along dim 0 into `output` [size * n, ...]."""
-        check_parts(self, "all_gather", output, tensor)
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, blocking: bool) -> Handle:
         readable, part = self._readable(output, copy=False), self._readable(tensor)
         handle = _TorchHandle(self, "all_gather", part, readable)
         if self._gloo:
@@ -185,12 +176,7 @@ class TorchGroup(Group):
             handle.start(_all_gather_single, readable, part, async_op=True)
         return self._finish(handle, readable, output, blocking)
 
-    def reduce_scatter(
-        self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
-    ) -> Handle:
-        """Reduce `tensor` [size * n, ...] over the group and leave this rank's n rows in `output` [n, ...]."""
-        check_reduction(self, op)
-        check_parts(self, "reduce_scatter", tensor, output, wider=True)
+    def _reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle:
         readable, whole = self._readable(output, copy=False), self._readable(tensor)
         handle = _TorchHandle(self, f"reduce_scatter({op})", whole, readable)
         parts = dict(enumerate(_blocks(whole, self.size)))
@@ -210,44 +196,25 @@ class TorchGroup(Group):
                 handle.then(lambda: readable.detach().copy_(mine))
         return self._finish(handle, readable, output, blocking)
 
-    def all_to_all(
-        self,
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        output_rows: Sequence[int] | None = None,
-        input_rows: Sequence[int] | None = None,
-        *,
-        blocking: bool = True,
-    ) -> Handle:
-        """Send block i of `tensor` to place i; `output` collects the blocks received."""
-        to, come = check_all_to_all(self, output, tensor, output_rows, input_rows)
+    def _all_to_all(self, output: torch.Tensor, tensor: torch.Tensor, rows: BlockRows, blocking: bool) -> Handle:
         readable, sent = self._readable(output, copy=False), self._readable(tensor)
         handle = _TorchHandle(self, "all_to_all", sent, readable)
-        handle.start(dist.all_to_all_single, readable, sent, come, to, async_op=True)
+        handle.start(dist.all_to_all_single, readable, sent, rows[1], rows[0], async_op=True)
         return self._finish(handle, readable, output, blocking)
 
-    def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
-        """Overwrite `tensor` everywhere with that of place `source`."""
-        check_place(self, "broadcast", source)
-        check_dense(self, "broadcast", tensor)
+    def _broadcast(self, tensor: torch.Tensor, source: int, blocking: bool) -> Handle:
         readable = self._readable(tensor)
         handle = _TorchHandle(self, f"broadcast({source})", readable)
         handle.start(dist.broadcast, readable, group_src=source, async_op=True)
         return self._finish(handle, readable, tensor, blocking)
 
-    def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
-        """Send `tensor` to place `to`."""
-        check_place(self, "send", to, other=True)
-        check_dense(self, "send", tensor)
+    def _send(self, tensor: torch.Tensor, to: int, blocking: bool) -> Handle:
         readable = self._readable(tensor)
         handle = _TorchHandle(self, f"send(to {to})", readable)
         handle.start(self._isend, readable, group_dst=to, tag=_MESSAGES)
         return self._finish(handle, readable, readable, blocking)
 
-    def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
-        """Receive into `output` from place `source`."""
-        check_place(self, "recv", source, other=True)
-        check_dense(self, "recv", output)
+    def _recv(self, output: torch.Tensor, source: int, blocking: bool) -> Handle:
         readable = self._readable(output, copy=False)
         handle = _TorchHandle(self, f"recv(from {source})", readable)
         handle.start(dist.irecv, readable, group_src=source, tag=_MESSAGES)

@@ -24,16 +24,12 @@ import torch
 
 from megatrain.transport.group import (
     REDUCTIONS,
+    BlockRows,
     Group,
     Handle,
     ReduceOp,
     TransportError,
     World,
-    check_all_to_all,
-    check_dense,
-    check_parts,
-    check_place,
-    check_reduction,
 )
 from megatrain.transport.turns import RankTurns
 
@@ -207,54 +203,25 @@ class MemoryGroup(Group):
         self._calls = itertools.count()
         self._messages = itertools.count()
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
-        """Reduce `tensor` over the group, in place, in rank order."""
-        check_reduction(self, op)
-        check_dense(self, "all_reduce", tensor)
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle:
         return self._meet(_Part(self, "all_reduce", op, tensor), blocking)
 
-    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
-        """Concatenate every rank's `tensor` [n, ...] along dim 0 into `output` [size * n, ...]."""
-        check_parts(self, "all_gather", output, tensor)
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, blocking: bool) -> Handle:
         return self._meet(_Part(self, "all_gather", "", tensor, output), blocking)
 
-    def reduce_scatter(
-        self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
-    ) -> Handle:
-        """Reduce `tensor` [size * n, ...] in rank order and leave this rank's n rows in `output` [n, ...]."""
-        check_reduction(self, op)
-        check_parts(self, "reduce_scatter", tensor, output, wider=True)
+    def _reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle:
         return self._meet(_Part(self, "reduce_scatter", op, tensor, output), blocking)
 
-    def all_to_all(
-        self,
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        output_rows: Sequence[int] | None = None,
-        input_rows: Sequence[int] | None = None,
-        *,
-        blocking: bool = True,
-    ) -> Handle:
-        """Send block i of `tensor` to place i; `output` collects the blocks received."""
-        rows = check_all_to_all(self, output, tensor, output_rows, input_rows)
+    def _all_to_all(self, output: torch.Tensor, tensor: torch.Tensor, rows: BlockRows, blocking: bool) -> Handle:
         return self._meet(_Part(self, "all_to_all", "", tensor, output, rows), blocking)
 
-    def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
-        """Overwrite `tensor` everywhere with that of place `source`."""
-        check_place(self, "broadcast", source)
-        check_dense(self, "broadcast", tensor)
+    def _broadcast(self, tensor: torch.Tensor, source: int, blocking: bool) -> Handle:
         return self._meet(_Part(self, "broadcast", str(source), tensor), blocking)
 
-    def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
-        """Send `tensor` to place `to`."""
-        check_place(self, "send", to, other=True)
-        check_dense(self, "send", tensor)
+    def _send(self, tensor: torch.Tensor, to: int, blocking: bool) -> Handle:
         return self._exchange(_Part(self, "send", f"to {to}", tensor), (self.rank, to), blocking)
 
-    def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
-        """Receive into `output` from place `source`."""
-        check_place(self, "recv", source, other=True)
-        check_dense(self, "recv", output)
+    def _recv(self, output: torch.Tensor, source: int, blocking: bool) -> Handle:
         return self._exchange(_Part(self, "recv", f"from {source}", output), (source, self.rank), blocking)
 
     def barrier(self) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from megatrain.transport.group import Group, Handle, ReduceOp, World, name_ranks
+from megatrain.transport.group import BlockRows, Group, Handle, ReduceOp, World, name_ranks
 from megatrain.transport.host import Reading
 
 T = TypeVar("T")
@@ -142,46 +142,28 @@ class Wrapper(Group):
     def _around(self, operation: str, larger: torch.Tensor | None, start: Callable[[], Handle], blocking: bool) -> Handle:
         """Start the inner call, which is never blocking; wait for it if `blocking`."""
 
-    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True) -> Handle:
-        """As the inner group's."""
-        return self._around("all_reduce", tensor, partial(self.inner.all_reduce, tensor, op, blocking=False), blocking)
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle:
+        return self._around("all_reduce", tensor, partial(self.inner._all_reduce, tensor, op, False), blocking)
 
-    def all_gather(self, output: torch.Tensor, tensor: torch.Tensor, *, blocking: bool = True) -> Handle:
-        """As the inner group's."""
-        return self._around("all_gather", output, partial(self.inner.all_gather, output, tensor, blocking=False), blocking)
+    def _all_gather(self, output: torch.Tensor, tensor: torch.Tensor, blocking: bool) -> Handle:
+        return self._around("all_gather", output, partial(self.inner._all_gather, output, tensor, False), blocking)
 
-    def reduce_scatter(
-        self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp = "sum", *, blocking: bool = True
-    ) -> Handle:
-        """As the inner group's."""
-        start = partial(self.inner.reduce_scatter, output, tensor, op, blocking=False)
+    def _reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor, op: ReduceOp, blocking: bool) -> Handle:
+        start = partial(self.inner._reduce_scatter, output, tensor, op, False)
         return self._around("reduce_scatter", tensor, start, blocking)
 
-    def all_to_all(
-        self,
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        output_rows: Sequence[int] | None = None,
-        input_rows: Sequence[int] | None = None,
-        *,
-        blocking: bool = True,
-    ) -> Handle:
-        """As the inner group's."""
+    def _all_to_all(self, output: torch.Tensor, tensor: torch.Tensor, rows: BlockRows, blocking: bool) -> Handle:
         larger = max(output, tensor, key=torch.Tensor.numel)
-        start = partial(self.inner.all_to_all, output, tensor, output_rows, input_rows, blocking=False)
-        return self._around("all_to_all", larger, start, blocking)
+        return self._around("all_to_all", larger, partial(self.inner._all_to_all, output, tensor, rows, False), blocking)
 
-    def broadcast(self, tensor: torch.Tensor, source: int = 0, *, blocking: bool = True) -> Handle:
-        """As the inner group's."""
-        return self._around("broadcast", tensor, partial(self.inner.broadcast, tensor, source, blocking=False), blocking)
+    def _broadcast(self, tensor: torch.Tensor, source: int, blocking: bool) -> Handle:
+        return self._around("broadcast", tensor, partial(self.inner._broadcast, tensor, source, False), blocking)
 
-    def send(self, tensor: torch.Tensor, to: int, *, blocking: bool = True) -> Handle:
-        """As the inner group's."""
-        return self._around("send", tensor, partial(self.inner.send, tensor, to, blocking=False), blocking)
+    def _send(self, tensor: torch.Tensor, to: int, blocking: bool) -> Handle:
+        return self._around("send", tensor, partial(self.inner._send, tensor, to, False), blocking)
 
-    def recv(self, output: torch.Tensor, source: int, *, blocking: bool = True) -> Handle:
-        """As the inner group's."""
-        return self._around("recv", output, partial(self.inner.recv, output, source, blocking=False), blocking)
+    def _recv(self, output: torch.Tensor, source: int, blocking: bool) -> Handle:
+        return self._around("recv", output, partial(self.inner._recv, output, source, False), blocking)
 
     def start_to_host(self, tensor: torch.Tensor) -> Reading:
         """As the inner group's."""

@@ -72,7 +72,7 @@ class Alone(Group):
     def _done(self, *_given, **_named):
         return Done()
 
-    all_reduce = all_gather = reduce_scatter = all_to_all = broadcast = send = recv = barrier = _done
+    _all_reduce = _all_gather = _reduce_scatter = _all_to_all = _broadcast = _send = _recv = barrier = _done
 
 
 class AloneWorld(World):
