@@ -123,8 +123,8 @@ def queue_step(run: Run) -> Queued:
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
     micro_batches = [replace(m, totals=totals) for m in micro_batches]
     run.flat.zero_grad()
-    schedule = schedule_of(run.config, len(micro_batches))
-    executed = run_schedule(stage_of(run), schedule, micro_batches, scale=run.loss_scale.scale / weight)
+    scale, schedule = run.loss_scale.scale / weight, schedule_of(run.config, len(micro_batches))
+    executed = run_schedule(stage_of(run), schedule, micro_batches, scale)
     with run.observers.phase("reduce"):
         run.flat.reduce()
     sums = sum_totals(run, executed, weight)
@@ -139,9 +139,7 @@ def queue_step(run: Run) -> Queued:
     run.step += 1
     numbers = torch.cat([torch.stack([sums.grad_norm, sums.overflow, sums.stop, run.loss_scale.scale]), sums.means])
     reading = run.ctx.world.start_to_host(numbers)
-    return Queued(
-        run.step, lr, size, left_out, run.consumed_samples, run.loader.waited, began, run.objective.statistics, reading
-    )
+    return Queued(run.step, lr, size, left_out, run.consumed_samples, run.loader.waited, began, executed.names, reading)
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
@@ -163,8 +161,7 @@ def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
 
 def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
     """The objective's weights of the global batch, whose sum its loss is divided by: float64 scalar or [n]."""
-    weights = torch.stack([run.objective.weight(m) for m in micro_batches])
-    return run.ctx.dp_cp.all_reduce(weights.sum(0).double())
+    return run.ctx.dp_cp.all_reduce(torch.stack([run.objective.weight(m) for m in micro_batches]).sum(0).double())
 
 
 def forward(model: Model, micro_batches: list[MicroBatch]) -> Executed:

@@ -42,7 +42,8 @@ class Budget:
         """Sequences of the update that follows `consumed` samples."""
         if consumed >= self.ramp_samples:
             return self.full
-        return min(self.full, self.start + consumed * self._increments // self.ramp_samples * self.increment)
+        increments = -(-(self.full - self.start) // self.increment)
+        return min(self.full, self.start + consumed * increments // self.ramp_samples * self.increment)
 
     def consumed(self, steps: int, since: int = 0) -> int:
         """Samples consumed after `steps` more updates, starting from `since`."""
@@ -67,16 +68,12 @@ class Budget:
         """Updates of the whole run, of which `done` have consumed `consumed` samples."""
         return self.steps if self.samples is None else done + self.steps_to(self.samples, consumed)
 
-    @property
-    def _increments(self) -> int:
-        """How many times the batch grows."""
-        return -(-(self.full - self.start) // self.increment)
-
     def _stretches(self, consumed: int) -> Iterator[tuple[int, float]]:
         """(sequences, updates in a row that have so many) after `consumed` samples, so that a long ramp is counted in few steps."""
+        increments = -(-(self.full - self.start) // self.increment)
         while consumed < self.ramp_samples:
-            batch, grown = self.batch_size(consumed), consumed * self._increments // self.ramp_samples + 1
-            grows = -(-grown * self.ramp_samples // self._increments) if self._increments else self.ramp_samples
+            batch, grown = self.batch_size(consumed), consumed * increments // self.ramp_samples + 1
+            grows = -(-grown * self.ramp_samples // increments) if increments else self.ramp_samples
             alike = -(-(grows - consumed) // batch)
             yield batch, alike
             consumed += alike * batch

@@ -167,7 +167,11 @@ class _Execution:
         for message in instruction.receives:
             link, room = stage.ctx.receives[message.source], stage.boundary(self.micro_batches[message.micro_batch])
             self.inbox[message] = link.group.recv(room, link.other, blocking=False), room
-        given, began = self._take(instruction.needs), time.monotonic()
+        given: torch.Tensor | None = None
+        if instruction.needs is not None:
+            arriving, given = self.inbox.pop(instruction.needs)
+            arriving.wait()
+        began = time.monotonic()
         with stage.parameters.during(instruction, self.saved[key].postponed if key in self.saved else None):
             made = self._compute(instruction, given)
         if stage.observe is not None:
@@ -177,14 +181,6 @@ class _Execution:
         for handle in [handle for handle in self.sending if handle.done()]:
             handle.wait()
             self.sending.remove(handle)
-
-    def _take(self, message: Message | None) -> torch.Tensor | None:
-        """The tensor of a message, once it is there."""
-        if message is None:
-            return None
-        arriving, tensor = self.inbox.pop(message)
-        arriving.wait()
-        return tensor
 
     def _give(self, message: Message, tensor: torch.Tensor) -> None:
         """Pass a tensor on: to another chunk of this stage, or to another stage."""

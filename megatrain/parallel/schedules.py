@@ -207,8 +207,7 @@ class Schedule:
         """Raises ValueError where name or numbers make no schedule; the message names the config keys."""
         problem = chunks_problem(self.name, self.chunks)
         if problem is None and (self.stages < 1 or self.micro_batches < 1):
-            numbers = f"{self.stages} stages and {self.micro_batches} micro-batches"
-            problem = f"no schedule for {numbers}: both must be at least 1"
+            problem = f"no schedule for {self.stages} stages and {self.micro_batches} micro-batches: both must be at least 1"
         if problem is not None:
             raise ValueError(problem)
 
