@@ -9,13 +9,15 @@
     prefix     the first keys are seen by all queries, also by earlier ones (GLM, arXiv:2103.10360, section 2.1: part A is seen by all
                of the text, part B from left to right); with documents, those of the query's own document
 
-They hold together: a key is seen if all of them allow it. Kernels ask for `spans`, the keys that a block of queries may see at all,
-and for `allowed`, the exceptions inside. A dense mask of a whole sequence is never made.
+They hold together: a key is seen if all of them allow it. A batch says its documents and prefixes, a layer its window and blocks.
+Kernels ask for `spans`, the keys that a block of queries may see at all, and for `allowed`, the exceptions inside. A dense
+mask of a whole sequence is never made.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -45,6 +47,20 @@ class AttentionMask:
     """[b] int64 number of first keys that every query sees; or [s, b] the place before which a query at each place sees all keys."""
     on_host: AttentionMask | None = field(default=None, compare=False, repr=False)
     """The same in the host's memory, which can be asked for spans without waiting for a device; None: this one is asked."""
+
+    _narrowed: dict[tuple[Any, Any], AttentionMask] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def within(self, window: int | None, sparse: tuple[int, int, int] | None = None) -> AttentionMask:
+        """This mask in a layer with a window or with sparse blocks (tokens of a block, local blocks, global blocks).
+
+        The same object for all layers that have the same: kernels remember what they made of a mask by which one it is.
+        """
+        if window is None and sparse is None:
+            return self
+        if (window, sparse) not in self._narrowed:
+            blocks = None if sparse is None else BlockSparse(*sparse)
+            self._narrowed[window, sparse] = replace(self, window=window, sparse=blocks)
+        return self._narrowed[window, sparse]
 
     @property
     def only_causal(self) -> bool:
@@ -134,17 +150,6 @@ class AttentionMask:
 
 
 CAUSAL = AttentionMask()
-
-
-def causal_mask(
-    window: int | None,
-    sparse: tuple[int, int, int] | None,
-    documents: torch.Tensor | None = None,
-    prefix: torch.Tensor | None = None,
-    on_host: AttentionMask | None = None,
-) -> AttentionMask:
-    """A language model's mask. sparse: (tokens of a block, local blocks, global blocks); the rest as `AttentionMask` has them."""
-    return AttentionMask(True, window, None if sparse is None else BlockSparse(*sparse), documents, prefix, on_host)
 
 
 def _first_of_document(documents: torch.Tensor, start: int) -> int:

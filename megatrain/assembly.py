@@ -80,9 +80,9 @@ def build_of(config: Config, vocab_size: int, ctx: ParallelContext, serving: Cho
 
 
 def kernels_of(config: Config, tp_size: int, dtype: torch.dtype, device: torch.device) -> Choice:
-    """Which of torch's kernels serve a run's causal attention: tried on a GPU, once, where its training has no other attention."""
+    """Which of torch's kernels serve a run's causal attention: tried on a GPU, once, where some layer has no other."""
     model, data = config.model, config.data
-    masked = model.window or model.sparse or data.isolate_documents or data.objective == "glm"
+    masked = None not in model.windows or model.sparse or data.isolate_documents or data.objective == "glm"
     if masked or model.position == "alibi" or model.attention_dropout > 0 or not model.softmax_fp32:
         return Choice()
     heads, groups = model.num_attention_heads // tp_size, max(1, model.query_groups // tp_size)

@@ -18,7 +18,7 @@ from megatrain.config.budget import budget_of, learning_rate, position, warmup_o
 from megatrain.config.schema import Config
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Batch, Loader
-from megatrain.kernels.attention_mask import AttentionMask, causal_mask
+from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch, Objective
 from megatrain.models.gpt import GPT, Head
 from megatrain.optim.optimizer import LossScale, Optimizer, clip_divisor, local_squared_norm
@@ -148,13 +148,12 @@ def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
     host = {name: x.transpose(1, 2) if x.dim() == 3 else x for name, x in host.items()}
     device = zip(host, to_device(list(host.values()), run.ctx.device), strict=True)
     sent = {name: x.unbind() for name, x in device}
-    mask_of: Callable[..., AttentionMask] = partial(causal_mask, run.config.model.window, run.config.model.sparse)
     micro_batches = []
-    of_mask = [name for name in ("documents", "prefix") if name in host]
     for m in range(len(batch.tokens)):
         given: dict[str, Any] = {name: x[m] for name, x in sent.items()}
-        on_host = mask_of(**{name: host[name][m] for name in of_mask})
-        mask = mask_of(**{name: given.pop(name) for name in of_mask}, on_host=on_host)
+        of_mask = {name: x[m] for name, x in host.items() if name in ("documents", "prefix")}
+        on_host = AttentionMask(documents=of_mask.get("documents"), prefix=of_mask.get("prefix"))
+        mask = AttentionMask(documents=given.pop("documents", None), prefix=given.pop("prefix", None), on_host=on_host)
         micro_batches.append(MicroBatch(samples=given.pop("places"), step=run.step, mask=mask, **given))
     return micro_batches
 

@@ -16,7 +16,7 @@ LINES = {
     "megatrain/data": 3850,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
-    "megatrain/inference": 650,
+    "megatrain/inference": 700,
     "megatrain/lifecycle": 1350,
     "megatrain/models": 1050,
     "megatrain/ngram": 2250,

@@ -57,6 +57,7 @@ POSITIONS = Effect(
     lambda config: config.model.learned_positions or config.model.positions >= config.model.seq_length,
 )
 DEEPNORM = where("model.norm_placement", "deepnorm")
+WINDOW = given("model.window")
 SPARSE = given("model.sparse_block")
 ALIBI = where("model.position", "alibi") & where("train.precision", "bf16", "fp16")
 HALF = where("train.precision", "bf16", "fp16")

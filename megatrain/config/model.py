@@ -116,6 +116,12 @@ class ModelConfig:
         "null means all.",
         above=0,
     )
+    window_pattern: tuple[Literal["local", "global"], ...] = knob(
+        ("local",),
+        "Which layers have the window (local) and which see all (global), repeated over the layers: [local, global] (Gemma 2, "
+        "arXiv:2408.00118, section 2; GPT-OSS), or five local and one global (Gemma 3, arXiv:2503.19786, section 2).",
+        effects.WINDOW,
+    )
     sparse_block: int | None = knob(
         None,
         "Block-sparse attention: tokens of a block (arXiv:1904.10509; arXiv:2007.14062, section 2); null means dense "
@@ -234,6 +240,12 @@ class ModelConfig:
         hold, rise = self.embedding_grad_steps
         share = min(max((step - hold) / max(rise, 1), 0.0), 1.0)
         return self.embedding_grad_scale + (1 - self.embedding_grad_scale) * share
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer; None where it sees all."""
+        pattern = self.window_pattern
+        return tuple(self.window if pattern[n % len(pattern)] == "local" else None for n in range(self.num_layers))
 
     @property
     def sparse(self) -> tuple[int, int, int] | None:

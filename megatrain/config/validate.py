@@ -61,6 +61,7 @@ def validate_model(config: Config) -> None:
     _require_heads(config.model)
     _require_positions(config.model)
     _require_rope(config.model)
+    _require_window(config.model)
 
 
 def validate_layout(config: Config, world_size: int) -> None:
@@ -68,6 +69,7 @@ def validate_layout(config: Config, world_size: int) -> None:
     _require_heads(config.model)
     _require_positions(config.model)
     _require_rope(config.model)
+    _require_window(config.model)
     _require_tensor_split(config.model, config.parallel, world_size)
     _require_layer_split(config.model, config.parallel)
     _require_world(config, world_size)
@@ -95,6 +97,15 @@ def _require_data(config: Config) -> None:
         raise ConfigError(
             "model.vocab_size and data.tokenizer are both null, so the vocabulary is unknown. "
             "Use data.tokenizer=bytes, data.tokenizer=TOKENIZER.json or a number for model.vocab_size."
+        )
+
+
+def _require_window(model: ModelConfig) -> None:
+    """Check that the window belongs to some layer."""
+    if "local" not in model.window_pattern:
+        raise ConfigError(
+            f"model.window_pattern={show(model.window_pattern)} gives no layer the window (model.window={show(model.window)}). "
+            f"Use for example model.window_pattern=[local, global] with model.window={model.window or 4096}, or leave both out."
         )
 
 

@@ -159,6 +159,8 @@ def _effective(model: ModelConfig, name: str) -> Any:
     if name.startswith("sparse_") and model.sparse is None:
         return None
     means = {
+        "window": max((window or 0 for window in model.windows), default=0),
+        "window_pattern": model.windows,
         "max_positions": model.positions,
         "head_dim": model.head_size,
         "num_query_groups": model.query_groups,

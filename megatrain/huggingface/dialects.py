@@ -5,7 +5,7 @@ Defaults are those of transformers' classes (tests/huggingface/test_config.py co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ def _mistral_window(config: Json, model: Json) -> Json:
 
 
 def _qwen_window(config: Json, model: Json) -> Json:
-    """The window, which config.json may give without using it. Raises ContentError if only some layers use it."""
+    """The window, which config.json may give without using it, and the layers that have it."""
     used = config.get("use_sliding_window", False)
     if type(used) is not bool:
         raise ContentError(f"config.json has use_sliding_window={used!r}, which is neither true nor false")
@@ -70,17 +70,17 @@ def _qwen_window(config: Json, model: Json) -> Json:
         kinds = ["sliding_attention" if window is not None and n >= whole else "full_attention" for n in range(layers)]
     if len(kinds) != layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
         raise contradiction(f"num_hidden_layers={layers}", f"layer_types={kinds}")
-    if len(set(kinds)) > 1:
-        said = f"max_window_layers={whole}" if config.get("layer_types") is None else "layer_types"
-        raise ContentError(
-            f"config.json gives some layers a sliding window and others none ({said} of num_hidden_layers={layers}); the model section "
-            "has one window for all"
-        )
     slides = "sliding_attention" in kinds
     if slides and window is None:
         said = f"use_sliding_window={used}, sliding_window={config.get('sliding_window', 4096)}"
         raise contradiction(f"layer_types={kinds}", said)
-    return {"window": window if slides else None}
+    return {"window": window, "window_pattern": _repeated(kinds)} if slides else {"window": None}
+
+
+def _repeated(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives the kinds of all layers, in the words of model.window_pattern."""
+    length = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return tuple("local" if kind == "sliding_attention" else "global" for kind in kinds[:length])
 
 
 def _gpt2_dropout(config: Json, model: Json) -> Json:
@@ -165,8 +165,9 @@ _SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
 
 
 def _write_window(model: ModelConfig) -> Json:
-    used = {"use_sliding_window": model.window is not None, "max_window_layers": 0 if model.window else model.num_layers}
-    kinds = ["full_attention" if model.window is None else "sliding_attention"] * model.num_layers
+    kinds = ["full_attention" if window is None else "sliding_attention" for window in model.windows]
+    whole = next((n for n, window in enumerate(model.windows) if window is not None), model.num_layers)
+    used = {"use_sliding_window": whole < model.num_layers, "max_window_layers": whole}
     return {"sliding_window": model.window, **used, "layer_types": kinds}
 
 

@@ -12,10 +12,10 @@ from typing import cast
 
 import torch
 
-from megatrain.kernels.attention_mask import causal_mask
+from megatrain.inference.key_values import KeyValueCache
+from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import Loss, MicroBatch
 from megatrain.models.gpt import GPT, Block, Head
-from megatrain.models.layers import KeyValueCache
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
@@ -112,7 +112,7 @@ class Decoder:
             loss_weights=torch.zeros(tokens.shape, device=device),
             positions=positions.to(device),
             samples=torch.zeros(tokens.shape[1], dtype=torch.int64, device=device),
-            mask=causal_mask(self.config.window, self.config.sparse, prefix=prefix),
+            mask=AttentionMask(prefix=prefix),
             block_positions=None if block_positions is None else block_positions.to(device),
         )
         (logits,) = run_schedule(self._stage(), self.schedule, [batch], scale=1.0).outputs
@@ -149,8 +149,8 @@ class Decoder:
 
     def _empty_cache(self, block: Block) -> KeyValueCache:
         build = self.chunks[0].build
-        head_dim = build.config.head_size
-        return KeyValueCache(1, block.attention.key_heads, self.capacity, head_dim, build.dtype, build.device)
+        heads, width = block.attention.cache_shape
+        return KeyValueCache(1, heads, self.capacity, width, build.dtype, build.device)
 
 
 def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:

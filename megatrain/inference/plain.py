@@ -23,7 +23,7 @@ from megatrain.huggingface.model_files import is_hf, load_hf, read_config
 from megatrain.inference.glm_positions import Marks, causal_places, places_of
 from megatrain.inference.trained import saved_config, vocab_size_of
 from megatrain.init_from import config_of_hf, declared
-from megatrain.kernels.attention_mask import causal_mask
+from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import GPT, build_gpt
 from megatrain.models.layers import Build
@@ -61,7 +61,7 @@ class PlainModel(nn.Module):
         prefix = places.sep if sep is None else sep
         tokens = input_ids.t().contiguous()
         weights = torch.ones(s, b, device=tokens.device)
-        mask = causal_mask(self.config.window, self.config.sparse, prefix=prefix if bool(prefix.any()) else None)
+        mask = AttentionMask(prefix=prefix if bool(prefix.any()) else None)
         samples = torch.arange(b, device=tokens.device)
         batch = MicroBatch(tokens, tokens, weights, positions.t(), samples, mask=mask, block_positions=inside.t())
         head = self.gpt.head

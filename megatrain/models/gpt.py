@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from megatrain.models.batch import Loss, MicroBatch, Objective
-from megatrain.models.layers import MLP, Attention, Build, Dropout, KeyValueCache, LearnedPositions, Norm, scaled_gradient
+from megatrain.models.layers import (
+    MLP,
+    Attention,
+    Build,
+    Cache,
+    Dropout,
+    LearnedPositions,
+    Mixer,
+    Norm,
+    scaled_gradient,
+)
 from megatrain.models.recompute import recomputed
 from megatrain.parallel.param import Parameter, ParamSpec, initialise
 from megatrain.parallel.tensor_parallel import Remake
@@ -25,33 +35,34 @@ class Block(nn.Module):
     deepnorm   alpha y + dropout(branch(y)), y = norm(x)   DeepNet (arXiv:2203.00555), as GLM-130B writes it: x itself passes no norm by
     """
 
-    def __init__(self, index: int, build: Build) -> None:
+    def __init__(self, index: int, build: Build, mixer: Mixer, mlp: nn.Module) -> None:
+        """index: of the layer in the whole model, from 0; mixer, mlp: its two branches."""
         super().__init__()
         name, self.placement = f"layers.{index}", build.config.norm_placement
         sandwich = self.placement == "sandwich"
         self.attention_norm = Norm(f"{name}.attention_norm", build)
-        self.attention = Attention(f"{name}.attention", build)
+        self.attention = mixer
         self.attention_output_norm = Norm(f"{name}.attention_output_norm", build) if sandwich else None
         self.attention_dropout = Dropout(build, index, "attention")
         self.mlp_norm = Norm(f"{name}.mlp_norm", build)
-        self.mlp = MLP(f"{name}.mlp", build)
+        self.mlp = mlp
         self.mlp_output_norm = Norm(f"{name}.mlp_output_norm", build) if sandwich else None
         self.mlp_dropout = Dropout(build, index, "mlp")
         self.recompute, self.dtype = build.recompute, build.dtype
         self.alpha = build.config.residual_scale
 
-    def forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: MicroBatch, cache: Cache | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
         if self.recompute == "full":
             return recomputed(lambda x: self._forward(x, batch, cache), x)
         return self._forward(x, batch, cache)
 
-    def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, batch: MicroBatch, cache: Cache | None) -> torch.Tensor:
         post = self.placement == "post"
         h, x = (x, x) if post else self.attention_norm.beside(x)
         bias = self._bias_before_sum(x)
         remake = None if post else self._remake(self.attention_norm, x)
-        y = self.attention(h.to(self.dtype), batch, cache, remake, sums_bias=bias is None)
+        y = self.attention(h.to(self.dtype), batch, cache, remake, bias is None)
         y = y if self.attention_output_norm is None else self.attention_output_norm(y)
         residual = h if self.placement == "deepnorm" else x
         h, residual, remake = self._after_attention(residual, self.attention_dropout(y, batch), bias)
@@ -67,7 +78,7 @@ class Block(nn.Module):
     def _bias_before_sum(self, x: torch.Tensor) -> torch.Tensor | None:
         """The proxy of attention's output bias, where the MLP's norm sums its gradient: nothing changes the output on the way."""
         unchanged = self.placement == "pre" and not self.attention_dropout.active and x.dtype == self.dtype
-        return self.attention.output.bias_proxy() if unchanged and self.mlp_norm.sums_after(x) else None
+        return self.attention.bias_proxy() if unchanged and self.mlp_norm.sums_after(x) else None
 
     def _after_attention(
         self, residual: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
@@ -88,14 +99,24 @@ class Block(nn.Module):
         return (lambda: norm(x).to(self.dtype)) if self.recompute == "selective" else None
 
 
+MakeBlock = Callable[[int, Build], Block]
+"""Makes the block of a layer, by its index in the whole model: which mixer and which MLP it has."""
+
+
+def gpt_block(index: int, build: Build) -> Block:
+    """Attention, with a window where model.window_pattern says so, and an MLP."""
+    name, window = f"layers.{index}", build.config.windows[index]
+    return Block(index, build, Attention(f"{name}.attention", build, window), MLP(f"{name}.mlp", build))
+
+
 class Stack(nn.Module):
     """Blocks `layers` (global indices) of a model, in order."""
 
-    def __init__(self, layers: Sequence[int], build: Build) -> None:
+    def __init__(self, layers: Sequence[int], build: Build, block: MakeBlock = gpt_block) -> None:
         super().__init__()
-        self.blocks: Sequence[Block] = nn.ModuleList(Block(index, build) for index in layers)  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(block(index, build) for index in layers)  # type: ignore[assignment]
 
-    def forward(self, x: torch.Tensor, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: MicroBatch, caches: Sequence[Cache] | None = None) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape."""
         for index, block in enumerate(self.blocks):
             x = block(x, batch, None if caches is None else caches[index])
@@ -193,17 +214,18 @@ class GPT(nn.Module):
         first: bool = True,
         last: bool = True,
         embedding: Embedding | None = None,
+        block: MakeBlock = gpt_block,
     ) -> None:
         """embedding: that of another chunk on this rank, whose matrix a tied head shares."""
         super().__init__()
         self.build = build
         self.embedding = Embedding(build) if first else None
-        self.stack = Stack(layers, build)
+        self.stack = Stack(layers, build, block)
         source = embedding or self.embedding
         tied = source.tokens.weight if source is not None and build.config.tied_embeddings else None
         self.head = Head(build, tied) if last else None
 
-    def forward(self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[KeyValueCache] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | None, batch: MicroBatch, caches: Sequence[Cache] | None = None) -> torch.Tensor:
         """Hidden states of the chunk before (None for the first) -> this chunk's [s/t or s, b, h]."""
         if self.embedding is not None:
             x = self.embedding(batch)
@@ -211,9 +233,8 @@ class GPT(nn.Module):
 
     def boundary(self, batch: MicroBatch) -> torch.Tensor:
         """Room for what travels between virtual stages: [s/t or s, b, h], not filled."""
-        build, (length, sequences) = self.build, batch.tokens.shape
-        shape = (build.rows.count(length), sequences, build.config.hidden_size)
-        return torch.empty(shape, dtype=build.residual_dtype, device=build.device)
+        shape = (*self.build.rows.of(batch.tokens).shape, self.build.config.hidden_size)
+        return torch.empty(shape, dtype=self.build.residual_dtype, device=self.build.device)
 
     def units(self) -> list[nn.Module]:
         """What is used at one time, in the order of the forward pass: embedding, blocks, head."""
@@ -226,7 +247,11 @@ class GPT(nn.Module):
 
 
 def build_gpt(
-    build: Build, pieces: Sequence[Sequence[int]] | None = None, homes: Sequence[int] = (0,), stage: int = 0
+    build: Build,
+    pieces: Sequence[Sequence[int]] | None = None,
+    homes: Sequence[int] = (0,),
+    stage: int = 0,
+    block: MakeBlock = gpt_block,
 ) -> list[GPT]:
     """The chunks of a model that lie on pipeline stage `stage`, weights drawn from the seed: the same tensors under every layout.
 
@@ -240,7 +265,7 @@ def build_gpt(
         if homes[virtual] == stage:
             embedding = chunks[0].embedding if chunks else None
             first, last = virtual == 0, virtual == len(pieces) - 1
-            chunks.append(GPT(build, layers, first=first, last=last, embedding=embedding))
+            chunks.append(GPT(build, layers, first=first, last=last, embedding=embedding, block=block))
     for parameter in logical_parameters(chunks):
         initialise(parameter, build.tp, build.seed)
     return chunks

@@ -7,10 +7,10 @@ Attention's heads and the MLP's inner columns are split over tp, so a rank has [
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -280,40 +280,26 @@ class Rotary(nn.Module):
         return torch.cat([self.turn(part, *of) for part, of in zip(parts, tables, strict=True)], -1)
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far by one layer, [room, b, g, d] each; the room doubles up to the capacity."""
-
-    def __init__(self, batch: int, groups: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.capacity = capacity
-        self.keys = torch.empty(min(capacity, 512), batch, groups, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
+class Cache(Protocol):
+    """Keys and values of the tokens that one layer has seen so far, in decoding."""
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [s, b, g, d] and return all so far. Raises ValueError beyond the capacity."""
-        end = self.length + keys.shape[0]
-        if end > self.capacity:
-            raise ValueError(
-                f"{end} tokens do not fit the key-value cache of {self.capacity}; model.max_positions is the limit"
-            )
-        if end > self.keys.shape[0]:
-            room = min(max(end, 2 * self.keys.shape[0]), self.capacity)
-            self.keys, self.values = self._wider(self.keys, room), self._wider(self.values, room)
-        self.keys[self.length : end] = keys
-        self.values[self.length : end] = values
-        self.length = end
-        return self.keys[:end], self.values[:end]
+        """Append [s, b, g, d] and return all so far, [n, b, g, d] each."""
 
-    def _wider(self, held: torch.Tensor, room: int) -> torch.Tensor:
-        """[room, b, g, d] that begins with what is held."""
-        wider = held.new_empty(room, *held.shape[1:])
-        wider[: self.length] = held[: self.length]
-        return wider
 
-    def select(self, sequences: Sequence[int], length: int) -> None:
-        """Go on with the first `length` tokens of these sequences."""
-        index = torch.tensor(list(sequences), device=self.keys.device)
-        self.keys, self.values, self.length = self.keys.index_select(1, index), self.values.index_select(1, index), length
+class Mixer(Protocol):
+    """The layer of a block that mixes the tokens of a sequence: attention, or another that is called alike."""
+
+    cache_shape: tuple[int, int]
+    """Of the keys and values that a cache keeps of each token on this rank: (heads, numbers of each)."""
+
+    def __call__(
+        self, x: torch.Tensor, batch: MicroBatch, cache: Cache | None, remake: Remake | None, sums_bias: bool
+    ) -> torch.Tensor:
+        """[s/t or s, b, h] -> the same shape, as `Attention.forward`."""
+
+    def bias_proxy(self) -> torch.Tensor | None:
+        """The proxy of the bias that is added last (`RowParallelLinear.bias_proxy`); None without one."""
 
 
 class Attention(nn.Module):
@@ -321,9 +307,10 @@ class Attention(nn.Module):
 
     slopes: torch.Tensor | None
 
-    def __init__(self, name: str, build: Build) -> None:
+    def __init__(self, name: str, build: Build, window: int | None = None) -> None:
+        """window: keys that a query sees, its own included; None: all that the batch's mask allows."""
         super().__init__()
-        self.name, self.build = name, build
+        self.name, self.build, self.window = name, build, window
         config = build.config
         h, d = config.hidden_size, config.head_size
         all_heads, groups = config.num_attention_heads, config.query_groups
@@ -340,7 +327,7 @@ class Attention(nn.Module):
         self.query_norm = Norm(f"{name}.query_norm", build, d, "tp") if config.qk_norm else None
         self.key_norm = Norm(f"{name}.key_norm", build, d, "tp") if config.qk_norm else None
         self.rotary = Rotary(build) if config.rotary else None
-        self.head_dim = d
+        self.cache_shape = (self.qkv.weights[1].shape[0] // d, d)
         mine = all_heads // build.tp.size
         self.first_head = build.tp.rank * mine
         slopes = alibi_slopes(all_heads)[self.first_head : self.first_head + mine]
@@ -348,28 +335,28 @@ class Attention(nn.Module):
         alibi = torch.tensor(slopes, dtype=wide, device=build.device) if config.position == "alibi" else None
         self.register_buffer("slopes", alibi, persistent=False)
 
-    @property
-    def key_heads(self) -> int:
-        """Key heads on this rank."""
-        return self.qkv.weights[1].shape[0] // self.head_dim
+    def bias_proxy(self) -> torch.Tensor | None:
+        """The proxy of the output's bias; None without one."""
+        return self.output.bias_proxy()
 
     def forward(
         self,
         x: torch.Tensor,
         batch: MicroBatch,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         remake: Remake | None = None,
         sums_bias: bool = True,
     ) -> torch.Tensor:
         """[s/t or s, b, h] -> the same shape.
 
-        remake: makes x again, so that it is not kept. sums_bias: False where `output.bias_proxy` is given its bias's gradient.
+        remake: makes x again, so that it is not kept. sums_bias: False where `bias_proxy` is given its bias's gradient.
         """
         q, k, v = self._heads(x, batch, remake)
         if cache is not None:
             k, v = cache.extend(k, v)
         build = self.build
-        variant = Variant(batch.mask, self.slopes, self._dropout(batch), build.config.softmax_fp32, build.fused, build.kernels)
+        mask = batch.mask.within(self.window, build.config.sparse)
+        variant = Variant(mask, self.slopes, self._dropout(batch), build.config.softmax_fp32, build.fused, build.kernels)
         return self.output(attention(q, k, v, variant), Backward(batch.postponed, sums_bias=sums_bias))
 
     def _heads(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None) -> tuple[torch.Tensor, ...]:
@@ -377,11 +364,11 @@ class Attention(nn.Module):
         turned = self.rotary if self.query_norm is None else None  # else norms stand between
         if turned is not None and turned.apart is not None:
             whole = together(*self.qkv(x, Backward(batch.postponed, remake)))
-            return turned.apart(whole, tuple(turned.tables(batch)), groups=self.key_heads)
+            return turned.apart(whole, tuple(turned.tables(batch)), groups=self.cache_shape[0])
         bias = self.qkv.bias_proxy()
         q, k, v = self.qkv(x, Backward(batch.postponed, remake, sums_bias=bias is None))
         turns = None if turned is None else turned.turns(batch)
-        q, k, v = heads(q, k, v, self.head_dim, turns, bias=bias, kernels=self.build.kernels)
+        q, k, v = heads(q, k, v, self.cache_shape[1], turns, bias=bias, kernels=self.build.kernels)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
             if self.rotary is not None:

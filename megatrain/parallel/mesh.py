@@ -152,10 +152,6 @@ class Rows:
         count = length // self.tp.size
         return (range(self.tp.rank * count, (self.tp.rank + 1) * count),)
 
-    def count(self, length: int) -> int:
-        """Rows on this rank of a sequence of `length`."""
-        return sum(map(len, self.held(length)))
-
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of `x` [s, ...], which it has whole; a view where they are neighbours."""
         parts = [x[places.start : places.stop] for places in self.held(len(x))]

@@ -20,6 +20,7 @@ Hardware FLOPs include recomputation, so HFU = MFU where nothing is recomputed.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ModelConfig
-from megatrain.kernels.attention_mask import causal_mask, keys_seen
+from megatrain.kernels.attention_mask import CAUSAL, keys_seen
 from megatrain.kernels.matmul import matmul
 from megatrain.runtime.distributed import Session, cores_here
 
@@ -103,9 +104,11 @@ def _block_matrices(model: ModelConfig) -> int:
 
 
 def _attention(model: ModelConfig, causal_half: bool) -> float:
-    """Forward FLOPs per token of one layer's two attention products."""
-    keys = keys_seen(causal_mask(model.window, model.sparse), model.seq_length) if causal_half else model.seq_length
-    return 4 * model.num_attention_heads * model.head_size * keys
+    """Forward FLOPs per token of a layer's two attention products, on average over the layers."""
+    layers = Counter(model.windows)
+    seen = {window: keys_seen(CAUSAL.within(window, model.sparse), model.seq_length) for window in layers}
+    keys = sum(seen[window] * count for window, count in layers.items()) / model.num_layers
+    return 4 * model.num_attention_heads * model.head_size * (keys if causal_half else model.seq_length)
 
 
 @dataclass(frozen=True)

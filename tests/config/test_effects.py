@@ -55,6 +55,7 @@ CASES = [
     ),
     ("parallel.zero_ranks", 1, None, {}),
     ("parallel.reduce_dtype", "bf16", None, {}),
+    ("model.window_pattern", ("local", "global"), "model.window=null", {"model.window": 16}),
     ("model.sparse_local_blocks", 2, "model.sparse_block=null", {"model.sparse_block": 16}),
     ("model.sparse_global_blocks", 0, "model.sparse_block=null", {"model.sparse_block": 16}),
     ("model.softmax_fp32", False, "model.position=learned and train.precision=bf16", {"model.position": "alibi"}),

@@ -16,7 +16,7 @@ from megatrain.config.schema import ModelConfig
 from megatrain.data.loader import Loader
 from megatrain.inference.glm_positions import Marks, places_of
 from megatrain.init_from import shapes_of, start_from
-from megatrain.kernels.attention_mask import causal_mask
+from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
@@ -268,9 +268,7 @@ def test_causal_is_the_special_case_without_a_prefix():
                 gpt.embedding.positions.weight[:20] = plain.embedding.positions.weight
                 gpt.embedding.block_positions.weight.zero_()
         places = torch.arange(20)[:, None].expand_as(tokens)
-        batch = MicroBatch(
-            tokens, tokens, torch.ones(20, 3), places, torch.arange(3), mask=causal_mask(None, None, prefix=prefix)
-        )
+        batch = MicroBatch(tokens, tokens, torch.ones(20, 3), places, torch.arange(3), mask=AttentionMask(prefix=prefix))
         return gpt, gpt.head.logits(gpt(None, batch))
 
     plain, want = logits("learned", None)

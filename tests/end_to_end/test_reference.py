@@ -46,6 +46,7 @@ SWITCHES = {
     "alibi of three heads": {"position": "alibi", "num_attention_heads": 3, "head_dim": 8},
     "alibi of seven heads": {"position": "alibi", "num_attention_heads": 7, "head_dim": 4, "num_query_groups": 1},
     "window": {"window": 5, "position": "rope"},
+    "windows in every second layer": {"window": 5, "window_pattern": ("local", "global"), "position": "rope"},
     "sparse": {"sparse_block": 3, "sparse_local_blocks": 2, "sparse_global_blocks": 1},
     "attention dropout": {"attention_dropout": 0.3, "num_query_groups": 2},
     "attention dropout in a window": {"attention_dropout": 0.3, "window": 4, "dropout": 0.1},

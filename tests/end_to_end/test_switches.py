@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatrain.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from megatrain.kernels.attention_mask import causal_mask
+from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
@@ -51,6 +51,7 @@ SWITCHES = {
     },
     "alibi": {"position": "alibi", "num_query_groups": 4},
     "window": {"window": 3, "position": "rope", "num_query_groups": 1},
+    "two windows in three": {"window": 3, "window_pattern": ("local", "local", "global"), "position": "rope"},
     "sparse": {"sparse_block": 2, "sparse_local_blocks": 2, "position": "none"},
     "attention dropout": {"attention_dropout": 0.3, "dropout": 0.0},
     "initialisation": {"init": "fan_in", "embedding_init_std": 0.3, "scale_residual_init": False},
@@ -126,7 +127,7 @@ def test_isolated_documents_are_what_they_are_alone():
         def logits(first, last, documents=None, positions=None, chunk=chunk, tokens=tokens, config=config):
             part = tokens[first:last]
             places = torch.arange(last - first)[:, None] if positions is None else positions
-            mask = causal_mask(config.window, config.sparse, documents)
+            mask = AttentionMask(documents=documents)
             batch = MicroBatch(part, part, torch.ones(part.shape), places, torch.zeros(1, dtype=torch.int64), mask=mask)
             return chunk.head.logits(chunk(None, batch))
 

@@ -109,6 +109,37 @@ def test_two_spellings_of_the_same_are_one():
     assert model_of(config("llama", **both, n_layer=2, n_embd=32, torch_dtype="bfloat16", dtype="bfloat16")) == one
 
 
+KINDS = {"s": "sliding_attention", "f": "full_attention"}
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        ({"max_window_layers": 2}, ("global", "global", "local", "local", "local", "local")),
+        ({"max_window_layers": 0}, ("local",)),
+        ({"layer_types": [KINDS[k] for k in "sfsfsf"]}, ("local", "global")),
+        ({"layer_types": [KINDS[k] for k in "sssssf"]}, ("local",) * 5 + ("global",)),
+        ({"layer_types": [KINDS[k] for k in "sfssfs"]}, ("local", "global", "local")),
+    ],
+    ids=str,
+)
+def test_windows_in_some_layers_are_a_pattern_there_and_back(given, pattern):
+    model = model_of(config("qwen3", num_hidden_layers=6, use_sliding_window=True, sliding_window=5, **given))
+    assert (model["window"], model["window_pattern"]) == (5, pattern)
+    back = config_of(from_dict({"model": model}).model, 50, "qwen3")
+    assert model_of(back) == model
+    assert back["layer_types"] == [KINDS["s" if (pattern * 6)[n] == "local" else "f"] for n in range(6)]
+    assert back["max_window_layers"] == back["layer_types"].index("sliding_attention")
+    layers = from_dict({"model": {**model, "qk_norm": False, "window_pattern": ["local", "global"]}}).model
+    with pytest.raises(ContentError, match=r"a mistral of Hugging Face cannot have window_pattern=\('local', 'global'\)"):
+        config_of(layers, 50, "mistral")
+
+
+def test_a_window_that_no_layer_has_is_none():
+    model = model_of(config("qwen3", use_sliding_window=True, sliding_window=5, max_window_layers=28))
+    assert model["window"] is None and "window_pattern" not in model
+
+
 def test_null_is_absence_where_transformers_has_it_so():
     plain = model_of(config("llama", rope_scaling=None))
     assert plain == model_of(config("llama", rope_parameters=None, head_dim=None, attention_dropout=None))

@@ -202,13 +202,6 @@ def test_a_table_of_other_positions_is_refused_with_what_to_set(tmp_path):
         megatrain.load(source)
 
 
-def test_some_layers_with_a_window_are_refused(tmp_path):
-    source = write("qwen2, window", tmp_path / "hf")
-    change(source, layer_types=["full_attention", "sliding_attention", "full_attention"])
-    with pytest.raises(ContentError, match="gives some layers a sliding window and others none"):
-        megatrain.load(source)
-
-
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "x.bin", 5])
 def test_an_index_that_leads_out_of_the_directory_is_refused(tmp_path, name):
     source = write("gpt2", tmp_path / "hf", max_shard_size="30KB")

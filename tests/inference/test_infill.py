@@ -13,7 +13,7 @@ from megatrain.data.samples.infilling import Sentinels
 from megatrain.inference.decoding import Beams, Decoder, Sampling
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.trained import laid_out, saved_config
-from megatrain.kernels.attention_mask import causal_mask
+from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
@@ -60,7 +60,7 @@ def whole_logits(config, tokens, positions, inside, sep):
     (model,) = chunks_of(config)
     s = len(tokens)
     columns = [torch.tensor(x)[:, None] for x in (tokens, tokens, [0.0] * s, positions)]
-    mask = causal_mask(None, None, prefix=torch.tensor([sep]))
+    mask = AttentionMask(prefix=torch.tensor([sep]))
     batch = MicroBatch(*columns, torch.zeros(1, dtype=torch.int64), mask=mask, block_positions=torch.tensor(inside)[:, None])
     with torch.no_grad():
         return model.head.logits(model(None, batch))[-1, 0]

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
+from megatrain.inference.key_values import KeyValueCache
 from megatrain.models.batch import MicroBatch, NextToken
 from megatrain.models.gpt import GPT
-from megatrain.models.layers import Attention, Build, KeyValueCache, LearnedPositions, Rotary
+from megatrain.models.layers import Attention, Build, LearnedPositions, Rotary
 from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.param import initialise
 from megatrain.runtime.flops import parameter_count

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import Block
+from megatrain.models.gpt import gpt_block
 from megatrain.models.layers import Build
 from megatrain.parallel import param, tensor_parallel, vocabulary
 from megatrain.parallel.flat import Unit
@@ -329,7 +329,7 @@ def test_traffic_of_a_layer_is_what_the_docstring_says(sequence_parallel, units)
     config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=4, num_query_groups=2, seq_length=S)
 
     def run(ctx):
-        block = Block(0, Build(Rows(ctx.tp, sequence_parallel), DTYPE, ctx.device, config, 29, 0))
+        block = gpt_block(0, Build(Rows(ctx.tp, sequence_parallel), DTYPE, ctx.device, config, 29, 0))
         x = part(numbers(0, S, B, 16), ctx.tp, sequence_parallel)
         block(x, micro_batch()).sum().backward()
 

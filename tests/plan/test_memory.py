@@ -8,7 +8,7 @@ import torch
 
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import Block
+from megatrain.models.gpt import gpt_block
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import MeshShape, Rows
 from megatrain.plan.memory import ActivationLayout, layer_activation_bytes
@@ -53,7 +53,7 @@ class Kept:
 
 def kept_bytes(ctx, model, recompute, sequence_parallel, dtype):
     build = Build(Rows(ctx.tp, sequence_parallel), dtype, ctx.device, model, 64, 0, recompute)
-    block = Block(0, build)
+    block = gpt_block(0, build)
     rows = S // ctx.tp.size if sequence_parallel else S
     x = torch.randn(rows, B, H).to(dtype).requires_grad_()
     ids = torch.zeros(S, B, dtype=torch.int64)

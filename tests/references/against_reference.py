@@ -74,7 +74,7 @@ def reference_of(config: Config) -> ReferenceRun:
         )
         if m.position == "rope"
         else None,
-        sight=Sight(m.window, m.sparse, m.position == "alibi"),
+        sights=[Sight(window, m.sparse, m.position == "alibi") for window in m.windows],
         norm_placement=m.norm_placement,
     ).to(dtype)
     model.load_logical(start)

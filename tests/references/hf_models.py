@@ -48,6 +48,18 @@ CASES = {
     "qwen2, window": lambda: hf.Qwen2ForCausalLM(
         hf.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=7, max_window_layers=0)
     ),
+    "qwen2, a window above two layers": lambda: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=7, max_window_layers=2)
+    ),
+    "qwen3, a window in every second layer": lambda: hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(
+            **COMMON,
+            head_dim=24,
+            use_sliding_window=True,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**COMMON, head_dim=24)),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**BLOOM)),
     "glm": lambda: hf.GlmForCausalLM(hf.GlmConfig(**COMMON, head_dim=16)),

@@ -244,7 +244,7 @@ class ReferenceGPT(nn.Module):
         embedding_norm: bool = False,
         logit_softcap: float = 0.0,
         rope: Rope | None = None,
-        sight: Sight = Sight(),
+        sights: Sequence[Sight] = (),
         norm_placement: str = "pre",
     ) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class ReferenceGPT(nn.Module):
                 MLP(hidden_size, ffn_hidden_size, activation, bias),
                 norm_placement,
             )
-            for _ in range(num_layers)
+            for sight in sights or [Sight()] * num_layers
         )
         self.embedding_norm = make_norm() if embedding_norm else nn.Identity()
         self.final_norm = make_norm() if norm_placement != "post" else nn.Identity()
