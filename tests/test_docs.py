@@ -215,8 +215,9 @@ def furnish(house: Path, page: str) -> None:
         folder.mkdir(parents=True)
         shutil.copy(house / "tokenizer.json", folder)
         for file in (house / "data").glob("train.*"):
-            for name in ("train", "valid"):
-                shutil.copy(file, folder / (name + file.suffix))
+            shutil.copy(file, folder)
+        tokenize = "megatrain data tokenize --input other.txt --tokenizer tokenizer.json --append-eod --output"
+        run(house, f"{tokenize} {folder / 'valid'}", "bash", page)
     if page == "glm.md":
         tree["model"] |= {"family": "glm", "seq_length": 64, "position": "rope_2d", "vocab_size": 1008}
         tree["data"] |= {"objective": "glm"}
