@@ -66,13 +66,6 @@ class Instruction(NamedTuple):
         return f"{self.kind} of micro-batch {self.micro_batch} on chunk {self.chunk}"
 
 
-Program = Callable[[int, int, int, int], list[Instruction]]
-"""(stage, stages, chunks, micro_batches) -> what this stage does, in order."""
-
-
-# --- the schedules ----------------------------------------------------------------------------------------------------
-
-
 def _staggered(count: int, delays: Mapping[Kind, int]) -> Iterator[tuple[Kind, int]]:
     """(kind, number) of instructions 0 .. count - 1 of each kind: one of each kind a turn, a kind from the turn of its delay on."""
     for turn in range(count + max(delays.values())):
@@ -172,7 +165,8 @@ def zb_v(stage: int, stages: int, chunks: int, micro_batches: int) -> list[Instr
 class _Family(NamedTuple):
     """A named schedule: its programs, and how many chunks a stage may have."""
 
-    program: Program
+    program: Callable[[int, int, int, int], list[Instruction]]
+    """(stage, stages, chunks, micro_batches) -> the stage's instructions, in order."""
     fewest_chunks: int
     most_chunks: int | None
     folded: bool = False
