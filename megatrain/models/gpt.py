@@ -237,7 +237,7 @@ class GPT(nn.Module):
         return torch.empty(shape, dtype=self.build.residual_dtype, device=self.build.device)
 
     def units(self) -> list[nn.Module]:
-        """What is used at one time, in the order of the forward pass: embedding, blocks, head."""
+        """The parts that are used one after the other in the forward pass: embedding, blocks, head."""
         parts = [self.embedding, *self.stack.blocks, self.head]
         return [part for part in parts if part is not None]
 

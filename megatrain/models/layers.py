@@ -35,12 +35,12 @@ from megatrain.parallel.tensor_parallel import Backward, ColumnParallelLinear, M
 
 @dataclass(frozen=True)
 class Build(Place):
-    """What every layer of one model is built with: where it lies, which model it is, and how it runs."""
+    """The value that every layer of one model is built with: where it lies, which model it is, and how it runs."""
 
     config: ModelConfig
     vocab_size: int
     seed: int
-    """Of the weights and of dropout."""
+    """Seed of the weights and of dropout."""
     recompute: Literal["none", "selective", "full"] = "none"
     loss_chunk: int = 0
     """Tokens of a micro-batch whose logits exist at a time; 0: all."""
@@ -54,7 +54,7 @@ class Build(Place):
     """Axis over which the embedding's rank and the head's each hold a copy of a tied matrix; None where one rank has both."""
 
     def init(self, inputs: int, outputs: int) -> Init:
-        """Of weights that read the residual stream; inputs, outputs: of the matrix."""
+        """Initial values of a matrix [outputs, inputs] that reads the residual stream."""
         c = self.config
         std = {
             "normal": c.init_std,
@@ -65,18 +65,18 @@ class Build(Place):
         return Init("normal", std)
 
     def residual_init(self, inputs: int, outputs: int) -> Init:
-        """Of weights that write into the residual stream: 2 per block, so their sum keeps its variance (GPT-2, section 2.3)."""
+        """Initial values of a matrix that writes into the residual stream, 2 a block: their sum keeps its variance (GPT-2, section 2.3)."""
         plain = self.init(inputs, outputs)
         return Init("normal", plain.value / (2 * self.config.num_layers) ** 0.5) if self.config.scale_residual_init else plain
 
     def branch_init(self, inputs: int, outputs: int) -> Init:
-        """Of values and of what comes before the activation: DeepNorm scales them too (arXiv:2203.00555, figure 2)."""
+        """Initial values of attention's values and of an MLP's inner matrices: DeepNorm scales them too (arXiv:2203.00555, figure 2)."""
         scaled = self.config.norm_placement == "deepnorm"
         return self.residual_init(inputs, outputs) if scaled else self.init(inputs, outputs)
 
     @property
     def embedding_init(self) -> Init:
-        """Of token and position embeddings, which are looked up: their one input is a token."""
+        """Initial values of token and position embeddings, which are looked up: their one input is a token."""
         c = self.config
         if c.embedding_init_std is not None:
             return Init("normal", c.embedding_init_std)
@@ -89,7 +89,7 @@ class Build(Place):
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """Of the residual stream."""
+        """The dtype of the residual stream."""
         return torch.promote_types(self.dtype, torch.float32) if self.config.residual_fp32 else self.dtype
 
 
@@ -291,7 +291,7 @@ class Mixer(Protocol):
     """The layer of a block that mixes the tokens of a sequence: attention, or another that is called alike."""
 
     cache_shape: tuple[int, int]
-    """Of the keys and values that a cache keeps of each token on this rank: (heads, numbers of each)."""
+    """(heads, numbers of each) of the keys, and of the values, that a cache keeps of a token on this rank."""
 
     def __call__(
         self, x: torch.Tensor, batch: MicroBatch, cache: Cache | None, remake: Remake | None, sums_bias: bool

@@ -42,7 +42,7 @@ def frequencies(config: ModelConfig) -> torch.Tensor:
 
 
 def magnitude(config: ModelConfig) -> float:
-    """What cosines and sines are multiplied by: YaRN's correction of the softmax's temperature (section 3.3)."""
+    """The factor of cosines and sines: YaRN's correction of the softmax's temperature (section 3.3)."""
     return 0.1 * math.log(config.rope_factor) + 1 if config.rope_scaling == "yarn" and config.rope_factor > 1 else 1.0
 
 

@@ -71,9 +71,7 @@ class Axis:
 
     def start_gather_into(self, output: torch.Tensor, x: torch.Tensor) -> Handle:
         """Begin to gather [n/t, ...] into `output` [n, ...] along dim 0, of which `x` may be this rank's part."""
-        if self.group is None:
-            return _copied(output, x)
-        return self.group.all_gather(output, x, blocking=False)
+        return _copied(output, x) if self.group is None else self.group.all_gather(output, x, blocking=False)
 
     def scatter_summed(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's rows of the sum of `x` [n, ...] -> [n/t, ...], without a gradient."""
@@ -92,9 +90,7 @@ class Axis:
 
     def start_scatter_sum_into(self, output: torch.Tensor, x: torch.Tensor) -> Handle:
         """Begin to sum [n, ...] over the axis into `output` [n/t, ...], which may be this rank's part of `x`, or wider than `x`."""
-        if self.group is None:
-            return _copied(output, x)
-        return self.group.reduce_scatter(output, x, blocking=False)
+        return _copied(output, x) if self.group is None else self.group.reduce_scatter(output, x, blocking=False)
 
     def to_host(self, x: torch.Tensor) -> torch.Tensor:
         """`x` in the host's memory, once what other ranks of the axis add to it is there: on a GPU the host waits here."""

@@ -23,7 +23,7 @@ from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis, ParallelContext, Rows
 
 Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
-"""Of a model, as reports tell them apart; biases belong to their matrices' part."""
+"""The parts of a model, as reports and optimizer rules tell them apart; biases belong to their matrices' part."""
 
 AverageOver = Literal["dp_cp", "edp"]
 """Axes whose ranks hold replicas: dp x cp, or of what differs along ep (experts) its other factor."""
@@ -256,7 +256,7 @@ class Place:
     rows: Rows
     """How activations lie between linear layers."""
     dtype: torch.dtype
-    """Of parameters, and of what is multiplied with them."""
+    """The dtype of parameters, and of activations that are multiplied with them."""
     device: torch.device
 
     @property

@@ -55,7 +55,7 @@ Word = int | torch.Tensor
 
 @dataclass(frozen=True)
 class Key:
-    """What a stream of numbers is for: two 32-bit words (signed, as int32 holds them)."""
+    """Two 32-bit words (signed, as int32 holds them) that say what a stream of numbers is for."""
 
     first: int
     second: int
@@ -223,7 +223,7 @@ def _drop_in_blocks(x: torch.Tensor, p: float, key: Key, samples: torch.Tensor, 
 
 
 def _threshold(p: float) -> int:
-    """Of 2^32 signed words, p 2^32 lie below it, and at least one does not."""
+    """The word below which p 2^32 of the 2^32 signed words lie, and at least one does not."""
     return min(round(p * (1 << 32)), _WORD) - (1 << 31)
 
 

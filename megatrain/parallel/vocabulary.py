@@ -79,7 +79,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Target(NamedTuple):
-    """What the loss of a token is, besides the cross-entropy of its label."""
+    """Terms of a token's loss besides the cross-entropy of its label."""
 
     label_smoothing: float = 0.0
     """Share of the target spread evenly over the vocabulary (Szegedy et al., arXiv:1512.00567, section 7)."""
@@ -167,7 +167,7 @@ class VocabParallelHead:
 
 
 class _Reduced(NamedTuple):
-    """What is known of each row of logits [n, v_local] once all ranks have told: enough for its loss and its gradient."""
+    """Statistics of each row of logits [n, v_local], reduced over tp: enough for its loss and its gradient."""
 
     local: torch.Tensor
     """[n] int64 number of the label among this rank's ids, 0 where it is another rank's."""

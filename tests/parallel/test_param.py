@@ -1,12 +1,16 @@
 """Specs say which rank holds which slice: every element somewhere, owned once, whatever the layout."""
 
+import ast
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import megatrain
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Init, Parameter, ParamSpec, Split, initialise
 
@@ -130,3 +134,23 @@ def test_constants_fill_the_slice_and_not_the_padding():
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_frozen_parameter_needs_no_gradient(trainable):
     assert Parameter(torch.zeros(2), ParamSpec("p", (2,), trainable=trainable)).requires_grad is trainable
+
+
+def told_by_name(source):
+    """Lines that ask what a parameter is by its name: a method of strings on it, or a comparison with a literal."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        asked = [node.func.value] if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else []
+        if isinstance(node, ast.Compare) and any(isinstance(n, ast.Constant) for n in (node.left, *node.comparators)):
+            asked += [node.left, *node.comparators]
+        if any(re.fullmatch(r"(.*\.)?spec\.name(\[.*\])?", ast.unparse(expression)) for expression in asked):
+            found.append(node.lineno)
+    return found
+
+
+def test_nobody_tells_a_parameter_by_its_name():
+    """`ParamSpec.part` says it; tables of Hugging Face's names alone translate names, and read no spec's for that."""
+    wrong = 'a = p.spec.name.endswith("bias")\nb = "norm" in spec.name\nc = spec.name == "embedding.tokens"\nd = spec.name == other.name\n'
+    assert told_by_name(wrong) == [1, 2, 3]
+    package = Path(megatrain.__file__).parent
+    assert {path.name: lines for path in package.rglob("*.py") if (lines := told_by_name(path.read_text()))} == {}
