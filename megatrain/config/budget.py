@@ -1,4 +1,4 @@
-"""The length of a run, its batches, learning rate and weight decay: pure functions of the updates and samples done.
+"""The length of a run, its batches, learning rate and weight decay: pure functions of the steps taken and the samples consumed.
 
 train.steps              number of updates, whatever their batch
 train.tokens             instead: as many updates as it takes to consume this many tokens
@@ -133,7 +133,7 @@ class Position:
 
 
 def position(config: Config, began: WarmUp, step: int, samples: int) -> Position:
-    """The place of the update that follows `step` updates of `samples` sequences in all."""
+    """The place of the update that follows `step` steps, skipped ones too, of `samples` sequences in all."""
     if config.train.tokens is None:
         return Position(step, config.train.steps, began.warmup_steps)
     return Position(samples * config.model.seq_length, config.train.tokens, began.warmup, began.first, began.full)

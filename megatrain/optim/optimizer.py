@@ -213,8 +213,8 @@ def _blocks(buffer: torch.Tensor, whole: bool) -> Iterator[slice]:
 def local_squared_norm(flat: FlatParameters, ctx: ParallelContext) -> torch.Tensor:
     """This rank's share of the squared gradient norm: float64 scalar, to be summed over the world.
 
-    A rank looks at the gradients that it owns. Of ranks that own the same elements (replicas of a shard, copies over tp) the
-    first one counts them; padding is zero. The others multiply by zero, which leaves NaN for a copy that is not finite: no rank
+    A rank looks at the gradients that it owns. Of ranks that own the same elements (replicas of a shard, copies over tp, tied
+    ends) the first one counts them; padding is zero. The others multiply by zero, which leaves NaN for a copy that is not finite: no rank
     may update what another one skips.
     """
     if not flat.owned:

@@ -10,7 +10,7 @@ A unit is what is used at one time (the embedding, a layer, the head); a bucket 
 At stage 0 there is one shard, the bucket, which every replica owns. A parameter and its `main_grad` are views of the whole bucket; while
 that is not in memory the parameter reads as NaN, and there is no `main_grad`.
 
-All parameters of a bucket are updated and averaged alike: with weight decay (matrices) or without (norms, biases), trainable or frozen,
+All parameters of a bucket are reduced and updated alike: with weight decay (matrices) or without (norms, biases), trainable or frozen,
 by one rule of the optimizer, over one axis of replicas (`ParamSpec.average_over`). So one tensor a bucket is reduced and updated. Norms
 and biases of a whole chunk of the model share a bucket: they are few, and under a split backward their gradients come before those of
 the matrices. A parameter of two units (tied embeddings), or with a copy on another stage, has a bucket to itself, which therefore is
@@ -74,7 +74,7 @@ class Bucket:
 
     @property
     def spec(self) -> ParamSpec:
-        """The first parameter's: the others are trainable, averaged, tied, decayed and updated like it."""
+        """The first parameter's: the others are trainable, reduced, tied, decayed and updated like it."""
         return self.parameters[0].spec
 
     @property

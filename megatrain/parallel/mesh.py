@@ -13,7 +13,7 @@ Four ranks with tp=2, dp=2:                tp ->
 
 Everything above `ParallelContext.build` is integer arithmetic, checked without processes for 16,384 ranks. A rank makes only
 the groups it belongs to: axes that multiply the world (tp, cp, dp, pp), that divide it (ep, edp; shards, replicas) or that
-combine others (dp_cp where gradients are averaged, world), `ends` (first and last stage, where tied embeddings lie), and a link
+combine others (dp_cp where gradients are summed, world), `ends` (first and last stage, where tied embeddings lie), and a link
 in each direction to the stages before and behind it on the ring; those of size 1 cost nothing. Axes over the same ranks (dp and
 dp_cp without context parallelism, pp and ends of two stages, tp and world of a world of tp) are one group under several names:
 each rank calls them in one order, from one thread. Links are groups of their own even there, since the two ranks of one come to
@@ -212,7 +212,7 @@ class MeshShape:
     def ranks_along(self, axis: str, rank: int) -> tuple[int, ...]:
         """World ranks that differ from `rank` only along `axis`, in order of place.
 
-        Axes: tp, cp, dp, pp; dp_cp (gradient average); ep and edp (its two factors: experts, and copies of an expert); shards and
+        Axes: tp, cp, dp, pp; dp_cp (gradients' sum); ep and edp (its two factors: experts, and copies of an expert); shards and
         replicas (two factors again: the ranks that have one copy of ZeRO's shards between them, and those that have the same shard);
         edp_shards and edp_replicas (the same two factors of edp); ends (first and last stage); world.
         """
@@ -288,7 +288,7 @@ class ParallelContext:
     """Stage of the same pipeline -> the link from it."""
 
     def factors(self, average_over: str) -> tuple[Axis, Axis]:
-        """(ranks that share one set of ZeRO's shards, ranks that have the same shard) of an axis that gradients are averaged over."""
+        """(ranks that share one set of ZeRO's shards, ranks that have the same shard) of an axis that gradients are summed over."""
         return (self.shards, self.replicas) if average_over == "dp_cp" else (self.edp_shards, self.edp_replicas)
 
     def part(self, average_over: str) -> int:
