@@ -11,8 +11,8 @@ import torch
 from numba import prange, types
 from numba.extending import intrinsic
 
-from megatrain.kernels.adamw import Update
 from megatrain.kernels.cpu import PARTS, Kernel, bits_of, flat, float_of, line
+from megatrain.kernels.update import Update
 
 CHUNK = 2048
 """Numbers that a thread works on at a time: they stay in its first cache."""

@@ -12,13 +12,14 @@ from isolated import Note
 from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
 
 from megatrain.kernels import compiled
-from megatrain.kernels.adamw import Update, adam_reference, adam_triton
+from megatrain.kernels.adamw import adam_reference, adam_triton
 from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
 from megatrain.kernels.dispatch import Kernels, use_triton
 from megatrain.kernels.gated import gated
 from megatrain.kernels.norm import add_norm, norm
 from megatrain.kernels.rotary import rotary
+from megatrain.kernels.update import Update
 from megatrain.parallel import rng
 
 

@@ -22,9 +22,10 @@ from typing import Literal, get_args
 import torch
 
 from megatrain.config.schema import OptimConfig, TrainConfig
-from megatrain.kernels.adamw import Update, adam_numba, adam_reference, adam_triton
+from megatrain.kernels.adamw import adam_numba, adam_reference, adam_triton
 from megatrain.kernels.dispatch import Kernels, use_numba, use_triton
 from megatrain.kernels.split_float import join_float, round_to_bf16, split_float
+from megatrain.kernels.update import Update
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import ParamSpec, Part
 from megatrain.parallel.zero import FlatParameters

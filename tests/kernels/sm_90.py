@@ -85,7 +85,8 @@ def measured(kernel: Any) -> dict[str, int]:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
-    from megatrain.kernels.adamw import Update, adam_triton
+    from megatrain.kernels.adamw import adam_triton
+    from megatrain.kernels.update import Update
     from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
     from megatrain.kernels.attention_mask import AttentionMask
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of

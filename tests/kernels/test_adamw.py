@@ -8,7 +8,8 @@ import torch
 
 from megatrain.config.schema import OptimConfig
 from megatrain.kernels import adamw
-from megatrain.kernels.adamw import BLOCK, Update, adam_reference, adam_triton
+from megatrain.kernels.adamw import BLOCK, adam_reference, adam_triton
+from megatrain.kernels.update import Update
 from megatrain.optim.optimizer import Optimizer
 from megatrain.parallel.flat import Unit
 from megatrain.parallel.mesh import ParallelContext
