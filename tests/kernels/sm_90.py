@@ -86,7 +86,6 @@ def measured(kernel: Any) -> dict[str, int]:
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
     from megatrain.kernels.adamw import adam_triton
-    from megatrain.kernels.update import Update
     from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
     from megatrain.kernels.attention_mask import AttentionMask
     from megatrain.kernels.cross_entropy import gradient_of, statistics_of
@@ -94,6 +93,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     from megatrain.kernels.gated import activated, gated
     from megatrain.kernels.norm import add_biased_norm, add_norm, norm
     from megatrain.kernels.rotary import Turns, heads, rotary
+    from megatrain.kernels.update import Update
 
     def some(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype).requires_grad_(grad)
