@@ -139,6 +139,13 @@ def line(x, start, count):
     return x[start : start + count]
 
 
+@jit
+def clear(x):
+    """Write 0 to every number. In a kernel on several threads numba leaves `line(...)[:] = 0` out: of an array with no other name."""
+    for i in range(len(x)):
+        x[i] = 0
+
+
 @intrinsic
 def bits_of(_context, x):
     """The 32 bits of a float32."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from megatrain.kernels.cpu import PARTS, Kernel, exp, flat, jit, line, narrow, wide
+from megatrain.kernels.cpu import PARTS, Kernel, clear, exp, flat, jit, line, narrow, wide
 
 
 @jit
@@ -145,7 +145,7 @@ def _activate(x, stride, y, rows, columns, curve):
 def _activate_back(x, stride, dy, dx, sums, rows, columns, curve):
     for part in prange(PARTS):
         total = line(sums, part * columns, columns)
-        total[:] = 0
+        clear(total)
         for row in range(rows * part // PARTS, rows * (part + 1) // PARTS):
             at = row * columns
             _slope_line(line(x, row * stride, columns), line(dy, at, columns), line(dx, at, columns), total, curve)
@@ -164,7 +164,7 @@ def _gate(x, stride, up, stride_up, y, rows, columns, curve):
 def _gate_back(x, stride, up, stride_up, dy, both, sums, rows, columns, curve):
     for part in prange(PARTS):
         total = line(sums, part * 2 * columns, 2 * columns)
-        total[:] = 0
+        clear(total)
         for row in range(rows * part // PARTS, rows * (part + 1) // PARTS):
             out = line(both, 2 * row * columns, 2 * columns)
             _gate_slope_line(

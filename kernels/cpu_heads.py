@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from numba import prange
 
-from megatrain.kernels.cpu import PARTS, Kernel, flat, jit, line, wide
+from megatrain.kernels.cpu import PARTS, Kernel, clear, flat, jit, line, wide
 
 
 @jit
@@ -25,7 +25,7 @@ def _join(x, total):
 def _place(x, stride_s, stride_b, stride_head, y, start, width, sums, tokens, batch, heads, d):
     for part in prange(PARTS):
         mine = line(sums, part * width + start, heads * d)
-        mine[:] = 0
+        clear(mine)
         for token in range(tokens * part // PARTS, tokens * (part + 1) // PARTS):
             at = (token // batch) * stride_s + (token % batch) * stride_b
             for head in range(heads):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from megatrain.kernels.cpu import PARTS, Kernel, flat, jit, jit_sums, line, narrow, wide
+from megatrain.kernels.cpu import PARTS, Kernel, clear, flat, jit, jit_sums, line, narrow, wide
 
 
 @jit_sums
@@ -117,7 +117,7 @@ def _forward(x, residual, weight, bias, y, total, means, scales, rows, n, eps, r
 def _backward(dy, dtotal, total, weight, means, scales, dx, sums, rows, n, rms, biased, before):
     for part in prange(PARTS):
         mine = line(sums, part * 3 * n, 3 * n)
-        mine[:] = 0
+        clear(mine)
         sum_w, sum_b, sum_x = line(mine, 0, n), line(mine, n, n), line(mine, 2 * n, n)
         normed, g = np.empty(n, np.float32), np.empty(n, np.float32)
         for row in range(rows * part // PARTS, rows * (part + 1) // PARTS):

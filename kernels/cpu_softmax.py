@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from megatrain.kernels.cpu import PARTS, Kernel, exp, flat, jit, jit_sums, line, narrow, wide
+from megatrain.kernels.cpu import PARTS, Kernel, clear, exp, flat, jit, jit_sums, line, narrow, wide
 
 
 @jit
@@ -45,7 +45,7 @@ def _softmax(x, rows, keys, block):
             here, wider = line(x, row * keys, seen), line(room, 0, seen)
             total = _exponentials(here, wider, _largest(here))
             _scale(wider, here, np.float32(1.0) / total)
-            line(x, row * keys + seen, keys - seen)[:] = 0
+            clear(line(x, row * keys + seen, keys - seen))
 
 
 @Kernel
@@ -72,7 +72,7 @@ def _gradient(x, stride, ids, width, factor, spread):
         rows = len(factor)
         for row in range(rows * part // PARTS, rows * (part + 1) // PARTS):
             _slopes(line(x, row * stride, ids), factor[row], spread[row])
-            line(x, row * stride + ids, width - ids)[:] = 0
+            clear(line(x, row * stride + ids, width - ids))
 
 
 def softmax(x: torch.Tensor, block: int) -> torch.Tensor:

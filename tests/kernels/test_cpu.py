@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from megatrain.kernels import dispatch
+from megatrain.kernels.adamw import Update
 from megatrain.kernels.attention import Variant, attention
 from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.kernels.cross_entropy import gradient_of, statistics_of
@@ -239,25 +240,50 @@ def test_of_a_norm_whose_result_alone_is_used_and_of_views():
     assert norm(row, weight, None, 1e-5, rms=True, kernels="numba").isnan().any(-1).tolist() == [False, True, False]
 
 
-def test_the_bits_are_the_same_on_more_threads():
-    from megatrain.kernels import cpu
+def everything():
+    """Results of every kernel."""
+    from megatrain.kernels.cpu_adamw import adam
+    from megatrain.kernels.cpu_heads import add
     from megatrain.kernels.cpu_softmax import softmax
 
-    def everything():
-        x, place = numbers(300, 512), torch.zeros(512, requires_grad=True)
-        y = activated(x, "gelu_tanh", bias=place, kernels="numba")
-        y.backward(numbers(300, 512, seed=1).detach())
-        return [y, x.grad, place.grad, softmax(numbers(300, 512, scale=3).detach(), 1)]
+    x, place = numbers(30, 64), torch.zeros(64, requires_grad=True)
+    gate, up, residual, weight, bias = (numbers(*shape, seed=3) for shape in ((30, 64),) * 3 + ((64,),) * 2)
+    before, whole, beside = torch.zeros(64, requires_grad=True), numbers(5, 3, 40, seed=6), torch.zeros(40, requires_grad=True)
+    outputs = [
+        activated(x, "gelu_tanh", bias=place, kernels="numba"),
+        gated(gate, up, "swiglu", kernels="numba"),
+        *add_biased_norm(x, residual, weight, bias, before, 1e-5, rms=False, kernels="numba"),
+        *heads(*whole.clone().split([24, 8, 8], -1), 8, bias=beside, kernels="numba"),
+    ]
+    torch.autograd.backward(outputs, [numbers(*y.shape, seed=7).detach() for y in outputs])
+    logits, local, here = numbers(30, 41, seed=8).detach(), torch.arange(30) % 37, torch.arange(30) % 3 > 0
+    top, total, _, _ = statistics_of(logits, local, here, ids=37, kernels="numba")
+    gradient_of(logits, top, total, None, local, here, total, ids=37, kernels="numba")
+    weights, low, moments = numbers(3000, seed=9).detach(), torch.zeros(3000, dtype=torch.int16), torch.zeros(2, 3000)
+    update = Update(0.1, (0.9, 0.95), 1e-8, 0.0, torch.ones(()), torch.ones(()), torch.zeros(()))
+    adam(update, 0.1, weights, None, low, numbers(3000, seed=10).detach().float(), *moments, decoupled=True)
+    of_keys = torch.zeros(5, 9, 8)
+    add(of_keys[:, 2:6], numbers(5, 4, 8).detach())
+    leaves = [leaf.grad for leaf in (x, place, gate, up, residual, weight, bias, before, whole, beside)]
+    rows = [softmax(numbers(4, block * 3, 40, scale=3).detach(), block) for block in (1, 5, 16)]
+    return [*outputs, *leaves, top, total, logits, weights, low, moments, of_keys, *rows]
 
-    assert cpu.SPLIT <= 300 * 512
+
+def test_the_bits_are_the_same_on_more_threads(monkeypatch):
+    from megatrain.kernels import cpu, cpu_adamw, cpu_gated, cpu_heads, cpu_norm, cpu_softmax
+
     alone = everything()
+    monkeypatch.setattr(cpu, "SPLIT", 1)
     torch.set_num_threads(2)
     try:
         together = everything()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert [torch.equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(alone)
+    modules = (cpu_adamw, cpu_gated, cpu_heads, cpu_norm, cpu_softmax)
+    kernels = {name: made for module in modules for name, made in vars(module).items() if isinstance(made, cpu.Kernel)}
+    assert len(kernels) > 9 and [name for name, made in kernels.items() if not made.split.signatures] == []
 
 
 def test_who_serves(monkeypatch):
