@@ -47,6 +47,8 @@ class Range:
         if isinstance(value, str):
             if not value and (self.not_empty or self.path):
                 return "must not be empty text"
+            if self.path and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+                return "must be the name of a file, which has no NUL and no half of a surrogate pair"
             return "must not begin with ~ and the name of no user" if self.path and value.startswith("~") else ""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return ""

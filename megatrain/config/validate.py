@@ -101,10 +101,11 @@ def _require_data(config: Config) -> None:
 
 
 def _require_window(model: ModelConfig) -> None:
-    """Check that the window belongs to some layer."""
-    if "local" not in model.window_pattern:
+    """Check that the pattern gives some layer the window."""
+    if "local" not in model.window_pattern[: model.num_layers]:
         raise ConfigError(
-            f"model.window_pattern={show(model.window_pattern)} gives no layer the window (model.window={show(model.window)}). "
+            f"model.window_pattern={show(model.window_pattern)} gives no layer the window (model.window={show(model.window)}, "
+            f"model.num_layers={model.num_layers}). "
             f"Use for example model.window_pattern=[local, global] with model.window={model.window or 4096}, or leave both out."
         )
 

@@ -211,9 +211,13 @@ def shrunk(config: Config) -> Config:
     vocab = model.vocab_size
     length = min(model.seq_length, 16 if config.data.objective == "next_token" else 32)
     unused = min(model.positions - model.seq_length, length)
+    layers, pattern = min(model.num_layers, 8 + model.num_layers % 2), model.window_pattern[: model.num_layers]
+    window = None if model.window is None else min(model.window, max(2, model.window * length // model.seq_length))
     small = replace(
         model,
-        num_layers=min(model.num_layers, 8 + model.num_layers % 2),
+        num_layers=layers,
+        window=window,
+        window_pattern=pattern if len(pattern) <= layers else tuple(dict.fromkeys(pattern)),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_query_groups=None if model.num_query_groups is None else groups,

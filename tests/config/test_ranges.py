@@ -56,7 +56,7 @@ def bad_scalars(kind, within):
         return [0, 1, "yes", 0.5, math.nan, [], {}]
     if kind is str:
         empty = [""] if within.not_empty or within.path else []
-        return [True, 3, 0.5, math.nan, [], {}, *empty, *(["~no_such_user/x"] if within.path else [])]
+        return [True, 3, 0.5, math.nan, [], {}, *empty, *(["~no_such_user/x", "a\0b", "\ud800"] if within.path else [])]
     odd = [True, False, "many", "3", "", math.nan, math.inf, -math.inf, [], {}, *just_outside(within, kind)]
     return [*odd, -(10**23), 10**400] if kind is float else [*odd, 0.5, 10**23, -(10**23)]
 

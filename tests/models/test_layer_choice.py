@@ -83,7 +83,11 @@ def test_flops_are_the_mean_of_the_layers():
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"window": 8, "window_pattern": []}, r"window_pattern=\[\] gives no layer the window \(model.window=8\)"),
+        ({"window": 8, "window_pattern": []}, r"window_pattern=\[\] gives no layer the window \(model.window=8, model"),
+        (
+            {"num_layers": 2, "window": 8, "window_pattern": ["global", "global", "local"]},
+            r"global, local\] gives no layer the window \(model.window=8, model.num_layers=2\)",
+        ),
         (
             {"window_pattern": ["global"]},
             r"Use for example model.window_pattern=\[local, global\] with model.window=4096, or leave",

@@ -117,6 +117,15 @@ def test_shrunk_keeps_the_structure():
         assert shrunk(replace(large, model=replace(large.model, max_positions=positions))).model.max_positions == kept_rows
     for layout in ("tp8", "tp2-sp-pp4-dp2-zero3", "pp4-zb_v"):
         assert Layout.parse(layout).problem(shrunk(large)) == ""
+    late = ("global",) * 20 + ("local",)
+    for given, pattern, kept in (
+        ((1024, ("local", "global")), ("local", "global"), 4),
+        ((256, late), ("global", "local"), 2),
+        ((8192, ("local",)), ("local",), 32),
+    ):
+        windows = dict(zip(("window", "window_pattern"), given, strict=True))
+        found = shrunk(replace(large, model=replace(large.model, **windows))).model
+        assert (found.window_pattern, found.window) == (pattern, kept)
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------------
