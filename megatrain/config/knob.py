@@ -45,11 +45,7 @@ class Range:
     def broken_by(self, value: Any) -> str:
         """The rule that a value breaks, to follow its key and value; "" if none. Null, true and false are in every range; NaN in none."""
         if isinstance(value, str):
-            if not value and (self.not_empty or self.path):
-                return "must not be empty text"
-            if self.path and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-                return "must be the name of a file, which has no NUL and no half of a surrogate pair"
-            return "must not begin with ~ and the name of no user" if self.path and value.startswith("~") else ""
+            return self._text_broken_by(value)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return ""
         low = (self.at_least is None or value >= self.at_least) and (self.above is None or value > self.above)
@@ -59,6 +55,13 @@ class Range:
             return f"must be {self.at_least} or more" if self.above is None else f"must be greater than {self.above}"
         at_most = self.at_most if self.at_most is not None else LARGEST_INTEGER if isinstance(value, int) else LARGEST_NUMBER
         return "" if value <= at_most else f"must be at most {at_most}"
+
+    def _text_broken_by(self, value: str) -> str:
+        if not value and (self.not_empty or self.path):
+            return "must not be empty text"
+        if self.path and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            return "must be the name of a file, which has no NUL and no half of a surrogate pair"
+        return "must not begin with ~ and the name of no user" if self.path and value.startswith("~") else ""
 
     @property
     def _interval(self) -> str:
