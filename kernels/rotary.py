@@ -129,7 +129,7 @@ class _Heads(torch.autograd.Function):
                     turn(dq, cos, sin, turns.interleaved, q, back=True)
                     turn(dk, cos, sin, turns.interleaved, k, back=True)
             sums = row_sums(whole) if summed else None
-        return *whole.split(widths, -1), None if sums is None else sums.to(wide), None, None, None
+        return *whole.split(widths, -1), sums.to(wide) if summed and sums is not None else None, None, None, None
 
 
 def _rotate(

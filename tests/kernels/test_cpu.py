@@ -186,6 +186,10 @@ def test_gradients_of_heads_lie_beside_one_another():
         torch.autograd.backward([q, k, v], dys)
         assert torch.equal(whole.grad, torch.cat([dy.flatten(2) for dy in dys], -1))
         found.append(place.grad)
+    plain = numbers(5, 3, 40)
+    y = torch.cat(heads(*plain.clone().split([24, 8, 8], -1), 8, kernels="numba"), 2)
+    y.backward(numbers(*y.shape, seed=4).detach())
+    assert torch.equal(plain.grad, numbers(*y.shape, seed=4).detach().flatten(2)), "without a bias"
     exact = whole.grad.float().sum((0, 1))
     assert float((found[0] - exact).abs().max()) < 1e-5 < float((found[1] - exact).abs().max())
 
