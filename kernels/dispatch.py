@@ -21,11 +21,24 @@ import torch
 
 Kernels = Literal["auto", "triton", "numba", "reference"]
 
+
+def _lacking(library: str, packages: str, extra: str, error: Exception) -> str:
+    """Why a library, which is in these packages, does not import, in one line, and the command that mends it."""
+    install = f"pip install 'megatrain[{extra}]'"
+    if isinstance(error, ModuleNotFoundError) and error.name == packages.split(maxsplit=1)[0]:
+        return f"{library} is not installed: {install}"
+    said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".:")
+    return f"{library} cannot be imported ({said}): pip uninstall -y {packages} && {install}"
+
+
+TRITON_LACKS = ""
+"""Why Triton serves nowhere; empty where it is there."""
 try:
     import triton
     import triton.language as tl
-except ImportError:
+except Exception as error:  # a broken installation raises anything, and auto does without it
     triton = tl = None
+    TRITON_LACKS = _lacking("Triton", "triton", "gpu", error)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs its kernels in Python; it must be said before megatrain is imported."""
@@ -68,7 +81,7 @@ def use_triton(kernels: Kernels, device: torch.device) -> bool:
     if kernels == "auto":
         return possible and device.type == "cuda"
     if not possible:
-        why = "Triton is not installed: pip install 'megatrain[gpu]'" if triton is None else f"Triton has no {device.type}"
+        why = TRITON_LACKS or f"Triton has no {device.type}"
         raise ValueError(f"train.kernels=triton cannot be: {why}. Use train.kernels=auto, or reference.")
     return True
 
@@ -86,8 +99,8 @@ def use_numba(kernels: Kernels, x: torch.Tensor) -> bool:
 
 def numba_lacks() -> str | None:
     """Why numba's kernels cannot serve on this CPU with torch's number of threads; None: they can."""
-    if not _numba_there():
-        return "numba is not installed: pip install 'megatrain[cpu]'"
+    if lacks := _numba_itself_lacks():
+        return lacks
     threads = torch.get_num_threads()
     if threads > 1 and not _numba_splits():
         return f"numba has no OpenMP here, and so no use for {threads} threads: set OMP_NUM_THREADS=1, or install libgomp"
@@ -95,12 +108,12 @@ def numba_lacks() -> str | None:
 
 
 @cache
-def _numba_there() -> bool:
+def _numba_itself_lacks() -> str | None:
     try:
-        import numba  # noqa: F401, PLC0415  optional, and 0.2 s that no other run need spend
-    except ImportError:
-        return False
-    return True
+        import_module("numba")  # optional, and 0.2 s that no other run need spend
+    except Exception as error:  # anything, as with Triton
+        return _lacking("numba", "numba llvmlite", "cpu", error)
+    return None
 
 
 @cache
@@ -110,7 +123,7 @@ def _numba_splits() -> bool:
         return False
     try:
         import_module("numba.np.ufunc.omppool")
-    except ImportError:
+    except Exception:  # anything, as with numba itself
         return False
     return True
 
@@ -125,7 +138,7 @@ def require(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str:
     if on_cpu:
         lacks = numba_lacks() if dtype == torch.bfloat16 else f"its kernels are for bfloat16, and this is {dtype}"
     else:
-        lacks = "Triton is not installed: pip install 'megatrain[gpu]'"
+        lacks = TRITON_LACKS or f"Triton has no {device.type}"
     if kernels == "numba" and not on_cpu:
         lacks = f"its kernels are for a CPU, and this is {device.type}"
     if kernels == "numba" and lacks is not None:

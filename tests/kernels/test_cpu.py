@@ -1,6 +1,9 @@
 """numba's kernels for BF16 on a CPU against the reference in float32 of the same numbers, rounded once."""
 
+import builtins
+import importlib.util
 import math
+import re
 
 import numpy as np
 import pytest
@@ -323,13 +326,62 @@ def test_without_numba_or_its_threads(monkeypatch):
         ValueError, match=r"no OpenMP here, and so no use for 4 threads: set OMP_NUM_THREADS=1, or install libgomp"
     ):
         dispatch.require("numba", x.device, x.dtype)
-    monkeypatch.setattr(dispatch, "_numba_there", lambda: False)
+    monkeypatch.setattr(dispatch, "_numba_itself_lacks", lambda: "numba is not installed: pip install 'megatrain[cpu]'")
     said = "plain PyTorch (numba is not installed: pip install 'megatrain[cpu]')"
     assert dispatch.require("auto", x.device, x.dtype) == said
     with pytest.raises(
         ValueError, match=r"numba is not installed: pip install 'megatrain\[cpu\]'\. Use train.kernels=auto, or"
     ):
         dispatch.require("numba", x.device, x.dtype)
+
+
+IMPORTS = [
+    (ModuleNotFoundError("No module named 'LIB'", name="LIB"), "is not installed: INSTALL"),
+    (ModuleNotFoundError("No module named 'other'", name="other"), "(ModuleNotFoundError: No module named 'other'): AGAIN"),
+    (ImportError("needs NumPy 2.4 or less."), "(ImportError: needs NumPy 2.4 or less): AGAIN"),
+    (OSError("Could not find/load\n  shared object file"), "(OSError: Could not find/load shared object file): AGAIN"),
+    (SystemError("initialization failed"), "(SystemError: initialization failed): AGAIN"),
+    (AttributeError("no attribute 'ir'"), "(AttributeError: no attribute 'ir'): AGAIN"),
+    (RuntimeError(), "(RuntimeError): AGAIN"),
+]
+
+
+@pytest.mark.parametrize(("error", "told"), IMPORTS)
+def test_a_library_that_does_not_import_is_done_without_and_told_of(error, told, monkeypatch):
+    """numba when it is first asked for, Triton when the module is imported, here under a name of its own."""
+
+    def said(library, packages, extra):
+        why = told.replace("LIB", library.lower()).replace("INSTALL", f"pip install 'megatrain[{extra}]'")
+        why = why.replace("AGAIN", f"pip uninstall -y {packages} && pip install 'megatrain[{extra}]'")
+        return f"{library} {'' if why.startswith('is') else 'cannot be imported '}{why}"
+
+    def raised(library, *_):
+        if library not in ("numba", "triton"):
+            return importing(library, *_)
+        raise (
+            ModuleNotFoundError(str(error), name=error.name.replace("LIB", library))
+            if isinstance(error, ModuleNotFoundError)
+            else error
+        )
+
+    importing = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", raised)
+    fresh = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("fresh", dispatch.__file__))
+    spec.loader.exec_module(fresh)
+    monkeypatch.setattr(fresh, "import_module", raised)
+    cpu, gpu, bf16 = torch.device("cpu"), torch.device("cuda"), torch.bfloat16
+    for kernels, device, why in (
+        ("numba", cpu, said("numba", "numba llvmlite", "cpu")),
+        ("triton", gpu, said("Triton", "triton", "gpu")),
+    ):
+        assert fresh.require("auto", device, bf16) == f"plain PyTorch ({why})"
+        with pytest.raises(
+            ValueError, match=re.escape(f"train.kernels={kernels} cannot be: {why}. Use train.kernels=auto, or")
+        ):
+            fresh.require(kernels, device, bf16)
+    assert fresh.require("auto", cpu, torch.float32) == "plain PyTorch" and not fresh.use_numba(
+        "auto", torch.ones(1 << 14).bfloat16()
+    )
 
 
 def test_kernels_are_kept_where_a_user_may_write_and_nowhere_else(tmp_path, monkeypatch):

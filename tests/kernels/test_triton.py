@@ -298,6 +298,7 @@ def test_asking_for_what_cannot_be(monkeypatch):
     with pytest.raises(ValueError, match=r"train\.kernels=triton cannot be: Triton has no cpu\. Use train\.kernels=auto"):
         dispatch.use_triton("triton", cpu)
     monkeypatch.setattr(dispatch, "triton", None)
+    monkeypatch.setattr(dispatch, "TRITON_LACKS", "Triton is not installed: pip install 'megatrain[gpu]'")
     with pytest.raises(ValueError, match=r"Triton is not installed: pip install 'megatrain\[gpu\]'"):
         dispatch.use_triton("triton", cpu)
     assert not dispatch.use_triton("auto", torch.device("cuda"))
