@@ -72,7 +72,8 @@ def adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _onednn_serves(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == torch.float32 and a.device.type == "cpu" and _prefer_onednn() and a.numel() > 0 and b.numel() > 0
+    in_fp32 = a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    return in_fp32 and _prefer_onednn() and a.numel() > 0 and b.numel() > 0
 
 
 def _onednn_adds_bias(x: torch.Tensor, weight: torch.Tensor) -> bool:

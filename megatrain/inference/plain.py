@@ -46,11 +46,18 @@ class PlainModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, sep: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[b, s] int64 -> logits [b, s, v]. Raises ValueError for more tokens than positions.
+        """[b, s] int64 -> logits [b, s, v]. Raises ValueError for more tokens than positions, and where weights were cast since `load`.
 
         position_ids: [b, 2, s], in the text and within a blank; sep: [b] number of first tokens that all tokens see. Without them they
         follow from the marks, if the model has any; else the text is read from left to right.
         """
+        dtype = self.gpt.build.dtype
+        for parameter in self.gpt.logical_parameters():
+            if parameter.dtype != dtype:
+                raise ValueError(
+                    f"{parameter.spec.name} is {parameter.dtype}, and this model was loaded to compute in {dtype}, which no cast changes "
+                    f"afterwards: megatrain.load(PATH, dtype={parameter.dtype})"
+                )
         b, s = input_ids.shape
         if s > self.config.position_rows:
             raise ValueError(f"{s} tokens are more than the model's {self.config.position_rows} (model.max_positions)")
@@ -73,7 +80,8 @@ class PlainModel(nn.Module):
 def load(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> PlainModel:
     """The model at `path`, to be called or trained like any torch module.
 
-    path: a Hugging Face directory, a checkpoint, a directory of checkpoints or of a run. Raises CheckpointError.
+    path: a Hugging Face directory, a checkpoint, a directory of checkpoints or of a run. dtype: of weights and activations, chosen here
+    once and for all: the module refuses to run after `.double()`, `.half()` or another cast. Raises CheckpointError.
     """
     path, ctx = Path(path), ParallelContext.single(torch.device(device))
     if is_hf(path):

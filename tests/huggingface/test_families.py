@@ -52,6 +52,22 @@ def test_logits_loss_and_gradients_are_those_of_transformers(tmp_path, case):
         compare_gradients(theirs, ours)
 
 
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 3e-5), (torch.bfloat16, 0.5), (torch.float16, 0.05)])
+def test_the_dtype_of_a_plain_module_is_chosen_at_load(tmp_path, dtype, close):
+    path, ids = directory("llama", tmp_path), tokens()
+    model, want = megatrain.load(path, dtype=dtype), megatrain.load(path)(ids)
+    assert model(ids).dtype == dtype and apart(model(ids).float(), want) < close
+    for cast, to in ((megatrain.load(path).to(dtype), dtype), (model.float(), torch.float32)):
+        was = torch.float32 if to == dtype else dtype
+        with pytest.raises(ValueError, match="no cast changes") as told:
+            cast(ids)
+        assert str(told.value) == (
+            f"embedding.tokens is {to}, and this model was loaded to compute in {was}, which no cast changes afterwards: "
+            f"megatrain.load(PATH, dtype={to})"
+        )
+        cast.to(was)(ids)
+
+
 def compare_gradients(theirs, ours):
     """Every gradient of ours lies in theirs where the family's table says."""
     of = {name: p.grad for name, p in theirs.named_parameters()}

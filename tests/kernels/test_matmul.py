@@ -133,6 +133,17 @@ def test_onednn_serves_float32_alone(onednn, dtype, size, served):
         assert ("mkldnn::_linear_pointwise" in ran.names) == (onednn and served)
 
 
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(
+    "pair", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_two_dtypes_are_refused_by_torch_whichever_library_serves(pair):
+    a, b = (torch.ones(4, 4, dtype=dtype) for dtype in pair)
+    for call in (lambda: linear(a, b), lambda: linear(a, b, b[0]), lambda: matmul(a, b)):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            call()
+
+
 @pytest.mark.parametrize("has", [True, False])
 @pytest.mark.parametrize(("rows", "biased"), [(4, True), (4, False), (0, True)])
 def test_onednn_adds_the_bias_of_bf16(monkeypatch, has, rows, biased):
