@@ -157,12 +157,20 @@ def find(path: Path, on_damaged: OnDamaged | None = None) -> Path:
     path = Path(path)
     if (path / MANIFEST).is_file():
         return path
+    damaged: list[str] = []
+
+    def tell(at: Path, reason: str) -> None:
+        damaged.append(f"{at.name}: {reason}")
+        if on_damaged is not None:
+            on_damaged(at, reason)
+
     for directory in (path, path / "checkpoints"):
-        found = newest(directory, on_damaged=on_damaged)
+        found = newest(directory, on_damaged=tell)
         if found is not None:
             return found
+    why = f" ({len(damaged)} cannot be used; the newest is {damaged[0]})" if damaged else ""
     raise CheckpointError(
-        f"no whole checkpoint in {path}. Give a step directory (it holds {MANIFEST}), a directory with step_XXXXXXXX in it, "
+        f"no whole checkpoint in {path}{why}. Give a step directory (it holds {MANIFEST}), a directory with step_XXXXXXXX in it, "
         "or a run directory."
     )
 

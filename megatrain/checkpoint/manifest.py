@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 import xxhash
@@ -26,7 +26,7 @@ from megatrain.checkpoint import boxes
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain, unique_keys
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
 from megatrain.files import pointer
-from megatrain.parallel.mesh import AXES, Axis, MeshShape, ParallelContext
+from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import AverageOver, Init, ParamSpec, Split
 from megatrain.parallel.portion import Partition, Portions, axis_of
 
@@ -36,6 +36,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 WEIGHTS = "weights"
 """The kind that holds the parameters: FP32 master weights where the run has them."""
+_FILLED = get_args(get_type_hints(Init)["kind"])
+"""Kinds of initial values."""
 STORED = frozenset(f.name for f in fields(ParamSpec) if f.compare)
 """The fields of a ParamSpec that are written."""
 PLACES = ("tp", "pp", "ep", "dp")
@@ -294,10 +296,11 @@ def tensor_from_json(row: Mapping[str, Any], unknown: set[str] | None = None) ->
     init = Init(**_known(Init, given.get("init", {}), unknown, "init."))
     shape = tuple(_count(n) for n in given["shape"])
     if split is not None:
-        if not 0 <= _count(split.dim) < len(shape) or _count(split.units, least=1) < 1 or split.axis not in AXES:
+        if not 0 <= _count(split.dim) < len(shape) or _count(split.units, least=1) < 1:
             raise ValueError(f"split of {given['name']!r} does not fit the shape {list(shape)}: {given['split']}")
-        if split.axis not in ("tp", "pp", "ep"):
-            raise ValueError(f"{given['name']!r} is split over axis {split.axis!r}; only tp, pp and ep have files of their own")
+        _one_of(("tp", "pp", "ep"), given["name"], "split.axis", split.axis)  # those that have files of their own
+    _one_of(get_args(AverageOver), given["name"], "average_over", given.get("average_over", ParamSpec.average_over))
+    _one_of(_FILLED, given["name"], "init.kind", init.kind)
     spec = ParamSpec(**{**given, "shape": shape, "split": split, "init": init})
     dtypes = dict(row["dtypes"])
     for kind, dtype in dtypes.items():
@@ -305,6 +308,15 @@ def tensor_from_json(row: Mapping[str, Any], unknown: set[str] | None = None) ->
         dtype_of(dtype)
     partition = Partition(_count(row["start"]), _count(row["shard"], least=1))
     return StoredTensor(spec, _count(row["stage"]), dtypes, partition, _count(row.get("ep", 0)))
+
+
+def _one_of(known: Sequence[str], tensor: str, key: str, value: Any) -> None:
+    """Raise ValueError for a value of a tensor's field that this release does not know."""
+    if value not in known:
+        raise ValueError(
+            f"tensor {tensor!r} has {key}={value!r}, and this release of megatrain knows {', '.join(known)} alone. If a newer one wrote "
+            "it, load it with that"
+        )
 
 
 def _known(of: type, given: Mapping[str, Any], unknown: set[str], prefix: str = "") -> dict[str, Any]:

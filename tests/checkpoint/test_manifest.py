@@ -8,7 +8,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.checkpoint.load import newest
+from megatrain.checkpoint.load import find, newest
 from megatrain.checkpoint.manifest import (
     FileRow,
     Manifest,
@@ -22,7 +22,7 @@ from megatrain.checkpoint.manifest import (
     tensor_to_json,
 )
 from megatrain.checkpoint.tensor_file import header_of
-from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
+from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Init, ParamSpec, Split
 from megatrain.parallel.portion import Partition
@@ -267,6 +267,34 @@ def test_a_row_as_it_is_written_and_one_with_a_field_less_and_one_more():
     assert tensor_from_json({**row, "spec": cut, "dtypes": {}, "start": 0, "shard": 9}) == expert
     named = StoredTensor(ParamSpec("e", (3,), average_over="edp"), 0, {}, Partition(0, 9), ep=2)
     assert tensor_to_json(named)["ep"] == 2 and tensor_from_json(tensor_to_json(named)) == named
+
+
+@pytest.mark.parametrize(
+    ("keys", "known"),
+    [(("average_over",), "dp_cp, edp"), (("split", "axis"), "tp, pp, ep"), (("init", "kind"), "normal, constant")],
+)
+def test_a_value_that_only_a_newer_release_knows_is_told(tmp_path, state, keys, known):
+    path = state.save(ParallelContext.single(), tmp_path / "checkpoints")
+    name = {}
+
+    def change(body):
+        tensor = next(t for t in body["tensors"] if t["spec"]["split"] is not None)
+        name.update(it=tensor["spec"]["name"])
+        put("spec", *keys, "surprise")(tensor)
+
+    rewritten(path, change)
+    why = (
+        f"{path}/manifest.json cannot be used: tensor {name['it']!r} has {'.'.join(keys)}='surprise', and this release of megatrain "
+        f"knows {known} alone. If a newer one wrote it, load it with that"
+    )
+    with pytest.raises(DamagedCheckpointError) as told:
+        read_manifest(path)
+    assert str(told.value) == why
+    for named in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError) as told:
+            find(named)
+        head = f"no whole checkpoint in {named} (1 cannot be used; the newest is {path.name}: {why}). Give a step directory (it"
+        assert str(told.value).startswith(head)
 
 
 def bytes_of(tensors, shape, blocks=1):
