@@ -10,8 +10,8 @@ and where `skip` is 1 nothing changes. n, the divisor and the flag stay on the d
 
 The Triton kernel reads g, w, m, v and writes w, m, v and the parameter rounded from w, each once: 30 bytes a parameter in BF16, 28
 with masters in halves (kernels/split_float.py). It gives the bits of the reference on a CPU, torch's own fused kernel, whose vectors
-round three products together with the sum after them, as x86 with FMA has it; so they are rounded here, and no others. (Of a number of
-elements that is no multiple of 16, torch leaves the last ones to its compiler. Buckets are multiples of 64.)
+round three products together with the sum after them, as x86 with FMA has it; so they are rounded here, and no others. (If the number of
+elements is no multiple of 16, the compiler decides how torch rounds the last ones. Buckets are multiples of 64.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatrain.kernels.dispatch import jit, tl
 from megatrain.kernels.update import Update
 
 BLOCK = 1024
-"""Elements that one Triton program takes."""
+"""Number of elements that one Triton program updates."""
 
 
 def adam_reference(
@@ -67,7 +67,7 @@ def adam_reference(
 
 
 def adam_numba(*given: Any, decoupled: bool = True) -> None:
-    """As `adam_triton`, of parameters in BF16 on a CPU."""
+    """`adam_triton` for BF16 parameters on a CPU, by numba."""
     from megatrain.kernels.cpu_adamw import adam  # noqa: PLC0415  numba is optional
 
     adam(*given, decoupled=decoupled)
@@ -122,7 +122,7 @@ def adam_triton(
     exp_avg_sq: torch.Tensor,
     decoupled: bool = True,
 ) -> None:
-    """Update parameters [n] of any dtype but float64, their masters and states, float32, in place. Contiguous.
+    """Update parameters [n] of any dtype but float64, with their masters and float32 states, in place; all contiguous.
 
     masters: float32; low: int16, the halves that BF16 parameters lack; where both are None the parameters are float32, their own masters.
     """

@@ -29,7 +29,7 @@ from megatrain.kernels.flex_attention import flex, takes
 from megatrain.kernels.sdpa import STEADY, Fused, fused
 
 BLOCK = {"cpu": 128, "cuda": 256}
-"""Queries in a block."""
+"""Number of queries in a block."""
 SCRATCH = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Largest number of scores at a time: on a CPU they stay in the last cache, on a GPU an operation takes far longer than its launch, while
 some five tensors of them, 134 MB each in 16 bits, are in memory at the worst."""
@@ -37,32 +37,32 @@ some five tensors of them, 134 MB each in 16 bits, are in memory at the worst.""
 
 @dataclass(frozen=True)
 class Variant:
-    """What an attention does besides softmax(q k^T / sqrt(d)) v."""
+    """Options of an attention: mask, ALiBi, dropout, dtype of the softmax, kernels."""
 
     mask: AttentionMask = CAUSAL
     slopes: torch.Tensor | None = None
-    """[a] of ALiBi (arXiv:2108.12409): slope times the distance of key and query is taken from the scores."""
+    """[a] slopes of ALiBi (arXiv:2108.12409): slope times the distance of key and query is subtracted from the score."""
     dropout: WeightDropout | None = None
     wide_softmax: bool = True
-    """ALiBi is added in at least float32; else in the dtype of the inputs. A softmax of torch is float32 inside either way."""
+    """Whether ALiBi is added in at least float32, else in the dtype of the inputs; torch's softmax is float32 inside either way."""
     order: tuple[Fused, ...] = STEADY
-    """Which of torch's fused kernels serve on a GPU, best first (`sdpa.py`)."""
+    """torch's fused kernels to use on a GPU, in order of preference (`sdpa.py`)."""
     kernels: Kernels = "auto"
-    """Which softmax serves on a CPU (`dispatch.py`)."""
+    """Implementation of the softmax on a CPU (`dispatch.py`)."""
 
     @property
     def fused(self) -> bool:
-        """Whether torch's fused causal kernel does this."""
+        """Whether torch's fused causal kernels support these options."""
         return self.mask.only_causal and self.unbiased and self.dropout is None
 
     @property
     def exact(self) -> bool:
-        """Neither dropout nor a narrow softmax."""
+        """Whether there is neither dropout nor a narrow softmax."""
         return self.dropout is None and self.wide_softmax
 
     @property
     def unbiased(self) -> bool:
-        """Neither ALiBi nor a narrow softmax."""
+        """Whether there is neither ALiBi nor a narrow softmax."""
         return self.slopes is None and self.wide_softmax
 
 
@@ -85,14 +85,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Varian
 
 
 class _BlockAttention(torch.autograd.Function):
-    """q [s, b, a, d], k and v [n, b, g, d] -> [s, b, a, d]."""
+    """Attention by blocks of queries: q [s, b, a, d], k and v [n, b, g, d] -> [s, b, a, d]."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> torch.Tensor:
         output = q.new_empty(q.shape)
         groups = k.shape[2]
         queries, keys, values = (_grouped(x, groups).contiguous() for x in (q, k, v))
-        ctx.save_for_backward(queries, keys, values)  # and not what they were copied from
+        ctx.save_for_backward(queries, keys, values)  # not the tensors they were copied from
         ctx.groups, ctx.variant = groups, variant
         target, room = _grouped(output, groups), _Room(queries)
         for block in _blocks(queries, keys, groups, variant):
@@ -122,27 +122,27 @@ class _BlockAttention(torch.autograd.Function):
 
 
 class _Room:
-    """What the blocks of one call use one after the other: memory for the scores, which so stays in a CPU's cache, and a mask."""
+    """Memory for the scores and the causal mask, shared by the blocks of one call so that it stays in a CPU's cache."""
 
     def __init__(self, like: torch.Tensor) -> None:
         self.memory, self.mask = like.new_empty(0), like.new_empty(0, 0)
 
     def of(self, *shape: int) -> torch.Tensor:
-        """Contiguous, with anything in it; what was given before is gone."""
+        """Uninitialised contiguous tensor of `shape`; overwrites the tensor returned before."""
         size = math.prod(shape)
         if self.memory.numel() < size:
             self.memory = self.memory.new_empty(size)
         return self.memory[:size].view(shape)
 
     def triangle(self, size: int, dtype: torch.dtype) -> torch.Tensor:
-        """[size, size]: -inf above the diagonal, else 0."""
+        """Causal mask [size, size]: -inf above the diagonal, else 0."""
         if self.mask.shape[0] != size or self.mask.dtype != dtype:
             self.mask = self.mask.new_full((size, size), -torch.inf, dtype=dtype).triu(1)
         return self.mask
 
 
 def _scaled_product(scale: float, a: torch.Tensor, b: torch.Tensor, room: _Room | None = None) -> torch.Tensor:
-    """scale a b, of a [n, i, j] and b [n, j, k], scaled before it is rounded: [n, i, k]."""
+    """scale a b, scaled before it is rounded: a [n, i, j], b [n, j, k] -> [n, i, k]."""
     shape = a.shape[0], a.shape[1], b.shape[2]
     out = a.new_empty(shape) if room is None else room.of(*shape)
     return out.baddbmm_(a, b, beta=0, alpha=scale)
@@ -162,21 +162,21 @@ def _numba_add(total: torch.Tensor, more: torch.Tensor) -> None:
 
 
 def _operand(x: torch.Tensor) -> torch.Tensor:
-    """What is to be multiplied: a slice in 16 bits torch on a CPU would copy at every product, and element by element."""
+    """x as a factor of a product: contiguous if 16-bit on a CPU, where torch else copies it at every product, element by element."""
     return x.contiguous() if x.device.type == "cpu" and x.dtype.itemsize == 2 else x
 
 
 def _grouped(x: torch.Tensor, groups: int) -> torch.Tensor:
     """[s, b, heads, d] -> a view [b g, heads/g, s, d] where the strides allow, else a copy; each group shares one key head.
 
-    What is multiplied is made contiguous: with BF16 on CPU, torch copies any other operand element by element, and at every product.
+    `_operand` makes slices of it contiguous.
     """
     s, b, heads, d = x.shape
     return x.unflatten(2, (groups, heads // groups)).permute(1, 2, 3, 0, 4).reshape(b * groups, heads // groups, s, d)
 
 
 def _ungrouped(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """[b g, r, s, d] -> a view [s, b, g r, d]: who reads it, and writes all three gradients beside one another, copies it then."""
+    """[b g, r, s, d] -> a view [s, b, g r, d]; the projection's backward copies it as it writes q|k|v's gradients side by side."""
     return x.unflatten(0, (-1, groups)).flatten(1, 2).permute(2, 0, 1, 3)
 
 
@@ -190,26 +190,26 @@ class _Block:
     spans: list[slice]
     offset: int
     heads: int
-    """Query heads of a group."""
+    """Number of query heads of a group, r."""
     groups: int
-    """Of a sequence."""
+    """Number of groups (key heads) of a sequence, g."""
     variant: Variant
 
     def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Of [b g, r, s, d] the block's queries, all r heads of a group behind one another: [n, r block, d]."""
+        """The block's rows of x [b g, r, s, d], the r heads of a group one after another: [n, r block, d]."""
         return _operand(x[self.part, :, self.start : self.end].flatten(1, 2))
 
     def by_head(self, y: torch.Tensor) -> torch.Tensor:
-        """[n, r block, d] -> [n, r, block, d]."""
+        """Split rows by head: [n, r block, d] -> [n, r, block, d]."""
         return y.unflatten(1, (self.heads, -1))
 
     def columns(self, x: torch.Tensor) -> torch.Tensor:
-        """Of keys or values [b g, 1, n, d] those that the block meets: [n, keys, d]."""
+        """The keys or values, out of [b g, 1, n, d], that the block's queries see: [n, keys, d]."""
         parts = [x[self.part, 0, span] for span in self.spans]
         return _operand(parts[0]) if len(parts) == 1 else torch.cat(parts, 1)
 
     def add(self, total: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Add the gradient of `columns` to that of the keys or values, [b g, 1, n, d]."""
+        """Add the gradient of `columns`, [n, keys, d], to that of all keys or values, `total` [b g, 1, n, d]."""
         compiled = use_numba(self.variant.kernels, gradient) and total.dtype == torch.float32 and len(self.spans) == 1
         done = 0
         for span in self.spans:
@@ -235,7 +235,7 @@ class _Block:
         compiled = use_numba(self.variant.kernels, scores)
         if compiled and self.variant.mask.only_causal:
             return _softmax(scores, self.end - self.start)
-        certain = self.variant.mask.seen_by_all(self.offset + self.start)  # of the one span, which then begins at key 0
+        certain = self.variant.mask.seen_by_all(self.offset + self.start)  # if above 0, the one span begins at key 0
         corner = by_head[..., certain:]
         if self.variant.mask.only_causal:
             corner += room.triangle(self.end - self.start, corner.dtype)
@@ -258,25 +258,25 @@ class _Block:
         return (x * factors.flatten(1, 2)).to(x.dtype)
 
     def _bias(self, slopes: torch.Tensor) -> torch.Tensor:
-        """ALiBi: [n, r, block, keys]."""
+        """ALiBi's bias of the scores: [n, r, block, keys]."""
         queries, keys = self.places(slopes.device)
         of_group = slopes.view(self.groups, self.heads)[self._numbers(slopes.device) % self.groups]
         return of_group[:, :, None, None] * -(keys[None, :] - queries[:, None]).abs().to(slopes.dtype)
 
     def _hidden(self, device: torch.device, first: int) -> torch.Tensor:
-        """Which keys from number `first` on are not seen: [block, keys], or where sequences differ [n, 1, block, keys]."""
+        """Mask of hidden keys, from key `first` on: bool [block, keys], or [n, 1, block, keys] if sequences differ."""
         queries, keys = self.places(device)
         if self.variant.mask.uniform:
             return ~self.variant.mask.allowed(queries, keys[first:])
         return ~self.variant.mask.allowed(queries, keys[first:], self._numbers(device) // self.groups)[:, None]
 
     def _numbers(self, device: torch.device) -> torch.Tensor:
-        """Which of the b g groups these are."""
+        """Indices [n] of the block's groups among all b g."""
         return torch.arange(self.part.start, self.part.stop, device=device)
 
 
 def _blocks(queries: torch.Tensor, keys: torch.Tensor, groups: int, variant: Variant) -> Iterator[_Block]:
-    """Every block of queries [b g, r, s, d] with the keys [b g, 1, n, d] that it meets, g of them a sequence."""
+    """Blocks of the queries [b g, r, s, d], each with the spans of keys [b g, 1, n, d] that it sees; groups: g."""
     count, heads, s, _ = queries.shape
     n = keys.shape[2]
     offset = n - s
@@ -284,12 +284,12 @@ def _blocks(queries: torch.Tensor, keys: torch.Tensor, groups: int, variant: Var
     height, scratch = BLOCK[kind], SCRATCH[kind]
     if (
         kind == "cpu" and queries.dtype.itemsize == 2 and torch.get_num_threads() > 1
-    ):  # who wait for each other at every operation
+    ):  # threads wait for each other at every operation
         height, scratch = 2 * height, 2 * scratch
     for start in range(0, s, height):
         end = min(start + height, s)
         spans = variant.mask.spans(offset + start, offset + end, n)
         largest = max(1, scratch // (heads * (end - start) * sum(span.stop - span.start for span in spans)))
-        size = -(-count // -(-count // largest))  # parts of about one size
+        size = -(-count // -(-count // largest))  # parts of nearly equal size
         for first in range(0, count, size):
             yield _Block(slice(first, min(first + size, count)), start, end, spans, offset, heads, groups, variant)

@@ -5,13 +5,13 @@
 A weight's fate is a word of (key, sample, head, query, key's place), `parallel/rng.py`'s. A row's two words are made once a tile,
 after which a weight costs one word, some 30 instructions in registers with its mask. Tiles as in FlashAttention-2 (arXiv:2307.08691):
 
-    forward     a tile of queries meets its keys, the softmax is kept up as it goes; of it the logarithm of its sum is saved
-    queries     the same way again, for dq; and for each query D = y dy, the sum of P dP over its keys, dropout or not
-    keys        a tile of keys meets the queries that see it, of all heads that share it, for dk and dv: nothing is added up by atomics
+    forward     a program takes a tile of queries through its keys with an online softmax, and saves each query's log-sum-exp
+    queries     the same loop computes dq, with D = y dy for each query, which is the sum of P dP over its keys with dropout too
+    keys        a program takes a tile of keys through the queries that see it, in all heads that share it, for dk and dv: no atomics
 
 Sums are float32, scores are not rounded. Windows, documents and prefixes are looked at within a tile, and tiles that they leave empty at
-either end of a row or column are not visited. What else there is (ALiBi, block-sparse masks, float32) takes blocks of queries
-(`attention.py`), where the weights that are in memory are multiplied by a kernel that makes the same words.
+either end of a row or column are not visited. Other attention (ALiBi, block-sparse masks, float32) is computed by blocks of
+queries (`attention.py`), whose weights, in memory, are multiplied by `drop_weights`, which makes the same words.
 """
 
 from __future__ import annotations
@@ -28,49 +28,49 @@ from megatrain.kernels.dispatch import bound, jit, jit_varying, next_power, tl
 from megatrain.kernels.dropout import descend, number
 
 LARGEST_HEAD = 128
-"""Beyond it a tile does not fit the registers."""
+"""Largest head dim d: tiles of a larger one do not fit the registers."""
 DTYPES = (torch.bfloat16, torch.float16)
 QUERIES, KEYS = 64, 64
-"""Of a tile."""
+"""Rows and columns of a tile."""
 COLUMNS = 1024
-"""Weights in memory that a program takes."""
+"""Largest number of weights of a row that a Triton program of `drop_weights` takes."""
 
 Factors = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Which of the b sequences [n], which of the a heads [n, r], places of queries [q] and of keys [k] -> factors of the weights
-[n, r, q, k], 0 or 1 / (1 - p)."""
+"""(sequence indices [n], head indices [n, r], positions of queries [q] and of keys [k]) -> factors of the weights [n, r, q, k], each 0 or
+1 / (1 - p)."""
 
 
 @dataclass(frozen=True)
 class Words:
-    """What the kernels make the factors of."""
+    """Random key and dropout rate from which kernels make the factors (`parallel/rng.py`)."""
 
     key: tuple[int, int]
-    """Signed words of the key below which samples lie."""
+    """The two words, as signed int32, of the key from which the samples' keys are derived."""
     split: tuple[int, int]
-    """How the second word of a key is told from the first."""
+    """The two constants that are XORed into a key to derive the second word of the next (`dropout.descend`)."""
     threshold: int
-    """Signed words below it drop."""
+    """Threshold as signed int32: weights whose word is below it are dropped."""
     scale: float
-    """1 / (1 - p)."""
+    """Factor of the weights that are kept, 1 / (1 - p)."""
     samples: torch.Tensor
-    """[b] int64 place of each sequence in the global batch."""
+    """[b] int64 index of each sequence in the global batch."""
     first_head: int
-    """Number of this rank's first head in the whole model."""
+    """Index of this rank's first head among the model's heads."""
 
     @property
     def numbers(self) -> tuple[Any, ...]:
-        """As the kernels take them."""
+        """Runtime arguments of the kernels, in their order."""
         return (self.samples, self.first_head, *self.key, self.threshold, self.scale)
 
     @property
     def constants(self) -> dict[str, Any]:
-        """As the kernels take them."""
+        """Compile-time arguments of the kernels."""
         return {"SPLIT_FIRST": self.split[0], "SPLIT_SECOND": self.split[1]}
 
 
 @dataclass(frozen=True)
 class WeightDropout:
-    """Dropout of attention's weights, in plain PyTorch and, where Triton serves, for its kernels."""
+    """Dropout of attention's weights: `factors` in plain PyTorch, `words` for Triton's kernels."""
 
     factors: Factors
     words: Words | None = None
@@ -104,9 +104,10 @@ def _weights_kernel(
 def drop_weights(
     x: torch.Tensor, words: Words, first_group: int, groups: int, heads: int, first_query: int, spans: list[slice]
 ) -> torch.Tensor:
-    """Weights [n, heads q, k], of n of the b g groups from number `first_group` on, times their factors.
+    """Weights [n, heads q, k] of groups first_group .. first_group + n - 1, out of all b g, times their factors.
 
-    groups: of a sequence, of `heads` heads each; queries lie from place `first_query` on, keys where one or two `spans` say.
+    groups: number of groups of a sequence; heads: query heads of a group; first_query: position of the first query; spans: one or two
+    ranges of positions of the keys.
     """
     y = torch.empty_like(x)
     n, rows, columns = x.shape
@@ -125,7 +126,7 @@ def drop_weights(
 
 @jit
 def _tile(x, rows, stride, dims, s, D: tl.constexpr):
-    """Rows of one head: [rows, dims]."""
+    """Load rows of one head, 0 outside it: [rows, dims]."""
     inside = (rows < s)[:, None] & (dims < D)[None, :]
     return tl.load(x + rows.to(tl.int64)[:, None] * stride + dims[None, :], mask=inside, other=0.0)
 
@@ -145,13 +146,13 @@ def _head_key(samples, sequence, head, key_first, key_second, SPLIT_FIRST: tl.co
 
 @jit
 def _of(x, rows, stride, s):
-    """A number of each row's token."""
+    """Load the integer x holds for each row's token (document or prefix), -1 beyond the sequence: [rows]."""
     return tl.load(x + rows.to(tl.int64) * stride, mask=rows < s, other=-1).to(tl.int32)
 
 
 @jit
 def _before(documents, stride, which, s, BLOCK: tl.constexpr):
-    """How many tokens lie in documents before number `which`: its first token's place, since numbers do not fall."""
+    """First position of document `which`: the number of tokens of earlier documents, since documents are numbered in order."""
     count = tl.zeros([BLOCK], tl.int32)
     for at in range(0, bound(s), BLOCK):
         rows = at + tl.arange(0, BLOCK)
@@ -161,7 +162,7 @@ def _before(documents, stride, which, s, BLOCK: tl.constexpr):
 
 @jit
 def _seen(rows, columns, limits, mine, theirs, window, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr):
-    """Which keys queries see (`AttentionMask.sees`). rows and limits, columns: of shapes that broadcast; mine, theirs: documents."""
+    """Mask of seen keys, as `AttentionMask.sees`. rows, limits, mine: queries' positions, prefixes, documents; columns, theirs: keys'."""
     seen = columns <= rows
     if PREFIX:
         seen = seen | (columns < limits)
@@ -177,7 +178,7 @@ def _keys_met(
     start, limits, documents, stride, window, s,
     PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The first key, in whole tiles, and behind the last that queries start .. start + M - 1 may see. limits: theirs."""
+    """(first, stop) of the keys that queries start .. start + M - 1 may see; first begins a tile. limits: the queries' prefixes."""
     first, last = 0, tl.minimum(start + M, s)
     if PREFIX:
         last = tl.minimum(tl.maximum(last, tl.max(limits, 0)), s)
@@ -195,7 +196,7 @@ def _queries_met(
     start, limits, l_s, documents, d_s, window, s,
     PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, WINDOW: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """The first query, in whole tiles, and behind the last that may see keys start .. start + N - 1."""
+    """(first, stop) of the queries that may see keys start .. start + N - 1; first begins a tile."""
     first, last = start, s
     if PREFIX:
         furthest = tl.zeros([256], tl.int32)
@@ -222,7 +223,7 @@ def _forward_kernel(
     D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(s, M)
-    which, start = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M  # the longest rows first
+    which, start = tl.program_id(0) // tiles, (tiles - 1 - tl.program_id(0) % tiles) * M  # the tiles with the most keys first
     sequence, head = (which // heads).to(tl.int64), (which % heads).to(tl.int64)
     rows, dims = start + tl.arange(0, M), tl.arange(0, DIMS)
     k += sequence * k_b + head // repeat * k_h
@@ -251,7 +252,7 @@ def _forward_kernel(
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * bits
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        level = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # rows that have seen no key yet
         p, fade = tl.exp2(scores - level[:, None]), tl.exp2(top - level)
         word = number(columns.to(tl.uint32)[None, :], a[:, None], c[:, None]).to(tl.int32, bitcast=True)
         kept = tl.where(word >= threshold, p * scale, 0.0)
@@ -322,7 +323,7 @@ def _keys_kernel(
     D: tl.constexpr, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(s, N)
-    which, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * N  # the longest columns first
+    which, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * N  # the tiles with the most queries first
     sequence, group = (which // groups).to(tl.int64), (which % groups).to(tl.int64)
     columns, dims = start + tl.arange(0, N), tl.arange(0, DIMS)
     key = _tile(k + sequence * k_b + group * k_h, columns, k_s, dims, s, D)
@@ -378,7 +379,7 @@ def _keys_kernel(
 
 
 def fits(q: torch.Tensor, k: torch.Tensor, mask: AttentionMask) -> bool:
-    """Whether the tiles do this: q [s, b, a, d], k [n, b, g, d]."""
+    """Whether the tiled kernels support this attention: q [s, b, a, d], k [n, b, g, d]."""
     return len(q) == len(k) and q.shape[-1] <= LARGEST_HEAD and q.dtype in DTYPES and mask.causal and mask.sparse is None
 
 
@@ -388,7 +389,7 @@ def tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words, mask:
 
 
 class _Tiled(torch.autograd.Function):
-    """-> [s, b, a, d]."""
+    """q [s, b, a, d], k and v [s, b, g, d] -> [s, b, a, d]."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, words: Words, mask: AttentionMask) -> torch.Tensor:
@@ -426,11 +427,11 @@ class _Tiled(torch.autograd.Function):
 
 
 def _masked(mask: AttentionMask, words: Words, s: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the kernels take of a mask: tensors with their strides of tokens and of sequences, and which there are.
+    """A mask as arguments of the kernels: tensors, each with its strides of tokens and sequences, and flags for those present.
 
-    A window is as wide as the sequence at most: the kernels add it to places, in 32 bits.
+    A window is cut to the sequence's length: the kernels add it to positions, in 32 bits.
     """
-    absent = (words.samples, 0, 0)  # an address that nobody reads
+    absent = (words.samples, 0, 0)  # a valid address, never read
     prefix, documents = mask.prefix, mask.documents
     limits = absent if prefix is None else (prefix, *((0, *prefix.stride()) if prefix.dim() == 1 else prefix.stride()))
     numbers = absent if documents is None else (documents, *documents.stride())
@@ -439,10 +440,10 @@ def _masked(mask: AttentionMask, words: Words, s: int) -> tuple[tuple[Any, ...],
 
 
 def _tiles(d: int, queries: int = QUERIES) -> dict[str, Any]:
-    """queries: of a tile; with fewer, what the kernel for keys adds up has room in the registers."""
+    """Tile settings of the kernels. queries: rows of a tile; fewer leave the keys' backward registers for its sums."""
     return {"D": d, "DIMS": max(16, next_power(d)), "M": queries, "N": KEYS, "num_warps": 4 if _few(d) else 8, "num_stages": 2}
 
 
 def _few(d: int) -> bool:
-    """Whether a head takes few registers: numbers that are read one by one take an address each."""
+    """Whether a head dim needs few registers: elements that are not loaded as vectors need an address each."""
     return d <= 64 and d % 8 == 0

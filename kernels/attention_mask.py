@@ -24,19 +24,19 @@ import torch
 
 @dataclass(frozen=True)
 class BlockSparse:
-    """Local and global blocks."""
+    """A sparse mask of local and global blocks of tokens."""
 
     block: int
-    """Tokens in a block."""
+    """Number of tokens in a block."""
     local_blocks: int
-    """Blocks that a query sees up to its own, which is one of them."""
+    """Number of last blocks that a query sees, its own included."""
     global_blocks: int
-    """Blocks at the beginning that all queries see."""
+    """Number of first blocks that all queries see."""
 
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """One value for all that a mask can be. All parts but `documents` and `prefix` are the same for every sequence."""
+    """An attention mask: the conjunction of its parts. All but `documents` and `prefix` are the same for every sequence."""
 
     causal: bool = True
     window: int | None = None
@@ -46,14 +46,14 @@ class AttentionMask:
     prefix: torch.Tensor | None = None
     """[b] int64 number of first keys that every query sees; or [s, b] the place before which a query at each place sees all keys."""
     on_host: AttentionMask | None = field(default=None, compare=False, repr=False)
-    """The same in the host's memory, which can be asked for spans without waiting for a device; None: this one is asked."""
+    """This mask with its tensors in host memory, from which `spans` are read without waiting for the device; None: read from this one."""
 
     _narrowed: dict[tuple[Any, Any], AttentionMask] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def within(self, window: int | None, sparse: tuple[int, int, int] | None = None) -> AttentionMask:
         """This mask in a layer with a window or with sparse blocks (tokens of a block, local blocks, global blocks).
 
-        The same object for all layers that have the same: kernels remember what they made of a mask by which one it is.
+        Layers with equal arguments get the same object: kernels cache what they derive from a mask by its identity.
         """
         if window is None and sparse is None:
             return self
@@ -64,21 +64,21 @@ class AttentionMask:
 
     @property
     def only_causal(self) -> bool:
-        """Whether nothing but causality is asked for."""
+        """Whether the mask is causal and nothing else."""
         return self.causal and self.uniform and self.window is None and self.sparse is None
 
     @property
     def uniform(self) -> bool:
-        """Whether it is the same for every sequence."""
+        """Whether the mask is the same for every sequence."""
         return self.documents is None and self.prefix is None
 
     @property
     def _asked(self) -> AttentionMask:
-        """The mask whose documents and prefixes are looked at here and now."""
+        """The mask whose `documents` and `prefix` are read on the host: `on_host` if there is one."""
         return self if self.on_host is None else self.on_host
 
     def spans(self, start: int, end: int, keys: int) -> list[slice]:
-        """The keys, of `keys`, that some query of start .. end - 1 may see: disjoint, rising."""
+        """Ranges of the keys, out of 0 .. keys - 1, that any of the queries start .. end - 1 may see: disjoint, ascending."""
         first, last = 0, self._last(start, end, keys)
         if self.window is not None:
             first = max(0, start - self.window + 1)
@@ -97,7 +97,7 @@ class AttentionMask:
         return [span for span in (slice(first, everywhere), slice(near, last)) if span.start < span.stop]
 
     def _last(self, start: int, end: int, keys: int) -> int:
-        """Behind the last key that some query of start .. end - 1 may see."""
+        """One past the last key that any of the queries start .. end - 1 may see."""
         if not self.causal:
             return keys
         prefix = self._asked.prefix
@@ -107,7 +107,7 @@ class AttentionMask:
         return min(keys, max(end, int(of.max())))
 
     def seen_by_all(self, start: int) -> int:
-        """So many first keys are seen by every query from place `start` on, in every sequence."""
+        """Number of first keys that every query from position `start` on sees, in every sequence."""
         if self.window is not None or self.sparse is not None or self.documents is not None or not self.causal:
             return 0
         prefix = self._asked.prefix
@@ -117,7 +117,7 @@ class AttentionMask:
     def sees(self, q: torch.Tensor, k: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
         """Whether queries at places `q` may see keys at places `k`, documents aside: bool, of their broadcast shape.
 
-        prefix: that of each query.
+        prefix: each query's number of first keys seen, of a shape that broadcasts with `q`.
         """
         seen = k <= q if self.causal else (k - q) == (k - q)
         if prefix is not None:
@@ -153,11 +153,11 @@ CAUSAL = AttentionMask()
 
 
 def _first_of_document(documents: torch.Tensor, start: int) -> int:
-    """First place, in any sequence, of a document that goes on at `start`."""
+    """Least first position, over all sequences, of the document that contains position `start`."""
     return int((documents[: start + 1] < documents[start]).sum(0).min())
 
 
 def keys_seen(mask: AttentionMask, length: int) -> float:
-    """How many keys a query of a sequence of `length` sees on average, documents aside; its own key counts half, as in s/2."""
+    """Mean number of keys that a query of a sequence of `length` sees, documents aside; its own key counts half, as in s/2."""
     places = torch.linspace(0, length - 1, min(length, 512)).round().long()
     return float(mask.allowed(places, torch.arange(length)).sum(1, dtype=torch.float64).mean()) - 0.5

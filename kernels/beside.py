@@ -19,7 +19,7 @@ def beside(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def together(*parts: torch.Tensor) -> torch.Tensor:
-    """As `beside`, with a gradient: that of the whole, cut into its columns."""
+    """`beside` with a gradient: each part [..., n_i] gets its columns of the whole's."""
     return parts[0] if len(parts) == 1 else _Together.apply(*parts)
 
 
@@ -35,7 +35,7 @@ class _Together(torch.autograd.Function):
 
 
 def _view_over(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One view of parts whose columns follow one another in every row; None where they do not."""
+    """View [..., sum of n_i] over parts [..., n_i] that are adjacent in one storage, row by row; None if they are not."""
     first = parts[0].detach()
     at, storage = first.storage_offset(), first.untyped_storage()
     for part in parts:

@@ -36,9 +36,9 @@ def require_compiler(device: torch.device) -> None:
 
 @cache
 def compiled(function: Callable[..., Any], purpose: str, **settings: Any) -> Callable[..., Any]:
-    """A stretch with some arguments settled, as one graph for each set of shapes; shared by all layers that ask for the same.
+    """`function` with `settings` bound, compiled to one graph for each set of shapes; layers with equal arguments share it.
 
-    purpose: what it is for. The compiler counts the graphs of a piece of code and refuses more than a few: each purpose has its own
+    purpose: name of its use. The compiler counts the graphs of a piece of code and refuses more than a few: each purpose has its own
     copy, so that norms of other widths do not count together.
     """
     own = FunctionType(
@@ -60,13 +60,13 @@ def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: 
 def add_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual)."""
+    """(norm(x + residual), x + residual), both [..., n]."""
     total = x + residual
     return norm(total, weight, bias, eps, rms), total
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """x [s, b, a, d], its first r numbers turned by cos and sin [s, b, r/2]."""
+    """x [s, b, a, d] with the first r elements of each head rotated by cos and sin [s, b, r/2]."""
     pairs = cos.shape[-1]
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
@@ -93,7 +93,7 @@ def heads(
 
 
 def activation(inner: torch.Tensor, kind: str) -> torch.Tensor:
-    """An MLP's activation of [..., f], or of gate|up [..., 2 f] beside one another, as its gradient will lie too."""
+    """An MLP's activation of x [..., f], or if gated of gate|up [..., 2 f]: [..., f]."""
     if kind not in GATES:
         return PLAIN[kind](inner)
     gate, up = inner.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""What the kernels for a CPU in BF16 are written with: numba's compiler (`train.kernels=numba`), which needs no other.
+"""Base of the kernels for BF16 on a CPU: numba's compiler (`train.kernels=numba`), which needs no C compiler.
 
 torch's operations make a pass over memory each, and many of them convert BF16 on the way; a kernel here makes one pass, vectorised.
 numba knows no BF16: tensors are read as 16-bit integers (`flat`), widened and rounded by integer arithmetic. What keeps a loop vectorised:
@@ -9,8 +9,8 @@ numba knows no BF16: tensors are read as 16-bit integers (`flat`), widened and r
     a loop to itself        each inner loop is a function (`jit`), which the compiler so has whole; choices are made around it
     sums                    `jit_sums` may add in any order, as vectors do. Nothing assumes that there is no NaN or infinity
 
-A kernel works through `PARTS` parts of its rows, by whichever thread: sums of parts, and so all bits, are the same for any number of
-threads. Compiled code is kept for the next process (`cache_folder`).
+A kernel divides its rows into `PARTS` parts, whatever the number of threads, so that sums of parts, and all bits, do not depend on it.
+Compiled code is cached on disk (`cache_folder`).
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 PARTS = 32
-"""Of the rows of a kernel, each worked through by one thread."""
+"""Number of parts that a kernel's rows are divided into; one thread works through a part."""
 SPLIT = 1 << 16
-"""Numbers from which on it is worth it to wake another thread."""
+"""Fewest elements for which a kernel runs on several threads."""
 
-numba.config.THREADING_LAYER = "omp"  # the one that several threads may call at a time, as torch's
+numba.config.THREADING_LAYER = "omp"  # the layer that several threads may call at once; torch has OpenMP too
 
 
 class _Cache(FunctionCache):
-    """numba's, which neither a full disk nor a broken file stops."""
+    """numba's cache of compiled functions; a full disk or a damaged file is no error: the function is compiled again."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What is kept for these types of arguments; None: nothing that can be read."""
+        """The compiled function cached for argument types `sig`; None if there is none or its file cannot be read."""
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
             return super().load_overload(sig, target_context)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep it, where there is room."""
+        """Cache the compiled function `data` for argument types `sig`; not an error if it cannot be written."""
         with contextlib.suppress(OSError, EOFError, pickle.UnpicklingError):
             super().save_overload(sig, data)
 
 
 @cache
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept, apart for each version of these files: numba looks at a kernel's file, not at what it calls.
+    """Folder of compiled kernels, named by a hash of all cpu*.py: numba itself checks a kernel's file, not the functions it calls.
 
-    In NUMBA_CACHE_DIR, or megatrain in XDG_CACHE_HOME or ~/.cache; None where it cannot be written: each process compiles anew.
+    It lies in NUMBA_CACHE_DIR, else in megatrain/ of XDG_CACHE_HOME or ~/.cache; None if not writable: each process compiles anew.
     """
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -68,18 +68,18 @@ def cache_folder() -> Path | None:
         digest = hashlib.sha256(b"".join([numba.__version__.encode(), *sources])).hexdigest()[:16]
         folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(home, "megatrain"), f"kernels-{digest}")
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter: nobody's home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return None
     return folder if os.access(folder, os.W_OK) else None
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """A function that kernels call, whose operations keep their order."""
+    """Compile a function that kernels call; floating-point operations keep their order."""
     return numba.njit(error_model="numpy", nogil=True, fastmath={"contract"})(function)
 
 
 def jit_sums(function: Callable[..., Any]) -> Any:
-    """A function that kernels call, whose own sums may be taken in any order."""
+    """Compile a function that kernels call; its sums may be reordered, so that they vectorise."""
     return numba.njit(error_model="numpy", nogil=True, fastmath={"contract", "reassoc", "nsz"})(function)
 
 
@@ -94,7 +94,7 @@ class Kernel:
         self.split = _compiled(function, "split", parallel=True)
 
     def __call__(self, numbers: int, *arguments: Any) -> None:
-        """numbers: how many are worked on."""
+        """numbers: number of elements processed; fewer than `SPLIT` run on one thread."""
         threads = torch.get_num_threads()
         if threads == 1 or numbers < SPLIT:
             self.alone(*arguments)
@@ -105,7 +105,7 @@ class Kernel:
 
 
 def _compiled(function: Callable[..., Any], how: str, parallel: bool) -> Any:
-    """numba's dispatcher of a function under a name of its own, by which compiled code is kept."""
+    """numba's dispatcher of a copy of `function` named after `how`, since the cache finds compiled code by name."""
     own = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_{how}")
     own.__qualname__, own.__module__ = own.__name__, function.__module__
     found = numba.njit(error_model="numpy", nogil=True, fastmath={"contract"}, parallel=parallel)(own)
@@ -119,14 +119,14 @@ def _compiled(function: Callable[..., Any], how: str, parallel: bool) -> Any:
 
 @cache
 def _wake() -> None:
-    """Start numba's threads, which sets the number of torch's too: back to what it was."""
+    """Start numba's threads, then restore torch's number of threads, which that changes."""
     threads = torch.get_num_threads()
     numba.get_num_threads()
     torch.set_num_threads(threads)
 
 
 def flat(x: torch.Tensor) -> Any:
-    """The numbers of x in memory, from its first to its last, one behind the other: BF16 as uint16."""
+    """Memory of x from its first to its last element as an array [n]; BF16 as uint16."""
     if not x.is_contiguous():
         size = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() > 0 else 0
         x = x.as_strided((size,), (1,))
@@ -141,7 +141,7 @@ def line(x, start, count):
 
 @jit
 def clear(x):
-    """Write 0 to every number. In a kernel on several threads numba leaves `line(...)[:] = 0` out: of an array with no other name."""
+    """Write 0 to every element. In a parallel kernel numba drops `line(...)[:] = 0`, an assignment to an unnamed array."""
     for i in range(len(x)):
         x[i] = 0
 
@@ -171,7 +171,7 @@ def wide(x):
 
 @jit
 def narrow(x):
-    """The 16 bits of the BF16 next to a float32, to even at a tie; NaN stays."""
+    """Bits of a float32 rounded to BF16, ties to even; NaN stays NaN."""
     bits = bits_of(x)
     rounded = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.uint16(rounded) if x == x else np.uint16(0x7FC0)  # noqa: PLR0124  NaN is not itself
@@ -179,7 +179,7 @@ def narrow(x):
 
 @jit
 def exp(x):
-    """e^x of a float32, within 1e-6 of it for what a softmax has; 0 below -87, infinite above 88."""
+    """e^x of a float32, with a relative error below 6e-6 for -87 <= x <= 0; 0 below -87, infinite above 88."""
     power = x * np.float32(1.4426950408889634)
     near = power + np.float32(12582912.0)
     rest = power - (near - np.float32(12582912.0))

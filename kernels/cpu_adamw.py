@@ -15,13 +15,13 @@ from megatrain.kernels.cpu import PARTS, Kernel, bits_of, flat, float_of, line
 from megatrain.kernels.update import Update
 
 CHUNK = 2048
-"""Numbers that a thread works on at a time: they stay in its first cache."""
-exact = numba.njit(error_model="numpy", nogil=True)  # LLVM joins a product and a sum of one loop all the same
+"""Number of elements that a thread updates at a time: they stay in its first-level cache."""
+exact = numba.njit(error_model="numpy", nogil=True)  # no flag: but LLVM still fuses a product and a sum of one loop
 
 
 @intrinsic
 def fma(_context, a, b, c):
-    """a b + c of float32, rounded once."""
+    """a b + c in float32, rounded once."""
 
     def generate(context, builder, signature, given):
         return builder.fma(*given)
@@ -58,7 +58,7 @@ def _shrink(w, keep):
 
 
 @exact
-def _move(w, delta):  # a loop of its own, or the product before it would be rounded with the sum
+def _move(w, delta):  # a separate loop, or LLVM would round the product before it together with this sum
     for i in range(len(w)):
         w[i] = w[i] + delta[i]
 
@@ -120,7 +120,7 @@ def adam(
     *,
     decoupled: bool,
 ) -> None:
-    """As `adam_triton`, of parameters in BF16."""
+    """`adamw.adam_triton` for BF16 parameters on a CPU."""
     if float(update.skip) > 0:
         return
     beta1, beta2 = update.betas

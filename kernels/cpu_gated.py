@@ -174,7 +174,7 @@ def _gate_back(x, stride, up, stride_up, dy, both, sums, rows, columns, curve):
 
 
 def activate(x: torch.Tensor, up: torch.Tensor | None, curve: int) -> torch.Tensor:
-    """x and `up` [rows, f], numbers of a row side by side -> act(x), or act(x) up: [rows, f]. curve: of kernels/gated.py."""
+    """act(x), or act(x) up: [rows, f], from x and `up` [rows, f] with contiguous rows. curve: number of act in gated.CURVES."""
     rows, columns = x.shape
     y = torch.empty(rows, columns, dtype=x.dtype)
     if up is None:

@@ -1,5 +1,5 @@
-"""Moves of a CPU in BF16 that add up on the way: gradients of heads into rows of q|k|v (kernels/rotary.py), and of a block's keys into
-those of all (kernels/attention.py)."""
+"""Copies of BF16 on a CPU that also sum: gradients of heads into rows of q|k|v, with their sum over tokens (kernels/rotary.py), and of
+a block's keys and values added to those of all (kernels/attention.py)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _add(x, total, stride, rows, n):
 
 
 def place(x: torch.Tensor, rows: torch.Tensor, start: int, sums: torch.Tensor) -> None:
-    """Copy heads x [s, b, heads, d], numbers of a head side by side, to columns `start` .. of rows [s, b, width], contiguous.
+    """Copy heads x [s, b, heads, d], each head contiguous, to columns `start` .. of rows [s, b, width], contiguous.
 
     sums [PARTS, width] float32: the same columns become sums over parts of the tokens.
     """
@@ -50,6 +50,6 @@ def place(x: torch.Tensor, rows: torch.Tensor, start: int, sums: torch.Tensor) -
 
 
 def add(total: torch.Tensor, more: torch.Tensor) -> None:
-    """total [n, keys, d] float32, whose keys lie behind one another, += `more`, BF16 and contiguous."""
+    """total [n, keys, d] += more [n, keys, d]; total is float32 with contiguous keys, `more` BF16 and contiguous."""
     rows, keys, d = more.shape
     _add(more.numel(), flat(more), flat(total), total.stride(0), rows, keys * d)

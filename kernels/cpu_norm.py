@@ -24,7 +24,7 @@ def _add(x, residual, out, y):
     total = np.float32(0.0)
     for i in range(len(x)):
         out[i] = narrow(wide(x[i]) + wide(residual[i]))
-        y[i] = wide(out[i])  # what the backward will read
+        y[i] = wide(out[i])  # the values that the backward will read
         total += y[i]
     return total
 
@@ -141,7 +141,7 @@ def _backward(dy, dtotal, total, weight, means, scales, dx, sums, rows, n, rms, 
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, x + residual or x, means, scales) of x and `residual` [.., n], contiguous."""
+    """(y, x + residual or x, means, scales) for x and `residual` [..., n], contiguous; means and scales: [rows] float32."""
     n = x.shape[-1]
     rows = x.numel() // n
     y, means, scales = torch.empty_like(x), torch.empty(rows), torch.empty(rows)

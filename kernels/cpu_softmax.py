@@ -12,7 +12,7 @@ from megatrain.kernels.cpu import PARTS, Kernel, clear, exp, flat, jit, jit_sums
 
 @jit
 def _largest(x):
-    """Compared as integers, which vectors do at once: positive ones lie as they should, negative ones with their magnitudes turned."""
+    """Largest of the BF16 numbers x, by comparing integers, which vectorises; bits of negative ones are inverted to order them."""
     top = np.int16(-0x8000)
     for i in range(len(x)):
         bits = np.int16(x[i])
@@ -76,7 +76,7 @@ def _gradient(x, stride, ids, width, factor, spread):
 
 
 def softmax(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Softmax of x [.., keys], contiguous, in place. Row r sees all keys but the last block - 1 - r % block, which become 0."""
+    """Softmax of x [..., keys], contiguous, in place. Row r sees all keys but the last block - 1 - r % block, which become 0."""
     keys = x.shape[-1]
     _softmax(x.numel(), flat(x), x.numel() // keys, keys, block)
     return x
@@ -85,12 +85,12 @@ def softmax(x: torch.Tensor, block: int) -> torch.Tensor:
 def statistics(logits: torch.Tensor, ids: int, top: torch.Tensor, total: torch.Tensor) -> None:
     """Write the largest of the first `ids` of each row of logits [n, width] and the sum of exp(x - largest), [n] float32.
 
-    These numbers become the exponentials. Numbers of a row lie side by side.
+    The logits are replaced by these exponentials. Rows are contiguous.
     """
     _statistics(len(logits) * ids, flat(logits), logits.stride(0), ids, flat(top), flat(total))
 
 
 def gradient(logits: torch.Tensor, ids: int, factor: torch.Tensor, spread: torch.Tensor) -> None:
-    """The first `ids` of each row of logits [n, width] times factor, less spread, both [n] float32; the rest becomes 0."""
+    """Multiply the first `ids` elements of each row of logits [n, width] by factor and subtract spread, both [n] float32; zero the rest."""
     width = logits.shape[1]
     _gradient(logits.numel(), flat(logits), logits.stride(0), ids, width, flat(factor), flat(spread))

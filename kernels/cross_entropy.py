@@ -3,7 +3,7 @@
     forward    top = largest logit, total = sum of exp(x - top), label's logit
     backward   the logits become factor exp(x - top) - spread, and at the label what the caller says
 
-What the ranks tell each other in between is in `parallel/vocabulary.py`. Statistics are in at least float32. The reference turns logits
+The collectives between the two are in `parallel/vocabulary.py`. Statistics are in at least float32. The reference turns logits
 into their exponentials at once, which spares the backward an exp and two passes; Triton's forward only reads, in one pass. Padding behind a
 row's ids is read by neither, and Triton's loads go over it whole: rows of 50,304 begin at a multiple of 16 bytes, those of 50,257 do not.
 """
@@ -18,7 +18,7 @@ import torch
 from megatrain.kernels.dispatch import Kernels, jit, next_power, tl, use_numba, use_triton
 
 BLOCK = 4096
-"""Ids that a Triton program takes at a time."""
+"""Number of ids that a Triton program takes at a time."""
 LOG2_E = math.log2(math.e)
 
 
@@ -31,11 +31,11 @@ def statistics_of(
     with_sum: bool = False,
     kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Of each row of logits [n, v_local] its largest value, the sum of exp(x - largest), the label's logit (0 where it is not
-    `here`), and the sum of its logits where asked for: [n] each.
+    """Statistics of each row of logits [n, v_local]: its largest value, the sum of exp(x - largest), the logit of label `local` (0
+    if not `here`), and with_sum the sum of its logits, else None: [n] each.
 
-    ids: of each row the first so many are logits, the rest is padding; None: all are. `logits` belong to `gradient_of` afterwards.
-    A rank without any id of a tiny vocabulary contributes -inf and 0.
+    ids: number of logits in a row, the rest is padding; None: all. `logits` are overwritten, for `gradient_of` alone to read.
+    A rank that has no ids of a tiny vocabulary returns -inf and 0.
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     top = torch.full((logits.shape[0],), -torch.inf, dtype=dtype, device=logits.device)
@@ -85,14 +85,14 @@ def gradient_of(
     ids: int | None = None,
     kernels: Kernels = "auto",
 ) -> None:
-    """Turn what `statistics_of` left of logits [n, v_local] into factor exp(x - top) - spread, and `label` in column `local` if `here`.
+    """Turn logits [n, v_local], as `statistics_of` left them, into factor exp(x - top) - spread, with `label` at `local` if `here`.
 
-    All others: [n]. ids: as given there; padding becomes zero.
+    All other tensors: [n]. ids: as for `statistics_of`; padding becomes zero.
     """
     width = logits.shape[1]
     ids = width if ids is None else ids
     if logits.shape[0] * ids == 0:
-        logits.zero_()  # of a rank without ids, whose rows are padding alone
+        logits.zero_()  # a rank without ids: its rows are only padding
         return
     if use_triton(kernels, logits.device):
         of_rows = (top, factor, factor if spread is None else spread, local, here, label)
@@ -126,13 +126,13 @@ def _numba() -> Any:
 def _exponentials_in_16_bits(x: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     """exp(x - top), in place in float32, as good as 16 bits need: torch has exp2 of float32 on a CPU in a third of the time of exp.
 
-    The difference comes first: it is exact, and 0 for the largest. Of two large products the roundings alone would be left.
+    x - top is taken before the factor log2(e): it is exact, while the difference of two large products would be only their roundings.
     """
     return x.sub_(top).mul_(LOG2_E).exp2_()
 
 
 def _row_blocks(rows: torch.Tensor) -> list[slice]:
-    """Blocks of rows whose float32 copies stay in a CPU's cache; one block on a GPU."""
+    """Ranges of rows [n, width] whose float32 copies stay in a CPU's cache; one range on a GPU."""
     size = rows.shape[0] if rows.is_cuda else max(1, 2**19 // max(1, rows.shape[1]))
     return [slice(start, start + size) for start in range(0, rows.shape[0], size)]
 

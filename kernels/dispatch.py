@@ -41,11 +41,11 @@ except Exception as error:  # a broken installation raises anything, and auto do
     TRITON_LACKS = _lacking("Triton", "triton", "gpu", error)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs its kernels in Python; it must be said before megatrain is imported."""
+"""Whether Triton's interpreter runs kernels in Python; the variable must be set before megatrain is imported."""
 
 
 LEAST = 1 << 14
-"""Numbers of a tensor from which on numba's kernels serve: below, the call itself is what costs."""
+"""Fewest elements of a tensor for which numba's kernels are used: for fewer, the call takes longer than the work."""
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -54,7 +54,7 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def jit_varying(*arguments: str) -> Callable[[Callable[..., Any]], Any]:
-    """As `jit`; of these numbers none is compiled for, not even a 1 or a multiple of 16."""
+    """`jit` without specialization of the named arguments: neither 1 nor multiples of 16 are compiled for separately."""
     return lambda function: function if triton is None else triton.jit(do_not_specialize=arguments)(function)
 
 
@@ -62,19 +62,19 @@ if INTERPRETED:
 
     @jit
     def bound(x):
-        """The bound of a loop: Triton's interpreter holds an array of one number there, of which numpy 2.4 makes no index."""
+        """A loop's bound as an int: Triton's interpreter has an array of one element, which numpy 2.4 does not take as an index."""
         return x if isinstance(x, int) else x.handle.data.item()
 
 else:
 
     @jit
     def bound(x):
-        """The bound of a loop, which is a number where it is compiled."""
+        """A loop's bound, unchanged: compiled kernels have a scalar already."""
         return x
 
 
 def use_triton(kernels: Kernels, device: torch.device) -> bool:
-    """Whether Triton's kernels serve on a device. Raises ValueError where they are asked for and cannot."""
+    """Whether Triton's kernels are used on a device. Raises ValueError if they are requested and unavailable."""
     if kernels in ("numba", "reference"):
         return False
     possible = triton is not None and (device.type == "cuda" or INTERPRETED)
@@ -87,7 +87,7 @@ def use_triton(kernels: Kernels, device: torch.device) -> bool:
 
 
 def use_numba(kernels: Kernels, x: torch.Tensor) -> bool:
-    """Whether numba's kernels serve for a tensor: in BF16, on a CPU, of so many numbers that it is worth a call."""
+    """Whether numba's kernels are used for a tensor: BF16, on a CPU, with at least `LEAST` elements."""
     return (
         kernels in ("auto", "numba")
         and x.dtype == torch.bfloat16
@@ -129,7 +129,7 @@ def _numba_splits() -> bool:
 
 
 def require(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str:
-    """What serves in a run of this dtype, in words. Raises ValueError where kernels are asked for and cannot serve."""
+    """Description of the kernels that a run of this dtype uses. Raises ValueError if requested kernels are unavailable."""
     if use_triton(kernels, device):
         return "triton"
     on_cpu = device.type == "cpu"
@@ -148,15 +148,15 @@ def require(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; those of an H100 where Triton interprets."""
+    """Number of streaming multiprocessors of a GPU; for any other device 132, an H100's (Triton's interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def next_power(number: int) -> int:
-    """The smallest power of 2 that is not less."""
+    """The smallest power of 2 that is at least `number`."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def warps(block: int) -> int:
-    """Warps for a program that works on so many elements of a row at a time."""
+    """Number of warps for a Triton program that processes `block` elements of a row at a time."""
     return 4 if block <= 2048 else 8 if block <= 8192 else 16

@@ -15,14 +15,14 @@ import torch
 from megatrain.kernels.dispatch import jit, jit_varying, tl
 
 BLOCKS = (2048, 1024, 512, 256)
-"""Columns that a program takes: of these the number that leaves the fewest lanes idle behind the end of a row."""
+"""Candidate numbers of columns a program takes; the one with the fewest idle lanes at a row's end is used."""
 EACH_WARP = 512
-"""Of a block: 16 for each thread, so that what a row's key costs each of them is a seventh of the work."""
+"""Columns of a block for each warp: 16 for each thread, so that computing the row's key is a seventh of its work."""
 
 
 @jit
 def _mix(x):
-    """lowbias32 of uint32."""
+    """Hash of a uint32: lowbias32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -30,13 +30,13 @@ def _mix(x):
 
 @jit
 def number(word, a, c):
-    """The number of a counter under a key of two words, all uint32."""
+    """Random word of counter `word` under key (a, c), all uint32."""
     return _mix(_mix(word ^ a) ^ c)
 
 
 @jit
 def descend(word, a, c, SPLIT_FIRST: tl.constexpr, SPLIT_SECOND: tl.constexpr):
-    """The key below a key, of a word."""
+    """Key (two uint32) derived from key (a, c) for `word`: a sample, a head or a position."""
     return number(word, a, c), number(word, a ^ SPLIT_FIRST, c ^ SPLIT_SECOND)
 
 
@@ -57,7 +57,7 @@ def _dropout_kernel(
     word = number(column.to(tl.uint32), a, c).to(tl.int32, bitcast=True)
     stays = (word >= threshold).to(tl.float32)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    # In this order, as the reference: what is not finite is not hidden by a mask.
+    # In the reference's order, so that NaN and infinity are not hidden by a dropped element.
     tl.store(y + at, (value * stays * scale).to(y.dtype.element_ty), mask=inside)
 
 
@@ -72,8 +72,8 @@ def dropout_triton(
 ) -> torch.Tensor:
     """Dropout of x [s, b, h], of any dtype but float64.
 
-    samples [b] int64, first: as in `rng.dropout`. key, split: two words each, signed, of the key below which samples lie and of how the
-    second word of a key is told from the first; threshold: signed words below it drop; scale: what the others are multiplied by.
+    samples [b] int64, first: as in `rng.dropout`. key: the two words, as signed int32, from which the samples' keys are derived; split:
+    the two constants of `descend`; threshold: elements whose signed word is below it are dropped; scale: factor of the others.
     """
     s, b, h = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -15,18 +15,18 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megatrain.kernels.attention_mask import AttentionMask
 
 SMALLEST_HEAD = 16
-"""Its kernels refuse shorter ones: Triton multiplies no narrower tiles."""
+"""Smallest head dim d of FlexAttention's kernels: Triton multiplies no narrower tiles."""
 
 
 def takes(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether a GPU's kernels take q [s, b, a, d] and k [n, b, g, d]."""
+    """Whether FlexAttention's GPU kernels support q [s, b, a, d] and k [n, b, g, d]."""
     return len(q) == len(k) and q.shape[-1] >= SMALLEST_HEAD and q.dtype != torch.float64
 
 
 def flex(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, slopes: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """q [s, b, a, d], k and v [s, b, g, d] -> [s, b, a d], under a mask, with ALiBi of `slopes` [a]."""
+    """Attention under a mask, with ALiBi if `slopes` [a] are given: q [s, b, a, d], k and v [s, b, g, d] -> [s, b, a d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     blocks = _static_blocks(mask, q.shape[2], q.device) if mask.uniform else _blocks_of(mask, q)
     function = _function(q.device.type)
@@ -37,13 +37,13 @@ def flex(
 
 @cache
 def _function(device_type: str) -> Any:
-    """Compiled on a GPU; elsewhere torch's own reference, which makes the whole square of scores: for tests."""
+    """FlexAttention: compiled on a GPU; elsewhere torch's reference, which computes all s x s scores, for tests."""
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
 
 @cache
 def _make_blocks(device_type: str) -> Any:
-    """Compiled on a GPU: it looks at the mask block by block, and not at a square [b, s, s] of it."""
+    """torch's function that makes block masks, compiled on a GPU, where it then needs no mask [b, s, s] in memory."""
     return torch.compile(create_block_mask) if device_type == "cuda" else create_block_mask
 
 
@@ -56,16 +56,16 @@ def _alibi(slopes: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 @lru_cache(maxsize=16)
 def _static_blocks(mask: AttentionMask, length: int, device: torch.device) -> BlockMask:
-    """Which blocks a mask that is the same for all sequences leaves, made once."""
+    """Block mask of a mask that is the same for all sequences; made once and kept."""
     return _make_blocks(device.type)(_visible(mask), None, None, length, length, device=device)
 
 
 _latest: list[tuple[AttentionMask, BlockMask]] = []
-"""Of the micro-batches at hand: every layer asks for the blocks of the same mask."""
+"""Block masks of the current micro-batches, kept because every layer asks for the same one."""
 
 
 def _blocks_of(mask: AttentionMask, q: torch.Tensor) -> BlockMask:
-    """Which blocks the documents and prefixes of a batch leave."""
+    """Block mask of a batch with documents or prefixes, made for q [b, a, s, d]."""
     for known, blocks in _latest:
         if known is mask:
             return blocks

@@ -27,7 +27,7 @@ PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-"""Activations without a gate."""
+"""Activations without a gate, by name."""
 GATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"swiglu": functional.silu, "geglu": functional.gelu}
 SLOPES: dict[str, Callable[..., torch.Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward.grad_input,
@@ -36,15 +36,15 @@ SLOPES: dict[str, Callable[..., torch.Tensor]] = {
     "swiglu": torch.ops.aten.silu_backward.grad_input,
     "geglu": torch.ops.aten.gelu_backward.grad_input,
 }
-"""(gradient of act(x), x, grad_input: where that of x is written), which may be the first."""
+"""Backward of each activation: (dy, x, grad_input), where grad_input receives the gradient of x and may be dy; for relu y instead of x."""
 CURVES = {"swiglu": 0, "geglu": 1, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-"""Numbers of act for the compiled kernels."""
+"""Number of each activation, as the compiled kernels know it."""
 BLOCK = 1024
 """Elements that one Triton program takes at a time."""
 
 
 class Compiled(NamedTuple):
-    """(x, up or None, kind) -> act(x), or act(x) up; (x, up or None, dy, kind, summed) -> (gradients beside one another, their sums)."""
+    """forward: (x, up or None, kind) -> act(x) or act(x) up; backward: (x, up or None, dy, kind, summed) -> (gradients, their row sums)."""
 
     forward: Callable[..., torch.Tensor]
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -79,7 +79,7 @@ def gated(
 
 
 def _compiled(kernels: Kernels, x: torch.Tensor) -> Compiled | None:
-    """What makes both passes for x; None: the reference."""
+    """The compiled kernels to use for x; None: the reference."""
     if use_triton(kernels, x.device):
         return Compiled(_forward_triton, _backward_triton)
     return Compiled(_forward_numba, _backward_numba) if use_numba(kernels, x) else None
@@ -149,14 +149,14 @@ class _Gated(torch.autograd.Function):
 
 
 def row_sums(dy: torch.Tensor) -> torch.Tensor:
-    """[..., n] summed over its rows, in float32 inside: [n], in the dtype of dy. (Asked for another, torch on CPU copies all of dy.)"""
+    """Sum of dy [..., n] over its rows, in float32 inside: [n], in dy's dtype (for another one torch on CPU copies dy)."""
     return dy.flatten(0, -2).sum(0)
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x [..., f] as rows [n, f] whose numbers lie behind one another: a view where they do, as in the parts of one matmul's output.
+    """x [..., f] as contiguous rows [n, f]: a view if they are, as in the parts of one matmul's output.
 
-    A dim of size 1 may have any stride, which says nothing of where the next row is, and `contiguous` leaves it: reshaped it is gone.
+    Reshaping to two dims removes dims of size 1, whose stride may be anything and which `contiguous` does not change.
     """
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
@@ -174,7 +174,7 @@ def _forward_numba(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torch
 def _backward_numba(
     x: torch.Tensor, up: torch.Tensor | None, dy: torch.Tensor, kind: str, summed: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `_backward_triton`; the sums are always made."""
+    """`_backward_triton` by numba; returns the sums always."""
     from megatrain.kernels.cpu_gated import activate_back  # noqa: PLC0415
 
     given = dy.reshape(-1, dy.shape[-1]).contiguous()
@@ -266,7 +266,7 @@ def _forward_triton(x: torch.Tensor, up: torch.Tensor | None, kind: str) -> torc
 def _backward_triton(
     x: torch.Tensor, up: torch.Tensor | None, dy: torch.Tensor, kind: str, summed: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(the gradient [..., f], or [..., 2 f] of gate|up; its sum over the rows in float32 where asked for)."""
+    """(gradient of x [..., f] or of gate|up [..., 2 f], its sum over the rows in float32 if `summed`, else None)."""
     parts = 1 if up is None else 2
     f = x.shape[-1]
     both = torch.empty(*x.shape[:-1], parts * f, dtype=x.dtype, device=x.device)

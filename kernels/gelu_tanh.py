@@ -12,7 +12,7 @@ import math
 import torch
 
 BLOCK = 1 << 19
-"""Elements at a time."""
+"""Number of elements processed at a time, which stay in a cache."""
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 WIDENED = 1 << 18
-"""Elements of a product that are added to a wider tensor at a time, on CPU."""
+"""Number of elements of a product added to a wider tensor at a time, on CPU."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -38,7 +38,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool = False) -> None:
     """out [m, n] += a [m, k] b [k, n], in place; `out` may be wider than a and b (float32 sums of BF16 products).
 
-    first: nothing is there to be added to, and `out`, whatever it holds, is written.
+    first: overwrite `out` instead of adding to it.
     """
     keep = 0 if first else 1
     if out.dtype == a.dtype and not _onednn_serves(a, b):
@@ -49,7 +49,7 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool 
         out.copy_(matmul(a, b))
     elif out.dtype == a.dtype or out.device.type != "cpu":
         out.add_(matmul(a, b))
-    else:  # torch on CPU makes a float32 copy first: of a block, so that it stays in the cache
+    else:  # torch on CPU makes a float32 copy first; that of a block stays in the cache
         rows = max(1, WIDENED // max(1, out.shape[1]))
         for part, more in zip(out.split(rows), matmul(a, b).split(rows), strict=True):
             part.add_(more)
@@ -57,7 +57,7 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool 
 
 @cache
 def adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of matrices of this dtype joins a float32 sum inside the matmul: tried out once, which waits for the GPU."""
+    """Whether a matmul of this dtype can add to a float32 sum itself; tried once a process, which waits for the GPU."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.full((16, 16), 2.0**-10, device=device)
@@ -68,7 +68,7 @@ def adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
         RuntimeError,
     ):  # torch 2.7 does not know the argument, and later ones not on every device or for every sum
         return False
-    return bool((total == 16 + 2.0**-10).all())  # a 16-bit sum would lose the second
+    return bool((total == 16 + 2.0**-10).all())  # a sum in 16 bits would lose the second product
 
 
 def _onednn_serves(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -89,7 +89,7 @@ def _onednn_has_bf16() -> bool:
 
 @cache
 def _prefer_onednn() -> bool:
-    """Whether this CPU is one that MKL is slow on: x86 with AVX-512, and not from Intel."""
+    """Whether MKL is slow on this CPU: x86 with AVX-512, not from Intel."""
     if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:

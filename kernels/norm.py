@@ -20,14 +20,14 @@ from torch.nn import functional
 from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power, tl, use_numba, use_triton, warps
 
 WIDEST_BYTES = 16_384
-"""A wider row does not fit into the registers of one program beside the sums for weight and bias: the row is read twice, in blocks, and
-the sums are a pass of their own."""
+"""Widest row, in bytes, that fits one program's registers beside the sums for weight and bias; a wider one is read twice, in blocks, and
+its sums are a separate pass."""
 WIDE_BLOCK, SUMS_BLOCK = 4096, 1024
-"""Numbers of a row that these two passes take at a time."""
+"""Elements of a row wider than WIDEST_BYTES that its backward, and the pass for its sums, take at a time."""
 NARROWEST = 128
-"""A narrower row is torch's on a CPU: numba's loops would hardly begin."""
+"""Narrowest row, in elements, that numba's kernels normalise; on a CPU torch is faster for narrower ones."""
 LEAST_ROWS = 4
-"""One program of the Triton backward works through so many rows or more, for one partial sum of weight gradients."""
+"""Fewest rows for one program of the Triton backward, which makes one partial sum of weight gradients."""
 
 
 def norm_compiled(kernels: Kernels, x: torch.Tensor) -> bool:
@@ -62,7 +62,7 @@ def norm_beside(
     rms: bool,
     kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x), x): of what is read beside its norm too, both gradients are added in one pass where it is compiled."""
+    """(norm(x), x), for an x that is used beside its norm: compiled kernels add both gradients in the norm's backward."""
     if norm_compiled(kernels, x):
         y, same = _CompiledNorm.apply(x, None, weight, bias, None, eps, rms, True, kernels)
         return y, same
@@ -79,7 +79,7 @@ def add_norm(
     rms: bool,
     kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + residual), x + residual), in one pass over both where it is compiled."""
+    """(norm(x + residual), x + residual), both [..., n]; in one pass where compiled."""
     if norm_compiled(kernels, x) and x.dtype == residual.dtype:
         y, total = _CompiledNorm.apply(x, residual, weight, bias, None, eps, rms, True, kernels)
         return y, total
@@ -98,7 +98,7 @@ def add_biased_norm(
     rms: bool,
     kernels: Kernels = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """add_norm of x and residual of one dtype where `norm_compiled`: its backward has the sums too that are a bias's gradient.
+    """`add_norm` with a bias added to residual before, whose gradient is a sum of its backward. Needs `norm_compiled` and one dtype.
 
     residual_bias: stands for what was added to residual before, [n]; its gradient is made here, in float32.
     """
@@ -126,7 +126,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _CompiledNorm(torch.autograd.Function):
-    """(norm(x + residual), x + residual), or of x alone where there is no residual; the second is empty unless it is to be read."""
+    """(norm(x + residual), x + residual), or (norm(x), x) without a residual; the second is empty unless the caller uses it."""
 
     @staticmethod
     def forward(
@@ -210,7 +210,7 @@ def _forward_kernel(
         v += tl.load(residual + row * n + columns, mask=inside, other=0.0).to(tl.float32)
         rounded = v.to(total.dtype.element_ty)
         tl.store(total + row * n + columns, rounded, mask=inside)
-        v = rounded.to(tl.float32)  # what the backward will read
+        v = rounded.to(tl.float32)  # the values that the backward will read
     mean = 0.0
     if not RMS:
         mean = tl.sum(v, 0) / n
@@ -287,7 +287,7 @@ def _wide_backward_kernel(
         along += g * (v - mean) * scale
         plain += g
     slope, shift = tl.sum(along, 0) / N, tl.sum(plain, 0) / N
-    for start in range(0, N, BLOCK):  # what was read comes from the cache this time
+    for start in range(0, N, BLOCK):  # the second read of the row comes from the cache
         columns = start + tl.arange(0, BLOCK)
         inside = columns < N
         v = tl.load(total + row * N + columns, mask=inside, other=0.0).to(tl.float32)
@@ -347,7 +347,7 @@ def _sums_kernel(
 def _forward_triton(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool
 ) -> tuple[torch.Tensor, ...]:
-    """(y, x + residual or x, means, scales) of x and `residual` [.., n], contiguous."""
+    """(y, x + residual or x, means, scales) for x and `residual` [..., n], contiguous; means and scales: [rows] float32."""
     n = x.shape[-1]
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     rows = x.numel() // n
@@ -374,7 +374,7 @@ def _backward_triton(
     has_bias: bool,
     before: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, sums in float32 for weight, for bias where there is one, and of dx where `before`: [1 to 3, n]) of dy and dtotal."""
+    """(dx [..., n], sums [1 to 3, n] in float32: gradients of weight, of bias if has_bias, and the sum of dx if `before`)."""
     n = total.shape[-1]
     rows = total.numel() // n
     # Two programs for each multiprocessor: all run at once, and the partial sums stay few, whatever the number of rows.

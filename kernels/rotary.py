@@ -1,5 +1,5 @@
-"""Queries, keys and values of one projection taken apart into heads, and turned by their positions (rotary embedding, Su et al.,
-arXiv:2104.09864): pairs of numbers, of the first r of each head.
+"""Split one projection's q|k|v into heads, and rotate queries and keys by their positions (rotary embedding, Su et al.,
+arXiv:2104.09864): the first r elements of each head, in pairs.
 
     y1 = x1 cos - x2 sin      y2 = x2 cos + x1 sin      the rest stays; pairs are the halves of the r numbers, or neighbours
 
@@ -21,33 +21,33 @@ from megatrain.kernels.dispatch import Kernels, jit, multiprocessors, next_power
 from megatrain.kernels.gated import row_sums
 
 TILE = 2048
-"""Numbers that one Triton program takes at a time: of one head, of as many tokens."""
+"""Elements that one Triton program takes at a time: one head, of as many tokens as fit."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """By which angles: tables [positions, r/2] of cosines and sines, and each token's place in them.
+    """Angles of a rotation: tables [positions, r/2] of cosines and sines, and each token's positions in them.
 
-    With two places (rope_2d) the first half of a head turns by the first and the second by the second, as a head of its own each; then
-    the tables are those of half a head.
+    With two positions (rope_2d) the first half of a head is rotated by the first and the second half by the second, each as a head of
+    its own, with tables for half a head.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     places: tuple[torch.Tensor, ...]
-    """One or two [s, b]; none where the tables have a row for each token."""
+    """One or two tensors [s, b] of positions; none if the tables have a row for each token."""
     interleaved: bool
 
     @property
     def pairs(self) -> int:
-        """Of a head, or of a half."""
+        """Number of pairs rotated in each head, or with rope_2d in each half: r/2."""
         return self.cos.shape[-1]
 
 
 def rotary(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool, kernels: Kernels = "auto"
 ) -> torch.Tensor:
-    """x [s, b, a, d] turned by cos and sin [s, b, r/2], of each token."""
+    """x [s, b, a, d] rotated by each token's cos and sin [s, b, r/2]."""
     return _Rotate.apply(x, cos, sin, interleaved, use_triton(kernels, x.device))
 
 
@@ -172,7 +172,7 @@ def turn(
 
 
 def turn_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> None:
-    """As `turn`, of x itself, to the bit."""
+    """`turn` of x [s, b, a, d] in place, with the same bits."""
     x1, x2 = _pairs(x, cos.shape[-1], interleaved)
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     before = x1.clone()
@@ -181,14 +181,14 @@ def turn_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interle
 
 
 def _halves(turns: Turns, parts: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """For each place of the tokens: cosines and sines [s, b, r/2], and of each part [s, b, heads, d] what turns by them."""
+    """For each position of a token: cosines and sines [s, b, r/2], and the half (or whole) of each part [s, b, heads, d] they rotate."""
     of_places = zip(*(x.chunk(len(turns.places), -1) for x in parts), strict=True)
     for place, those in zip(turns.places, of_places, strict=True):
         yield turns.cos[place], turns.sin[place], *those
 
 
 def _pairs(x: torch.Tensor, pairs: int, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the first and of the second numbers of all pairs."""
+    """Views of the first and of the second elements of all pairs, [..., r/2] each."""
     if interleaved:
         return x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
     return x[..., :pairs], x[..., pairs : 2 * pairs]
@@ -203,7 +203,7 @@ def _turn_kernel(
     BACK: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, EACH: tl.constexpr, TOKENS: tl.constexpr,
     PAIRS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """One head of EACH times TOKENS tokens, turned, from `source` to `out`."""
+    """Copy one head of EACH times TOKENS tokens, rotated, from `source` to `out`."""
     pair, after = tl.arange(0, PAIRS), 2 * pairs + tl.arange(0, REST)
     total1, total2 = tl.zeros((TOKENS, PAIRS), tl.float32), tl.zeros((TOKENS, PAIRS), tl.float32)
     total_rest = tl.zeros((TOKENS, REST), tl.float32)
@@ -251,7 +251,7 @@ def _copy_kernel(
     source, out, sums, tokens, batch, stride_s, stride_b, stride_out, d, BIAS: tl.constexpr, EACH: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One head of EACH times TOKENS tokens, from `source` to `out`."""
+    """Copy one head of EACH times TOKENS tokens from `source` to `out`."""
     column = tl.arange(0, WIDTH)
     total = tl.zeros((TOKENS, WIDTH), tl.float32)
     for i in range(EACH):
@@ -302,7 +302,7 @@ def _heads_kernel(
 
 
 def _even(x: torch.Tensor) -> bool:
-    """Whether the tokens of x [s, b, n] are equally far from one another."""
+    """Whether the tokens of x [s, b, n] have one stride, so that a view [s b, n] exists."""
     s, b, _ = x.shape
     return s == 1 or b == 1 or x.stride(0) == b * x.stride(1)
 
@@ -310,9 +310,9 @@ def _even(x: torch.Tensor) -> bool:
 def _launch(
     parts: Sequence[torch.Tensor], out: torch.Tensor, turns: Turns | None, *, summed: bool = False, back: bool = False
 ) -> torch.Tensor | None:
-    """One to three `parts` [s, b, heads, d], of any strides, into `out` [s, b, all heads d], whose tokens lie evenly.
+    """Write one to three `parts` [s, b, heads, d], of any strides, side by side into `out` [s, b, all heads d], which is `_even`.
 
-    The first two are turned. summed: the sum over tokens, float32 [all heads d], is returned.
+    The first two are rotated, with back by the opposite angle. summed: return the sum over tokens, float32 [all heads d].
     """
     parts = [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in parts]
     s, b, heads, d = parts[0].shape

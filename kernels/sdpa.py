@@ -35,22 +35,22 @@ BACKENDS: dict[Fused, tuple[SDPBackend, Callable[..., bool]]] = {
     "flash": (SDPBackend.FLASH_ATTENTION, can_use_flash_attention),
     "efficient": (SDPBackend.EFFICIENT_ATTENTION, can_use_efficient_attention),
 }
-"""Of equally fast ones the first serves."""
+"""Kernels in order of preference: the first of equally fast ones is used."""
 STEADY: tuple[Fused, ...] = ("flash", "efficient")
-"""Those that are asked where nothing was tried: no plans for lengths that change, and the same bits under torch's deterministic mode."""
+"""Kernels for shapes that were not measured: no plan is built for each length, and torch's deterministic mode gives the same bits."""
 EQUAL = 1.05
-"""Times that differ by no more than this factor are equal, so that a choice falls the same way in the next start."""
+"""Times within this factor of each other count as equal, so that another start makes the same choice."""
 CALLS, ROUNDS = 5, 3
-"""The least mean of so many calls, of so many rounds."""
+"""A kernel's time is the least over ROUNDS of the mean over CALLS calls."""
 CHECKED = 128
-"""Last tokens of a sequence whose values and gradients are compared with the definition's."""
+"""Number of last tokens of a sequence whose outputs and gradients are compared with the float32 definition."""
 WRONG = 0.03
-"""Root mean square of what they differ by, over that of the definition's: above this a kernel errs. BF16 rounds by 0.004 at most."""
+"""Largest relative error (root mean square of the difference over that of the definition) of a kernel; BF16 rounds by 0.004 at most."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of q [s, b, heads, d], and of k and v [s, b, groups, d], parts of one product's output."""
+    """Dims of q [s, b, heads, d], and of k and v [s, b, groups, d], all views of one projection's output."""
 
     s: int
     b: int
@@ -61,12 +61,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which kernels serve causal attention."""
+    """The kernels chosen for causal attention."""
 
     order: tuple[Fused, ...] = STEADY
-    """The first that takes a call serves it; none where none takes the shape."""
+    """Kernels in order of preference: the first that supports a call runs it; empty if none supports the shape."""
     note: str = ""
-    """For whoever reads a run's first lines."""
+    """Line on the choice and its reasons, printed as a run starts."""
 
 
 def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: tuple[Fused, ...] = STEADY) -> torch.Tensor:
@@ -83,7 +83,7 @@ def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, order: tuple[Fused,
 
 
 def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """torch wants [b, heads, s, d]: views."""
+    """`fused` by the kernel that torch selects, on views [b, heads, s, d]."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     queries, keys = q.shape[2], k.shape[2]
     mask = None
@@ -95,7 +95,7 @@ def _call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """What a kernel is tried on."""
+    """Inputs and output gradient on which a kernel is measured and checked."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -104,7 +104,7 @@ class Case:
 
     @staticmethod
     def of(shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
-        """Normal numbers of a generator of its own."""
+        """Normally distributed tensors, from a generator with seed 0."""
         generator, width = torch.Generator(device).manual_seed(0), shape.heads * shape.d
 
         def some(columns: int) -> torch.Tensor:
@@ -115,14 +115,14 @@ class Case:
         return Case(q, k, v, some(width))
 
     def results(self) -> list[torch.Tensor]:
-        """y, dq, dk, dv of whatever kernel torch takes."""
+        """y, dq, dk and dv from the kernel that torch selects."""
         y = _call(self.q, self.k, self.v)
         return [y.detach().view_as(self.q), *torch.autograd.grad(y, (self.q, self.k, self.v), self.dy)]
 
     def deviation(self, results: list[torch.Tensor]) -> float:
-        """How far results are from the definition's in float32, for the last tokens and key head of the last sequence.
+        """Largest relative error of results against the definition in float32, for the last sequence's last tokens and key head.
 
-        What the last keys get of gradients comes from the last queries alone, so the whole square is not needed.
+        Gradients of the last keys come from the last queries alone, so the other scores need not be computed.
         """
         s, last, repeat = len(self.q), min(CHECKED, len(self.q)), self.q.shape[2] // self.k.shape[2]
         k, v = (x.detach()[:, -1, -1].float().requires_grad_() for x in (self.k, self.v))
@@ -140,16 +140,16 @@ class Case:
             (x.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt().clamp_min(1e-30)
             for x, wanted in zip(mine, exact, strict=True)
         ]
-        return float(torch.stack(deviations).max())  # NaN if one is NaN, which Python's max may pass over
+        return float(torch.stack(deviations).max())  # NaN if any is NaN, which Python's max may ignore
 
 
 Trial = Callable[[Fused, Case, bool], float]
-"""Kernel, what it is tried on, whether time matters -> milliseconds of forward and backward. Raises RuntimeError with the reason where
-it does not serve."""
+"""(kernel, inputs, whether to time it) -> milliseconds of forward and backward, 0 if not timed. Raises RuntimeError with the reason if
+the kernel refuses the shape or errs."""
 
 
 def tried(name: Fused, case: Case, timed: bool) -> float:
-    """A `Trial` on a GPU."""
+    """`Trial` on a GPU: check one of torch's kernels and time it."""
     backend, takes = BACKENDS[name]
     with sdpa_kernel(backend), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -157,7 +157,7 @@ def tried(name: Fused, case: Case, timed: bool) -> float:
         if not takes(SDPAParams(q, k, v, None, 0.0, True, q.shape[1] != k.shape[1]), True):
             raise RuntimeError(str(said[0].message).split(" (Triggered")[0] if said else "it refuses the shape")
         deviation = case.deviation(case.results())
-        if not deviation <= WRONG:  # also where it is no number
+        if not deviation <= WRONG:  # also if it is NaN
             raise RuntimeError(f"its results are wrong by {deviation:.2g} of their size")
         return min(_milliseconds(case.results) for _ in range(ROUNDS)) if timed else 0.0
 
@@ -174,9 +174,9 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 @cache
 def choose(shape: Shape, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Choice:
-    """The kernels for a shape on a device: on a GPU they are tried, once a process, which takes a second or two.
+    """The kernels for a shape on a device. On a GPU they are measured, once a process, which takes a second or two.
 
-    To be called while the device holds little: the record of its peak memory begins anew.
+    Call it while little of the device's memory is in use: it resets the statistics of peak memory.
     """
     if device.type != "cuda":
         return Choice()
@@ -189,7 +189,7 @@ def choose(shape: Shape, dtype: torch.dtype, device: torch.device, deterministic
 
 
 def choose_by(trial: Trial, shape: Shape, dtype: torch.dtype, device: torch.device, deterministic: bool) -> Choice:
-    """`choose` by any trial."""
+    """The kernels for a shape, as `trial` measures them; `choose` passes `tried`."""
     where = f"at {[shape.b, shape.heads, shape.s, shape.d]}"
     try:
         case = Case.of(shape, dtype, device)

@@ -10,15 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class Update:
-    """One update of the whole model: the numbers that its buckets have in common, of this rule or another; tensors are on the device."""
+    """One optimizer update of the whole model: the scalars that all buckets share, whichever the rule; tensors are on the device."""
 
     lr: float
     betas: tuple[float, float]
     eps: float
     momentum: float
-    """SGD's."""
+    """SGD's momentum."""
     count: torch.Tensor
-    """float32: updates so far, this one included."""
+    """Scalar float32: number of updates so far, this one included."""
     grad_divisor: torch.Tensor
     """Scalar, float64 or float32: gradients are divided by it."""
     skip: torch.Tensor
@@ -26,7 +26,7 @@ class Update:
 
     @cached_property
     def scalars(self) -> torch.Tensor:
-        """float32 [4] on the device, of numbers that are exact to float64: divisor, skip, step size with its sign, sqrt(1 - b2^n)."""
+        """Divisor, skip, -lr / (1 - b1^n) and sqrt(1 - b2^n), computed in float64 and rounded: float32 [4] on the device."""
         first, second = (1 - torch.pow(beta, self.count.double()) for beta in self.betas)
         found = torch.stack([self.grad_divisor.double(), self.skip.double(), -self.lr / first, second.sqrt()])
         return found.to(torch.float32)

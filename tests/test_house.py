@@ -247,10 +247,6 @@ def test_readme_shows_the_two_commands() -> None:
     assert "bash launch/test.sh" in readme
 
 
-ROOMS_TO_REWORD = {"kernels"}
-"""Rooms with docstrings that begin with "Of" or "What", as no new room may. A room that has none any more leaves this set."""
-
-
 def docstrings(tree: ast.AST) -> list[str]:
     """Every docstring, those after assignments included."""
     bodies = [body for node in ast.walk(tree) if isinstance(body := getattr(node, "body", None), list)]
@@ -261,10 +257,5 @@ def docstrings(tree: ast.AST) -> list[str]:
 def test_docstrings_name_their_subject() -> None:
     assert docstrings(ast.parse('"""Of it."""\nx = 1\n"""What it is."""')) == ["Of it.", "What it is."]
     begins = re.compile(r"\s*(Of|What|Whatever|Those|That)\b")
-    vague: dict[str, list[str]] = {}
-    for path in PACKAGE:
-        first, second = path.relative_to(ROOT).parts[:2]
-        found = [text for text in docstrings(ast.parse(path.read_text())) if begins.match(text)]
-        vague.setdefault(first if first == "kernels" else second, []).extend(found)
-    assert {room: texts for room, texts in vague.items() if texts and room not in ROOMS_TO_REWORD} == {}
-    assert {room for room, texts in vague.items() if texts} == ROOMS_TO_REWORD
+    found = {name(path): [text for text in docstrings(ast.parse(path.read_text())) if begins.match(text)] for path in PACKAGE}
+    assert {file: texts for file, texts in found.items() if texts} == {}

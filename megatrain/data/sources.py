@@ -140,7 +140,7 @@ class GlmHeldOut:
     """Held-out text with the blanks of one objective: the same blanks at every evaluation."""
 
     def __init__(self, held_out: HeldOut, plan: Plan, kind: int) -> None:
-        """held_out: with isolate_documents, and text_length - 1 tokens a sample."""
+        """held_out: a validation set with isolated documents and text_length - 1 tokens a sample."""
         config = replace(plan.config, short_seq_prob=0.0, blank=replace(plan.config.blank, decoder_noise_prob=0.0))
         self.held_out, self.kind, self.stores = held_out, kind, held_out.stores
         self.plan = replace(plan, config=replace(config, loss_norm="global_tokens"), answers=False)

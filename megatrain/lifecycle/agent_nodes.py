@@ -63,23 +63,23 @@ class LimitedRendezvous(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """As the inner one's."""
+        """Whether the wrapped rendezvous handler shares its store with the workers."""
         return self.inner.use_agent_store
 
     def get_backend(self) -> str:
-        """As the inner one's."""
+        """The backend of the wrapped rendezvous handler."""
         return self.inner.get_backend()
 
     def get_run_id(self) -> str:
-        """As the inner one's."""
+        """The run id of the wrapped rendezvous handler."""
         return self.inner.get_run_id()
 
     def is_closed(self) -> bool:
-        """As the inner one's."""
+        """Whether the wrapped rendezvous handler is closed."""
         return self.inner.is_closed()
 
     def set_closed(self) -> None:
-        """As the inner one's."""
+        """Close the wrapped rendezvous handler."""
         self.inner.set_closed()
 
     def num_nodes_waiting(self) -> int:

@@ -124,7 +124,7 @@ class Norm(nn.Module):
         return y
 
     def beside(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm(x), x), both [..., h]: for who goes on to read x too."""
+        """(norm(x), x), both [..., h], for callers that use x as well."""
         if self.both is None:
             return self(x), x
         both: tuple[torch.Tensor, torch.Tensor] = self.both(x, self.weight, self.bias)

@@ -7,7 +7,10 @@ from megatrain.parallel.portion import ElementRange, Elements, Partition, Portio
 
 
 def portions(optimizer: Optimizer) -> dict[str, dict[str, Portion]]:
-    """The elements that this rank owns of the kinds that `Optimizer.tensors` has; `Optimizer.refresh` must follow when they are changed."""
+    """This rank's elements of weights and optimizer states, by kind and name, for saving and loading.
+
+    Call `Optimizer.refresh` after changing them.
+    """
     flat = optimizer.flat
     trained = {local: index for index, local in enumerate(flat.trained)}
     found: dict[str, dict[str, Portion]] = {kind: {} for kind in ("weights", *optimizer.kinds)}

@@ -56,7 +56,7 @@ class TensorElements(NamedTuple):
 
 
 class ElementRange(NamedTuple):
-    """The elements of another `Elements` from number `start` on."""
+    """A range of another `Elements`: its elements from index `start` on."""
 
     elements: Elements
     start: int
@@ -81,12 +81,12 @@ class ElementRange(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """How the ranks of an axis of replicas divide the elements of one slice to write them: a row of equal parts, of which each has one."""
+    """Division of a slice that several replicas hold, for writing it: its bucket has equal parts, and each replica writes one."""
 
     start: int
-    """Place of the slice's first element in the row of parts (in its bucket, parallel/flat.py)."""
+    """Index of the slice's first element in its bucket (parallel/flat.py)."""
     shard: int
-    """Elements of a part; `ParallelContext.part` says which part a rank writes."""
+    """Number of elements of a part; `ParallelContext.part` says which part a rank writes."""
 
     def run(self, numel: int, place: int) -> tuple[int, int]:
         """Half-open range of a slice's `numel` elements that lies in part `place`; empty where stop <= start."""
