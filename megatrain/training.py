@@ -180,6 +180,7 @@ def stage_of(run: Model) -> Stage:
         run.objective.statistics,
         run.observers.instruction,
         run.parameters,
+        type(run.objective).__name__,
     )
 
 

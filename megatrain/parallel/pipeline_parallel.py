@@ -78,10 +78,11 @@ class Stage:
     boundary: Callable[[Any], torch.Tensor]
     """Micro-batch -> a new tensor of the shape, dtype and device of what travels between its virtual stages."""
     statistics: tuple[str, ...] = ()
-    """Names of the head's statistics; one that it leaves out counts 0."""
+    """Names of the statistics, each a scalar, of the head, whose class is `objective`; one that it leaves out counts 0."""
     observe: Observer | None = None
     """Called after every instruction."""
     parameters: Parameters = field(default_factory=Unsharded)
+    objective: str = "head"
 
 
 @dataclass
@@ -154,7 +155,6 @@ class _Execution:
         self.differentiates, self.splits = kinds != {"forward"}, "backward_weight" in kinds
         sums = torch.zeros(1 + len(stage.statistics), dtype=torch.float64, device=stage.ctx.device)
         self.executed = Executed(stage.statistics, sums, [None] * len(micro_batches))
-        self.zero = sums.new_zeros(())
         self.saved: dict[tuple[int, int], _Saved] = {}
         """By micro-batch and chunk."""
         self.inbox: dict[Message, tuple[Handle, torch.Tensor]] = {}
@@ -197,7 +197,7 @@ class _Execution:
 
     def _forward(self, instruction: Instruction, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """The output for the next virtual stage, detached; None from the last one."""
-        m, micro_batch = instruction.micro_batch, self.micro_batches[instruction.micro_batch]
+        m, micro_batch, names = instruction.micro_batch, self.micro_batches[instruction.micro_batch], self.stage.statistics
         saved = _Saved(hidden, [] if self.splits else None)
         with torch.set_grad_enabled(self.differentiates):
             if hidden is not None:
@@ -205,8 +205,13 @@ class _Execution:
             output = self.stage.chunks[instruction.chunk](hidden, micro_batch, saved.postponed)
             if instruction.gives is None:
                 total, statistics, self.executed.outputs[m] = self.stage.head(output, micro_batch)
-                found = [total, *(statistics.get(name, self.zero) for name in self.stage.statistics)]
-                self.executed.sums += torch.stack([x.detach().double() for x in found])
+                found = {"loss": total, **dict.fromkeys(names, total.new_zeros(())), **statistics}
+                if wrong := [n for n in (*names, *statistics) if n == "loss" or names.count(n) != 1 or found[n].dim()]:
+                    raise ValueError(
+                        f"{self.stage.objective}.statistics is {names}, and {wrong[0]!r} of shape {list(found[wrong[0]].shape)} cannot be "
+                        f"summed: declare every name that is returned, once, none called loss, and return scalars (.sum())"
+                    )
+                self.executed.sums += torch.stack([x.detach().double() for x in found.values()])
                 saved.ticket = total * self.scale
             else:
                 saved.ticket = _Leave.apply(output, saved)

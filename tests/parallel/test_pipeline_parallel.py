@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from megatrain.parallel.mesh import Link, MeshShape
+from megatrain.parallel.mesh import Link, MeshShape, ParallelContext
 from megatrain.parallel.pipeline_parallel import Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.simulator import simulate as on_paper
@@ -207,3 +207,38 @@ def test_a_link_is_one_way():
             assert set(sends) == set(receives) == wanted
             assert len(groups) == 2 * len(wanted), "a group for each direction"
     assert Link.__dataclass_fields__.keys() == {"group", "other"}
+
+
+ONE, PAIR = torch.tensor(1.0), torch.tensor([1.0, 2.0])
+
+
+def sums(names, given):
+    """Sums of two micro-batches, by name."""
+    chunk = lambda hidden, micro_batch, postponed: torch.zeros(1)  # noqa: E731
+    stage = Stage(ParallelContext.single(), [chunk], lambda *_: (ONE, given, None), torch.empty, names, objective="Mine")
+    executed = run_schedule(stage, Schedule("1f1b", 1, 1, 2), [0, 1], 1.0)
+    return {name: x.item() for name, x in executed.by_name.items()}
+
+
+def test_statistics_are_summed_in_any_order_and_zero_where_they_are_left_out():
+    given = {"b": torch.tensor(3), "a": torch.tensor(2.0, dtype=torch.float64)}
+    assert sums(("a", "left out", "b"), given) == {"loss": 2.0, "a": 4.0, "left out": 0.0, "b": 6.0}
+    assert sums((), {}) == {"loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "told"),
+    [
+        (("a",), {"a": ONE, "b": ONE}, "Mine.statistics is ('a',), and 'b' of shape []"),
+        ((), {"b": PAIR}, "Mine.statistics is (), and 'b' of shape [2]"),
+        (("a",), {"loss": ONE}, "Mine.statistics is ('a',), and 'loss' of shape []"),
+        (("a", "loss"), {}, "Mine.statistics is ('a', 'loss'), and 'loss' of shape []"),
+        (("b", "a", "a"), {"c": ONE}, "Mine.statistics is ('b', 'a', 'a'), and 'a' of shape []"),
+        (("a", "b"), {"b": PAIR}, "Mine.statistics is ('a', 'b'), and 'b' of shape [2]"),
+    ],
+)
+def test_a_statistic_that_is_not_declared_or_twice_or_no_scalar_is_told(names, given, told):
+    advice = " cannot be summed: declare every name that is returned, once, none called loss, and return scalars (.sum())"
+    with pytest.raises(ValueError, match="cannot be summed") as error:
+        sums(names, given)
+    assert str(error.value) == told + advice
