@@ -241,10 +241,9 @@ class Part(NamedTuple):
         return mine[first:last].reshape(-1, *whole.shape[1:])[place]
 
 
-def rows_of(family: Family, names: Collection[str]) -> Iterator[Stored]:
-    """The rows that apply to a model with these logical tensors, layer by layer, with prefixes. Raises ContentError for a tensor
-    that the family has no row for."""
-    layers = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
+def rows_of(family: Family, names: Collection[str], layers: int) -> Iterator[Stored]:
+    """The rows that apply to a model with these logical tensors and so many layers, layer by layer, with prefixes. Raises ContentError
+    for a tensor that the family has no row for."""
     known = set(names)
     placed: set[str] = set()
     first = next((i for i, row in enumerate(family.rows) if "{n}" in row.name), len(family.rows))
@@ -270,7 +269,7 @@ def rows_of(family: Family, names: Collection[str]) -> Iterator[Stored]:
 def parts_of(family: Family, shapes: Shapes, model: ModelConfig) -> dict[str, Part]:
     """The place of each logical tensor of a model. Raises ContentError as `rows_of` does."""
     found: dict[str, Part] = {}
-    for row in rows_of(family, shapes):
+    for row in rows_of(family, shapes, model.num_layers):
         start = 0
         rows = sum(shapes[name][0] for name in row.of)
         shape = (rows, *shapes[row.of[0]][1:])

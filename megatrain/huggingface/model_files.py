@@ -225,7 +225,7 @@ def export(
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty. Give a directory that is, or that is not there yet.")
     make_folder(out)
-    rows = list(rows_of(FAMILIES[kind], weights.keys()))
+    rows = list(rows_of(FAMILIES[kind], weights.keys(), model.num_layers))
     with _taken_back(out):
         stored = _write_weights(out, rows, weights, model.num_attention_heads, dtype)
         with whole(out / CONFIG, text=True) as file:

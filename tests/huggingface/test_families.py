@@ -12,7 +12,7 @@ from megatrain.checkpoint.together import CheckpointError, ContentError, Damaged
 from megatrain.config.schema import ModelConfig
 from megatrain.huggingface import model_files as hf_files
 from megatrain.huggingface.config import config_of, kind_of, model_of, same_model
-from megatrain.huggingface.families import FAMILIES, parts_of
+from megatrain.huggingface.families import FAMILIES, parts_of, rows_of
 from megatrain.verbs.exchange import convert, export_hf, import_hf
 
 hf = pytest.importorskip("transformers", reason="pip install 'megatrain[test]'")
@@ -66,6 +66,20 @@ def test_the_dtype_of_a_plain_module_is_chosen_at_load(tmp_path, dtype, close):
             f"megatrain.load(PATH, dtype={to})"
         )
         cast.to(was)(ids)
+
+
+def test_the_rows_of_a_model_are_those_of_as_many_layers_as_it_has():
+    """Whatever its tensors are called."""
+    names = ["embedding.tokens", "final_norm.weight", "layers.0.attention_norm.weight", "layers.1.attention_norm.weight"]
+    stored = [row.name for row in rows_of(FAMILIES["llama"], names, 2)]
+    assert stored == [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{n}.input_layernorm.weight" for n in (0, 1)),
+        "model.norm.weight",
+    ]
+    for strange in ("layers.norm.weight", "layers.x", "layers.2.attention_norm.weight"):
+        with pytest.raises(ContentError, match=f"LlamaForCausalLM has no place for 1 of the model's tensors: {strange}"):
+            list(rows_of(FAMILIES["llama"], [*names, strange], 2))
 
 
 def compare_gradients(theirs, ours):
