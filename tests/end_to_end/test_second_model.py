@@ -134,3 +134,10 @@ def test_an_objective_reads_its_outputs():
     for reports, _ in simulate(SHAPE, trained, "zb_v", Preference(), True):
         assert [r.loss for r in reports] == pytest.approx([r.loss for r in alone], rel=1e-9)
         assert reports[-1].statistics == pytest.approx(alone[-1].statistics, rel=1e-9)
+
+
+def test_a_statistic_that_an_objective_does_not_declare_is_told():
+    with pytest.raises(
+        ValueError, match=r"^Preference\.statistics is \('correct',\), and 'margin' of shape \[\] cannot be summed"
+    ):
+        trained(ParallelContext.single(), "1f1b", Preference(statistics=("correct",)), second=True)
