@@ -144,6 +144,7 @@ class _CompiledNorm(torch.autograd.Function):
         triton = use_triton(kernels, x.device)
         forward = _forward_triton if triton else _forward_numba
         x, other = x.contiguous(), None if residual is None else residual.contiguous()
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
         y, total, means, scales = forward(x, other, weight, bias, eps, rms)
         ctx.save_for_backward(total, weight, means, scales)
         ctx.settings = rms, residual is not None, bias is not None, triton
@@ -347,9 +348,11 @@ def _sums_kernel(
 def _forward_triton(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, rms: bool
 ) -> tuple[torch.Tensor, ...]:
-    """(y, x + residual or x, means, scales) for x and `residual` [..., n], contiguous; means and scales: [rows] float32."""
+    """(y, x + residual or x, means, scales) for x and `residual` [..., n], weight and bias [n], contiguous.
+
+    means and scales: [rows] float32.
+    """
     n = x.shape[-1]
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     rows = x.numel() // n
     total = x if residual is None else torch.empty_like(x)
     y = torch.empty_like(x)

@@ -224,7 +224,7 @@ def test_clipping_skipped_on_one_replica(monkeypatch):
 
 def test_a_dropped_layer(monkeypatch):
     real = Stack.__init__
-    short = lambda self, layers, build: real(self, layers[:-1] if 2 in layers else layers, build)  # noqa: E731
+    short = lambda self, layers, *given: real(self, layers[:-1] if 2 in layers else layers, *given)  # noqa: E731
     caught(monkeypatch, [(Stack, "__init__", short)], r"num_layers=5|built 4 layers", 1, TWO, error=ValueError)
 
 
