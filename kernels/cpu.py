@@ -61,16 +61,19 @@ def cache_folder() -> Path | None:
     """Folder of compiled kernels, named by a hash of all cpu*.py: numba itself checks a kernel's file, not the functions it calls.
 
     It lies in NUMBA_CACHE_DIR, else in megatrain/ of XDG_CACHE_HOME or ~/.cache; None if not writable: each process compiles anew.
+    None too if another user owns or may write it: compiled code is read with pickle, which runs what the files say.
     """
     try:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("cpu*.py"))]
         digest = hashlib.sha256(b"".join([numba.__version__.encode(), *sources])).hexdigest()[:16]
         folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(home, "megatrain"), f"kernels-{digest}")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        made = folder.stat()
     except (OSError, RuntimeError):  # RuntimeError: the user has no home folder
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    ours = os.name != "posix" or (made.st_uid == os.geteuid() and not made.st_mode & 0o022)
+    return folder if ours and os.access(folder, os.W_OK) else None
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -111,9 +114,12 @@ def _compiled(function: Callable[..., Any], how: str, parallel: bool) -> Any:
     found = numba.njit(error_model="numpy", nogil=True, fastmath={"contract"}, parallel=parallel)(own)
     folder = cache_folder()
     if folder is not None:
-        numba.config.CACHE_DIR = str(folder)
-        with contextlib.suppress(OSError, RuntimeError):
-            found._cache = _Cache(own)
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)  # a setting of the whole process, read at once
+        try:
+            with contextlib.suppress(OSError, RuntimeError):
+                found._cache = _Cache(own)
+        finally:
+            numba.config.CACHE_DIR = before
     return found
 
 

@@ -165,17 +165,8 @@ class _CompiledNorm(torch.autograd.Function):
         backward = _backward_triton if triton else _backward_numba
         dx, summed = backward(dy, dtotal, total, weight, means, scales, rms, has_bias, before)
         own = summed[: 1 + has_bias].to(weight.dtype)
-        return (
-            dx,
-            dx if added else None,
-            own[0],
-            own[1] if has_bias else None,
-            summed[-1] if before else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        before_sum = summed[-1] if before else None
+        return dx, dx if added else None, own[0], own[1] if has_bias else None, before_sum, *[None] * 4
 
 
 # --- numba ----------------------------------------------------------------------------------------------------------------

@@ -393,7 +393,17 @@ def test_kernels_are_kept_where_a_user_may_write_and_nowhere_else(tmp_path, monk
     monkeypatch.delenv("NUMBA_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert given().parent == tmp_path / "cache/megatrain"
+    folder = given()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for mode in (0o720, 0o702):  # others could leave code there
+        folder.chmod(mode)
+        assert given() is None
+    folder.chmod(0o700)
+    monkeypatch.setattr("os.geteuid", lambda: folder.stat().st_uid + 1)
+    assert given() is None
+    monkeypatch.undo()
     (tmp_path / "file").touch()
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert given() is None
 
@@ -408,7 +418,9 @@ def test_a_full_disk_and_a_broken_file_stop_no_kernel(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(IndexDataCacheFile, "_save_data", full)
+    setting = cpu.numba.config.CACHE_DIR
     kernel = cpu.Kernel(fill)
+    assert setting == cpu.numba.config.CACHE_DIR  # other code compiled in this process keeps its own cache
     x = np.zeros(3, np.float32)
     kernel(3, x, 2.0)
     assert x.tolist() == [2.0, 2.0, 2.0]
