@@ -15,7 +15,7 @@ from megatrain.kernels.dispatch import require
 from megatrain.kernels.sdpa import Choice, Shape, choose
 from megatrain.models.batch import NextToken, Objective
 from megatrain.models.blanks import Blanks, Mixture
-from megatrain.models.gpt import GPT, Embedding, build_gpt, logical_parameters
+from megatrain.models.gpt import GPT, Embedding, MakeBlock, build_gpt, gpt_block, logical_parameters
 from megatrain.models.layers import Build
 from megatrain.optim.optimizer import Optimizer
 from megatrain.parallel.flat import Unit
@@ -36,17 +36,21 @@ def assemble(
     vocab_size: int,
     *,
     objective: Objective | None = None,
+    block: MakeBlock = gpt_block,
     held_out: dict[str, Evaluated] | None = None,
 ) -> Run:
-    """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed."""
+    """The run of `config` on a context and a loader that already stand; weights are drawn from train.seed.
+
+    block: makes the block of each layer; those of another than the config's may have any parameters.
+    """
     train = config.train
     require(train.kernels, ctx.device, DTYPES[train.precision])  # an error now, and not in the first step
     if train.compile == "block":
         require_compiler(ctx.device)
     serving = kernels_of(config, ctx.tp.size, DTYPES[train.precision], ctx.device)  # first, while the device is empty
     build = build_of(config, vocab_size, ctx, serving)
-    chunks = build_gpt(build, *layer_pieces(config, vocab_size), ctx.pp.rank)
-    check_whole(chunks, config, vocab_size, ctx)
+    chunks = build_gpt(build, *layer_pieces(config, vocab_size), ctx.pp.rank, block)
+    check_whole(chunks, config, vocab_size, ctx, counted=block is gpt_block)
     parallel = config.parallel
     flat = FlatParameters(
         units_of(chunks),
@@ -118,15 +122,18 @@ def layer_pieces(config: Config, vocab_size: int) -> tuple[list[range], list[int
     return ranges_of(counts), homes
 
 
-def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: ParallelContext) -> None:
-    """All ranks of a model together must have built every layer and every parameter once. Raises ValueError on all of them."""
+def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: ParallelContext, *, counted: bool = True) -> None:
+    """All ranks of a model together must have built every layer and, where `counted`, every parameter once.
+
+    Raises ValueError on all of them.
+    """
     owned = [p for p in logical_parameters(chunks) if p.spec.owned(ctx)]
     elements = sum(prod(s.stop - s.start for s in p.spec.slices(ctx.tp.size, ctx.tp.rank)) for p in owned)
     layers = sum(len(chunk.stack.blocks) for chunk in chunks) * (ctx.tp.rank == 0)
     of_stage = ctx.tp.all_reduce(torch.tensor([layers, elements], device=ctx.device))
     built = ctx.pp.to_host(ctx.pp.all_reduce(of_stage)).tolist()
     wanted = [config.model.num_layers, parameter_count(config.model, vocab_size)]
-    if built != wanted:
+    if built[: 1 + counted] != wanted[: 1 + counted]:
         raise ValueError(
             f"the ranks of a model built {built[0]} layers with {built[1]:,} parameters; model.num_layers={wanted[0]} with "
             f"this config makes {wanted[1]:,}. A parameter is built twice or nowhere, or runtime/flops.py counts it wrongly."

@@ -121,9 +121,9 @@ def queue_step(run: Run) -> Queued:
     micro_batches = run.prepare(to_micro_batches(batch, run))
     totals = global_weights(run, micro_batches)
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
-    micro_batches = [replace(m, totals=totals) for m in micro_batches]
-    run.flat.zero_grad()
     scale, schedule = run.loss_scale.scale / weight, schedule_of(run.config, len(micro_batches))
+    micro_batches = [replace(m, totals=totals, scale=scale) for m in micro_batches]
+    run.flat.zero_grad()
     executed = run_schedule(stage_of(run), schedule, micro_batches, scale)
     with run.observers.phase("reduce"):
         run.flat.reduce()
@@ -184,9 +184,9 @@ def stage_of(run: Model) -> Stage:
     )
 
 
-def _run_chunk(chunk: GPT, hidden: torch.Tensor | None, micro_batch: MicroBatch, postponed: Postponed | None) -> torch.Tensor:
-    """Run a chunk; its layers read from their micro-batch where postponed weight gradients go."""
-    return chunk(hidden, replace(micro_batch, postponed=postponed))
+def _run_chunk(chunk: GPT, x: torch.Tensor | None, of: MicroBatch, sums: Executed, postponed: Postponed | None) -> torch.Tensor:
+    """Run a chunk; its layers read from their micro-batch where statistics and postponed weight gradients go."""
+    return chunk(x, replace(of, sums=sums.by_name, postponed=postponed))
 
 
 class Totals(NamedTuple):

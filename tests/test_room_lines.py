@@ -18,7 +18,7 @@ LINES = {
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
     "megatrain/lifecycle": 1350,
-    "megatrain/models": 1000,
+    "megatrain/models": 1050,
     "megatrain/ngram": 2250,
     "megatrain/optim": 550,
     "megatrain/parallel": 3450,

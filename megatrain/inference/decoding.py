@@ -18,7 +18,7 @@ from megatrain.models.batch import Loss, MicroBatch
 from megatrain.models.gpt import GPT, Block, Head
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Postponed
-from megatrain.parallel.pipeline_parallel import Chunk, Stage, run_schedule
+from megatrain.parallel.pipeline_parallel import Chunk, Executed, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
 
 
@@ -154,7 +154,7 @@ class Decoder:
 
 
 def _cached(chunk: GPT, caches: Sequence[KeyValueCache]) -> Chunk:
-    def forward(hidden: torch.Tensor | None, batch: MicroBatch, _postponed: Postponed | None) -> torch.Tensor:
+    def forward(hidden: torch.Tensor | None, batch: MicroBatch, _sums: Executed, _postponed: Postponed | None) -> torch.Tensor:
         return chunk(hidden, batch, caches)
 
     return forward

@@ -41,6 +41,10 @@ class MicroBatch:
     """The objective's weights summed over the global batch, float64 scalar or [n]; None outside of training."""
     extra: Any = None
     """Anything that the objective reads beside the text, such as a second model's outputs (`Model.prepare`)."""
+    scale: torch.Tensor | float = 1.0
+    """Factor of every loss's gradient: the loss scale over the weight of the global batch."""
+    sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """The step's statistics so far, by name: float64 scalars to which a layer may add (`models/auxiliary.py`)."""
     postponed: Postponed | None = None
     """Where linear layers put weight gradients that wait for their turn (split backward); None: they compute them at once."""
 

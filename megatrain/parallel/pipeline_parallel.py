@@ -34,10 +34,10 @@ from megatrain.parallel.param import Postponed
 from megatrain.parallel.schedules import Instruction, Message, Schedule
 from megatrain.transport.group import Handle
 
-Chunk = Callable[[torch.Tensor | None, Any, Postponed | None], torch.Tensor]
-"""A virtual stage: (hidden states of the one before, None for the first; micro-batch; postponed) -> its own hidden states.
+Chunk = Callable[[torch.Tensor | None, Any, "Executed", Postponed | None], torch.Tensor]
+"""A virtual stage: (hidden states of the one before, None for the first; micro-batch; sums so far; postponed) -> its own hidden states.
 
-A layer whose weight gradient can wait appends it to `postponed` in its backward, unless that is None.
+A layer may add to a sum (`Executed.by_name`), and appends a weight gradient that can wait to `postponed`, unless that is None.
 """
 Head = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Mapping[str, torch.Tensor], Any]]
 """(the last virtual stage's hidden states, micro-batch) -> (summed loss with its gradient, statistics: scalars by name, any output)."""
@@ -173,7 +173,8 @@ class _Execution:
             arriving.wait()
         began = time.monotonic()
         with stage.parameters.during(instruction, self.saved[key].postponed if key in self.saved else None):
-            made = self._compute(instruction, given)
+            by_kind = {"forward": self._forward, "backward_weight": self._backward_weight}
+            made = by_kind.get(instruction.kind, self._backward)(instruction, given)
         if stage.observe is not None:
             stage.observe(instruction, began, time.monotonic())
         if instruction.gives is not None and made is not None:
@@ -190,11 +191,6 @@ class _Execution:
             link = self.stage.ctx.sends[message.to]
             self.sending.append(link.group.send(tensor.contiguous(), link.other, blocking=False))
 
-    def _compute(self, instruction: Instruction, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The activation or gradient that an instruction makes of the one it is given; None where the model ends."""
-        by_kind = {"forward": self._forward, "backward_weight": self._backward_weight}
-        return by_kind.get(instruction.kind, self._backward)(instruction, given)
-
     def _forward(self, instruction: Instruction, hidden: torch.Tensor | None) -> torch.Tensor | None:
         """The output for the next virtual stage, detached; None from the last one."""
         m, micro_batch, names = instruction.micro_batch, self.micro_batches[instruction.micro_batch], self.stage.statistics
@@ -202,7 +198,7 @@ class _Execution:
         with torch.set_grad_enabled(self.differentiates):
             if hidden is not None:
                 hidden.requires_grad_(self.differentiates)
-            output = self.stage.chunks[instruction.chunk](hidden, micro_batch, saved.postponed)
+            output = self.stage.chunks[instruction.chunk](hidden, micro_batch, self.executed, saved.postponed)
             if instruction.gives is None:
                 total, statistics, self.executed.outputs[m] = self.stage.head(output, micro_batch)
                 found = {"loss": total, **dict.fromkeys(names, total.new_zeros(())), **statistics}

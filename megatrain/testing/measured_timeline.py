@@ -12,7 +12,7 @@ import torch
 
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import Postponed
-from megatrain.parallel.pipeline_parallel import Stage, run_schedule
+from megatrain.parallel.pipeline_parallel import Executed, Stage, run_schedule
 from megatrain.parallel.schedules import Instruction, Kind, Schedule
 from megatrain.parallel.simulator import Event, Timeline
 from megatrain.testing.spawn import spawn
@@ -60,7 +60,9 @@ class _SleepingChunk:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
-    def __call__(self, hidden: torch.Tensor | None, micro_batch: torch.Tensor, postponed: Postponed | None) -> torch.Tensor:
+    def __call__(
+        self, hidden: torch.Tensor | None, micro_batch: torch.Tensor, _sums: Executed, postponed: Postponed | None
+    ) -> torch.Tensor:
         """[1, 1] -> [1, 1], after sleeping."""
         x = micro_batch.clone().requires_grad_() if hidden is None else hidden
         return _Sleep.apply(x, self.seconds, postponed)

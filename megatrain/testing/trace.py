@@ -20,6 +20,7 @@ from megatrain.data.loader import Compose, Loader
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
 from megatrain.models.batch import Objective
+from megatrain.models.gpt import MakeBlock, gpt_block
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.param import ParamSpec
 from megatrain.testing.agree import Trace
@@ -69,13 +70,14 @@ def trace_run(
     steps: int = 5,
     *,
     objective: Objective | None = None,
+    block: MakeBlock = gpt_block,
     prepare: Callable[[Run], None] | None = None,
     between: Callable[[int, Run], Run] | None = None,
 ) -> Trace:
     """Take `steps` steps of `config` on random tokens (model.vocab_size must be given); returns the whole logical trace, on every rank.
 
-    `prepare` is called with the run before the first step; `between` before each step, with its number and the run, and returns the run to
-    continue with. Collective over the world of `ctx`.
+    `block` makes the block of each layer. `prepare` is called with the run before the first step; `between` before each step, with its
+    number and the run, and returns the run to continue with. Collective over the world of `ctx`.
     """
     vocab_size = config.model.vocab_size
     if vocab_size is None:
@@ -83,7 +85,7 @@ def trace_run(
     samples, compose = random_source(config, vocab_size)
     sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     with Loader(samples, *sizes, compose=compose) as loader:
-        run = assemble(config, ctx, loader, vocab_size, objective=objective)
+        run = assemble(config, ctx, loader, vocab_size, objective=objective, block=block)
         if prepare is not None:
             prepare(run)
         gradients: dict[str, torch.Tensor] = {}

@@ -29,7 +29,7 @@ class Layer:
         self.weight = numbers(virtual, WIDTH, WIDTH).requires_grad_()
         self.weight.main_grad = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
 
-    def __call__(self, hidden, micro_batch, postponed):
+    def __call__(self, hidden, micro_batch, sums, postponed):
         return Product.apply(micro_batch if hidden is None else hidden, self.weight, postponed).tanh()
 
 
@@ -139,11 +139,11 @@ def kept_outputs(ctx, schedule):
     """Outputs of stage 0 that are still in memory after each of its instructions."""
     outputs, alive = [], []
 
-    def layer(hidden, micro_batch, postponed):
+    def layer(hidden, micro_batch, sums, postponed):
         time.sleep(0.05)  # stage 1 has nothing else to do than to receive
         gc.collect()
         alive.append(sum(reference() is not None for reference in outputs))
-        output = Layer(0)(hidden, micro_batch, postponed) * 1.0
+        output = Layer(0)(hidden, micro_batch, sums, postponed) * 1.0
         outputs.append(weakref.ref(output.untyped_storage()))
         return output
 
@@ -162,7 +162,7 @@ def test_a_layer_that_fails_ends_every_stage_with_its_own_error():
     def fail(ctx):
         schedule = Schedule("1f1b", 3, 1, 4)
 
-        def broken(hidden, micro_batch, postponed):
+        def broken(hidden, micro_batch, sums, postponed):
             raise ZeroDivisionError("in layer 7")
 
         return run_schedule(
@@ -177,8 +177,8 @@ def test_postponed_work_is_done_in_its_turn_and_not_before():
     order = []
 
     class Told(Layer):
-        def __call__(self, hidden, micro_batch, postponed):
-            output = super().__call__(hidden, micro_batch, postponed)
+        def __call__(self, hidden, micro_batch, sums, postponed):
+            output = super().__call__(hidden, micro_batch, sums, postponed)
             m = next(i for i, b in enumerate(BATCHES) if b is micro_batch)
             postponed.append(lambda: order.append(m))
             return output
@@ -214,7 +214,7 @@ ONE, PAIR = torch.tensor(1.0), torch.tensor([1.0, 2.0])
 
 def sums(names, given):
     """Sums of two micro-batches, by name."""
-    chunk = lambda hidden, micro_batch, postponed: torch.zeros(1)  # noqa: E731
+    chunk = lambda *_: torch.zeros(1)  # noqa: E731
     stage = Stage(ParallelContext.single(), [chunk], lambda *_: (ONE, given, None), torch.empty, names, objective="Mine")
     executed = run_schedule(stage, Schedule("1f1b", 1, 1, 2), [0, 1], 1.0)
     return {name: x.item() for name, x in executed.by_name.items()}

@@ -88,7 +88,7 @@ def run(ctx: ParallelContext, name: str, micro_batches: int) -> float:
     schedule = Schedule(name, ctx.pp.size, CHUNKS[name], micro_batches)
     stage = Stage(
         ctx,
-        [lambda hidden, micro_batch, _postponed: (micro_batch if hidden is None else hidden) * 2.0] * schedule.chunks,
+        [lambda hidden, micro_batch, *_: (micro_batch if hidden is None else hidden) * 2.0] * schedule.chunks,
         lambda hidden, _micro_batch: (hidden.sum(), {}, None),
         torch.empty_like,
     )
