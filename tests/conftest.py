@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir(), f"megatrain-tests-{os.getuid()}")))  # workers share it
 
 import fuzzing
+import promises
 import pytest
 from room import Room
 
@@ -25,6 +26,7 @@ ROOM = pytest.StashKey[Room]()
 
 
 def pytest_configure(config):
+    config.pluginmanager.register(promises)
     if run := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
         config.stash[ROOM] = Room(run)
 
