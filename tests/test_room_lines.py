@@ -23,7 +23,7 @@ LINES = {
     "megatrain/optim": 550,
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,
-    "megatrain/records": 850,
+    "megatrain/records": 900,
     "megatrain/resuming": 550,
     "megatrain/runtime": 1350,
     "megatrain/testing": 1550,

@@ -1,6 +1,7 @@
 """Keeps the inputs of a run's start in RUN/launches/TIME/: launch script, config as given, command, environment, packages.
 
-Values of variables whose names look like secrets are left out, and so are passwords in addresses.
+Of the environment only what matters for a run is kept (KEPT): a secret may have any name. What looks like a secret in a
+value, in the command or in the script is masked.
 """
 
 from __future__ import annotations
@@ -20,9 +21,30 @@ from megatrain.files import doing
 FOLDER = "launches"
 SCRIPT_VARIABLE = "MEGATRAIN_SCRIPT"
 """The launch scripts set it to their own path."""
-_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|PWD_|CREDENTIAL|AUTH|COOKIE|PRIVATE|CERT|DSN|SIGNATURE|WEBHOOK", re.IGNORECASE)
-_PASSWORD = re.compile(r"://[^/@\s]+@")
+KEPT = re.compile(
+    r"""(?:MEGATRAIN|TORCH|TORCHELASTIC|TORCHINDUCTOR|PYTORCH|CUDA|CUBLAS|CUDNN|NVIDIA|NCCL|GLOO|UCX|FI|HIP|HSA|ROCR|ROCM|MIOPEN|RCCL
+    |TRITON|NUMBA|OMP|GOMP|KMP|MKL|OPENBLAS|MALLOC|JEMALLOC|SLURM|SLURMD|LC)_\w+|PYTHON\w*|PATH|LD_LIBRARY_PATH|LD_PRELOAD|GLIBC_TUNABLES
+    |HOME|USER|HOSTNAME|SHELL|LANG|LANGUAGE|TZ|TERM|TMPDIR|VIRTUAL_ENV|CONDA_PREFIX|CONDA_DEFAULT_ENV|LOADEDMODULES
+    |(?:LOCAL_|GROUP_|ROLE_)?(?:RANK|WORLD_SIZE)|MASTER_ADDR|MASTER_PORT|NNODES|NPROC_PER_NODE|RUN_ID|MAX_RESTARTS|JOIN_TIMEOUT
+    |RAYON_NUM_THREADS|XDG_CACHE_HOME|HF_HOME|HF_HUB_OFFLINE""",
+    re.VERBOSE,
+)
+"""Names of the variables that are kept: they change how a run computes, communicates or is placed."""
+_SECRET = re.compile(
+    r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH|COOKIE|PRIVATE|CERT|DSN|SIGNATURE|WEBHOOK|JWT|BEARER|_PAT\b", re.IGNORECASE
+)
+"""Names of variables that are left out all the same."""
 HIDDEN = "(not kept)"
+_IN_ADDRESS = re.compile(r"(://)(?:[^\s/@]*:\S*|[^\s/@]+)(?=@)")
+_ASSIGNED = re.compile(
+    r"""((?:passw(?:or)?d|passphrase|secret|(?<![A-Za-z])(?:token|pass|pwd|auth|bearer|jwt|pat|sig)|api_?key|access_?key(?:_id)?|account_?key
+    |private_?key|credentials?|signature|webhook)["']?\s*[=:]\s*)(?:"[^"]*"|'[^']*'|(?:Bearer\s+|Basic\s+)?[^\s;&,"']+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_OPTION = re.compile(r"(--?[\w-]*(?:password|passwd|secret|token|api-?key)\s+)(?!-)\S+", re.IGNORECASE)
+_BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+_ISSUED = re.compile(r"\b()(?:gh[a-z]_|github_pat_|glpat-|hf_|sk-|xox[a-z]-|AKIA|ASIA|eyJ[\w-]+\.)[\w.-]{10,}")
+"""Beginnings that services give to the secrets that they issue."""
 
 
 def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[str]) -> Path:
@@ -30,13 +52,14 @@ def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[s
     folder = _new_folder(run / FOLDER)
     with doing("writing", folder):
         script = env.get(SCRIPT_VARIABLE)
-        for source in (config, Path(script) if script else None):
-            if source is not None and source.is_file():
-                shutil.copyfile(source, folder / source.name)
-        (folder / "command.txt").write_text(f"{shlex.join(command)}\n")
+        if config is not None and config.is_file():
+            shutil.copyfile(config, folder / config.name)
+        if script and Path(script).is_file():
+            (folder / Path(script).name).write_text(masked(Path(script).read_text(errors="replace")))
+        (folder / "command.txt").write_text(f"{masked(shlex.join(command))}\n")
         environment = folder / "environment.txt"
         environment.touch(mode=0o600)
-        environment.write_text("".join(f"{name}={_shown(name, value)}\n" for name, value in sorted(env.items())))
+        environment.write_text(_listed(env))
         (folder / "packages.txt").write_text("\n".join([f"python {sys.version}", *_packages(), *_commit()]) + "\n")
     return folder
 
@@ -53,9 +76,18 @@ def _new_folder(parent: Path) -> Path:
     raise FileExistsError(f"{parent} holds a thousand starts of the second {now}")
 
 
-def _shown(name: str, value: str) -> str:
-    """A value of the environment on one line, without possible secrets."""
-    return HIDDEN if _SECRET.search(name) else _PASSWORD.sub(f"://{HIDDEN}@", value).replace("\n", "\\n")
+def masked(text: str) -> str:
+    """A text with passwords in addresses, values given to names such as `password`, and tokens of known services replaced by HIDDEN."""
+    for pattern in (_IN_ADDRESS, _BEARER, _ASSIGNED, _OPTION, _ISSUED):
+        text = pattern.sub(rf"\g<1>{HIDDEN}", text)
+    return text
+
+
+def _listed(env: Mapping[str, str]) -> str:
+    """The variables of the environment that matter for a run, a line each, and how many others there were."""
+    names = sorted(name for name in env if KEPT.fullmatch(name) and not _SECRET.search(name))
+    lines = [f"{name}={masked(env[name])}".replace("\n", "\\n") for name in names]
+    return "\n".join([*lines, f"# {len(env) - len(names)} other variables are not kept"]) + "\n"
 
 
 def _packages() -> list[str]:
