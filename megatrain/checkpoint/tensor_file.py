@@ -42,8 +42,11 @@ DTYPES = {
 }
 """The format's name of each dtype."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000
-"""Bytes; the safetensors library's own limit."""
+LONGEST_HEADER = 2**24
+"""Bytes, looked at before anything is parsed: room for 100,000 tensors, and a fraction of a second. The format allows 10^8."""
+_MOST_BRACKETS = 2**19
+"""Most opening brackets of a header, of which a tensor has three: small objects take fifty times the memory of their text."""
+_LONGEST_NAME, _MOST_DIMENSIONS = 1000, 64
 _MADV_POPULATE_READ = 22
 """Constant of Linux 5.14 and later that Python does not name."""
 _LIBC = ctypes.CDLL(None)
@@ -71,7 +74,7 @@ class Entry(NamedTuple):
 def header_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry], int]:
     """The header of a file of tensors (name, dtype, shape), the entry of each, and the size of the whole file in bytes.
 
-    Wide dtypes come first, so that every tensor is aligned.
+    Wide dtypes come first, so that every tensor is aligned. Raises ValueError for more tensors than a reader takes.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
     rows: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -81,6 +84,8 @@ def header_of(tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]) -> tu
         rows[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(rows, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > LONGEST_HEADER:
+        raise ValueError(f"{len(ordered)} tensors of one file take a header of {len(text)} bytes; {LONGEST_HEADER} can be read")
     data = 8 + len(text)
     entries = {name: Entry(dtype, shape, data + rows[name]["data_offsets"][0]) for name, dtype, shape in ordered}
     return len(text).to_bytes(8, "little") + text, entries, data + end
@@ -119,9 +124,9 @@ class TensorFile:
             raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
         self._verified: set[int] = set()
         length = int.from_bytes(self._map[:8], "little")
-        if self.size < 8 or length > min(self.size - 8, _LONGEST_HEADER):
-            why = pointer(self._map[:HEAD_BYTES]) or f"its header claims {length} bytes, and the file has {self.size}"
-            raise DamagedCheckpointError(f"{path}: {why}")
+        if self.size < 8 or length > min(self.size - 8, LONGEST_HEADER):
+            claims = f"its header claims {length} bytes, of the file's {self.size}; {LONGEST_HEADER} at most are read"
+            raise DamagedCheckpointError(f"{path}: {pointer(self._map[:HEAD_BYTES]) or claims}")
         self.header_bytes = 8 + length
         try:
             self.entries = _entries(self._map[8 : 8 + length], 8 + length, self.size)
@@ -232,19 +237,38 @@ def check_plain(file: Path, size: int | None = None) -> int:
 
 
 def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
-    """Name -> entry of the tensors of a header. Raises ValueError, TypeError or KeyError where it contradicts itself or the file's size."""
-    rows = json.loads(text, object_pairs_hook=unique_keys)
-    rows.pop("__metadata__", None)
+    """Name -> entry of the tensors of a header. Raises ValueError, TypeError or KeyError where it contradicts itself or the file's size.
+
+    As the format wants it, the tensors' bytes are the data: none is of two tensors, or of none.
+    """
+    if text.count(b"{") + text.count(b"[") > _MOST_BRACKETS:
+        raise ValueError(f"it has more than {_MOST_BRACKETS} brackets")
+    rows = json.loads(text.decode(), object_pairs_hook=unique_keys)
+    more = rows.pop("__metadata__", {})
+    if not all(type(value) is str for value in more.values()):
+        raise ValueError("its __metadata__ is not all text")
     entries: dict[str, Entry] = {}
     for name, row in rows.items():
         start, end = row["data_offsets"]
         shape = tuple(row["shape"])
-        if not all(type(n) is int and n >= 0 for n in (start, end, *shape)):
+        if len(name) > _LONGEST_NAME or len(shape) > _MOST_DIMENSIONS:
+            raise ValueError(f"{name[:80]!r} has a name of {len(name)} characters and {len(shape)} dimensions: too many")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (start, end, *shape)):
             raise ValueError(f"{name!r} has sizes that are no sizes")
         entry = Entry(DTYPES[row["dtype"]], shape, data + start)
         if end - start != entry.nbytes or data + end > size:
             raise ValueError(f"{name!r} claims bytes {start} to {end} for the shape {list(shape)} in a file of {size}")
         entries[name] = entry
+    at = data
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != at:
+            what = (
+                "overlaps the tensor before it" if entry.start < at else f"leaves {entry.start - at} bytes before it to nobody"
+            )
+            raise ValueError(f"{name!r}, which begins at byte {entry.start - data} of the data, {what}")
+        at += entry.nbytes
+    if at != size:
+        raise ValueError(f"the last {size - at} bytes of the file are of no tensor")
     return entries
 
 
@@ -252,5 +276,5 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     """A JSON object as a dict. Raises ValueError for a key that appears twice, as readers differ in which one they take."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError(f"a key appears twice among {[key for key, _ in pairs][:8]}")
+        raise ValueError(f"a key appears twice among {[key[:80] for key, _ in pairs[:8]]}")
     return found

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatrain.checkpoint.tensor_file import DTYPES, TensorFile, hash_block, header_of
@@ -81,7 +82,11 @@ BAD = {
     "bytes before the start": (row(data_offsets=[-16, 0]), {}),
     "three offsets": (row(data_offsets=[0, 8, 16]), {}),
     "deep nesting": (b"[" * 10**5, {}),
+    "a long name": ({"w" * 1001: row()["w"]}, {"data": bytes(16)}),
+    "too many dimensions": (row(shape=[2**62] * 65), {}),
     "a row that is no row": ({"w": 5}, {}),
+    "another encoding": (json.dumps(row()).encode("utf-16"), {"data": bytes(16)}),
+    "metadata that is no text": ({**row(), "__metadata__": {"n": 5}}, {"data": bytes(16)}),
 }
 
 
@@ -91,6 +96,62 @@ def test_what_cannot_be_is_refused(tmp_path, case):
     write(tmp_path / "x.safetensors", rows, **more)
     with pytest.raises(DamagedCheckpointError, match=r"x\.safetensors: its header"):
         TensorFile(tmp_path / "x.safetensors")
+
+
+F32 = {"dtype": "F32", "shape": [2]}
+
+
+@pytest.mark.parametrize(
+    ("offsets", "data", "said"),
+    [
+        ({"a": [0, 8], "b": [4, 12]}, 12, "'b', which begins at byte 4 of the data, overlaps the tensor before it"),
+        ({"a": [0, 8], "b": [0, 8]}, 8, "'b', which begins at byte 0 of the data, overlaps the tensor before it"),
+        ({"b": [12, 20], "a": [0, 8]}, 20, "'b', which begins at byte 12 of the data, leaves 4 bytes before it to nobody"),
+        ({"a": [8, 16]}, 16, "'a', which begins at byte 8 of the data, leaves 8 bytes before it to nobody"),
+        ({"a": [0, 8]}, 9, "the last 1 bytes of the file are of no tensor"),
+        ({}, 4, "the last 4 bytes of the file are of no tensor"),
+    ],
+)
+def test_tensors_cover_the_data_once(tmp_path, offsets, data, said):
+    """As the library: overlaps, holes and bytes that are of no tensor are refused."""
+    path = tmp_path / "x.safetensors"
+    write(path, {name: {**F32, "data_offsets": pair} for name, pair in offsets.items()}, bytes(data))
+    with pytest.raises(DamagedCheckpointError, match=f"x\\.safetensors: its header cannot be used: {said}"):
+        TensorFile(path)
+    with pytest.raises(SafetensorError):
+        load_file(path)
+
+
+def test_empty_tensors_lie_anywhere_between_others(tmp_path):
+    none = {"dtype": "F32", "shape": [0, 3]}
+    rows = {"b": {**F32, "data_offsets": [0, 8]}, "a": {**none, "data_offsets": [8, 8]}, "c": {**none, "data_offsets": [0, 0]}}
+    write(tmp_path / "x.safetensors", rows, bytes(8))
+    assert TensorFile(tmp_path / "x.safetensors").entries.keys() == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{" + b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' * 180_000 + b"}",
+        b'{"a":[' + b"[]," * 600_000 + b"0]}",
+        b'{"a":' + b"[" * 600_000,
+        b" " * (2**24 + 8),
+    ],
+    ids=["tensors", "lists", "nesting", "blanks"],
+)
+def test_a_bomb_of_a_header_is_refused_before_it_is_parsed(tmp_path, header, monkeypatch):
+    write(tmp_path / "x.safetensors", header)
+    monkeypatch.delattr("megatrain.checkpoint.tensor_file.json.loads")
+    with pytest.raises(
+        DamagedCheckpointError, match=r"x\.safetensors: its header (claims|cannot be used: it has more than 524288)"
+    ):
+        TensorFile(tmp_path / "x.safetensors")
+
+
+def test_no_file_is_planned_that_could_not_be_read(monkeypatch):
+    monkeypatch.setattr("megatrain.checkpoint.tensor_file.LONGEST_HEADER", 100)
+    with pytest.raises(ValueError, match="3 tensors of one file take a header of 200 bytes; 100 can be read"):
+        header_of([(name, torch.float32, (4,)) for name in "abc"])
 
 
 @pytest.mark.parametrize("size", [0, 1, 7])
