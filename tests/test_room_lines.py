@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 2050,
     "megatrain/cli": 900,
     "megatrain/config": 2800,
-    "megatrain/data": 3850,
+    "megatrain/data": 3900,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2400,
     "megatrain/verbs": 1350,
-    "tests": 34000,
+    "tests": 35500,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -7,6 +7,7 @@ stopped early with a checkpoint saved: a scheduler should start the run again; 1
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import io
 import os
 import sys
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(words)
     except SystemExit as stop:  # argparse has printed the help, the version or what is wrong
         return stop.code if isinstance(stop.code, int) else WRONG_USE
+    if argv is None:
+        faulthandler.enable()  # SIGBUS (a mapped file was cut, a disk fails) and SIGSEGV are told with all stacks
     if argv is None and words[:1] in (["train"], ["bench"]):
         _begin_program(words[0])
     arguments.ends_process = argv is None

@@ -29,8 +29,8 @@ class HeldOut:
     """Held-out text, each token predicted once and in order: sample i is tokens i s .. i s + s of a store; the last one is short.
 
     Several stores are interleaved in proportion to their sizes, so that an evaluation of few batches sees parts of all; corpus weights are
-    not used. Raises TokenStoreError when there is nothing to predict, or an id lies outside the vocabulary (for a large store, when the
-    batch is made).
+    not used. Raises TokenStoreError when there is nothing to predict, or an id lies outside the vocabulary (at once if that is cheap to
+    check, and when a batch is made).
     """
 
     def __init__(
@@ -41,7 +41,9 @@ class HeldOut:
         if not sum(counts):
             names = ", ".join(store.prefix for store in stores) or "data.valid"
             raise TokenStoreError(f"{names}: no held-out store has 2 tokens or more, so there is nothing to predict. Add text.")
-        self._checked_vocabs = [None if vocab_size is None or s.verify_ids(vocab_size) else vocab_size for s in stores]
+        self._vocab_size = vocab_size
+        for store in stores:
+            store.verify_ids(vocab_size)
         owner = np.repeat(np.arange(len(counts)), counts)
         within = np.concatenate([np.arange(count) for count in counts])
         order = np.argsort((within + 0.5) / np.asarray(counts)[owner], kind="stable")
@@ -54,10 +56,8 @@ class HeldOut:
     def sample(self, n: int) -> tuple[npt.NDArray[np.int64], int]:
         """Tokens [seq_length + 1] of sample n, zeros past the end of the text, and the number of its labels that are text."""
         corpus, begin = int(self._owner[n]), int(self._within[n]) * self.seq_length
-        store, vocab_size = self.stores[corpus], self._checked_vocabs[corpus]
-        piece = store.data[begin : begin + self.seq_length + 1]
-        if vocab_size is not None:
-            store.check_ids(begin, begin + piece.size, vocab_size)
+        store = self.stores[corpus]
+        piece = store.read(begin, min(begin + self.seq_length + 1, store.tokens), self._vocab_size)
         tokens = np.zeros(self.seq_length + 1, np.int64)
         tokens[: piece.size] = piece
         return tokens, piece.size - 1

@@ -1,4 +1,4 @@
-r"""Token stores: Megatron's `PREFIX.bin` + `PREFIX.idx`, written and memory-mapped byte for byte.
+r"""Token stores: Megatron's `PREFIX.bin` + `PREFIX.idx`, written and read byte for byte.
 
 `PREFIX.bin` is every token of every sequence back to back, little-endian, no header. `PREFIX.idx` has the places of sequences in it:
 
@@ -17,6 +17,10 @@ read through `frombuffer`, never through a cast pointer. A document written here
 
 fairseq's index (MMapIndexedDataset, from which Megatron's was made) has no documents: neither D nor the last array, so its arrays start at
 byte 26. It is read with every sequence as a document.
+
+Tokens are read from the open file with `pread`, not through a map, and every one that is used is compared with the vocabulary: a file that
+is cut, or overwritten, under a run is an error with its name, where a map would end the process with SIGBUS. The index is mapped, since
+its arrays are read as wholes by all ranks of a node; its size is asked for before each use.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ import hashlib
 import mmap
 import os
 import struct
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -232,7 +238,7 @@ class TokenStoreWriter:
 
 
 class TokenStore:
-    """A store, memory-mapped and kept open: opening reads the index; tokens are read when they are used.
+    """A store, kept open: opening maps and checks the index; tokens are read when they are used.
 
     `len(store)` is the number of sequences. Raises TokenStoreError when the files are missing, damaged or of another format.
     """
@@ -259,71 +265,105 @@ class TokenStore:
         self.documents = self.document_indices.size - 1
         self.without_documents = document_rows is None
         """Whether the index has no documents, as fairseq writes it."""
+        with doing("reading", self.bin_path):
+            self._file = os.open(self.bin_path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self.nbytes = os.fstat(self._file).st_size
+        """Bytes of .bin."""
         self._check_index()
-        self.data: npt.NDArray[np.integer] = np.frombuffer(_map(self.bin_path), self.dtype)
-        """[tokens] every token of the store, in the order of the file."""
 
     @property
     def tokens(self) -> int:
         """Tokens in the store."""
-        return int(self.data.size)
+        return self.nbytes // self.dtype.itemsize
 
     def __len__(self) -> int:
         return int(self.lengths.size)
 
+    def read(self, first: int, end: int, vocab_size: int | None = None) -> npt.NDArray[np.integer]:
+        """Tokens [end - first] of the store, first .. end - 1, in the order of the file and its dtype.
+
+        Raises TokenStoreError, naming file, offset and document, where the file has become shorter, or has a token outside of
+        0 .. vocab_size - 1; OSError where it cannot be read.
+        """
+        tokens = np.empty(end - first, self.dtype)
+        room, begin, done = tokens.view(np.uint8).data, first * self.dtype.itemsize, 0
+        with doing("reading", self.bin_path):
+            while done < len(room) and (got := os.preadv(self._file, [room[done:]], begin + done)):
+                done += got
+        if done < len(room):
+            raise _cut(
+                self.bin_path, os.fstat(self._file).st_size, self.nbytes, f"tokens {first} to {end - 1}{self._of(first)}"
+            )
+        if vocab_size is not None and tokens.size:
+            # As unsigned numbers negative ids are huge, so one maximum checks both ends.
+            ids = tokens.view(f"<u{self.dtype.itemsize}")
+            if int(ids.max()) >= vocab_size:
+                self._refuse(first + int(np.argmax(ids >= vocab_size)), int(tokens[np.argmax(ids >= vocab_size)]), vocab_size)
+        return tokens
+
     def sequence(self, i: int) -> npt.NDArray[np.integer]:
-        """View [lengths[i]] of sequence i, in the store's dtype, read-only. Raises IndexError."""
+        """Tokens [lengths[i]] of sequence i, in the store's dtype. Raises IndexError, and errors as `read` does."""
         if not 0 <= i < len(self):
             raise IndexError(f"{self.prefix}: sequence {i} is not in 0..{len(self) - 1}")
-        begin = int(self.byte_offsets[i]) // self.dtype.itemsize
-        return self.data[begin : begin + int(self.lengths[i])]
+        require_whole(self.idx_path, self._index)
+        return self.read(*self._within(f"sequence {i}", self._token_offset(i), self._token_offset(i + 1)))
 
     def document_bounds(self, i: int) -> tuple[int, int]:
-        """(first, end): document i is `data[first:end]`. Raises IndexError."""
+        """(first, end): document i is `read(first, end)`. Raises IndexError, and TokenStoreError if the index was changed meanwhile."""
         if not 0 <= i < self.documents:
             raise IndexError(f"{self.prefix}: document {i} is not in 0..{self.documents - 1}")
-        return self._token_offset(int(self.document_indices[i])), self._token_offset(int(self.document_indices[i + 1]))
+        require_whole(self.idx_path, self._index)
+        ends = (self._token_offset(int(self.document_indices[at])) for at in (i, i + 1))
+        return self._within(f"document {i}", *ends)
 
     def document(self, i: int) -> npt.NDArray[np.integer]:
-        """View of document i, all its sequences. Raises IndexError."""
-        begin, end = self.document_bounds(i)
-        return self.data[begin:end]
+        """Tokens of document i, all its sequences. Raises IndexError, and errors as `read` does."""
+        return self.read(*self.document_bounds(i))
 
     def document_lengths(self) -> npt.NDArray[np.int64]:
         """[documents] tokens of each document."""
-        ends = np.append(self.byte_offsets, self.data.nbytes)[self.document_indices]
+        require_whole(self.idx_path, self._index)
+        ends = np.append(self.byte_offsets, self.nbytes)[self.document_indices]
         return np.diff(ends) // self.dtype.itemsize
 
     def identity(self) -> str:
         """Hash (hex) of the index and the sizes of both files, on which an index of samples depends."""
+        require_whole(self.idx_path, self._index)
         digest = hashlib.sha256(self._index)
-        digest.update(struct.pack("<QQ", len(self._index), self.data.nbytes))
+        digest.update(struct.pack("<QQ", len(self._index), self.nbytes))
         return digest.hexdigest()
 
-    def check_ids(self, begin: int, end: int, vocab_size: int) -> None:
-        """Raises TokenStoreError, naming file and offset, if a token of data[begin:end] is not in 0..vocab_size-1."""
-        for start in range(begin, end, CHECK_CHUNK):
-            # As unsigned numbers negative ids are huge, so one maximum checks both ends.
-            piece = self.data[start : min(start + CHECK_CHUNK, end)].view(f"<u{self.dtype.itemsize}")
-            if int(piece.max()) >= vocab_size:
-                place = start + int(np.argmax(piece >= vocab_size))
-                raise TokenStoreError(
-                    f"{self.bin_path}: token id {int(self.data[place])} at token {place} (byte {place * self.dtype.itemsize}) "
-                    f"is outside the vocabulary, model.vocab_size={vocab_size} (ids 0..{vocab_size - 1}). Use the tokenizer "
-                    f"that made this store, or a larger model.vocab_size."
-                )
+    def verify_ids(self, vocab_size: int | None) -> None:
+        """Checks every id if that is cheap, so that one outside of the vocabulary is told at the start. Raises TokenStoreError."""
+        if vocab_size is not None and self.tokens <= VERIFY_AT_OPEN:
+            for start in range(0, self.tokens, CHECK_CHUNK):
+                self.read(start, min(start + CHECK_CHUNK, self.tokens), vocab_size)
 
-    def verify_ids(self, vocab_size: int) -> bool:
-        """Checks every id if that is cheap; True when no id can be out of range, False when ids must be checked batch by batch.
+    def changed(self, what: str) -> TokenStoreError:
+        """The error for an index that no longer says what it said when it was opened."""
+        return TokenStoreError(
+            f"{self.idx_path} was changed while it was in use: {what}. Leave the files of a run as they are."
+        )
 
-        Raises TokenStoreError as `check_ids` does.
-        """
-        if self.dtype.kind == "u" and np.iinfo(self.dtype).max < vocab_size:
-            return True
-        if self.tokens > VERIFY_AT_OPEN:
-            return False
-        self.check_ids(0, self.tokens, vocab_size)
-        return True
+    def _within(self, what: str, first: int, end: int) -> tuple[int, int]:
+        """Bounds that the index gives. Raises TokenStoreError unless they lie in the store."""
+        if not 0 <= first <= end <= self.tokens:
+            raise self.changed(f"{what} is said to be tokens {first} to {end - 1} of {self.tokens}")
+        return first, end
+
+    def _of(self, place: int) -> str:
+        """The document that a token belongs to, as text."""
+        require_whole(self.idx_path, self._index)
+        sequence = int(np.searchsorted(self.byte_offsets, place * self.dtype.itemsize, side="right")) - 1
+        return f" of document {int(np.searchsorted(self.document_indices, sequence, side='right')) - 1}"
+
+    def _refuse(self, place: int, token: int, vocab_size: int) -> NoReturn:
+        raise TokenStoreError(
+            f"{self.bin_path}: token id {token} at token {place} (byte {place * self.dtype.itemsize}){self._of(place)} is outside the "
+            f"vocabulary, model.vocab_size={vocab_size} (ids 0..{vocab_size - 1}). Use the tokenizer that made this store, or a larger "
+            "model.vocab_size; if the file was good when the run began, it was overwritten: copy it again."
+        )
 
     def _token_offset(self, sequence: int) -> int:
         """Index in `data` at which `sequence` starts; the end of `data` for the sequence after the last."""
@@ -345,7 +385,7 @@ class TokenStore:
         if int(edges[0]) != 0 or int(edges[-1]) != len(self) or (np.diff(edges) < 0).any():
             found = f"{edges[:3].tolist()} ... {edges[-3:].tolist()}"
             raise _damaged(self.idx_path, f"document boundaries must rise from 0 to {len(self)} sequences; they are {found}")
-        needed, size = int(ends[-1]) if ends.size else 0, self.bin_path.stat().st_size
+        needed, size = int(ends[-1]) if ends.size else 0, self.nbytes
         if size != needed:
             if lfs := pointer(head_of(self.bin_path)):
                 raise TokenStoreError(f"{self.bin_path}: {lfs}")
@@ -360,6 +400,20 @@ def _map(path: Path) -> mmap.mmap | bytes:
     """The file as read-only memory; empty bytes for an empty file, which cannot be mapped."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+def require_whole(path: Path, mapped: mmap.mmap | bytes) -> None:
+    """Raise TokenStoreError if a mapped file has become shorter than its map: what lies behind its end is no memory (SIGBUS)."""
+    if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+        raise _cut(path, mapped.size(), len(mapped), "what follows")
+
+
+def _cut(path: Path, size: int, was: int, lost: str) -> TokenStoreError:
+    """The error for a file that has become shorter since it was opened."""
+    return TokenStoreError(
+        f"{path} was truncated while it was in use: it has {size} bytes, and had {was}, so that {lost} cannot be read. Copy the store "
+        "again; a new version of a store needs a name of its own, or `mv`, which leaves runs that have the old one open alone."
+    )
 
 
 def _missing(prefix: str, path: Path) -> str:
@@ -433,7 +487,7 @@ def describe(prefix: str | Path) -> str:
     store = TokenStore(prefix)
     rows = [
         f"token store {store.prefix}",
-        f"  {store.bin_path}: {store.data.nbytes:,} bytes; {store.idx_path}: {store.idx_path.stat().st_size:,} bytes",
+        f"  {store.bin_path}: {store.nbytes:,} bytes; {store.idx_path}: {store.idx_path.stat().st_size:,} bytes",
         f"  dtype      {store.dtype.name}",
         f"  documents  {store.documents:,}   sequences  {len(store):,}{store.without_documents * FAIRSEQ}",
         f"  tokens     {store.tokens:,}",
@@ -441,5 +495,7 @@ def describe(prefix: str | Path) -> str:
     if store.tokens:
         lengths = store.document_lengths()
         rows.append(f"  per document: {lengths.min():,} to {lengths.max():,} tokens, median {np.median(lengths):,.0f}")
-        rows.append(f"  ids {int(store.data.min())} to {int(store.data.max())}; the first: {store.data[:12].tolist()}")
+        pieces = [store.read(at, min(at + CHECK_CHUNK, store.tokens)) for at in range(0, store.tokens, CHECK_CHUNK)]
+        ids = [int(piece.min()) for piece in pieces], [int(piece.max()) for piece in pieces]
+        rows.append(f"  ids {min(ids[0])} to {max(ids[1])}; the first: {pieces[0][:12].tolist()}")
     return "\n".join(rows)

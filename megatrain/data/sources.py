@@ -121,7 +121,7 @@ def _closed(paths: Sequence[str], eos: int) -> bool:
         for number in range(min(store.documents, LOOKED_AT)):
             first, end = store.document_bounds(number)
             if end > first:
-                ended.setdefault(bool(store.data[end - 1] == eos), path)
+                ended.setdefault(bool(store.read(end - 1, end)[0] == eos), path)
     if len(ended) > 1:
         raise ValueError(
             f"documents of {ended[True]} end in the token {eos}, and some of {ended[False]} do not. Tokenize all with --append-eod, "

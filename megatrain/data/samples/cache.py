@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,11 @@ def cached_arrays(directory: Path, key: Mapping[str, str | int], names: tuple[st
             error,
         )
     return arrays
+
+
+def intact(array: npt.NDArray[Any]) -> bool:
+    """Whether an array's file is still as long as its map: reading behind its end would end the process."""
+    return not isinstance(array.base, mmap.mmap) or array.base.size() >= len(array.base)
 
 
 def _load(directory: Path, stem: str, names: tuple[str, ...]) -> Arrays | None:

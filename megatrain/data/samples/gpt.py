@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from megatrain.data.draws import permutation
 from megatrain.data.indexed import TokenStore, TokenStoreError
-from megatrain.data.samples.cache import Arrays, cached_arrays
+from megatrain.data.samples.cache import Arrays, cached_arrays, intact
 
 DOCUMENTS, SAMPLES = 1, 2
 """Part of the key of a permutation: of an epoch's documents, of its samples."""
@@ -70,7 +70,7 @@ class GptSamples:
     """The endless sequence of samples of one store.
 
     `cache_dir` None means `index_cache` beside the store. `vocab_size` None leaves ids unchecked. Raises TokenStoreError when
-    the store has fewer than seq_length + 1 tokens, or an id outside the vocabulary (at once if that is cheap to check).
+    the store has fewer than seq_length + 1 tokens, or an id outside the vocabulary (at once if that is cheap to check, and with a sample).
     """
 
     def __init__(
@@ -91,7 +91,8 @@ class GptSamples:
         self.store, self.seq_length, self.seed = store, seq_length, seed
         self.samples_per_epoch = (store.tokens - 1) // seq_length
         self._cache_dir = Path(cache_dir) if cache_dir else Path(store.prefix).parent / "index_cache"
-        self._checked_vocab = None if vocab_size is None or store.verify_ids(vocab_size) else vocab_size
+        self._vocab_size = vocab_size
+        store.verify_ids(vocab_size)
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -100,9 +101,7 @@ class GptSamples:
         tokens = np.empty(self.seq_length + 1, np.int64)
         filled = 0
         for first, end in self._pieces(n):
-            if self._checked_vocab is not None and end > first:
-                self.store.check_ids(first, end, self._checked_vocab)
-            tokens[filled : filled + end - first] = self.store.data[first:end]
+            tokens[filled : filled + end - first] = self.store.read(first, end, self._vocab_size)
             filled += end - first
         return tokens
 
@@ -121,8 +120,12 @@ class GptSamples:
         position, begin = (int(x) for x in index.starts[index.shuffle[place]])
         left = self.seq_length + 1
         while left:
+            if position == index.documents.size:
+                raise self.store.changed(f"its documents end before sample {n} does")
             first, end = self.store.document_bounds(int(index.documents[position]))
             first += begin
+            if first > end:
+                raise self.store.changed(f"document {index.documents[position]} ends before sample {n}, which begins in it")
             end = min(end, first + left)
             yield first, end
             left -= end - first
@@ -131,6 +134,8 @@ class GptSamples:
     def epoch_index(self, epoch: int) -> EpochIndex:
         """The index of an epoch: from memory, from the cache, or built."""
         with self._lock:  # the loader's thread and an evaluation may both ask
+            if epoch in self._epochs and not all(map(intact, vars(self._epochs[epoch]).values())):
+                del self._epochs[epoch]  # somebody has cut a file of the cache
             if epoch not in self._epochs:
                 self._epochs[epoch] = EpochIndex(**self._arrays(epoch))
                 if len(self._epochs) > KEPT_EPOCHS:

@@ -29,13 +29,13 @@ class PairSamples:
                 "out of the same lines, none of them empty: --key prompt and --key answer."
             )
         self.prompts, self.answers, self.seed = prompts, answers, seed
-        self._checked_vocabs = [
-            None if vocab_size is None or s.verify_ids(vocab_size) else vocab_size for s in (prompts, answers)
-        ]
+        self._vocab_size = vocab_size
+        for store in (prompts, answers):
+            store.verify_ids(vocab_size)
         mean = (prompts.tokens + answers.tokens) / prompts.documents
         self.together = max(1, int(text_length / (mean + 3)))  # each with [CLS], [gMASK] and a start of piece
-        self._epoch = -1
-        self._order: Ids = np.zeros(0, np.int64)
+        self._order: tuple[int, Ids] = -1, np.zeros(0, np.int64)
+        """The last epoch, and the order of its pairs: one value, since the loader's thread is not the only one that reads."""
 
     def pairs(self, n: int) -> list[tuple[Ids, Ids]]:
         """The (prompt, answer) pairs of sample n."""
@@ -43,17 +43,14 @@ class PairSamples:
 
     def _pair(self, number: int) -> tuple[Ids, Ids]:
         epoch, place = divmod(number, self.prompts.documents)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.prompts.documents, self.seed, epoch, PAIRS)
-        document = int(self._order[place])
-        return self._document(0, document), self._document(1, document)
+        kept = self._order
+        if kept[0] != epoch:
+            self._order = kept = epoch, permutation(self.prompts.documents, self.seed, epoch, PAIRS)
+        document = int(kept[1][place])
+        return self._document(self.prompts, document), self._document(self.answers, document)
 
-    def _document(self, which: int, number: int) -> Ids:
-        store, vocab_size = (self.prompts, self.answers)[which], self._checked_vocabs[which]
-        first, end = store.document_bounds(number)
-        if vocab_size is not None:
-            store.check_ids(first, end, vocab_size)
-        return np.asarray(store.data[first:end], np.int64)
+    def _document(self, store: TokenStore, number: int) -> Ids:
+        return np.asarray(store.read(*store.document_bounds(number), self._vocab_size), np.int64)
 
     def sample(self, n: int) -> Ids:
         """Raises TokenStoreError: pairs are no running text."""

@@ -100,6 +100,15 @@ def test_ids_are_checked_at_the_sample_where_the_store_is_large(tmp_path, monkey
     assert found and all("token id 49 at token 49 (byte 196)" in message for message in found)
 
 
+def test_ids_are_checked_at_every_sample_of_a_small_store_too(tmp_path):
+    samples = GptSamples(store_of(tmp_path / "s", [50]), 4, seed=0, vocab_size=50)
+    with (tmp_path / "s.bin").open("r+b") as file:
+        file.write(b"\xff" * 200)
+    for n in range(samples.samples_per_epoch):
+        with pytest.raises(TokenStoreError, match=r"s\.bin: token id -1 at token \d+ \(byte \d+\) of document 0 is outside"):
+            samples.sample(n)
+
+
 def test_ids_are_checked_at_open_where_that_is_cheap(tmp_path):
     with pytest.raises(TokenStoreError, match=r"token id 49 at token 49"):
         GptSamples(store_of(tmp_path / "s", [50]), 4, seed=0, vocab_size=49)
@@ -118,6 +127,29 @@ def counting(monkeypatch):
     real = gpt.build_epoch
     monkeypatch.setattr(gpt, "build_epoch", lambda *a: (calls.append(a), real(*a))[1])
     return calls
+
+
+def test_a_cached_index_that_is_cut_under_a_run_is_built_again(cached):
+    store, directory = cached
+    samples = GptSamples(store, 8, seed=1)
+    first = [samples.sample(n).tolist() for n in range(44)]
+    for path in directory.glob("*.npy"):
+        with path.open("r+b") as file:
+            file.truncate(130)
+    assert [samples.sample(n).tolist() for n in range(44)] == first
+
+
+def test_documents_that_became_shorter_under_a_run_are_told(tmp_path):
+    """Both lengths and offsets of the index were written anew, for the same number of tokens."""
+    samples = GptSamples(store_of(tmp_path / "s", [9] * 4), 7, seed=1)
+    first = [samples.sample(n).tolist() for n in range(5)]
+    assert len(first) == samples.samples_per_epoch
+    with (tmp_path / "s.idx").open("r+b") as file:
+        file.seek(34 + 16 + 8)
+        file.write(np.array([1, 2, 3], "<i8").tobytes())
+    with pytest.raises(TokenStoreError, match=r"s\.idx was changed while it was in use: document \d ends before sample \d"):
+        for n in range(5):
+            samples.sample(n)
 
 
 def test_the_index_is_cached_by_what_it_depends_on(cached, monkeypatch):
