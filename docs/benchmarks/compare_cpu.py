@@ -4,6 +4,7 @@
     python docs/benchmarks/compare_cpu.py single --precision bf16 --as-people-run-it
     python docs/benchmarks/compare_cpu.py single --precision fp32 --compile      # both compiled
     python docs/benchmarks/compare_cpu.py single --precision bf16 --vocab 50304 --loss-chunk 256
+    python docs/benchmarks/compare_cpu.py single --precision bf16 --shape 124m --micro-batch-size 2 --pairs 3 --steps 1
     python docs/benchmarks/compare_cpu.py single --against transformers          # Hugging Face's GPT-2 (pip install transformers)
     python docs/benchmarks/compare_cpu.py tensor-parallel --precision bf16       # tp 2 + sequence parallel, against two lone processes
     python docs/benchmarks/compare_cpu.py pipeline --micro-batches 8 --steps 1   # two stages, against two lone processes
@@ -36,7 +37,11 @@ import time
 from pathlib import Path
 
 WORKERS = ("plain", "transformers", "ours", "shared", "staged", "replica", "ddp", "fsdp2")
-SHAPE = {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512, "vocab_size": 8192}
+SHAPES = {
+    "8x512": {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512, "vocab_size": 8192},
+    "124m": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 1024, "vocab_size": 50304},
+}
+"""Models by name; 124m is GPT-2's smallest, its vocabulary padded to a multiple of 128."""
 
 
 class Side:
@@ -72,6 +77,8 @@ class Side:
                 args.schedule,
                 "--zero",
                 str(args.zero),
+                "--shape",
+                args.shape,
                 "--vocab",
                 str(args.vocab),
                 "--loss-chunk",
@@ -116,12 +123,12 @@ def plain_worker(args: argparse.Namespace) -> None:
     made = (
         transformers_gpt2(args)
         if args.what == "transformers"
-        else plain_gpt.PlainGPT(8, 512, 8, args.vocab, SHAPE["seq_length"])
+        else plain_gpt.PlainGPT(*sides(args), args.vocab, shape_of(args)["seq_length"])
     )
     optimizer = plain_gpt.make_optimizer(made)
     model = torch.compile(made) if args.compile else made
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16")
-    tokens = torch.randint(args.vocab, (1, args.micro_batch_size, SHAPE["seq_length"] + 1))
+    tokens = torch.randint(args.vocab, (args.micro_batches, args.micro_batch_size, shape_of(args)["seq_length"] + 1))
     serve(lambda: plain_gpt.train_step(model, optimizer, tokens, autocast, 1.0), peak_mebibytes)
 
 
@@ -133,7 +140,9 @@ def transformers_gpt2(args: argparse.Namespace):
         raise SystemExit("transformers is not installed: pip install transformers") from None
     import torch
 
-    settings = {"n_layer": 8, "n_embd": 512, "n_head": 8, "n_positions": SHAPE["seq_length"], "vocab_size": args.vocab}
+    layers, width, heads = sides(args)
+    settings = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": args.vocab}
+    settings["n_positions"] = shape_of(args)["seq_length"]
     config = GPT2Config(
         **settings, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, attn_implementation="sdpa"
     )
@@ -158,7 +167,7 @@ def peer_worker(args: argparse.Namespace) -> None:
 
     rendezvous = f"tcp://127.0.0.1:{args.port}"
     distributed.init_process_group("gloo", init_method=rendezvous, rank=args.rank, world_size=args.size)
-    model = plain_gpt.PlainGPT(8, 512, 8, SHAPE["vocab_size"], SHAPE["seq_length"])
+    model = plain_gpt.PlainGPT(*sides(args), args.vocab, shape_of(args)["seq_length"])
     bf16 = args.precision == "bf16"
     if args.what == "ddp":
         wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -174,7 +183,7 @@ def peer_worker(args: argparse.Namespace) -> None:
     optimizer = plain_gpt.make_optimizer(model)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16 and args.what == "ddp")
     mine = args.micro_batches // args.size
-    tokens = torch.randint(SHAPE["vocab_size"], (mine, args.micro_batch_size, SHAPE["seq_length"] + 1))
+    tokens = torch.randint(args.vocab, (mine, args.micro_batch_size, shape_of(args)["seq_length"] + 1))
 
     def wait_with_the_sum(number: int) -> contextlib.AbstractContextManager:
         return wrapped.no_sync() if args.what == "ddp" and number < mine - 1 else contextlib.nullcontext()
@@ -185,6 +194,17 @@ def peer_worker(args: argparse.Namespace) -> None:
 def peak_mebibytes() -> str:
     """Largest resident memory of this process so far, as JSON."""
     return json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
+
+
+def shape_of(args: argparse.Namespace) -> dict[str, int]:
+    """The model's shape, with the vocabulary that was asked for."""
+    return {**SHAPES[args.shape], "vocab_size": args.vocab}
+
+
+def sides(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Layers, width and heads of the model."""
+    shape = SHAPES[args.shape]
+    return shape["num_layers"], shape["hidden_size"], shape["num_attention_heads"]
 
 
 def layout_of(args: argparse.Namespace) -> dict:
@@ -212,7 +232,7 @@ def our_worker(args: argparse.Namespace) -> None:
     size = 1 if args.what == "ours" else args.size
     sequences = args.micro_batch_size * args.micro_batches
     config = Config(
-        model=ModelConfig(activation="gelu", **{**SHAPE, "vocab_size": args.vocab}),
+        model=ModelConfig(activation="gelu", **shape_of(args)),
         parallel=ParallelConfig(**layout_of(args), device="cpu"),
         optim=OptimConfig(),
         train=TrainConfig(
@@ -230,7 +250,7 @@ def our_worker(args: argparse.Namespace) -> None:
     env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port), OMP_NUM_THREADS=str(args.threads))
     session = connect(Launch.from_environment(env if size > 1 else {}), config.parallel, 120.0, env)
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, size), session.device)
-    samples = RandomSamples(args.vocab, SHAPE["seq_length"])
+    samples = RandomSamples(args.vocab, config.model.seq_length)
     loader = Loader(samples, sequences, args.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     batch = loader.build(0)
     loader.batch = lambda consumed: batch  # tokens are not what is measured here
@@ -287,7 +307,7 @@ def measure(args: argparse.Namespace) -> dict:
         memory = {name: round(max(json.loads(a)["peak_mib"] for a in side.answers)) for name, side in sides.items()}
     for side in sides.values():
         side.close()
-    tokens = args.micro_batch_size * args.micro_batches * SHAPE["seq_length"]
+    tokens = args.micro_batch_size * args.micro_batches * shape_of(args)["seq_length"]
     ours, other = (seconds[name] for name in sides)
     # Two lone processes train two batches at once.
     ratios = sorted((b / len_other(args)) / a for a, b in zip(ours, other, strict=True))
@@ -307,7 +327,7 @@ def measure(args: argparse.Namespace) -> dict:
         **({"zero_stage": args.zero} if args.what == "replicas" else {}),
         **({"peak_mib_of_a_rank": memory} if memory else {}),
         **(arithmetic(args, speed) if args.what == "single" else {}),
-        **({"compile": args.compile, "vocab": args.vocab, "loss_chunk": args.loss_chunk} if args.what == "single" else {}),
+        **({key: getattr(args, key) for key in ("compile", "shape", "vocab", "loss_chunk")} if args.what == "single" else {}),
         **({"schedule": args.schedule, "expected": round(expected_of(args, answers), 3)} if args.what == "pipeline" else {}),
     }
 
@@ -320,7 +340,7 @@ def arithmetic(args: argparse.Namespace, speed: dict[str, float]) -> dict:
     from megatrain.runtime.flops import model_flops_per_token, peak_flops
 
     torch.set_num_threads(args.threads)
-    model = ModelConfig(activation="gelu", **{**SHAPE, "vocab_size": args.vocab})
+    model = ModelConfig(activation="gelu", **shape_of(args))
     peak = peak_flops(torch.device("cpu"), torch.bfloat16 if args.precision == "bf16" else torch.float32).flops
     gflops = {name: model_flops_per_token(model, args.vocab) * tokens / 1e9 for name, tokens in speed.items()}
     shares = {name: round(1e9 * value / peak, 3) for name, value in gflops.items()}
@@ -347,7 +367,8 @@ def main() -> None:
         help="what `single` (default plain) or `replicas` (default ddp) is compared with",
     )
     parser.add_argument("--compile", action="store_true", help="single: both sides under torch.compile")
-    parser.add_argument("--vocab", type=int, default=SHAPE["vocab_size"])
+    parser.add_argument("--shape", choices=SHAPES, default="8x512")
+    parser.add_argument("--vocab", type=int, help="default: the shape's")
     parser.add_argument("--loss-chunk", type=int, default=0, help="megatrain's train.loss_chunk")
     parser.add_argument("--schedule", default="1f1b", help="of the pipeline")
     parser.add_argument("--micro-batches", type=int, default=1, help="a step's")
@@ -363,6 +384,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.vocab = args.vocab or SHAPES[args.shape]["vocab_size"]
     args.against = args.against or {"single": "plain", "replicas": "ddp"}.get(args.what)
     if args.what not in WORKERS:
         os.environ["OMP_NUM_THREADS"] = str(args.threads if args.what == "single" else 1)
