@@ -238,6 +238,7 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
             last = job.step == job.total_steps
             every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
             audits, evaluates, saves = (due(job.step, steps) for steps in every)
+            saves = saves or (not last and watch.retries.due(job.step))
             if last or reports.stop or audits or evaluates or saves:
                 reports.catch_up()
             stop = reports.stop
@@ -247,7 +248,7 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
                 stop |= not watch.evaluate()
             if last or stop or saves:
                 with guard.paused():
-                    watch.save(wait=last or stop)
+                    watch.save(last=last or stop)
             if stop and not last:
                 return False
     return True

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from megatrain.assembly import DTYPES, kernels_of
+from megatrain.checkpoint.retries import Retries
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config, ParallelConfig
@@ -57,6 +58,7 @@ class Watch:
             on_saved=self._saved,
             on_failed=self._save_failed,
         )
+        self.retries = Retries(self.saver, checkpoint.give_up_after, checkpoint.timeout_seconds, log.say)
 
     @property
     def tokens(self) -> int:
@@ -172,12 +174,17 @@ class Watch:
         self.log.draw()
         return True
 
-    def save(self, *, wait: bool) -> None:
-        """Save a checkpoint; returns when it is on the disk or, without `wait`, when it is copied to host memory."""
+    def save(self, *, last: bool) -> None:
+        """Save a checkpoint; returns when it is copied to host memory, and the last one of a run, which nothing follows, when it is on
+        the disk. One that fails is tried again (checkpoint/retries.py).
+        """
         job = self.job
         progress = {**progress_of(job), "identity": job.identity, "began": job.beginning}
         contents = Contents(job.step, progress, job.config_text)
-        self.saver.save(contents, portions(job.optimizer), wait=wait or not self.config.checkpoint.asynchronous)
+        if last:
+            self.retries.save_last(contents, portions(job.optimizer))
+        else:
+            self.retries.save(contents, portions(job.optimizer), wait=not self.config.checkpoint.asynchronous)
 
     def _saved(self, path: Path, step: int, seconds: float) -> None:
         self.log.event("save", step, path=str(path), seconds=round(seconds, 3))

@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -48,7 +49,7 @@ from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import AverageOver
 from megatrain.parallel.portion import ElementRange, Elements, Portion, Portions, axis_of, logical_numel
-from megatrain.transport.consensus import gather_texts
+from megatrain.transport.consensus import gather_texts, lowest
 
 DEFAULT_STAGING_BYTES = 16 * 2**30
 _Files = Mapping[tuple[str, AverageOver], PlannedFile]
@@ -88,7 +89,7 @@ class Saver:
         """keep: number of newest checkpoints to keep, 0 for all; keep_every: steps whose multiples are kept as well, 0 for none.
 
         staging_bytes: limit of the host memory that a save is copied into. on_saved(path, step, seconds), on_failed(step, message): called
-        on rank 0, from the thread that writes.
+        on rank 0, most often from the thread that writes.
         """
         self.directory, self.ctx, self.keep, self.keep_every = Path(directory), ctx, keep, keep_every
         self.writer = Writer(Staging(staging_bytes, ctx.device, block_bytes))
@@ -98,6 +99,8 @@ class Saver:
         self._published: Future[None] | None = None
         """On rank 0: ends when the checkpoint is published."""
         self._patience_ends = math.inf
+        self._known = ""
+        """On rank 0: why the save in progress fails, as the ranks have agreed; a rank without a disk cannot leave word in a file."""
 
     def save(self, contents: Contents, portions: Portions, *, wait: bool = True) -> Path:
         """Save the ranks' portions as directory/step_XXXXXXXX (collective over the world) and return that path.
@@ -109,6 +112,7 @@ class Saver:
         older checkpoints then are unchanged.
         """
         self.finish()
+        self._known = ""
         began = time.perf_counter()
         final = self.directory / step_name(contents.step)
         work = self.directory / (SAVING + final.name)
@@ -124,9 +128,10 @@ class Saver:
                     _make_room(work, sum(map(int, sizes)))
             with together(self.ctx):
                 self._stage(work, files, wait)
-        except CheckpointError:
+        except CheckpointError as error:
             if leads:
                 _clear(self.directory)
+                self._tell_failed(contents.step, error)
             raise
         written = self.writer.then(lambda failure: _settle(work, files, portions, self.ctx, failure))
         self._written = written
@@ -136,16 +141,28 @@ class Saver:
             self.finish()
         return final
 
+    def ended(self) -> bool:
+        """Whether the save in progress has ended, or a rank's part of it has failed (collective); does not wait for the disk."""
+        group, device = self.ctx.world.group, self.ctx.device
+        running = [future for future in (self._written, self._published) if future is not None and not future.done()]
+        failed = self._written is not None and self._written.done() and self._written.exception() is not None
+        return lowest(bool(running), group, device) is None or lowest(failed, group, device) is not None
+
     def finish(self) -> None:
         """Wait for the save in progress (collective). Raises CheckpointError on every rank if it has failed on any."""
         written, published = self._written, self._published
         self._written = self._published = None
         with together(self.ctx):
             pass  # all ranks have handed their thread the work that rank 0's thread waits for
-        with together(self.ctx):
-            futures.wait([future for future in (written, published) if future is not None])
-            if written is not None:
-                written.result()
+        try:
+            with together(self.ctx):
+                if written is not None:
+                    written.result()
+        except CheckpointError as error:
+            self._known = str(error)
+            with together(self.ctx):
+                futures.wait([] if published is None else [published])
+            raise
         with together(self.ctx):
             if published is not None:
                 published.result()
@@ -170,15 +187,21 @@ class Saver:
         try:
             written.result()
             _publish(work, final, contents, self._rows_of_all(work), self.ctx, self.writer.staging.block_bytes)
-            if self.keep:
-                prune(self.directory, self.keep, self.keep_every, final.name)
         except Exception as error:
             _clear(self.directory)
-            if self._on_failed is not None:
-                self._on_failed(contents.step, str(error))
+            self._tell_failed(contents.step, error)
             raise
         if self._on_saved is not None:
             self._on_saved(final, contents.step, time.perf_counter() - began)
+        try:
+            if self.keep:
+                prune(self.directory, self.keep, self.keep_every, final.name)
+        except (CheckpointError, OSError) as error:  # the new one is whole: no failure of the save
+            print(f"megatrain: older checkpoints than {final} could not be removed: {error}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def _tell_failed(self, step: int, error: Exception) -> None:
+        if self._on_failed is not None:
+            self._on_failed(step, str(error))
 
     def _rows_of_all(self, work: Path) -> list[dict[str, Any]]:
         """The rows that the ranks left, in rank order, once all have. Raises CheckpointError if a rank failed."""
@@ -190,6 +213,8 @@ class Saver:
                 rows.append(json.loads(left.with_suffix(".json").read_text()))
             elif left.with_suffix(".failed").is_file():
                 failed.append(left.with_suffix(".failed").read_text())
+            elif self._known:
+                raise CheckpointError(self._known)
             elif time.monotonic() > self._patience_ends or not work.is_dir():
                 raise CheckpointError(f"rank {len(rows) + len(failed)} has not written its part of {work} to the end")
             else:
@@ -242,15 +267,21 @@ def _owned(portion: Portion, ctx: ParallelContext) -> tuple[Elements, int] | Non
 def _make_room(work: Path, need: int) -> None:
     """Make the directory for a save of `need` bytes. Raises CheckpointError if the disk has fewer bytes free."""
     directory = work.parent
-    directory.mkdir(parents=True, exist_ok=True)
-    tidy_here(directory)
-    free = shutil.disk_usage(directory).free
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tidy_here(directory)
+        work.mkdir()
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot make {work}: {error.strerror or error}. Older checkpoints are as they were. See to it that checkpoint.dir={directory} "
+            "can be written."
+        ) from error
     if need > free:
         raise CheckpointError(
             f"the checkpoint needs {need:,} bytes, and the disk of {directory} has {free:,} free; nothing was written, and older "
             "checkpoints are as they were. Make room, lower checkpoint.keep, or set checkpoint.dir to another disk."
         )
-    work.mkdir()
 
 
 def _settle(work: Path, files: _Files, portions: Portions, ctx: ParallelContext, failure: BaseException | None) -> None:

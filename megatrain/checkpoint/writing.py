@@ -115,6 +115,7 @@ class Writer:
         """Context of the `write` calls of one save. first: the thread starts when everything is copied, or the blocks are used up, since it
         would take memory bandwidth from the copy.
         """
+        self._pool.submit(int).result()  # blocks that a failed save has left: their errors are not this one's
         self._failure = None
         if first:
             self._may_write.clear()
@@ -207,10 +208,12 @@ def _write_at(descriptor: int, block: memoryview, length: int, start: int) -> No
 
 
 def _cannot_write(file: PlannedFile, error: OSError) -> CheckpointError:
-    free = shutil.disk_usage(file.path.parent.parent).free
+    free = ""
+    with suppress(OSError):  # a disk that fails at one call may fail at the next
+        free = f", and the disk has {shutil.disk_usage(file.path.parent.parent).free:,} free"
     return CheckpointError(
-        f"cannot write {file.path}: {error.strerror or error}. It needs {file.size:,} bytes, and the disk has {free:,} free. Older "
-        "checkpoints are as they were. Make room, lower checkpoint.keep, or set checkpoint.dir to another disk."
+        f"cannot write {file.path}: {error.strerror or error}. It needs {file.size:,} bytes{free}. Older checkpoints are as they were. "
+        "Make room, lower checkpoint.keep, or set checkpoint.dir to another disk."
     )
 
 

@@ -500,6 +500,17 @@ class CheckpointConfig:
         "most a quarter of its memory. Where a rank saves more, the step waits for the disk.",
         above=0,
     )
+    give_up_after: int = knob(
+        5,
+        "Saves that may fail in a row; the last of them ends the run. One that fails is tried again after 10 s, 20 s and so on.",
+        at_least=1,
+    )
+    timeout_seconds: float = knob(
+        1800.0,
+        "Seconds that a save may take until it is on the disk, the last one of a run with all its attempts.",
+        above=0,
+        at_most=1e6,
+    )
     resume: str = knob(
         "auto",
         "Beginning of the run: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint. A run "
