@@ -136,10 +136,11 @@ def tidy(directory: Path, ctx: ParallelContext) -> None:
 def catalogue(directory: Path) -> list[tuple[Path, Manifest | None, str]]:
     """Checkpoints of a directory, newest first: path, manifest, and "" or why names and sizes of its files show that it is not whole.
 
-    Newest means published last (`saved_at`; the directory's own time if the manifest cannot be read), not the largest step: a run that went
-    back and saved again continues from there.
+    Newest means published last (`Manifest.serial`), not the largest step: a run that went back and saved again continues from there. No
+    clock has a say. Of those without a number, from earlier releases, the one that `latest` names is the newest, then larger steps are. One
+    whose manifest cannot be read stands where its step puts it.
     """
-    found = []
+    named, found = latest(directory), []
     for path in directory.iterdir() if directory.is_dir() else ():
         if not (STEP_NAME.fullmatch(path.name) and path.is_dir()):
             continue
@@ -150,9 +151,27 @@ def catalogue(directory: Path) -> list[tuple[Path, Manifest | None, str]]:
                 check_file(path, row)
         except DamagedCheckpointError as error:
             reason = str(error)
-        when = path.stat().st_mtime if manifest is None else manifest.saved_at
-        found.append((when, path.name, path, manifest, reason))
-    return [(path, manifest, reason) for _, _, path, manifest, reason in sorted(found, key=lambda f: f[:2], reverse=True)]
+        found.append((path, manifest, reason))
+    serials = {_step(path): manifest.serial for path, manifest, _ in found if manifest is not None}
+
+    def place(one: tuple[Path, Manifest | None, str]) -> tuple[int, bool, int]:
+        path, manifest, _ = one
+        serial = (
+            max((s for step, s in serials.items() if step < _step(path)), default=0) if manifest is None else manifest.serial
+        )
+        return serial, serial == 0 and path.name == named, _step(path)
+
+    return sorted(found, key=place, reverse=True)
+
+
+def _step(path: Path) -> int:
+    """Step of a checkpoint, by the name of its directory."""
+    return int(path.name.rpartition("_")[2])
+
+
+def next_serial(directory: Path) -> int:
+    """The number of the next checkpoint that is saved in `directory`."""
+    return 1 + max((manifest.serial for _, manifest, _ in catalogue(directory) if manifest is not None), default=0)
 
 
 def appear(work: Path, final: Path) -> None:
@@ -209,7 +228,7 @@ def prune(directory: Path, keep: int, every: int, newest: str) -> None:
     """
     whole = [path for path, _, reason in catalogue(directory) if not reason and path.name != newest]
     for path in whole[keep - 1 :]:
-        if every and int(path.name.rpartition("_")[2]) % every == 0:
+        if every and _step(path) % every == 0:
             continue
         doomed = path.with_name(_REMOVING + path.name)
         path.rename(doomed)  # first, so that a kill during the removal leaves no checkpoint that looks damaged

@@ -95,7 +95,7 @@ class Manifest:
     step: int
     """Optimizer updates done."""
     saved_at: float
-    """Seconds since 1970 UTC; later checkpoints of a directory have larger values, also after going back to an earlier step."""
+    """Seconds since 1970 UTC by the clock of rank 0, for people; clocks go wrong, and nothing is ordered by it."""
     progress: Mapping[str, Any]
     """State of the run, plain JSON: samples consumed, tokens ..."""
     layout: MeshShape
@@ -105,6 +105,9 @@ class Manifest:
     """The resolved config as YAML."""
     versions: Mapping[str, str] = field(default_factory=dict)
     block_bytes: int = BLOCK_BYTES
+    serial: int = 0
+    """Number of this save in its directory: later ones have larger numbers, also after going back to an earlier step; 0 from releases
+    without."""
     unknown: tuple[str, ...] = field(default=(), compare=False)
     """Fields of specs in the file that this release does not know, and ignores."""
 
@@ -140,6 +143,7 @@ class Manifest:
             "version": VERSION,
             "step": self.step,
             "saved_at": self.saved_at,
+            "serial": self.serial,
             "progress": dict(self.progress),
             "layout": {side: getattr(self.layout, side) for side in SIDES},
             "block_bytes": self.block_bytes,
@@ -183,6 +187,7 @@ class Manifest:
             config=body["config"],
             versions=body["versions"],
             block_bytes=_count(body["block_bytes"], least=1),
+            serial=_count(body.get("serial", 0)),
             unknown=tuple(sorted(unknown)),
         )
         manifest._check()

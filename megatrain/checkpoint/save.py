@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.directory import SAVING, appear, prune, sync, tidy_here, write_file
+from megatrain.checkpoint.directory import SAVING, appear, next_serial, prune, sync, tidy_here, write_file
 from megatrain.checkpoint.manifest import (
     MANIFEST,
     FileRow,
@@ -99,6 +99,8 @@ class Saver:
         self._published: Future[None] | None = None
         """On rank 0: ends when the checkpoint is published."""
         self._patience_ends = math.inf
+        self._serial = 0
+        """On rank 0: number of the next checkpoint in the directory; 0 before the first."""
         self._known = ""
         """On rank 0: why the save in progress fails, as the ranks have agreed; a rank without a disk cannot leave word in a file."""
 
@@ -186,7 +188,10 @@ class Saver:
         """In rank 0's thread: publish the checkpoint when all ranks have written, or remove their files."""
         try:
             written.result()
-            _publish(work, final, contents, self._rows_of_all(work), self.ctx, self.writer.staging.block_bytes)
+            rows = self._rows_of_all(work)
+            self._serial = self._serial or next_serial(self.directory)
+            _publish(work, final, contents, rows, self.ctx, self.writer.staging.block_bytes, self._serial)
+            self._serial += 1
         except Exception as error:
             _clear(self.directory)
             self._tell_failed(contents.step, error)
@@ -330,7 +335,7 @@ def _merge(stored: dict[str, StoredTensor], tensor: StoredTensor) -> None:
 
 
 def _publish(
-    work: Path, final: Path, contents: Contents, rows: list[dict[str, Any]], ctx: ParallelContext, block_bytes: int
+    work: Path, final: Path, contents: Contents, rows: list[dict[str, Any]], ctx: ParallelContext, block_bytes: int, serial: int
 ) -> None:
     """Turn the written files into a checkpoint: manifest, rename, `latest`."""
     tensors: dict[str, StoredTensor] = {}
@@ -346,7 +351,16 @@ def _publish(
         left.unlink()
     versions = {name: _version(name) for name in ("megatrain", "torch")} | {"python": platform.python_version()}
     manifest = Manifest(
-        contents.step, time.time(), contents.progress, layout_of(ctx), files, tensors, contents.config, versions, block_bytes
+        contents.step,
+        time.time(),
+        contents.progress,
+        layout_of(ctx),
+        files,
+        tensors,
+        contents.config,
+        versions,
+        block_bytes,
+        serial,
     )
     write_file(work / MANIFEST, manifest.to_bytes())
     sync(work)

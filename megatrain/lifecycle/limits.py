@@ -31,16 +31,20 @@ class Limits:
         self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self._file = None if train.exit_file is None or launch.local_rank else Path(train.exit_file)
         self._end = (lambda: end_time(env)) if launch.rank == 0 else (lambda: None)
-        end = self._end()
-        left = math.inf if end is None else max(0.0, end - time.time())
+        self._ends = self._end()
+        left = math.inf if self._ends is None else max(0.0, self._ends - time.time())
         self._margin = min(60 * train.exit_before_end_minutes, left / 2)  # in a short allocation, at most half of what is left
         self._before_end = time.monotonic() + left - self._margin
 
     def reached(self) -> bool:
         """Whether a limit is reached; `why` then names it."""
         if time.monotonic() >= self._before_end:
-            end = self._end()
-            self._before_end = math.inf if end is None else time.monotonic() + end - time.time() - self._margin
+            ends = self._end()
+            if ends is None or self._ends is None:
+                self._before_end = math.inf
+            else:  # the clock may have been set since
+                self._before_end += ends - self._ends
+            self._ends = ends
         if time.monotonic() >= self._deadline:
             self.why = "train.exit_after_minutes"
         elif time.monotonic() >= self._before_end:

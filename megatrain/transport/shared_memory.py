@@ -163,8 +163,11 @@ class SharedSlots:
 
     def _nap(self, semaphore: int) -> bool:
         """Wait up to NAP_SECONDS to decrement the semaphore; whether that succeeded."""
-        fraction, seconds = divmod(time.time() + NAP_SECONDS, 1)[::-1]
+        monotonic = hasattr(self._libc, "sem_clockwait")  # glibc before 2.30 waits by the clock that may be set back
+        seconds, fraction = divmod((time.monotonic() if monotonic else time.time()) + NAP_SECONDS, 1)
         until = (ctypes.c_long * 2)(int(seconds), int(fraction * 1e9))
+        if monotonic:
+            return bool(self._libc.sem_clockwait(semaphore, time.CLOCK_MONOTONIC, until) == 0)
         return bool(self._libc.sem_timedwait(semaphore, until) == 0)
 
     def _has_ended(self, place: int) -> bool:
@@ -189,5 +192,7 @@ def _semaphores() -> ctypes.CDLL:
     for name in ("sem_post", "sem_trywait"):
         getattr(libc, name).argtypes = [ctypes.c_void_p]
     libc.sem_timedwait.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    if hasattr(libc, "sem_clockwait"):
+        libc.sem_clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     libc.sem_init.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]
     return libc

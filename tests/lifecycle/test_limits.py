@@ -41,6 +41,14 @@ def test_an_extended_job_goes_on(clock):
     assert told.reached()
 
 
+def test_a_clock_that_is_set_back_extends_no_job(clock, monkeypatch):
+    end = time.time() + 3600
+    told = Limits(TrainConfig(exit_before_end_minutes=5.0), Launch(), {}, lambda env: end)
+    monkeypatch.setattr(limits.time, "time", lambda: end - 3600 - 3600)
+    clock[0] = 3301
+    assert told.reached()
+
+
 def test_a_short_job_trains_for_half_of_its_time(clock):
     told = Limits(TrainConfig(), Launch(), {}, lambda env: time.time() + 60 - clock[0])
     clock[0] = 29

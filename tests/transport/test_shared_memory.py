@@ -1,7 +1,9 @@
 """Exchanges through shared memory: what messages give, nothing left behind, and messages where there is no such memory."""
 
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,22 @@ def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_limit(pair):
     pair[0].publish(number)
     with pytest.raises(TimeoutError, match=r"place 1 .* has not come to exchange 0"):
         pair[0].receive(number)
+
+
+def test_a_clock_that_is_set_back_makes_no_wait_longer(pair, monkeypatch):
+    """As between reading the clock and sleeping: the time to wake would lie an hour ahead."""
+    real, said = time.time, []
+    monkeypatch.setattr(shared_memory, "time", SimpleNamespace(**vars(time) | {"time": lambda: real() + 3600}))
+
+    def wait():
+        with pytest.raises(TimeoutError):
+            pair[0].receive(begin(pair[0]), patient=True)
+        said.append("in time")
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert said == ["in time"]
 
 
 def test_a_rank_that_has_ended_is_noticed_at_once_but_what_it_published_is_read(pair):

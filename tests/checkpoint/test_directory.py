@@ -1,0 +1,72 @@
+"""The order of the checkpoints of a directory is that of their saves, whatever clocks say."""
+
+import itertools
+import json
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from megatrain.checkpoint import save as saving
+from megatrain.checkpoint.directory import catalogue, latest, tidy
+from megatrain.checkpoint.load import newest
+from megatrain.checkpoint.manifest import read_manifest
+from megatrain.parallel.mesh import ParallelContext
+
+SINGLE = ParallelContext.single()
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def order(directory):
+    """Steps of the checkpoints, newest first."""
+    return [int(path.name[5:]) for path, _, _ in catalogue(directory)]
+
+
+def rewrite(path, **changes):
+    (path / "manifest.json").write_bytes(replace(read_manifest(path), **changes).to_bytes())
+
+
+CLOCKS = {"set back": [9000.0, 5400.0, 5401.0, 1.0], "stopped": [9000.0] * 4, "right": [1.0, 2.0, 3.0, 4.0]}
+
+
+@pytest.mark.parametrize("times", CLOCKS.values(), ids=CLOCKS)
+@pytest.mark.parametrize("steps", [(100, 200, 300, 400), (100, 300, 200, 100)], ids=["on", "back"])
+def test_the_newest_is_the_one_that_was_saved_last(tmp_path, state, monkeypatch, times, steps):
+    clock = itertools.chain(times)
+    monkeypatch.setattr(saving, "time", SimpleNamespace(**vars(saving.time) | {"time": lambda: next(clock)}))
+    for count, step in enumerate(steps, 1):
+        path = state.save(SINGLE, tmp_path, step, keep=2)
+        os.utime(path, (times[count - 1], times[count - 1]))
+        kept = list(dict.fromkeys(steps[:count][::-1]))[:2]
+        assert order(tmp_path) == kept and latest(tmp_path) == path.name == newest(tmp_path).name
+        assert read_manifest(path).serial == count
+        tidy(tmp_path, SINGLE)  # as the next start of the run does
+        assert latest(tmp_path) == path.name
+    assert names(tmp_path) == ["latest", *sorted(f"step_{step:08d}" for step in kept)]
+
+
+def test_checkpoints_of_earlier_releases_have_no_number_and_are_older(tmp_path, state):
+    for step in (100, 200, 300):
+        rewrite(state.save(SINGLE, tmp_path, step), serial=0, saved_at=1e9 - step)
+    assert order(tmp_path) == [300, 200, 100]
+    (tmp_path / "latest").write_text("step_00000200\n")  # that run went back
+    assert order(tmp_path) == [200, 300, 100]
+    assert read_manifest(state.save(SINGLE, tmp_path, 150)).serial == 1
+    assert order(tmp_path) == [150, 300, 200, 100]
+    text = (tmp_path / "step_00000100/manifest.json").read_text()
+    assert json.loads(text)["serial"] == 0
+
+
+def test_one_whose_manifest_cannot_be_read_stands_where_its_step_is(tmp_path, state):
+    for step in (100, 200, 300):
+        state.save(SINGLE, tmp_path, step)
+    (tmp_path / "step_00000200/manifest.json").write_text("{")
+    os.utime(tmp_path / "step_00000200", (9e9, 9e9))
+    assert order(tmp_path) == [300, 200, 100]
+    assert read_manifest(state.save(SINGLE, tmp_path, 150)).serial == 4
+    assert order(tmp_path) == [200, 150, 300, 100]
+    assert newest(tmp_path).name == "step_00000150"
