@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 2300,
     "megatrain/cli": 900,
     "megatrain/config": 2850,
-    "megatrain/data": 3900,
+    "megatrain/data": 4100,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
