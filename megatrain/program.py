@@ -50,7 +50,6 @@ from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.reports import Reports
-from megatrain.training import queue_step
 from megatrain.watch import Watch, due
 
 
@@ -234,7 +233,7 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         while job.step < job.total_steps:
             if watch.norms_due(job):
                 reports.catch_up()  # norms are written in the middle of the step
-            reports.follow(queue_step(job))
+            reports.follow(watch.queue())
             last = job.step == job.total_steps
             every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
             audits, evaluates, saves = (due(job.step, steps) for steps in every)

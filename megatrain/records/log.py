@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatrain.records.progress import StepBar, person_watching
-from megatrain.records.rows import EvaluationRow, StepRow, finite, perplexity, read_metrics
+from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
 
 if TYPE_CHECKING:
     from megatrain.records.tensorboard import TensorBoard
@@ -40,6 +40,7 @@ EventKind = Literal[
     "skip_data",
     "hang",
     "death",
+    "slow",
     "signal",
     "end",
 ]
@@ -124,6 +125,7 @@ class RunLog:
         self._events: JsonLines | None = None
         self._tensorboard: TensorBoard | None = None
         self._bar: StepBar | None = None
+        self._compute: ComputeRow | None = None
         if rank != 0:
             return
         try:
@@ -149,7 +151,7 @@ class RunLog:
             self._bar.update(row.step, row.loss, row.tokens_per_second)
         wrong = row.skipped or not math.isfinite(row.loss)
         if row.step % self._every == 0 or row.step in (self._first, self._total) or wrong:
-            self.say(step_line(row, self._total))
+            self.say(step_line(row, self._total, self._compute))
 
     def evaluation(self, row: EvaluationRow) -> None:
         """Record one evaluation."""
@@ -168,6 +170,15 @@ class RunLog:
         self._append(self._metrics, {"norms_of_step": step, **named})
         if self._tensorboard is not None:
             self._try("tensorboard", self._tensorboard.scalars, step, named)
+
+    def compute(self, row: ComputeRow) -> None:
+        """Record the ranks' own times in an interval; later lines of the console have them."""
+        if self._rank != 0:
+            return
+        self._compute = row
+        self._append(self._metrics, asdict(row))
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.compute, asdict(row))
 
     def event(self, kind: EventKind, step: int | None = None, rank: int | None = None, **fields: Any) -> None:
         """Append an event; `rank` is the rank that caused it. Any rank and any thread may call."""
@@ -259,8 +270,11 @@ class RunLog:
             sys.stderr.write(f"warning: {text}; training goes on\n")
 
 
-def step_line(row: StepRow, total_steps: int) -> str:
-    """One update as a line in Megatron's format: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`."""
+def step_line(row: StepRow, total_steps: int, compute: ComputeRow | None = None) -> str:
+    """One update as a line in Megatron's format: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`.
+
+    compute: the ranks' own times in the last interval of which they are known.
+    """
     parts = [
         f"step {row.step}/{total_steps}",
         f"loss: {row.loss:.4E}",
@@ -272,6 +286,12 @@ def step_line(row: StepRow, total_steps: int) -> str:
     ]
     if row.mfu is not None:
         parts.append(f"mfu: {100 * row.mfu:.1f}%")
+    if compute is not None:
+        ratio = compute.slowest_ratio
+        slowest = "" if math.isnan(ratio) else f", rank {compute.slowest_rank} on {compute.slowest_host} {ratio:.2f}x"
+        parts.append(
+            f"compute (ms): {1000 * compute.compute_seconds_min:.1f} to {1000 * compute.compute_seconds_max:.1f}{slowest}"
+        )
     if row.skipped:
         parts.append("skipped")
     return " | ".join(parts) + " |"

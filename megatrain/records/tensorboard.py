@@ -65,6 +65,13 @@ class TensorBoard:
         self.scalars(row["step"], _validation(row))
         self._over_samples(row, _validation(row))
 
+    def compute(self, row: Row) -> None:
+        """Write the ranks' own times in an interval. Raises OSError if the disk is full."""
+        values = {f"compute-time/{which}": row[f"compute_seconds_{which}"] for which in ("min", "median", "max")}
+        self.scalars(
+            row["compute_of_step"], values | {"slowest-ratio": row["slowest_ratio"], "slowest-rank": row["slowest_rank"]}
+        )
+
     def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
         """Write again, from the rows of a run, the points over samples that the resume removed. Raises OSError."""
         for all_rows, values in ((steps, _training), (evaluations, _validation)):
