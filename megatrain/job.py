@@ -24,6 +24,8 @@ class Job(Run):
     """The run's claim of its checkpoint directory."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Sizes and hashes of its texts and tokenizer (data/identity.py)."""
+    program: dict[str, str] = field(default_factory=dict)
+    """Versions and a hash of the code that it runs with (runtime/installed.py); each checkpoint keeps it."""
     beginning: dict[str, str] = field(default_factory=dict)
     """The run's beginning: anew, a checkpoint or weights (resuming/beginning.py); each checkpoint keeps it."""
     resumed_from: Path | None = None

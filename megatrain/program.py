@@ -44,6 +44,7 @@ from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
 from megatrain.records.log import LogDisplay, RunLog
 from megatrain.resuming.resume import resume, warmup_kept
+from megatrain.runtime import installed
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
 from megatrain.runtime.distributed import Session, connect
@@ -77,6 +78,9 @@ def build(
 
 def _build_in(session: Session, config: Config, text: str, objective: Objective | None) -> Job:
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
+    with session.together("looking at the code"):
+        code = installed.sources()
+    session.same("code", installed.described(code), "Install the same versions on every node.")
     session.same("config", text)
     validate(config, session.world.size, partial(warmup_kept, config, session))
     require_schedule(config)
@@ -93,6 +97,7 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
     parts = {item.name: getattr(run, item.name) for item in fields(run)}
     job = Job(**parts, session=session, config_text=text, claim=claim(Path(config.checkpoint_dir), ctx))
+    job.program = installed.program(code)
     try:
         resume(job)
         with session.together("keeping the tokenizer"):

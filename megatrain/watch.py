@@ -210,7 +210,7 @@ class Watch:
         the disk. One that fails is tried again (checkpoint/retries.py).
         """
         job = self.job
-        progress = {**progress_of(job), "identity": job.identity, "began": job.beginning}
+        progress = {**progress_of(job), "identity": job.identity, "program": job.program, "began": job.beginning}
         contents = Contents(job.step, progress, job.config_text)
         if last:
             self.retries.save_last(contents, portions(job.optimizer))

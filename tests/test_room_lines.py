@@ -25,7 +25,7 @@ LINES = {
     "megatrain/plan": 300,
     "megatrain/records": 950,
     "megatrain/resuming": 550,
-    "megatrain/runtime": 1350,
+    "megatrain/runtime": 1450,
     "megatrain/testing": 1550,
     "megatrain/transport": 2500,
     "megatrain/verbs": 1350,
