@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatrain.assembly import DTYPES, assemble
-from megatrain.checkpoint.directory import claim
+from megatrain.checkpoint.claim import claim, claim_log
 from megatrain.checkpoint.manifest import MANIFEST
 from megatrain.companions import keep_tokenizer, take_along
 from megatrain.config.budget import budget_of
@@ -96,14 +96,17 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
         require_weights(config, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
     parts = {item.name: getattr(run, item.name) for item in fields(run)}
-    job = Job(**parts, session=session, config_text=text, claim=claim(Path(config.checkpoint_dir), ctx))
+    job = Job(**parts, session=session, config_text=text)
     job.program = installed.program(code)
     try:
+        job.log_claim = claim_log(Path(config.log.dir), ctx, session.launch.job)  # before anything is written
+        job.claim = claim(Path(config.checkpoint_dir), ctx, session.launch.job)
+        job.notes += [held.note for held in (job.log_claim, job.claim) if held.note]
         resume(job)
         with session.together("keeping the tokenizer"):
             _keep_companions(job)
     except BaseException:
-        job.claim.release()
+        job.give_up()
         raise
     return job
 
@@ -272,6 +275,7 @@ def _open_log(job: Job) -> Any:
                 rank=rank,
                 world_size=job.session.world.size,
                 start_step=job.step,
+                lost=job.log_claim.lost,
             )
             stack.enter_context(log)
             if rank == 0:

@@ -70,6 +70,7 @@ class Watch:
             on_saved=self._saved,
             on_failed=self._save_failed,
         )
+        self.saver.before = job.claim.hold
         self.retries = Retries(self.saver, checkpoint.give_up_after, checkpoint.timeout_seconds, log.say)
 
     @property

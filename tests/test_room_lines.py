@@ -9,8 +9,8 @@ LINES = {
     "docs/benchmarks": 3800,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 1600,  # its own files, without the rooms below
-    "megatrain/checkpoint": 2300,
+    "megatrain": 1650,  # its own files, without the rooms below
+    "megatrain/checkpoint": 2400,
     "megatrain/cli": 900,
     "megatrain/config": 2850,
     "megatrain/data": 4100,
@@ -27,9 +27,9 @@ LINES = {
     "megatrain/resuming": 550,
     "megatrain/runtime": 1450,
     "megatrain/testing": 1550,
-    "megatrain/transport": 2500,
+    "megatrain/transport": 2550,
     "megatrain/verbs": 1350,
-    "tests": 35500,
+    "tests": 35600,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

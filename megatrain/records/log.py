@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -71,6 +72,20 @@ class JsonLines:
         if self._broken:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
+    def gone(self) -> bool:
+        """Whether the file was removed, or replaced by another, so that what is appended is lost."""
+        try:
+            return not os.path.samestat(self.path.stat(), os.fstat(self._file))
+        except OSError:
+            return True
+
+    def open_again(self) -> None:
+        """Open `path` anew, with its directory. Raises OSError, and then goes on with the file that was removed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = JsonLines(self.path)
+        os.close(self._file)
+        self._file, self._broken = new._file, new._broken
+
     def close(self) -> None:
         """Close the file; it must not be used afterwards."""
         os.close(self._file)
@@ -110,8 +125,11 @@ class RunLog:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        lost: Callable[[], str] = str,
     ) -> None:
         """Open the files of a run that has done `start_step` of `total_steps` updates.
+
+        lost: why `log_dir` is not this run's any more, asked on rank 0 where it was removed; "" while it is.
 
         Raises OSError, on rank 0, where `log_dir` cannot be written.
         """
@@ -120,6 +138,7 @@ class RunLog:
             raise ValueError(f"log.every={every} is no number of steps. Use 1 for a console line at each step, or 100.")
         self.directory = Path(log_dir)
         self._rank, self._every, self._first, self._total = rank, every, start_step + 1, total_steps
+        self._lost, self._given_up = lost, False
         self._warned: set[str] = set()
         self._metrics: JsonLines | None = None
         self._events: JsonLines | None = None
@@ -133,7 +152,8 @@ class RunLog:
             self._metrics = JsonLines(self.directory / "metrics.jsonl")
             self._events = JsonLines(self.directory / "events.jsonl")
             if "tensorboard" in writers:
-                self._if_installed("tensorboard", self._open_tensorboard, sequence_length, world_size, start_step)
+                self._curves = partial(self._open_tensorboard, sequence_length, world_size)
+                self._if_installed("tensorboard", self._curves, start_step)
         except OSError as error:
             reason = f"log.dir={log_dir} cannot be written ({error.strerror or error})."
             raise OSError(error.errno, f"{reason} Set log.dir to a directory of your own, such as /tmp/run.") from error
@@ -246,8 +266,24 @@ class RunLog:
         draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
 
     def _append(self, file: JsonLines | None, record: Mapping[str, Any]) -> None:
-        if file is not None:
+        if file is None or self._given_up:
+            return
+        if file.gone():
+            self._try(file.path.name, self._make_again, file)
+        if not self._given_up:
             self._try(file.path.name, file.append, record)
+
+    def _make_again(self, file: JsonLines) -> None:
+        """Go on in new files where log.dir, or one of them, was removed; not where another run has the directory now."""
+        why = self._lost() if self._rank == 0 else ""
+        self._warn("log.dir", why or f"{file.path} was removed while the run goes on; from here on it is written anew")
+        self._given_up = bool(why)
+        if self._given_up:
+            return
+        file.open_again()
+        if self._tensorboard is not None and not self._tensorboard.directory.is_dir():
+            self._tensorboard.close()
+            self._curves(0)
 
     def _try(self, what: str, write: Callable[..., None], *args: Any) -> None:
         """Call `write`; on OSError print one warning on stderr."""

@@ -37,6 +37,7 @@ class TensorBoard:
     def __init__(self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0) -> None:
         """Start an event file in `directory`; earlier points after `start_step` are removed. Raises OSError."""
         self._sequence_length, self._world_size, self._start_step = sequence_length, world_size, start_step
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
         self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
