@@ -44,9 +44,10 @@ class Measured:
         self.detected_after = max(seconds, self.detected_after or 0.0)
         assert self.bound is None or seconds <= self.bound, f"detected after {seconds:.1f} s, promised within {self.bound:g} s"
 
-    def recovered(self, seconds: float, lost: int = 0) -> None:
+    def recovered(self, seconds: float | None = None, lost: int = 0) -> None:
         """The run went on so many seconds after the fault, or after its new start, and trained `lost` steps again."""
-        self.recovered_after = max(seconds, self.recovered_after or 0.0)
+        if seconds is not None:
+            self.recovered_after = max(seconds, self.recovered_after or 0.0)
         self.lost = max(lost, self.lost or 0)
 
 
@@ -56,9 +57,16 @@ MEASURED, PROGRESS = pytest.StashKey[Measured](), pytest.StashKey["Progress"]()
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
     """Where a test marked `fault` says what it has measured."""
-    mark = request.node.get_closest_marker("fault")
+    return request.node.stash.setdefault(MEASURED, Measured(bound_of(request.node)))
+
+
+def bound_of(item: pytest.Item) -> float | None:
+    """The bound of a test's mark, in seconds: a number, or a text of one parameter and a number, as `{limit} + 10`."""
+    mark, values = item.get_closest_marker("fault"), getattr(item, "callspec", None)
     bound = mark.kwargs.get("bound") if mark else None
-    return request.node.stash.setdefault(MEASURED, Measured(bound))
+    if not isinstance(bound, str):
+        return bound
+    return sum(float(part) for part in bound.format(**values.params if values else {}).split("+"))
 
 
 def row(item: pytest.Item, held: bool, seconds: float) -> dict[str, Any] | None:
@@ -66,10 +74,10 @@ def row(item: pytest.Item, held: bool, seconds: float) -> dict[str, Any] | None:
     mark = item.get_closest_marker("fault")
     if mark is None or "injection" not in mark.kwargs:
         return None
-    told = {"promise": "", "layout": "", "bound": None, **mark.kwargs}
+    told = {"promise": "", "layout": "", **mark.kwargs}
     values = getattr(item, "callspec", None)
     texts = {key: told[key].format(**(values.params if values else {})) for key in ("injection", "promise", "layout")}
-    measures = asdict(item.stash.get(MEASURED, Measured(told["bound"])))
+    measures = asdict(item.stash.get(MEASURED, Measured(bound_of(item))))
     return {"test": item.nodeid, **texts, **measures, "held": held, "seconds": round(seconds, 1)}
 
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = """
 import pytest
 
-@pytest.mark.fault(injection="kill in {section}", promise="it ends", bound=2, layout="tp 2")
-@pytest.mark.parametrize("section", ["a step", "a save"])
-def test_a_kill(measured, section):
+@pytest.mark.fault(injection="kill in {section}", promise="it ends", bound="{limit} + 1", layout="tp 2")
+@pytest.mark.parametrize(("section", "limit"), [("a step", 1), ("a save", 1)])
+def test_a_kill(measured, section, limit):
     measured.detected(1.0 if section == "a step" else 3.0)
 
 @pytest.mark.fault(injection="a fixture that fails", promise="a row all the same")

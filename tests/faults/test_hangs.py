@@ -1,0 +1,146 @@
+"""A rank that is frozen or sleeps, in any section of a run: all ranks end within the section's limit and 10 s, and it is named."""
+
+import random
+import time
+
+import jobs
+import pytest
+from breaking import LAYOUTS, MAIN, codes, count, no_process_is_left, said
+
+LIMIT = 8.0
+LIMITS = (
+    f"train.hang_timeout_seconds={LIMIT}",
+    f"train.start_timeout_seconds={2 * LIMIT}",
+    f"checkpoint.timeout_seconds={LIMIT}",
+    "train.eval_every=5",
+    "train.eval_batches=1",
+)
+SECTIONS = {"start": 1, "data": 9, "step": 9, "evaluation": 2, "save": 2, "end": 1}
+"""Places of sabotage.py, and at which visit."""
+
+
+def strike(house, measured, name, act, limit):
+    """Break a run by `act`; how its ranks ended."""
+    layout = LAYOUTS[MAIN]
+    with house.start(MAIN, name, f"data.valid={house.folder / 'data'}", *LIMITS, act=act) as job:
+        ended = job.finish(jobs.SECONDS + limit + 40)
+        took = house.since(name)
+    no_process_is_left(house.run(name))
+    assert 0 not in codes(ended) and len(ended) == layout.size, said(ended)
+    measured.detected(took)
+    return ended
+
+
+@pytest.mark.fault(
+    injection="SIGSTOP of any one rank, {section}",
+    promise="all ranks end, the error names the rank",
+    bound="{limit} + 10",
+    layout=MAIN,
+)
+@pytest.mark.parametrize(("section", "limit"), [(name, 2 * LIMIT if name == "start" else LIMIT) for name in SECTIONS])
+@pytest.mark.timeout(3600)
+def test_a_frozen_rank_is_named_in_every_section(house, measured, section, limit):
+    for turn in range(count("MEGATRAIN_FAULTS_TRIES", 1)):
+        victim = random.SystemRandom().randrange(LAYOUTS[MAIN].size)
+        act = {"what": "stop", "where": section, "at": SECTIONS[section], "ranks": [victim]}
+        ended = strike(house, measured, f"stop_{section}_{turn}", act, limit)
+        others = [end for rank, end in enumerate(ended) if rank != victim]
+        assert any(f"to blame: rank {victim}\n" in end.err for end in others), (victim, said(ended))
+
+
+@pytest.mark.fault(
+    injection="one rank sleeps, {section}",
+    promise="all ranks end, the error names the rank and has the stacks of all",
+    bound="{limit} + 10",
+    layout=MAIN,
+)
+@pytest.mark.parametrize(("section", "limit"), [("data", LIMIT), ("evaluation", LIMIT), ("save", LIMIT)])
+def test_a_rank_that_sleeps_is_named_with_the_stacks_of_all(house, measured, section, limit):
+    victim = random.SystemRandom().randrange(LAYOUTS[MAIN].size)
+    act = {"what": "sleep", "where": section, "at": SECTIONS[section], "ranks": [victim]}
+    ended = strike(house, measured, f"sleep_{section}", act, limit)
+    text = said(ended)
+    assert f"to blame: rank {victim}\n" in text, text
+    assert "sabotage.py" in text and "_sleep" in text, text
+    for rank in range(LAYOUTS[MAIN].size):
+        assert f"rank {rank}" in text, text
+
+
+@pytest.mark.fault(
+    injection="all ranks sleep at once, {section}",
+    promise="all ranks end, with the stacks of all",
+    bound="{limit} + 10",
+    layout=MAIN,
+)
+@pytest.mark.parametrize(("section", "limit"), [("data", LIMIT), ("evaluation", LIMIT), ("save", LIMIT)])
+def test_a_run_all_of_whose_ranks_sleep_ends(house, measured, section, limit):
+    ended = strike(house, measured, f"all_{section}", {"what": "sleep", "where": section, "at": SECTIONS[section]}, limit)
+    assert all("_sleep" in end.err for end in ended), said(ended)
+
+
+@pytest.mark.fault(
+    injection="the only rank of a run sleeps, {section}",
+    promise="it ends, with its stack",
+    bound="{limit} + 10",
+    layout="1 rank",
+)
+@pytest.mark.parametrize(("section", "limit"), [("data", LIMIT), ("evaluation", LIMIT), ("save", LIMIT)])
+def test_a_run_of_one_rank_that_sleeps_ends(house, measured, section, limit):
+    name = f"alone_{section}"
+    act = {"what": "sleep", "where": section, "at": SECTIONS[section]}
+    with house.start("1 rank", name, f"data.valid={house.folder / 'data'}", *LIMITS, act=act) as job:
+        (ended,) = job.finish(jobs.SECONDS + limit + 40)
+    measured.detected(house.since(name))
+    assert ended.code not in (0, 75) and "_sleep" in ended.err, ended
+
+
+@pytest.mark.fault(
+    injection="a peer never comes",
+    promise="the others end, with one clear error, and no process is left",
+    bound="{limit} + 10",
+    layout=MAIN,
+)
+@pytest.mark.parametrize("limit", [LIMIT])
+def test_a_peer_that_never_comes(house, measured, limit):
+    job, port, size = jobs.Job(house.folder / "job_lonely"), jobs.free_port(), LAYOUTS[MAIN].size
+    words = [
+        "train",
+        *house.words(MAIN, "lonely", f"train.hang_timeout_seconds={limit}", f"train.start_timeout_seconds={limit}"),
+    ]
+    with job:
+        began = time.monotonic()
+        for rank in range(size - 1):
+            job.fork(words, jobs.environment(rank, size, port))
+        ended = job.finish()
+        measured.detected(time.monotonic() - began)
+    no_process_is_left(house.run("lonely"))
+    assert codes(ended) == [1] * (size - 1), said(ended)
+    assert all("megatrain: error: " in end.err and "Traceback" not in end.err for end in ended), said(ended)
+
+
+@pytest.mark.fault(
+    injection="the port of the rendezvous is taken",
+    promise="all ranks end, with one clear error, and no process is left",
+    bound="{limit} + 10",
+    layout=MAIN,
+)
+@pytest.mark.parametrize("limit", [LIMIT])
+def test_a_port_that_is_taken(house, measured, limit):
+    import socket
+
+    size = LAYOUTS[MAIN].size
+    words = [
+        "train",
+        *house.words(MAIN, "taken", f"train.hang_timeout_seconds={limit}", f"train.start_timeout_seconds={limit}"),
+    ]
+    with socket.socket() as other, jobs.Job(house.folder / "job_taken") as job:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        began = time.monotonic()
+        for rank in range(size):
+            job.fork(words, jobs.environment(rank, size, other.getsockname()[1]))
+        ended = job.finish()
+        measured.detected(time.monotonic() - began)
+    no_process_is_left(house.run("taken"))
+    assert codes(ended) == [1] * size, said(ended)
+    assert all("megatrain: error: " in end.err and "Traceback" not in end.err for end in ended), said(ended)

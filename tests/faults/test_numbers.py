@@ -1,0 +1,45 @@
+"""Wrong numbers on one rank: seen by all at the same step, or by the audit, which names rank and tensor."""
+
+import jobs
+import pytest
+from breaking import LAYOUTS, MAIN, STEPS, codes, said
+
+
+@pytest.mark.fault(
+    injection="one element of one gradient of one rank is {value}, at one step",
+    promise="all ranks skip that step, weights and moments untouched to the bit, and count it",
+    layout="{layout}",
+)
+@pytest.mark.parametrize(("layout", "value"), [(MAIN, "nan"), ("dp 2", "inf")])
+def test_a_gradient_that_is_not_finite(house, measured, layout, value):
+    name = f"nonfinite_{value}"
+    run = house.run(name)
+    act = {"what": "gradient", "value": value, "at": 7, "ranks": [1]}
+    with house.start(layout, name, "checkpoint.save_every=1", act=act) as job:
+        ended = job.finish()
+    assert codes(ended) == [0] * LAYOUTS[layout].size, said(ended)
+    assert jobs.checkpoint_bytes(run, 7) == jobs.checkpoint_bytes(run, 6)
+    assert jobs.checkpoint_bytes(run, 8) != jobs.checkpoint_bytes(run, 7)
+    rows = jobs.rows(run)
+    assert [step for step in rows if rows[step]["skipped"] != rows.get(step - 1, {"skipped": 0})["skipped"]] in ([7], [7, 8])
+    assert rows[6] == jobs.rows(house.undisturbed(layout))[6]
+    measured.recovered(lost=1)
+    assert max(rows) == STEPS
+
+
+@pytest.mark.fault(
+    injection="one bit of one weight of one rank flips ({layout}, zero {stage})",
+    promise="the audit ends the run within its interval and names rank and tensor",
+    layout="{layout}",
+)
+@pytest.mark.parametrize(("layout", "stage"), [("dp 2", 0), ("dp 2", 1), ("tp 2 x dp 2", 1), ("dp 2", 2)])
+def test_a_flipped_bit(house, measured, layout, stage):
+    name = f"flipped_{layout}_{stage}".replace(" ", "_")
+    act = {"what": "flip", "at": 7, "ranks": [1]}
+    with house.start(layout, name, f"parallel.zero_stage={stage}", "train.audit_every=5", act=act) as job:
+        ended = job.finish()
+        measured.detected(house.since(name))
+    assert set(codes(ended)) == {1}, said(ended)
+    assert max(jobs.rows(house.run(name))) <= 10
+    text = said(ended)
+    assert "rank 1" in text and "drifted" in text, text
