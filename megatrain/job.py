@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatrain.checkpoint.directory import Claim
+from megatrain.checkpoint.claim import Claim
 from megatrain.runtime.distributed import Session
 from megatrain.training import Run
 
@@ -20,10 +20,14 @@ class Job(Run):
     """The resolved config as YAML, with the origin of each value."""
     config_file: Path | None = None
     """The file that the config was read from; None if it was made in Python."""
-    claim: Claim = field(default_factory=lambda: Claim(None))
+    claim: Claim = field(default_factory=Claim)
     """The run's claim of its checkpoint directory."""
+    log_claim: Claim = field(default_factory=Claim)
+    """The run's claim of log.dir."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Sizes and hashes of its texts and tokenizer (data/identity.py)."""
+    program: dict[str, str] = field(default_factory=dict)
+    """Versions and a hash of the code that it runs with (runtime/installed.py); each checkpoint keeps it."""
     beginning: dict[str, str] = field(default_factory=dict)
     """The run's beginning: anew, a checkpoint or weights (resuming/beginning.py); each checkpoint keeps it."""
     resumed_from: Path | None = None
@@ -35,7 +39,12 @@ class Job(Run):
     """For the log: the keys that differ from the checkpoint's config, each with its effect."""
 
     def close(self) -> None:
-        """Release the checkpoint directory, the data loader and the session."""
-        self.claim.release()
+        """Release the run's directories, the data loader and the session."""
+        self.give_up()
         self.loader.close()
         self.session.close()
+
+    def give_up(self) -> None:
+        """Release the run's directories."""
+        self.claim.release()
+        self.log_claim.release()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatrain.assembly import DTYPES, assemble
-from megatrain.checkpoint.directory import claim
+from megatrain.checkpoint.claim import claim, claim_log
 from megatrain.checkpoint.manifest import MANIFEST
 from megatrain.companions import keep_tokenizer, take_along
 from megatrain.config.budget import budget_of
@@ -44,13 +44,13 @@ from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
 from megatrain.records.log import LogDisplay, RunLog
 from megatrain.resuming.resume import resume, warmup_kept
+from megatrain.runtime import installed
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.launch import Launch
 from megatrain.runtime.reports import Reports
-from megatrain.training import queue_step
 from megatrain.watch import Watch, due
 
 
@@ -78,6 +78,9 @@ def build(
 
 def _build_in(session: Session, config: Config, text: str, objective: Objective | None) -> Job:
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
+    with session.together("looking at the code"):
+        code = installed.sources()
+    session.same("code", installed.described(code), "Install the same versions on every node.")
     session.same("config", text)
     validate(config, session.world.size, partial(warmup_kept, config, session))
     require_schedule(config)
@@ -93,13 +96,17 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
         require_weights(config, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
     parts = {item.name: getattr(run, item.name) for item in fields(run)}
-    job = Job(**parts, session=session, config_text=text, claim=claim(Path(config.checkpoint_dir), ctx))
+    job = Job(**parts, session=session, config_text=text)
+    job.program = installed.program(code)
     try:
+        job.log_claim = claim_log(Path(config.log.dir), ctx, session.launch.job)  # before anything is written
+        job.claim = claim(Path(config.checkpoint_dir), ctx, session.launch.job)
+        job.notes += [held.note for held in (job.log_claim, job.claim) if held.note]
         resume(job)
         with session.together("keeping the tokenizer"):
             _keep_companions(job)
     except BaseException:
-        job.claim.release()
+        job.give_up()
         raise
     return job
 
@@ -234,7 +241,7 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
         while job.step < job.total_steps:
             if watch.norms_due(job):
                 reports.catch_up()  # norms are written in the middle of the step
-            reports.follow(queue_step(job))
+            reports.follow(watch.queue())
             last = job.step == job.total_steps
             every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
             audits, evaluates, saves = (due(job.step, steps) for steps in every)
@@ -268,6 +275,7 @@ def _open_log(job: Job) -> Any:
                 rank=rank,
                 world_size=job.session.world.size,
                 start_step=job.step,
+                lost=job.log_claim.lost,
             )
             stack.enter_context(log)
             if rank == 0:

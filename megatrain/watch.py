@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,24 +15,26 @@ from megatrain.assembly import DTYPES, kernels_of
 from megatrain.checkpoint.retries import Retries
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
-from megatrain.config.schema import Config, ParallelConfig
+from megatrain.config.schema import Config, LogConfig, ParallelConfig
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.dispatch import require
 from megatrain.kernels.matmul import adds_inside
 from megatrain.lifecycle.stop import PREEMPTED, write_marker
+from megatrain.lifecycle.stragglers import Comparison, Stopwatch
 from megatrain.optim.optimizer import squares
 from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import Part
 from megatrain.parallel.zero import FlatParameters
 from megatrain.records.log import RunLog
-from megatrain.records.rows import EvaluationRow, StepRow
+from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow
 from megatrain.resuming.resume import progress_of
 from megatrain.runtime.device_memory import peak_memory_bytes
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
-from megatrain.runtime.reports import StepReport
-from megatrain.training import Run
+from megatrain.runtime.reports import Queued, StepReport
+from megatrain.training import Run, queue_step
+from megatrain.transport.consensus import gather_texts
 
 
 def due(step: int, every: int) -> bool:
@@ -46,8 +50,16 @@ class Watch:
     doubted = False
     """Whether the log has said that a share of the peak above 100% is impossible."""
 
+    hosts: Sequence[str] = ()
+    """Host name of each rank; gathered by `start`."""
+
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config = job, log, job.config
+        ranks, of_stage = job.ctx.world.size, job.ctx.world.size // job.ctx.pp.size  # a stage's ranks are neighbours (mesh.py)
+        logs = self.config.log
+        self.comparison = Comparison([rank // of_stage for rank in range(ranks)], logs.slow_ratio, logs.slow_intervals)
+        every = logs.stragglers_every if ranks > 1 else 0  # one rank has nobody to be compared with
+        self.stopwatch = Stopwatch(job.ctx, job.session.recorder, every, self._compare)
         checkpoint = self.config.checkpoint
         self.saver = Saver(
             Path(self.config.checkpoint_dir),
@@ -58,6 +70,7 @@ class Watch:
             on_saved=self._saved,
             on_failed=self._save_failed,
         )
+        self.saver.before = job.claim.hold
         self.retries = Retries(self.saver, checkpoint.give_up_after, checkpoint.timeout_seconds, log.say)
 
     @property
@@ -68,6 +81,7 @@ class Watch:
     def start(self) -> None:
         """Log the job, model, layout, and the checkpoint or weights that the run starts from (collective)."""
         job, config = self.job, self.config
+        self.hosts = gather_texts(job.session.launch.host, job.ctx.world.group, job.ctx.device)
         vocab_size = job.chunks[0].build.vocab_size
         self.speed = Speed(
             model_flops_per_token(config.model, vocab_size),
@@ -147,6 +161,24 @@ class Watch:
             )
         )
 
+    def queue(self) -> Queued:
+        """Queue the run's next step, measured (collective)."""
+        return self.stopwatch.measure(self.job.step + 1, partial(queue_step, self.job))
+
+    def _compare(self, step: int, seconds: list[float]) -> None:
+        """Record the ranks' own seconds a step in the interval up to `step`, and who is slow or no more."""
+        pace = self.comparison(seconds) if self.job.session.rank == 0 else None
+        if pace is None:
+            return
+        host = self.hosts[pace.slowest]
+        self.log.compute(ComputeRow(step, pace.least, pace.median, pace.most, pace.slowest, host, pace.ratio))
+        for rank, ratio in pace.slow:
+            message = slow_note(rank, self.hosts[rank], ratio, seconds[rank], self.config.log)
+            self.log.event("slow", step, rank, host=self.hosts[rank], ratio=ratio, seconds=seconds[rank], message=message)
+            self.log.say(message)
+        for rank in pace.recovered:
+            self.log.say(f"rank {rank} on {self.hosts[rank]} is as fast as its peers again")
+
     def norms_due(self, run: Run) -> bool:
         """Whether the norms are written in the run's next step, as log.norms_every says."""
         return due(run.step + 1, self.config.log.norms_every)
@@ -179,7 +211,7 @@ class Watch:
         the disk. One that fails is tried again (checkpoint/retries.py).
         """
         job = self.job
-        progress = {**progress_of(job), "identity": job.identity, "began": job.beginning}
+        progress = {**progress_of(job), "identity": job.identity, "program": job.program, "began": job.beginning}
         contents = Contents(job.step, progress, job.config_text)
         if last:
             self.retries.save_last(contents, portions(job.optimizer))
@@ -207,6 +239,7 @@ class Watch:
 
     def stopped(self, why: str) -> None:
         """Log that the run was told to stop and is saved; on every node, leave the marker that launch scripts look for."""
+        self.stopwatch.finish()
         launch = self.job.session.launch
         if launch.local_rank == 0:
             write_marker(Path(self.config.log.dir, PREEMPTED), launch, why, self.job.step)
@@ -215,6 +248,7 @@ class Watch:
 
     def finished(self) -> None:
         """Draw the last picture and write the last event."""
+        self.stopwatch.finish()
         self.log.draw()
         self._event("end")
 
@@ -228,6 +262,14 @@ def summing_note(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return ""
     return f" | weight gradients: added {'inside' if adds_inside(device, dtype) else 'after'} the matmul"
+
+
+def slow_note(rank: int, host: str, ratio: float, seconds: float, log: LogConfig) -> str:
+    """The text that names a rank which has become slow."""
+    return (
+        f"rank {rank} on {host} is slow: its own work took {1000 * seconds:.1f} ms a step, {ratio:.2f}x of its peers, "
+        f"and all others wait for it (log.slow_ratio={log.slow_ratio:g} in {log.slow_intervals} intervals of {log.stragglers_every} steps)"
+    )
 
 
 def unusual_ratio(config: Config) -> list[str]:

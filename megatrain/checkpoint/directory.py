@@ -1,6 +1,6 @@
-"""A directory of checkpoints: which run owns it, what it holds, and the renames by which a checkpoint appears or goes.
+"""A directory of checkpoints: what it holds, and the renames by which a checkpoint appears or goes.
 
-    .lock                    held by the run that saves here; its text says which run
+    .lock                    held by the run that saves here (claim.py)
     .saving_step_00000300    being written; rubbish after a crash
     step_00000200            whole: it got this name when all its files were on the disk
     latest                   text file with the name of the newest whole one; replaced after that one has its name
@@ -10,114 +10,17 @@ A removal works the other way round: the directory first gets a name that starts
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import re
-import secrets
 import shutil
-import socket
-import time
-import weakref
-from contextlib import suppress
 from pathlib import Path
 
 from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_file, read_manifest
-from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
+from megatrain.checkpoint.together import DamagedCheckpointError, together
 from megatrain.files import doing
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.transport.consensus import broadcast_text
 
-LOCK = ".lock"
 SAVING, _REMOVING, _REPLACED, _LATEST_DRAFT = ".saving_", ".removing_", ".replaced_", ".latest_draft"
-_PATIENCE_SECONDS = 5.0
-"""How long another node may take to see a file that rank 0 has written."""
-
-
-class Claim:
-    """A run's right to save in a directory, from `claim` until `release` or the end of the process."""
-
-    def __init__(self, lock: int | None) -> None:
-        """lock: descriptor of the locked file, on the rank that holds it."""
-        # Not __del__, which may run at the end of the process when the modules that it needs are gone.
-        self._release = weakref.finalize(self, lambda: None) if lock is None else weakref.finalize(self, os.close, lock)
-
-    def release(self) -> None:
-        """Give up the directory; may be called again."""
-        self._release()
-
-
-def claim(directory: Path, ctx: ParallelContext) -> Claim:
-    """Take a directory for this run, making it if needed, and remove what crashed saves left there (collective).
-
-    Raises CheckpointError on every rank where another run holds it, where it cannot be written, or where some rank does not see the file
-    that rank 0 writes there.
-    """
-    directory, held, mark = Path(directory), Claim(None), ""
-    with together(ctx):
-        if ctx.world.rank == 0:
-            held, mark = _lock(directory)
-    try:
-        mark = broadcast_text(mark, ctx.world.group, ctx.device)
-        with together(ctx):
-            _require_mark(directory, mark)
-        tidy(directory, ctx)
-    except BaseException:
-        held.release()
-        raise
-    return held
-
-
-def _lock(directory: Path) -> tuple[Claim, str]:
-    """Lock the lock file for this process and write a new mark into it; returns both. Raises CheckpointError where another process holds
-    it.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint.dir={directory} cannot be written ({error.strerror or error}). "
-            "Set checkpoint.dir to a directory of your own, such as /tmp/run/checkpoints."
-        ) from error
-    holder = os.pread(lock, 4096, 0).decode(errors="replace")
-    me = {"host": socket.gethostname(), "pid": os.getpid()}
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        with suppress(ValueError):
-            said = json.loads(holder)
-            if {key: said.get(key) for key in me} == me:  # an earlier run of this process that was not closed
-                return Claim(None), holder
-        raise CheckpointError(
-            f"another run saves in checkpoint.dir={directory}: {holder.strip()}. Wait for it or stop it, or set checkpoint.dir "
-            "to another directory."
-        ) from None
-    except OSError:
-        pass  # a file system without locks: the mark still tells whether the nodes share the directory
-    mark = json.dumps({**me, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "mark": secrets.token_hex(8)})
-    with doing("writing", directory / LOCK):
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, mark.encode(), 0)
-        os.fsync(lock)
-    return Claim(lock), mark
-
-
-def _require_mark(directory: Path, mark: str) -> None:
-    """Raise CheckpointError unless this rank reads the mark that rank 0 wrote."""
-    end = time.monotonic() + _PATIENCE_SECONDS
-    while True:
-        with suppress(OSError):
-            if (directory / LOCK).read_text() == mark:
-                return
-        if time.monotonic() > end:
-            raise CheckpointError(
-                f"host {socket.gethostname()} does not see in checkpoint.dir={directory.absolute()} what rank 0 on "
-                f"{json.loads(mark)['host']} has just written there. A checkpoint is one directory for all nodes: set checkpoint.dir to "
-                "a file system that they share."
-            )
-        time.sleep(0.05)
 
 
 def tidy(directory: Path, ctx: ParallelContext) -> None:

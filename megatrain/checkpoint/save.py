@@ -94,6 +94,8 @@ class Saver:
         self.directory, self.ctx, self.keep, self.keep_every = Path(directory), ctx, keep, keep_every
         self.writer = Writer(Staging(staging_bytes, ctx.device, block_bytes))
         self._on_saved, self._on_failed = on_saved, on_failed
+        self.before: Callable[[], None] = lambda: None
+        """Called on rank 0 before a save; raises CheckpointError where the directory is another run's by now."""
         self._written: Future[None] | None = None
         """Ends when this rank's share of the save in progress is written."""
         self._published: Future[None] | None = None
@@ -127,6 +129,7 @@ class Saver:
             sizes = gather_texts(str(sum(file.size for file in files.values())), self.ctx.world.group, self.ctx.device)
             with together(self.ctx):
                 if leads:
+                    self.before()
                     _make_room(work, sum(map(int, sizes)))
             with together(self.ctx):
                 self._stage(work, files, wait)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatrain.cli.arguments import positive, text
-from megatrain.cli.ngram import add_data_filter
+from megatrain.cli.ngram import add_data_filter, add_lines, key_of
 
 AddVerb = Callable[..., argparse.ArgumentParser]
 
@@ -26,7 +26,7 @@ def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
     from megatrain.data.tokenizer import train_tokenizer
 
-    train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=arguments.key)
+    train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=key_of(arguments))
     return 0
 
 
@@ -39,7 +39,7 @@ def _data_tokenize(arguments: argparse.Namespace) -> int:
         arguments.output,
         workers=arguments.workers,
         append_eod=arguments.append_eod,
-        key=arguments.key,
+        key=key_of(arguments),
         eod=arguments.eod,
         bos=arguments.bos,
     )
@@ -95,6 +95,4 @@ def _add_data_inspect(stages: Any, add_verb: AddVerb) -> None:
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".txt or .jsonl, plain or as .gz or .zst")
-    parser.add_argument(
-        "--key", default="text", metavar="KEY", help="field of a .jsonl line that holds the text (default text)"
-    )
+    add_lines(parser)

@@ -95,7 +95,7 @@ def add_data_filter(stages: Any, add_verb: AddVerb) -> None:
     example = "megatrain data filter --ngram wiki.bin --keep head,middle --input crawl.jsonl --output good.jsonl"
     parser = add_verb(stages, "filter", _filter, "keep documents that an n-gram model finds usual (CCNet)", example)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or text files, perhaps .gz or .zst")
-    parser.add_argument("--key", default="text", metavar="KEY", help="of the text in a .jsonl (default text)")
+    add_lines(parser)
     parser.add_argument(
         "--output", required=True, metavar="OUT.jsonl", help="a line a document that is kept, with its perplexity"
     )
@@ -111,6 +111,21 @@ def add_data_filter(stages: Any, add_verb: AddVerb) -> None:
         help="where middle and tail begin (default 30 60)",
     )
     parser.add_argument("--cutoffs", type=float, nargs=2, metavar="PPL", help="perplexities where they begin, instead")
+
+
+def add_lines(parser: argparse.ArgumentParser) -> None:
+    """Add how the lines of a .jsonl are read."""
+    what = "field of a .jsonl line that holds the text (default text)"
+    parser.add_argument("--key", default="text", metavar="KEY", help=what)
+    limit = "longest line of a .jsonl, and document of a compressed text that must be in memory (default 32M)"
+    parser.add_argument("--max-line", type=size, metavar="SIZE", help=limit)
+
+
+def key_of(arguments: argparse.Namespace) -> Any:
+    """The key of the text, with how long a line may be where that is given."""
+    from megatrain.data.prepare.read import Lines
+
+    return arguments.key if arguments.max_line is None else Lines(arguments.key, arguments.max_line)
 
 
 def size(text: str) -> int:
@@ -172,5 +187,7 @@ def _filter(arguments: argparse.Namespace) -> int:
     cutoffs = None if arguments.cutoffs is None else Cutoffs(*arguments.cutoffs)
     keep = chosen([name.strip() for name in arguments.keep.split(",")])
     model = load(arguments.ngram, arguments.units)
-    print(filter_files(arguments.input, model, arguments.output, keep, tuple(arguments.percentiles), cutoffs, arguments.key))
+    print(
+        filter_files(arguments.input, model, arguments.output, keep, tuple(arguments.percentiles), cutoffs, key_of(arguments))
+    )
     return 0

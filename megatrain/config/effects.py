@@ -107,6 +107,7 @@ ADAM, SGD = where("optim.name", "adamw", "adam"), where("optim.name", "sgd")
 IN_STEPS = Effect("train.tokens is null", ("train.tokens",), lambda config: config.train.tokens is None)
 BF16, FP16 = where("train.precision", "bf16"), where("train.precision", "fp16")
 KEPT = above("checkpoint.keep", 0)
+COMPARED = above("log.stragglers_every", 0)
 FROM_A_PATH = Effect(
     "checkpoint.resume is a path", ("checkpoint.resume",), lambda config: config.checkpoint.resume not in ("auto", "never")
 )

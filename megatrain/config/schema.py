@@ -536,6 +536,20 @@ class LogConfig:
     norms_every: int = knob(
         0, "Steps between rows with the norms of gradients and weights of each part of the model; 0 means never.", at_least=0
     )
+    stragglers_every: int = knob(
+        5,
+        "Steps of an interval, at whose end the ranks' own times in a step, without their waits for each other, are compared; 0 means "
+        "never.",
+        at_least=0,
+    )
+    slow_ratio: float = knob(
+        1.15,
+        "A rank is slow that takes this many times as long as the median of its peers, the other ranks of its pipeline stage, and not "
+        "by chance.",
+        effects.COMPARED,
+        above=1,
+    )
+    slow_intervals: int = knob(3, "Intervals in a row in which it must do so.", effects.COMPARED, above=0)
     to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = knob(
         ("tensorboard",),
         "Extra writers of metrics.",

@@ -32,6 +32,19 @@ def identity_of(config: Config) -> dict[str, Any]:
     }
 
 
+def listed(config: Config, identity: dict[str, Any]) -> str:
+    """An identity as text, a line for each store and one for the tokenizer."""
+    train, valid = config.data.train, config.data.valid
+    rows = [(f"data.train[{i}]={of.path}", row[0]) for i, (of, row) in enumerate(zip(train, identity["data"], strict=True))]
+    rows += [
+        (f"data.train[{i}].answers={of.answers}", row[2])
+        for i, (of, row) in enumerate(zip(train, identity["data"], strict=True))
+        if of.answers is not None
+    ]
+    rows += [(f"data.valid[{i}]={of.path}", row[1]) for i, (of, row) in enumerate(zip(valid, identity["valid"], strict=True))]
+    return "\n".join(f"{name}: {value}" for name, value in [*rows, ("data.tokenizer", identity["tokenizer"])])
+
+
 def _corpus_identity(corpus: CorpusConfig) -> list[Any]:
     """[identity of the text, weight], and the identity of the answers if there are any."""
     return [store_identity(corpus.path), corpus.weight, *([] if corpus.answers is None else [store_identity(corpus.answers)])]

@@ -22,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatrain.data.boundaries import END_OF_TEXT, Beginning, Ending, TokenizerError, TokenRequest, find_beginning, find_ending
 from megatrain.data.indexed import best_dtype
-from megatrain.data.prepare.read import read_pieces
+from megatrain.data.prepare.read import Lines, read_pieces
 from megatrain.data.stream import REPLACEMENT
 from megatrain.files import HEAD_BYTES, make_folder, not_text, whole
 
@@ -290,7 +290,7 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
     return JsonTokenizer(library, str(path), path.parent, eod, bos)
 
 
-def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str | Path, key: str = "text") -> int:
+def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str | Path, key: str | Lines = "text") -> int:
     """Trains a byte-level BPE on the documents of `inputs` and writes it to `output`, the whole file or nothing; returns its size.
 
     The size is smaller than `vocab_size` if the text has too few words to merge. The same input gives the same file. Every

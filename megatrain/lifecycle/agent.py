@@ -59,6 +59,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTime
 from torch.distributed.launcher.api import elastic_launch  # noqa: E402
 from torch.distributed.run import config_from_args, parse_args  # noqa: E402
 
+from megatrain.checkpoint.claim import taken  # noqa: E402
 from megatrain.lifecycle.agent_logs import RankLogs  # noqa: E402
 from megatrain.lifecycle.agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
 from megatrain.transport.store import allow_files  # noqa: E402
@@ -111,6 +112,8 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     if arguments.standalone:  # a store of this machine at a free port, and a name that no other job has
         arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", "localhost:0", os.urandom(8).hex()
     config, command, rest = config_from_args(arguments)
+    if "train" in words and (problem := taken(logs.folder.parent, "log.dir", config.run_id)):
+        raise LaunchError(problem)  # before the logs of the run's ranks are renamed
     config.logs_specs, config.signals_to_handle = logs, "SIGQUIT"  # the other signals are handled here
     config.log_line_prefix_template, config.role = "${role_name}", ""  # no prefix on lines, which programs read too
     if not arguments.standalone:

@@ -16,13 +16,12 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
+from megatrain.transport.owner import Owner, own
 from megatrain.transport.wrappers import Call
 
 SHOWN = 8
@@ -44,7 +43,8 @@ class Identity:
     @classmethod
     def own(cls, rank: int) -> Identity:
         """The identity of this process."""
-        return cls(rank, _machine(), socket.gethostname(), os.getpid(), _process("self")[1])
+        here = own()
+        return cls(rank, here.machine, socket.gethostname(), here.pid, here.born)
 
     @classmethod
     def parse(cls, text: str) -> Identity:
@@ -57,12 +57,7 @@ class Identity:
 
     def condition(self) -> Literal["gone", "stopped", "running", "elsewhere"]:
         """The state of the process; elsewhere: on another machine, or unknown because there is no /proc."""
-        if self.machine != _machine() or not self.born:
-            return "elsewhere"
-        state, born = _process(self.pid)
-        if born != self.born or state in ("Z", "X"):
-            return "gone"
-        return "stopped" if state in ("T", "t") else "running"
+        return Owner(self.machine, self.pid, self.born).condition()
 
     def kill(self) -> bool:
         """Send SIGKILL if the same process still runs on this machine; whether it was sent."""
@@ -76,23 +71,6 @@ class Identity:
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
-
-
-def _process(pid: int | str) -> tuple[str, str]:
-    """State letter and start time (clock ticks since boot) of a process; empty if it does not exist."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
-def _machine() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return f"{socket.gethostname()}/{sys.platform}"
 
 
 def _runs(ranks: Sequence[int]) -> str:

@@ -8,31 +8,31 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.prepare.read import unzstd
+from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
 from megatrain.files import HEAD_BYTES, compression, not_text
 from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.table import twins
 from megatrain.ngram.text import SPECIAL, split
 
 BLOCK_BYTES = 8 << 20
+LONGEST_LINE = 1 << 20
+"""Bytes."""
+HIGHEST_ORDER = 32
 UNKNOWN_LOG10 = -100.0
 """log10 probability of an unknown word if the model gives none, as in KenLM."""
 FURTHEST_DATA = 1000
 """The header must begin within this many lines; some tools write remarks before it."""
+_LINE_FEED = 10
 _COUNT = re.compile(rb"ngram\s+(\d{1,3})\s*=\s*(\d{1,18})")
 
 
@@ -75,51 +75,39 @@ def read_arpa(path: Path) -> Arpa:
     """Read a file; its first bytes, not its name, say how it is compressed. Raises ArpaError or OSError."""
     with path.open("rb") as file:
         head = file.peek(8)
-        unpack = next((unpack for mark, unpack in _COMPRESSED.items() if head.startswith(mark)), None)
+        kind = next((kind for mark, kind in _COMPRESSED.items() if head.startswith(mark)), None)
         try:
-            return _Reader(path, file if unpack is None else unpack(file)).read()
-        except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+            return _Reader(path, file if kind is None else _Chunks(unpacked(file, kind))).read()
+        except PackedDamageError as error:
             raise ArpaError(f"{path} is cut short or damaged: {error}") from None
+        except UnpackError as error:
+            raise ArpaError(f"{path} {error}") from None
 
 
 class _Chunks:
     """Reads from an iterator of bytes as from a file."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
-        self._chunks, self._rest = chunks, b""
+        self._chunks = chunks
 
     def read(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end."""
-        while len(self._rest) < size and (chunk := next(self._chunks, b"")):
-            self._rest += chunk
-        data, self._rest = self._rest[:size], self._rest[size:]
-        return data
+        """At least `size` bytes, fewer at the end."""
+        found: list[bytes] = []
+        while size > 0 and (chunk := next(self._chunks, b"")):
+            found.append(chunk)
+            size -= len(chunk)
+        return b"".join(found)
 
 
-def _bunzip2(file: BinaryIO) -> Iterator[bytes]:
-    """The contents of a bzip2 file. Raises EOFError if it is incomplete or damaged."""
-    with bz2.BZ2File(file) as stream:
-        try:
-            while chunk := stream.read(BLOCK_BYTES):
-                yield chunk
-        except OSError as error:
-            raise EOFError(str(error)) from None
-
-
-_COMPRESSED: dict[bytes, Callable[[BinaryIO], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"\xfd7zXZ\x00": lzma.LZMAFile,
-    b"BZh": lambda file: _Chunks(_bunzip2(file)),
-    b"\x28\xb5\x2f\xfd": lambda file: _Chunks(unzstd(file)),
-}
-"""First bytes of a compressed file -> how its contents are read."""
+_COMPRESSED = {b"\x1f\x8b": "gz", b"\xfd7zXZ\x00": "xz", b"BZh": "bz2", b"\x28\xb5\x2f\xfd": "zst"}
+"""First bytes of a compressed file -> its kind."""
 
 
 class _Reader:
     def __init__(self, path: Path, file: Any) -> None:
         self.path, self.file = path, file
         self.line = 0
-        self._rest = b""
+        self._rest, self._at = b"", 0  # what has been read, and where the next line begins in it
 
     def read(self) -> Arpa:
         counts = self._header()
@@ -145,17 +133,23 @@ class _Reader:
 
     def _next(self) -> bytes:
         """The next line without its end. Raises ArpaError at the end of the file."""
-        while b"\n" not in self._rest:
-            data = self.file.read(BLOCK_BYTES)
-            if not data:
-                if self._rest:
-                    self._rest += b"\n"
-                    break
+        while (end := self._rest.find(b"\n", self._at)) < 0:
+            if not self._more() and self._at == len(self._rest):
                 raise ArpaError(f"{self.path} ends after line {self.line}, before \\end\\: it is cut short")
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
+        line, self._at = self._rest[self._at : end], end + 1
         self.line += 1
         return line.strip()
+
+    def _more(self) -> bool:
+        """Read on; the last line gets an end if it has none. Returns whether there was more. Raises ArpaError for too long a line."""
+        self._rest, self._at = self._rest[self._at :], 0
+        if len(self._rest) > LONGEST_LINE:
+            raise ArpaError(
+                f"{self.path}:{self.line + 1}: a line of more than {LONGEST_LINE:,} bytes, beginning with {self._rest[:60]!r}, is no n-gram"
+            )
+        data = self.file.read(BLOCK_BYTES)
+        self._rest += data or (b"\n" if self._rest else b"")
+        return bool(data)
 
     def _header(self) -> list[int]:
         self._rest = self.file.read(BLOCK_BYTES)
@@ -177,7 +171,7 @@ class _Reader:
         counts: list[int] = []
         while (line := self._next()) != b"\\1-grams:":
             found = _COUNT.fullmatch(line)
-            if found and int(found[1]) == len(counts) + 1:
+            if found and int(found[1]) == len(counts) + 1 <= HIGHEST_ORDER:
                 counts.append(int(found[2]))
             elif line:
                 raise ArpaError(
@@ -200,14 +194,13 @@ class _Reader:
         pa = pyarrow()
         texts, logs, weights = [], [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
         while count:
-            if b"\n" not in self._rest:
-                data = self.file.read(BLOCK_BYTES)
-                if not data and not self._rest:
+            ends = np.flatnonzero(np.frombuffer(self._rest, np.uint8, offset=self._at) == _LINE_FEED)[:count]
+            if not ends.size:
+                if not self._more() and not self._rest:
                     raise ArpaError(f"{self.path} ends within its {order}-grams, of which {count} are missing: it is cut short")
-                self._rest += data or b"\n"
                 continue
-            ends = np.flatnonzero(np.frombuffer(self._rest, np.uint8) == 10)[:count]
-            block, self._rest = self._rest[: int(ends[-1]) + 1], self._rest[int(ends[-1]) + 1 :]
+            stop = self._at + int(ends[-1]) + 1
+            block, self._at = self._rest[self._at : stop], stop
             words, log10, backoff = self._lines(block, order, ends.size)
             texts.append(words)
             logs.append(log10)

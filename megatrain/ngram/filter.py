@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatrain.data.prepare.read import read_documents
+from megatrain.data.prepare.read import Lines, read_documents
 from megatrain.files import make_folder, whole
 from megatrain.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
 from megatrain.ngram.model import NgramModel
@@ -40,7 +40,7 @@ def filter_files(
     keep: frozenset[str],
     percentiles: tuple[float, float] = PERCENTILES,
     cutoffs: Cutoffs | None = None,
-    key: str = "text",
+    key: str | Lines = "text",
 ) -> FilterReport:
     """Write the documents of the buckets `keep` as lines of JSON with perplexity and bucket, the whole file or nothing.
 
@@ -62,6 +62,7 @@ def filter_files(
             f"document {at + 1} has a perplexity of {values[at]}: the model's numbers are damaged. Make it again from its text."
         )
     cuts = cutoffs_of(values, percentiles) if cutoffs is None else cutoffs
+    name = key.key if isinstance(key, Lines) else key
     counts = dict.fromkeys(("head", "middle", "tail"), 0)
     kept = 0
     make_folder(output.parent)
@@ -71,6 +72,6 @@ def filter_files(
             counts[bucket] += 1
             if bucket in keep:
                 kept += 1
-                row = {key: text, "perplexity": round(value, 1), "bucket": bucket}
+                row = {name: text, "perplexity": round(value, 1), "bucket": bucket}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return FilterReport(str(output), counts, kept, cuts)

@@ -24,6 +24,8 @@ from megatrain.ngram.optional import pyarrow
 UNKNOWN, BEGIN, END = 0, 1, 2
 SPECIAL = (b"<unk>", b"<s>", b"</s>")
 CHUNK_BYTES = 4 << 20
+LONGEST = 16 << 20
+"""Bytes of a word, or of a line that units are found in: both are in memory whole, with several numbers for each byte."""
 
 _BLANK = np.zeros(256, bool)
 _BLANK[[0, 9, 10, 13, 32]] = True
@@ -46,32 +48,43 @@ class TextWords:
 
 def pieces(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[TextWords]:
     """The text of a file in pieces of about CHUNK_BYTES, cut at blanks; a last line without a line end gets one."""
-    rest, last = b"", _LINE_FEED
+    rest, last, read = b"", _LINE_FEED, 0
     while data := file.read(CHUNK_BYTES):
         on_bytes(len(data))
         last = data[-1]
         cut = max(data.rfind(blank) for blank in (b"\0", b"\t", b"\n", b"\r", b" ")) + 1
-        if not cut:
-            rest += data
-            continue
-        yield split(rest + data[:cut])
-        rest = data[cut:]
+        if cut:
+            yield split(rest + data[:cut])
+            rest = b""
+        rest += data[cut:]
+        read += len(data)
+        _require_short("word", rest, file, read)
     if rest or last != _LINE_FEED:
         yield split(rest + b"\n")
 
 
 def line_blocks(file: BinaryIO, on_bytes: Callable[[int], None] = lambda _count: None) -> Iterator[bytes]:
     """A file in blocks of whole lines; a last line without a line end gets one."""
-    rest: list[bytes] = []
+    rest, read = b"", 0
     while data := file.read(CHUNK_BYTES):
         on_bytes(len(data))
         cut = data.rfind(b"\n") + 1
         if cut:
-            yield b"".join([*rest, data[:cut]])
-            rest = []
-        rest.append(data[cut:])
-    if last := b"".join(rest):
-        yield last + b"\n"
+            yield rest + data[:cut]
+            rest = b""
+        rest += data[cut:]
+        read += len(data)
+        _require_short("line", rest, file, read)
+    if rest:
+        yield rest + b"\n"
+
+
+def _require_short(what: str, rest: bytes, file: BinaryIO, read: int) -> None:
+    """Raise TextError for a word or line that goes on after `read` bytes of the file and is too long already."""
+    if len(rest) > LONGEST:
+        raise TextError(
+            f"{file.name}: the {what} from byte {read - len(rest):,} on has more than {LONGEST:,} bytes. Is this text, a sentence a line?"
+        )
 
 
 def require_text(file: BufferedReader, path: Path) -> None:

@@ -19,12 +19,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatrain.records.progress import StepBar, person_watching
-from megatrain.records.rows import EvaluationRow, StepRow, finite, perplexity, read_metrics
+from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
 
 if TYPE_CHECKING:
     from megatrain.records.tensorboard import TensorBoard
@@ -40,6 +41,7 @@ EventKind = Literal[
     "skip_data",
     "hang",
     "death",
+    "slow",
     "signal",
     "end",
 ]
@@ -69,6 +71,20 @@ class JsonLines:
         self._broken = written < len(line)
         if self._broken:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def gone(self) -> bool:
+        """Whether the file was removed, or replaced by another, so that what is appended is lost."""
+        try:
+            return not os.path.samestat(self.path.stat(), os.fstat(self._file))
+        except OSError:
+            return True
+
+    def open_again(self) -> None:
+        """Open `path` anew, with its directory. Raises OSError, and then goes on with the file that was removed."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = JsonLines(self.path)
+        os.close(self._file)
+        self._file, self._broken = new._file, new._broken
 
     def close(self) -> None:
         """Close the file; it must not be used afterwards."""
@@ -109,8 +125,11 @@ class RunLog:
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        lost: Callable[[], str] = str,
     ) -> None:
         """Open the files of a run that has done `start_step` of `total_steps` updates.
+
+        lost: why `log_dir` is not this run's any more, asked on rank 0 where it was removed; "" while it is.
 
         Raises OSError, on rank 0, where `log_dir` cannot be written.
         """
@@ -119,11 +138,13 @@ class RunLog:
             raise ValueError(f"log.every={every} is no number of steps. Use 1 for a console line at each step, or 100.")
         self.directory = Path(log_dir)
         self._rank, self._every, self._first, self._total = rank, every, start_step + 1, total_steps
+        self._lost, self._given_up = lost, False
         self._warned: set[str] = set()
         self._metrics: JsonLines | None = None
         self._events: JsonLines | None = None
         self._tensorboard: TensorBoard | None = None
         self._bar: StepBar | None = None
+        self._compute: ComputeRow | None = None
         if rank != 0:
             return
         try:
@@ -131,7 +152,8 @@ class RunLog:
             self._metrics = JsonLines(self.directory / "metrics.jsonl")
             self._events = JsonLines(self.directory / "events.jsonl")
             if "tensorboard" in writers:
-                self._if_installed("tensorboard", self._open_tensorboard, sequence_length, world_size, start_step)
+                self._curves = partial(self._open_tensorboard, sequence_length, world_size)
+                self._if_installed("tensorboard", self._curves, start_step)
         except OSError as error:
             reason = f"log.dir={log_dir} cannot be written ({error.strerror or error})."
             raise OSError(error.errno, f"{reason} Set log.dir to a directory of your own, such as /tmp/run.") from error
@@ -149,7 +171,7 @@ class RunLog:
             self._bar.update(row.step, row.loss, row.tokens_per_second)
         wrong = row.skipped or not math.isfinite(row.loss)
         if row.step % self._every == 0 or row.step in (self._first, self._total) or wrong:
-            self.say(step_line(row, self._total))
+            self.say(step_line(row, self._total, self._compute))
 
     def evaluation(self, row: EvaluationRow) -> None:
         """Record one evaluation."""
@@ -168,6 +190,15 @@ class RunLog:
         self._append(self._metrics, {"norms_of_step": step, **named})
         if self._tensorboard is not None:
             self._try("tensorboard", self._tensorboard.scalars, step, named)
+
+    def compute(self, row: ComputeRow) -> None:
+        """Record the ranks' own times in an interval; later lines of the console have them."""
+        if self._rank != 0:
+            return
+        self._compute = row
+        self._append(self._metrics, asdict(row))
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.compute, asdict(row))
 
     def event(self, kind: EventKind, step: int | None = None, rank: int | None = None, **fields: Any) -> None:
         """Append an event; `rank` is the rank that caused it. Any rank and any thread may call."""
@@ -235,8 +266,24 @@ class RunLog:
         draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
 
     def _append(self, file: JsonLines | None, record: Mapping[str, Any]) -> None:
-        if file is not None:
+        if file is None or self._given_up:
+            return
+        if file.gone():
+            self._try(file.path.name, self._make_again, file)
+        if not self._given_up:
             self._try(file.path.name, file.append, record)
+
+    def _make_again(self, file: JsonLines) -> None:
+        """Go on in new files where log.dir, or one of them, was removed; not where another run has the directory now."""
+        why = self._lost() if self._rank == 0 else ""
+        self._warn("log.dir", why or f"{file.path} was removed while the run goes on; from here on it is written anew")
+        self._given_up = bool(why)
+        if self._given_up:
+            return
+        file.open_again()
+        if self._tensorboard is not None and not self._tensorboard.directory.is_dir():
+            self._tensorboard.close()
+            self._curves(0)
 
     def _try(self, what: str, write: Callable[..., None], *args: Any) -> None:
         """Call `write`; on OSError print one warning on stderr."""
@@ -259,8 +306,11 @@ class RunLog:
             sys.stderr.write(f"warning: {text}; training goes on\n")
 
 
-def step_line(row: StepRow, total_steps: int) -> str:
-    """One update as a line in Megatron's format: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`."""
+def step_line(row: StepRow, total_steps: int, compute: ComputeRow | None = None) -> str:
+    """One update as a line in Megatron's format: `step 200/1000 | loss: 2.3456E+00 | grad norm: 0.812 | ... |`.
+
+    compute: the ranks' own times in the last interval of which they are known.
+    """
     parts = [
         f"step {row.step}/{total_steps}",
         f"loss: {row.loss:.4E}",
@@ -272,6 +322,12 @@ def step_line(row: StepRow, total_steps: int) -> str:
     ]
     if row.mfu is not None:
         parts.append(f"mfu: {100 * row.mfu:.1f}%")
+    if compute is not None:
+        ratio = compute.slowest_ratio
+        slowest = "" if math.isnan(ratio) else f", rank {compute.slowest_rank} on {compute.slowest_host} {ratio:.2f}x"
+        parts.append(
+            f"compute (ms): {1000 * compute.compute_seconds_min:.1f} to {1000 * compute.compute_seconds_max:.1f}{slowest}"
+        )
     if row.skipped:
         parts.append("skipped")
     return " | ".join(parts) + " |"

@@ -64,6 +64,23 @@ class EvaluationRow:
     """Share of the blanks of which every token is predicted right; None without blanks."""
 
 
+@dataclass(frozen=True)
+class ComputeRow:
+    """The ranks' own times in an interval of steps, without their waits for each other, as in metrics.jsonl."""
+
+    compute_of_step: int
+    """The last step of the interval; no `step`, as this is no update's row."""
+    compute_seconds_min: float
+    """Mean seconds a step of the rank that needed least."""
+    compute_seconds_median: float
+    compute_seconds_max: float
+    slowest_rank: int
+    """The rank that took longest, measured by the others of its pipeline stage."""
+    slowest_host: str
+    slowest_ratio: float
+    """Its time by the median of theirs; not a number where no stage has two ranks."""
+
+
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record with null for every value that JSON cannot hold, and if there are any, `nonfinite`: key -> the value as text."""
     lost = {key: str(value) for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}

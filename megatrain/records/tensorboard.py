@@ -37,6 +37,7 @@ class TensorBoard:
     def __init__(self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0) -> None:
         """Start an event file in `directory`; earlier points after `start_step` are removed. Raises OSError."""
         self._sequence_length, self._world_size, self._start_step = sequence_length, world_size, start_step
+        self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
         self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -64,6 +65,13 @@ class TensorBoard:
         """Write one evaluation. Raises OSError if the disk is full."""
         self.scalars(row["step"], _validation(row))
         self._over_samples(row, _validation(row))
+
+    def compute(self, row: Row) -> None:
+        """Write the ranks' own times in an interval. Raises OSError if the disk is full."""
+        values = {f"compute-time/{which}": row[f"compute_seconds_{which}"] for which in ("min", "median", "max")}
+        self.scalars(
+            row["compute_of_step"], values | {"slowest-ratio": row["slowest_ratio"], "slowest-rank": row["slowest_rank"]}
+        )
 
     def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
         """Write again, from the rows of a run, the points over samples that the resume removed. Raises OSError."""

@@ -17,11 +17,11 @@ from typing import Any
 from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import Manifest, read_manifest
-from megatrain.checkpoint.together import CheckpointError, ContentError, together
+from megatrain.checkpoint.together import ContentError, together
 from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
 from megatrain.config.keys import show
 from megatrain.config.schema import Config
-from megatrain.data.identity import identity_of, other_corpora, other_held_out
+from megatrain.data.identity import identity_of, listed, other_corpora, other_held_out
 from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.optim.portions import portions
@@ -146,21 +146,16 @@ def resume(job: Job) -> None:
 
 
 def shared_identity(job: Job) -> dict[str, Any]:
-    """The identity of the run's texts and tokenizer (collective). Raises CheckpointError on every rank where nodes have different files."""
-    ctx, launch, mine = job.ctx, job.session.launch, ""
-    with together(ctx):
-        if launch.local_rank == 0:  # files may be local to a node
-            mine = json.dumps(identity_of(job.config))
-    first = broadcast_text(mine, ctx.world.group, ctx.device)
-    with together(ctx):
-        if mine not in ("", first):
-            here, there = json.loads(mine), json.loads(first)
-            key = next(name for name in there if here[name] != there[name])
-            raise CheckpointError(
-                f"{launch.host} has another data.{'train' if key == 'data' else key} than the host of rank 0: {here[key]} and "
-                f"{there[key]}. Copy the same files to every node."
-            )
-    return dict(json.loads(first))
+    """The identity of the run's texts and tokenizer, the same on all ranks (collective).
+
+    Raises RemoteError on every rank where they have different files, OSError or RemoteError where one cannot read them.
+    """
+    with job.session.together("reading the data"):
+        mine = identity_of(job.config)
+    job.session.same(
+        "data", listed(job.config, mine), "These are bytes of index and tokens, and hashes. Copy the same files to every node."
+    )
+    return mine
 
 
 def _tell(job: Job, path: Path, reason: str) -> None:
@@ -183,8 +178,16 @@ def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     job.changes = [f"changed since then: {change_line(*change, same=same.get(change[0], False))}" for change in changed]
     if "valid" in was and not same["data.valid"]:
         job.changes.append("changed since then: data.valid is another text; losses of before and after do not compare")
+    job.changes += [f"changed since then: {text}" for text in _other_program(manifest.progress.get("program", {}), job.program)]
     if any(bends_schedules(key) for key, _, _ in changed) and job.step < job.total_steps:
         job.changes.append(f"from here {_ahead(job)}")
+
+
+def _other_program(was: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+    """The differences in what a run computes with, as text; an earlier release did not keep it."""
+    for name, here in now.items():
+        if was.get(name, here) != here:
+            yield f"{'the code of megatrain' if name == 'code' else name}: {was[name]} -> {here}; numbers may differ, in rounding at least"
 
 
 def _ahead(run: Run) -> str:

@@ -5,7 +5,7 @@ socket and makes no process group. It returns a `Session` with two calls for sta
 
     with session.together("reading the data"):      # if one rank cannot read, every rank ends with that rank and its error
         data = open_data(config)
-    session.same("config", text)                    # if ranks have different configs, all end with the first difference
+    session.same("config", text)                    # if ranks have different configs, all end with the ranks and the first difference
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ class Session:
             raise failure
         raise RemoteError(f"rank {culprit} failed while {what}: {message}")
 
-    def same(self, what: str, value: str) -> None:
-        """Raise RemoteError on every rank unless all have the same text; the error names a rank that differs, and the line."""
+    def same(self, what: str, value: str, advice: str = "") -> None:
+        """Raise RemoteError on every rank unless all have the same text; the error names the ranks that differ, and the first line.
+
+        advice: what to do about it, the end of the error.
+        """
         if self.everyone is None:
             return
         digest = hashlib.sha256(value.encode()).digest()
@@ -120,19 +123,35 @@ class Session:
         if culprit is None:
             raise RemoteError(f"the {what} differs between ranks, but none differs from rank 0's: the transport corrupts data")
         other = broadcast_text(value, self.everyone, self.device, culprit)
-        raise RemoteError(f"The {what} differs between ranks: {_first_difference(first, other, culprit)}")
+        mine = torch.tensor([[first, other, value].index(value)], dtype=torch.int64, device=self.device)
+        kinds = torch.empty(self.everyone.size, dtype=torch.int64, device=self.device)
+        self.everyone.all_gather(kinds, mine)
+        groups = [
+            [rank for rank, kind in enumerate(self.everyone.to_host(kinds).tolist()) if kind == which] for which in range(3)
+        ]
+        raise RemoteError(
+            f"The {what} differs between ranks: {_first_difference(first, other, *groups)}{advice and f' {advice}'}"
+        )
 
     def close(self) -> None:
         """Leave the world; no call may follow."""
         self.world.close()
 
 
-def _first_difference(first: str, other: str, rank: int) -> str:
+def _first_difference(first: str, other: str, with_first: list[int], with_other: list[int], others: list[int]) -> str:
+    """The first line in which two texts differ, and the ranks that have each of them, or another one."""
+    also = f" Of yet another one: {named(others)}." if others else ""
     for number, (a, b) in enumerate(zip_longest(first.splitlines(), other.splitlines()), 1):
         if a != b:
             shown = ["nothing" if line is None else repr(line) for line in (a, b)]
-            return f"line {number} is {shown[0]} on rank 0 and {shown[1]} on rank {rank}."
-    return f"only in the ends of lines, between rank 0 and rank {rank}."
+            return f"line {number} is {shown[0]} on {named(with_first)} and {shown[1]} on {named(with_other)}.{also}"
+    return f"only in the ends of lines, between {named(with_first)} and {named(with_other)}.{also}"
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Some ranks, as text: `rank 3`, `ranks 0, 1, 2`, at most 8 of them."""
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def connect(

@@ -16,6 +16,7 @@ import torch
 
 from megatrain.transport.group import BlockRows, Group, Handle, ReduceOp, World, name_ranks
 from megatrain.transport.host import Reading
+from megatrain.transport.stalls import Stalls
 
 T = TypeVar("T")
 
@@ -61,6 +62,8 @@ class Recorder:
         self._totals: dict[tuple[str, str], list[int]] = {}
         self._issued: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
+        self.stalls: Stalls | None = None
+        """Counts the time of all waits, if somebody wants to know."""
 
     def waiting(self) -> Call | None:
         """The oldest call in which a thread is blocked now; None if there is none."""
@@ -95,9 +98,13 @@ class Recorder:
         shape, dtype = ((), None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
         token = next(self._tokens)  # dict and itertools.count are thread-safe, so no lock is needed
         self._waiting[token] = Call(group.name, group.ranks, operation, sequence, time.monotonic(), shape, dtype)
+        stalls = self.stalls
+        began = None if stalls is None else stalls.begin()
         try:
             return block()
         finally:
+            if stalls is not None:
+                stalls.end(began)
             del self._waiting[token]
 
 

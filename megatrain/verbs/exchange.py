@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatrain.checkpoint import boxes
-from megatrain.checkpoint.directory import claim
+from megatrain.checkpoint.claim import claim
 from megatrain.checkpoint.load import StoredElements, find, tell_unknown, verify
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, dtype_of, read_manifest
 from megatrain.checkpoint.save import Contents, Saver

@@ -9,7 +9,8 @@ import time
 import pytest
 import torch
 
-from megatrain.checkpoint.directory import claim, latest
+from megatrain.checkpoint.claim import claim
+from megatrain.checkpoint.directory import latest
 from megatrain.checkpoint.load import load_newest
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.parallel.mesh import ParallelContext

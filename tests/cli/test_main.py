@@ -11,6 +11,7 @@ import megatrain
 from megatrain.cli.arguments import text
 from megatrain.cli.main import LATER, main
 from megatrain.config.load import ConfigError
+from megatrain.data.prepare.read import Lines
 
 
 @pytest.fixture
@@ -231,16 +232,19 @@ def test_the_data_verbs_pass_their_options(room, capsys):
                 "1",
                 "--key",
                 "body",
+                "--max-line",
+                "64M",
             ]
         )
         == 0
     )
     assert main(["data", "inspect", "p"]) == 0
+    longer = Lines("body", 64 << 20)
     assert calls == [
         ((["a", "b"], 300, "t.json"), {"key": "text"}),
         ((["a"], 300, "t.json"), {"key": "body"}),
         ((["a"], "bytes", "p"), {"workers": 1, "append_eod": False, "key": "text", "eod": None, "bos": None}),
-        ((["a", "b"], "t.json", "p"), {"workers": 2, "append_eod": True, "key": "body", "eod": "</s>", "bos": "1"}),
+        ((["a", "b"], "t.json", "p"), {"workers": 2, "append_eod": True, "key": longer, "eod": "</s>", "bos": "1"}),
     ]
     assert capsys.readouterr().out == "3 calls\n4 calls\nstore p\n"
 

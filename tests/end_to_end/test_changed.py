@@ -1,5 +1,7 @@
 """What each change does to a run that goes on: the table of docs/resuming.md, tried row by row."""
 
+import re
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +17,14 @@ from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.budget import warmup_of
 from megatrain.config.keys import knobs
 from megatrain.config.load import ConfigError, from_dict
-from megatrain.data.identity import store_identity
+from megatrain.data.identity import identity_of, store_identity
 from megatrain.resuming.changed import TABLE, change_line, change_of, table
 from megatrain.resuming.resume import _warmup_then, shared_identity
+from megatrain.runtime.distributed import RemoteError, Session
 from megatrain.runtime.launch import Launch
 from megatrain.testing import simulate
 from megatrain.training import train_step
+from megatrain.transport.wrappers import Recorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -319,23 +323,54 @@ def test_checkpoints_of_earlier_releases_go_on(house, plain):
         (saved / MANIFEST).write_bytes(manifest.to_bytes())
 
 
-def test_nodes_with_another_text_under_the_same_name_are_refused(house):
-    """Two nodes of one rank each; of a second rank on a node nobody asks."""
+def test_other_versions_and_other_code_are_told(house, plain):
+    """The store's identity is refused where it is another one; what a run computes with may be."""
+    assert not [line for line in plain("").told if "numbers may differ" in line]
+    saved = house / "before-" / "checkpoints" / f"step_{AT:08d}"
+    manifest = read_manifest(saved)
+    then = {**manifest.progress["program"], "torch": "1.0.0", "code": "00ff", "triton": "not installed"}
+    try:
+        (saved / MANIFEST).write_bytes(replace(manifest, progress={**manifest.progress, "program": then}).to_bytes())
+        now = After(house, "").told
+    finally:
+        (saved / MANIFEST).write_bytes(manifest.to_bytes())
+    new = [line for line in now if "numbers may differ" in line]
+    assert new[0] == f"changed since then: torch: 1.0.0 -> {torch.__version__}; numbers may differ, in rounding at least"
+    assert new[1].startswith("changed since then: triton: not installed -> ")
+    assert new[2] == (
+        f"changed since then: the code of megatrain: 00ff -> {manifest.progress['program']['code']}; numbers may differ, in rounding "
+        "at least"
+    )
+    assert len(new) == 3
 
-    def look(ctx, names, places):
-        config = from_dict(tree_of(house, house / "nodes", {"data": {"train": str(house / names[ctx.world.rank])}}))
-        launch = Launch(rank=ctx.world.rank, local_rank=places[ctx.world.rank], world_size=2, local_world_size=2, host="node-7")
+
+def test_ranks_with_another_text_under_the_same_name_are_refused(house, monkeypatch):
+    """Also two of one node, which may be in other containers."""
+    here, config = threading.local(), from_dict(tree_of(house, house / "nodes"))
+    seen = {
+        name: from_dict(tree_of(house, house, {"data": {"train": str(house / name)}}))
+        for name in ("data", "elsewhere/same", "other")
+    }
+    monkeypatch.setattr("megatrain.resuming.resume.identity_of", lambda _: identity_of(seen[here.name]))
+
+    def look(ctx, names):
+        here.name = names[ctx.world.rank]
+        launch = Launch(rank=ctx.world.rank, local_rank=ctx.world.rank, world_size=4, local_world_size=4)
+        session = Session(launch, SimpleNamespace(rank=ctx.world.rank), ctx.device, "gloo", Recorder(), ctx.world.group, "")
         try:
-            return shared_identity(SimpleNamespace(ctx=ctx, config=config, session=SimpleNamespace(launch=launch)))["data"]
-        except CheckpointError as error:
+            return shared_identity(SimpleNamespace(config=config, session=session))["data"]
+        except RemoteError as error:
             return str(error)
 
-    same = [[[store_identity(house / "data"), 1.0]]] * 2
-    assert simulate(2, look, ("data", "elsewhere/same"), (0, 0)) == same
-    assert simulate(2, look, ("data", "other"), (0, 1)) == same
-    for said in simulate(2, look, ("data", "other"), (0, 0)):
-        assert said.startswith("rank 1: node-7 has another data.train than the host of rank 0: [['2042-8000-")
-        assert said.endswith("Copy the same files to every node.")
+    assert simulate(4, look, ("data", "elsewhere/same", "data", "data")) == [[[store_identity(house / "data"), 1.0]]] * 4
+    said = set(simulate(4, look, ("data", "data", "other", "data")))
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"The data differs between ranks: line 1 is 'data\.train\[0\]=\S+data: 2042-8000-\w+-\w+' on ranks 0, 1, 3 and "
+        r"'data\.train\[0\]=\S+data: 2042-8000-\w+-\w+' on rank 2\. These are bytes of index and tokens, and hashes\. "
+        r"Copy the same files to every node\.",
+        said.pop(),
+    )
 
 
 def test_a_warm_up_that_nobody_gave_stays_as_long_as_the_run_began_with():

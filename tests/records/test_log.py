@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatrain.records.log import JsonLines, LogDisplay, RunLog, evaluation_lines, step_line
-from megatrain.records.rows import EvaluationRow, StepRow, perplexity, read_metrics
+from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, perplexity, read_metrics
 from megatrain.runtime.device_memory import peak_memory_bytes
 
 
@@ -177,6 +177,28 @@ def test_tensorboard_has_megatrons_tags(tmp_path):
     assert seen.keys() == expected.keys()
     for tag, points in expected.items():
         assert seen[tag] == pytest.approx(points, rel=1e-6), tag
+
+
+def test_own_times_of_ranks_are_in_every_record(tmp_path, capsys):
+    compute = ComputeRow(5, 0.101, 0.104, 0.1205, 3, "n2", 1.1586)
+    with open_log(tmp_path) as log:
+        log.step(row(5))
+        log.compute(compute)
+        log.step(row(6))
+    steps = [{**vars(row(step))} for step in (5, 6)]
+    fields = ("min", 0.101), ("median", 0.104), ("max", 0.1205)
+    slowest = {"slowest_rank": 3, "slowest_host": "n2", "slowest_ratio": 1.1586}
+    own = {"compute_of_step": 5, **{f"compute_seconds_{name}": seconds for name, seconds in fields}, **slowest}
+    assert lines(tmp_path / "metrics.jsonl") == [steps[0], own, steps[1]]
+    seen = scalars(tmp_path / "tensorboard")
+    assert {tag: points[5] for tag, points in seen.items() if tag.startswith(("compute", "slowest"))} == pytest.approx(
+        {f"compute-time/{name}": seconds for name, seconds in fields} | {"slowest-ratio": 1.1586, "slowest-rank": 3}
+    )
+    said = capsys.readouterr().out.splitlines()
+    assert "compute" not in said[0] and said[1].endswith(" | compute (ms): 101.0 to 120.5, rank 3 on n2 1.16x |")
+    alone = step_line(row(6), 10, ComputeRow(5, 0.1, 0.1, 0.2, 1, "n2", math.nan))
+    assert alone.endswith(" | compute (ms): 100.0 to 200.0 |"), "no stage has two ranks"
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")[0]] == [5, 6]
 
 
 def test_tensorboard_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatrain.config.schema import ParallelConfig
-from megatrain.runtime.distributed import RemoteError, Session, choose_device, connect
+from megatrain.runtime.distributed import RemoteError, Session, choose_device, connect, named
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.slurm import expand_nodes, expand_tasks, port_of_job
 from megatrain.transport.group import TransportError
@@ -210,11 +210,11 @@ def test_together_is_quiet_where_all_is_well():
     assert on_ranks(3, body) == [None] * 3
 
 
-def test_same_names_the_rank_and_the_line():
+def test_same_names_the_ranks_and_the_line():
     texts = ["a: 1\nb: 2\n", "a: 1\nb: 2\n", "a: 1\nb: 3\n", "a: 1\n"]
     raised = on_ranks(4, lambda session: session.same("config", texts[session.rank]))
     assert {str(error) for error in raised} == {
-        "The config differs between ranks: line 2 is 'b: 2' on rank 0 and 'b: 3' on rank 2."
+        "The config differs between ranks: line 2 is 'b: 2' on ranks 0, 1 and 'b: 3' on rank 2. Of yet another one: rank 3."
     }
     assert all(isinstance(error, RemoteError) for error in raised)
     assert on_ranks(4, lambda session: session.same("config", texts[0])) == [None] * 4
@@ -222,9 +222,19 @@ def test_same_names_the_rank_and_the_line():
 
 @pytest.mark.parametrize("odd", range(3))
 def test_same_sees_one_odd_rank_wherever_it_is(odd):
-    raised = on_ranks(3, lambda session: session.same("seed", "1" if session.rank == odd else "2"))
-    assert all(f"on rank {odd or 1}." in str(error) or odd == 0 for error in raised)
+    raised = on_ranks(3, lambda session: session.same("seed", "1" if session.rank == odd else "2", "Give one."))
+    said = [
+        "'1' on rank 0 and '2' on ranks 1, 2.",
+        "'2' on ranks 0, 2 and '1' on rank 1.",
+        "'2' on ranks 0, 1 and '1' on rank 2.",
+    ]
+    assert {str(error) for error in raised} == {f"The seed differs between ranks: line 1 is {said[odd]} Give one."}
     assert all(isinstance(error, RemoteError) for error in raised)
+
+
+def test_many_ranks_are_named_as_eight():
+    assert named(range(8)) == "ranks 0, 1, 2, 3, 4, 5, 6, 7"
+    assert named(range(3, 20)) == "ranks 3, 4, 5, 6, 7, 8, 9, 10 and 9 more"
 
 
 def connect_in_process(env):

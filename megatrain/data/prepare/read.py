@@ -1,21 +1,22 @@
 """Reads documents from files: .txt (one document a file) and .jsonl or .json (one a line), plain or compressed as .gz or .zst.
 
 Everything is streamed: for a .jsonl one line is in memory at a time, and `read_pieces` yields a long document in pieces, so that a .txt
-of many gigabytes needs no more memory than a small one. Errors name the file and the line.
+of many gigabytes needs no more memory than a small one. What has to be in memory whole is at most `longest` bytes: a line of a .jsonl,
+and of a compressed text a document or a stretch without a place to cut; a plain text is as long as it is. Errors name the file and the
+line.
 """
 
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
+from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
 from megatrain.files import HEAD_BYTES, not_text, not_utf8
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
@@ -23,14 +24,30 @@ LINE_SUFFIXES = (".jsonl", ".json")
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 20
 PIECE_CHARACTERS = 1 << 16
+LONGEST_LINE = 32 << 20
+"""Bytes, unless `--max-line` says more: a book has one or two million, and Python needs up to nine times as many to read a line."""
+MOST_VALUES_BYTES = 2 << 20
+"""Bytes of a line outside of its strings: of a small value in brackets Python makes fifty times as many."""
 SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
 """Places before which a divisible tokenizer (data/tokenizer.py) always starts a new word."""
 _ROW = json.JSONDecoder(parse_int=len)
 """Decoder of lines. It reads an integer as its number of digits: no integer is used, and Python refuses those of over 4,300 digits."""
 
 
+_STRING = re.compile(rb'"[^"]*"?')
+"""A string of a line without escapes."""
+
+
 class ReadError(ValueError):
     """A file that cannot be read as documents; the message names file, line and remedy."""
+
+
+class Lines(NamedTuple):
+    """How lines are read, where the key of the text does not say enough."""
+
+    key: str = "text"
+    longest: int = LONGEST_LINE
+    """Bytes of a line of a .jsonl, and of a compressed document that must be in memory."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +78,40 @@ def ignore_bytes(_count: int) -> None:
 
 
 def read_documents(
-    paths: Iterable[str | Path], key: str = "text", on_bytes: Callable[[int], None] = ignore_bytes
+    paths: Iterable[str | Path], key: str | Lines = "text", on_bytes: Callable[[int], None] = ignore_bytes
 ) -> Iterator[Document]:
     """Every document, in order; `key` is the field of the text in a .jsonl. `on_bytes` is called with bytes read. Raises ReadError."""
+    lines = _lines_of(key)
     for path in map(Path, paths):
         if _is_lines(path):
-            yield from _line_documents(path, key, on_bytes)
+            yield from _line_documents(path, lines, on_bytes)
         else:
-            yield Document("".join(_decoded(path, on_bytes)), path, 0)
+            yield Document("".join(_together(_decoded(path, on_bytes), path, lines.longest)), path, 0)
 
 
 def read_pieces(
-    paths: Iterable[str | Path], key: str = "text", divide: bool = True, on_bytes: Callable[[int], None] = ignore_bytes
+    paths: Iterable[str | Path],
+    key: str | Lines = "text",
+    divide: bool = True,
+    on_bytes: Callable[[int], None] = ignore_bytes,
 ) -> Iterator[TextPiece]:
     """The documents, in order, in pieces of about PIECE_CHARACTERS cut at SAFE_CUT; without `divide` whole. Raises ReadError.
 
-    A stretch without a place to cut stays whole, however long.
+    A stretch without a place to cut stays whole.
     """
+    lines = _lines_of(key)
     for path in map(Path, paths):
         if not divide:
-            yield from (TextPiece(document.text, True) for document in read_documents([path], key, on_bytes))
+            yield from (TextPiece(document.text, True) for document in read_documents([path], lines, on_bytes))
         elif _is_lines(path):
-            for document in _line_documents(path, key, on_bytes):
-                yield from _pieces([document.text])
+            for document in _line_documents(path, lines, on_bytes):
+                yield from _pieces([document.text], path, lines.longest)
         else:
-            yield from _pieces(_decoded(path, on_bytes))
+            yield from _pieces(_decoded(path, on_bytes), path, lines.longest)
+
+
+def _lines_of(key: str | Lines) -> Lines:
+    return key if isinstance(key, Lines) else Lines(key)
 
 
 def total_bytes(paths: Iterable[str | Path]) -> int:
@@ -117,7 +143,7 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     kind = path.suffix.lower()
     try:
         with path.open("rb") as file:
-            source = {".gz": _gunzip, ".zst": unzstd}.get(kind, _plain)(file)
+            source = unpacked(file, kind[1:]) if kind in COMPRESSIONS else _plain(file)
             done = 0
             for chunk in source:
                 if not done and (problem := not_text(chunk[:HEAD_BYTES])):
@@ -125,8 +151,10 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
                 yield chunk
                 on_bytes(file.tell() - done)
                 done = file.tell()
-    except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+    except PackedDamageError as error:
         raise ReadError(f"{path} is not a whole {kind} file ({error}). It was cut short or damaged; fetch it again.") from None
+    except UnpackError as error:
+        raise ReadError(f"{path} {error}") from None
     except OSError as error:
         raise ReadError(f"{path} cannot be read: {error.strerror or error}.") from None
 
@@ -136,38 +164,25 @@ def _plain(file: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def _gunzip(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            yield chunk
+def _together(texts: Iterable[str], path: Path, longest: int) -> Iterator[str]:
+    """Texts that will be in memory together. Raises ReadError where they are too long for that."""
+    size = 0
+    for text in texts:
+        size += len(text)
+        _require_short(size, path, longest)
+        yield text
 
 
-def unzstd(file: BinaryIO) -> Iterator[bytes]:
-    """All frames of a file. Unlike the library's own reader, it does not take an incomplete last frame for the end of the file.
+def _require_short(size: int, path: Path, longest: int) -> None:
+    """Raise ReadError for `size` characters of a compressed file that would have to be in memory together."""
+    if size > longest and path.suffix.lower() in COMPRESSIONS:
+        raise ReadError(f"{path}: {size:,} characters of one document have to be in memory. {_longer(path, longest)}")
 
-    Raises EOFError if the file is incomplete or damaged, ReadError without the library.
-    """
-    try:
-        import zstandard  # noqa: PLC0415  few files need it
-    except ImportError:
-        raise ReadError(f"{file.name} is compressed with Zstandard, which zstandard reads: pip install zstandard.") from None
-    context = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-    frame, started = context.decompressobj(), False
-    while data := file.read(CHUNK_BYTES // 8):
-        while data:
-            started = True
-            try:
-                chunk = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from None
-            if chunk:
-                yield chunk
-            data = b""
-            if frame.eof:
-                data = frame.unused_data
-                frame, started = context.decompressobj(), False
-    if started:
-        raise EOFError("the last frame does not end")
+
+def _longer(path: Path, longest: int) -> str:
+    """Advice for what is longer than it may be; a plain file's own size is always enough."""
+    enough = -(-max(2 * longest, path.stat().st_size) >> 20)
+    return f"Lines and compressed documents have at most {longest:,} bytes here. If it is meant, give --max-line {enough}M."
 
 
 def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
@@ -188,32 +203,48 @@ def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
         raise ReadError(not_utf8(head, f"{path}:{line}", error, f"byte {offset - pending + error.start} of the file")) from None
 
 
-def _lines(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    """The lines of a file, split at b"\\n" only, as JSON strings may contain every other kind of line end."""
+def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterator[bytes]:
+    """The lines of a file, split at b"\\n" only, as JSON strings may contain every other kind of line end. Raises ReadError."""
     rest: list[bytes] = []
+    held, number, begin = 0, 1, 0
+
+    def add(part: bytes) -> None:
+        nonlocal held
+        rest.append(part)
+        held += len(part)
+        if held > longest:
+            raise ReadError(
+                f"{path}:{number}: the line, from byte {begin:,} of the text, is too long. {_longer(path, longest)}"
+            )
+
     for chunk in _chunks(path, on_bytes):
-        *whole, tail = chunk.split(b"\n")
-        if whole:
-            yield b"".join([*rest, whole[0]])
-            yield from whole[1:]
-            rest = []
-        rest.append(tail)
-    last = b"".join(rest)
-    if last:
-        yield last
+        *ends, tail = chunk.split(b"\n")
+        for part in ends:
+            add(part)
+            yield b"".join(rest)
+            begin, number, held = begin + held + 1, number + 1, 0
+            rest.clear()
+        add(tail)
+    if held:
+        yield b"".join(rest)
 
 
-def _line_documents(path: Path, key: str, on_bytes: Callable[[int], None]) -> Iterator[Document]:
+def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -> Iterator[Document]:
     """The documents of a .jsonl; blank lines are skipped. Raises ReadError that names file and line."""
-    for number, line in enumerate(_lines(path, on_bytes), start=1):
+    for number, line in enumerate(_lines(path, on_bytes, lines.longest), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
         if line.strip():
-            yield Document(_text_of(line, key, f"{path}:{number}"), path, number)
+            yield Document(_text_of(line, lines.key, f"{path}:{number}"), path, number)
 
 
 def _text_of(line: bytes, key: str, where: str) -> str:
     """The text under `key` in a line of JSON. Raises ReadError."""
+    if len(line) > MOST_VALUES_BYTES and not _is_mostly_text(line):
+        raise ReadError(
+            f"{where}: more than {MOST_VALUES_BYTES:,} bytes of the line are no text but other values. Leave those out: jq -c "
+            f"'{{{key}}}' OLD > NEW.jsonl"
+        )
     try:
         row = _ROW.decode(line.decode())
     except UnicodeDecodeError as error:
@@ -236,6 +267,12 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     return text
 
 
+def _is_mostly_text(line: bytes) -> bool:
+    """Whether what is outside of a line's strings, and their number, is within bounds."""
+    bare = line.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return bare.count(b'"') < MOST_VALUES_BYTES // 2 and len(_STRING.sub(b"", bare)) <= MOST_VALUES_BYTES
+
+
 def _one_a_line(line: bytes, key: str) -> str:
     """Advice on the form of lines, and on how to convert a file that is one JSON text."""
     if line.strip()[:1] == b"[":
@@ -254,8 +291,8 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _pieces(chunks: Iterable[str]) -> Iterator[TextPiece]:
-    """One document, given in chunks, in pieces that a divisible tokenizer encodes as it would the whole."""
+def _pieces(chunks: Iterable[str], path: Path, longest: int) -> Iterator[TextPiece]:
+    """One document, given in chunks, in pieces that a divisible tokenizer encodes as it would the whole. Raises ReadError."""
     buffer, searched = "", PIECE_CHARACTERS
     for chunk in chunks:
         buffer += chunk
@@ -268,4 +305,5 @@ def _pieces(chunks: Iterable[str]) -> Iterator[TextPiece]:
             yield TextPiece(buffer[start : cut.start()], False)
             start, searched = cut.start(), PIECE_CHARACTERS
         buffer = buffer[start:]
+        _require_short(len(buffer), path, longest)
     yield TextPiece(buffer, True)

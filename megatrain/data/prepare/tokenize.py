@@ -28,7 +28,7 @@ import numpy.typing as npt
 from megatrain.data.bar import bar
 from megatrain.data.boundaries import NONE, TokenizerError, TokenRequest, shown
 from megatrain.data.indexed import TokenStoreWriter, best_dtype
-from megatrain.data.prepare.read import TextPiece, read_pieces, total_bytes
+from megatrain.data.prepare.read import Lines, TextPiece, read_pieces, total_bytes
 from megatrain.data.store_record import record_of
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -81,7 +81,7 @@ def tokenize_files(
     output: str | Path,
     workers: int = 1,
     append_eod: bool = False,
-    key: str = "text",
+    key: str | Lines = "text",
     eod: TokenRequest = None,
     bos: TokenRequest = None,
 ) -> TokenizeReport:

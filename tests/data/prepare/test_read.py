@@ -8,8 +8,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.data.prepare import read
-from megatrain.data.prepare.read import ReadError, read_documents, read_pieces, total_bytes
+from megatrain.data.prepare import read, unpack
+from megatrain.data.prepare.read import Lines, ReadError, read_documents, read_pieces, total_bytes
 
 ROWS = [{"text": "first\ndocument", "id": 1}, {"text": "zweites\u2028Dokument 日本"}, {"text": ""}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -36,6 +36,7 @@ def test_jsonl(tmp_path, suffix):
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_txt_is_one_document(tmp_path, suffix, chunk, monkeypatch):
     monkeypatch.setattr(read, "CHUNK_BYTES", max(chunk, 8))
+    monkeypatch.setattr(unpack, "CHUNK_BYTES", max(chunk, 8))
     text = "zeile eins\r\nдва 日本語 🙂\n" * 40
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf" + text.encode()))
@@ -162,3 +163,58 @@ def test_a_stretch_without_white_space_stays_whole(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x" * 50 + " tail and more")
     assert [p.text for p in read_pieces([tmp_path / "a.txt"])] == ["x" * 50, " tail", " and more"]
     assert [p.text for p in read_pieces([tmp_path / "a.txt"], divide=False)] == ["x" * 50 + " tail and more"]
+
+
+def test_a_line_may_be_so_long_and_says_where_it_is(tmp_path):
+    line = json.dumps({"text": "x" * 50}).encode()
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n" + line)
+    assert len(list(read_documents([tmp_path / "a.jsonl"], key=Lines(longest=len(line))))) == 3
+    with pytest.raises(
+        ReadError, match=r"a\.jsonl:2: the line, from byte 14 of the text, is too long\. .*at most 61 bytes.*1M"
+    ):
+        list(read_pieces([tmp_path / "a.jsonl"], key=Lines(longest=len(line) - 1)))
+
+
+def test_a_long_line_is_refused_before_all_of_it_is_read(tmp_path):
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(b'{"text": "')
+        file.truncate(10**12)  # a hole
+    with pytest.raises(
+        ReadError, match=r"a\.jsonl:1: the line, from byte 0.* at most 33,554,432 bytes here.*--max-line 953675M"
+    ):
+        list(read_documents([tmp_path / "a.jsonl"]))
+
+
+@pytest.mark.parametrize("divide", [True, False])
+def test_a_compressed_document_without_a_place_to_cut(tmp_path, divide):
+    text = b"x" * 4000
+    for name, compress in (("a.txt.gz", gzip.compress), ("a.txt.zst", zst)):
+        (tmp_path / name).write_bytes(compress(text))
+        with pytest.raises(
+            ReadError, match=r"a\.txt\..*: 4,000 characters of one document have to be in memory\..*--max-line 1M"
+        ):
+            list(read_pieces([tmp_path / name], key=Lines(longest=3999), divide=divide))
+        assert [p.text for p in read_pieces([tmp_path / name], key=Lines(longest=4000), divide=divide)] == [text.decode()]
+    (tmp_path / "a.txt").write_bytes(text)
+    assert [p.text for p in read_pieces([tmp_path / "a.txt"], key=Lines(longest=1), divide=divide)] == [text.decode()]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [b"[]," * 900_000 + b"0", b'"a",' * 600_000 + b'"a"', b'"\\"",' * 600_000 + b'"\\\\"', b'{"a":1},' * 500_000 + b"0"],
+    ids=["lists", "strings", "escapes", "objects"],
+)
+def test_a_line_of_small_values_is_refused_before_it_is_parsed(tmp_path, values, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "b", "more": [' + values + b"]}\n")
+    rows = iter([{"text": "a"}])
+    monkeypatch.setattr(read._ROW, "decode", lambda _line: next(rows))
+    with pytest.raises(
+        ReadError, match=r"a\.jsonl:2: more than 2,097,152 bytes of the line are no text.*jq -c '{text}' OLD > NEW"
+    ):
+        list(read_documents([tmp_path / "a.jsonl"]))
+
+
+def test_a_long_text_may_have_any_characters(tmp_path):
+    text = '[]{},:\\"\n' * 400_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    assert [d.text for d in read_documents([tmp_path / "a.jsonl"])] == [text]
