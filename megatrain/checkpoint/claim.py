@@ -29,7 +29,7 @@ from megatrain.transport.owner import Owner, own
 Key = Literal["checkpoint.dir", "log.dir"]
 LOCK = ".lock"
 _WORDS = {"checkpoint.dir": ("saves", "/tmp/run/checkpoints"), "log.dir": ("keeps its log", "/tmp/run")}
-"""What a run does in the directory of a key, and a directory that would do."""
+"""Key -> what a run does there, and a directory that would do."""
 _PATIENCE_SECONDS = 5.0
 """How long another node may take to see a file that rank 0 has written."""
 _LEAVING_SECONDS = 0.3
@@ -58,13 +58,14 @@ class Claim:
         """Take the directory again where it was removed, and its lock with it. Raises CheckpointError where another run has it now."""
         if self._directory is None or not self._held:
             return
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             if os.path.samestat((self._directory / LOCK).stat(), os.fstat(self._held[0])):
                 return
         again, _ = _lock(self._directory, self._key, self._job)
-        _give_up(self._held, os.getpid())
-        self._held += again._held
-        again._held.clear()
+        if again._held:  # else the disk did not answer, and the lock is there
+            _give_up(self._held, os.getpid())
+            self._held += again._held
+            again._held.clear()
 
     def lost(self) -> str:
         """The reason why the directory is not this run's any more, after `hold`; "" while it is."""

@@ -104,6 +104,9 @@ def test_a_directory_that_was_removed_is_taken_again_unless_another_run_was_fast
     first = json.loads((folder / ".lock").read_text())
     shutil.rmtree(folder)
     assert held.lost() == ""
+    with monkeypatch.context() as patch:  # a disk that does not answer for a moment
+        patch.setattr(os.path, "samestat", lambda *files: False)
+        held.hold()
     again = json.loads((folder / ".lock").read_text())
     assert again["pid"] == first["pid"] and again["mark"] != first["mark"] and taken(folder, "log.dir", "other") != ""
     shutil.rmtree(folder)

@@ -42,7 +42,7 @@ def test_saves_fail_for_a_while_and_the_run_goes_on(tmp_path, monkeypatch):
         *[("save", 8), ("save", 9), ("save", 12), ("end", 12)],
     ]
     failed = next(event for event in jobs.events(tmp_path / "run") if event["event"] == "save_failed")
-    assert failed["message"].startswith(f"cannot make {tmp_path}/run/checkpoints/.saving_step_00000006: File exists. Older")
+    assert failed["message"].startswith(f"checkpoint.dir={tmp_path}/run/checkpoints cannot be written (File exists). Set")
 
 
 def test_the_last_save_waits_for_its_disk(tmp_path, monkeypatch):
