@@ -19,7 +19,7 @@ LINES = {
     "megatrain/inference": 700,
     "megatrain/lifecycle": 1550,
     "megatrain/models": 1050,
-    "megatrain/ngram": 2250,
+    "megatrain/ngram": 2450,
     "megatrain/optim": 550,
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,

@@ -1,12 +1,14 @@
 """Compiled models: the tables of a model in one file that is memory-mapped, so loading takes the same time for any size.
 
-    8 bytes    "mtngram\\n"
+    8 bytes    "mtngram\n"
     4 bytes    length of what follows: JSON, padded with blanks to a multiple of 64
-    JSON       version, order, sections: {name: [offset, dtype, count, crc32]}, and a crc32 of all that
-    sections   each at a multiple of 64 bytes, little-endian
+    JSON       version, order, sections: {name: [offset, dtype, count]}, xxh3 (128 bits) of the section `checksums`, crc32 of all that
+    sections   each at the next multiple of 64 bytes, little-endian, nothing between them or behind the last
 
 Sections: `words` bytes and `word_ends`; `word_keys`, `word_numbers` (a table of 64-bit hashes of words); for each order k `k.keys` (from 2
-on), `k.log10`, `k.backoff`, as float32 or, quantised, as indices into `k.log10_values` and `k.backoff_values`.
+on), `k.log10`, `k.backoff`, as float32 or, quantised, as indices into `k.log10_values` and `k.backoff_values`; last `checksums`: the
+XXH3-64 of every block of 64 KiB of each section before it, padding included. They are verified when a block is first read (mapped.py),
+and of a file up to 64 MiB when it is opened. Files of version 1 had checksums that nobody read, and are refused.
 """
 
 from __future__ import annotations
@@ -14,26 +16,28 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from megatrain.files import whole
+from megatrain.files import HEAD_BYTES, pointer, whole
+from megatrain.ngram.mapped import Array, BinaryError, MappedArray, block_count, blocks, checksums, padded
 from megatrain.ngram.model import HeldWords, NgramModel, Numbers, Order
-from megatrain.ngram.table import MISSING, Table
-from megatrain.ngram.text import UNKNOWN
+from megatrain.ngram.table import MISSING, MOST_SLOTS, Table
+from megatrain.ngram.text import END, UNKNOWN
 
 MAGIC = b"mtngram\n"
-VERSION = 1
-ALIGN = 64
-Array = npt.NDArray[Any]
-
-
-class BinaryError(ValueError):
-    """A file that is not a compiled model of this version, or is damaged."""
+VERSION = 2
+AT_ONCE = 1 << 26
+"""Files up to this many bytes are verified whole when they are opened (some ten milliseconds)."""
+_LONGEST_HEADER = 1 << 16
+_INTEGERS, _FLOATS, _INDICES = ("<i8",), ("<f4",), ("|u1", "<u2")
+_HASHES = ("<u8",)
 
 
 def is_binary(path: Path) -> bool:
@@ -47,20 +51,33 @@ def write_binary(model: NgramModel, path: Path, quantize: int = 0) -> None:
     if quantize and not 2 <= quantize <= 16:
         raise ValueError(f"--quantize {quantize} must be 2 to 16 bits, or 0 for float32. Use for example --quantize 8.")
     sections = _sections(model, quantize)
+    sections["checksums"] = np.concatenate([checksums(values) for values in sections.values()])
     rows: dict[str, list[Any]] = {}
     offset = 0
     for name, values in sections.items():
-        rows[name] = [offset, values.dtype.str, values.size, zlib.crc32(values.view(np.uint8).data)]
-        offset += -(-values.nbytes // ALIGN) * ALIGN
-    said = {"version": VERSION, "order": model.order, "sections": rows}
+        rows[name] = [offset, values.dtype.str, values.size]
+        offset += padded(values.nbytes)
+    said = {"version": VERSION, "order": model.order, "sections": rows, "xxh3": _digest(*blocks(sections["checksums"]))}
+    with whole(path) as file:
+        file.write(MAGIC + _header(said))
+        for values in sections.values():
+            for block in blocks(values):
+                file.write(block)
+
+
+def _digest(*parts: Any) -> str:
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return str(digest.hexdigest())
+
+
+def _header(said: dict[str, Any]) -> bytes:
+    """Length and JSON; there is one way to write them, so a header with any byte changed is none."""
     text = json.dumps({**said, "crc32": zlib.crc32(json.dumps(said, sort_keys=True).encode())}).encode()
     head = len(MAGIC) + 4
-    text = text.ljust(-(-(len(text) + head) // ALIGN) * ALIGN - head)
-    with whole(path) as file:
-        file.write(MAGIC + len(text).to_bytes(4, "little") + text)
-        for values in sections.values():
-            file.write(values.data)
-            file.write(bytes(-values.nbytes % ALIGN))
+    text = text.ljust(padded(len(text) + head) - head)
+    return len(text).to_bytes(4, "little") + text
 
 
 def _sections(model: NgramModel, quantize: int) -> dict[str, Array]:
@@ -107,18 +124,18 @@ class MappedWords:
     """The words of a mapped file."""
 
     table: Table
-    of_slot: Numbers
-    letters: npt.NDArray[np.uint8]
-    ends: npt.NDArray[np.int64]
+    of_slot: Any
+    ends: Any
+    """Where each word's letters end."""
 
     def numbers(self, words: Any) -> Numbers:
         """The number of each word, by the table of hashes; a word that only shares another's hash and differs in length is UNKNOWN."""
         encoded = words.dictionary_encode()
         texts = encoded.dictionary.to_pylist()
         slots = self.table.find(hashes_of(texts))
-        found = np.where(slots == MISSING, np.uint32(UNKNOWN), self.of_slot[np.where(slots == MISSING, 0, slots)]).astype(
-            np.uint32
-        )
+        found = np.full(slots.size, UNKNOWN, np.uint32)
+        known = slots != MISSING
+        found[known] = self.of_slot[slots[known]]
         ends = self.ends[found]
         begins = np.where(found > 0, self.ends[np.maximum(found.astype(np.int64) - 1, 0)], 0)
         sizes = np.fromiter(map(len, texts), np.int64, len(texts))
@@ -130,49 +147,45 @@ class MappedWords:
 class _Quantised:
     """Quantised values: an array of indices into a small array of values, indexed like a plain array."""
 
-    numbers: Array
-    values: npt.NDArray[np.float32]
+    numbers: MappedArray
+    values: MappedArray
 
-    def __getitem__(self, at: Any) -> npt.NDArray[np.float32]:
+    def __getitem__(self, at: Any) -> Array:
         return self.values[self.numbers[at]]
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return int(self.numbers.size)
 
 
 def map_binary(path: Path, *, verify: bool = False) -> NgramModel:
-    """The model of a compiled file, memory-mapped. verify: read all and compare checksums.
+    """The model of a compiled file, memory-mapped. verify: read all and compare checksums, as of every small file.
 
-    Raises BinaryError for another version, a truncated file, or damage.
+    Raises BinaryError for another version, a truncated file, or damage; of large files also when the model is used.
     """
     said, start = _head(path)
-    size = path.stat().st_size
-    whole = np.memmap(path, np.uint8, "r")
-
-    def section(name: str) -> Array:
-        offset, dtype, count, crc = said["sections"][name]
-        begin, end = start + offset, start + offset + count * np.dtype(dtype).itemsize
-        if end > size:
-            raise BinaryError(f"{path} is cut short: it has {size:,} bytes, and its {name} ends at {end:,}. Compile it again.")
-        data = whole[begin:end]
-        if verify and zlib.crc32(data.data) != crc:
-            raise BinaryError(
-                f"{path} is damaged: the checksum of its {name} is not the one it was written with. Compile it again."
-            )
-        return np.asarray(data.view(dtype))
+    try:
+        counts = _counts(said)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise BinaryError(f"{path} is damaged: its header says what no model has. Compile it again.") from None
+    size, end = path.stat().st_size, start + sum(padded(nbytes) for nbytes in counts.values())
+    if size != end:
+        how = "is cut short" if size < end else "has more than a model"
+        raise BinaryError(f"{path} {how}: it has {size:,} bytes, and by its header {end:,}. Compile it again.")
+    sections = _mapped(path, said, counts, start)
+    if verify or size <= AT_ONCE:
+        for section in sections.values():
+            section.verify()
 
     def numbers(name: str) -> Any:
-        values = said["sections"].get(f"{name}_values")
-        return section(name) if values is None else _Quantised(section(name), section(f"{name}_values"))
+        values = sections.get(f"{name}_values")
+        return sections[name] if values is None else _Quantised(sections[name], values)
+
+    def table(name: str) -> Table:
+        keys: Any = sections[name]
+        return Table(keys, str(path))
 
     orders = [
-        Order(Table(section(f"{k}.keys")) if k > 1 else None, numbers(f"{k}.log10"), numbers(f"{k}.backoff"))
+        Order(table(f"{k}.keys") if k > 1 else None, numbers(f"{k}.log10"), numbers(f"{k}.backoff"))
         for k in range(1, said["order"] + 1)
     ]
-    words = MappedWords(Table(section("word_keys")), section("word_numbers"), section("words"), section("word_ends"))
-    return NgramModel(orders, words)
+    return NgramModel(orders, MappedWords(table("word_keys"), sections["word_numbers"], sections["word_ends"]))
 
 
 def _head(path: Path) -> tuple[dict[str, Any], int]:
@@ -180,18 +193,101 @@ def _head(path: Path) -> tuple[dict[str, Any], int]:
     with path.open("rb") as file:
         head = file.read(len(MAGIC) + 4)
         length = int.from_bytes(head[len(MAGIC) :], "little")
-        text = file.read(min(length, 1 << 24))
+        text = file.read(min(length, _LONGEST_HEADER))
     if head[: len(MAGIC)] != MAGIC or len(text) != length:
-        raise BinaryError(f"{path} is no compiled n-gram model, or it is cut short")
+        why = pointer((head + text)[:HEAD_BYTES]) or "it is no compiled n-gram model, or is cut short"
+        raise BinaryError(f"{path}: {why}")
     try:
         said = json.loads(text)
-        crc = said.pop("crc32")
-    except (ValueError, KeyError, AttributeError):
+        version = said["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BinaryError(f"{path} is damaged: its header cannot be read. Compile it again.") from None
-    if said.get("version") != VERSION:
+    if version != VERSION:
         raise BinaryError(
-            f"{path} is of version {said.get('version')}, and this release reads version {VERSION}. Compile its ARPA file again."
+            f"{path} is of version {str(version)[:20]}, and this release reads version {VERSION}, all of which has checksums. Compile its "
+            f"ARPA file again: megatrain ngram compile M.arpa {path.name}"
         )
-    if crc != zlib.crc32(json.dumps(said, sort_keys=True).encode()):
+    said.pop("crc32", None)
+    if _header(said) != head[len(MAGIC) :] + text:
         raise BinaryError(f"{path} is damaged: its header is not as it was written. Compile it again.")
     return said, len(MAGIC) + 4 + length
+
+
+def _counts(said: dict[str, Any]) -> dict[str, int]:
+    """Name -> bytes of each section, in the order of the file. Raises ValueError, TypeError or KeyError unless they are a model's."""
+    rows, order = said["sections"], said["order"]
+    if not (type(order) is int and order >= 1 and type(said["xxh3"]) is str):
+        raise ValueError("order")
+    wanted: dict[str, tuple[str, ...]] = {
+        "words": ("|u1",),
+        "word_ends": _INTEGERS,
+        "word_keys": _HASHES,
+        "word_numbers": ("<u4",),
+    }
+    slots = {"word_numbers": "word_keys"}
+    tables = ["word_keys"]
+    for k in range(1, min(order, len(rows)) + 1):
+        if k > 1:
+            wanted[f"{k}.keys"] = _HASHES
+            tables.append(f"{k}.keys")
+        for name in (f"{k}.log10", f"{k}.backoff"):
+            quantised = f"{name}_values" in rows
+            wanted[name] = _INDICES if quantised else _FLOATS
+            if quantised:
+                wanted[f"{name}_values"] = _FLOATS
+            if k < order or name.endswith("log10"):
+                slots[name] = f"{k}.keys" if k > 1 else "word_ends"
+    wanted["checksums"] = _HASHES
+    if list(rows) != list(wanted):
+        raise ValueError("names")
+    sizes: dict[str, int] = {}
+    for name, dtypes in wanted.items():
+        offset, dtype, count = rows[name]
+        if dtype not in dtypes or type(count) is not int or not 0 <= count < 1 << 48:
+            raise ValueError(name)
+        if offset != sum(padded(nbytes) for nbytes in sizes.values()):
+            raise ValueError(name)
+        sizes[name] = count * np.dtype(dtype).itemsize
+    most = sum(block_count(sizes[name]) for name in wanted if name != "checksums")
+    powers = all(0 < rows[name][2] <= MOST_SLOTS and rows[name][2] & (rows[name][2] - 1) == 0 for name in tables)
+    same = all(rows[name][2] == rows[of][2] for name, of in slots.items())
+    if not (powers and same and rows["checksums"][2] == most and rows["word_ends"][2] > END):
+        raise ValueError("counts")
+    return sizes
+
+
+def _mapped(path: Path, said: dict[str, Any], sizes: dict[str, int], start: int) -> dict[str, MappedArray]:
+    """The sections of a file, but for that of checksums, which is verified. Raises BinaryError."""
+    data = np.memmap(path, np.uint8, "r")
+    rows = said["sections"]
+
+    def bytes_of(name: str) -> Array:
+        begin = start + rows[name][0]
+        return np.asarray(data[begin : begin + padded(sizes[name])])
+
+    kept = bytes_of("checksums")
+    if _digest(kept.data) != said["xxh3"]:
+        raise BinaryError(f"{path} is damaged: its checksums are not those that it was written with. Compile it again.")
+    sums = kept[: sizes["checksums"]].view(np.uint64)
+    found: dict[str, MappedArray] = {}
+    first = 0
+    for name in list(rows)[:-1]:
+        part = bytes_of(name)
+        last = first + block_count(part.size)
+        found[name] = MappedArray((path, name), part, rows[name][1], rows[name][2], sums[first:last], _wrong(name, rows))
+        first = last
+    return found
+
+
+def _wrong(name: str, rows: dict[str, Any]) -> Callable[[Array], npt.NDArray[np.bool_]]:
+    """Which values of a section no model has: they would point out of another section, or be no log10 of a probability or weight."""
+    kind = name.partition(".")[2] or name
+    if rows[name][1] == "<f4":
+        highest = 0.0 if kind.startswith("log10") else np.inf
+        return lambda values: ~(np.isfinite(values) & (values <= highest))
+    if kind == "word_ends":
+        return lambda values: (values < 0) | (values > rows["words"][2])
+    if kind == "word_numbers" or kind in ("log10", "backoff"):
+        most = rows["word_ends" if kind == "word_numbers" else f"{name}_values"][2]
+        return lambda values: values >= most
+    return lambda values: np.zeros(values.size, bool)

@@ -12,6 +12,9 @@ EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 MISSING = np.uint32(0xFFFFFFFF)
 LOAD = 0.6
 """Largest share of the slots that are used."""
+MOST_SLOTS = 1 << 32
+FURTHEST = 1 << 10
+"""No key is as many slots away from where its search begins: chance makes about 200 of the most keys at LOAD."""
 
 Keys = npt.NDArray[np.uint64]
 Slots = npt.NDArray[np.uint32]
@@ -27,6 +30,10 @@ def _home(keys: Keys, slots: int) -> npt.NDArray[np.int64]:
     mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return ((mixed ^ (mixed >> np.uint64(31))) & np.uint64(slots - 1)).astype(np.int64)
+
+
+class TableError(ValueError):
+    """A table without free slots, which ends no search."""
 
 
 class TwiceError(ValueError):
@@ -50,6 +57,8 @@ class Table:
     """Keys by slot; EMPTY in free slots."""
 
     keys: Keys
+    name: str = "the model"
+    """The model that errors name."""
 
     @classmethod
     def of(cls, keys: Keys) -> tuple[Table, Slots]:
@@ -71,15 +80,21 @@ class Table:
         return cls(held), slots
 
     def find(self, keys: Keys) -> Slots:
-        """The slot of each key, or MISSING."""
+        """The slot of each key, or MISSING. Raises TableError."""
         found = np.full(keys.size, MISSING)
         if not self.keys.size:
             return found
         waiting, at = np.arange(keys.size), _home(keys, self.keys.size)
-        while waiting.size:
+        for _ in range(FURTHEST):
+            if not waiting.size:
+                return found
             here = self.keys[at]
             same = here == keys[waiting]
             found[waiting[same]] = at[same].astype(np.uint32)
             on = ~same & (here != EMPTY)
             waiting, at = waiting[on], (at[on] + 1) & (self.keys.size - 1)
+        if waiting.size:
+            raise TableError(
+                f"{self.name} is damaged: a table of it has {FURTHEST} slots side by side and none is free. Make it again."
+            )
         return found
