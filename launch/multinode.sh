@@ -11,6 +11,8 @@
 #   MEGATRAIN_INTERFACE  the network interface to use: a name, an address, or a network such as 10.0.0.0/16, which is the same on all
 #                        machines (the one that leads to MASTER_ADDR)
 #   RUN_ID               the same on all machines, different for each job that meets at that port (megatrain)
+#   MEGATRAIN_SECRET     the same on all machines, new for each job: `openssl rand -hex 32`. Without it any process that reaches the port
+#                        could disturb the start of the job
 #   MAX_RESTARTS         how often a run that fails is started again, from its newest checkpoint (0)
 #   JOIN_TIMEOUT         seconds to wait for the other machines (600)
 #   PYTHON               the interpreter

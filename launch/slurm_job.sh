@@ -2,6 +2,9 @@
 
 . "$root/launch/prepare.sh"
 
+# What the ranks share, so that they obey only each other: srun gives it to them, and no file and no command line holds it.
+export MEGATRAIN_SECRET="${MEGATRAIN_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
+
 case "${SLURM_ARRAY_TASK_ID:-}" in # the plain number may stand for the whole array
     "") job="$SLURM_JOB_ID" ;;
     *) job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" ;;

@@ -49,7 +49,7 @@ from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
-from megatrain.runtime.launch import Launch
+from megatrain.runtime.interface import launched
 from megatrain.runtime.reports import Reports
 from megatrain.watch import Watch, due
 
@@ -64,7 +64,7 @@ def build(
     config_file = Path(config) if isinstance(config, (str, Path)) else None
     loaded = load(config, overrides, shapes_of) if isinstance(config, (str, Path)) else load_tree(config, shapes_of)
     config, text = loaded.config, loaded.text
-    launch = Launch.from_environment(os.environ)
+    launch = launched(os.environ)
     launch.require_ranks()
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
     try:

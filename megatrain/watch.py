@@ -109,8 +109,10 @@ class Watch:
         attention = kernels_of(config, ctx.tp.size, dtype, ctx.device).note
         if attention:
             self.log.say(attention)
-        for note in (*self._notes(), *between_nodes(parallel, ctx, job.session.launch.local_world_size)):
-            self.log.say(note)
+        launch = job.session.launch
+        for note in (launch.warning, *self._notes(), *between_nodes(parallel, ctx, launch.local_world_size)):
+            if note:
+                self.log.say(note)
         for what in job.notes:
             self.log.say(what)
         if self.job.resumed_from is not None:

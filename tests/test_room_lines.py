@@ -17,7 +17,7 @@ LINES = {
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 1550,
+    "megatrain/lifecycle": 1600,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
     "megatrain/optim": 550,
@@ -25,11 +25,11 @@ LINES = {
     "megatrain/plan": 300,
     "megatrain/records": 950,
     "megatrain/resuming": 550,
-    "megatrain/runtime": 1450,
+    "megatrain/runtime": 1550,
     "megatrain/testing": 1550,
-    "megatrain/transport": 2550,
+    "megatrain/transport": 2650,
     "megatrain/verbs": 1350,
-    "tests": 35600,
+    "tests": 37200,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -29,6 +29,7 @@ from megatrain.program import vocabulary
 from megatrain.runtime import ports
 from megatrain.runtime.distributed import choose_device, connect
 from megatrain.runtime.flops import parameter_count
+from megatrain.runtime.interface import launched
 from megatrain.runtime.interface import use as use_interface
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.slurm import expand_nodes
@@ -64,7 +65,7 @@ def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port
     """
     node = socket.gethostname()
     try:
-        launch = Launch.from_environment(os.environ)
+        launch = launched(os.environ)
     except LaunchError as error:
         raise LaunchError(f"{node}: {error}") from error
     mine = Report(launch.rank, node, launch.local_world_size)
@@ -78,7 +79,8 @@ def main(config_path: str | None, overrides: Sequence[str], json_too: bool, port
             (launch.master_addr or "", launch.master_port or 0),
             wait_seconds,
             launcher_serves=launch.launcher_serves,
-            prefix=f"doctor-{launch.restart_count}",
+            prefix=f"doctor-{launch.restart_count}-{launch.store_prefix}",
+            key=launch.key,
         )
     except TransportError as error:
         if launch.rank != 0:
@@ -102,7 +104,7 @@ def _examine(meeting: Meeting, inputs: Inputs, mine: Report, launch: Launch, dev
     if launch.rank == 0:
         reports = _reports(texts)
         advice = (
-            "Were they started, with the same world size, MASTER_ADDR and MASTER_PORT, and do they reach "
+            "Were they started, with the same world size, MASTER_ADDR, MASTER_PORT and MEGATRAIN_SECRET, and do they reach "
             f"{launch.master_addr}:{launch.master_port}?"
         )
         missing = judge_missing(reports, launch.world_size, wait_seconds, _nodes(os.environ), advice)

@@ -62,6 +62,8 @@ from torch.distributed.run import config_from_args, parse_args  # noqa: E402
 from megatrain.checkpoint.claim import taken  # noqa: E402
 from megatrain.lifecycle.agent_logs import RankLogs  # noqa: E402
 from megatrain.lifecycle.agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
+from megatrain.lifecycle.agent_store import LOOPBACK  # noqa: E402
+from megatrain.runtime.secret import VARIABLE as SECRET  # noqa: E402
 from megatrain.transport.store import allow_files  # noqa: E402
 
 if _chosen is None:
@@ -82,7 +84,7 @@ def main(run: Path, words: list[str]) -> int:
     except RendezvousTimeoutError:
         code = complain(
             f"error: {socket.gethostname()}: too few nodes came to {logs.where} within {join_seconds()} s. Were all started, with this "
-            "MASTER_ADDR? JOIN_TIMEOUT sets how long to wait."
+            "MASTER_ADDR and MEGATRAIN_SECRET? JOIN_TIMEOUT sets how long to wait."
         )
     except (LaunchError, RendezvousError, DistError, OSError) as error:
         code = complain(f"error: {socket.gethostname()}: {error or 'the other nodes have ended'}")
@@ -110,16 +112,20 @@ def launch(logs: RankLogs, words: list[str]) -> int:
     arguments = parse_args(words)
     arguments.log_dir = os.devnull  # `logs` replaces torchrun's own, for which it would leave a folder behind
     if arguments.standalone:  # a store of this machine at a free port, and a name that no other job has
-        arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", "localhost:0", os.urandom(8).hex()
+        arguments.rdzv_backend, arguments.rdzv_endpoint, arguments.rdzv_id = "c10d", f"{LOOPBACK}:0", os.urandom(8).hex()
+        os.environ.setdefault(SECRET, os.urandom(32).hex())
     config, command, rest = config_from_args(arguments)
     if "train" in words and (problem := taken(logs.folder.parent, "log.dir", config.run_id)):
         raise LaunchError(problem)  # before the logs of the run's ranks are renamed
     config.logs_specs, config.signals_to_handle = logs, "SIGQUIT"  # the other signals are handled here
     config.log_line_prefix_template, config.role = "${role_name}", ""  # no prefix on lines, which programs read too
-    if not arguments.standalone:
+    if arguments.standalone:
+        config.local_addr = LOOPBACK
+        config.rdzv_configs |= {"is_host": True}
+    else:
         meet_at(config)
         logs.where = config.rdzv_endpoint
-        watch_membership(config, logs)
+    watch_membership(config, logs, arguments.standalone)
     listen(logs)
     try:
         elastic_launch(config, command)(*rest)

@@ -23,9 +23,11 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig
 
 from megatrain.lifecycle.agent_logs import RankLogs
+from megatrain.lifecycle.agent_store import rendezvous
 from megatrain.runtime import ports
-from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces
+from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces, reached
 from megatrain.runtime.launch import LaunchError
+from megatrain.runtime.secret import VARIABLE as SECRET
 from megatrain.runtime.slurm import address_of
 from megatrain.transport.group import TransportError
 from megatrain.transport.store import await_listener, within
@@ -41,6 +43,8 @@ def meet_at(config: LaunchConfig) -> None:
     host, _, port = config.rdzv_endpoint.rpartition(":")
     host, present = address_of(host), interfaces()
     check_names(os.environ, [one.name for one in present])
+    if config.max_nodes > 1:
+        host = reached(host, os.environ)
     if config.max_nodes > 1 or os.environ.get(VARIABLE):
         config.local_addr = choose(os.environ.get(VARIABLE), host, present).address
     config.rdzv_endpoint = f"{host}:{port}"
@@ -58,8 +62,9 @@ class LimitedRendezvous(RendezvousHandler):
     Torch's own limits do not work there: it waits for a host that is cut off or has no power until TCP gives up, a quarter of an hour.
     """
 
-    def __init__(self, inner: RendezvousHandler, logs: RankLogs) -> None:
-        self.inner, self.logs = inner, logs
+    def __init__(self, inner: RendezvousHandler, logs: RankLogs, run_id: str) -> None:
+        """run_id: the job's, which its workers are told; that of the inner handler may hold a secret."""
+        self.inner, self.logs, self.run_id = inner, logs, run_id
 
     @property
     def use_agent_store(self) -> bool:
@@ -71,8 +76,8 @@ class LimitedRendezvous(RendezvousHandler):
         return self.inner.get_backend()
 
     def get_run_id(self) -> str:
-        """The run id of the wrapped rendezvous handler."""
-        return self.inner.get_run_id()
+        """The job's run id."""
+        return self.run_id
 
     def is_closed(self) -> bool:
         """Whether the wrapped rendezvous handler is closed."""
@@ -101,12 +106,13 @@ class LimitedRendezvous(RendezvousHandler):
             return False
 
 
-def watch_membership(config: LaunchConfig, logs: RankLogs) -> None:
-    """Make torchrun meet the other nodes through a LimitedRendezvous."""
+def watch_membership(config: LaunchConfig, logs: RankLogs, one_machine: bool) -> None:
+    """Make torchrun meet the other nodes through a LimitedRendezvous over a store of its own (`agent_store.py`)."""
+    secret, run_id = os.environ.get(SECRET, ""), config.run_id
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
         parameters.backend = "c10d"
-        return LimitedRendezvous(rendezvous_handler_registry.create_handler(parameters), logs)
+        return LimitedRendezvous(rendezvous(parameters, secret, one_machine), logs, run_id)
 
     rendezvous_handler_registry.register("megatrain", create)
     config.rdzv_backend = "megatrain"

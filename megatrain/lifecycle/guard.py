@@ -115,7 +115,7 @@ class Guard:
         address, port = self._launch.master_addr, self._launch.master_port
         if address is None or port is None:
             raise TransportError("a world of several ranks has no rendezvous store: MASTER_ADDR and MASTER_PORT are missing")
-        return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks)
+        return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks, self._launch.key)
 
     def _leave(self, error: BaseException | None) -> None:
         """Report that this rank has finished, so that it is not taken for dead, and end the threads."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
-from megatrain.runtime.launch import Launch, LaunchError
+from megatrain.runtime.launch import LOCAL_NAMES, Launch, LaunchError
 
 VARIABLE = "MEGATRAIN_INTERFACE"
 BACKENDS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -73,6 +73,28 @@ def choose(asked: str | None, master: str | None, present: Sequence[Interface]) 
     )
 
 
+def reached(host: str, env: Mapping[str, str]) -> str:
+    """`host`, where ranks of several machines meet, as this machine has it. Raises LaunchError.
+
+    On many systems a machine's own name means loopback, which no other machine reaches: then the address by which they do.
+    """
+    try:
+        addresses = {str(one[4][0]).partition("%")[0] for one in socket.getaddrinfo(host, None)}
+    except OSError:
+        return host  # whoever connects says so
+    if host in LOCAL_NAMES or not all(ipaddress.ip_address(one).is_loopback for one in addresses):
+        return host
+    return choose(env.get(VARIABLE) or env.get("GLOO_SOCKET_IFNAME"), None, interfaces()).address
+
+
+def launched(env: Mapping[str, str]) -> Launch:
+    """The launch that the environment tells, with the address of the store as this machine has it. Raises LaunchError."""
+    launch = Launch.from_environment(env)
+    if launch.master_addr is None or launch.launcher_serves or not launch.is_spread:
+        return launch
+    return replace(launch, master_addr=reached(launch.master_addr, env))
+
+
 def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
     """Choose an interface, if ranks are on several machines or the user names one, and set the backends' variables; else None.
 
@@ -81,7 +103,7 @@ def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
     present = interfaces()
     check_names(env, [one.name for one in present])
     asked = env.get(VARIABLE)
-    if not asked and launch.world_size == launch.local_world_size:
+    if not asked and not launch.is_spread:
         return None
     if not asked and env.get("GLOO_SOCKET_IFNAME"):
         return None

@@ -6,14 +6,17 @@ is a process in the script of a SLURM job itself, or in the shell of an allocati
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatrain.runtime.secret import VARIABLE, SecretError, shared_secret
 from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port_of_job
+from megatrain.transport.seal import derived
 
 REPLY = "MEGATRAIN_REPLY"
 """Variable that the launch scripts set to the file for a worker's exit code."""
@@ -56,6 +59,8 @@ class Launch:
     """Whether the launcher (torchrun's agent), not rank 0, serves the store where the ranks meet."""
     tasks_asked: int = 1
     """Number of tasks that the SLURM job asks for, in a process that srun has not started (its world still is 1)."""
+    secret: str = field(default="", repr=False)
+    """The secret that the ranks share and no stranger knows; empty if they share none."""
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Launch:
@@ -67,7 +72,10 @@ class Launch:
         else:
             return cls(host=socket.gethostname(), tasks_asked=_tasks_asked(env))
         launch.check()
-        return launch
+        try:
+            return replace(launch, secret=shared_secret(env, not launch.is_spread))
+        except SecretError as error:
+            raise LaunchError(str(error)) from error
 
     def require_ranks(self) -> None:
         """Raise LaunchError if the job asked for several tasks but this process, about to train, was not started by srun."""
@@ -83,9 +91,31 @@ class Launch:
         """Prefix of keys in the store where the ranks meet, which separates this attempt of the job from earlier ones.
 
         A store that rank 0 serves is new in each attempt. A launcher's may be as old as the launcher; its count of restarts does not
-        include those for nodes that come or go, which change the world size.
+        include those for nodes that come or go, which change the world size. Ranks that share a secret meet under a name that no
+        stranger can guess.
         """
-        return f"megatrain-{self.restart_count}-{self.world_size}" if self.launcher_serves else "megatrain"
+        plain = f"megatrain-{self.restart_count}-{self.world_size}" if self.launcher_serves else "megatrain"
+        return f"{plain}-{derived(self.secret, plain, self.job)[:32]}" if self.secret else plain
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether the ranks are on several machines."""
+        return self.world_size > self.local_world_size
+
+    @property
+    def key(self) -> bytes:
+        """The key that the ranks of this attempt seal their messages with; empty where they share no secret."""
+        return derived(self.secret, self.job, self.master_port, self.restart_count, self.world_size).encode()
+
+    @property
+    def warning(self) -> str:
+        """A word about the safety of a job of several machines whose ranks share no secret; else empty."""
+        if self.secret or not self.is_spread:
+            return ""
+        return (
+            f"{VARIABLE} is not set: any process that reaches port {self.master_port} of {self.master_addr} could disturb this job. "
+            "Set it, the same on all machines, to the output of `openssl rand -hex 32`."
+        )
 
     def check(self) -> None:
         """Raise LaunchError if the numbers contradict each other, or a job of several nodes would meet at localhost."""
@@ -99,21 +129,32 @@ class Launch:
                 f"rank {self.rank} of {self.world_size}."
             )
         local = self.master_addr in LOCAL_NAMES or (self.master_addr or "").startswith("127.")
-        if local and self.world_size > self.local_world_size and not self.launcher_serves:
+        if local and self.is_spread and not self.launcher_serves:
             raise LaunchError(
                 f"MASTER_ADDR={self.master_addr}, but only {self.local_world_size} of the {self.world_size} ranks are here: "
                 "they cannot meet at localhost. Set MASTER_ADDR to the name or address of the first node."
             )
 
 
+LONGEST_NUMBER = 12
+"""Digits of the largest number that a variable may hold; Python itself refuses some thousands, with a message of its own."""
+
+
 def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
     text = env.get(key)
     if text is None and default is not None:
         return default
-    try:
-        return int(text or "")
-    except ValueError:
-        raise LaunchError(f"The environment variable {key}={text!r} is not a number.") from None
+    if not re.fullmatch(rf"\s*[-+]?[0-9]{{1,{LONGEST_NUMBER}}}\s*", text or ""):
+        short = repr(text) if text is None or len(text) <= 40 else f"{text[:40]!r}... ({len(text)} letters)"
+        raise LaunchError(f"The environment variable {key}={short} is not a number.")
+    return int(text or "")
+
+
+def _port(env: Mapping[str, str], default: int | None = None) -> int:
+    port = _number(env, "MASTER_PORT", default)
+    if not 1 <= port < 1 << 16:
+        raise LaunchError(f"MASTER_PORT={port} is no port: they go from 1 to 65535. Set it to a free one, for example 29500.")
+    return port
 
 
 def _is_step(env: Mapping[str, str]) -> bool:
@@ -155,7 +196,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         host=socket.gethostname(),
         restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
         master_addr=env["MASTER_ADDR"],
-        master_port=_number(env, "MASTER_PORT"),
+        master_port=_port(env),
         launcher="torchrun",
         job=env.get("TORCHELASTIC_RUN_ID", ""),
         reply=env.get(REPLY),
@@ -193,7 +234,7 @@ def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
         host=socket.gethostname(),
         restart_count=_number(env, "SLURM_RESTART_COUNT", 0),
         master_addr=env.get("MASTER_ADDR") or (address_of(nodes[0]) if nodes and size > 1 else None),
-        master_port=_number(env, "MASTER_PORT", port_of_job(_number(env, "SLURM_JOB_ID", 0))),
+        master_port=_port(env, port_of_job(_number(env, "SLURM_JOB_ID", 0))),
         launcher="srun",
         job=env.get("SLURM_JOB_ID", ""),
         cores=_number(env, "SLURM_CPUS_PER_TASK", 0) or None,

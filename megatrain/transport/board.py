@@ -2,10 +2,13 @@
 
 Each board is a connection of its own: the connections of torch.distributed may be blocked in a call that hangs, which is just
 when a board is needed. No call waits longer than it was told to, even where the machine that serves the store stands still.
+
+Texts are sealed (`seal.py`): what a stranger writes is not seen.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
@@ -13,6 +16,7 @@ from functools import partial
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.transport.group import TransportError
+from megatrain.transport.seal import Seal
 from megatrain.transport.store import MOST_KEYS, answer_seconds, within
 
 STORE = "the rendezvous store"
@@ -20,18 +24,23 @@ STORE = "the rendezvous store"
 
 _SLICE_SECONDS = 3600.0
 """A wait without a time limit is repeated in slices of this length."""
+_STRANGER_SECONDS = 0.5
+"""How long after a stranger's text the same key is looked at again."""
 
 
 class Board:
     """Keys and short texts, shared by all ranks of a job."""
 
-    def __init__(self, store: Store, seconds: float) -> None:
+    def __init__(self, store: Store, seconds: float, key: bytes = b"") -> None:
         self._store = store
         self._seconds = seconds
+        self._seal = Seal(key)
 
     @classmethod
-    def open(cls, host: str, port: int, prefix: str, seconds: float, ranks: int = 1) -> Board:
+    def open(cls, host: str, port: int, prefix: str, seconds: float, ranks: int = 1, key: bytes = b"") -> Board:
         """Connect to the store at host:port; `ranks` may do so at the same time. `prefix` keeps the keys apart from others'.
+
+        key: what the ranks share, to seal texts with.
 
         No later call but `wait` takes longer than `seconds`. Raises TransportError if the store does not answer.
         """
@@ -40,11 +49,16 @@ class Board:
             limit = timedelta(seconds=seconds)
             return PrefixStore(prefix, TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit))
 
-        return cls(within(answer_seconds(ranks), connect, STORE), seconds)
+        return cls(within(answer_seconds(ranks), connect, STORE), seconds, key)
+
+    def reseal(self, key: bytes) -> None:
+        """From here on, texts are sealed with this key, and those sealed with the one before are not seen."""
+        self._seal = Seal(key)
 
     def write(self, key: str, text: str) -> None:
         """Set a key. Raises TransportError."""
-        within(self._seconds, lambda: self._store.set(key, text), STORE)
+        sealed = self._seal.close(key, text)
+        within(self._seconds, lambda: self._store.set(key, sealed), STORE)
 
     def count(self, key: str) -> int:
         """Add one to a counter and return it: 1 for the first to come. Raises TransportError."""
@@ -53,7 +67,8 @@ class Board:
     def write_all(self, keys: Sequence[str], text: str) -> None:
         """Set many keys to one text. Raises TransportError."""
         for part in _parts(keys):
-            within(self._seconds, partial(self._store.multi_set, part, [text] * len(part)), STORE)  # type: ignore[attr-defined]
+            sealed = [self._seal.close(key, text) for key in part]
+            within(self._seconds, partial(self._store.multi_set, part, sealed), STORE)  # type: ignore[attr-defined]
 
     def read_all(self, keys: Sequence[str]) -> dict[str, str]:
         """The texts of those `keys` that are set. Raises TransportError.
@@ -66,7 +81,8 @@ class Board:
             part = parts.pop()
             if self.complete(part):
                 texts = within(self._seconds, partial(self._store.multi_get, part), STORE)
-                found |= {key: text.decode() for key, text in zip(part, texts, strict=True)}
+                opened = {key: self._seal.open(key, text) for key, text in zip(part, texts, strict=True)}
+                found |= {key: text for key, text in opened.items() if text is not None}
             elif len(part) > 1:
                 parts += [part[: len(part) // 2], part[len(part) // 2 :]]
         return found
@@ -78,17 +94,22 @@ class Board:
     def wait(self, key: str, seconds: float | None = None) -> str | None:
         """Block until `key` is set and return its text; None after `seconds` (None: no limit). Raises TransportError if the store is lost.
 
-        The server answers when the key is set: nothing is polled.
+        The server answers when the key is set: nothing is polled, unless a stranger has set it.
         """
-        while True:
+        end = None if seconds is None else time.monotonic() + seconds
+        while end is None or time.monotonic() < end:
+            left = _SLICE_SECONDS if end is None else max(0.0, end - time.monotonic())
             try:
-                self._store.wait([key], timedelta(seconds=_SLICE_SECONDS if seconds is None else seconds))
-                return str(self._store.get(key).decode())
+                self._store.wait([key], timedelta(seconds=left))
+                text = self._seal.open(key, self._store.get(key))
             except DistStoreError:
-                if seconds is not None:
-                    return None
+                continue
             except RuntimeError as error:
                 raise TransportError(f"the rendezvous store is lost: {error}") from error
+            if text is not None:
+                return text
+            time.sleep(min(_STRANGER_SECONDS, left))
+        return None
 
 
 def _parts(keys: Sequence[str]) -> Iterator[list[str]]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from megatrain.transport.group import TransportError
+from megatrain.transport.seal import Seal
 from megatrain.transport.store import ANSWER_SECONDS, open_store
 
 T = TypeVar("T")
@@ -28,17 +29,28 @@ class Meeting:
     """The ranks of a job at a store. All call the same methods in the same order; a job of 1 rank needs no store."""
 
     def __init__(
-        self, rank: int, size: int, rendezvous: tuple[str, int], limit_seconds: float, *, launcher_serves: bool, prefix: str
+        self,
+        rank: int,
+        size: int,
+        rendezvous: tuple[str, int],
+        limit_seconds: float,
+        *,
+        launcher_serves: bool,
+        prefix: str,
+        key: bytes = b"",
     ) -> None:
         """Reach the store at rendezvous (host, port), which rank 0 serves unless the launcher does, within limit_seconds.
 
-        prefix: keeps this meeting apart from other users of the store. Raises TransportError: on rank 0 where the port is in use; on the
-        others where nothing answers in time, or something that is not this job's store does.
+        prefix: keeps this meeting apart from other users of the store. key: what the ranks share, to seal texts with.
+
+        Raises TransportError: on rank 0 where the port is in use; on the others where nothing answers in time, or something that is not
+        this job's store does.
         """
         self.rank = rank
         self.size = size
         self._came = size
         self._round = 0
+        self._seal = Seal(key)
         self._store: Store | None = None
         if size == 1:
             return
@@ -67,7 +79,7 @@ class Meeting:
         everyone = f"{self._round} all"
 
         def tell() -> None:
-            store.set(words[self.rank], text)
+            store.set(words[self.rank], self._seal.close(words[self.rank], text))
             if store.add(f"{self._round} came", 1) == size:
                 store.set(everyone, "")
 
@@ -81,7 +93,8 @@ class Meeting:
             came = self._call(lambda: [rank for rank in range(size) if store.check([words[rank]])])
         self._came = len(came)
         texts = self._call(lambda: store.multi_get([words[rank] for rank in came]))
-        return {rank: said.decode() for rank, said in zip(came, texts, strict=True)}
+        opened = {rank: self._seal.open(words[rank], said) for rank, said in zip(came, texts, strict=True)}
+        return {rank: said for rank, said in opened.items() if said is not None}
 
     def decide(self, text: str, limit_seconds: float) -> str:
         """Rank 0's text, on every rank; the others wait for it up to limit_seconds. Raises TransportError."""
@@ -90,15 +103,20 @@ class Meeting:
             return text
         key = f"{self._round} decided"
         if self.rank == 0:
-            self._call(lambda: store.set(key, text))
+            self._call(lambda: store.set(key, self._seal.close(key, text)))
             return text
-        try:
-            store.wait([key], timedelta(seconds=limit_seconds))
-        except RuntimeError as error:
-            raise TransportError(
-                f"rank {self.rank} heard nothing from rank 0 for {limit_seconds:g} s: has it ended?"
-            ) from error
-        return self._call(lambda: store.get(key)).decode()
+        end = time.monotonic() + limit_seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                store.wait([key], timedelta(seconds=left))
+            except RuntimeError as error:
+                silent = f"rank {self.rank} heard nothing from rank 0 for {limit_seconds:g} s: has it ended?"
+                raise TransportError(silent) from error
+            said = self._seal.open(key, self._call(lambda: store.get(key)))
+            if said is not None:
+                return said
+            time.sleep(0.05)
+        raise TransportError(f"rank {self.rank} found under {key!r} what rank 0 has not written, for {limit_seconds:g} s")
 
     def close(self) -> None:
         """Leave. Rank 0 waits up to LINGER_SECONDS for the ranks that came: it may serve the store that they still read from."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
 import resource
 import socket
 import threading
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.transport.group import TransportError
+from megatrain.transport.seal import shown
 
 T = TypeVar("T")
 
@@ -48,8 +48,7 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
         return _reach_store(rank, size, host, port, limit)
     allow_files(CONNECTIONS_PER_RANK * size + SPARE_FILES)
     try:
-        listener = _listen(host, port)
-        return TCPStore(host, port, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach())
+        return serve_at(host, port, limit)
     except (RuntimeError, ValueError, OSError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise TransportError(
@@ -58,20 +57,24 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
         raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {_headline(error)}") from error
 
 
+def serve_at(host: str, port: int, limit: timedelta) -> TCPStore:
+    """A store that this process serves at host:port; port 0: a free one, which `store.port` tells. Raises OSError and RuntimeError."""
+    listener = _listen(host, port)
+    at: int = listener.getsockname()[1]
+    return TCPStore(host, at, is_master=True, timeout=limit, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at the address that `host` names, on no other interface: whoever reaches the store may write to it. Raises OSError.
 
-    On all interfaces where that address is not one of this machine (others reach it by a translated address), or where the name means
-    loopback here, as a machine's own name does on many systems, and another address on the other machines.
+    On all interfaces only where that address is not one of this machine: the others reach it by a translated address.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    text = str(address[0])
-    if not ipaddress.ip_address(text).is_loopback or host in ("localhost", text):
-        try:
-            return socket.create_server((text, port), family=family, backlog=_BACKLOG)
-        except OSError as error:
-            if error.errno != errno.EADDRNOTAVAIL:
-                raise
+    try:
+        return socket.create_server((str(address[0]), port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     return socket.create_server(("", port), family=family, backlog=_BACKLOG, dualstack_ipv6=dual)
@@ -168,30 +171,35 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
 def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str = "") -> None:
     """Return when all ranks have come. Raises TransportError that lists the ranks that have not.
 
-    device: name of a device that this rank needs for itself; if two ranks give the same one, all ranks raise.
+    device: name of a device that this rank needs for itself; if two ranks give the same one, all ranks raise. So they do where two
+    processes come as the same rank.
     """
     try:
-        if device and store.add(f"device {device}", 1) > 1:
-            store.set("shared device", f"rank {rank} and another one would use the same GPU, {device}")
-        store.set(f"rank {rank}", "here")
+        problem = ""
+        if store.add(f"rank {rank}", 1) > 1:
+            problem = f"two processes have come as rank {rank} of {size}. Give each its own RANK, from 0 to {size - 1}."
+        elif device and store.add(f"device {device}", 1) > 1:
+            problem = (
+                f"rank {rank} and another one would use the same GPU, {device}, but NCCL allows one rank per GPU. Start fewer ranks on "
+                "this node, give each task a GPU (srun --gpus-per-task=1), or use parallel.backend=gloo."
+            )
+        if problem:
+            store.set("problem", problem)
         if store.add("arrived", 1) == size:
-            store.set("all here", "")
+            store.set("all here", store.get("problem").decode() if store.check(["problem"]) else "")
         store.wait(["all here"], limit)
-        shared = store.get("shared device").decode() if device and store.check(["shared device"]) else ""
+        problem = problem or store.get("all here").decode(errors="replace")
     except RuntimeError as error:
         try:
-            shown = _missing(store, size)
+            absent = _missing(store, size)
         except RuntimeError:
             raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {_headline(error)}") from error
         raise TransportError(
-            f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {shown} did not come. "
-            "Were they started, with the same world size, MASTER_ADDR and MASTER_PORT?"
+            f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {absent} did not come. "
+            "Were they started, with the same world size, MASTER_ADDR, MASTER_PORT and MEGATRAIN_SECRET?"
         ) from error
-    if shared:
-        raise TransportError(
-            f"{shared}, but NCCL allows one rank per GPU. Start fewer ranks on this node, give each task a GPU "
-            "(srun --gpus-per-task=1), or use parallel.backend=gloo."
-        )
+    if problem:
+        raise TransportError(shown(problem))
 
 
 def _missing(store: Store, size: int) -> str:
@@ -201,7 +209,7 @@ def _missing(store: Store, size: int) -> str:
         more = size - store.add("arrived", 0) - len(found)
         store.set("missing", f"{found}" + f" and {more} more" * (len(found) == _SHOWN and more > 0))
     store.wait(["missing"], timedelta(seconds=ANSWER_SECONDS))
-    return str(store.get("missing").decode())
+    return shown(store.get("missing").decode(errors="replace"))
 
 
 def _absent(store: Store, first: int, stop: int, most: int) -> list[int]:

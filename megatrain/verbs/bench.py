@@ -36,7 +36,7 @@ from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of, peak_memory_bytes
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
-from megatrain.runtime.launch import Launch
+from megatrain.runtime.interface import launched
 from megatrain.runtime.reports import Reports, StepReport
 from megatrain.testing.trace import ANY_DATA, random_source
 from megatrain.training import Observers, Phase, Run, queue_step, train_step
@@ -202,7 +202,7 @@ def main(path: str, overrides: Sequence[str], steps: int, warmup: int, profile: 
     """`megatrain bench`: rank 0 prints the line. Returns 0. Raises ConfigError, LaunchError or TransportError."""
     tune_allocator()
     config = load(path, overrides, shapes_of).config
-    session = connect(Launch.from_environment(os.environ), config.parallel, config.train.hang_timeout_seconds)
+    session = connect(launched(os.environ), config.parallel, config.train.hang_timeout_seconds)
     try:
         report = bench(session, config, steps, warmup, None if profile is None else Path(profile))
         if session.rank == 0:

@@ -29,7 +29,7 @@ from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape, tokenizer_of
 from megatrain.records.rows import perplexity
 from megatrain.runtime.distributed import connect
-from megatrain.runtime.launch import Launch
+from megatrain.runtime.interface import launched
 from megatrain.training import Model
 
 COUNTED_TOKENS = 1 << 22
@@ -90,7 +90,7 @@ def row_of(name: str, result: Evaluation, held_out: Evaluated, tokenizer: Tokeni
 def main(checkpoint: str, overrides: Sequence[str], as_json: bool) -> int:
     """`megatrain eval`: print a line for each validation set. Returns 0. Raises CheckpointError, ConfigError or TokenStoreError."""
     path = find(Path(checkpoint), say_damaged)
-    launch = Launch.from_environment(os.environ)
+    launch = launched(os.environ)
     config = config_to_evaluate(saved_config(path), overrides, launch.world_size)
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
     try:

@@ -21,7 +21,7 @@ from megatrain.inference.trained import laid_out, load_chunks, saved_config, say
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.program import mesh_shape
 from megatrain.runtime.distributed import connect
-from megatrain.runtime.launch import Launch
+from megatrain.runtime.interface import launched
 from megatrain.training import schedule_of
 
 
@@ -89,7 +89,7 @@ def main(arguments: Arguments) -> int:
     Raises CheckpointError, ConfigError or ValueError, with advice.
     """
     path = find(Path(arguments.checkpoint), say_damaged)
-    launch = Launch.from_environment(os.environ)
+    launch = launched(os.environ)
     config = laid_out(saved_config(path), arguments.overrides, launch.world_size)
     session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
     try:

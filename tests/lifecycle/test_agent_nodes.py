@@ -22,7 +22,7 @@ class Meeting(RendezvousHandler):
         return "c10d"
 
     def get_run_id(self):
-        return "job 7"
+        return "job 7 with a secret"
 
     def is_closed(self):
         if self.released is not None:
@@ -48,7 +48,7 @@ def logs_of(tmp_path):
 
 def test_it_answers_as_the_inner_one_and_tells_of_nodes_that_wait(tmp_path):
     inner, logs = Meeting(), logs_of(tmp_path)
-    limited = LimitedRendezvous(inner, logs)
+    limited = LimitedRendezvous(inner, logs, "job 7")
     assert (limited.get_backend(), limited.get_run_id(), limited.use_agent_store) == ("c10d", "job 7", True)
     assert not limited.is_closed() and not logs.grows
     assert (limited.next_rendezvous(), limited.num_nodes_waiting(), logs.grows) == ("met", 2, True)
@@ -63,7 +63,7 @@ def test_a_store_that_is_gone_ends_a_call_and_not_the_leaving(tmp_path, monkeypa
 
     monkeypatch.setattr(agent_nodes, "ANSWER_SECONDS", 0.1)
     released = Event()
-    limited = LimitedRendezvous(Meeting(released), logs_of(tmp_path))
+    limited = LimitedRendezvous(Meeting(released), logs_of(tmp_path), "job 7")
     try:
         for call in (limited.num_nodes_waiting, limited.next_rendezvous):
             with pytest.raises(RendezvousConnectionError, match=r"has its host gone\?"):

@@ -1,5 +1,6 @@
 """Which network interface: named, by address, by network, by the way to MASTER_ADDR; and what is no answer."""
 
+import socket
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,31 @@ def test_a_name_that_stands_for_loopback_leads_nowhere(monkeypatch):
         choose(None, "node1", PRESENT)
     with pytest.raises(LaunchError, match="cannot be told"):
         choose(None, "node1", [LOOPBACK])
+
+
+def test_ranks_of_several_machines_meet_at_an_address_that_is_not_loopback(machine, monkeypatch):
+    meaning = {"node1": "127.0.1.1", "node2": "10.0.0.9"}
+
+    def resolve(host, *words, **more):
+        if host not in meaning:
+            raise OSError("Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (meaning[host], 0))]
+
+    monkeypatch.setattr(interface.socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(interface, "_way_to", lambda host: "10.0.0.5" if host == interface.ANYWHERE else None)
+    assert [interface.reached(host, {}) for host in ("node1", "node2", "node3")] == ["10.0.0.5", "node2", "node3"]
+    assert interface.reached("node1", {"MEGATRAIN_INTERFACE": "ib0"}) == "172.16.3.5"
+    apart = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "node1",
+        "MASTER_PORT": "1",
+    }
+    assert interface.launched(apart).master_addr == "10.0.0.5"
+    for same in ({"LOCAL_WORLD_SIZE": "2"}, {"TORCHELASTIC_USE_AGENT_STORE": "True"}):
+        assert interface.launched(apart | same).master_addr == "node1"
 
 
 @pytest.fixture

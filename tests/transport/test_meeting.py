@@ -12,7 +12,7 @@ from megatrain.transport.meeting import Meeting
 
 
 def meet(rank, size, port, seconds=10.0, launcher_serves=False):
-    return Meeting(rank, size, ("127.0.0.1", port), seconds, launcher_serves=launcher_serves, prefix="test")
+    return Meeting(rank, size, ("127.0.0.1", port), seconds, launcher_serves=launcher_serves, prefix="test", key=b"ours")
 
 
 def together(ranks, body):
@@ -97,3 +97,24 @@ def test_the_store_of_another_job(monkeypatch):
     ):
         meet(1, 2, port)
     del other
+
+
+def test_a_stranger_decides_nothing_and_counts_as_no_rank():
+    port = jobs.free_port()
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for key, text in {"1 decided": "0", "1 from 1": "well"}.items():
+        agent.set(f"test/{key}", text)
+    agent.add("test/1 came", 1)
+
+    def body(rank):
+        meeting = meet(rank, 2, port, launcher_serves=True)
+        return meeting.collect("mine", 1.0), meeting.decide("1", 10.0)
+
+    meeting = meet(1, 2, port, launcher_serves=True)
+    meeting._round = 1
+    results = together([0], body)
+    assert results[0] == ({0: "mine"}, "1")
+    assert meeting.decide("", 10.0) == "1"
+    agent.set("test/1 decided", "0")
+    with pytest.raises(TransportError, match="what rank 0 has not written"):
+        meeting.decide("", 0.2)

@@ -43,9 +43,9 @@ class Counted:
 def test_to_join_and_to_leave_takes_as_many_messages_in_any_world(size):
     store = Counted(all_here="", all_leave="")
     meet_all(store, 5, size, LIMIT)
-    assert store.calls == {"set": 1, "add": 1, "wait": 1}
+    assert store.calls == {"add": 2, "wait": 1, "get": 1}
     TorchWorld(5, size, torch.device("cpu"), 1.0, store)._linger()
-    assert store.calls == {"set": 1, "add": 2, "wait": 2}
+    assert store.calls == {"add": 3, "wait": 2, "get": 1}
 
 
 def test_the_last_to_leave_lets_the_others_go():
@@ -72,6 +72,22 @@ def test_two_ranks_that_would_use_one_gpu_are_told_on_all_ranks(devices, shared)
         rank.join()
     assert sorted(said) == ([0, 1, 2] if shared else [])
     assert all("another one would use the same GPU, GPU-a, but NCCL allows one rank per GPU" in text for text in said.values())
+
+
+def test_two_processes_of_one_rank_are_told_on_all_ranks():
+    store, said = HashStore(), []
+
+    def come(rank):
+        with pytest.raises(TransportError) as caught:
+            meet_all(store, rank, 3, timedelta(seconds=20))
+        said.append(str(caught.value))
+
+    ranks = [threading.Thread(target=come, args=(rank,)) for rank in (0, 1, 1)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert said == ["two processes have come as rank 1 of 3. Give each its own RANK, from 0 to 2."] * 3
 
 
 def who_is_missing(store, rank, size):
@@ -146,6 +162,35 @@ def test_a_board_reads_what_is_there_of_many_keys_in_few_messages():
     assert board.read_all([]) == {} and board.read_all(["state/7"]) == {}
 
 
+def test_what_a_stranger_writes_on_a_board_is_not_seen():
+    store = HashStore()
+    board = Board(store, 4.0, b"the ranks' key")
+    board.write("state/0", "well")
+    sealed = store.get("state/0").decode()
+    stranger = Board(store, 4.0, b"another key")
+    store.set("state/1", "alarm")  # without a seal
+    store.set("state/2", sealed)  # moved from another key
+    store.set("state/3", sealed[:-4] + "ill.")
+    store.set("state/4", b"\xff\xfe" * 40)
+    stranger.write("state/5", "alarm")
+    board.write("state/6", "two\nlines \u00e9")
+    assert board.read_all([f"state/{rank}" for rank in range(7)]) == {"state/0": "well", "state/6": "two\nlines \u00e9"}
+    assert board.wait("state/0") == "well" and board.wait("state/1", 0.01) is None
+    board.reseal(b"a key of now")
+    assert board.read_all(["state/0"]) == {}
+
+
+def test_who_waits_for_a_word_goes_on_waiting_where_a_stranger_gives_it(monkeypatch):
+    monkeypatch.setattr("megatrain.transport.board._STRANGER_SECONDS", 0.01)
+    store = HashStore()
+    store.set("wake", "alarm")
+    board = Board(store, 4.0, b"key")
+    told = threading.Timer(0.1, board.write, ["wake", "bye"])
+    told.start()
+    assert board.wait("wake") == "bye"
+    told.join()
+
+
 class Counting(World):
     def __init__(self):
         self.rank, self.size, self.made = 0, 4, []
@@ -181,8 +226,11 @@ def test_the_store_listens_on_the_interface_of_its_address_alone(monkeypatch):
     assert bound("node1", monkeypatch, own) == own
 
 
-def test_where_others_reach_it_by_another_address_it_listens_on_all(monkeypatch):
-    """A name that stands for loopback on its own machine; an address that is translated on the way."""
+def test_a_name_that_means_loopback_is_served_on_loopback_alone(monkeypatch):
+    assert bound("node1", monkeypatch, "127.0.1.1") == "127.0.1.1"
+    assert bound("localhost", monkeypatch) in ("127.0.0.1", "127.0.1.1", "::1")
+
+
+def test_where_others_reach_it_by_a_translated_address_it_listens_on_all(monkeypatch):
     everywhere = ("::", "0.0.0.0")
-    assert bound("node1", monkeypatch, "127.0.1.1") in everywhere
     assert bound("198.51.100.7", monkeypatch) in everywhere
