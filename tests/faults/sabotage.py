@@ -139,7 +139,7 @@ def install() -> None:
     if ACT["what"] == "clock":
         return set_clock_back(ACT["seconds"])
     before(program, "open_data", "start")
-    before(program, "queue_step", "step")
+    before(Loader, "batch", "step")
     before(Loader, "build", "data")
     before(megatrain.watch, "evaluate", "evaluation")
     before(Saver, "_stage", "save")

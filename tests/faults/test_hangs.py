@@ -1,11 +1,13 @@
 """A rank that is frozen or sleeps, in any section of a run: all ranks end within the section's limit and 10 s, and it is named."""
 
 import random
+import socket
 import time
+from datetime import datetime
 
 import jobs
 import pytest
-from breaking import LAYOUTS, MAIN, codes, count, no_process_is_left, said
+from breaking import LAYOUTS, MAIN, STEPS, codes, count, kinds, no_process_is_left, said
 
 LIMIT = 8.0
 LIMITS = (
@@ -126,8 +128,6 @@ def test_a_peer_that_never_comes(house, measured, limit):
 )
 @pytest.mark.parametrize("limit", [LIMIT])
 def test_a_port_that_is_taken(house, measured, limit):
-    import socket
-
     size = LAYOUTS[MAIN].size
     words = [
         "train",
@@ -144,3 +144,23 @@ def test_a_port_that_is_taken(house, measured, limit):
     no_process_is_left(house.run("taken"))
     assert codes(ended) == [1] * size, said(ended)
     assert all("megatrain: error: " in end.err and "Traceback" not in end.err for end in ended), said(ended)
+
+
+@pytest.mark.fault(
+    injection="one rank is several times slower",
+    promise="event `slow` with rank and ratio within 10 steps; the result is the undisturbed run's, to the bit",
+    layout="{layout}",
+)
+@pytest.mark.parametrize(("layout", "victim"), [(MAIN, 3), ("dp 2", 1)])
+def test_a_slow_rank(house, measured, layout, victim):
+    name = f"slow_{layout}".replace(" ", "_")
+    act = {"what": "slow", "at": 2, "ranks": [victim], "seconds": 0.15}
+    with house.start(layout, name, "log.stragglers_every=2", act=act) as job:
+        ended = job.finish()
+    assert codes(ended) == [0] * LAYOUTS[layout].size, said(ended)
+    run = house.run(name)
+    told = kinds(run, "slow")
+    event = next((event for event in told if event["rank"] == victim), {"step": STEPS, "ratio": 0.0})
+    assert event["ratio"] > 2 and event["step"] <= 12, (told, (run / "metrics.jsonl").read_text())
+    measured.detected(datetime.fromisoformat(event["time"]).timestamp() - house.told(name).stat().st_mtime)
+    jobs.same(run, house.undisturbed(layout), STEPS)
