@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.claim import Claim
+from megatrain.lifecycle.guard import Guard
 from megatrain.runtime.distributed import Session
 from megatrain.training import Run
 
@@ -16,6 +18,7 @@ class Job(Run):
     """A run, and the process that it lives in."""
 
     session: Session
+    guard: Guard
     config_text: str
     """The resolved config as YAML, with the origin of each value."""
     config_file: Path | None = None
@@ -39,10 +42,15 @@ class Job(Run):
     """For the log: the keys that differ from the checkpoint's config, each with its effect."""
 
     def close(self) -> None:
-        """Release the run's directories, the data loader and the session."""
-        self.give_up()
-        self.loader.close()
-        self.session.close()
+        """Release the run's directories, the data loader, the session and its guard. Waits for the other ranks."""
+        with self.guard.section("end"):
+            self.give_up()
+            self.loader.close()
+            try:
+                self.guard.leave(sys.exc_info()[1])  # in a `finally`, the error that is on its way
+            finally:
+                self.session.close()
+        self.guard.close()
 
     def give_up(self) -> None:
         """Release the run's directories."""

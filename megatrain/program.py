@@ -36,6 +36,8 @@ from megatrain.init_from import require_weights, shapes_of
 from megatrain.job import Job
 from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.limits import Limits
+from megatrain.lifecycle.monitor import Monitor
+from megatrain.lifecycle.sections import SectionLimits
 from megatrain.lifecycle.stop import PREEMPTED, StopRequest
 from megatrain.models.batch import Objective
 from megatrain.optim.audit import audit
@@ -55,9 +57,14 @@ from megatrain.watch import Watch, due
 
 
 def build(
-    config: Config | dict[str, Any] | str | Path, overrides: Sequence[str] = (), objective: Objective | None = None
+    config: Config | dict[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    objective: Objective | None = None,
+    monitor: Monitor | None = None,
 ) -> Job:
     """Join the world that the environment describes and make the run of `config` (a file, a tree or a Config) in it.
+
+    monitor: of this process, where it has one that began before.
 
     Raises ConfigError, LaunchError, TransportError, TokenStoreError or CheckpointError, on every rank at once.
     """
@@ -66,17 +73,26 @@ def build(
     config, text = loaded.config, loaded.text
     launch = launched(os.environ)
     launch.require_ranks()
-    session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
-    try:
-        job = _build_in(session, config, text, objective)
-        job.config_file = config_file
+    limits = limits_of(config)
+    with ExitStack() as stack:  # so that the next build of this process can join a world, if this one fails
+        guard = stack.enter_context(Guard(launch, limits, monitor))
+        with guard.section("set-up"), guard.watching():
+            session = connect(launch, config.parallel, max(vars(limits).values()), join_seconds=limits.start, met=guard.meet)
+            stack.callback(session.close)
+            guard.join(session)
+            job = _build_in(session, guard, config, text, objective)
+        stack.pop_all()
+        job.config_file, job.observers.phase = config_file, guard.phase
         return job
-    except BaseException:
-        session.close()  # so that the next build of this process can join a world
-        raise
 
 
-def _build_in(session: Session, config: Config, text: str, objective: Objective | None) -> Job:
+def limits_of(config: Config) -> SectionLimits:
+    """The limits of a run's sections."""
+    train = config.train
+    return SectionLimits(train.start_timeout_seconds, train.hang_timeout_seconds, config.checkpoint.timeout_seconds)
+
+
+def _build_in(session: Session, guard: Guard, config: Config, text: str, objective: Objective | None) -> Job:
     """The run of `config`, whose text with origins is `text`, in a world that was joined."""
     with session.together("looking at the code"):
         code = installed.sources()
@@ -96,7 +112,7 @@ def _build_in(session: Session, config: Config, text: str, objective: Objective 
         require_weights(config, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
     parts = {item.name: getattr(run, item.name) for item in fields(run)}
-    job = Job(**parts, session=session, config_text=text)
+    job = Job(**parts, session=session, guard=guard, config_text=text)
     job.program = installed.program(code)
     try:
         job.log_claim = claim_log(Path(config.log.dir), ctx, session.launch.job)  # before anything is written
@@ -210,14 +226,18 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
 
     stop: who listens to signals; without one, this call does while it lasts.
     """
-    config, limits = job.config, Limits(job.config.train, job.session.launch)
+    guard, limits = job.guard, Limits(job.config.train, job.session.launch)
     with (
         StopRequest() if stop is None else stop as told,
+        guard.watching(),
+        guard.section("records"),
         _open_log(job) as log,
         Watch(job, log) as watch,
-        Guard(job.session, config.train.hang_timeout_seconds, watch.guard_event) as guard,
+        guard.section("step"),
+        guard.watching(),
     ):
         told.started()
+        guard.told = lambda: told.came
 
         def told_to_stop() -> bool:
             """Whether this rank is told to stop, or at a limit; called once a step, and once a batch of an evaluation."""
@@ -225,7 +245,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
             return bool(told) or limits.reached()
 
         job.stop_requested = told_to_stop
-        done = _loop(job, watch, guard)
+        done = _loop(job, watch)
         if done:
             watch.finished()
         else:
@@ -233,7 +253,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         return done
 
 
-def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
+def _loop(job: Job, watch: Watch) -> bool:
     """Train; returns whether all steps are done. A step is reported when the next one is queued, and before any save or evaluation."""
     config = job.config
     watch.start()
@@ -254,8 +274,7 @@ def _loop(job: Job, watch: Watch, guard: Guard) -> bool:
             if job.held_out and (last or (evaluates and not stop)):
                 stop |= not watch.evaluate()
             if last or stop or saves:
-                with guard.paused():
-                    watch.save(last=last or stop)
+                watch.save(last=last or stop)
             if stop and not last:
                 return False
     return True
@@ -287,10 +306,10 @@ def _open_log(job: Job) -> Any:
         yield log
 
 
-def main(config_path: str, overrides: Sequence[str], stop: StopRequest) -> int:
+def main(config_path: str, overrides: Sequence[str], stop: StopRequest, monitor: Monitor | None = None) -> int:
     """`megatrain train`: exit code 0 when done, 75 when stopped early with a checkpoint saved."""
     allocator = tune_allocator()
-    job = build(config_path, overrides)
+    job = build(config_path, overrides, monitor=monitor)
     if job.session.rank == 0 and allocator:
         print(f"allocator: {allocator}", flush=True)  # noqa: T201
     try:

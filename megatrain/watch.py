@@ -54,7 +54,7 @@ class Watch:
     """Host name of each rank; gathered by `start`."""
 
     def __init__(self, job: Job, log: RunLog) -> None:
-        self.job, self.log, self.config = job, log, job.config
+        self.job, self.log, self.config, self.guard = job, log, job.config, job.guard
         ranks, of_stage = job.ctx.world.size, job.ctx.world.size // job.ctx.pp.size  # a stage's ranks are neighbours (mesh.py)
         logs = self.config.log
         self.comparison = Comparison([rank // of_stage for rank in range(ranks)], logs.slow_ratio, logs.slow_intervals)
@@ -194,7 +194,8 @@ class Watch:
         """Evaluate, write the row and redraw the picture. False if a rank is told to stop meanwhile: the evaluation then ends early."""
         began = time.perf_counter()
         try:
-            result = evaluate(self.job, self.config.train.eval_batches, self.job.stop_requested)
+            with self.guard.section("evaluation"):
+                result = evaluate(self.job, self.config.train.eval_batches, self.job.stop_requested)
         except Interrupted:
             self.log.say(f"the evaluation after step {self.job.step} was left: the run was told to stop")
             return False
@@ -215,10 +216,11 @@ class Watch:
         job = self.job
         progress = {**progress_of(job), "identity": job.identity, "program": job.program, "began": job.beginning}
         contents = Contents(job.step, progress, job.config_text)
-        if last:
-            self.retries.save_last(contents, portions(job.optimizer))
-        else:
-            self.retries.save(contents, portions(job.optimizer), wait=not self.config.checkpoint.asynchronous)
+        with self.guard.section("save", self.saver.place):
+            if last:
+                self.retries.save_last(contents, portions(job.optimizer))
+            else:
+                self.retries.save(contents, portions(job.optimizer), wait=not self.config.checkpoint.asynchronous)
 
     def _saved(self, path: Path, step: int, seconds: float) -> None:
         self.log.event("save", step, path=str(path), seconds=round(seconds, 3))
@@ -229,13 +231,16 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.job.observers.before_update.append(self.norms)
+        self.guard.background, self.guard.on_event = self.saver.unfinished, self._guard_event
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.job.observers.before_update.remove(self.norms)
-        self.saver.close()
+        with self.guard.section("save", self.saver.place):
+            self.saver.close()
+        self.guard.background, self.guard.on_event = lambda: None, None
 
-    def guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
+    def _guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
         """Record what ended the run; called from a thread of the guard, on any rank."""
         self.log.event(kind, self.job.step, rank=rank, message=message)
 

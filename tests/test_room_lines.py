@@ -10,14 +10,14 @@ LINES = {
     "kernels": 4050,
     "launch": 600,
     "megatrain": 1650,  # its own files, without the rooms below
-    "megatrain/checkpoint": 2400,
+    "megatrain/checkpoint": 2450,
     "megatrain/cli": 900,
     "megatrain/config": 2850,
     "megatrain/data": 4100,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 1600,
+    "megatrain/lifecycle": 2000,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
     "megatrain/optim": 550,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2650,
     "megatrain/verbs": 1350,
-    "tests": 37200,
+    "tests": 37700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

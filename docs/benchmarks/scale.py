@@ -43,6 +43,7 @@ from megatrain.doctor.measure import Report, look, neighbours
 from megatrain.doctor.rules import judge
 from megatrain.lifecycle.blame import Identity, State, Verdict
 from megatrain.lifecycle.guard import STORE_SECONDS, Guard
+from megatrain.lifecycle.sections import SectionLimits
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.records.log import LogDisplay, RunLog
 from megatrain.records.rows import StepRow
@@ -98,12 +99,12 @@ class CountedGuard(Guard):
 
 def guard_of(size: int, store: Any, rank: int = RANK) -> CountedGuard:
     """The guard of one rank of a world."""
-    launch = Launch(rank=rank, world_size=size, master_addr="node0", master_port=1, launcher="srun")
-    session: Any = SimpleNamespace(
-        rank=rank, launch=launch, world=SimpleNamespace(size=size), everyone=None, recorder=Recorder()
-    )
-    guard = CountedGuard(session, 600.0)
+    launch = Launch(rank=rank, local_rank=rank % 8, world_size=size, local_world_size=8, master_addr="node0", master_port=1)
+    guard = CountedGuard(launch, SectionLimits(600.0, 600.0, 600.0))
     guard.store = store
+    guard.meet()
+    session: Any = SimpleNamespace(everyone=None, recorder=Recorder())
+    guard.join(session)
     return guard
 
 
@@ -120,19 +121,23 @@ def join() -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for size in SIZES:
         inner = dist.HashStore()
-        for key, text in (("all here", ""), ("identity/0", Identity.own(0).text()), ("all leave", "")):
+        for key, text in (
+            ("all here", ""),
+            ("identity/0", Identity.own(0).text()),
+            (f"identity/{RANK + 1}", Identity.own(RANK + 1).text()),
+            ("all leave", ""),
+        ):
             inner.set(key, text)
         store = Counted(inner)
         meet_all(store, RANK, size, LIMIT)
         row = {"join": store.taken()}
-        with guard_of(size, store):
-            pass
+        guard_of(size, store).leave()
         row["guard, from start to end"] = store.taken()
         TorchWorld(RANK, size, CPU, 600.0, store)._linger()
         row["leave"] = store.taken()
         inner.add("alarms", 1)
         inner.set("verdict", Verdict("hang", (7,), "rank 7 is frozen").as_json())
-        guard_of(size, store)._hold_court(state_of(RANK, size))
+        guard_of(size, store)._agree_on_verdict(state_of(RANK, size))
         row["alarm"] = store.taken()
         rows[str(size)] = row
     return rows
@@ -145,16 +150,19 @@ from megatrain.runtime.distributed import connect
 from megatrain.doctor.measure import Report, look, neighbours
 from megatrain.doctor.rules import judge
 from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.sections import SectionLimits
 from megatrain.runtime.launch import Launch
-session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), 60.0)
+launch = Launch.from_environment(os.environ)
 port = f":{int(os.environ['MASTER_PORT']):04X}"
-with Guard(session, 60.0):
+with Guard(launch, SectionLimits(60.0, 60.0, 60.0)) as guard:
+    session = connect(launch, ParallelConfig(device="cpu"), 60.0, met=guard.meet)
+    guard.join(session)
     links = (os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}"))
     mine = {link[8:-1] for link in links if link.startswith("socket:")}
     rows = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/self/net/{name}").readlines()[1:]]
     print("connections", sum(row[9] in mine and row[2].endswith(port) for row in rows), flush=True)
-    session.everyone.barrier()
-session.close()
+    guard.leave()
+    session.close()
 """
 
 
@@ -284,7 +292,7 @@ def alarm() -> dict[str, Any]:
             client.set(f"state/{rank}", said)
         client.set("identity/7", Identity.own(7).text())
         counted = Counted(client)
-        seconds, (verdict, _) = timed(lambda: guard_of(RANKS, counted)._hold_court(state_of(RANK, RANKS)))
+        seconds, (verdict, _) = timed(lambda: guard_of(RANKS, counted)._agree_on_verdict(state_of(RANK, RANKS)))
         taken = counted.taken()
     size = len(verdict.as_json())
     return {

@@ -56,6 +56,8 @@ _Files = Mapping[tuple[str, AverageOver], PlannedFile]
 """(kind, axis of the replicas of its tensors) -> file that this rank writes."""
 _LOOK_SECONDS = 0.02
 """Seconds between two looks for the rows of the other ranks."""
+_OTHERS_FIRST_SECONDS = 5.0
+"""How much longer rank 0's publishing may take than a rank's own writing."""
 _PATIENCE_SECONDS = 30.0
 """How long a run that ends waits for the files of other ranks."""
 
@@ -105,6 +107,9 @@ class Saver:
         """On rank 0: number of the next checkpoint in the directory; 0 before the first."""
         self._known = ""
         """On rank 0: why the save in progress fails, as the ranks have agreed; a rank without a disk cannot leave word in a file."""
+        self._began = 0.0
+        self._threads: tuple[Future[None], ...] = ()
+        """The same two, kept when they have been waited for."""
 
     def save(self, contents: Contents, portions: Portions, *, wait: bool = True) -> Path:
         """Save the ranks' portions as directory/step_XXXXXXXX (collective over the world) and return that path.
@@ -117,10 +122,10 @@ class Saver:
         """
         self.finish()
         self._known = ""
-        began = time.perf_counter()
+        began, self._began = time.perf_counter(), time.monotonic()
         final = self.directory / step_name(contents.step)
         work = self.directory / (SAVING + final.name)
-        leads = self.ctx.world.rank == 0
+        leads, self.writer.at = self.ctx.world.rank == 0, work
         try:
             with together(self.ctx):
                 check_portions(portions, self.ctx)
@@ -142,6 +147,7 @@ class Saver:
         self._written = written
         if leads:
             self._published = self.writer.then(lambda _: self._conclude(work, final, contents, began, written))
+        self._threads = tuple(future for future in (self._written, self._published) if future is not None)
         if wait:
             self.finish()
         return final
@@ -152,6 +158,20 @@ class Saver:
         running = [future for future in (self._written, self._published) if future is not None and not future.done()]
         failed = self._written is not None and self._written.done() and self._written.exception() is not None
         return lowest(bool(running), group, device) is None or lowest(failed, group, device) is not None
+
+    def place(self) -> str:
+        """The file or directory that the save is at."""
+        return str(self.writer.at)
+
+    def unfinished(self) -> tuple[float, str] | None:
+        """When the save in progress has begun (time.monotonic), and the file that it is at; None if all is on the disk.
+
+        Rank 0 waits for the other ranks' files: it gives them some seconds, in which a rank whose own disk does not answer says so.
+        """
+        mine, *whole = self._threads or (None,)
+        if mine is not None and not mine.done():
+            return self._began, self.place()
+        return next(((self._began + _OTHERS_FIRST_SECONDS, self.place()) for future in whole if not future.done()), None)
 
     def finish(self) -> None:
         """Wait for the save in progress (collective). Raises CheckpointError on every rank if it has failed on any."""
@@ -216,7 +236,7 @@ class Saver:
         rows: list[dict[str, Any]] = []
         failed: list[str] = []
         while len(rows) + len(failed) < self.ctx.world.size:
-            left = work / f"rank-{len(rows) + len(failed):05d}"
+            left = self.writer.at = work / f"rank-{len(rows) + len(failed):05d}"
             if left.with_suffix(".json").is_file():
                 rows.append(json.loads(left.with_suffix(".json").read_text()))
             elif left.with_suffix(".failed").is_file():

@@ -109,6 +109,8 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._failure: BaseException | None = None
         self._may_write = threading.Event()
+        self.at = Path()
+        """The file or directory that was turned to last, which may be one that does not answer."""
 
     @contextmanager
     def copying(self, *, first: bool) -> Iterator[None]:
@@ -158,6 +160,7 @@ class Writer:
         self._pool.shutdown()
 
     def _open(self, file: PlannedFile) -> int:
+        self.at = file.path
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
         if self.staging.block_bytes % PAGE == 0 and _DIRECT:
             with suppress(OSError):
@@ -168,6 +171,7 @@ class Writer:
     def _write_block(self, file: PlannedFile, descriptor: int, index: int, block: torch.Tensor, length: int) -> None:
         try:
             self._may_write.wait()
+            self.at = file.path
             if self._failure is None:
                 whole = block.numpy().data
                 file.blocks[index] = hash_block(whole[:length])
@@ -178,6 +182,7 @@ class Writer:
             self.staging.give(block)
 
     def _finish(self, file: PlannedFile, descriptor: int) -> None:
+        self.at = file.path
         try:
             if self._failure is None:
                 os.ftruncate(descriptor, file.size)  # writes past the cache were whole pages

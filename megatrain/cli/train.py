@@ -23,6 +23,7 @@ def add_train(
 def _train(arguments: argparse.Namespace) -> int:
     from megatrain.config.load import load
     from megatrain.config.validate import validate_step
+    from megatrain.lifecycle.monitor import begin_monitor
     from megatrain.lifecycle.stop import PREEMPTED, StopRequest, end_with_launcher, is_stopping, reply, reply_listening
     from megatrain.runtime.launch import Launch
 
@@ -34,13 +35,14 @@ def _train(arguments: argparse.Namespace) -> int:
         return reply(launch, os.EX_TEMPFAIL)
     if config.model.init_from is None:  # init_from gives shapes only later
         validate_step(config, launch.world_size)  # report an impossible config at once, before torch is imported
+    monitor = begin_monitor(launch.rank, config.train.start_timeout_seconds) if arguments.ends_process else None
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
         reply_listening(launch)
         from megatrain.program import main as train
 
         try:
-            return reply(launch, train(arguments.config, arguments.overrides, stop))
+            return reply(launch, train(arguments.config, arguments.overrides, stop, monitor))
         finally:
             if arguments.ends_process:
                 stop.ignore()  # nothing is left to stop, and the exit code must not change

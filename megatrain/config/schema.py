@@ -472,9 +472,12 @@ class TrainConfig:
     )
     hang_timeout_seconds: float = knob(
         600.0,
-        "Seconds that a collective may take; after that the run ends, naming axis, call and culprit.",
+        "Seconds that a collective, a step or a batch may take; after that the run ends, naming culprit and place.",
         above=0,
         at_most=1e6,
+    )
+    start_timeout_seconds: float = knob(
+        1200.0, "Seconds that the set-up may take; then the run ends, naming who has not come.", above=0, at_most=1e6
     )
     deterministic: bool = knob(
         False, "Produce the same bits in every run of the same layout (torch.use_deterministic_algorithms)."
@@ -507,7 +510,7 @@ class CheckpointConfig:
     )
     timeout_seconds: float = knob(
         1800.0,
-        "Seconds that a save may take until it is on the disk, the last one of a run with all its attempts.",
+        "Seconds that a save may take, the last one with all its attempts; after that the run ends, naming rank and file.",
         above=0,
         at_most=1e6,
     )

@@ -103,10 +103,11 @@ class State:
     """One rank's report during an alarm."""
 
     rank: int
-    doing: Literal["waiting", "busy", "failed", "raised", "left"]
-    """waiting: in a call; busy: in no call; failed: its transport broke; raised: ended by an exception; left: finished."""
+    doing: Literal["waiting", "busy", "blocked", "failed", "raised", "left"]
+    """waiting: in a call; busy: in no call; blocked: a thread of it waits for a disk; failed: its transport broke; raised: ended by an
+    exception; left: finished."""
     detail: str = ""
-    """The call as text, or the error."""
+    """The call as text, the error, or the section of the run that it is in."""
     axis: str = ""
     ranks: tuple[int, ...] = ()
     operation: str = ""
@@ -119,10 +120,14 @@ class State:
     """Number of calls that the rank has begun in each of its groups, by `axis/first rank`."""
 
     @classmethod
-    def waiting(cls, rank: int, call: Call, now: float, stack: str, issued: Mapping[str, int] | None = None) -> State:
-        """The report of a rank that is blocked in a call."""
+    def waiting(
+        cls, rank: int, call: Call, now: float, stack: str, issued: Mapping[str, int] | None = None, section: str = ""
+    ) -> State:
+        """The report of a rank that is blocked in a call; section: of the run, where that is to be said."""
         of = call.axis, call.ranks, call.operation, call.sequence
-        return cls(rank, "waiting", str(call), *of, now - call.started, stack, issued or {})
+        return cls(
+            rank, "waiting", f"{call}, in {section}" if section else str(call), *of, now - call.started, stack, issued or {}
+        )
 
     @classmethod
     def parse(cls, text: str) -> State:
@@ -137,7 +142,8 @@ class State:
     def __str__(self) -> str:
         said = {
             "waiting": f"has waited for {self.seconds:.1f} s in {self.detail}",
-            "busy": "is in no call: it runs something else",
+            "busy": f"has come no further for {self.seconds:.1f} s in {self.detail or 'no section of the run'}, and is in no call",
+            "blocked": f"has come to no end for {self.seconds:.1f} s in {self.detail}",
             "failed": f"failed: {self.detail}",
             "raised": f"ended with {self.detail}",
             "left": "has left the run",
@@ -224,15 +230,17 @@ class _Fewer:
 
 
 def find_culprits(states: Mapping[int, State], world_size: int) -> tuple[int, ...]:
-    """The ranks to blame: those that raised, else those without a report, else the ends of the chains of waiting, else a cycle of waiting.
+    """The ranks to blame: those that raised, else those without a report, else those whose disk does not answer, else the ends of the
+    chains of waiting, else a cycle of waiting.
 
     Where no rank waits for another: ranks whose transport failed, else busy ranks. Empty where all ranks wait in the same call: then the
     network between them is at fault.
     """
     silent = tuple(rank for rank in range(world_size) if rank not in states)
     raised = tuple(rank for rank, state in sorted(states.items()) if state.doing == "raised")
-    if silent or raised:
-        return raised or silent
+    blocked = tuple(rank for rank, state in sorted(states.items()) if state.doing == "blocked")
+    if silent or raised or blocked:
+        return raised or silent or blocked
     waits = _waits(states)
     reached: set[int] = set()
     ends: set[int] = set()
@@ -275,14 +283,12 @@ def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world
     broken = any(state.doing in ("failed", "raised") for state in states.values())
     dead = "gone" in conditions.values() or (broken and "stopped" not in conditions.values())
     lines = [_describe_silent(rank, identities.get(rank), conditions[rank]) for rank in silent[:SHOWN]]
-    for rank in [rank for rank in culprits if rank in states][:SHOWN]:
-        stack = states[rank].stack
-        lines.append(f"{states[rank]}" + (f", at\n{stack}" if stack and states[rank].doing in ("busy", "failed") else ""))
+    lines += [str(states[rank]) for rank in [rank for rank in culprits if rank in states][:SHOWN]]
     if len(culprits) > SHOWN:
         lines.append(f"and {len(culprits) - SHOWN} more, of ranks {_runs(culprits)}")
     if not culprits:
         lines.append("all ranks are in the same call: the network between them, or a device, does not deliver")
-    lines += _reports_beside(states, culprits)
+    lines += _reports_beside(states, culprits) + _stacks(states, culprits)
     kill = tuple(identities[rank] for rank in silent if rank in identities)
     return Verdict("death" if dead else "hang", culprits, "\n".join(lines), kill)
 
@@ -306,3 +312,14 @@ def _reports_beside(states: Mapping[int, State], culprits: tuple[int, ...]) -> l
     direct.sort(key=lambda s: -s.seconds)
     broken = [s for s in states.values() if s.doing == "failed" and s.rank not in blamed]
     return [str(state) for state in (direct + broken)[:SHOWN]]
+
+
+def _stacks(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
+    """The stacks of all ranks, those of the culprits first; ranks with the same one share it, and SHOWN are written out."""
+    of: dict[str, list[int]] = {}
+    for rank in sorted(states, key=lambda rank: (rank not in culprits, rank)):
+        if states[rank].stack:
+            of.setdefault(states[rank].stack, []).append(rank)
+    lines = [f"rank {_runs(sorted(ranks))} is at\n{stack}" for stack, ranks in list(of.items())[:SHOWN]]
+    rest = sorted(rank for ranks in list(of.values())[SHOWN:] for rank in ranks)
+    return lines + ([f"and {len(of) - SHOWN} more stacks, of ranks {_runs(rest)}"] if rest else [])

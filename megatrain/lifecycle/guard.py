@@ -1,8 +1,9 @@
 """The guard of a run: no rank waits for ever, and the error names the rank that it waited for.
 
-It sends nothing while all is well. Each rank has two threads: one checks once a second whether this rank has
-been in one collective, or has made no step, for longer than train.hang_timeout_seconds; the other waits for a key in the store where
-the ranks met.
+It sends nothing while all is well. Each rank has two threads. One looks once a second whether this rank has been in one collective, or has
+come no further in its section of the run (`sections.py`), for longer than that section may take; whether its neighbour, the next rank of
+its machine, has died; and tells this rank's monitor (`monitor.py`) that Python still runs. The other waits for a key in the store where the
+ranks met.
 An alarm (a rank has waited too long, or its transport broke because a peer died) sets that key for every rank. Then
 
     every rank    writes its state: waits in this call, is busy there, has failed
@@ -11,27 +12,37 @@ An alarm (a rank has waited too long, or its transport broke because a peer died
 
 by `os._exit`, since a rank blocked in C++ cannot raise. A rank that writes nothing is dead or frozen. If the store itself does not
 answer, the rank that serves it is to blame. Every wait in this protocol has a limit; together they stay below 30 s.
+
+A world of one rank has the same thread and monitor, and no store. A guard begins before the ranks meet (`with Guard(...)`), opens its
+connections as soon as there is a store (`meet`), and ends after all else (`close`).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Literal, NoReturn
 
 from megatrain.lifecycle.blame import Identity, State, Verdict, judge
+from megatrain.lifecycle.monitor import DUMP_SIGNAL, Monitor, begin_monitor
+from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
 from megatrain.runtime.distributed import Session
+from megatrain.runtime.launch import Launch
 from megatrain.transport.board import Board
 from megatrain.transport.group import TransportError
+from megatrain.transport.wrappers import Recorder
 
 OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
 """Called with the kind, the rank to blame if it is a single one, and the message; in a thread, usually on one rank only."""
+Background = Callable[[], "tuple[float, str] | None"]
+"""Work of another thread that a save has left: (time.monotonic at its beginning, where it is); None if there is none."""
 
 LOOK_SECONDS = 1.0
 STORE_SECONDS = 4.0
@@ -44,20 +55,32 @@ LINGER_SECONDS = 3.0
 """The rank that serves the store, which the others still read, ends this much later."""
 SUSPENDED_SECONDS = 5.0
 """If a check comes this much too late, this process itself was suspended."""
+GONE_SECONDS = 4.0
+"""A neighbour that has been gone for this long has died: ranks that end after an error in common do so within less."""
+ALARM_SECONDS = 40.0
+"""An alarm takes less: time for the monitor to wait."""
+EXIT_SECONDS = 60.0
+"""Time for the interpreter to end once the run has."""
 STACK_FRAMES = 6
 
 
 class Guard:
-    """Watches one run, as a context manager around its loop. A TransportError that leaves the body ends the process with an explanation."""
+    """Watches one run on this rank, from before the ranks meet to the end."""
 
-    def __init__(self, session: Session, timeout_seconds: float, on_event: OnEvent | None = None) -> None:
-        self._session = session
-        self._launch = session.launch
-        self._size = session.world.size
-        self._timeout = timeout_seconds
-        self._on_event = on_event
-        self._ticked = time.monotonic()
-        self._paused = 0
+    def __init__(self, launch: Launch, limits: SectionLimits, monitor: Monitor | None = None) -> None:
+        """monitor: of the whole process, where it began before; else the guard has one of its own."""
+        self._launch = launch
+        self._rank, self._size = launch.rank, launch.world_size
+        self.sections = Sections(limits)
+        self._limits = limits
+        self.on_event: OnEvent | None = None
+        self.background: Background = lambda: None
+        self.told: Callable[[], float | None] = lambda: None
+        """When this rank was told to stop (time.monotonic); None if it was not."""
+        self._monitor, self._keeps_monitor = monitor, monitor is not None
+        self._recorder = Recorder()
+        self._session: Session | None = None
+        self._left = False
         self._closing = threading.Event()
         self._store_lost = threading.Event()
         self._alarmed = threading.Lock()
@@ -67,48 +90,103 @@ class Guard:
         self._board: Board | None = None
         """Opened at the start: during an alarm, and at the end, all ranks would connect in the same moment."""
         self._server: Identity | None = None
-        self._served_by_rank_0 = self._size > 1 and not self._launch.launcher_serves
+        self._neighbour: Identity | None = None
+        self._gone_since: float | None = None
+        self._served_by_rank_0 = self._size > 1 and not launch.launcher_serves
+
+    # --- the main thread's side -------------------------------------------------------------------------------------------
+
+    def section(self, name: Name, where: Callable[[], str] = str) -> AbstractContextManager[TimedSection]:
+        """A section of the run, with its limit."""
+        return self.sections.enter(name, where)
 
     def tick(self) -> None:
         """Record progress: once a step, and once a batch of an evaluation."""
-        self._ticked = time.monotonic()
+        self.sections.tick()
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        """The section of a step's phase, where it has one of its own."""
+        return self.section("data") if name == "data" else nullcontext()
+
+    def __enter__(self) -> Guard:
+        self._monitor = self._monitor or begin_monitor(self._rank, self._limits.start)
+        if DUMP_SIGNAL is not None:
+            faulthandler.register(DUMP_SIGNAL, file=2)
+        self._start("look", self._check)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def meet(self) -> None:
+        """Open the connections to the store where the ranks meet, and say who this rank is. Raises TransportError."""
+        if self._size == 1:
+            return
+        self._waker, self._board = self._open_board(self._size), self._open_board(self._size)
+        self._waker.write(f"identity/{self._rank}", Identity.own(self._rank).text())
+        self._start("wake", self._await_alarm)
+
+    def join(self, session: Session) -> None:
+        """All ranks have met: watch the session's calls, and the neighbour."""
+        self._session, self._recorder = session, session.recorder
+        if self._board is None:
+            return
+        first = self._rank - self._launch.local_rank
+        neighbour = first + (self._launch.local_rank + 1) % self._launch.local_world_size
+        self._neighbour = None if neighbour == self._rank else self._identity(neighbour)
+        if self._served_by_rank_0 and self._rank != 0:
+            self._server = self._neighbour if neighbour == 0 else self._identity(0)
+
+    def _identity(self, rank: int) -> Identity | None:
+        text = None if self._board is None else self._board.wait(f"identity/{rank}", STORE_SECONDS)
+        return None if text is None else Identity.parse(text)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Suspend the limit on time without a step, around work on the disk that may take long."""
-        self._paused += 1
+    def watching(self) -> Iterator[None]:
+        """A TransportError that leaves the body ends the process with an explanation; another error is told to the other ranks."""
         try:
             yield
-        finally:
-            self._paused -= 1
-            self.tick()
+        except TransportError as error:
+            if self._session is not None and self._board is not None and not self._left:
+                self.explain(error)
+            self.leave(error)
+            raise
+        except BaseException as error:
+            self.leave(error)
+            raise
 
     def explain(self, error: TransportError) -> NoReturn:
         """End this process and every other rank, with a message that names the rank whose death or fault broke the transport."""
         frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[-STACK_FRAMES:])
-        self._alarm(State(self._session.rank, "failed", str(error), stack="".join(frames).rstrip()))
+        self._alarm(State(self._rank, "failed", str(error), stack="".join(frames).rstrip()))
 
-    def __enter__(self) -> Guard:
-        if self._size > 1:
-            self._start_watching()
-        return self
+    def leave(self, error: BaseException | None = None) -> None:
+        """Report that this rank has finished, so that it is not taken for dead. Without an error, first wait for all to finish."""
+        if self._left or self._board is None or self._store_lost.is_set():
+            return
+        self._left, self._neighbour = True, None
+        if error is None and self._session is not None and self._session.everyone is not None:
+            self._session.everyone.barrier()  # the rank that serves the store must not end first
+        said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
+        with suppress(TransportError):  # the store closed just now
+            self._write_state(State(self._rank, "left" if error is None else "raised", said))
+            self._board.write(f"wake/{self._rank}", "bye")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, TransportError) and self._size > 1:
-            self.explain(error)
+    def close(self) -> None:
+        """End the threads, and the monitor unless it is the process's own, which then waits for that to end."""
         self._closing.set()
-        if self._size > 1:
-            self._leave(error)
+        for thread in self._threads:
+            thread.join(STORE_SECONDS)
+        if DUMP_SIGNAL is not None:
+            faulthandler.unregister(DUMP_SIGNAL)
+        if self._monitor is not None and self._keeps_monitor:
+            self._monitor.beat(EXIT_SECONDS, "the end of the process")
+        elif self._monitor is not None:
+            self._monitor.close()
 
-    def _start_watching(self) -> None:
-        self._waker, self._board = self._open_board(self._size), self._open_board(self._size)
-        self._waker.write(f"identity/{self._session.rank}", Identity.own(self._session.rank).text())
-        if self._served_by_rank_0 and self._session.rank != 0:
-            text = self._waker.wait("identity/0", self._timeout)
-            self._server = None if text is None else Identity.parse(text)
-        for name, body in (("look", self._check), ("wake", self._await_alarm)):
-            self._threads.append(threading.Thread(target=body, name=f"megatrain-guard-{name}", daemon=True))
-            self._threads[-1].start()
+    def _start(self, name: str, body: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=body, name=f"megatrain-guard-{name}", daemon=True))
+        self._threads[-1].start()
 
     def _open_board(self, ranks: int = 1) -> Board:
         """A connection to the store, opened by `ranks` ranks at the same time. Raises TransportError."""
@@ -117,41 +195,56 @@ class Guard:
             raise TransportError("a world of several ranks has no rendezvous store: MASTER_ADDR and MASTER_PORT are missing")
         return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks, self._launch.key)
 
-    def _leave(self, error: BaseException | None) -> None:
-        """Report that this rank has finished, so that it is not taken for dead, and end the threads."""
-        if self._store_lost.is_set():
-            return  # nobody is left to tell
-        said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
-        state = State(self._session.rank, "left" if error is None else "raised", said)
-        try:
-            board = self._write_state(state)
-            board.write(f"wake/{state.rank}", "bye")
-        except TransportError:
-            return  # the store closed just now
-        for thread in self._threads:
-            thread.join(STORE_SECONDS)
-        if error is None and self._session.everyone is not None:
-            self._session.everyone.barrier()  # the rank that serves the store must not end first
+    # --- the threads ------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Thread: once a second, check whether this rank has waited too long."""
+        """Thread: once a second, look whether this rank has waited too long, and tell the monitor that this thread still runs."""
         looked = awake = time.monotonic()
-        while not self._closing.wait(min(LOOK_SECONDS, self._timeout / 4)):
+        shortest = min(self._limits.start, self._limits.hang, self._limits.save)
+        while not self._closing.wait(min(LOOK_SECONDS, shortest / 4)):
             now = time.monotonic()
             if now - looked > SUSPENDED_SECONDS + LOOK_SECONDS:
                 awake = now  # a job that was suspended gets the whole limit again
             looked = now
-            call = self._session.recorder.waiting()
-            since = max(awake, self._ticked if call is None else call.started)
-            if now - since > self._timeout and not (call is None and self._paused):
+            left, what = self._left_over(now, awake)
+            if self._monitor is not None and not self._alarmed.locked():
+                self._monitor.beat(max(left, 0.0), what)
+            if left < 0 or self._neighbour_is_gone(now):
                 self._alarm(self._own_state())
+
+    def _left_over(self, now: float, awake: float) -> tuple[float, str]:
+        """Seconds until this rank has waited too long (infinite outside of all sections and calls), and in what."""
+        call, section, told = self._recorder.waiting(), self.sections.now(), self.told()
+        left, what = float("inf"), "nothing"
+        limit = self.sections.limit(told is not None) or (None if call is None else self._limits.of_call)
+        if limit is not None:
+            since = call.started if call is not None else awake if section is None else section.since
+            if limit.told and told is not None:
+                since = max(since, told)
+            left, what = max(since, awake) + limit.seconds + limit.grace - now, f"{section or call} ({limit})"
+        behind = self.background()
+        if behind is not None:
+            of_save = self._limits.of_save
+            left_behind = max(behind[0], awake) + of_save.seconds - now
+            if left_behind < left:
+                left, what = left_behind, f"save at {behind[1]} ({of_save})"
+        return left, what
+
+    def _neighbour_is_gone(self, now: float) -> bool:
+        """Whether the next rank of this machine has died, without a word."""
+        neighbour = self._neighbour
+        if neighbour is None or neighbour.condition() != "gone":
+            self._gone_since = None
+            return False
+        self._gone_since = self._gone_since or now
+        return now - self._gone_since > GONE_SECONDS
 
     def _await_alarm(self) -> None:
         """Thread: block until another rank raises the alarm, or this rank leaves."""
         if self._waker is None:
             return
         try:
-            text = self._waker.wait(f"wake/{self._session.rank}")
+            text = self._waker.wait(f"wake/{self._rank}")
         except TransportError:
             self._store_lost.set()  # its server is gone; ranks that wait for that process find out
             return
@@ -159,20 +252,27 @@ class Guard:
             self._alarm(self._own_state())
 
     def _own_state(self) -> State:
-        now = time.monotonic()
-        frame = sys._current_frames().get(self._main.ident or 0)
-        stack = "" if frame is None else "".join(traceback.format_list(traceback.extract_stack(frame)[-STACK_FRAMES:])).rstrip()
-        recorder = self._session.recorder
-        call = recorder.waiting()
+        now, section, call = time.monotonic(), self.sections.now(), self._recorder.waiting()
+        stack = stack_of(self._main.ident)
+        place, issued = str(section or ""), self._recorder.issued()
+        behind, limit = self.background(), self._limits.of_save
+        if behind is not None and now - behind[0] > limit.seconds / 2:
+            detail = f"save at {behind[1]} ({limit})"
+            return State(self._rank, "blocked", detail, seconds=now - behind[0], stack=stack, issued=issued)
         if call is not None:
-            return State.waiting(self._session.rank, call, now, stack, recorder.issued())
-        detail = f"no step for {now - self._ticked:.1f} s"
-        return State(self._session.rank, "busy", detail, seconds=now - self._ticked, stack=stack, issued=recorder.issued())
+            return State.waiting(
+                self._rank, call, now, stack, issued, "" if section is None or section.name == "step" else place
+            )
+        seconds = 0.0 if section is None else now - section.since
+        detail = "" if section is None else f"{place} ({self.sections.limit(self.told() is not None)})"
+        return State(self._rank, "busy", detail, seconds=seconds, stack=stack, issued=issued)
 
     def _alarm(self, state: State) -> NoReturn:
         """Raise the alarm or follow it; end the process. If several threads call this, the first does it and the others block."""
         if not self._alarmed.acquire(blocking=False):
             threading.Event().wait()
+        if self._monitor is not None:
+            self._monitor.beat(ALARM_SECONDS, "the end of a run that hangs")
         try:
             verdict, speaker = self._agree_on_verdict(state)
         except TransportError as error:
@@ -181,6 +281,8 @@ class Guard:
 
     def _agree_on_verdict(self, state: State) -> tuple[Verdict, bool]:
         """The verdict, and whether this rank reached it. Raises TransportError if the store does not answer."""
+        if self._size == 1:
+            return judge({state.rank: state}, {}, 1), True
         if self._server is not None and self._server.condition() in ("gone", "stopped"):
             raise TransportError(f"{self._server} is {self._server.condition()}")
         board = self._write_state(state)
@@ -234,9 +336,9 @@ class Guard:
         text = verdict.text.replace("\n", "\n    ")
         own = "" if str(state) in verdict.text or state.rank in verdict.culprits else f"\n    this {state}"
         print_error(f"megatrain: rank {state.rank} ends after a {verdict.kind}; to blame: rank {named}\n    {text}{own}")
-        if speaker and self._on_event is not None:
+        if speaker and self.on_event is not None:
             culprit = verdict.culprits[0] if len(verdict.culprits) == 1 else None
-            callback = threading.Thread(target=self._on_event, args=(verdict.kind, culprit, verdict.text), daemon=True)
+            callback = threading.Thread(target=self.on_event, args=(verdict.kind, culprit, verdict.text), daemon=True)
             callback.start()
             callback.join(STORE_SECONDS)
         for identity in verdict.kill:
@@ -245,6 +347,12 @@ class Guard:
         if self._served_by_rank_0 and state.rank == 0:
             time.sleep(LINGER_SECONDS)
         os._exit(1)
+
+
+def stack_of(thread: int | None) -> str:
+    """The innermost frames of a thread, innermost last; empty if it has ended."""
+    frame = sys._current_frames().get(thread or 0)
+    return "" if frame is None else "".join(traceback.format_list(traceback.extract_stack(frame)[-STACK_FRAMES:])).rstrip()
 
 
 def print_error(text: str) -> None:

@@ -53,7 +53,8 @@ class StopRequest:
         """The first signal received."""
         self._marker, self._launch = marker, launch
         self._starting = marker is not None
-        self._came = 0.0
+        self.came: float | None = None
+        """When it came (time.monotonic)."""
         self._depth = 0
         self._lock = threading.Lock()
         self._pipe: tuple[int, int] = (-1, -1)
@@ -110,12 +111,12 @@ class StopRequest:
             return
         now = time.monotonic()
         if self.signal is not None:
-            if number == signal.SIGINT and now - self._came > INSIST_SECONDS:
+            if number == signal.SIGINT and self.came is not None and now - self.came > INSIST_SECONDS:
                 _say("interrupted; the last checkpoint holds")
                 os._exit(INTERRUPTED)
             return
         with self._lock:
-            self.signal, self._came = signal.Signals(number), now
+            self.signal, self.came = signal.Signals(number), now
             if self._starting:
                 self._end_at_start()
         if sys.stderr is not None and sys.stderr.isatty():  # not in a log, where every rank would write it

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -30,7 +30,7 @@ from megatrain.transport.processes import Rendezvous, TorchWorld
 from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 BACKEND_MARGIN_SECONDS = 45.0
-"""A backend's collective may take this much longer than train.hang_timeout_seconds: the guard's verdict names the culprit, and comes at
+"""A backend's collective may take this much longer than the longest limit of the guard, whose verdict names the culprit, and comes at
 most 30 s after the limit, before NCCL's watchdog ends the process."""
 
 
@@ -155,9 +155,16 @@ def named(ranks: Sequence[int]) -> str:
 
 
 def connect(
-    launch: Launch, parallel: ParallelConfig, timeout_seconds: float, env: MutableMapping[str, str] = os.environ
+    launch: Launch,
+    parallel: ParallelConfig,
+    timeout_seconds: float,
+    env: MutableMapping[str, str] = os.environ,
+    *,
+    join_seconds: float | None = None,
+    met: Callable[[], None] = lambda: None,
 ) -> Session:
-    """Join the world. timeout_seconds: train.hang_timeout_seconds; also how long to wait here for ranks that do not come.
+    """Join the world. timeout_seconds: longest that a call may take; join_seconds: how long to wait here for ranks that do not come
+    (None: as long); met: called when the store where the ranks meet is reached.
 
     Sets the environment variables that tell the backends their network interface (`interface.py`). Raises LaunchError if device, backend
     or interface is not available, TransportError if the world cannot be joined.
@@ -178,7 +185,8 @@ def connect(
         rendezvous=Rendezvous((launch.master_addr, launch.master_port), launch.launcher_serves, launch.store_prefix),
         device=device,
         timeout_seconds=timeout_seconds + BACKEND_MARGIN_SECONDS,
-        join_seconds=timeout_seconds,
+        join_seconds=timeout_seconds if join_seconds is None else join_seconds,
+        met=met,
     )
     world = RecordedWorld(inner, recorder)
     everyone = world.group("world", range(launch.world_size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -307,11 +308,13 @@ class TorchWorld(World):
         device: torch.device | str = "cpu",
         timeout_seconds: float = 600.0,
         join_seconds: float | None = None,
+        met: Callable[[], None] = lambda: None,
     ) -> TorchWorld:
         """Join the job as `rank` of `size`.
 
         device: where this rank's tensors live; with nccl its own GPU, which becomes the current one.
         timeout_seconds: limit of every later call. join_seconds: how long to wait for the other ranks here (None: as long).
+        met: called when the store is reached, before the other ranks have come.
 
         Raises TransportError if the port is in use, the store cannot be reached, or ranks do not come (it lists them).
         """
@@ -321,10 +324,12 @@ class TorchWorld(World):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         join = timedelta(seconds=timeout_seconds if join_seconds is None else join_seconds)
+        began = time.monotonic()
         serves = rank == 0 and not rendezvous.launcher_serves
         store = PrefixStore(rendezvous.prefix, open_store(rank, size, rendezvous.at, join, serves))
         own = f"{torch.cuda.get_device_properties(device).uuid}" if backend == "nccl" else ""
-        meet_all(store, rank, size, join, own)
+        met()
+        meet_all(store, rank, size, max(join - timedelta(seconds=time.monotonic() - began), timedelta(seconds=1)), own)
         try:
             limit = timedelta(seconds=timeout_seconds)
             options = _options(backend, limit)

@@ -195,7 +195,7 @@ def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str =
         except RuntimeError:
             raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {_headline(error)}") from error
         raise TransportError(
-            f"rank {rank} waited {limit.total_seconds():g} s, but of {size} ranks {absent} did not come. "
+            f"rank {rank} waited {round(limit.total_seconds(), 1):g} s, but of {size} ranks {absent} did not come. "
             "Were they started, with the same world size, MASTER_ADDR, MASTER_PORT and MEGATRAIN_SECRET?"
         ) from error
     if problem:

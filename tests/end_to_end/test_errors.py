@@ -213,7 +213,7 @@ def talk_http(server: socket.socket) -> None:
 
 def test_a_rank_that_never_comes_is_named(house, tmp_path):
     _, *words = line_of(house, "alone", [])
-    words[words.index(HANG_TIMEOUT)] = "train.hang_timeout_seconds=2"
+    words[words.index(HANG_TIMEOUT)] = "train.start_timeout_seconds=2"
     with jobs.Job(tmp_path) as job:
         command = [sys.executable, "-m", "megatrain", "train", *words]
         job.start(command, jobs.environment(0, 2, jobs.free_port()))

@@ -14,6 +14,7 @@ from torch.distributed import HashStore
 
 from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge
 from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.sections import SectionLimits
 from megatrain.parallel.mesh import AXES, MeshShape
 from megatrain.runtime.launch import Launch
 from megatrain.transport.board import Board
@@ -125,6 +126,29 @@ def test_a_gpu_whose_queue_is_full_holds_a_rank_that_is_not_to_blame():
     assert find_culprits(told(apart), 2) == (0, 1), "each is behind the other somewhere: nobody is acquitted"
 
 
+def test_a_verdict_shows_the_stacks_of_all_ranks_equal_ones_once_and_the_culprits_first():
+    states = [replace(waiting(rank, range(5)), stack="  in wait") for rank in (0, 1, 2, 4)]
+    states += [State(3, "busy", "data (train.hang_timeout_seconds=9)", seconds=9.5, stack="  in load")]
+    text = judge(told(states), {}, 5).text
+    assert text.startswith(
+        "rank 3 has come no further for 9.5 s in data (train.hang_timeout_seconds=9), and is in no call\nrank 0 has waited for 9.0 s in "
+    )
+    assert text.endswith("\nrank 3 is at\n  in load\nrank 0-2,4 is at\n  in wait")
+
+
+def test_a_verdict_shows_eight_different_stacks_at_most():
+    states = told([replace(waiting(rank, range(20)), stack=f"  at {rank % 10}") for rank in range(20)])
+    text = judge(states, {}, 20).text
+    assert text.count(" is at\n") == 8 and text.endswith("rank 7-17/10 is at\n  at 7\nand 2 more stacks, of ranks 8-9,18-19")
+
+
+def test_a_rank_whose_disk_does_not_answer_is_blamed_before_those_that_wait_for_it():
+    states = told([waiting(0, (0, 1, 2)), State(1, "busy", "save"), State(2, "blocked", "save at /disk/x", seconds=61.0)])
+    assert find_culprits(states, 3) == (2,)
+    assert judge(states, {}, 3).text.startswith("rank 2 has come to no end for 61.0 s in save at /disk/x\n")
+    assert find_culprits({rank: states[rank] for rank in (0, 2)}, 3) == (1,), "one that is dead or frozen comes first"
+
+
 class Counted:
     """A store in memory that counts messages."""
 
@@ -143,11 +167,11 @@ class CountedGuard(Guard):
     """A guard of one rank of a world that is not there."""
 
     def __init__(self, size, rank=5):
-        launch = Launch(rank=rank, world_size=size, master_addr="node0", master_port=1, launcher="srun")
-        world = SimpleNamespace(size=size)
-        super().__init__(SimpleNamespace(rank=rank, launch=launch, world=world, everyone=None, recorder=Recorder()), 600.0)
+        launch = Launch(rank=rank, local_rank=rank % 8, world_size=size, local_world_size=8, master_addr="n", master_port=1)
+        super().__init__(launch, SectionLimits(600.0, 600.0, 600.0))
         self.store, self.opened = Counted(), 0
-        self.store.inner.set("identity/0", Identity.own(0).text())
+        for other in (0, 6):
+            self.store.inner.set(f"identity/{other}", Identity.own(other).text())
 
     def _open_board(self, ranks=1):
         self.opened += 1
@@ -157,13 +181,16 @@ class CountedGuard(Guard):
 @pytest.mark.parametrize("size", [64, LARGEST.world])
 def test_a_guard_asks_as_little_in_any_world(size):
     with CountedGuard(size) as guard:
+        guard.meet()
+        guard.join(SimpleNamespace(everyone=None, recorder=Recorder()))
         assert guard.opened == 2
         guard.store.inner.add("alarms", 1)
         guard.store.inner.set("verdict", Verdict("hang", (7,), "rank 7").as_json())
         before = guard.store.calls.copy()
         assert guard._agree_on_verdict(waiting(5, range(size))) == (Verdict("hang", (7,), "rank 7"), False)
         assert guard.store.calls - before == {"set": 1, "add": 1, "wait": 1, "get": 1}
-    assert guard.opened == 2 and sum(guard.store.calls.values()) <= 12
+        guard.leave()
+    assert guard.opened == 2 and sum(guard.store.calls.values()) <= 14
 
 
 def test_a_connection_that_is_lost_is_opened_again():

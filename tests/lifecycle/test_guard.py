@@ -22,10 +22,13 @@ from megatrain.transport.host import Reading
 from megatrain.transport.wrappers import Wrapper
 from megatrain.runtime.launch import Launch
 from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.sections import SectionLimits
 from megatrain.lifecycle.stop import StopRequest, end_with_launcher
 
 what, victim, timeout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), timeout + 10)
+launch = Launch.from_environment(os.environ)
+guard = Guard(launch, SectionLimits(start=60.0, hang=timeout, save=timeout))
+guard.on_event = lambda kind, rank, text: print("EVENT", kind, rank, flush=True)
 
 def load_sample_that_never_comes():
     time.sleep(1000)
@@ -68,9 +71,6 @@ class QueuedWorld(World):
     def close(self):
         self.inner.close()
 
-if what.startswith("queued "):
-    what, session.world.inner = what.removeprefix("queued "), QueuedWorld(session.world.inner)
-
 def misbehave():
     if what == "freeze":
         time.sleep(0.3)  # what was begun goes out
@@ -82,31 +82,38 @@ def misbehave():
     if what == "raise":
         raise ValueError("bad sample 17")
 
-end_with_launcher(session.launch)
-with StopRequest() as told, Guard(session, timeout, lambda kind, rank, text: print("EVENT", kind, rank, flush=True)) as guard:
+end_with_launcher(launch)
+with StopRequest() as told, guard, guard.watching():
+    with guard.section("set-up"):
+        session = connect(launch, ParallelConfig(device="cpu"), timeout + 10, met=guard.meet)
+        guard.join(session)
+    if what.startswith("queued "):
+        what, session.world.inner = what.removeprefix("queued "), QueuedWorld(session.world.inner)
     size, rank = session.world.size, session.rank
     pair = (0, 1) if rank < 2 else (2, 3)
     tp = session.world.group("tp", pair)
     dp = None if size == 2 else session.world.group("dp", (rank % 2, rank % 2 + 2))
     late = None
-    for step in range(20 if what != "go on" else 10**9):
-        guard.tick()
-        stop = torch.tensor([float(bool(told))])
-        tp.all_reduce(stop, "max")
-        before, late = late, tp.start_to_host(stop)
-        if before is not None and before.wait():
-            print("STOPPED", flush=True)
-            break
-        if step == 5:
-            if what == "all sleep":
-                load_sample_that_never_comes()
-            if what == "go on":
-                print("RUNNING", flush=True)
-            if rank == victim:
-                misbehave()
-        tp.all_reduce(torch.ones(4))
-        if dp is not None:
-            dp.all_reduce(torch.ones(4))
+    with guard.section("step"):
+        for step in range(20 if what != "go on" else 10**9):
+            guard.tick()
+            stop = torch.tensor([float(bool(told))])
+            tp.all_reduce(stop, "max")
+            before, late = late, tp.start_to_host(stop)
+            if before is not None and before.wait():
+                print("STOPPED", flush=True)
+                break
+            if step == 5:
+                if what == "all sleep":
+                    load_sample_that_never_comes()
+                if what == "go on":
+                    print("RUNNING", flush=True)
+                if rank == victim:
+                    misbehave()
+            tp.all_reduce(torch.ones(4))
+            if dp is not None:
+                dp.all_reduce(torch.ones(4))
+    guard.leave()
 print("DONE", flush=True)
 session.close()
 """

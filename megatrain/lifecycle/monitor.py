@@ -1,0 +1,137 @@
+"""The monitor of a rank: a small process that ends the rank when it can no longer do so itself, and says why.
+
+A thread of the guard measures the sections of a run, but it needs Python to run: not in a process that is frozen by a signal, nor where a
+call in C never ends and never lets other threads in. So the thread writes a line to the monitor once a second,
+
+    12.5 <tab> step <newline>         in at most so many seconds the next line comes, or else the limit of this section is over
+
+and where none comes in that time, MARGIN_SECONDS included, the monitor says so on stderr, has the rank write the stacks of its threads
+where it can, and kills it. The monitor is a child of the rank and ends with it, however that ends; where the whole job is suspended
+(Ctrl-Z, a scheduler's SIGSTOP to all processes), so is the monitor, and its time with it. It runs this file with nothing but the
+standard library: 10 ms of a core to start, 8 MB.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from contextlib import suppress
+
+MARGIN_SECONDS = 6.0
+"""A rank has this much longer than its limit: the guards' verdict, which knows more, comes first."""
+LOOK_SECONDS = 0.5
+SUSPENDED_SECONDS = 5.0
+"""If a look comes this much too late, this process itself was suspended."""
+DUMP_SECONDS = 1.0
+"""Time to write the stacks."""
+IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT")
+"""Signals to a group of processes, meant for the rank."""
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", None)
+"""On it, C code of the rank writes the stacks of all its threads to stderr (`faulthandler.register`)."""
+
+
+class Monitor:
+    """The rank's side of its monitor: starts it, and tells it how long the next line may take."""
+
+    def __init__(self, rank: int, seconds: float, key: str, margin: float = MARGIN_SECONDS) -> None:
+        """seconds, key: the limit of what comes first, the set-up, and the key that sets it. Raises OSError."""
+        read, self._line = os.pipe()
+        os.set_blocking(self._line, False)
+        words = [f"{os.getpid()}", f"{rank}", f"{seconds}", key, f"{margin}"]
+        arguments = [sys.executable, "-I", "-S", os.path.realpath(__file__), *words]
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        try:
+            actions = [(os.POSIX_SPAWN_DUP2, read, 0), (os.POSIX_SPAWN_DUP2, quiet, 1)]
+            self._pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions, setsigmask=())
+        finally:
+            os.close(read)
+            os.close(quiet)
+
+    def beat(self, seconds: float, what: str) -> None:
+        """The next line comes within `seconds`, or the limit of `what` is over. Never blocks or raises: a run can do without a monitor."""
+        with suppress(OSError, ValueError):
+            os.write(self._line, f"{seconds:.3f}\t{what}\n".encode(errors="replace"))
+
+    def close(self) -> None:
+        """End the monitor."""
+        line, self._line = self._line, -1
+        if line >= 0:
+            os.close(line)
+            with suppress(OSError):
+                os.kill(self._pid, signal.SIGKILL)  # not reaped before: the number is still its own
+                os.waitpid(self._pid, 0)
+
+
+def begin_monitor(rank: int, seconds: float) -> Monitor | None:
+    """A monitor of this process; None where no process can be had. seconds: train.start_timeout_seconds."""
+    with suppress(OSError):
+        return Monitor(rank, seconds, "train.start_timeout_seconds")
+    return None
+
+
+def _state(pid: int) -> str:
+    """The state letter of a process in /proc; empty if that is not known."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123  (pathlib takes as long to import as all the rest)
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        os.write(2, f"megatrain: {text}\n".encode(errors="replace"))
+
+
+def _end(pid: int, rank: str, what: str) -> None:
+    """Say what has happened, have the stacks written where that is possible, and kill the rank."""
+    state = _state(pid)
+    stopped = state in ("T", "t")
+    meaning = {"D": "waits in the kernel, as for a disk that does not answer"}.get(state, "runs no Python any more")
+    meaning = "is frozen (stopped by a signal)" if stopped else meaning
+    who = f"rank {rank} (process {pid} on {os.uname().nodename})"
+    _say(f"{who} {meaning}, and the time of its section is over; to blame: rank {rank}\n    {what}\n    its monitor ends it")
+    if not stopped and DUMP_SIGNAL is not None:
+        os.kill(pid, DUMP_SIGNAL)
+        time.sleep(DUMP_SECONDS)
+    if os.getppid() == pid:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(DUMP_SECONDS)
+    if os.getppid() == pid:
+        _say(f"{who} could not be killed: it waits in the kernel")
+
+
+def main(parent: int, rank: str, seconds: float, key: str, margin: float) -> None:
+    """The monitor itself: wait for lines until the parent ends, closes the pipe, or is silent for too long."""
+    for name in IGNORED:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    poller = select.poll()
+    poller.register(0, select.POLLIN)
+    if hasattr(os, "pidfd_open"):
+        with suppress(OSError):
+            poller.register(os.pidfd_open(parent), select.POLLIN)
+    what, looked = f"set-up ({key}={seconds:g})", time.monotonic()
+    deadline, rest = looked + seconds + margin, b""
+    while os.getppid() == parent:
+        ready = poller.poll(LOOK_SECONDS * 1000)
+        now = time.monotonic()
+        if now - looked > SUSPENDED_SECONDS:
+            deadline += now - looked
+        looked = now
+        if any(number == 0 for number, _ in ready):
+            said = os.read(0, 1 << 16)
+            if not said:
+                return
+            *lines, rest = (rest + said).split(b"\n")
+            if lines:
+                left, _, text = lines[-1].decode(errors="replace").partition("\t")
+                deadline, what = now + float(left) + margin, text
+        elif now > deadline and os.getppid() == parent:
+            return _end(parent, rank, what)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4], float(sys.argv[5]))

@@ -1,0 +1,82 @@
+"""The guard of a run of one rank: no store and no collectives, and yet no section without an end."""
+
+import jobs
+import pytest
+
+ALONE = """
+import os, signal, sys, time
+from megatrain.lifecycle import sections
+from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.sections import SectionLimits
+from megatrain.runtime.launch import Launch
+
+def load_sample_that_never_comes():
+    time.sleep(30)
+
+what = sys.argv[1]
+sections.TOLD_SECONDS = 0.3
+limits = SectionLimits(start=0.5 if what == "set-up" else 60.0, hang=60.0 if what == "told" else 0.5, save=1.0)
+of = Guard(Launch(), limits)
+of.on_event = lambda kind, rank, text: print(kind, rank, flush=True)
+with of, of.watching():
+    if what == "set-up":
+        with of.section("set-up"):
+            load_sample_that_never_comes()
+    time.sleep(1.0)  # in no section: no limit
+    with of.section("step"):
+        for _ in range(30):
+            of.tick()
+            time.sleep(0.03)
+        if what == "told":
+            told = time.monotonic()
+            of.told = lambda: told
+        if what == "background":
+            began = time.monotonic()
+            of.background = lambda: (began, "/disk/step_00000004/weights")
+            while True:
+                of.tick()
+                time.sleep(0.03)
+        if what == "data":
+            with of.phase("data"):
+                load_sample_that_never_comes()
+        elif what in ("save", "evaluation"):
+            with of.section(what, lambda: "/disk/step_00000004" if what == "save" else ""):
+                load_sample_that_never_comes()
+        elif what != "well":
+            load_sample_that_never_comes()
+    of.leave()
+print("DONE")
+"""
+SAID = {
+    "set-up": "in set-up (train.start_timeout_seconds=0.5), and",
+    "data": "in data (train.hang_timeout_seconds=0.5), and",
+    "step": "in step (train.hang_timeout_seconds=0.5), and",
+    "evaluation": "in evaluation (train.hang_timeout_seconds=0.5), and",
+    "save": "in save at /disk/step_00000004 (checkpoint.timeout_seconds=1), and",
+    "background": "in save at /disk/step_00000004/weights (checkpoint.timeout_seconds=1)\n",
+    "told": "in step (told to stop; ",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """What -> how a run ended that hangs there; all at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "alone.py").write_text(ALONE)
+    with jobs.Job(folder) as job:
+        for what in (*SAID, "well"):
+            job.fork([str(folder / "alone.py"), what], jobs.environment())
+        return dict(zip((*SAID, "well"), job.finish(), strict=True))
+
+
+@pytest.mark.parametrize("what", SAID)
+def test_a_section_that_comes_no_further_ends_the_run_with_its_name_and_stack(ended, what):
+    code, out, err = ended[what].code, ended[what].out, ended[what].err
+    assert (code, out) == (1, "hang 0\n"), err
+    assert err.startswith("megatrain: rank 0 ends after a hang; to blame: rank 0\n    rank 0 has come "), err
+    assert SAID[what] in err
+    assert what == "background" or "in load_sample_that_never_comes" in err
+
+
+def test_a_run_that_comes_further_is_let_alone(ended):
+    assert ended["well"] == jobs.Ended(0, "DONE\n", "")
