@@ -53,6 +53,7 @@ from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.interface import launched
 from megatrain.runtime.reports import Reports
+from megatrain.transport.leftovers import remove_leftovers
 from megatrain.watch import Watch, due
 
 
@@ -117,7 +118,8 @@ def _build_in(session: Session, guard: Guard, config: Config, text: str, objecti
     try:
         job.log_claim = claim_log(Path(config.log.dir), ctx, session.launch.job)  # before anything is written
         job.claim = claim(Path(config.checkpoint_dir), ctx, session.launch.job)
-        job.notes += [held.note for held in (job.log_claim, job.claim) if held.note]
+        removed = remove_leftovers() if session.launch.local_rank == 0 else ""
+        job.notes += [note for note in (job.log_claim.note, job.claim.note, removed) if note]
         resume(job)
         with session.together("keeping the tokenizer"):
             _keep_companions(job)

@@ -27,9 +27,9 @@ LINES = {
     "megatrain/resuming": 550,
     "megatrain/runtime": 1550,
     "megatrain/testing": 1550,
-    "megatrain/transport": 2650,
+    "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 37700,
+    "tests": 37750,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -34,6 +34,7 @@ from megatrain.runtime.interface import use as use_interface
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.slurm import expand_nodes
 from megatrain.transport.group import TransportError
+from megatrain.transport.leftovers import remove_leftovers
 from megatrain.transport.meeting import Meeting
 
 MARGIN_SECONDS = 30.0
@@ -156,6 +157,8 @@ def _look(
         mine.problems.append(str(error))
     directory = Path.cwd() if config_path is None else Path(config.checkpoint_dir)
     look(mine, device, directory, os.environ)
+    if launch.local_rank == 0 and (removed := remove_leftovers()):
+        mine.doubts.append(removed)
     if not name_wrong_interfaces(mine):  # else the same fault would be reported twice
         try:
             mine.interface = str(use_interface(launch, dict(os.environ)) or "")

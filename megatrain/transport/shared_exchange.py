@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 
 from megatrain.transport.background import WaitingThread, Work
+from megatrain.transport.consensus import broadcast_text
 from megatrain.transport.group import REDUCTIONS, Group, ReduceOp
+from megatrain.transport.leftovers import name_of
+from megatrain.transport.owner import own
 from megatrain.transport.shared_memory import SharedSlots, fits
 
 BACKGROUND_BYTES = 1 << 18
@@ -140,9 +143,7 @@ def reduce_in_order(output: torch.Tensor, parts: Sequence[torch.Tensor], op: Red
 
 def _open(group: Group, timeout_seconds: float) -> SharedSlots | None:
     """Map every rank's file (collective); None where some rank cannot: another machine, or no room in /dev/shm."""
-    words = torch.tensor(list(os.urandom(16)), dtype=torch.uint8)
-    group.broadcast(words)
-    name = f"megatrain-{bytes(words.tolist()).hex()}"
+    name = broadcast_text(name_of(own(), os.urandom(16).hex()), group, torch.device("cpu"))
     mine: Path | None = None
     slots: SharedSlots | None = None
     with suppress(OSError):

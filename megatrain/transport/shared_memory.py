@@ -14,8 +14,8 @@ it", posted by the reader (POSIX semaphores, which order memory on every process
 
 Who waits looks again and again for a moment, since sleep and wake cost more than most waits, then sleeps. Every owner holds a
 lock on its file, which the system releases when the process ends: so a waiting rank notices within a tenth of a second. The
-files are unlinked as soon as all have mapped them, so that a crash leaves nothing behind; their size is allocated beforehand, so
-that a full /dev/shm is noticed here and not by a signal.
+files are unlinked as soon as all have mapped them, so that a crash later leaves nothing behind, and their names tell whose they
+are (leftovers.py), for one before; their size is allocated beforehand, so that a full /dev/shm is noticed here and not by a signal.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from pathlib import Path
 
 import torch
 
+from megatrain.transport import leftovers
+
 SLOTS = 4
 SLOT_BYTES = 8 << 20
 SMALLEST_BLOCK = 1 << 15
@@ -41,7 +43,6 @@ NAP_SECONDS = 0.1
 _PUBLISHED, _READ = 0, 1
 _SEMAPHORE_BYTES = 64
 """Space for one sem_t (32 bytes in glibc) in a cache line of its own."""
-_FOLDER = Path("/dev/shm")
 
 
 def fits(blocks: int, block_bytes: int) -> bool:
@@ -66,7 +67,7 @@ class SharedSlots:
     @staticmethod
     def path(name: str, place: int) -> Path:
         """The file of the rank at `place` in the group called `name`."""
-        return _FOLDER / f"{name}-{place}"
+        return leftovers.FOLDER / f"{name}-{place}"
 
     @staticmethod
     def create(name: str, place: int, size: int) -> Path:

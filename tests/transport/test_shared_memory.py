@@ -10,7 +10,7 @@ import torch
 
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import spawn
-from megatrain.transport import shared_memory
+from megatrain.transport import leftovers, shared_memory
 from megatrain.transport.shared_memory import SLOT_BYTES, SLOTS, SMALLEST_BLOCK, SharedSlots, fits
 
 ROWS = SMALLEST_BLOCK // 64  # 64 float32 columns: four times the smallest block
@@ -23,8 +23,8 @@ def numbers(seed: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
 def exchange(ctx: ParallelContext, dtype: torch.dtype, folder: Path, hinder: bool) -> bool:
     """Many overlapping gathers and reductions, waited for in the opposite order; whether they went through shared files."""
     group, rank, size = ctx.dp.group, ctx.dp.rank, ctx.dp.size
-    create, memory = SharedSlots.create, shared_memory._FOLDER
-    shared_memory._FOLDER = folder
+    create, memory = SharedSlots.create, leftovers.FOLDER
+    leftovers.FOLDER = folder
     if hinder and rank == 1:
         SharedSlots.create = staticmethod(refuse)
     try:
@@ -44,7 +44,7 @@ def exchange(ctx: ParallelContext, dtype: torch.dtype, folder: Path, hinder: boo
             assert torch.equal(wide, sum((part.to(wide.dtype) for part in parts[1:]), parts[0].to(wide.dtype)))
             assert torch.equal(mine, torch.stack(parts).sum(0) if size == 2 else sum(parts[1:], parts[0]))
     finally:
-        SharedSlots.create, shared_memory._FOLDER = staticmethod(create), memory
+        SharedSlots.create, leftovers.FOLDER = staticmethod(create), memory
     return group._shared._slots is not None
 
 
@@ -71,7 +71,7 @@ def test_what_fits():
 @pytest.fixture
 def pair(monkeypatch, tmp_path):
     """Two ranks' sides of a group, in this process."""
-    monkeypatch.setattr(shared_memory, "_FOLDER", tmp_path)
+    monkeypatch.setattr(leftovers, "FOLDER", tmp_path)
     files = [SharedSlots.create("group", place, 2) for place in range(2)]
     return [SharedSlots(place, 2, files, timeout_seconds=0.3) for place in range(2)]
 
@@ -139,7 +139,7 @@ def test_exchanges_may_be_received_in_any_order(pair):
 
 
 def test_where_there_is_no_room_it_is_said_and_nothing_stays_behind(monkeypatch, tmp_path):
-    monkeypatch.setattr(shared_memory, "_FOLDER", tmp_path)
+    monkeypatch.setattr(leftovers, "FOLDER", tmp_path)
     monkeypatch.setattr(shared_memory.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         SharedSlots.create("group", 0, 2)
