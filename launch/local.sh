@@ -10,7 +10,7 @@
 #   PYTHON            the interpreter
 #
 # One process per GPU, or N processes that share the CPU cores. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and SIGHUP save and end.
-# Exit code: 0 done, 75 stopped early: start it again, 2 wrong use, else a failure.
+# Exit code: 0 done, 75 stopped early: start it again, 76 training went wrong: look first, 2 wrong use, else a failure.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/prepare.sh"
 

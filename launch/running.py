@@ -19,6 +19,8 @@ from typing import Any
 
 EX_TEMPFAIL = 75
 """Exit code of a training run that was told to stop and has saved."""
+EX_PROTOCOL = 76
+"""Exit code of a training run that went wrong and should not be started again as it is."""
 CHECK_SECONDS = 5.0
 """How often a running command is asked whether it should stop."""
 
@@ -76,6 +78,8 @@ def call(*words: object, stop: Callable[[], bool] = lambda: False) -> bool:
         raise
     if code == EX_TEMPFAIL and not stopped:
         raise KeyboardInterrupt
+    if code == EX_PROTOCOL:
+        raise Failed("training went wrong, and does not go on by itself; what it said stands above, and so does where to look.")
     if code not in (0, EX_TEMPFAIL):
         raise Failed(
             f"the last command ended with exit code {code}; what it said stands above. The same command goes on from there."

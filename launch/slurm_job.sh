@@ -31,6 +31,7 @@ begin_job() {
     done
     dir="$(run_dir ${words[@]+"${words[@]}"})" || exit
     before="$(cat "$dir/preempted" 2>/dev/null || true)"
+    diverged="$(cat "$dir/diverged" 2>/dev/null || true)"
 }
 
 pass_on() {
@@ -65,9 +66,14 @@ of_job() { scontrol show job --oneliner "$job" 2>/dev/null | sed -n "s/.* $1=\([
 # one that a signal met in its first tenth of a second, before it could hear it, has died of it. A run that could not save has failed (1).
 stopped_early() {
     local now
+    now="$(cat "$dir/diverged" 2>/dev/null || true)"
+    if [ "$code" != 0 ] && [ -n "$now" ] && [ "$now" != "$diverged" ]; then
+        code=76 # training went wrong: a person should look before it starts again
+        return 1
+    fi
     now="$(cat "$dir/preempted" 2>/dev/null || true)"
     case "$code" in
-        0 | 1 | 2) return 1 ;;
+        0 | 1 | 2 | 76) return 1 ;;
         75 | 129 | 130 | 138 | 140) return 0 ;;
         143) # a launcher also ends the others so when one has failed
             [ -n "$told" ] || { [ -n "$now" ] && [ "$now" != "$before" ]; } && return 0

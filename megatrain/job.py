@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.claim import Claim
+from megatrain.data.left_out import LeftOut
 from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.spikes import Spikes
 from megatrain.runtime.distributed import Session
 from megatrain.training import Run
 
@@ -19,6 +21,8 @@ class Job(Run):
 
     session: Session
     guard: Guard
+    left_out: LeftOut
+    """The loader's samples, without those of spikes that the run went back from."""
     config_text: str
     """The resolved config as YAML, with the origin of each value."""
     config_file: Path | None = None
@@ -40,6 +44,11 @@ class Job(Run):
     """Damaged checkpoints that were passed over, each with its fault."""
     changes: list[str] = field(default_factory=list)
     """For the log: the keys that differ from the checkpoint's config, each with its effect."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.spikes = Spikes(self.config.train)
+        self.caution = self.spikes.caution
 
     def close(self) -> None:
         """Release the run's directories, the data loader, the session and its guard. Waits for the other ranks."""

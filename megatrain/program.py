@@ -27,6 +27,7 @@ from megatrain.config.schema import Config, ParallelConfig, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
 from megatrain.data.held_out import Evaluated
+from megatrain.data.left_out import LeftOut
 from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.sources import open_sources
@@ -38,7 +39,7 @@ from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.limits import Limits
 from megatrain.lifecycle.monitor import Monitor
 from megatrain.lifecycle.sections import SectionLimits
-from megatrain.lifecycle.stop import PREEMPTED, StopRequest
+from megatrain.lifecycle.stop import DIVERGED, PREEMPTED, StopRequest
 from megatrain.models.batch import Objective
 from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
@@ -106,14 +107,14 @@ def _build_in(session: Session, guard: Guard, config: Config, text: str, objecti
     ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, session.world.size), session.device)
     with session.together("opening the data"):
         vocab_size = vocabulary(config)
-        loader, held_out = open_data(config, ctx, vocab_size)
+        loader, left_out, held_out = open_data(config, ctx, vocab_size)
     with session.together("looking for memory"):
         require_memory(config, vocab_size, session.world.size, memory_of(session.device))
     with session.together("looking at the weights to start from"):
         require_weights(config, vocab_size)
     run = assemble(config, ctx, loader, vocab_size, objective=objective, held_out=held_out)
     parts = {item.name: getattr(run, item.name) for item in fields(run)}
-    job = Job(**parts, session=session, guard=guard, config_text=text)
+    job = Job(**parts, session=session, guard=guard, left_out=left_out, config_text=text)
     job.program = installed.program(code)
     try:
         job.log_claim = claim_log(Path(config.log.dir), ctx, session.launch.job)  # before anything is written
@@ -193,13 +194,14 @@ def vocabulary(config: Config) -> int:
     return given or size
 
 
-def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, dict[str, Evaluated]]:
-    """(this rank's loader, validation sets by name). Raises TokenStoreError."""
+def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, LeftOut, dict[str, Evaluated]]:
+    """(this rank's loader, its samples, validation sets by name). Raises TokenStoreError."""
     source, samples, validation = open_sources(config, vocab_size, tokenizer_of(config))
     if samples is None:
         raise ConfigError("data.train is empty")
     sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
-    return Loader(samples, *sizes, compose=source.compose), validation
+    left_out = LeftOut(samples)
+    return Loader(left_out, *sizes, compose=source.compose), left_out, validation
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
@@ -226,7 +228,7 @@ def prepare_torch(train: TrainConfig) -> None:
 def train(job: Job, stop: StopRequest | None = None) -> bool:
     """Train until all steps are done (True), or until some rank is told to stop and a checkpoint is saved (False).
 
-    stop: who listens to signals; without one, this call does while it lasts.
+    stop: who listens to signals; without one, this call does while it lasts. Raises Diverged where training went wrong for good.
     """
     guard, limits = job.guard, Limits(job.config.train, job.session.launch)
     with (
@@ -250,9 +252,11 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         done = _loop(job, watch)
         if done:
             watch.finished()
-        else:
+        elif watch.diverged is None:
             watch.stopped(told.signal.name if told.signal else limits.why or "told by another rank")
-        return done
+    if watch.diverged is not None:
+        raise watch.diverged  # only here, where the other ranks have left as well
+    return done
 
 
 def _loop(job: Job, watch: Watch) -> bool:
@@ -268,8 +272,12 @@ def _loop(job: Job, watch: Watch) -> bool:
             every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
             audits, evaluates, saves = (due(job.step, steps) for steps in every)
             saves = saves or (not last and watch.retries.due(job.step))
-            if last or reports.stop or audits or evaluates or saves:
+            if last or reports.stop or audits or evaluates or saves or job.spikes.bad:
                 reports.catch_up()
+            if job.spikes.bad:
+                if not watch.recover(job.spikes.bad):
+                    return False
+                continue
             stop = reports.stop
             if audits:
                 audit(job.flat, job.optimizer, job.ctx)
@@ -304,12 +312,13 @@ def _open_log(job: Job) -> Any:
                     file.write(job.config_text)
                 provenance.keep(Path(config.log.dir), job.config_file, os.environ, sys.orig_argv)
             if job.session.launch.local_rank == 0:  # each node has its own log.dir where it is not shared
-                Path(config.log.dir, PREEMPTED).unlink(missing_ok=True)
+                for marker in (PREEMPTED, DIVERGED):
+                    Path(config.log.dir, marker).unlink(missing_ok=True)
         yield log
 
 
 def main(config_path: str, overrides: Sequence[str], stop: StopRequest, monitor: Monitor | None = None) -> int:
-    """`megatrain train`: exit code 0 when done, 75 when stopped early with a checkpoint saved."""
+    """`megatrain train`: exit code 0 when done, 75 when stopped early with a checkpoint saved. Raises Diverged."""
     allocator = tune_allocator()
     job = build(config_path, overrides, monitor=monitor)
     if job.session.rank == 0 and allocator:

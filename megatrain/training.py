@@ -27,7 +27,7 @@ from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Executed, Observer, Parameters, Stage, Unsharded, run_schedule
 from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.zero import FlatParameters
-from megatrain.runtime.reports import Queued, StepReport
+from megatrain.runtime.reports import Caution, Queued, StepReport, carefree
 from megatrain.transport.host import Moment, to_device
 
 SMALLEST_WEIGHT = 1e-8
@@ -80,6 +80,8 @@ class Run(Model):
     """Sequences of the whole job that the weights have seen: where its data goes on."""
     stop_requested: Callable[[], bool] = bool
     """Whether this rank was told to stop; asked once a step."""
+    caution: Callable[[int], Caution] = carefree
+    """How carefully a step, counted from 1, is taken, the same on every rank."""
 
     def __post_init__(self) -> None:
         self.loss_scale = LossScale(self.config.train, self.ctx.device)
@@ -88,7 +90,7 @@ class Run(Model):
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update."""
+        """Learning rate of the next update, by the schedule."""
         return learning_rate(self.config.optim, position(self.config, self.warmup, self.step, self.consumed_samples))
 
     @property
@@ -122,7 +124,8 @@ def queue_step(run: Run) -> Queued:
     totals = global_weights(run, micro_batches)
     weight = totals.sum().clamp_min(SMALLEST_WEIGHT)
     scale, schedule = run.loss_scale.scale / weight, schedule_of(run.config, len(micro_batches))
-    micro_batches = [replace(m, totals=totals, scale=scale) for m in micro_batches]
+    shrunk = run.caution(run.step + 1).embedding_grad
+    micro_batches = [replace(m, totals=totals, scale=scale, embedding_grad=shrunk) for m in micro_batches]
     run.flat.zero_grad()
     executed = run_schedule(stage_of(run), schedule, micro_batches, scale)
     with run.observers.phase("reduce"):
@@ -131,28 +134,27 @@ def queue_step(run: Run) -> Queued:
     divisor = clip_divisor(sums.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
     for observe in run.observers.before_update:
         observe(run)
-    lr, left_out = run.lr, run.step + 1 in run.config.train.skip_steps
+    care, left_out = run.caution(run.step + 1), run.step + 1 in run.config.train.skip_steps
+    lr, skip = run.lr * care.rate, care.left_out(sums.overflow, sums.means[0], sums.grad_norm).clamp_min(float(left_out))
     with run.observers.phase("optimizer"):
-        run.optimizer.step(lr, divisor, sums.overflow.clamp_min(float(left_out)), run.weight_decay)
+        run.optimizer.step(lr, divisor, skip, run.weight_decay)
     run.loss_scale.update(sums.overflow)
     run.consumed_samples += size
     run.step += 1
-    numbers = torch.cat([torch.stack([sums.grad_norm, sums.overflow, sums.stop, run.loss_scale.scale]), sums.means])
+    numbers = torch.cat([torch.stack([sums.grad_norm, sums.overflow, skip, sums.stop, run.loss_scale.scale]), sums.means])
     reading = run.ctx.world.start_to_host(numbers)
-    return Queued(run.step, lr, size, left_out, run.consumed_samples, run.loader.waited, began, executed.names, reading)
+    return Queued(run.step, lr, size, run.consumed_samples, run.loader.waited, began, executed.names, reading)
 
 
 def to_micro_batches(batch: Batch, run: Model) -> list[MicroBatch]:
     """A loader's numpy batch [m, b, s] as m micro-batches [s, b] on the device, which are sent in one copy."""
-    host = {f.name: torch.from_numpy(x) for f in fields(Batch) if (x := getattr(batch, f.name)) is not None}
+    host: dict[str, Any] = {f.name: torch.from_numpy(x) for f in fields(Batch) if (x := getattr(batch, f.name)) is not None}
     host = {name: x.transpose(1, 2) if x.dim() == 3 else x for name, x in host.items()}
-    device = zip(host, to_device(list(host.values()), run.ctx.device), strict=True)
-    sent = {name: x.unbind() for name, x in device}
+    sent = {name: x.unbind() for name, x in zip(host, to_device(list(host.values()), run.ctx.device), strict=True)}
     micro_batches = []
     for m in range(len(batch.tokens)):
         given: dict[str, Any] = {name: x[m] for name, x in sent.items()}
-        of_mask = {name: x[m] for name, x in host.items() if name in ("documents", "prefix")}
-        on_host = AttentionMask(documents=of_mask.get("documents"), prefix=of_mask.get("prefix"))
+        on_host = AttentionMask(**{name: x[m] for name, x in host.items() if name in ("documents", "prefix")})
         mask = AttentionMask(documents=given.pop("documents", None), prefix=given.pop("prefix", None), on_host=on_host)
         micro_batches.append(MicroBatch(samples=given.pop("places"), step=run.step, mask=mask, **given))
     return micro_batches
@@ -165,8 +167,7 @@ def global_weights(run: Run, micro_batches: list[MicroBatch]) -> torch.Tensor:
 
 def forward(model: Model, micro_batches: list[MicroBatch]) -> Executed:
     """Forward passes only: sums, and outputs of the objective. Several models may take turns on one context."""
-    schedule = schedule_of(model.config, len(micro_batches), backward=False)
-    return run_schedule(stage_of(model), schedule, micro_batches, scale=1.0)
+    return run_schedule(stage_of(model), schedule_of(model.config, len(micro_batches), backward=False), micro_batches, 1.0)
 
 
 def stage_of(run: Model) -> Stage:

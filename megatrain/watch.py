@@ -12,15 +12,18 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from megatrain.assembly import DTYPES, kernels_of
+from megatrain.checkpoint.directory import latest
 from megatrain.checkpoint.retries import Retries
 from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config, LogConfig, ParallelConfig
+from megatrain.data.left_out import Window
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.dispatch import require
 from megatrain.kernels.matmul import adds_inside
-from megatrain.lifecycle.stop import PREEMPTED, write_marker
+from megatrain.lifecycle.spikes import Bad, Diverged, Spike
+from megatrain.lifecycle.stop import DIVERGED, PREEMPTED, write_marker
 from megatrain.lifecycle.stragglers import Comparison, Stopwatch
 from megatrain.optim.optimizer import squares
 from megatrain.optim.portions import portions
@@ -29,12 +32,16 @@ from megatrain.parallel.param import Part
 from megatrain.parallel.zero import FlatParameters
 from megatrain.records.log import RunLog
 from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow
-from megatrain.resuming.resume import progress_of
+from megatrain.resuming.resume import progress_of_job
+from megatrain.resuming.rollback import documents, place_of, roll_back
 from megatrain.runtime.device_memory import peak_memory_bytes
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.reports import Queued, StepReport
 from megatrain.training import Run, queue_step
 from megatrain.transport.consensus import gather_texts
+
+SUSPECTS = 16
+"""Most documents that an event lists."""
 
 
 def due(step: int, every: int) -> bool:
@@ -49,6 +56,8 @@ class Watch:
     """Speeds as shares of the devices' peak; set by `start`."""
     doubted = False
     """Whether the log has said that a share of the peak above 100% is impossible."""
+    diverged: Diverged | None = None
+    """Why the run may not go on."""
 
     hosts: Sequence[str] = ()
     """Host name of each rank; gathered by `start`."""
@@ -128,13 +137,16 @@ class Watch:
                 (f"train.steps={steps}", "steps") if tokens is None else (f"{steps} (train.tokens={tokens:g})", "tokens")
             )
             self.log.say(f"nothing to do: step {job.step} of {which} is done. Raise train.{key} to go on.")
+        elif config.train.on_spike == "rollback" and not latest(Path(config.checkpoint_dir)):
+            self.save(wait=True)  # so that there is one to go back to, from the first step on
 
     def _notes(self) -> list[str]:
         """Notes on settings that are legal, and unusual or wasteful."""
         return [*unusual_ratio(self.config), *wasteful(self.config, self.job)]
 
     def step(self, report: StepReport, seconds: float) -> None:
-        """Write one step's row."""
+        """Write one step's row, and tell of a spike."""
+        spikes = self.job.spikes.see(report)
         tokens_per_second = report.samples * self.config.model.seq_length / seconds
         scale = report.loss_scale if self.job.loss_scale.dynamic else None
         if report.overflow and scale is not None:
@@ -160,8 +172,11 @@ class Watch:
                 skipped=report.skipped,
                 loss_scale=scale,
                 wait_seconds=report.wait_seconds,
+                spike=bool(spikes),
             )
         )
+        if spikes:
+            self._spiked(report, spikes)
 
     def queue(self) -> Queued:
         """Queue the run's next step, measured (collective)."""
@@ -188,7 +203,9 @@ class Watch:
     def norms(self, run: Run) -> None:
         """Write the norms of gradients and weights of each part if they are due (collective). Observes a run before its updates."""
         if self.norms_due(run):
-            self.log.norms(run.step + 1, part_norms(run.flat, run.ctx, run.loss_scale.scale))
+            norms = part_norms(run.flat, run.ctx, run.loss_scale.scale)
+            self.job.spikes.see_parts(run.step + 1, {part: gradient for part, (gradient, _) in norms.items()})
+            self.log.norms(run.step + 1, norms)
 
     def evaluate(self) -> bool:
         """Evaluate, write the row and redraw the picture. False if a rank is told to stop meanwhile: the evaluation then ends early."""
@@ -209,18 +226,71 @@ class Watch:
         self.log.draw()
         return True
 
-    def save(self, *, last: bool) -> None:
-        """Save a checkpoint; returns when it is copied to host memory, and the last one of a run, which nothing follows, when it is on
-        the disk. One that fails is tried again (checkpoint/retries.py).
+    def save(self, *, last: bool = False, wait: bool = False) -> None:
+        """Save a checkpoint; returns when it is copied to host memory; with `wait`, and the last one of a run, which nothing follows, when
+        it is on the disk. One that fails is tried again (checkpoint/retries.py).
         """
         job = self.job
-        progress = {**progress_of(job), "identity": job.identity, "program": job.program, "began": job.beginning}
-        contents = Contents(job.step, progress, job.config_text)
+        contents = Contents(job.step, progress_of_job(job), job.config_text)
         with self.guard.section("save", self.saver.place):
             if last:
                 self.retries.save_last(contents, portions(job.optimizer))
             else:
-                self.retries.save(contents, portions(job.optimizer), wait=not self.config.checkpoint.asynchronous)
+                self.retries.save(contents, portions(job.optimizer), wait=wait or not self.config.checkpoint.asynchronous)
+
+    def recover(self, bad: Bad) -> bool:
+        """After steps that went wrong, go back to a checkpoint before them. False, with the reason in `diverged`, where the run must end
+        (collective).
+        """
+        job = self.job
+        last = job.left_out.window(bad.consumed - bad.samples, bad.consumed)
+        try:
+            with self.guard.section("save", self.saver.place):
+                self.retries.settle()
+                path, window = roll_back(job, bad)
+        except Diverged as error:
+            self.diverged = self._ended(bad, error)
+            return False
+        step, text = bad.last, f"samples {window[0]} to {window[1] - 1} are left out"
+        self._event("rollback", step, to=job.step, checkpoint=str(path), why=bad.why, tries=job.spikes.retries)
+        looks = self._suspects(step, window, last)
+        self._event("skip_data", step, samples=list(window), **looks)
+        self.log.say(f"step {step}: {bad.why}: back to step {job.step} ({path}); {text}, with {place_of(looks['documents'])}")
+        self.save(wait=True)
+        return True
+
+    def _spiked(self, report: StepReport, spikes: list[Spike]) -> None:
+        """Record a spike, with the documents of its batch."""
+        batch = self.job.left_out.window(report.consumed_samples - report.samples, report.consumed_samples)
+        values = {spike.what: list(spike[1:]) for spike in spikes}
+        looks = self._suspects(report.step, batch, batch)
+        self._event("spike", report.step, values=values, samples=list(batch), **looks)
+        if self.job.spikes.bad is None:  # else what follows is told together with it
+            self.log.say(f"step {report.step}: {'; '.join(map(str, spikes))}, with {place_of(looks['documents'])}")
+
+    def _suspects(self, step: int, window: Window, batch: Window) -> dict[str, Any]:
+        """For an event: the first documents of a batch, and the file to which those of the whole window are written."""
+        name, of_batch = f"spikes/step_{step:08d}.json", documents(self.job.left_out, batch)
+        if self.job.session.rank == 0:
+            every = of_batch if window == batch else documents(self.job.left_out, window)
+            self.log.write(name, {"step": step, "samples": list(window), "batch": of_batch, "documents": every})
+        return {"documents": of_batch[:SUSPECTS], "file": str(Path(self.config.log.dir, name))}
+
+    def _ended(self, bad: Bad, error: Diverged) -> Diverged:
+        """Record that the run ends, on every node in the marker that launch scripts look for; returns the error, with where to look."""
+        launch, left_out = self.job.session.launch, self.job.left_out
+        window, batch = (
+            left_out.window(max(0, bad.consumed - steps * bad.samples), bad.consumed) for steps in (bad.last - bad.first + 1, 1)
+        )
+        looks, directory = self._suspects(bad.last, window, batch), Path(self.config.checkpoint_dir)
+        message = (
+            f"{error}. Look at {place_of(looks['documents'])} and what else the model read in these steps ({looks['file']}); "
+            f"the last checkpoint is {directory / latest(directory)}"
+        )
+        if launch.local_rank == 0:
+            write_marker(Path(self.config.log.dir, DIVERGED), launch, message, bad.last)
+        self._event("diverged", bad.last, message=message, samples=list(window), **looks)
+        return Diverged(message)
 
     def _saved(self, path: Path, step: int, seconds: float) -> None:
         self.log.event("save", step, path=str(path), seconds=round(seconds, 3))
@@ -259,9 +329,9 @@ class Watch:
         self.log.draw()
         self._event("end")
 
-    def _event(self, kind: Any, **fields: Any) -> None:
+    def _event(self, kind: Any, step: int | None = None, **fields: Any) -> None:
         if self.job.session.rank == 0:
-            self.log.event(kind, self.job.step, **fields)
+            self.log.event(kind, self.job.step if step is None else step, **fields)
 
 
 def summing_note(device: torch.device, dtype: torch.dtype) -> str:

@@ -50,7 +50,7 @@ class Retries:
         if self._saved_at is not None and step >= self._look_at:
             self._look_at = step + max(1, step - self._saved_at)
             if self.saver.ended():
-                self._settle()
+                self.settle()
         return self._again is not None and self._rank_0_says(time.monotonic() >= self._again)
 
     def save(self, contents: Contents, portions: Portions, *, wait: bool) -> None:
@@ -58,7 +58,7 @@ class Retries:
 
         Raises CheckpointError on every rank after too many failures in a row, or ContentError, which no later attempt would mend.
         """
-        self._settle()
+        self.settle()
         try:
             self.saver.save(contents, portions, wait=wait)
         except ContentError:
@@ -77,7 +77,7 @@ class Retries:
 
         Raises CheckpointError on every rank after `give_up_after` failures, or when the time for another attempt is over.
         """
-        self._settle(last=True)
+        self.settle(last=True)
         began, self.failures = time.monotonic(), 0
         while True:
             try:
@@ -95,7 +95,7 @@ class Retries:
                 self._tell(f"the last save is tried again in {seconds:g} s ({self._count()})")
                 time.sleep(seconds)
 
-    def _settle(self, *, last: bool = False) -> None:
+    def settle(self, *, last: bool = False) -> None:
         """Wait for the save in the background, if there is one, and count its failure. last: a failure changes nothing any more."""
         if self._saved_at is None:
             return

@@ -1,7 +1,8 @@
 """`megatrain VERB ...`: a small function for each verb, which imports its modules only when it runs.
 
 Exit codes: 0 done; 1 a failure, with one clear message on stderr (or, for a fault of megatrain itself, a traceback); 2 wrong use; 75
-stopped early with a checkpoint saved: a scheduler should start the run again; 130 interrupted from the keyboard.
+stopped early with a checkpoint saved: a scheduler should start the run again; 76 training went wrong, and a person should look before it is
+started again (`exit_code` of the error); 130 interrupted from the keyboard.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback or not _expected(error):
             raise
-        return _complain(f"error: {lost_output(error) or error}", FAILED)
+        return _complain(f"error: {lost_output(error) or error}", getattr(error, "exit_code", FAILED))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -141,10 +141,8 @@ def position(config: Config, began: WarmUp, step: int, samples: int) -> Position
 
 def weight_decay(config: OptimConfig, at: Position) -> float:
     """Decay of the next update: linear from weight_decay to weight_decay_end at the last one, constant without."""
-    if config.weight_decay_end is None:
-        return config.weight_decay
-    progress = min(1.0, at.done / max(at.full, at.total - at.full))
-    return config.weight_decay + (config.weight_decay_end - config.weight_decay) * progress
+    first, last = config.weight_decay, config.weight_decay if config.weight_decay_end is None else config.weight_decay_end
+    return first + (last - first) * min(1.0, at.done / max(at.full, at.total - at.full))
 
 
 def learning_rate(config: OptimConfig, at: Position) -> float:

@@ -33,7 +33,7 @@ from math import isfinite, lcm
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.loader import Samples
+from megatrain.data.left_out import Located, Origin
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Blend:
 class BlendedSamples:
     """The samples of several corpora, mixed by weight."""
 
-    def __init__(self, corpora: Sequence[Samples], weights: Sequence[float]) -> None:
+    def __init__(self, corpora: Sequence[Located], weights: Sequence[float]) -> None:
         self.corpora = tuple(corpora)
         self.blend = Blend(weights)
 
@@ -150,3 +150,8 @@ class BlendedSamples:
         """Prompts and answers of sample n, if its corpus has them; else None."""
         corpus, place = self.blend.place(n)
         return self.corpora[corpus].pairs(place)
+
+    def pieces(self, n: int) -> list[Origin]:
+        """Where the tokens of sample n are."""
+        corpus, place = self.blend.place(n)
+        return self.corpora[corpus].pieces(place)

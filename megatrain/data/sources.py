@@ -18,7 +18,8 @@ from megatrain.data.blend import BlendedSamples
 from megatrain.data.draws import Draws
 from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
 from megatrain.data.indexed import TokenStore, record_path
-from megatrain.data.loader import Batch, Compose, Samples, isolated_documents, next_token
+from megatrain.data.left_out import Located
+from megatrain.data.loader import Batch, Compose, isolated_documents, next_token
 from megatrain.data.samples.glm import KINDS, Drawn, GlmBatches, Plan, assembled
 from megatrain.data.samples.gpt import GptSamples
 from megatrain.data.samples.infilling import InfillingText
@@ -174,7 +175,7 @@ def build_samples(
     """
     if not corpora:
         raise ValueError("data.train is empty: give the prefix of a token store, e.g. data.train=runs/demo/data/train.")
-    samples: list[Samples] = []
+    samples: list[Located] = []
     for corpus in corpora:
         store = TokenStore(corpus.path)
         if corpus.answers is None:

@@ -6,7 +6,7 @@ RUN is the run's directory: ranks write logs/rank_00000.out and .err there, and 
 Plain torchrun differs: SIGUSR2 kills it and leaves its workers running; a second signal while workers save ends the wait for them;
 a machine's own host name may lead it to a loopback address; its exit code is 1 whatever the workers' is, after 40 lines of traceback.
 
-Exit code: 0 done; 75 stopped early, start it again; 1 a failure.
+Exit code: 0 done; 75 stopped early, start it again; 76 training went wrong, look first; 1 a failure.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ def launch(logs: RankLogs, words: list[str]) -> int:
         codes = {one.exitcode for one in failed.failures.values()}
         if os.EX_TEMPFAIL in codes and codes <= told:
             return os.EX_TEMPFAIL  # a worker was told to stop, and the others by it, or by torchrun before their first step
+        if os.EX_PROTOCOL in codes and codes <= {*told, os.EX_PROTOCOL}:
+            return os.EX_PROTOCOL  # training went wrong on all, and torchrun's signal met some before they had ended
         first = {rank: one for rank, one in failed.failures.items() if one.exitcode not in told} or failed.failures
         explained = logs.tell_errors()
         for rank, failure in sorted(first.items()):

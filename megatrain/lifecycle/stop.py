@@ -10,8 +10,8 @@ A thread receives them, since the main thread may be in a long call (waiting for
 A second Ctrl-C ends the process at once. A launcher sends SIGTERM to the others when one worker has failed: at the start SIGTERM is
 therefore no request, and the process ends with 143; the launch scripts know whether they were told to stop. To torchrun, a worker that
 ends with 75 has failed and should be started again: so a file, the marker, says that this job is stopping (`write_marker`), and a worker
-that is started again ends at once (`is_stopping`). Imports only the standard library, so as to listen before torch, which takes seconds
-to import.
+that is started again ends at once (`is_stopping`); another marker likewise where training has gone wrong (76). Imports only the
+standard library, so as to listen before torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ INSIST_SECONDS = 3.0
 """Ctrl-C reaches a process from the terminal and from its launcher: only one that comes this much later counts as a second."""
 PREEMPTED = "preempted"
 """Name of the marker file in log.dir: the run stopped early and wants to be started again."""
+DIVERGED = "diverged"
+"""Name of the marker file in log.dir: training went wrong, and a person should look before the run is started again."""
 INTERRUPTED = 130
 LISTENING = "listening"
 """The reply to the launch scripts from a process that receives signals and has no exit code yet."""

@@ -43,6 +43,8 @@ class MicroBatch:
     """Anything that the objective reads beside the text, such as a second model's outputs (`Model.prepare`)."""
     scale: torch.Tensor | float = 1.0
     """Factor of every loss's gradient: the loss scale over the weight of the global batch."""
+    embedding_grad: float = 1.0
+    """Factor of the token embedding's gradient, beside that of the model's config."""
     sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """The step's statistics so far, by name: float64 scalars to which a layer may add (`models/auxiliary.py`)."""
     postponed: Postponed | None = None

@@ -139,7 +139,7 @@ class Embedding(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Tokens [s, b] -> [s/t or s, b, h], of the residual stream's dtype."""
-        x = scaled_gradient(self.tokens(batch.tokens), self.build.config.embedding_grad(batch.step))
+        x = scaled_gradient(self.tokens(batch.tokens), self.build.config.embedding_grad(batch.step) * batch.embedding_grad)
         x = x.to(self.build.residual_dtype)
         if self.positions is not None:
             x = self.positions(x, batch.positions)

@@ -302,8 +302,7 @@ class LossScale:
         left = torch.where(over, left - 1, left)
         good = torch.where(over, 0.0, good + 1)
         grow = good >= self.window
-        halved = torch.clamp(scale / 2, min=self.least)
-        scale = torch.where(over & (left <= 0), halved, torch.where(grow, scale * 2, scale))
+        scale = torch.where(over & (left <= 0), (scale / 2).clamp_min(self.least), torch.where(grow, scale * 2, scale))
         self._state = torch.stack([scale, torch.where(grow, 0.0, good), torch.where(grow, float(self.hysteresis), left)])
 
     def state(self) -> list[float]:

@@ -39,6 +39,7 @@ EventKind = Literal[
     "spike",
     "rollback",
     "skip_data",
+    "diverged",
     "hang",
     "death",
     "slow",
@@ -222,6 +223,11 @@ class RunLog:
         else:
             self._try("stdout", _print, text)
 
+    def write(self, name: str, tree: Mapping[str, Any]) -> None:
+        """Write a file of its own, as JSON; rank 0 only."""
+        if self._rank == 0:
+            self._try(name, self._write, self.directory / name, tree)
+
     def draw(self, references: Mapping[str, float] | None = None) -> None:
         """Redraw loss.png from metrics.jsonl, with horizontal lines at `references` (nats); rank 0 only."""
         if self._rank == 0:
@@ -264,6 +270,10 @@ class RunLog:
         from megatrain.records.plot import draw_loss  # noqa: PLC0415  (0.5 s that only rank 0 need spend)
 
         draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
+
+    def _write(self, path: Path, tree: Mapping[str, Any]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(finite(tree)) + "\n")
 
     def _append(self, file: JsonLines | None, record: Mapping[str, Any]) -> None:
         if file is None or self._given_up:

@@ -75,6 +75,9 @@ TABLE = (
         _train("recompute", "kernels", "compile", "loss_chunk", "deterministic"), "kept", "the same numbers, made otherwise"
     ),
     Change(_train("skip_steps"), "bent", "steps that are done stay as they were; counted in updates, whatever their batch"),
+    Change(
+        _train("on_spike", "spike_*", "max_skipped_in_row"), "kept", "what follows the next spike; samples left out stay so"
+    ),
     Change(_train("seed"), "refused", "another order of the text (data)"),
     Change(_train("*"), "kept", "when and how long it runs, is evaluated and audited; counted in updates"),
     Change(("model.init_from", "model.preset"), "kept", "weights come from the checkpoint"),

@@ -49,6 +49,19 @@ def progress_of(run: Run) -> dict[str, Any]:
     }
 
 
+def progress_of_job(job: Job) -> dict[str, Any]:
+    """All that a checkpoint keeps of a job besides its tensors."""
+    length = job.config.model.seq_length
+    return {
+        **progress_of(job),
+        "identity": job.identity,
+        "program": job.program,
+        "began": job.beginning,
+        "spikes": job.spikes.state(),
+        "left_out": [[first * length, end * length] for first, end in job.left_out.windows],
+    }
+
+
 def restore(run: Run, path: Path) -> Manifest:
     """Set a run to the state in the checkpoint at `path` (collective). Raises CheckpointError on every rank."""
     manifest = load(path, portions(run.optimizer), run.ctx)
@@ -167,6 +180,9 @@ def _tell(job: Job, path: Path, reason: str) -> None:
 def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     """Take over the run's state from a loaded checkpoint, and report what has changed since."""
     take_over(job, manifest)
+    progress, length = manifest.progress, job.config.model.seq_length
+    job.left_out.leave_out(*((first // length, -(-end // length)) for first, end in progress.get("left_out", ())))
+    job.spikes.restore(progress.get("spikes", {}))
     job.resumed_from = path
     changed = list(changes(manifest, job.config))
     was, now = manifest.progress.get("identity", {}), job.identity

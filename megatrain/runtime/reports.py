@@ -6,8 +6,33 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
+
+import torch
 
 from megatrain.transport.host import Moment, Reading
+
+
+class Caution(NamedTuple):
+    """How carefully a step is taken."""
+
+    rate: float = 1.0
+    """Factor of the learning rate."""
+    embedding_grad: float = 1.0
+    """Factor of the token embedding's gradient."""
+    most_loss: float = math.inf
+    """The largest loss with which the update is applied."""
+    most_grad_norm: float = math.inf
+    """The largest gradient norm with which the update is applied."""
+
+    def left_out(self, overflow: torch.Tensor, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """Whether a step's update is left out, from its overflow, loss and gradient norm: all are float64 scalars, on the device."""
+        return torch.maximum(overflow, ((loss > self.most_loss) | (grad_norm > self.most_grad_norm)).double())
+
+
+def carefree(step: int) -> Caution:
+    """No caution at any step."""
+    return Caution()
 
 
 @dataclass(frozen=True)
@@ -26,7 +51,7 @@ class StepReport:
     samples: int
     """Sequences of the global batch."""
     skipped: bool
-    """Nothing was changed: the loss or the gradient was not finite, or train.skip_steps said so."""
+    """Nothing was changed: loss or gradient was not finite or beyond its limit (`Caution`), or train.skip_steps said so."""
     overflow: bool
     """The loss or the gradient was not finite."""
     stop: bool
@@ -51,15 +76,15 @@ class Queued:
     step: int
     learning_rate: float
     samples: int
-    left_out: bool
-    """Whether train.skip_steps lists this step."""
     consumed_samples: int
     wait_seconds: float
     began: Moment
     statistics: tuple[str, ...]
     """Names of the objective's k statistics."""
     numbers: Reading
-    """[5 + k] float64: gradient norm, overflow (0 or 1), number of ranks told to stop, loss scale, loss, and statistics by the weight."""
+    """[6 + k] float64: gradient norm, overflow (0 or 1), whether the update was left out (0 or 1), number of ranks told to stop, loss
+    scale, loss, and statistics by the weight.
+    """
 
     @property
     def ended(self) -> Moment:
@@ -68,7 +93,7 @@ class Queued:
 
     def report(self) -> StepReport:
         """The step's report; blocks until the step has ended: the only synchronisation of a step."""
-        grad_norm, overflow, stop, loss_scale, loss, *statistics = self.numbers.wait().tolist()
+        grad_norm, overflow, skipped, stop, loss_scale, loss, *statistics = self.numbers.wait().tolist()
         return StepReport(
             self.step,
             loss,
@@ -76,7 +101,7 @@ class Queued:
             grad_norm,
             self.learning_rate,
             self.samples,
-            self.left_out or overflow > 0,
+            skipped > 0,
             overflow > 0,
             stop > 0,
             loss_scale,

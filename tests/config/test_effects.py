@@ -146,6 +146,16 @@ CASES = [
         (f"train.{name}", 16, "train.precision=bf16", {"train.precision": "fp16"})
         for name in ("loss_scale", "loss_scale_window", "loss_scale_hysteresis", "loss_scale_min")
     ),
+    *(
+        (f"train.{name}", value, "train.on_spike=warn", {"train.on_spike": "rollback"})
+        for name, value in (("spike_window", 5), ("spike_warmup_steps", 9), ("spike_retries", 1))
+    ),
+    (
+        "train.spike_remedy",
+        "shrink_embedding_gradient",
+        "train.on_spike=warn and train.spike_warmup_steps=20",
+        {"train.on_spike": "rollback"},
+    ),
     ("checkpoint.keep_every", 100, None, {}),
     ("checkpoint.weights_only", True, "checkpoint.resume=auto", {"checkpoint.resume": "runs/other"}),
 ]
@@ -168,6 +178,12 @@ TURNED_OFF = [
     ("log.slow_intervals", 4, {"log.stragglers_every": 0}, "log.stragglers_every=0"),
     ("optim.eps", 1e-6, {"optim.name": "sgd"}, "optim.name=sgd"),
     ("train.steps", 500, {"train.tokens": 1e9}, "train.tokens=1000000000.0"),
+    (
+        "train.spike_remedy",
+        "shrink_embedding_gradient",
+        {"train.on_spike": "rollback", "train.spike_warmup_steps": 0},
+        "train.spike_warmup_steps=0",
+    ),
     ("checkpoint.keep_every", 100, {"checkpoint.keep": 0}, "checkpoint.keep=0"),
     ("checkpoint.weights_only", True, {"checkpoint.resume": "never"}, "checkpoint.resume=never"),
 ]

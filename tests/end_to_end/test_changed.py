@@ -120,6 +120,7 @@ KEPT = [
     ("", {"train": {"loss_chunk": 16}}),
     ("", {"train": {"eval_batches": 3}}),
     ("", {"train": {"audit_every": 7}}),
+    ("", {"train": {"on_spike": "skip", "spike_history": 16, "max_skipped_in_row": 0}}),
     ("", {"model": {"init_from": "BEFORE"}}),
     ("", {"data": {"train": "elsewhere/same"}}),
     ("", {"data": {"cache_dir": "cache"}}),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatrain.assembly import objective_of
-from megatrain.config.schema import Config, DataConfig, GlmConfig, ModelConfig, ObjectiveMix, TrainConfig
+from megatrain.config.glm_data import GlmConfig, ObjectiveMix
+from megatrain.config.schema import Config, DataConfig, ModelConfig, TrainConfig
 from megatrain.data.loader import Loader
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build

@@ -38,11 +38,11 @@ class Device:
     def __init__(self):
         self.events, self.told = [], []
 
-    def queue(self, step, stop=0.0, there=True, overflow=0.0, left_out=False):
+    def queue(self, step, stop=0.0, there=True, overflow=0.0, left_out=0.0):
         self.events.append(f"queue {step}")
-        values = [2.0, overflow, stop, 8.0, 3.5, 0.25, 0.5]
+        values = [2.0, overflow, max(overflow, left_out), stop, 8.0, 3.5, 0.25, 0.5]
         numbers = Numbers(self.events, step, At(2.0 * step + 1, there), values)
-        return Queued(step, 0.1, 4, left_out, 4 * step, 0.5, At(2.0 * step), ("correct", "entropy"), numbers)
+        return Queued(step, 0.1, 4, 4 * step, 0.5, At(2.0 * step), ("correct", "entropy"), numbers)
 
     def tell(self, report, seconds):
         self.events.append(f"tell {report.step}")
@@ -69,7 +69,7 @@ def test_a_report_says_what_the_step_did():
     assert (report.step, report.loss, report.accuracy, report.grad_norm, report.learning_rate) == (3, 3.5, 0.25, 2.0, 0.1)
     assert (report.samples, report.consumed_samples, report.loss_scale, report.wait_seconds) == (4, 12, 8.0, 0.5)
     assert (report.skipped, report.overflow, report.stop) == (False, False, True)
-    overflowed, left_out = Device().queue(1, overflow=1.0).report(), Device().queue(1, left_out=True).report()
+    overflowed, left_out = Device().queue(1, overflow=1.0).report(), Device().queue(1, left_out=1.0).report()
     assert (overflowed.skipped, overflowed.overflow, overflowed.stop) == (True, True, False)
     assert (left_out.skipped, left_out.overflow) == (True, False)
 

@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.draws import permutation
-from megatrain.data.indexed import TokenStore, TokenStoreError
+from megatrain.data.indexed import TokenStore, TokenStoreError, store_paths
+from megatrain.data.left_out import Origin
 from megatrain.data.samples.cache import Arrays, cached_arrays, intact
 
 DOCUMENTS, SAMPLES = 1, 2
@@ -113,8 +114,17 @@ class GptSamples:
     def pairs(self, n: int) -> None:
         """None: the samples are text."""
 
+    def pieces(self, n: int) -> list[Origin]:
+        """Where the tokens of sample n are."""
+        file = str(store_paths(self.store.prefix)[0])
+        return [Origin(file, number, first, end - first) for number, first, end in self._documents(n) if end > first]
+
     def _pieces(self, n: int) -> Iterator[tuple[int, int]]:
         """(first, end) in the store of the part of each document that sample n contains."""
+        return ((first, end) for _, first, end in self._documents(n))
+
+    def _documents(self, n: int) -> Iterator[tuple[int, int, int]]:
+        """(number, first, end) in the store of each document that sample n contains a part of."""
         epoch, place = divmod(n, self.samples_per_epoch)
         index = self.epoch_index(epoch)
         position, begin = (int(x) for x in index.starts[index.shuffle[place]])
@@ -122,12 +132,13 @@ class GptSamples:
         while left:
             if position == index.documents.size:
                 raise self.store.changed(f"its documents end before sample {n} does")
-            first, end = self.store.document_bounds(int(index.documents[position]))
+            number = int(index.documents[position])
+            first, end = self.store.document_bounds(number)
             first += begin
             if first > end:
                 raise self.store.changed(f"document {index.documents[position]} ends before sample {n}, which begins in it")
             end = min(end, first + left)
-            yield first, end
+            yield number, first, end
             left -= end - first
             position, begin = position + 1, 0
 

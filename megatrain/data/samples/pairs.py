@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.draws import permutation
-from megatrain.data.indexed import TokenStore, TokenStoreError
+from megatrain.data.indexed import TokenStore, TokenStoreError, store_paths
+from megatrain.data.left_out import Origin
 
 Ids = npt.NDArray[np.int64]
 PAIRS = 3
@@ -39,15 +40,27 @@ class PairSamples:
 
     def pairs(self, n: int) -> list[tuple[Ids, Ids]]:
         """The (prompt, answer) pairs of sample n."""
-        return [self._pair(n * self.together + i) for i in range(self.together)]
+        return [(self._document(self.prompts, number), self._document(self.answers, number)) for number in self._numbers(n)]
 
-    def _pair(self, number: int) -> tuple[Ids, Ids]:
-        epoch, place = divmod(number, self.prompts.documents)
+    def pieces(self, n: int) -> list[Origin]:
+        """The prompts and answers of sample n."""
+        found = []
+        for number in self._numbers(n):
+            for store in (self.prompts, self.answers):
+                first, end = store.document_bounds(number)
+                found.append(Origin(str(store_paths(store.prefix)[0]), number, first, end - first))
+        return found
+
+    def _numbers(self, n: int) -> list[int]:
+        """The documents of sample n."""
+        return [self._number(n * self.together + i) for i in range(self.together)]
+
+    def _number(self, pair: int) -> int:
+        epoch, place = divmod(pair, self.prompts.documents)
         kept = self._order
         if kept[0] != epoch:
             self._order = kept = epoch, permutation(self.prompts.documents, self.seed, epoch, PAIRS)
-        document = int(kept[1][place])
-        return self._document(self.prompts, document), self._document(self.answers, document)
+        return int(kept[1][place])
 
     def _document(self, store: TokenStore, number: int) -> Ids:
         return np.asarray(store.read(*store.document_bounds(number), self._vocab_size), np.int64)

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.config.schema import BlankConfig
+from megatrain.config.glm_data import BlankConfig
 from megatrain.data.draws import Draws
 
 Ids = npt.NDArray[np.int64]

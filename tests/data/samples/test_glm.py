@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatrain.config.schema import BlankConfig, DocumentConfig, GlmConfig, ObjectiveMix, SentenceConfig
+from megatrain.config.glm_data import BlankConfig, DocumentConfig, GlmConfig, ObjectiveMix, SentenceConfig
 from megatrain.data.draws import Draws
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
 from megatrain.data.loader import batch_places

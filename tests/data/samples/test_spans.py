@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.config.schema import BlankConfig
+from megatrain.config.glm_data import BlankConfig
 from megatrain.data.draws import Draws
 from megatrain.data.samples.spans import blanks_of, documents_of, draw_lengths, length_table, lengths_for, place
 
