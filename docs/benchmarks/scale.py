@@ -121,13 +121,10 @@ def join() -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for size in SIZES:
         inner = dist.HashStore()
-        for key, text in (
-            ("all here", ""),
-            ("identity/0", Identity.own(0).text()),
-            (f"identity/{RANK + 1}", Identity.own(RANK + 1).text()),
-            ("all leave", ""),
-        ):
-            inner.set(key, text)
+        for key in ("all here", "all leave"):
+            inner.set(key, "")
+        for rank in (0, RANK + 1):
+            Board(inner, STORE_SECONDS).write(f"identity/{rank}", Identity.own(rank).text())
         store = Counted(inner)
         meet_all(store, RANK, size, LIMIT)
         row = {"join": store.taken()}
@@ -136,8 +133,10 @@ def join() -> dict[str, Any]:
         TorchWorld(RANK, size, CPU, 600.0, store)._linger()
         row["leave"] = store.taken()
         inner.add("alarms", 1)
-        inner.set("verdict", Verdict("hang", (7,), "rank 7 is frozen").as_json())
-        guard_of(size, store)._agree_on_verdict(state_of(RANK, size))
+        Board(inner, STORE_SECONDS).write("verdict", Verdict("hang", (7,), "rank 7 is frozen").as_json())
+        guard = guard_of(size, store)
+        store.taken()
+        guard._agree_on_verdict(state_of(RANK, size))
         row["alarm"] = store.taken()
         rows[str(size)] = row
     return rows
@@ -288,11 +287,15 @@ def alarm() -> dict[str, Any]:
         ranks = [rank for rank in range(RANKS) if rank != 7]
         text = state_of(RANK, RANKS).text()
         texts = [text.replace(f'"rank": {RANK}', f'"rank": {rank}', 1) for rank in ranks]
+        board = Board(client, STORE_SECONDS)
         for rank, said in zip(ranks, texts, strict=True):
-            client.set(f"state/{rank}", said)
-        client.set("identity/7", Identity.own(7).text())
+            board.write(f"state/{rank}", said)
+        for rank in (0, 7, RANK + 1):
+            board.write(f"identity/{rank}", Identity.own(rank).text())
         counted = Counted(client)
-        seconds, (verdict, _) = timed(lambda: guard_of(RANKS, counted)._agree_on_verdict(state_of(RANK, RANKS)))
+        guard = guard_of(RANKS, counted)
+        counted.taken()
+        seconds, (verdict, _) = timed(lambda: guard._agree_on_verdict(state_of(RANK, RANKS)))
         taken = counted.taken()
     size = len(verdict.as_json())
     return {

@@ -35,8 +35,9 @@ from megatrain.lifecycle.monitor import DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
 from megatrain.runtime.distributed import Session
 from megatrain.runtime.launch import Launch
-from megatrain.transport.board import Board
+from megatrain.transport.board import STORE, Board
 from megatrain.transport.group import TransportError
+from megatrain.transport.store import within
 from megatrain.transport.wrappers import Recorder
 
 OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
@@ -49,6 +50,8 @@ STORE_SECONDS = 4.0
 """Limit of each call to the store during an alarm."""
 STATES_SECONDS = 2.0
 """How long the judging rank waits for all ranks to write their states."""
+SURE_SECONDS = 0.5
+"""After this long it looks whether all that are silent are dead or frozen."""
 VERDICT_SECONDS = 8.0
 """How long the other ranks wait for the verdict."""
 LINGER_SECONDS = 3.0
@@ -301,24 +304,37 @@ class Guard:
         """Write this rank's state; returns the board that it was written to. Raises TransportError."""
         key, text = f"state/{state.rank}", state.text()
         if self._board is not None:
-            with suppress(TransportError):  # the network may have dropped a connection that was idle for days
+            try:
                 self._board.write(key, text)
                 return self._board
-        board = self._open_board()
+            except TransportError:
+                if self._session is None:  # just opened: another would fare no better
+                    raise
+        # The network may have dropped a connection that was idle for days.
+        board = within(STORE_SECONDS, self._open_board, STORE)
         board.write(key, text)
         return board
 
     def _reach_verdict(self, board: Board) -> Verdict:
         """Judge the states that ranks write within STATES_SECONDS. Raises TransportError."""
         keys = [f"state/{rank}" for rank in range(self._size)]
-        deadline = time.monotonic() + STATES_SECONDS
-        while time.monotonic() < deadline and not board.complete(keys):
+        began, looked = time.monotonic(), False
+        while time.monotonic() < began + STATES_SECONDS and not board.complete(keys):
             time.sleep(0.1)
+            if not looked and time.monotonic() > began + SURE_SECONDS:
+                looked = True
+                states, silent = self._heard(board, keys)
+                if len(states) + sum(one.condition() in ("gone", "stopped") for one in silent.values()) == self._size:
+                    return judge(states, silent, self._size)  # nobody is left to wait for
+        return judge(*self._heard(board, keys), self._size)
+
+    def _heard(self, board: Board, keys: list[str]) -> tuple[dict[int, State], dict[int, Identity]]:
+        """What the ranks have written so far, and who the others are. Raises TransportError."""
         texts = board.read_all(keys)
         states = {rank: State.parse(texts[key]) for rank, key in enumerate(keys) if key in texts}
         silent = board.read_all([f"identity/{rank}" for rank in range(self._size) if rank not in states])
         identities = [Identity.parse(text) for text in silent.values()]
-        return judge(states, {identity.rank: identity for identity in identities}, self._size)
+        return states, {identity.rank: identity for identity in identities}
 
     def _blame_server(self, state: State, error: TransportError) -> Verdict:
         where = f"{self._launch.master_addr}:{self._launch.master_port}"

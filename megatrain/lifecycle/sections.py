@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 
 Name = Literal["set-up", "data", "step", "evaluation", "save", "records", "end"]
 
-START_GRACE_SECONDS = 3.0
+START_GRACE_SECONDS = 2.0
 """How much longer the set-up may take than the ranks wait for each other in it, so that those who come can say who has not."""
 TOLD_SECONDS = 30.0
 """Once told to stop, a section that has come no further for this long hangs, unless it usually takes long."""

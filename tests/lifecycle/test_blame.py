@@ -170,8 +170,9 @@ class CountedGuard(Guard):
         launch = Launch(rank=rank, local_rank=rank % 8, world_size=size, local_world_size=8, master_addr="n", master_port=1)
         super().__init__(launch, SectionLimits(600.0, 600.0, 600.0))
         self.store, self.opened = Counted(), 0
+        self.others = Board(self.store.inner, 4.0)
         for other in (0, 6):
-            self.store.inner.set(f"identity/{other}", Identity.own(other).text())
+            self.others.write(f"identity/{other}", Identity.own(other).text())
 
     def _open_board(self, ranks=1):
         self.opened += 1
@@ -185,7 +186,7 @@ def test_a_guard_asks_as_little_in_any_world(size):
         guard.join(SimpleNamespace(everyone=None, recorder=Recorder()))
         assert guard.opened == 2
         guard.store.inner.add("alarms", 1)
-        guard.store.inner.set("verdict", Verdict("hang", (7,), "rank 7").as_json())
+        guard.others.write("verdict", Verdict("hang", (7,), "rank 7").as_json())
         before = guard.store.calls.copy()
         assert guard._agree_on_verdict(waiting(5, range(size))) == (Verdict("hang", (7,), "rank 7"), False)
         assert guard.store.calls - before == {"set": 1, "add": 1, "wait": 1, "get": 1}
@@ -199,8 +200,8 @@ def test_a_connection_that_is_lost_is_opened_again():
             raise RuntimeError("Connection reset by peer")
 
     guard = CountedGuard(2)
-    guard._board = Board(Lost(), 1.0)
+    guard._board, guard._session = Board(Lost(), 1.0), SimpleNamespace()
     with pytest.raises(TransportError, match="Connection reset"):
         guard._board.write("state/5", "")
     guard._write_state(State(5, "busy"))
-    assert guard.opened == 1 and State.parse(guard.store.inner.get("state/5").decode()) == State(5, "busy")
+    assert guard.opened == 1 and State.parse(guard.others.wait("state/5", 1.0)) == State(5, "busy")
