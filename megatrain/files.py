@@ -19,6 +19,8 @@ from typing import Any
 HEAD_BYTES = 4096
 """The first bytes of a file, enough to tell its kind."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_SHOWN = 600
+"""Characters."""
 _CONVERT = "this is {}, not UTF-8. Convert it: iconv -f {} -t utf-8 OLD > NEW"
 
 
@@ -100,6 +102,13 @@ def pointer(head: bytes) -> str | None:
     if not head.startswith(LFS_POINTER):
         return None
     return "this is a Git LFS pointer, not the file itself. In the repository that it came from run: git lfs install && git lfs pull"
+
+
+def brief(said: object) -> str:
+    """A library's message, or one with values of a file in it, as a part of one line: no line breaks, no terminal codes, not all of it."""
+    text = str(said)
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:_MOST_SHOWN])
+    return shown if len(text) <= _MOST_SHOWN else f"{shown} ... ({len(text):,} characters)"
 
 
 def opened(path: Path) -> BufferedReader:

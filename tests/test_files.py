@@ -17,7 +17,7 @@ from megatrain.config.source import ConfigError, read_file
 from megatrain.data.indexed import TokenStoreWriter
 from megatrain.data.prepare.read import ReadError, read_documents
 from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
-from megatrain.files import doing, whole
+from megatrain.files import brief, doing, whole
 from megatrain.huggingface.model_files import read_config
 from megatrain.ngram.column import Column
 from megatrain.ngram.fit import Settings, fit
@@ -174,3 +174,9 @@ def test_what_was_being_done_is_told_where_a_file_cannot_be_opened_or_a_director
     for write in (lambda: TokenStoreWriter(file / "b", np.uint16), lambda: train_tokenizer([file], 300, file / "b" / "c")):
         with pytest.raises(OSError, match=r"\(while making the directory\): '.*a\.txt.*'$"):
             write()
+
+
+def test_what_a_file_says_is_shown_briefly():
+    assert brief("é is a letter, \t and \x1b[31m are not") == r"é is a letter, \t and \x1b[31m are not"
+    assert brief(ValueError("a\nb\ud800")) == r"a\nb\ud800"
+    assert brief("x" * 601) == "x" * 600 + " ... (601 characters)"

@@ -25,7 +25,7 @@ import xxhash
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain, unique_keys
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
-from megatrain.files import pointer
+from megatrain.files import brief, pointer
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import AverageOver, Init, ParamSpec, Split
 from megatrain.parallel.portion import Partition, Portions, axis_of
@@ -297,6 +297,8 @@ def tensor_from_json(row: Mapping[str, Any], unknown: set[str] | None = None) ->
     """
     unknown = set() if unknown is None else unknown
     given = _known(ParamSpec, row["spec"], unknown)
+    if type(given["name"]) is not str:
+        raise ValueError(f"{given['name']!r} is not the name of a tensor")
     split = None if given.get("split") is None else Split(**_known(Split, given["split"], unknown, "split."))
     init = Init(**_known(Init, given.get("init", {}), unknown, "init."))
     shape = tuple(_count(n) for n in given["shape"])
@@ -359,7 +361,7 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
-        raise DamagedCheckpointError(f"{file} cannot be used: {error}") from error
+        raise DamagedCheckpointError(f"{file} cannot be used: {brief(error)}") from error
 
 
 def check_file(path: Path, row: FileRow) -> None:

@@ -22,7 +22,7 @@ import torch
 import xxhash
 
 from megatrain.checkpoint.together import DamagedCheckpointError
-from megatrain.files import HEAD_BYTES, head_of, pointer
+from megatrain.files import HEAD_BYTES, brief, head_of, pointer
 
 BLOCK_BYTES = 64 * 2**20
 """Files are hashed in blocks of this many bytes, so that a reader can verify only what it reads."""
@@ -131,7 +131,7 @@ class TensorFile:
         try:
             self.entries = _entries(self._map[8 : 8 + length], 8 + length, self.size)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DamagedCheckpointError(f"{path}: its header cannot be used: {error}") from error
+            raise DamagedCheckpointError(f"{path}: its header cannot be used: {brief(error)}") from error
 
     def __enter__(self) -> TensorFile:
         return self

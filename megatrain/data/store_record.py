@@ -17,6 +17,7 @@ from megatrain.data import indexed
 from megatrain.data.boundaries import NONE, shown
 from megatrain.data.indexed import TokenStore, TokenStoreError, record_path
 from megatrain.data.tokenizer import Tokenizer
+from megatrain.files import brief
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def read_record(store: TokenStore) -> StoreRecord | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         record = StoreRecord(**{item.name: found[item.name] for item in fields(StoreRecord)})
+        if wrong := [item.name for item in fields(StoreRecord) if _kind(found[item.name]) not in str(item.type).split(" | ")]:
+            raise ValueError(f"{wrong[0]} is of another type")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TokenStoreError(
-            f"{path}, which says how the store was made, cannot be read ({type(error).__name__}: {error}). Copy the store again, or "
+            f"{path}, which says how the store was made, cannot be read ({type(error).__name__}: {brief(error)}). Copy the store again, or "
             "take this file away: the store is then used as it is."
         ) from None
     if (record.documents, record.tokens) != (store.documents, store.tokens):
@@ -68,6 +71,11 @@ def read_record(store: TokenStore) -> StoreRecord | None:
             f"{store.documents:,} and {store.tokens:,}. Copy the store again, or take this file away if the store was made otherwise."
         )
     return record
+
+
+def _kind(value: object) -> str:
+    """Type of a JSON value, as annotations name it."""
+    return "None" if value is None else type(value).__name__
 
 
 def describe(prefix: str) -> str:

@@ -24,7 +24,7 @@ from megatrain.data.boundaries import END_OF_TEXT, Beginning, Ending, TokenizerE
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import Lines, read_pieces
 from megatrain.data.stream import REPLACEMENT
-from megatrain.files import HEAD_BYTES, make_folder, not_text, whole
+from megatrain.files import HEAD_BYTES, brief, make_folder, not_text, whole
 
 BYTE_VALUES = 256
 SMALLEST_VOCAB = BYTE_VALUES + 1
@@ -286,7 +286,7 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
     try:
         library = LibraryTokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {error}") from None
+        raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {brief(error)}") from None
     return JsonTokenizer(library, str(path), path.parent, eod, bos)
 
 

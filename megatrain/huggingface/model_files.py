@@ -23,7 +23,7 @@ from megatrain.checkpoint.load import table_hint
 from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
-from megatrain.files import HEAD_BYTES, doing, make_folder, not_text, whole
+from megatrain.files import HEAD_BYTES, brief, doing, make_folder, not_text, whole
 from megatrain.huggingface.config import config_of, kind_from, kind_of, model_of, names_of, same_model
 from megatrain.huggingface.families import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
 from megatrain.parallel.mesh import ParallelContext
@@ -67,9 +67,9 @@ def model_keys(path: Path) -> dict[str, Any]:
     try:
         return model_of(read_config(path))
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise ContentError(f"{Path(path) / CONFIG} cannot be read: {type(error).__name__}: {error}") from error
+        raise ContentError(f"{Path(path) / CONFIG} cannot be read: {type(error).__name__}: {brief(error)}") from error
     except ContentError as error:
-        raise ContentError(f"{Path(path) / CONFIG}: {error}") from None
+        raise ContentError(f"{Path(path) / CONFIG}: {brief(error)}") from None
 
 
 class Weights:

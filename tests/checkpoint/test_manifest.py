@@ -140,6 +140,7 @@ HOSTILE = {
     "tensors": [
         put("tensors", 0, "spec", "shape", [10**9, 10**9]),
         put("tensors", 0, "spec", "shape", [-1, 6]),
+        put("tensors", 0, "spec", "name", 5),
         put("tensors", 0, "spec", "split", "dim", 2),
         put("tensors", 0, "spec", "split", "axis", "dp"),
         put("tensors", 0, "spec", "split", "units", 0),
@@ -161,7 +162,7 @@ HOSTILE = {
         lambda body: body.pop("tensors"),
     ],
     "layout": [put("layout", "tp", 0), put("layout", "tp", 2.0), put("layout", "tp", 10**12), put("layout", "qp", 1)],
-    "format": [put("format", "zip"), put("step", "200")],
+    "format": [put("format", "z\nip" * 999), put("step", "200")],
 }
 
 
@@ -171,8 +172,9 @@ def test_what_does_not_belong_is_refused(tmp_path, state, change):
     rewritten(path, lambda body: None)
     read_manifest(path)
     rewritten(path, change)
-    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used"):
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used") as refused:
         read_manifest(path)
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 1000
 
 
 def of_specs(change):

@@ -148,7 +148,8 @@ def test_a_record_that_is_not_of_the_store_is_told(folder):
     path.write_text(good.replace('"tokens": 3', '"tokens": 4'))
     with pytest.raises(TokenStoreError, match=r"is of a store of 2 documents and 4 tokens, and .*store has 2 and 3"):
         opened(folder)
-    for bad in ("{", "[]", "{}"):
+    rows = (good.replace('"tokens": 3', '"tokens": null'), good.replace('"eod": ', '"eod": true, "x": '))
+    for bad in ("{", "[]", "{}", *rows):
         path.write_text(bad)
         with pytest.raises(TokenStoreError, match=r"store\.meta\.json, which says how the store was made, cannot be read"):
             opened(folder)

@@ -34,6 +34,8 @@ _ROW = json.JSONDecoder(parse_int=len)
 """Decoder of lines. It reads an integer as its number of digits: no integer is used, and Python refuses those of over 4,300 digits."""
 
 
+_NOT_EMPTY = re.compile(rb"[^\n]+")
+"""Lines of a chunk; of empty ones, which a bomb has millions of, only the number counts."""
 _STRING = re.compile(rb'"[^"]*"?')
 """A string of a line without escapes."""
 
@@ -203,8 +205,10 @@ def _decoded(path: Path, on_bytes: Callable[[int], None]) -> Iterator[str]:
         raise ReadError(not_utf8(head, f"{path}:{line}", error, f"byte {offset - pending + error.start} of the file")) from None
 
 
-def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterator[bytes]:
-    """The lines of a file, split at b"\\n" only, as JSON strings may contain every other kind of line end. Raises ReadError."""
+def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of the lines of a file that are not empty, split at b"\\n" only, as JSON strings may contain every other kind of
+    line end. Raises ReadError.
+    """
     rest: list[bytes] = []
     held, number, begin = 0, 1, 0
 
@@ -217,21 +221,30 @@ def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterato
                 f"{path}:{number}: the line, from byte {begin:,} of the text, is too long. {_longer(path, longest)}"
             )
 
+    read = 0
     for chunk in _chunks(path, on_bytes):
-        *ends, tail = chunk.split(b"\n")
-        for part in ends:
-            add(part)
-            yield b"".join(rest)
-            begin, number, held = begin + held + 1, number + 1, 0
-            rest.clear()
-        add(tail)
+        at = 0
+        for part in _NOT_EMPTY.finditer(chunk):
+            if breaks := chunk.count(b"\n", at, part.start()):
+                if held:
+                    yield number, b"".join(rest)
+                    rest.clear()
+                begin, number, held = read + part.start(), number + breaks, 0
+            add(part.group())
+            at = part.end()
+        if breaks := chunk.count(b"\n", at):
+            if held:
+                yield number, b"".join(rest)
+                rest.clear()
+            begin, number, held = read + len(chunk), number + breaks, 0
+        read += len(chunk)
     if held:
-        yield b"".join(rest)
+        yield number, b"".join(rest)
 
 
 def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -> Iterator[Document]:
     """The documents of a .jsonl; blank lines are skipped. Raises ReadError that names file and line."""
-    for number, line in enumerate(_lines(path, on_bytes, lines.longest), start=1):
+    for number, line in _lines(path, on_bytes, lines.longest):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
         if line.strip():

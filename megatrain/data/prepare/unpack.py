@@ -19,7 +19,7 @@ MOST_WINDOW = 1 << 27
 """Bytes that a Zstandard or xz file may ask to be kept for references backwards, as the zstd command allows, or twice the file's size."""
 MOST_RATIO = 250
 """Text shrinks by 3 to 10, logs and tables by up to 100."""
-FREE_BYTES = 1 << 28
+FREE_BYTES = 1 << 26
 """A file may become as many, whatever its ratio."""
 _FEED = 1 << 10
 """Bytes given to Zstandard at a time, which has no other bound of what they become: 4 of them are 128 KiB at most."""
