@@ -11,9 +11,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import Config, DataConfig
 from megatrain.data.boundaries import GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from megatrain.huggingface.model_files import COMPANION_FOLDER, copy_files
+from megatrain.untrusted import leads_out
 
 TOKENIZER, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
 BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*")
@@ -31,8 +33,13 @@ def keep_tokenizer(config: Config) -> None:
 
 
 def take_along(source: Path, target: Path) -> None:
-    """Copy the tokenizer and Hugging Face files beside the checkpoints of one directory to another directory."""
+    """Copy the tokenizer and Hugging Face files beside the checkpoints of one directory to another directory.
+
+    Raises ContentError where a folder or a file is a link that leads out.
+    """
     for name in (TOKENIZER_FOLDER, COMPANION_FOLDER):
+        if leads_out(source / name):
+            raise ContentError(f"{source / name} is not copied: it is a link that leads out, to {(source / name).resolve()}.")
         if (source / name).is_dir() and (source / name).resolve() != (target / name).resolve():
             copy_files(source / name, target / name, ("*",))
 

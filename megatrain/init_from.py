@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatrain.checkpoint.load import find, load
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
@@ -16,7 +15,7 @@ from megatrain.checkpoint.together import CheckpointError, ContentError, togethe
 from megatrain.companions import take_along
 from megatrain.config.load import from_dict
 from megatrain.config.schema import Config, ModelConfig
-from megatrain.config.source import ConfigError
+from megatrain.config.source import ConfigError, saved_values
 from megatrain.config.validate import validate_model
 from megatrain.huggingface.config import kind_from
 from megatrain.huggingface.families import FAMILIES, Part, parts_of
@@ -41,7 +40,7 @@ def shapes_of(path: str) -> dict[str, Any]:
         manifest = read_manifest(find(Path(path)))
     except (CheckpointError, OSError) as error:
         raise ConfigError(f"model.init_from={path}: {error}") from error
-    keys: dict[str, Any] = (yaml.safe_load(manifest.config) or {}).get("model") or {}
+    keys: dict[str, Any] = saved_values(manifest.config, f"the config in {path}").get("model") or {}
     if "seq_length" in keys and keys.get("max_positions") is None:
         keys["max_positions"] = keys["seq_length"]  # the table has this many rows, whatever this run's seq_length
     embedding = manifest.tensors.get("embedding.tokens")

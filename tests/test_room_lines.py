@@ -9,15 +9,15 @@ LINES = {
     "docs/benchmarks": 3800,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 1750,  # its own files, without the rooms below
+    "megatrain": 1850,  # its own files, without the rooms below
     "megatrain/checkpoint": 2450,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
-    "megatrain/data": 4250,
+    "megatrain/data": 4300,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 2250,
+    "megatrain/lifecycle": 2300,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
     "megatrain/optim": 550,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 39050,
+    "tests": 39400,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

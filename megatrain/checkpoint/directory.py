@@ -19,6 +19,7 @@ from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_fil
 from megatrain.checkpoint.together import DamagedCheckpointError, together
 from megatrain.files import doing
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.untrusted import read_plain
 
 SAVING, _REMOVING, _REPLACED, _LATEST_DRAFT = ".saving_", ".removing_", ".replaced_", ".latest_draft"
 
@@ -110,10 +111,17 @@ def _whole(path: Path) -> bool:
     return True
 
 
+_LONGEST_NAME = 4096
+"""Bytes of `latest`, which has thirteen."""
+
+
 def latest(directory: Path) -> str:
-    """The name in `latest`; "" if there is no such file."""
+    """The name in `latest`; "" if there is no such file, or one that holds no name."""
     file = directory / LATEST
-    return file.read_text(errors="replace").strip() if file.is_file() else ""
+    try:
+        return read_plain(file, _LONGEST_NAME, follow=False).decode(errors="replace").strip()
+    except (FileNotFoundError, ValueError):
+        return ""
 
 
 def point_latest(checkpoint: Path) -> None:

@@ -23,12 +23,13 @@ import torch
 import xxhash
 
 from megatrain.checkpoint import boxes
-from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain, unique_keys
+from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
 from megatrain.files import brief, pointer
 from megatrain.parallel.mesh import Axis, MeshShape, ParallelContext
 from megatrain.parallel.param import AverageOver, Init, ParamSpec, Split
 from megatrain.parallel.portion import Partition, Portions, axis_of
+from megatrain.untrusted import parse_json, read_plain
 
 FORMAT = "megatrain-checkpoint"
 VERSION = 2
@@ -51,6 +52,13 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.safetensors")
 _KIND_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _CHECKSUM = re.compile(rb'\A\{\s*"checksum": "([0-9a-f]{32})"')
 _MOST_RANKS = 2**24
+_MOST_PLACES = 4096
+"""Ranks along tp, pp or ep: a tensor's slices are gone through."""
+LARGEST_MANIFEST = 1 << 27
+"""Bytes; those of 16,384 ranks have some 30 million."""
+_MOST_BRACKETS = 600_000
+"""A row of a file has three, of a tensor six."""
+_MOST_DIMENSIONS, _MOST_KINDS, _LONGEST_CONFIG, _LARGEST_COUNT = 16, 64, 1 << 20, 2**63
 
 
 class StoredTensor(NamedTuple):
@@ -162,16 +170,20 @@ class Manifest:
         if match is None:
             raise ValueError(pointer(data) or "it does not start with a checksum")
         start, end = match.span(1)
-        found = xxhash.xxh3_128_hexdigest(data[:start] + b"0" * 32 + data[end:])
-        if found.encode() != match.group(1):
-            raise ValueError(f"its checksum is {found}, and it says {match.group(1).decode()}")
-        body = json.loads(data, object_pairs_hook=unique_keys)
+        hasher, view = xxhash.xxh3_128(data[:start] + b"0" * 32), memoryview(data)
+        hasher.update(view[end:])
+        if hasher.hexdigest().encode() != match.group(1):
+            raise ValueError(f"its checksum is {hasher.hexdigest()}, and it says {match.group(1).decode()}")
+        body = parse_json(data, _MOST_BRACKETS)
         if body["format"] != FORMAT:
             raise ValueError(f"format is {body['format']!r}, not {FORMAT!r}")
         if body["version"] != VERSION:
             raise ContentError(
                 f"checkpoint format version {body['version']!r} was written by another release of megatrain; this one reads {VERSION}"
             )
+        for key, of, most in (("config", str, _LONGEST_CONFIG), ("progress", dict, 1000), ("versions", dict, 1000)):
+            if not isinstance(body[key], of) or len(body[key]) > most:
+                raise ValueError(f"{key} is no {of.__name__} of length {most} or less")
         unknown: set[str] = set()
         stored = [tensor_from_json(row, unknown) for row in body["tensors"]]
         tensors = {tensor.spec.name: tensor for tensor in stored}
@@ -210,9 +222,15 @@ class Manifest:
             if tensor.partition.start + boxes.numel(tensor.spec.slices(size, 0)) > tensor.partition.shard * parts:
                 raise ValueError(f"{name} has elements behind the last of {parts} parts of {tensor.partition.shard}")
         pp, ep = self.layout.pp, self.layout.ep
-        if self.layout.world > _MOST_RANKS or any(tensor.stage >= pp or tensor.ep >= ep for tensor in self.tensors.values()):
+        tall = max(self.layout.tp, pp, ep) > _MOST_PLACES or len(self.kinds) > _MOST_KINDS
+        if (
+            tall
+            or self.layout.world > _MOST_RANKS
+            or any(tensor.stage >= pp or tensor.ep >= ep for tensor in self.tensors.values())
+        ):
             raise ValueError(
-                f"the layout {self.layout} is absurd, or has fewer stages or places along ep than the tensors name"
+                f"the layout {self.layout} is absurd, or has {len(self.kinds)} kinds of files, or fewer stages or places along ep than the "
+                "tensors name"
             )
         for kind in self.kinds:
             have = sum(row.bytes for row in self.files if row.kind == kind)
@@ -301,6 +319,10 @@ def tensor_from_json(row: Mapping[str, Any], unknown: set[str] | None = None) ->
         raise ValueError(f"{given['name']!r} is not the name of a tensor")
     split = None if given.get("split") is None else Split(**_known(Split, given["split"], unknown, "split."))
     init = Init(**_known(Init, given.get("init", {}), unknown, "init."))
+    if len(given["shape"]) > _MOST_DIMENSIONS:
+        raise ValueError(
+            f"{str(given['name'])[:80]!r} has {len(given['shape']):,} dimensions, and {_MOST_DIMENSIONS} at the most are read"
+        )
     shape = tuple(_count(n) for n in given["shape"])
     if split is not None:
         if not 0 <= _count(split.dim) < len(shape) or _count(split.units, least=1) < 1:
@@ -353,14 +375,17 @@ def read_manifest(path: Path) -> Manifest:
     Raises DamagedCheckpointError if it cannot be used; ContentError if this release does not read its version, so that it is not skipped
     for an older checkpoint.
     """
-    file = Path(path) / MANIFEST
+    path = Path(path)
+    file = path / MANIFEST
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve():
+        raise DamagedCheckpointError(f"{path} is a link that leads out of its directory, to {path.resolve()}. Give that one.")
     try:
-        return Manifest.from_bytes(file.read_bytes())
+        return Manifest.from_bytes(read_plain(file, LARGEST_MANIFEST, follow=False))
     except ContentError as error:
         raise ContentError(f"{file}: {error}") from None
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is not a checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
         raise DamagedCheckpointError(f"{file} cannot be used: {brief(error)}") from error
 
 
@@ -389,6 +414,6 @@ def check_portions(portions: Portions, ctx: ParallelContext) -> None:
 
 def _count(value: Any, least: int = 0) -> int:
     """A JSON integer of at least `least`. Raises ValueError for anything else."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{value!r} is not an integer of at least {least}")
+    if type(value) is not int or not least <= value < _LARGEST_COUNT:
+        raise ValueError(f"{str(value)[:80]!r} is not an integer of at least {least}")
     return value

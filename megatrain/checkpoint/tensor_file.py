@@ -11,7 +11,7 @@ import ctypes
 import json
 import mmap
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ import xxhash
 
 from megatrain.checkpoint.together import DamagedCheckpointError
 from megatrain.files import HEAD_BYTES, brief, head_of, pointer
+from megatrain.untrusted import parse_json
 
 BLOCK_BYTES = 64 * 2**20
 """Files are hashed in blocks of this many bytes, so that a reader can verify only what it reads."""
@@ -241,9 +242,7 @@ def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
 
     As the format wants it, the tensors' bytes are the data: none is of two tensors, or of none.
     """
-    if text.count(b"{") + text.count(b"[") > _MOST_BRACKETS:
-        raise ValueError(f"it has more than {_MOST_BRACKETS} brackets")
-    rows = json.loads(text.decode(), object_pairs_hook=unique_keys)
+    rows = parse_json(text.decode(), _MOST_BRACKETS)
     more = rows.pop("__metadata__", {})
     if not all(type(value) is str for value in more.values()):
         raise ValueError("its __metadata__ is not all text")
@@ -270,11 +269,3 @@ def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
     if at != size:
         raise ValueError(f"the last {size - at} bytes of the file are of no tensor")
     return entries
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
-    """A JSON object as a dict. Raises ValueError for a key that appears twice, as readers differ in which one they take."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"a key appears twice among {[key[:80] for key, _ in pairs[:8]]}")
-    return found

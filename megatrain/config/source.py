@@ -95,6 +95,19 @@ def read_text(text: str, name: str, locate: Callable[[yaml.Mark], str], root: Pa
     return tree
 
 
+def saved_values(text: str, name: str) -> dict[str, Any]:
+    """The sections in YAML that a program has written, such as the config in a checkpoint; {} for an empty text. Raises ConfigError.
+
+    It may come from anywhere, and is read no less strictly than a config of the user's. name: its place, for messages.
+    """
+    if len(text) > 4 * LARGEST_FILE:  # written out in full, with comments
+        raise ConfigError(f"{name} has {len(text):,} letters: this is not a config.")
+    found = read_text(text, name, lambda mark: f"{name}, line {mark.line + 1}").root
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"{name} is no sections of keys.")
+    return found or {}
+
+
 def _refuse_yaml_machinery(text: str, locate: Callable[[yaml.Mark], str]) -> None:
     """Refuse tags, anchors, aliases and deep nesting, from the tokens alone, in time linear in the text."""
     kinds = {yaml.TagToken: "a YAML tag (!)", yaml.AnchorToken: "a YAML anchor (&)", yaml.AliasToken: "a YAML alias (*)"}

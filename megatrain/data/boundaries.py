@@ -10,13 +10,13 @@ If several tokens are possible, it is an error that names them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatrain.files import HEAD_BYTES, not_text
+from megatrain.untrusted import parse_json, read_beside
 
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "[EOS]")
@@ -25,6 +25,9 @@ BEGINNINGS = ("<s>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "<bos
 NONE = "none"
 """Value of data.eod and data.bos: no such token."""
 TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
+
+LARGEST_TOKENIZER, LARGEST_COMPANION = 1 << 27, 1 << 25
+"""Bytes of a tokenizer.json, of which one of 256,000 tokens has some 30 million, and of a file beside it."""
 
 TokenRequest = int | str | None
 """A token as data.eod, data.bos or --eod give it: an id, a name or `none`; None: to be found."""
@@ -215,13 +218,13 @@ def _json_object(folder: Path | None, file: str) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
-        data = (folder / file).read_bytes()
+        data = read_beside(folder / file, LARGEST_COMPANION)
         if problem := not_text(data[:HEAD_BYTES]):
             raise ValueError(problem)
-        found = json.loads(data.decode("utf-8-sig"))
+        found = parse_json(data.decode("utf-8-sig"), unique=False)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise TokenizerError(
             f"{folder / file}, which says what begins and ends a document, cannot be read ({error}). Mend it or take it away."
         ) from None

@@ -14,7 +14,9 @@ import xxhash
 
 from megatrain.config.keys import show
 from megatrain.config.schema import Config, CorpusConfig
+from megatrain.data.boundaries import LARGEST_TOKENIZER
 from megatrain.data.indexed import store_paths
+from megatrain.untrusted import read_plain
 
 BLOCKS, BLOCK_BYTES = 128, 2**14
 """Blocks of a file that are hashed; a file of at most BLOCKS * BLOCK_BYTES is hashed whole."""
@@ -28,7 +30,9 @@ def identity_of(config: Config) -> dict[str, Any]:
     return {
         "data": [_corpus_identity(corpus) for corpus in data.train],
         "valid": [[corpus.set, store_identity(corpus.path)] for corpus in data.valid],
-        "tokenizer": data.tokenizer if data.tokenizer in (None, "bytes") else _hash_of(Path(data.tokenizer).read_bytes()),
+        "tokenizer": data.tokenizer
+        if data.tokenizer in (None, "bytes")
+        else _hash_of(read_plain(data.tokenizer, LARGEST_TOKENIZER)),
     }
 
 

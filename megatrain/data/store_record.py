@@ -18,6 +18,10 @@ from megatrain.data.boundaries import NONE, shown
 from megatrain.data.indexed import TokenStore, TokenStoreError, record_path
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.files import brief
+from megatrain.untrusted import parse_json, read_plain
+
+_LARGEST = 1 << 16
+"""Bytes; a record has some three hundred."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,13 @@ def read_record(store: TokenStore) -> StoreRecord | None:
     """The record of a store; None if it has none. Raises TokenStoreError if it is damaged or of another store."""
     path = record_path(store.prefix)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_plain(path, _LARGEST))
         record = StoreRecord(**{item.name: found[item.name] for item in fields(StoreRecord)})
         if wrong := [item.name for item in fields(StoreRecord) if _kind(found[item.name]) not in str(item.type).split(" | ")]:
             raise ValueError(f"{wrong[0]} is of another type")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise TokenStoreError(
             f"{path}, which says how the store was made, cannot be read ({type(error).__name__}: {brief(error)}). Copy the store again, or "
             "take this file away: the store is then used as it is."

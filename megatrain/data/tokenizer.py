@@ -20,13 +20,27 @@ import numpy.typing as npt
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megatrain.data.boundaries import END_OF_TEXT, Beginning, Ending, TokenizerError, TokenRequest, find_beginning, find_ending
+from megatrain.data.boundaries import (
+    END_OF_TEXT,
+    LARGEST_TOKENIZER,
+    Beginning,
+    Ending,
+    TokenizerError,
+    TokenRequest,
+    find_beginning,
+    find_ending,
+)
 from megatrain.data.indexed import best_dtype
 from megatrain.data.prepare.read import Lines, read_pieces
 from megatrain.data.stream import REPLACEMENT
 from megatrain.files import HEAD_BYTES, brief, make_folder, not_text, whole
+from megatrain.untrusted import parse_json, read_plain
 
 BYTE_VALUES = 256
+_MOST_BRACKETS = 1 << 21
+"""Merges and pieces are lists of two."""
+_MOST_GAPS = 1 << 20
+"""Ids that no token has."""
 SMALLEST_VOCAB = BYTE_VALUES + 1
 """Smallest vocabulary: every byte, so that any text can be encoded, and the document separator."""
 
@@ -141,7 +155,12 @@ class JsonTokenizer:
             library.model.dropout = None  # random merges would make every store different
         self._library = library
         # Ids may have gaps: the size is the largest id plus one.
-        self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=0) + 1
+        ids = library.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=0) + 1
+        if self.vocab_size - len(ids) > _MOST_GAPS:
+            raise TokenizerError(
+                f"{label} has {len(ids):,} tokens, and the id {self.vocab_size - 1:,}: no model has so many rows."
+            )
         self.label, self._folder, self._asked = label, folder, (eod, bos)
         description = json.loads(library.to_str())
         self.divisible = _divisible(description)
@@ -267,7 +286,9 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
         return ByteTokenizer(eod, bos)
     path = Path(name)
     try:
-        data = path.read_bytes()
+        data = read_plain(path, LARGEST_TOKENIZER)
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not a tokenizer.json: {error}.") from None
     except OSError as error:
         raise TokenizerError(
             f"the tokenizer {path} cannot be read ({error.strerror}). Give `bytes` or the path of a tokenizer.json; "
@@ -277,15 +298,18 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
         raise TokenizerError(f"{path} is not a tokenizer.json: {problem}")
     try:
         text = data.decode("utf-8-sig")
-        json.loads(text)
+        parse_json(text, _MOST_BRACKETS, unique=False)
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{path} is not a tokenizer.json: it is not UTF-8 text ({error}).") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         where = f"line {error.lineno} is not JSON ({error.msg})" if isinstance(error, json.JSONDecodeError) else str(error)
         raise TokenizerError(f"{path} is not a tokenizer.json: {where}.") from None
     try:
         library = LibraryTokenizer.from_str(text)
-    except Exception as error:  # the library raises plain Exception
+        library.encode(PROBE)  # some can only be loaded
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain Exception, and where it panics, no Exception at all
         raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {brief(error)}") from None
     return JsonTokenizer(library, str(path), path.parent, eod, bos)
 

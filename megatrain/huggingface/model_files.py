@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from megatrain.checkpoint import boxes
 from megatrain.checkpoint.load import table_hint
-from megatrain.checkpoint.tensor_file import TensorFile, unique_keys
+from megatrain.checkpoint.tensor_file import TensorFile
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
 from megatrain.files import HEAD_BYTES, brief, doing, make_folder, not_text, whole
@@ -28,6 +28,7 @@ from megatrain.huggingface.config import config_of, kind_from, kind_of, model_of
 from megatrain.huggingface.families import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Portion, axis_of, logical_numel
+from megatrain.untrusted import leads_out, parse_json, read_beside
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 COMPANIONS = (
@@ -46,7 +47,7 @@ COMPANION_FOLDER = "hf"
 """Folder beside the checkpoints of a model that came from Hugging Face, for its config.json and COMPANIONS."""
 SHARD_BYTES = 5 * 10**9
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-_LARGEST_JSON = 10**8
+_LARGEST_JSON, _LARGEST_COMPANION = 10**8, 10**9
 
 
 def is_hf(path: Path) -> bool:
@@ -98,12 +99,17 @@ class Weights:
 
     def _open(self, file: str) -> TensorFile:
         if file not in self._files:
-            self._files[file] = TensorFile((self.path / file).resolve())  # resolved, as the hub's cache consists of links
+            path = self.path / file
+            if leads_out(path):
+                raise ContentError(
+                    f"{path} is a link that leads out of its folder, to {path.resolve()}: put the file itself there"
+                )
+            self._files[file] = TensorFile(path.resolve())  # resolved, as the hub's cache consists of links
         return self._files[file]
 
     def _listed(self) -> Iterator[tuple[str, str]]:
         """(name, file) of every tensor."""
-        if (self.path / INDEX).is_file():
+        if (self.path / INDEX).exists():
             if (self.path / SINGLE).is_file():
                 raise ContentError(
                     f"{self.path} has {SINGLE} and {INDEX}: two sets of weights, of which transformers takes the first. Move away the "
@@ -301,8 +307,21 @@ def keep_companions(source: Path, directory: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | None = None) -> None:
-    """Copy the files of a folder that match, with the modes of new files. name: new name, for a pattern that matches one file."""
+    """Copy the files of a folder that match, with the modes of new files. name: new name, for a pattern that matches one file.
+
+    Raises ContentError for a link that leads out of the folder (but not out of the hub's cache of its repository), and for a file of
+    absurd size; OSError that names the file.
+    """
     found = [file for pattern in patterns for file in sorted(Path(source).glob(pattern)) if file.is_file()]
+    for file in found:
+        if leads_out(file):
+            raise ContentError(
+                f"{file} is not copied: it is a link that leads out of its folder, to {file.resolve()}. Put the file there."
+            )
+        if file.stat().st_size > _LARGEST_COMPANION:
+            raise ContentError(
+                f"{file} is not copied: it has {file.stat().st_size:,} bytes, and is no tokenizer. Take it away."
+            )
     if found:
         target.mkdir(parents=True, exist_ok=True)
     for file in found:
@@ -313,11 +332,9 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | 
 def _json(file: Path) -> Any:
     """The contents of a JSON file. Raises ContentError."""
     try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"it has {file.stat().st_size} bytes")
-        data = file.read_bytes()
+        data = read_beside(file, _LARGEST_JSON)
         if problem := not_text(data[:HEAD_BYTES]):
             raise ValueError(problem)
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(data.decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ContentError(f"{file} cannot be read: {error}") from error

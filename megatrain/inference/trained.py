@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from megatrain.assembly import layer_pieces
 from megatrain.checkpoint.load import load
@@ -18,7 +17,7 @@ from megatrain.checkpoint.together import CheckpointError
 from megatrain.companions import with_kept_tokenizer
 from megatrain.config.load import from_dict, restored
 from megatrain.config.schema import Config
-from megatrain.config.source import ConfigError
+from megatrain.config.source import ConfigError, read_text, saved_values
 from megatrain.config.validate import require_values, validate_layout
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
 from megatrain.models.layers import Build
@@ -32,7 +31,7 @@ EMBEDDING = "embedding.tokens"
 
 def saved_config(path: Path) -> Config:
     """The config of the run that saved a checkpoint; its tokenizer is the copy kept beside the checkpoints, if there is one."""
-    config = restored(yaml.safe_load(read_manifest(path).config))
+    config = restored(saved_values(read_manifest(path).config, f"the config in {path}"))
     return replace(config, data=with_kept_tokenizer(config.data, path))
 
 
@@ -46,7 +45,7 @@ def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Confi
                 f"{override}: only the layout can be chosen here, such as parallel.pipeline_parallel_size=2 under "
                 "torchrun --nproc-per-node 2."
             )
-        values[key.removeprefix("parallel.")] = yaml.safe_load(value)
+        values[key.removeprefix("parallel.")] = read_text(value, override, lambda _: "command line").root
     parallel = from_dict({"parallel": values}).parallel
     config = replace(config, parallel=replace(parallel, sequence_parallel=False))
     require_values(config, ("parallel",))

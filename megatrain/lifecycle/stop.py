@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 from megatrain.files import doing
 from megatrain.runtime.launch import REPLY, Launch
+from megatrain.untrusted import parse_json, read_plain
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 INSIST_SECONDS = 3.0
@@ -42,6 +43,8 @@ DIVERGED = "diverged"
 INTERRUPTED = 130
 LISTENING = "listening"
 """The reply to the launch scripts from a process that receives signals and has no exit code yet."""
+_LARGEST_MARKER = 4096
+"""Bytes; the file has some hundred."""
 
 
 class StopRequest:
@@ -204,7 +207,7 @@ def is_stopping(marker: Path, launch: Launch) -> bool:
     if launch.launcher != "torchrun" or launch.restart_count == 0:
         return False  # SLURM counts restarts too, but restarts on purpose
     try:
-        return bool(json.loads(marker.read_text())["job"] == launch.job)
+        return bool(parse_json(read_plain(marker, _LARGEST_MARKER))["job"] == launch.job)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

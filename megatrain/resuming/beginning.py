@@ -21,13 +21,14 @@ from pathlib import Path
 
 import xxhash
 
-from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megatrain.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.keys import show
 from megatrain.config.schema import Config
 from megatrain.huggingface.model_files import is_hf
 from megatrain.resuming.changed import changes
 from megatrain.runtime.launch import Launch
+from megatrain.untrusted import read_plain
 
 
 def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
@@ -37,7 +38,7 @@ def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
         return {"from": resume, "job": f"{launch.launcher} {launch.job}"}
     path = Path(resume)
     manifest = path / MANIFEST
-    digest = xxhash.xxh3_128_hexdigest(manifest.read_bytes()) if manifest.is_file() else ""
+    digest = xxhash.xxh3_128_hexdigest(read_plain(manifest, LARGEST_MANIFEST)) if manifest.is_file() else ""
     return {"from": "weights" if only_weights(config) else "checkpoint", "path": str(path.resolve()), "digest": digest}
 
 

@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import yaml
-
 from megatrain.checkpoint.manifest import Manifest
 from megatrain.config.keys import knobs, show
 from megatrain.config.load import dump
 from megatrain.config.schema import Config, ModelConfig
+from megatrain.config.source import saved_values
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def changes(manifest: Manifest, config: Config) -> Iterator[tuple[str, Any, Any]
     """(key, value in the checkpoint's config, value now) of each key that differs."""
     before = values_then(manifest)
     now = dict(
-        _leaves(yaml.safe_load(dump(config, {})))
+        _leaves(saved_values(dump(config, {}), "the config"))
     )  # in the form that is saved, which leaves out defaults inside of lists
     effective = _effective(before), _effective(now)
     for key, value in now.items():
@@ -161,8 +160,8 @@ def _effective(values: dict[str, Any]) -> dict[str, Any]:
 
 def values_then(manifest: Manifest) -> dict[str, Any]:
     """`section.key` -> value in a checkpoint's config; a key that its release did not have is at its default."""
-    was = yaml.safe_load(manifest.config)
-    values = dict(_leaves(asdict(Config()))) | dict(_leaves(was if isinstance(was, dict) else {}))
+    was = saved_values(manifest.config, "the config in the checkpoint")
+    values = dict(_leaves(asdict(Config()))) | dict(_leaves(was))
     paths = {knob.key for knob in knobs() if knob.range.path} | {"data.train", "data.valid"}
     return {key: _at_home(value) if key in paths else value for key, value in values.items()}
 

@@ -20,8 +20,17 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatrain.config.schema import DataConfig
-from megatrain.data.boundaries import END_OF_TEXT, GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG, Ending, TokenizerError
+from megatrain.data.boundaries import (
+    END_OF_TEXT,
+    GENERATION,
+    LARGEST_COMPANION,
+    SPECIAL_TOKENS,
+    TOKENIZER_CONFIG,
+    Ending,
+    TokenizerError,
+)
 from megatrain.data.tokenizer import BYTE_VALUES, JsonTokenizer, load_tokenizer
+from megatrain.untrusted import parse_json, read_beside
 
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
 
@@ -87,11 +96,18 @@ def _letters() -> list[str]:
 def _other_files(folder: Path) -> dict[str, str]:
     """File name -> text of the other tokenizer files in a tokenizer's directory."""
     names = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template.jinja", "chat_template.json")
-    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    found: dict[str, str] = {}
+    for name in names:
+        if (folder / name).is_file():
+            try:
+                found[name] = read_beside(folder / name, LARGEST_COMPANION).decode("utf-8-sig")
+            except ValueError as error:
+                raise TokenizerError(f"{folder / name} cannot be read: {error}") from None
+    return found
 
 
 def _loaded(beside: dict[str, str], name: str) -> dict[str, Any]:
-    found = json.loads(beside.get(name, "{}"))
+    found = parse_json(beside.get(name, "{}"), unique=False)
     return found if isinstance(found, dict) else {}
 
 

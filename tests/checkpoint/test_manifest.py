@@ -8,6 +8,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatrain.checkpoint.directory import latest
 from megatrain.checkpoint.load import find, newest
 from megatrain.checkpoint.manifest import (
     FileRow,
@@ -160,6 +161,15 @@ HOSTILE = {
         put("tensors", None),
         lambda body: body["tensors"].append(body["tensors"][0]),
         lambda body: body.pop("tensors"),
+    ],
+    "config": [put("config", 5), put("config", "a: " + "b" * (1 << 20)), put("progress", [1]), put("versions", "1.0")],
+    "much": [
+        put("tensors", 0, "spec", "shape", [1] * 10**6),
+        put("progress", "list", [[]] * 600_000),
+        put("step", 10**30),
+        put("step", int("9" * 4000)),
+        put("layout", "tp", 8192),
+        put("saved_at", 10**400),
     ],
     "layout": [put("layout", "tp", 0), put("layout", "tp", 2.0), put("layout", "tp", 10**12), put("layout", "qp", 1)],
     "format": [put("format", "z\nip" * 999), put("step", "200")],
@@ -391,6 +401,35 @@ def test_a_link_is_not_followed(tmp_path):
     (tmp_path / "x.safetensors").symlink_to(tmp_path / "real")
     with pytest.raises(DamagedCheckpointError, match="is a link"):
         check_file(tmp_path, FileRow("x.safetensors", "weights", {}, 4, ()))
+
+
+def test_a_manifest_is_a_plain_file_in_its_own_directory_and_no_larger_than_one_may_be(tmp_path, state):
+    path = state.save(ParallelContext.single(), tmp_path / "own")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / path.name).symlink_to(path)
+    with pytest.raises(
+        DamagedCheckpointError, match=rf"is a link that leads out of its directory, to {path}\. Give that one\."
+    ):
+        read_manifest(other / path.name)
+    (path.parent / "best").symlink_to(path.name)
+    assert read_manifest(path.parent / "best") == read_manifest(path)
+    file = path / "manifest.json"
+    data = file.read_bytes()
+    with file.open("ab") as more:
+        more.truncate(200_000_000)
+    with pytest.raises(DamagedCheckpointError, match="it has 200,000,000 bytes, and 134,217,728 at the most are read"):
+        read_manifest(path)
+    file.unlink()
+    for target in ("/dev/zero", tmp_path / "elsewhere"):
+        (tmp_path / "elsewhere").write_bytes(data)
+        file.symlink_to(target)
+        with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used: it is a link, to "):
+            read_manifest(path)
+        file.unlink()
+    (path.parent / "latest").unlink(missing_ok=True)
+    (path.parent / "latest").symlink_to("/dev/zero")
+    assert latest(path.parent) == ""
 
 
 def test_kinds_are_plain_words():

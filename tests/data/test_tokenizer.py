@@ -1,6 +1,8 @@
 """Tokenizers: lossless, literal about special tokens, clear about what is wrong."""
 
 import json
+import os
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -138,3 +140,45 @@ def test_a_divided_text_has_the_tokens_of_the_whole(trained, tmp_path_factory, t
     assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     tokenizer = load_tokenizer(trained[0] / "tokenizer.json")
     assert [i for piece in pieces for i in tokenizer.encode(piece.text)] == tokenizer.encode(text)
+
+
+PLAIN = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+}
+HOSTILE = {
+    "deep": ("[" * 100_000, "it is nested too deep"),
+    "brackets": ("[" + "[]," * 2_100_000 + "[]]", "it has 2,100,002 brackets, and 2,097,152 at the most are read"),
+    "digits": (json.dumps(PLAIN).replace('"ab": 2', '"ab": ' + "9" * 10_000), "it has a number of 10,000 digits"),
+    "gap": (json.dumps(PLAIN).replace('"ab": 2', '"ab": 4294967295'), "has 3 tokens, and the id 4,294,967,295: no model has"),
+    "types": (json.dumps(PLAIN | {"model": {"type": "BPE", "vocab": [1], "merges": 5}}), "is JSON, but not a tokenizer of"),
+    "no unknown": (json.dumps(PLAIN | {"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "u",
+        "continuing_subword_prefix": "#", "max_input_chars_per_word": 9}}), "Missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_tokenizer_is_one_clear_error(tmp_path, case):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(PLAIN))
+    assert load_tokenizer(path).vocab_size == 3
+    text, said = HOSTILE[case]
+    path.write_text(text)
+    with pytest.raises(TokenizerError, match=re.escape(said)) as caught:
+        load_tokenizer(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_is_a_plain_file(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is not a tokenizer\.json: it is no plain file\."):
+        load_tokenizer(path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(TokenizerError, match=r"it has 1,073,741,824 bytes, and 134,217,728 at the most are read\."):
+        load_tokenizer(path)

@@ -80,3 +80,22 @@ def test_ranks_on_several_machines_without_a_secret_say_so_in_one_line():
         "Set it, the same on all machines, to the output of `openssl rand -hex 32`."
     )
     assert Launch.from_environment(APART | GIVEN).warning == "" == Launch.from_environment(RANKS).warning == Launch().warning
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (
+            {"MASTER_PORT": "99999"},
+            r"MASTER_PORT=99999 is no port: they go from 1 to 65535\. Set it to a free one, for example 29500\.",
+        ),
+        ({"MASTER_PORT": "0"}, r"MASTER_PORT=0 is no port"),
+        ({"RANK": "9" * 10_000}, r"RANK='9999999999999999999999999999999999999999'\.\.\. \(10000 letters\) is not a number\."),
+        ({"WORLD_SIZE": "\u0664"}, "WORLD_SIZE='\u0664' is not a number"),
+        ({"RANK": "7"}, r"rank 7 is not in a world of 2"),
+    ],
+)
+def test_numbers_of_the_environment_that_cannot_be_are_told_in_one_line(variables, said):
+    with pytest.raises(LaunchError, match=said) as caught:
+        Launch.from_environment(RANKS | variables)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200

@@ -20,7 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.files import whole
+from megatrain.untrusted import parse_json, read_plain
 
+_LARGEST = 1 << 16
+"""Bytes of an entry's list of checksums, which has some hundred."""
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -54,7 +57,7 @@ def intact(array: npt.NDArray[Any]) -> bool:
 def _load(directory: Path, stem: str, names: tuple[str, ...]) -> Arrays | None:
     """The entry; None if it is absent or incomplete."""
     try:
-        rows = json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))["crc32"]
+        rows = parse_json(read_plain(directory / f"{stem}.json", _LARGEST))["crc32"]
         arrays = {name: np.load(directory / f"{stem}-{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         whole = all(_checksum(arrays[name]) == rows[name] for name in names)
     except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent, truncated, overwritten, not ours
