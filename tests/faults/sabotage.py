@@ -82,8 +82,8 @@ def before(owner: Any, name: str, place: str) -> None:
     setattr(owner, name, around)
 
 
-def spoil_gradient(value: float) -> None:
-    """One element of one gradient of a step is `value`."""
+def spoil_gradient() -> None:
+    """At one step, or `during` so many, one element of one gradient is `value`, or all are `factor` times as large."""
     from megatrain.parallel.zero import FlatParameters
 
     reduce = FlatParameters.reduce
@@ -91,7 +91,11 @@ def spoil_gradient(value: float) -> None:
     def spoiled(flat: FlatParameters) -> None:
         visit("step")
         if _visits["step"] in range(ACT["at"], ACT["at"] + ACT.get("during", 1)):
-            gradients(flat)[0].view(-1)[0] = value
+            found = gradients(flat)
+            if "value" in ACT:
+                found[0].view(-1)[0] = float(ACT["value"])
+            for gradient in found:
+                gradient.mul_(ACT.get("factor", 1.0))
         reduce(flat)
 
     FlatParameters.reduce = spoiled
@@ -133,7 +137,7 @@ def install() -> None:
     from megatrain.data.loader import Loader
 
     if ACT["what"] == "gradient":
-        return spoil_gradient(float(ACT["value"]))
+        return spoil_gradient()
     if ACT["what"] == "flip":
         return flip_weight()
     if ACT["what"] == "clock":

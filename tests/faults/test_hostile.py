@@ -13,7 +13,7 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
-from breaking import LAYOUTS, MAIN, STEPS, codes, said
+from breaking import LAYOUTS, MAIN, STEPS
 
 from megatrain.checkpoint.manifest import read_manifest
 
@@ -55,34 +55,6 @@ def test_data_that_is_damaged_before_the_start(house, measured):
             tokens.tofile(binary)
         lines.append(house.words(MAIN, f"bad_{case}", f"data.train={prefix}"))
     refused(house, measured, "data", lines, ("store_cut.bin", "store_index", "store_ids.bin"))
-
-
-@pytest.mark.fault(
-    injection="the data file is {damage} while a run reads it",
-    promise="all ranks end, the error names the file; nothing is trained on it",
-    layout=MAIN,
-    bound=30,
-)
-@pytest.mark.parametrize(
-    ("damage", "needle"), [("cut to nothing", "store_live"), ("overwritten with ids beyond the vocabulary", "outside")]
-)
-def test_data_that_is_damaged_during_the_run(house, measured, damage, needle):
-    name = f"live_{damage[:3]}"
-    run, prefix = house.run(name), jobs.write_store(house.folder / f"store_{name}")
-    binary = prefix.with_name(f"{prefix.name}.bin")
-    with house.start(MAIN, name, f"data.train={prefix}", "train.steps=2000", "checkpoint.save_every=0") as job:
-        assert jobs.wait_for_rows(job, run, 5)
-        if damage == "cut to nothing":
-            os.truncate(binary, 0)
-        else:
-            with binary.open("r+b") as file:
-                file.write(b"\xff" * binary.stat().st_size)
-        began, at = time.monotonic(), jobs.row_count(run)
-        ended = job.finish()
-        measured.detected(time.monotonic() - began)
-    assert set(codes(ended)) == {1}, said(ended)
-    assert f"store_{name}" in said(ended) and (needle == "store_live" or needle in said(ended)), said(ended)
-    assert jobs.row_count(run) <= at + 20
 
 
 class Canary:
