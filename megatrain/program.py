@@ -255,7 +255,8 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         elif watch.diverged is None:
             watch.stopped(told.signal.name if told.signal else limits.why or "told by another rank")
     if watch.diverged is not None:
-        raise watch.diverged  # only here, where the other ranks have left as well
+        guard.leave()  # waits for the other ranks
+        raise watch.diverged
     return done
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -59,12 +58,12 @@ class Identity:
         """The state of the process; elsewhere: on another machine, or unknown because there is no /proc."""
         return Owner(self.machine, self.pid, self.born).condition()
 
-    def kill(self) -> bool:
-        """Send SIGKILL if the same process still runs on this machine; whether it was sent."""
+    def send(self, number: int) -> bool:
+        """Send a signal if the same process still runs on this machine; whether it was sent."""
         if self.condition() in ("gone", "elsewhere"):
             return False
         try:
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, number)
         except OSError:
             return False
         return True

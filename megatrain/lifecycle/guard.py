@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ from types import TracebackType
 from typing import Literal, NoReturn
 
 from megatrain.lifecycle.blame import Identity, State, Verdict, judge
-from megatrain.lifecycle.monitor import DUMP_SIGNAL, Monitor, begin_monitor
+from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
 from megatrain.runtime.distributed import Session
 from megatrain.runtime.launch import Launch
@@ -329,7 +330,7 @@ class Guard:
         return judge(*self._heard(board, keys), self._size)
 
     def _heard(self, board: Board, keys: list[str]) -> tuple[dict[int, State], dict[int, Identity]]:
-        """What the ranks have written so far, and who the others are. Raises TransportError."""
+        """(states that ranks have written so far, identities of the others), by rank. Raises TransportError."""
         texts = board.read_all(keys)
         states = {rank: State.parse(texts[key]) for rank, key in enumerate(keys) if key in texts}
         silent = board.read_all([f"identity/{rank}" for rank in range(self._size) if rank not in states])
@@ -358,7 +359,11 @@ class Guard:
             callback.start()
             callback.join(STORE_SECONDS)
         for identity in verdict.kill:
-            if identity.kill():
+            if identity.condition() == "running" and DUMP_SIGNAL is not None:  # stuck in C, perhaps: where?
+                if speaker:
+                    identity.send(DUMP_SIGNAL)
+                time.sleep(DUMP_SECONDS)
+            if identity.send(signal.SIGKILL):
                 print_error(f"megatrain: rank {state.rank} killed {identity}, which could not end by itself")
         if self._served_by_rank_0 and state.rank == 0:
             time.sleep(LINGER_SECONDS)

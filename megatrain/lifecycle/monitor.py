@@ -27,7 +27,7 @@ SUSPENDED_SECONDS = 5.0
 """If a look comes this much too late, this process itself was suspended."""
 DUMP_SECONDS = 1.0
 """Time to write the stacks."""
-IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGQUIT")
+BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 """Signals to a group of processes, meant for the rank."""
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", None)
 """On it, C code of the rank writes the stacks of all its threads to stderr (`faulthandler.register`)."""
@@ -45,7 +45,7 @@ class Monitor:
         quiet = os.open(os.devnull, os.O_WRONLY)
         try:
             actions = [(os.POSIX_SPAWN_DUP2, read, 0), (os.POSIX_SPAWN_DUP2, quiet, 1)]
-            self._pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions, setsigmask=())
+            self._pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions, setsigmask=BLOCKED)
         finally:
             os.close(read)
             os.close(quiet)
@@ -106,8 +106,6 @@ def _end(pid: int, rank: str, what: str) -> None:
 
 def main(parent: int, rank: str, seconds: float, key: str, margin: float) -> None:
     """The monitor itself: wait for lines until the parent ends, closes the pipe, or is silent for too long."""
-    for name in IGNORED:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
     poller = select.poll()
     poller.register(0, select.POLLIN)
     if hasattr(os, "pidfd_open"):

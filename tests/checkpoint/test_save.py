@@ -453,6 +453,40 @@ def test_a_failed_save_in_the_background_is_told_and_raised_by_the_next(tmp_path
     assert names(tmp_path) == ["latest", "step_00000100", "step_00000400"]
 
 
+def test_a_save_says_since_when_it_is_at_which_file_and_whom_rank_0_waits_for(tmp_path, state, monkeypatch):
+    opened, real, before = threading.Event(), os.fsync, time.monotonic()
+
+    def held(descriptor):
+        if "tp00001" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            assert opened.wait(30)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", held)
+
+    def run(ctx):
+        saver = Saver(tmp_path, ctx)
+        assert saver.unfinished() is None
+        saver.save(contents(100), state.portions(state.local(ctx), ctx), wait=False)
+        place = (
+            tmp_path
+            / ".saving_step_00000100"
+            / ("weights-tp00001-pp00000-dp00000.safetensors", "rank-00001")[ctx.world.rank == 0]
+        )
+        while saver.place() != str(place) or (ctx.world.rank == 0 and saver.unfinished()[0] < before + 5):
+            time.sleep(0.005)  # until it is there
+        began, at = saver.unfinished()
+        ctx.world.group.barrier()
+        opened.set()
+        saver.finish()
+        assert saver.unfinished() is None
+        saver.close()
+        return began - before, at
+
+    (rank_0, at_0), (rank_1, at_1) = simulate(MeshShape(tp=2), run)
+    assert 0 < rank_1 < 5 < rank_0 < 10, "the others' disks come first"
+    assert at_0.endswith("/.saving_step_00000100/rank-00001") and at_1.endswith("/weights-tp00001-pp00000-dp00000.safetensors")
+
+
 @pytest.mark.parametrize("blocks", [2, 3, 1000])
 def test_a_small_buffer_saves_the_same_numbers(tmp_path, state, same, blocks):
     saver = Saver(tmp_path, SINGLE, staging_bytes=64 * blocks, block_bytes=64)

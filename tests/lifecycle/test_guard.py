@@ -13,7 +13,7 @@ import pytest
 from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge
 
 WORKER = """
-import os, signal, sys, time
+import ctypes, os, signal, sys, time
 import torch
 from megatrain.config.schema import ParallelConfig
 from megatrain.runtime.distributed import connect
@@ -79,6 +79,9 @@ def misbehave():
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         load_sample_that_never_comes()
+    if what == "stuck":
+        while True:
+            ctypes.PyDLL(None).usleep(60_000_000)  # holds the interpreter: no thread of this process runs
     if what == "raise":
         raise ValueError("bad sample 17")
 
@@ -154,6 +157,8 @@ CASES = [
     ("sleep", 0, pytest.mark.slow),
     ("raise", 0, pytest.mark.slow),
     ("raise", 1, pytest.mark.slow),
+    ("stuck", 0, pytest.mark.slow),
+    ("stuck", 1, pytest.mark.slow),
 ]
 
 
@@ -172,8 +177,10 @@ def test_both_ranks_end_and_the_survivor_names_axis_call_and_culprit(tmp_path, w
         "die": "has died",
         "sleep": "load_sample_that_never_comes",
         "raise": "ValueError: bad sample 17",
+        "stuck": "does not answer" if victim == 0 else "is there, but does not answer",
     }
     assert expected[what] in survivor
+    assert what != "stuck" or " in misbehave\n" in outputs[victim], outputs[victim]
     kind = "death" if what in ("die", "raise") else "hang"
     assert "".join(outputs).count(f"EVENT {kind} {victim}") == 1
 
@@ -331,11 +338,11 @@ def test_only_the_same_process_is_killed():
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         born = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
         machine = Identity.own(0).machine
-        assert not Identity(0, machine, "h", process.pid, "1").kill()
-        assert not Identity(0, "another", "h", process.pid, born).kill()
+        assert not Identity(0, machine, "h", process.pid, "1").send(signal.SIGKILL)
+        assert not Identity(0, "another", "h", process.pid, born).send(signal.SIGKILL)
         assert process.poll() is None
         same = Identity(0, machine, "h", process.pid, born)
         assert same.condition() == "running"
-        assert same.kill()
+        assert same.send(signal.SIGKILL)
         assert process.wait(10) == -signal.SIGKILL
     assert same.condition() == "gone"
