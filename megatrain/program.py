@@ -286,6 +286,8 @@ def _loop(job: Job, watch: Watch) -> bool:
                 stop |= not watch.evaluate()
             if last or stop or saves:
                 watch.save(last=last or stop)
+            if not (last or stop):
+                watch.copy()
             if stop and not last:
                 return False
     return True

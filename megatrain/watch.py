@@ -32,6 +32,7 @@ from megatrain.parallel.param import Part
 from megatrain.parallel.zero import FlatParameters
 from megatrain.records.log import RunLog
 from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow
+from megatrain.resuming.restart import Keeper
 from megatrain.resuming.resume import progress_of_job
 from megatrain.resuming.rollback import documents, place_of, roll_back
 from megatrain.runtime.device_memory import peak_memory_bytes
@@ -80,6 +81,8 @@ class Watch:
             on_failed=self._save_failed,
         )
         self.saver.before = job.claim.hold
+        staging = staging_bytes(checkpoint.staging_gib, 2 * job.session.launch.local_world_size)
+        self.keeper = Keeper(job, staging, log.say, self._restarted)
         self.retries = Retries(self.saver, checkpoint.give_up_after, checkpoint.timeout_seconds, log.say)
 
     @property
@@ -230,8 +233,7 @@ class Watch:
         """Save a checkpoint; returns when it is copied to host memory; with `wait`, and the last one of a run, which nothing follows, when
         it is on the disk. One that fails is tried again (checkpoint/retries.py).
         """
-        job = self.job
-        contents = Contents(job.step, progress_of_job(job), job.config_text)
+        job, contents = self.job, self._contents()
         with self.guard.section("save", self.saver.place):
             if last:
                 self.retries.save_last(contents, portions(job.optimizer))
@@ -256,6 +258,7 @@ class Watch:
         looks = self._suspects(step, window, last)
         self._event("skip_data", step, samples=list(window), **looks)
         self.log.say(f"step {step}: {bad.why}: back to step {job.step} ({path}); {text}, with {place_of(looks['documents'])}")
+        self.keeper.forget()  # else a restart would go on from steps that were gone back from
         self.save(wait=True)
         return True
 
@@ -292,6 +295,20 @@ class Watch:
         self._event("diverged", bad.last, message=message, samples=list(window), **looks)
         return Diverged(message)
 
+    def _contents(self) -> Contents:
+        return Contents(self.job.step, progress_of_job(self.job), self.job.config_text)
+
+    def copy(self) -> None:
+        """Keep a copy of the state in memory, if one is due after this step."""
+        if self.keeper.copies is None:
+            return
+        with self.guard.section("save", self.saver.place):
+            self.keeper.after(self.job.step, self._contents, lambda: portions(self.job.optimizer))
+
+    def _restarted(self, lost: int, seconds: float, source: str) -> None:
+        self.log.event("restart", self.job.step, lost_steps=lost, seconds=round(seconds, 3), checkpoint=source)
+        self.log.say(f"the restart took {seconds:.1f} s, to the end of its first step, and {lost} steps are trained again")
+
     def _saved(self, path: Path, step: int, seconds: float) -> None:
         self.log.event("save", step, path=str(path), seconds=round(seconds, 3))
 
@@ -308,6 +325,7 @@ class Watch:
         self.job.observers.before_update.remove(self.norms)
         with self.guard.section("save", self.saver.place):
             self.saver.close()
+            self.keeper.close(ended=False)
         self.guard.background, self.guard.on_event = lambda: None, None
 
     def _guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
@@ -321,11 +339,13 @@ class Watch:
         if launch.local_rank == 0:
             write_marker(Path(self.config.log.dir, PREEMPTED), launch, why, self.job.step)
         self._event("signal", message=why)
+        self.keeper.close(ended=True)
         self.log.say(f"stopped at step {self.job.step} with a checkpoint saved; the same command goes on from there")
 
     def finished(self) -> None:
         """Draw the last picture and write the last event."""
         self.stopwatch.finish()
+        self.keeper.close(ended=True)
         self.log.draw()
         self._event("end")
 

@@ -9,8 +9,8 @@ LINES = {
     "docs/benchmarks": 3800,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 1850,  # its own files, without the rooms below
-    "megatrain/checkpoint": 2450,
+    "megatrain": 1900,  # its own files, without the rooms below
+    "megatrain/checkpoint": 2600,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
     "megatrain/data": 4300,
@@ -24,12 +24,12 @@ LINES = {
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,
     "megatrain/records": 1000,
-    "megatrain/resuming": 700,
+    "megatrain/resuming": 850,
     "megatrain/runtime": 1600,
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 39650,
+    "tests": 39800,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -52,7 +52,7 @@ from megatrain.parallel.portion import ElementRange, Elements, Portion, Portions
 from megatrain.transport.consensus import gather_texts, lowest
 
 DEFAULT_STAGING_BYTES = 16 * 2**30
-_Files = Mapping[tuple[str, AverageOver], PlannedFile]
+Files = Mapping[tuple[str, AverageOver], PlannedFile]
 """(kind, axis of the replicas of its tensors) -> file that this rank writes."""
 _LOOK_SECONDS = 0.02
 """Seconds between two looks for the rows of the other ranks."""
@@ -129,7 +129,7 @@ class Saver:
         try:
             with together(self.ctx):
                 check_portions(portions, self.ctx)
-                files = _plan(work, portions, self.ctx)
+                files = plan_files(work, portions, self.ctx)
                 json.dumps(contents.progress, allow_nan=False)
             sizes = gather_texts(str(sum(file.size for file in files.values())), self.ctx.world.group, self.ctx.device)
             with together(self.ctx):
@@ -197,7 +197,7 @@ class Saver:
         self._patience_ends = time.monotonic() + _PATIENCE_SECONDS
         self.writer.close()
 
-    def _stage(self, work: Path, files: _Files, wait: bool) -> None:
+    def _stage(self, work: Path, files: Files, wait: bool) -> None:
         """Copy the elements that this rank owns, for the thread to write."""
         if not work.is_dir():
             raise CheckpointError(
@@ -261,7 +261,7 @@ def save(directory: Path, contents: Contents, portions: Portions, ctx: ParallelC
         saver.close()
 
 
-def _plan(work: Path, portions: Portions, ctx: ParallelContext) -> _Files:
+def plan_files(work: Path, portions: Portions, ctx: ParallelContext) -> Files:
     """The files to write of the elements that this rank owns."""
     runs: dict[tuple[str, AverageOver], dict[str, tuple[Elements, int]]] = defaultdict(dict)
     for kind, named in portions.items():
@@ -312,17 +312,13 @@ def _make_room(work: Path, need: int) -> None:
         )
 
 
-def _settle(work: Path, files: _Files, portions: Portions, ctx: ParallelContext, failure: BaseException | None) -> None:
+def _settle(work: Path, files: Files, portions: Portions, ctx: ParallelContext, failure: BaseException | None) -> None:
     """In the thread: leave a file for rank 0 with the rows of what this rank wrote, or with the reason why it did not."""
     left = work / f"rank-{ctx.world.rank:05d}"
     try:
         if failure is not None:
             raise failure
-        rows = [
-            asdict(FileRow(f.path.name, kind, _place(over, ctx), f.size, tuple(f.blocks))) for (kind, over), f in files.items()
-        ]
-        row = {"files": rows, "tensors": _describe(files, portions, ctx)}
-        write_file(left.with_suffix(".draft"), json.dumps(row).encode())
+        write_file(left.with_suffix(".draft"), json.dumps(rows_of(files, portions, ctx)).encode())
         left.with_suffix(".draft").replace(left.with_suffix(".json"))
     except Exception as error:
         with suppress(OSError):  # the first error is the one to report
@@ -333,7 +329,13 @@ def _settle(work: Path, files: _Files, portions: Portions, ctx: ParallelContext,
         raise
 
 
-def _describe(files: _Files, portions: Portions, ctx: ParallelContext) -> list[dict[str, Any]]:
+def rows_of(files: Files, portions: Portions, ctx: ParallelContext) -> dict[str, Any]:
+    """This rank's rows of the manifest, as plain JSON, once its files are written. Raises ValueError where two kinds disagree."""
+    rows = [asdict(FileRow(f.path.name, kind, _place(over, ctx), f.size, tuple(f.blocks))) for (kind, over), f in files.items()]
+    return {"files": rows, "tensors": _describe(files, portions, ctx)}
+
+
+def _describe(files: Files, portions: Portions, ctx: ParallelContext) -> list[dict[str, Any]]:
     """Rows of the manifest's `tensors` for this rank's files. Raises ValueError where two kinds disagree about a tensor."""
     stored: dict[str, StoredTensor] = {}
     for (kind, over), file in files.items():
@@ -361,33 +363,32 @@ def _publish(
     work: Path, final: Path, contents: Contents, rows: list[dict[str, Any]], ctx: ParallelContext, block_bytes: int, serial: int
 ) -> None:
     """Turn the written files into a checkpoint: manifest, rename, `latest`."""
-    tensors: dict[str, StoredTensor] = {}
-    for row in (row for part in rows for row in part["tensors"]):
-        _merge(tensors, tensor_from_json(row))
-    files = tuple(row_from_json(row) for part in rows for row in part["files"])
-    for file in files:
+    manifest = manifest_of(contents, rows, ctx, block_bytes, serial, time.time())
+    for file in manifest.files:
         try:
             check_file(work, file)
         except DamagedCheckpointError as error:
             raise CheckpointError(f"{error}. Another rank has just written it: do all nodes share {final.parent}?") from error
     for left in work.glob("rank-*"):
         left.unlink()
-    versions = {name: _version(name) for name in ("megatrain", "torch")} | {"python": platform.python_version()}
-    manifest = Manifest(
-        contents.step,
-        time.time(),
-        contents.progress,
-        layout_of(ctx),
-        files,
-        tensors,
-        contents.config,
-        versions,
-        block_bytes,
-        serial,
-    )
     write_file(work / MANIFEST, manifest.to_bytes())
     sync(work)
     appear(work, final)
+
+
+def manifest_of(
+    contents: Contents, rows: list[dict[str, Any]], ctx: ParallelContext, block_bytes: int, serial: int, saved_at: float
+) -> Manifest:
+    """The manifest of a checkpoint, of all ranks' rows in rank order. Raises ValueError where two ranks disagree about a tensor."""
+    tensors: dict[str, StoredTensor] = {}
+    for row in (row for part in rows for row in part["tensors"]):
+        _merge(tensors, tensor_from_json(row))
+    files = tuple(row_from_json(row) for part in rows for row in part["files"])
+    versions = {name: _version(name) for name in ("megatrain", "torch")} | {"python": platform.python_version()}
+    layout = layout_of(ctx)
+    return Manifest(
+        contents.step, saved_at, contents.progress, layout, files, tensors, contents.config, versions, block_bytes, serial
+    )
 
 
 def _clear(directory: Path) -> None:

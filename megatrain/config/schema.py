@@ -363,6 +363,11 @@ class CheckpointConfig:
         above=0,
         at_most=1e6,
     )
+    in_memory_every: int = knob(
+        0,
+        "Steps between copies of the state in shared memory, from which torchrun's --max-restarts goes on; 0 means none.",
+        at_least=0,
+    )
     resume: str = knob(
         "auto",
         "Beginning of the run: auto (the newest whole checkpoint, if any), never (anew), or the path of a checkpoint. A run "

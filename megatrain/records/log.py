@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 EventKind = Literal[
     "start",
     "resume",
+    "restart",
     "damaged_checkpoint",
     "save",
     "save_failed",

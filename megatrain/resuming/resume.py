@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from megatrain.job import Job
 from megatrain.optim.portions import portions
 from megatrain.resuming.beginning import OwnCheckpoints, beginning_of, beginning_text
 from megatrain.resuming.changed import bends_schedules, change_line, change_of, changes, values_then
+from megatrain.resuming.restart import load_copy
 from megatrain.runtime.distributed import Session
 from megatrain.training import Run
 from megatrain.transport.consensus import broadcast_text
@@ -134,7 +136,9 @@ def resume(job: Job) -> None:
     def tell(path: Path, why: str) -> None:
         _tell(job, path, why)
 
-    found = load_newest(directory, portions(job.optimizer), ctx, tell, accept, own)
+    found = load_copy(job, accept, partial(OwnCheckpoints, config, launch, job.beginning)) or load_newest(
+        directory, portions(job.optimizer), ctx, tell, accept, own
+    )
     if found is not None:
         if job.beginning["from"] != "auto":
             job.notes.append(

@@ -1,0 +1,161 @@
+"""Where a run that its launcher starts again finds the copies that its ranks have left in memory, and what the restart has cost.
+
+The launcher (torchrun) outlives its workers, so the folder has its name; a leftover of a dead launcher is removed by the next start of its
+user (transport/leftovers.py). Beside the copies lies `alive`: the step that ended last and when, by the clock that all processes of the
+machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from megatrain.checkpoint.directory import catalogue
+from megatrain.checkpoint.in_memory import Copies, newest_copy, verify_copy
+from megatrain.checkpoint.load import load
+from megatrain.checkpoint.manifest import Manifest
+from megatrain.checkpoint.save import Contents
+from megatrain.checkpoint.together import CheckpointError, together
+from megatrain.config.schema import Config
+from megatrain.job import Job
+from megatrain.optim.portions import portions
+from megatrain.parallel.portion import Portions
+from megatrain.runtime.launch import Launch
+from megatrain.transport import leftovers
+from megatrain.transport.consensus import broadcast_text
+from megatrain.transport.owner import Owner
+
+ALIVE = "alive"
+
+
+def folder_of(config: Config, launch: Launch) -> Path | None:
+    """The folder of a run's copies on this machine; None without a launcher that starts its workers again."""
+    if launch.launcher != "torchrun":
+        return None
+    launcher = Owner.of(launch.launcher_process or os.getppid())
+    run = xxhash.xxh3_64_hexdigest(f"{launch.job} {Path(config.checkpoint_dir).resolve()}".encode())
+    return leftovers.FOLDER / leftovers.name_of(launcher, f"copy-{run}")
+
+
+def load_copy(
+    job: Job, accept: Callable[[Path, Manifest], None], own: Callable[[], Callable[[Path, Manifest | None], bool]]
+) -> tuple[Path, Manifest] | None:
+    """Load the newest copy in memory, where it is whole, the run's own and newer than what is on the disk (collective).
+
+    own: makes a function that tells the run's own checkpoints, asked newest first. Where a copy is not used, a note says why, and nothing
+    was loaded.
+    """
+    config, ctx, launch = job.config, job.ctx, job.session.launch
+    folder = folder_of(config, launch) if config.checkpoint.in_memory_every else None
+    found = None if folder is None else newest_copy(folder, ctx)
+    if found is None:
+        return None
+    path, manifest = found
+    why = ""
+    with together(ctx):
+        if ctx.world.rank == 0:
+            listed = catalogue(Path(config.checkpoint_dir))
+            mine = own()
+            newest = next((m for at, m, reason in listed if m is not None and not reason and mine(at, m)), None)
+            if newest is not None and newest.step >= manifest.step:
+                why = f"the checkpoint of step {newest.step} on the disk is as new"
+            elif not own()(path, manifest):
+                why = "it is another run's"
+    why = broadcast_text(why, ctx.world.group, ctx.device)
+    if not why:
+        try:
+            with together(ctx):
+                accept(path, manifest)
+            verify_copy(path, manifest, ctx, (launch.local_rank, launch.local_world_size))
+            return path, load(path, portions(job.optimizer), ctx)
+        except CheckpointError as error:
+            why = str(error)
+    job.notes.append(f"the copy of step {manifest.step} in memory is not used: {why}")
+    return None
+
+
+@dataclass
+class Restart:
+    """Cost of a restart, told once its first step has ended."""
+
+    last_step: int
+    """The last step that had ended before."""
+    ended: float
+    """When (time.monotonic)."""
+
+    @classmethod
+    def before(cls, folder: Path) -> Restart | None:
+        """The traces of the start before this one; None where there was none."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            said = json.loads((folder / ALIVE).read_text())
+            return cls(int(said["step"]), float(said["ended"]))
+        return None
+
+
+class Keeper:
+    """Keeps the copies of a run, as checkpoint.in_memory_every says, and measures restarts."""
+
+    def __init__(
+        self, job: Job, staging_bytes: int, say: Callable[[str], None], tell: Callable[[int, float, str], None]
+    ) -> None:
+        """say: prints a line; tell(steps lost, seconds, what the run went on from): reports a restart. Both count on rank 0 alone."""
+        launch, self._every = job.session.launch, job.config.checkpoint.in_memory_every
+        self._say, self._tell, self._job = say, tell, job
+        self._leads = launch.local_rank == 0
+        self.copies: Copies | None = None
+        self._restart: Restart | None = None
+        self._from = job.step
+        folder = folder_of(job.config, launch) if self._every else None
+        if folder is not None:
+            self._restart = Restart.before(folder) if launch.rank == 0 else None
+            self.copies = Copies(folder, job.ctx, leads=self._leads, staging_bytes=staging_bytes)
+        elif self._every:
+            say(
+                "checkpoint.in_memory_every serves the restarts of torchrun (--max-restarts), which has not started this run: no copies"
+            )
+
+    def after(self, step: int, contents: Callable[[], Contents], state: Callable[[], Portions]) -> None:
+        """Call at the end of each step: lets the copy of the step before serve, and begins another where one is due (collective)."""
+        if self.copies is None:
+            return
+        try:
+            self.copies.publish()
+            if step % self._every == 0:
+                self.copies.keep(contents(), state())
+        except CheckpointError as error:
+            self._say(f"no copies in memory from here on: {error}")
+            self._end(remove=True)
+            return
+        if self._job.session.rank == 0:
+            self._alive(step)
+
+    def forget(self) -> None:
+        """Remove the copies, as the run goes back to a step before them."""
+        if self.copies is not None:
+            self.copies.forget()
+
+    def _alive(self, step: int) -> None:
+        now, before = time.monotonic(), self._restart
+        if before is not None:
+            self._restart = None
+            source = self._job.resumed_from
+            self._tell(max(0, before.last_step - self._from), now - before.ended, "" if source is None else str(source))
+        if self.copies is not None and self.copies.folder.is_dir():
+            with suppress(OSError):
+                (self.copies.folder / ALIVE).write_text(json.dumps({"step": step, "ended": now}))
+
+    def close(self, *, ended: bool) -> None:
+        """End; ended: the run has saved its last checkpoint, so that the copies have served."""
+        self._end(remove=ended)
+
+    def _end(self, *, remove: bool) -> None:
+        copies, self.copies = self.copies, None
+        if copies is not None:
+            copies.close(remove=remove)
