@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatrain.assembly import DTYPES, assemble
+from megatrain.auditor import Auditor
 from megatrain.checkpoint.claim import claim, claim_log
 from megatrain.checkpoint.manifest import MANIFEST
 from megatrain.companions import keep_tokenizer, take_along
@@ -41,7 +42,6 @@ from megatrain.lifecycle.monitor import Monitor
 from megatrain.lifecycle.sections import SectionLimits
 from megatrain.lifecycle.stop import DIVERGED, PREEMPTED, StopRequest
 from megatrain.models.batch import Objective
-from megatrain.optim.audit import audit
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
@@ -237,6 +237,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         guard.section("records"),
         _open_log(job) as log,
         Watch(job, log) as watch,
+        Auditor(job) as auditor,
         guard.section("step"),
         guard.watching(),
     ):
@@ -249,7 +250,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
             return bool(told) or limits.reached()
 
         job.stop_requested = told_to_stop
-        done = _loop(job, watch)
+        done = _loop(job, watch, auditor)
         if done:
             watch.finished()
         elif watch.diverged is None:
@@ -260,28 +261,36 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
     return done
 
 
-def _loop(job: Job, watch: Watch) -> bool:
+def _loop(job: Job, watch: Watch, auditor: Auditor) -> bool:
     """Train; returns whether all steps are done. A step is reported when the next one is queued, and before any save or evaluation."""
     config = job.config
-    watch.start()
+    watch.start(auditor.notes())
     with Reports(watch.step) as reports:
         while job.step < job.total_steps:
             if watch.norms_due(job):
                 reports.catch_up()  # norms are written in the middle of the step
             reports.follow(watch.queue())
+            auditor.updated()
             last = job.step == job.total_steps
-            every = config.train.audit_every, config.train.eval_every, config.checkpoint.save_every
-            audits, evaluates, saves = (due(job.step, steps) for steps in every)
+            every = (
+                config.train.audit_every,
+                config.train.audit_compute_every,
+                config.train.eval_every,
+                config.checkpoint.save_every,
+            )
+            audits, recomputes, evaluates, saves = (due(job.step, steps) for steps in every)
             saves = saves or (not last and watch.retries.due(job.step))
-            if last or reports.stop or audits or evaluates or saves or job.spikes.bad:
+            if last or reports.stop or audits or recomputes or evaluates or saves or job.spikes.bad:
                 reports.catch_up()
             if job.spikes.bad:
                 if not watch.recover(job.spikes.bad):
                     return False
                 continue
             stop = reports.stop
-            if audits:
-                audit(job.flat, job.optimizer, job.ctx)
+            if audits or last or stop or saves:  # no checkpoint keeps what a device has changed by itself
+                auditor.check(copies=audits)
+            if recomputes:
+                auditor.recompute()
             if job.held_out and (last or (evaluates and not stop)):
                 stop |= not watch.evaluate()
             if last or stop or saves:

@@ -90,8 +90,8 @@ class Watch:
         """Tokens consumed so far by the whole job."""
         return self.job.consumed_samples * self.config.model.seq_length
 
-    def start(self) -> None:
-        """Log the job, model, layout, and the checkpoint or weights that the run starts from (collective)."""
+    def start(self, notes: Sequence[str] = ()) -> None:
+        """Log the job, model, layout, and the checkpoint or weights that the run starts from (collective); notes: further lines."""
         job, config = self.job, self.config
         self.hosts = gather_texts(job.session.launch.host, job.ctx.world.group, job.ctx.device)
         vocab_size = job.chunks[0].build.vocab_size
@@ -125,7 +125,7 @@ class Watch:
         for note in (launch.warning, *self._notes(), *between_nodes(parallel, ctx, launch.local_world_size)):
             if note:
                 self.log.say(note)
-        for what in job.notes:
+        for what in (*notes, *job.notes):
             self.log.say(what)
         if self.job.resumed_from is not None:
             self.log.say(f"resumed from {self.job.resumed_from} at step {job.step}")

@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 3800,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 1900,  # its own files, without the rooms below
+    "megatrain": 2200,  # its own files, without the rooms below
     "megatrain/checkpoint": 2600,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
@@ -20,7 +20,7 @@ LINES = {
     "megatrain/lifecycle": 2300,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
-    "megatrain/optim": 550,
+    "megatrain/optim": 700,
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,
     "megatrain/records": 1000,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 39800,
+    "tests": 40300,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

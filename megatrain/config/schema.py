@@ -315,9 +315,10 @@ class TrainConfig:
     eval_every: int = knob(100, "Steps between evaluations; 0 means only at the end.", at_least=0)
     eval_batches: int = knob(8, "Global batches per evaluation; 0 means the whole held-out set, once.", at_least=0)
     audit_every: int = knob(
-        500,
-        "Steps between bitwise comparisons of the replicas that ranks hold of the same state; a difference ends the run. 0 means never.",
-        at_least=0,
+        500, "Steps between bitwise comparisons of replicas, and of state between updates; 0 means never.", at_least=0
+    )
+    audit_compute_every: int = knob(
+        500, "Steps between those after which all replicas compute a micro-batch twice, to the bit; 0 means never.", at_least=0
     )
     hang_timeout_seconds: float = knob(
         600.0,

@@ -13,13 +13,15 @@ Each rank sends one 64-bit number a tensor: the sum of its 32-bit words, each ti
 
 from __future__ import annotations
 
+import socket
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from megatrain.optim.optimizer import Optimizer
+from megatrain.optim.state_watch import StateWatch, kinds
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import Axis, ParallelContext
 from megatrain.parallel.param import Parameter
@@ -43,21 +45,52 @@ class _Copy(NamedTuple):
     parameter: Parameter
 
 
-def audit(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> None:
-    """Compare every copy with those of the other ranks (collective over the world).
+class _Difference(NamedTuple):
+    """Copies of a tensor that are not the same."""
 
+    what: str
+    most: list[int]
+    """World ranks that hold what most of them hold."""
+    others: list[list[int]]
+    """World ranks that hold something else, those with the same together."""
+
+    def text(self, hosts: Sequence[str]) -> str:
+        """The difference as a line; hosts: of each rank."""
+        odd = ", ".join(map(named, self.others))
+        places = ", ".join(f"rank {rank} on {hosts[rank]}" for ranks in self.others for rank in ranks[:_SHOWN])
+        return f"{self.what}: {odd} drifted from {named(self.most)} ({places})"
+
+
+def audit(
+    flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext, watch: StateWatch | None = None, *, copies: bool = True
+) -> None:
+    """Compare every copy with those of the other ranks, and look what `watch` has seen (collective over the world).
+
+    copies: whether to compare copies of parameters, masters and states; else only what `watch` has seen in the steps since the last time.
     Raises ReplicaError on every rank, which names the first tensors that differ, and the ranks whose copy is not that of most.
     """
     flat.settle()
-    copies = sorted(_copies(flat, optimizer, ctx).items(), key=lambda of: of[0].name)  # in one order on all ranks
-    problems = [problem for axis, of in copies for problem in _compare(axis, of)]
-    if lowest(bool(problems), ctx.world.group, ctx.device) is None:
+    held = _copies(flat, optimizer, ctx) if copies else defaultdict(list)
+    for parameter, remembered in watch.used() if watch is not None else ():
+        held[getattr(ctx, parameter.spec.average_over)].append(_Copy("in some step, parameter", remembered, parameter))
+    in_order = sorted(held.items(), key=lambda of: of[0].name)  # in one order on all ranks
+    differences = [difference for axis, of in in_order for difference in _compare(axis, of)]
+    changed = watch.changed() if watch is not None else []
+    if lowest(bool(differences or changed), ctx.world.group, ctx.device) is None:
         return
+    host = socket.gethostname()
+    hosts = gather_texts(host, ctx.world.group, ctx.device)
+    problems = [
+        f"{what} {name} changed by itself on rank {ctx.world.rank} ({host}) before the update of step {step}"
+        for what, name, step in changed
+    ]
+    problems += [difference.text(hosts) for difference in differences]
     texts = gather_texts("\n".join(problems[:_SHOWN]), ctx.world.group, ctx.device)
     found = list(dict.fromkeys(line for text in texts for line in text.split("\n") if line))
+    found.sort(key=lambda line: "by itself" not in line)
     more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     raise ReplicaError(
-        "copies that must be equal to the bit differ between ranks:\n  "
+        "state of the run is not what it must be to the bit:\n  "
         + "\n  ".join(found[:_SHOWN])
         + more
         + "\nGo back to a checkpoint from before (checkpoint.resume=PATH), and look for a broken device on the ranks named; "
@@ -86,43 +119,43 @@ def _copies(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) ->
 
 def _owned(flat: FlatParameters, optimizer: Optimizer, index: int) -> Iterator[_Copy]:
     """Parameters, masters and states of a trained bucket in what this rank updates, piece by piece."""
-    local, masters = flat.trained[index], optimizer.masters[index]
-    kinds = {"parameter": local.own_weights, "master": masters.masters, "low half of": masters.low, **optimizer.states[index]}
+    local = flat.trained[index]
+    held = {"parameter": local.own_weights, **kinds(optimizer, index)}
     for parameter, _, at, count in local.bucket.ranges(local.own.start, local.own.stop):
-        for what, data in kinds.items():
-            if data is not None:
-                yield _Copy(what, data[at : at + count], parameter)
+        for what, data in held.items():
+            yield _Copy(what, data[at : at + count], parameter)
 
 
-def _compare(axis: Axis, copies: list[_Copy]) -> list[str]:
-    """One line for every tensor whose copies differ between ranks of the axis with the same slice; the same on all of its ranks."""
+def _compare(axis: Axis, copies: list[_Copy]) -> list[_Difference]:
+    """The tensors whose copies differ between ranks of the axis with the same slice; the same on all of its ranks."""
     if axis.group is None or not copies:
         return []
     mine = torch.stack([digest(copy.data) for copy in copies])
     gathered = mine.new_empty(axis.size * len(copies))
     axis.group.all_gather(gathered, mine)
     table = axis.group.to_host(gathered).view(axis.size, -1).t().tolist()
-    problems = []
+    differences = []
     for copy, digests in zip(copies, table, strict=True):
         group = copy.parameter.spec.copies(axis)
         for first in range(0, axis.size, group):
-            places = range(first, first + group)
-            problem = _odd_ones(axis, digests, places)
-            if problem:
-                problems.append(f"{copy.what} {copy.parameter.spec.name}, axis {axis.name}: {problem}")
-    return problems
+            holders = holders_of(axis, digests, range(first, first + group))
+            if len(holders) > 1:
+                what = f"{copy.what} {copy.parameter.spec.name}, axis {axis.name}"
+                differences.append(_Difference(what, holders[0], holders[1:]))
+    return differences
 
 
-def _odd_ones(axis: Axis, digests: list[int], places: range) -> str:
-    """Which ranks hold something else than most; "" where all hold the same."""
-    holders: dict[int, list[int]] = {}
+def holders_of(axis: Axis, values: Sequence[object], places: Iterable[int]) -> list[list[int]]:
+    """World ranks that hold the same value, together, most of them first; values: by place along the axis."""
+    holders: dict[object, list[int]] = {}
     for place in places:
-        holders.setdefault(digests[place], []).append(axis.ranks[place])
-    if len(holders) == 1:
-        return ""
-    most, *others = sorted(holders.values(), key=len, reverse=True)
-    odd = ", ".join(f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(map(str, ranks))}" for ranks in others)
-    return f"{odd} drifted from rank{'s' if len(most) > 1 else ''} {', '.join(map(str, most))}"
+        holders.setdefault(values[place], []).append(axis.ranks[place])
+    return sorted(holders.values(), key=len, reverse=True)
+
+
+def named(ranks: Sequence[int]) -> str:
+    """Ranks as text: `rank 3`, `ranks 0, 1`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:

@@ -364,10 +364,11 @@ class FirstPlaces(NextToken):
 
 def test_copies_are_compared_every_so_many_steps(house, tmp_path, monkeypatch):
     at = []
-    run = megatrain.build(tree(house, tmp_path, train={"audit_every": 3}))
-    monkeypatch.setattr("megatrain.program.audit", lambda flat, optimizer, ctx: at.append(run.step))
+    run = megatrain.build(tree(house, tmp_path, train={"audit_every": 3, "audit_compute_every": 4}))
+    monkeypatch.setattr("megatrain.auditor.audit", lambda *_, copies: at.append((run.step, copies)))
+    monkeypatch.setattr("megatrain.auditor.recompute", lambda _: at.append((run.step, "computed again")))
     assert megatrain.train(run)
-    assert at == [3, 6]
+    assert at == [(3, True), (4, "computed again"), (6, True), (8, False), (8, "computed again")]
     run.loader.close()
 
 

@@ -1,0 +1,76 @@
+"""Audits of a run as it goes on: state that changes in updates alone, copies that are equal, computations that can be repeated.
+
+at every update                   sums of the bits of what this rank owns, after it and before the next one (optim/state_watch.py)
+train.audit_every, and a save     what those have seen, over all ranks, so that no checkpoint keeps what a device has changed by itself
+train.audit_every                 copies of parameters, masters and states (optim/audit.py)
+train.audit_compute_every         a micro-batch computed twice (rerun.py)
+
+An error ends the run on every rank, and names the ranks to blame, their hosts and the tensors.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from megatrain.optim.audit import audit
+from megatrain.optim.state_watch import StateWatch, watched_every
+from megatrain.rerun import recompute, repeatable
+from megatrain.runtime.flops import model_flops_per_token
+from megatrain.training import Run
+
+
+class Auditor:
+    """The audits of one run, as a context manager around its loop; without train.audit_every and train.audit_compute_every none."""
+
+    def __init__(self, run: Run) -> None:
+        config = run.config
+        self.run = run
+        self.watch = StateWatch(run.flat, run.optimizer) if config.train.audit_every else None
+        tokens = config.train.global_batch_size * config.model.seq_length / run.ctx.world.size
+        flops = tokens * model_flops_per_token(config.model, run.chunks[0].build.vocab_size)
+        self.every = 1 if self.watch is None else watched_every(self.watch.nbytes, flops, run.ctx.device)
+        """Steps between those whose result is watched."""
+
+    def notes(self) -> list[str]:
+        """Lines for the log on what is not looked at, or not always."""
+        found = []
+        if self.every > 1:
+            found.append(
+                f"audit: state is watched between updates in 1 of {self.every} steps, as a step is short beside it; larger batches "
+                "(train.global_batch_size) have it watched in all"
+            )
+        if self.run.config.train.audit_compute_every and not repeatable(self.run):
+            found.append(
+                "audit: computations are not repeated (train.audit_compute_every), as they only give the same bits on this device with "
+                "train.deterministic=true"
+            )
+        return found
+
+    def updated(self) -> None:
+        """An update is queued: remember its result."""
+        if self.watch is not None and self.run.step % self.every == 0:
+            self.watch.after_update(self.run.step)
+
+    def check(self, *, copies: bool) -> None:
+        """Look what was seen since the last time and, with `copies`, compare all copies (collective). Raises ReplicaError on every rank."""
+        if self.watch is not None:
+            audit(self.run.flat, self.run.optimizer, self.run.ctx, self.watch, copies=copies)
+
+    def recompute(self) -> None:
+        """Compute a micro-batch twice, where that gives the same bits (collective). Raises ComputeError on every rank."""
+        if repeatable(self.run):
+            recompute(self.run)
+
+    def _before(self, run: Run) -> None:
+        """Observes the run before its updates."""
+        if self.watch is not None:
+            self.watch.before_update(run.step)
+
+    def __enter__(self) -> Auditor:
+        if self.watch is not None:
+            self.watch.after_update(self.run.step)
+        self.run.observers.before_update.append(self._before)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.run.observers.before_update.remove(self._before)
