@@ -104,7 +104,7 @@ def pretended(monkeypatch):
     """Replace everything that needs a real GPU or other ranks."""
     monkeypatch.setattr(host, "Moment", Noted)
     monkeypatch.setattr(training, "Moment", Noted)
-    monkeypatch.setattr(assembly, "check_whole", lambda *_: None)
+    monkeypatch.setattr(assembly, "check_whole", lambda *_, **_named: None)
     monkeypatch.setattr(gpt, "initialise", lambda *_: None)
     monkeypatch.setattr(assembly, "kernels_of", lambda *_: Choice())
     if dispatch.triton is not None:
