@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -94,7 +95,7 @@ def of_tree(tree: Any, draw: random.Random) -> Any:
         parents = list(_parents(made))
         parent = draw.choice(parents) if parents else None
         if parent is None:
-            return draw.choice(VALUES)
+            return copy.deepcopy(draw.choice(VALUES))
         key = draw.choice(list(parent) if isinstance(parent, dict) else range(len(parent)))
         operation = draw.randrange(7)
         if operation == 0:
@@ -109,7 +110,7 @@ def of_tree(tree: Any, draw: random.Random) -> Any:
             other = json.dumps(draw.choice(parents))
             parent[key] = json.loads(other) if len(other) < LARGEST_COPY else None
         else:
-            parent[key] = draw.choice(VALUES)
+            parent[key] = copy.deepcopy(draw.choice(VALUES))
     return made
 
 

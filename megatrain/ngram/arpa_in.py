@@ -278,8 +278,8 @@ class _Reader:
 
 
 def _number(text: bytes) -> float:
-    """The number in a text; NaN if it is none."""
+    """The number in a text; NaN if it is none, as `1_0` is none outside of Python."""
     try:
-        return float(text)
+        return float(text) if b"_" not in text else float("nan")
     except ValueError:
         return float("nan")

@@ -143,7 +143,8 @@ def test_a_bomb_of_a_header_is_refused_before_it_is_parsed(tmp_path, header, mon
     write(tmp_path / "x.safetensors", header)
     monkeypatch.delattr("megatrain.checkpoint.tensor_file.json.loads")
     with pytest.raises(
-        DamagedCheckpointError, match=r"x\.safetensors: its header (claims|cannot be used: it has more than 524288)"
+        DamagedCheckpointError,
+        match=r"x\.safetensors: its header (claims|cannot .*has [\d,]+ brackets, and 524,288 at the most)",
     ):
         TensorFile(tmp_path / "x.safetensors")
 

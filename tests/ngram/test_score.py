@@ -16,7 +16,9 @@ from reference_ngram import Model, sentences
 from megatrain.ngram import load
 from megatrain.ngram.arpa_in import ArpaError, read_arpa
 from megatrain.ngram.fit import Settings, fit
+from megatrain.ngram.report import report
 from megatrain.ngram.table import EMPTY, MISSING, Table
+from megatrain.ngram.text import TextError
 
 FALLBACK = (0.5, 1.0, 1.5)
 EXAMPLE = "我 你 我 他 我 你\n".encode()
@@ -131,7 +133,7 @@ def changed(old, new):
         (changed(b"-0.2 a b", b"x a b"), r"m\.arpa:16: b'x' is no number"),
         *(
             (changed(b"-0.2 a b", b"%b a b" % bad), rf"m\.arpa:16: b'{bad.decode()}' is no number")
-            for bad in (b"nan", b"-inf", b"inf")
+            for bad in (b"nan", b"-inf", b"inf", b"-1e39", b"-1_0", b"infinity")
         ),
         (changed(b"-0.3 <s> a -0.7", b"-0.3 <s> a nan"), r"m\.arpa:15: b'nan' is no number that a model can have"),
         (changed(b"-0.4 a -0.2", b"-0.4 a inf"), r"m\.arpa:11: b'inf' is no number.*0 is written as -99"),
@@ -143,6 +145,13 @@ def changed(old, new):
         (changed(b"ngram 1=4", b"ngram one=4"), "where a count such as"),
         (changed(b"ngram 1=4", b"ngram 1=" + b"9" * 6000), r"m\.arpa:\d+: b'ngram 1=99.*where a count such as"),
         (changed(b"ngram 2=2", b"ngram 2=3"), r"m\.arpa:\d+: b'.*' where a 2-gram was expected: the header gives more"),
+        (changed(b"ngram 3=1", b"".join(b"ngram %d=1\n" % n for n in range(3, 40))), r"b'ngram 33=1' where a count"),
+        (
+            changed(b"-0.2 a b", b"-0.2 a " + b"b" * (9 << 20)),
+            r"m\.arpa:16: a line of more than 1,048,576 bytes, beginning with b'-0\.2 a b",
+        ),
+        (changed(b"-0.2 a b", b"\n" * 200_000), r"m\.arpa:16: b'' where a 2-gram was expected"),
+        (changed(b"\\2-grams:", b"\n" * 200_000 + b"x" * (9 << 20)), r"m\.arpa:200014: a line of more than 1,048,576 bytes"),
         (b"", r"no \\data\\ .*\(it is empty\)"),
         (b"hello\n" * 5000, r"no \\data\\ in the first 1000 lines.*begins with b'hello'"),
         *(
@@ -210,3 +219,15 @@ def test_tables(keys, others):
 def test_a_key_that_is_there_twice_is_refused():
     with pytest.raises(ValueError, match="keys 0 and 2 are the same"):
         Table.of(np.array([5, 7, 5], np.uint64))
+
+
+@pytest.mark.parametrize(("units", "what"), [("words", "word"), ("characters", "line")])
+def test_a_text_that_is_none_is_refused_where_it_goes_wrong(tmp_path, tmp_path_factory, units, what):
+    """A word, or a line that units are found in, is in memory whole."""
+    with (tmp_path / "text").open("wb") as file:
+        file.write(b"a b c\n" * 10)
+        file.write(b"x" * (17 << 20))
+    with pytest.raises(TextError, match=rf"text: the {what} from byte 60 on has more than 16,777,216 bytes"):
+        fit([tmp_path / "text"], tmp_path / "m.arpa", Settings(2, (), FALLBACK, units=units))
+    with pytest.raises(TextError, match="text: the line from byte 60 on"):
+        list(report(load(arpa_of(tmp_path_factory.mktemp("m"), EXAMPLE, 2)), tmp_path / "text"))
