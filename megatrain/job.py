@@ -38,6 +38,8 @@ class Job(Run):
     beginning: dict[str, str] = field(default_factory=dict)
     """The run's beginning: anew, a checkpoint or weights (resuming/beginning.py); each checkpoint keeps it."""
     resumed_from: Path | None = None
+    goes_on: bool = False
+    """Whether that is a checkpoint of its own, and not where it began."""
     notes: list[str] = field(default_factory=list)
     """For the log: which checkpoint the run starts from, and why, unless checkpoint.resume=auto says it all."""
     damaged: list[str] = field(default_factory=list)

@@ -140,7 +140,7 @@ class Watch:
                 (f"train.steps={steps}", "steps") if tokens is None else (f"{steps} (train.tokens={tokens:g})", "tokens")
             )
             self.log.say(f"nothing to do: step {job.step} of {which} is done. Raise train.{key} to go on.")
-        elif config.train.on_spike == "rollback" and not latest(Path(config.checkpoint_dir)):
+        elif config.train.on_spike == "rollback" and not job.goes_on:
             self.save(wait=True)  # so that there is one to go back to, from the first step on
 
     def _notes(self) -> list[str]:
@@ -259,6 +259,7 @@ class Watch:
         self._event("skip_data", step, samples=list(window), **looks)
         self.log.say(f"step {step}: {bad.why}: back to step {job.step} ({path}); {text}, with {place_of(looks['documents'])}")
         self.keeper.forget()  # else a restart would go on from steps that were gone back from
+        self.log.went_back(job.step)
         self.save(wait=True)
         return True
 

@@ -234,6 +234,12 @@ class RunLog:
         if self._rank == 0:
             self._if_installed("loss.png", self._try, "loss.png", self._draw, references or {})
 
+    def went_back(self, step: int) -> None:
+        """Let TensorBoard forget what came after `step`, as a resume does; in metrics.jsonl the last row of a step counts anyway."""
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.close)
+            self._try("tensorboard", self._curves, step)
+
     def close(self) -> None:
         """Take down the bar, flush and close the files. May be called twice."""
         if self._bar is not None:

@@ -146,6 +146,7 @@ def resume(job: Job) -> None:
                 f"{beginning_text(job.beginning)}: it goes on from there. To begin there again, set checkpoint.dir to another directory"
             )
         _go_on(job, *found)
+        job.goes_on = True
         job.beginning = dict(found[1].progress.get("began", job.beginning))
         return
     if job.beginning["from"] != "auto":

@@ -186,6 +186,9 @@ def test_the_command_ends_with_76_where_every_step_is_skipped(tmp_path):
 
 
 def test_a_checkpoint_is_there_to_go_back_to_from_the_first_step_on(house, tmp_path):
-    config = tree(house, tmp_path, "rollback", train={"steps": 20}, checkpoint={"save_every": 0})
-    done, _, events = train(config)
-    assert done and events["rollback"][0]["to"] == 0 and events["skip_data"][0]["samples"] == [0, 8 * SPIKE]
+    """Also beside the checkpoints of another run, which are not its own."""
+    for steps in (3, 19):
+        config = tree(house, tmp_path, "rollback", train={"steps": steps}, checkpoint={"save_every": 0, "resume": "never"})
+        done, _, events = train(config)
+    assert done and [back["to"] for back in events["rollback"]] == [0, 0, 0], "three batches, as many tries"
+    assert events["skip_data"][0]["samples"] == [0, 8 * SPIKE]

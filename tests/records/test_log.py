@@ -215,6 +215,19 @@ def test_tensorboard_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
     assert scalars(tmp_path / "cut" / "tensorboard") == scalars(tmp_path / "whole" / "tensorboard")
 
 
+def test_tensorboard_of_a_run_that_went_back_is_that_of_one_that_did_not(tmp_path):
+    with open_log(tmp_path / "back") as log:
+        for step in (1, 2, 3, 4):
+            log.step(row(step, loss=9.0 if step > 2 else 2.0))
+        log.went_back(2)
+        for step in (3, 4):
+            log.step(row(step, loss=2.0))
+    with open_log(tmp_path / "straight") as log:
+        for step in (1, 2, 3, 4):
+            log.step(row(step, loss=2.0))
+    assert scalars(tmp_path / "back" / "tensorboard") == scalars(tmp_path / "straight" / "tensorboard")
+
+
 def test_tensorboard_only_where_asked(tmp_path):
     with open_log(tmp_path, writers=()) as log:
         log.step(row(1))
