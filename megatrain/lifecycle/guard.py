@@ -28,9 +28,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, NoReturn
 
+from megatrain import transport
 from megatrain.lifecycle.blame import Identity, State, Verdict, judge
 from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
@@ -66,6 +68,7 @@ ALARM_SECONDS = 40.0
 EXIT_SECONDS = 60.0
 """Time for the interpreter to end once the run has."""
 STACK_FRAMES = 6
+_TRANSPORT = Path(transport.__file__).parent
 
 
 class Guard:
@@ -170,7 +173,10 @@ class Guard:
             return
         self._left, self._neighbour = True, None
         if error is None and self._session is not None and self._session.everyone is not None:
-            self._session.everyone.barrier()  # the rank that serves the store must not end first
+            try:
+                self._session.everyone.barrier()  # the rank that serves the store must not end first
+            except TransportError as broken:
+                self.explain(broken)
         said = "" if error is None else "".join(traceback.format_exception_only(type(error), error)).strip()
         with suppress(TransportError):  # the store closed just now
             self._write_state(State(self._rank, "left" if error is None else "raised", said))
@@ -178,6 +184,8 @@ class Guard:
 
     def close(self) -> None:
         """End the threads, and the monitor unless it is the process's own, which then waits for that to end."""
+        if self._alarmed.locked():
+            threading.Event().wait()  # the thread that has raised the alarm ends the process
         self._closing.set()
         for thread in self._threads:
             thread.join(STORE_SECONDS)
@@ -371,9 +379,14 @@ class Guard:
 
 
 def stack_of(thread: int | None) -> str:
-    """The innermost frames of a thread, innermost last; empty if it has ended."""
+    """The innermost frames of a thread, innermost last; empty if it has ended. Below a call of the transport, which is told beside it, no
+    more.
+    """
     frame = sys._current_frames().get(thread or 0)
-    return "" if frame is None else "".join(traceback.format_list(traceback.extract_stack(frame)[-STACK_FRAMES:])).rstrip()
+    frames = [] if frame is None else list(traceback.extract_stack(frame))
+    while len(frames) > 1 and {Path(of.filename).parent for of in frames[-2:]} == {_TRANSPORT}:
+        frames.pop()
+    return "".join(traceback.format_list(frames[-STACK_FRAMES:])).rstrip()
 
 
 def print_error(text: str) -> None:

@@ -5,14 +5,15 @@ import signal
 import time
 
 import jobs
+import psutil
 import pytest
-from breaking import codes, count, no_process_is_left, said
+from breaking import await_that, codes, count, no_process_is_left, said
 
 LIMIT = 8.0
 
 
 @pytest.mark.fault(
-    injection="SIGSTOP of rank {victim} 0.0 to 0.8 s after its start",
+    injection="SIGSTOP of rank {victim} within 0.8 s of having read its config",
     promise="the others end and name it, and it is killed",
     bound="{limit} + 10",
     layout="dp 2",
@@ -25,6 +26,8 @@ def test_a_rank_that_is_frozen_as_the_ranks_meet(house, measured, victim, limit)
         words = [f"train.{key}_timeout_seconds={limit}" for key in ("start", "hang")]
         words += [f"checkpoint.timeout_seconds={limit}", "train.steps=100000"]
         with jobs.start(house.folder / f"job_{name}", house.words("dp 2", name, *words), 2) as job:
+            of = psutil.Process(job.processes[victim].pid)
+            await_that(of.children, "its monitor begins")
             time.sleep(seconds)
             frozen = time.monotonic()
             job.processes[victim].send_signal(signal.SIGSTOP)
