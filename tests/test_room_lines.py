@@ -17,7 +17,7 @@ LINES = {
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 2300,
+    "megatrain/lifecycle": 2350,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
     "megatrain/optim": 700,

@@ -35,11 +35,13 @@ from typing import Literal, NoReturn
 from megatrain import transport
 from megatrain.lifecycle.blame import Identity, State, Verdict, judge
 from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
+from megatrain.lifecycle.roll import Roll, call_roll
 from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
 from megatrain.runtime.distributed import Session
 from megatrain.runtime.launch import Launch
 from megatrain.transport.board import STORE, Board
 from megatrain.transport.group import TransportError
+from megatrain.transport.seal import shown
 from megatrain.transport.store import within
 from megatrain.transport.wrappers import Recorder
 
@@ -96,6 +98,7 @@ class Guard:
         self._waker: Board | None = None
         self._board: Board | None = None
         """Opened at the start: during an alarm, and at the end, all ranks would connect in the same moment."""
+        self._roll: Roll | None = None
         self._server: Identity | None = None
         self._neighbour: Identity | None = None
         self._gone_since: float | None = None
@@ -134,10 +137,14 @@ class Guard:
         self._start("wake", self._await_alarm)
 
     def join(self, session: Session) -> None:
-        """All ranks have met: watch the session's calls, and the neighbour."""
+        """All ranks have met: watch the session's calls, and the neighbour. From here on only they are heard (collective)."""
         self._session, self._recorder = session, session.recorder
-        if self._board is None:
+        if self._board is None or self._waker is None:
             return
+        if session.everyone is not None:
+            self._roll = call_roll(self._rank, session.everyone, session.device, self._launch.key)
+            self._board.reseal(self._roll.key)
+            self._waker.reseal(self._roll.key)
         first = self._rank - self._launch.local_rank
         neighbour = first + (self._launch.local_rank + 1) % self._launch.local_world_size
         self._neighbour = None if neighbour == self._rank else self._identity(neighbour)
@@ -145,6 +152,8 @@ class Guard:
             self._server = self._neighbour if neighbour == 0 else self._identity(0)
 
     def _identity(self, rank: int) -> Identity | None:
+        if self._roll is not None:
+            return self._roll.identities[rank]
         text = None if self._board is None else self._board.wait(f"identity/{rank}", STORE_SECONDS)
         return None if text is None else Identity.parse(text)
 
@@ -205,7 +214,10 @@ class Guard:
         address, port = self._launch.master_addr, self._launch.master_port
         if address is None or port is None:
             raise TransportError("a world of several ranks has no rendezvous store: MASTER_ADDR and MASTER_PORT are missing")
-        return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks, self._launch.key)
+        return Board.open(address, port, f"guard/{self._launch.store_prefix}", STORE_SECONDS, ranks, self._key())
+
+    def _key(self) -> bytes:
+        return self._launch.key if self._roll is None else self._roll.key
 
     # --- the threads ------------------------------------------------------------------------------------------------------
 
@@ -298,13 +310,12 @@ class Guard:
         if self._server is not None and self._server.condition() in ("gone", "stopped"):
             raise TransportError(f"{self._server} is {self._server.condition()}")
         board = self._write_state(state)
-        first = board.count("alarms") == 1
-        if not first:
+        if board.count("alarms") > 1:
             text = board.wait("verdict", VERDICT_SECONDS)
             if text is not None:
                 return Verdict.parse(text), False
-        else:
-            board.write_all([f"wake/{rank}" for rank in range(self._size)], "alarm")
+        # This rank is the first, or the first has died, or a stranger has counted.
+        board.write_all([f"wake/{rank}" for rank in range(self._size)], "alarm")
         verdict = self._reach_verdict(board)
         board.write("verdict", verdict.as_json())
         return verdict, True
@@ -341,9 +352,16 @@ class Guard:
         """(states that ranks have written so far, identities of the others), by rank. Raises TransportError."""
         texts = board.read_all(keys)
         states = {rank: State.parse(texts[key]) for rank, key in enumerate(keys) if key in texts}
-        silent = board.read_all([f"identity/{rank}" for rank in range(self._size) if rank not in states])
+        missing = [rank for rank in range(self._size) if rank not in states]
+        if self._roll is not None:
+            return states, {rank: self._roll.identities[rank] for rank in missing}
+        silent = board.read_all([f"identity/{rank}" for rank in missing])
         identities = [Identity.parse(text) for text in silent.values()]
         return states, {identity.rank: identity for identity in identities}
+
+    def _is_ours(self, identity: Identity) -> bool:
+        """Whether a process named in the store is a rank's for sure: it answered the roll, or, before that, knew the secret."""
+        return bool(self._launch.secret) if self._roll is None else self._roll.has(identity)
 
     def _blame_server(self, state: State, error: TransportError) -> Verdict:
         where = f"{self._launch.master_addr}:{self._launch.master_port}"
@@ -363,10 +381,10 @@ class Guard:
         print_error(f"megatrain: rank {state.rank} ends after a {verdict.kind}; to blame: rank {named}\n    {text}{own}")
         if speaker and self.on_event is not None:
             culprit = verdict.culprits[0] if len(verdict.culprits) == 1 else None
-            callback = threading.Thread(target=self.on_event, args=(verdict.kind, culprit, verdict.text), daemon=True)
+            callback = threading.Thread(target=self.on_event, args=(verdict.kind, culprit, shown(verdict.text)), daemon=True)
             callback.start()
             callback.join(STORE_SECONDS)
-        for identity in verdict.kill:
+        for identity in filter(self._is_ours, verdict.kill):
             if identity.condition() == "running" and DUMP_SIGNAL is not None:  # stuck in C, perhaps: where?
                 if speaker:
                     identity.send(DUMP_SIGNAL)
@@ -391,4 +409,4 @@ def stack_of(thread: int | None) -> str:
 
 def print_error(text: str) -> None:
     """Write lines to stderr without Python's buffers, whose locks another thread may hold for ever."""
-    os.write(2, (text + "\n").encode(errors="replace"))
+    os.write(2, (shown(text) + "\n").encode(errors="replace"))

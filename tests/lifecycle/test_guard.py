@@ -5,12 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
 from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge
+from megatrain.runtime.launch import Launch
+from megatrain.transport.board import Board
+from megatrain.transport.owner import process
 
 WORKER = """
 import ctypes, os, signal, sys, time
@@ -146,6 +151,57 @@ def run_ranks(tmp_path, size, what, victim):
             process.kill()
             process.wait()
     return [process.returncode for process in processes], outputs, time.monotonic() - started
+
+
+def test_a_stranger_at_the_store_ends_kills_and_prints_nothing(tmp_path):
+    """It even knows under which names the ranks' words stand, and says that a rank is frozen: what it lacks is their key."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    port = jobs.free_port()
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "HOME": str(tmp_path),
+    }
+    envs = [{**clean_environment(), **shared, "RANK": f"{n}", "LOCAL_RANK": f"{n}", "OMP_NUM_THREADS": "1"} for n in range(2)]
+    command = [sys.executable, str(script), "go on", "0", "30"]
+    bystander = subprocess.Popen(["sleep", "100"])
+    ranks = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+        for env in envs
+    ]
+    try:
+        began = [rank.stdout.readline() for rank in ranks]
+        names = f"guard/{Launch.from_environment(envs[0]).store_prefix}"
+        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+        victim = replace(Identity.own(1), pid=bystander.pid, born=process(bystander.pid)[1])
+        assert victim.condition() == "running"
+        verdict = Verdict("hang", (1,), "\x1b[2Jall is lost", (victim,)).as_json()
+        key = Launch.from_environment(envs[0]).key
+        for board in (
+            Board(PrefixStore(names, store), 4.0),
+            Board(PrefixStore(names, store), 4.0, key),
+        ):  # without a key, and an old one
+            board.count("alarms")
+            board.write("verdict", verdict)
+            board.write("identity/1", victim.text())
+            for rank in (0, 1):
+                board.write(f"state/{rank}", State(rank, "failed", "\x1b[31m").text())
+                board.write(f"wake/{rank}", "alarm")
+        store.set(f"{names}/wake/1", "alarm")
+        time.sleep(2.0)
+        assert [rank.poll() for rank in ranks] == [None, None]
+        ranks[0].terminate()
+        rest = [rank.communicate(timeout=60)[0] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], rest
+        assert began == ["RUNNING\n"] * 2 and rest == ["STOPPED\nDONE\n"] * 2
+        assert bystander.poll() is None
+    finally:
+        for each in (*ranks, bystander):
+            each.kill()
+            each.wait()
 
 
 CASES = [
