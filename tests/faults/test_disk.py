@@ -65,7 +65,7 @@ def test_a_disk_that_stays_full(house, measured):
     injection="the directory of checkpoints cannot be made, at the start",
     promise="refused on all ranks with the key to change",
     layout=MAIN,
-    bound=15,
+    bound=30,
 )
 def test_a_directory_that_cannot_be_made(house, measured):
     (house.folder / "a_file").write_text("")

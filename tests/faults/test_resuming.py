@@ -16,7 +16,7 @@ FEW = ("checkpoint.save_every=0",)
     injection="{number} to {whom}",
     promise="a checkpoint at the end of the step on every rank, exit code 75; the next start loses no step, to the bit",
     layout=MAIN,
-    bound=8,
+    bound=30,
 )
 @pytest.mark.parametrize(
     ("number", "whom"),
@@ -94,7 +94,7 @@ def test_another_layout(house, measured, there):
     injection="a checkpoint of a model of another shape",
     promise="refused with one clear error that has both values",
     layout=MAIN,
-    bound=15,
+    bound=30,
 )
 def test_another_model(house, measured):
     path = house.undisturbed(MAIN) / "checkpoints/step_00000012"
