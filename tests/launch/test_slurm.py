@@ -3,6 +3,7 @@
 Whatever is done to a job - pre-empted, signalled, a rank killed - its run ends with the losses of an undisturbed one, bit for bit.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 STEPS = 80
+CLUSTER = Path(os.environ.get("SLURM_CONF", "")).parent
 SCRIPTS = {"slurm.sbatch": [], "srun.sbatch": ["--ntasks-per-node", "2"]}
 """The launch scripts, with what sbatch must be told for two ranks on a node."""
 
@@ -83,13 +85,15 @@ def submit(house, tmp_path):
     """Submit a script for two nodes; afterwards nothing is left in the queue or among the processes."""
     submitted = []
 
-    def submit(script, *options, words=(), run=None):
+    def submit(script, *options, words=(), run=None, **variables):
         run = tmp_path / "run" if run is None else run
         env = {key: value for key, value in os.environ.items() if not key.startswith(jobs.LAUNCHERS)}
         env["SLURM_CONF"] = os.environ["SLURM_CONF"]
-        env.update(PYTHON=sys.executable, MEGATRAIN_ROOT=str(ROOT), NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
+        env.update(PYTHON=sys.executable, MEGATRAIN_ROOT=str(ROOT), NPROC_PER_NODE="2", OMP_NUM_THREADS="1", **variables)
         output = tmp_path / "output.txt"
-        command = ["sbatch", "--parsable", "--nodes", "2", "--exclusive", "--output", str(output), *SCRIPTS[script], *options]
+        nodes = [] if "--nodes" in options else ["--nodes", "2"]
+        tasks = [] if "--nodes" in options else SCRIPTS[script]  # else NPROC_PER_NODE says it
+        command = ["sbatch", "--parsable", *nodes, "--exclusive", "--output", str(output), *tasks, *options]
         command += [str(ROOT / "launch" / script), *(words or [str(house / "config.yaml"), f"log.dir={run}"])]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
         submitted.append(Submitted(done.stdout.strip(), run, output))
@@ -218,6 +222,97 @@ def test_one_rank_is_killed(submit, undisturbed, script):
     assert kinds.count("death") >= 1 and kinds.count("resume") == 1, kinds
     (resumed,) = [event["step"] for event in jobs.events(job.run) if event["event"] == "resume"]
     assert resumed in range(20, STEPS, 20)
+
+
+@pytest.fixture
+def lose():
+    """Take the power from a node: its daemon and all that it runs; SLURM is told, which would find out by itself after SlurmdTimeout."""
+    lost = []
+
+    def lose(node):
+        lost.append(node)
+        daemon = psutil.Process(int((CLUSTER / f"slurmd-{node}.pid").read_text()))
+        tasks = [process for process in psutil.process_iter() if node_of(process) == node]
+        gone = [daemon, *{step_of(task) for task in tasks}, *tasks]
+        # All at once: a srun that hears of its parent's or helper's end would end its steps on other nodes.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in reversed(gone):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+        slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def back():
+        while lost:
+            node, deadline = lost.pop(), time.monotonic() + 60
+            subprocess.run(["slurmd", "-N", node], check=True, timeout=60)
+            while "down" in slurm("sinfo", "--noheader", "--Node", "--nodes", node, "--format", "%t"):
+                assert time.monotonic() < deadline, f"{node} does not come back"
+                time.sleep(0.3)
+
+    lose.back = back
+    yield lose
+    back()
+
+
+def node_of(process):
+    """The node that a process runs on as a task of a job; None for others."""
+    with contextlib.suppress(psutil.Error):
+        return process.environ().get("SLURMD_NODENAME")
+
+
+def step_of(task):
+    """The daemon of a task's step."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while not task.name().startswith("slurmstepd"):
+            task = task.parent()
+    return task
+
+
+def check_went_on(job, undisturbed, told):
+    """It went on from its newest checkpoint with one node, whose ranks took the same batches in twice as many micro-batches."""
+    assert job.wait() == "COMPLETED", job.said()
+    assert told in job.said() and "2 ranks (2 on this node)" in job.said()
+    resumed = [event["step"] for event in jobs.events(job.run) if event["event"] == "resume"]
+    assert len(resumed) == 1 and resumed[0] in range(20, STEPS, 20)
+    ours, theirs = jobs.rows(job.run), jobs.rows(undisturbed)
+    assert sorted(ours) == list(range(1, STEPS + 1))
+    assert [ours[step]["loss"] for step in ours] == pytest.approx([theirs[step]["loss"] for step in ours], rel=1e-4)
+    assert {step: row["tokens"] for step, row in ours.items()} == {step: row["tokens"] for step, row in theirs.items()}
+    before = min(resumed[0], 20)
+    assert all(ours[step] == theirs[step] for step in range(1, before + 1)), "with both nodes, to the bit"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_lost_node_leaves_the_run_to_the_others(submit, lose, undisturbed, script):
+    """In the same job: data-parallel size 2 -> 1."""
+    job = submit(script, "--no-kill", MIN_NODES="1")
+    job.wait_for_rows(30)
+    lose("n2")
+    check_went_on(job, undisturbed, "1 of 2 nodes are there; the run goes on with 1 of them, from its newest checkpoint")
+    assert job.state()[1] == 0
+
+
+@pytest.mark.parametrize("option", ["--no-kill", "--requeue"])
+def test_a_lost_first_node_has_the_job_start_again_with_fewer(submit, lose, undisturbed, option):
+    """The script dies with it. SLURM, or the guard on the other node, puts the job back into the queue; it takes what there is."""
+    job = submit("srun.sbatch", option, "--nodes", "1-2", MIN_NODES="1")
+    job.wait_for_rows(22)
+    lose("n1")
+    check_went_on(job, undisturbed, "")
+    assert job.state()[1] == 1
+
+
+def test_without_min_nodes_it_waits_for_the_lost_node(submit, lose, undisturbed):
+    job = submit("srun.sbatch")
+    job.wait_for_rows(30)
+    lose("n2")
+    deadline = time.monotonic() + 60
+    while job.state() != ("PENDING", 1):
+        assert time.monotonic() < deadline, f"{job.state()}: {job.said()}"
+        time.sleep(0.3)
+    lose.back()
+    assert job.wait() == "COMPLETED", job.said()
+    jobs.same(job.run, undisturbed, STEPS)
 
 
 def test_a_chain_of_an_array_is_one_run(submit, undisturbed):
