@@ -2,8 +2,8 @@
 
     python tests/fuzz_worker.py KIND SECONDS FOLDER
 
-A line of JSON each on standard output: {"begin": name of the case}, then {"end": verdict, "seconds": s, "bytes": of memory beyond what
-was there before, "file": name, "size": bytes}. The verdict is `refused` with the message, `taken`, or what is wrong.
+A line of JSON each on standard output: {"begin": name of the case}, then {"end": verdict, "seconds": of a core, "bytes": of memory beyond
+what was there before, "file": name, "size": bytes}. The verdict is `refused` with the message, `taken`, or what is wrong.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def main(name: str, seconds: float, folder: Path) -> None:
         before = path.read_bytes()
         path.write_bytes(data)
         Path("/proc/self/clear_refs").write_text("5")
-        held, began = memory("VmRSS"), time.perf_counter()
+        held, began = memory("VmRSS"), time.process_time()
         verdict = judged(kind.read, folder, whole if kind.sealed else None)
-        took, more = time.perf_counter() - began, memory("VmHWM") - held
+        took, more = time.process_time() - began, memory("VmHWM") - held
         say(end=verdict, seconds=took, bytes=more, file=str(path.relative_to(folder)), size=len(data))
         path.write_bytes(before)
         if (now := snapshot(folder)) != files:

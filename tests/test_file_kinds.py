@@ -18,7 +18,7 @@ from file_kinds import KINDS, digest
 from jobs import Job
 
 LONGEST = 10.0
-"""Seconds of one file, on a busy machine too."""
+"""Seconds of a core for one file; of the clock, too, where nothing is said for so long and STARTING."""
 STARTING = 20.0
 """Seconds of imports, more than a case may be silent."""
 MOST_MEMORY = 256 << 20

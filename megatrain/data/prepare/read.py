@@ -28,7 +28,7 @@ LONGEST_LINE = 32 << 20
 """Bytes, unless `--max-line` says more: a book has one or two million, and Python needs up to nine times as many to read a line."""
 MOST_VALUES_BYTES = 2 << 20
 """Bytes of a line outside of its strings: of a small value in brackets Python makes fifty times as many."""
-SAFE_CUT = re.compile(r"(?<=\S)[ \n]")
+SAFE_CUT = re.compile(r"[ \n](?<=\S.)", re.DOTALL)
 """Places before which a divisible tokenizer (data/tokenizer.py) always starts a new word."""
 _ROW = json.JSONDecoder(parse_int=len)
 """Decoder of lines. It reads an integer as its number of digits: no integer is used, and Python refuses those of over 4,300 digits."""
@@ -224,7 +224,7 @@ def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterato
     read = 0
     for chunk in _chunks(path, on_bytes):
         at = 0
-        for part in _NOT_EMPTY.finditer(chunk):
+        for part in _NOT_EMPTY.finditer(chunk) if chunk.strip(b"\n") else ():
             if breaks := chunk.count(b"\n", at, part.start()):
                 if held:
                     yield number, b"".join(rest)
@@ -232,7 +232,7 @@ def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterato
                 begin, number, held = read + part.start(), number + breaks, 0
             add(part.group())
             at = part.end()
-        if breaks := chunk.count(b"\n", at):
+        if breaks := chunk.count(b"\n", at) if at else len(chunk):
             if held:
                 yield number, b"".join(rest)
                 rest.clear()
