@@ -18,7 +18,7 @@
 #   PYTHON               the interpreter
 #
 # SIGTERM, SIGINT, SIGUSR1, SIGUSR2 or SIGHUP to any one saves and ends all. Exit code: 0 done, 75 stopped early: start it again,
-# 2 wrong use, else a failure.
+# 76 training went wrong: look first, 2 wrong use, else a failure.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/prepare.sh"
 
