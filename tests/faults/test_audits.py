@@ -44,8 +44,8 @@ def updated(self):
 
 def start(self, local, last):
     if kind == "gradient" and local is self.trained[0] and local.grads is not None and told.exists():
-        bits = torch.randint(0, local.grads.numel(), (1,))  # a device that miscalculates now and then
-        flip(local.grads[bits])
+        at = int(torch.randint(0, local.bucket.parameters[0].numel(), (1,)))  # a device that miscalculates now and then
+        flip(local.grads[at : at + 1])
     reduction(self, local, last)
 
 
