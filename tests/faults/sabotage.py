@@ -106,22 +106,6 @@ def gradients(flat: Any) -> list[torch.Tensor]:
     return [shard.gradient for shard in flat.owned if shard.counts]
 
 
-def flip_weight() -> None:
-    """One bit of one weight of this rank changes after a step."""
-    from megatrain.optim.optimizer import Optimizer
-
-    step = Optimizer.step
-
-    def flipped(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        step(optimizer, *args, **kwargs)
-        visit("step")
-        if _visits["step"] == ACT["at"]:
-            with torch.no_grad():
-                optimizer.flat.parameters[0].view(-1).view(torch.int32)[3] ^= 1 << 20
-
-    Optimizer.step = flipped
-
-
 def set_clock_back(seconds: float) -> None:
     """Wall time is earlier than it is; the monotonic clock goes on."""
     real, real_ns = time.time, time.time_ns
@@ -138,8 +122,6 @@ def install() -> None:
 
     if ACT["what"] == "gradient":
         return spoil_gradient()
-    if ACT["what"] == "flip":
-        return flip_weight()
     if ACT["what"] == "clock":
         return set_clock_back(ACT["seconds"])
     before(program, "open_data", "start")
