@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "docs/benchmarks": 3800,
+    "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2200,  # its own files, without the rooms below
