@@ -41,10 +41,10 @@ class StepRow:
     """Whether the weights were left unchanged: the gradient was not finite, or train.skip_steps lists the step."""
     loss_scale: float | None = None
     """Loss scale of the next step; fp16 only."""
-    spike: bool = False
-    """Whether the loss or a norm of the gradient was beyond its limit, and those of the step before were not."""
     wait_seconds: float = 0.0
     """Time for which rank 0 waited for its batch. More than a few thousandths of the step mean that the data cannot keep up."""
+    spike: bool = False
+    """Whether the loss or a norm of the gradient was beyond its limit, and those of the step before were not."""
 
 
 @dataclass(frozen=True)

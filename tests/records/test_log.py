@@ -63,7 +63,7 @@ def test_metrics_file_has_the_promised_fields(tmp_path):
     promised = (
         "step loss token_accuracy grad_norm learning_rate tokens tokens_per_second step_seconds tflops_per_device mfu hfu"
     )
-    assert list(step) == [*promised.split(), "memory_peak_bytes", "skipped", "loss_scale", "wait_seconds"]
+    assert list(step) == [*promised.split(), "memory_peak_bytes", "skipped", "loss_scale", "wait_seconds", "spike"]
     assert step["loss"] == 2.3456
     assert step["skipped"] is False
     promised = "step valid_loss valid_tokens valid_token_accuracy tokens eval_seconds valid_losses cloze_accuracy"
