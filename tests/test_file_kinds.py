@@ -34,8 +34,9 @@ def fuzz(kind, seconds, folder):
         job.fork([str(Path(__file__).with_name("fuzz_worker.py")), kind, str(seconds), str(folder / "files")], environment)
         out, size, moved = folder / "job" / "out_0", -1, time.monotonic()
         while job.processes[0].poll() is None and time.monotonic() - moved < LONGEST + STARTING:
-            if out.stat().st_size != size:
-                size, moved = out.stat().st_size, time.monotonic()
+            now = out.stat().st_size if out.exists() else -1  # the process makes it
+            if now != size:
+                size, moved = now, time.monotonic()
             time.sleep(0.05)
         code, said = job.processes[0].poll(), job.ended(0).err[-2000:]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
