@@ -63,7 +63,9 @@ def _kept_by_turns(config: ModelConfig) -> torch.Tensor:
     first = max(math.floor(pair_that_turns(config.rope_beta_fast)), 0)
     last = min(math.ceil(pair_that_turns(config.rope_beta_slow)), rotated - 1)
     pairs = torch.arange(rotated // 2, dtype=torch.float64)
-    return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+    # Where the ramp would end before it begins, since no pair turns `beta_slow` times in the original length, all frequencies stay: so it
+    # falls out in transformers, with whose numbers such models were trained.
+    return 1 - ((pairs - first) / ((last - first) or 0.001)).clamp(0, 1)
 
 
 def tables(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
