@@ -1,5 +1,6 @@
 """What a SLURM job does when its step has ended, by the step's exit code and the markers in log.dir."""
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_only_a_job_that_stopped_early_goes_back_into_the_queue(tmp_path, code, 
             (tmp_path / name).write_text(text)
     script = f"""
         set -euo pipefail
-        root={LAUNCH.parent} SLURM_JOB_ID=7 dir={tmp_path}
+        root={shlex.quote(str(LAUNCH.parent))} SLURM_JOB_ID=7 dir={shlex.quote(str(tmp_path))}
         . "$root/launch/slurm_job.sh"
         code={code} before='{BEFORE}' diverged='{BEFORE}'
         if stopped_early; then echo "again $code"; else echo "over $code"; fi
