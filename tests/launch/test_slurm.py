@@ -282,7 +282,7 @@ def check_went_on(job, undisturbed, told):
     assert all(ours[step] == theirs[step] for step in range(1, before + 1)), "with both nodes, to the bit"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@both("slurm.sbatch")
 def test_a_lost_node_leaves_the_run_to_the_others(submit, lose, undisturbed, script):
     """In the same job: data-parallel size 2 -> 1."""
     job = submit(script, "--no-kill", MIN_NODES="1")
@@ -292,6 +292,7 @@ def test_a_lost_node_leaves_the_run_to_the_others(submit, lose, undisturbed, scr
     assert job.state()[1] == 0
 
 
+@pytest.mark.slow  # SLURM takes minutes to notice
 @pytest.mark.parametrize("option", ["--no-kill", "--requeue"])
 def test_a_lost_first_node_has_the_job_start_again_with_fewer(submit, lose, undisturbed, option):
     """The script dies with it. SLURM, or the guard on the other node, puts the job back into the queue; it takes what there is."""
@@ -302,6 +303,7 @@ def test_a_lost_first_node_has_the_job_start_again_with_fewer(submit, lose, undi
     assert job.state()[1] == 1
 
 
+@pytest.mark.slow  # the same
 def test_without_min_nodes_it_waits_for_the_lost_node(submit, lose, undisturbed):
     job = submit("srun.sbatch")
     job.wait_for_rows(30)
