@@ -134,7 +134,7 @@ def queue_step(run: Run) -> Queued:
     divisor = clip_divisor(sums.grad_norm, run.config.optim.clip_grad) * run.loss_scale.scale
     for observe in run.observers.before_update:
         observe(run)
-    care, left_out = run.caution(run.step + 1), run.step + 1 in run.config.train.skip_steps
+    care, left_out = run.caution(run.step + 1), run.step + 1 in run.config.train.skip_steps  # norms of parts are known now
     lr, skip = run.lr * care.rate, care.left_out(sums.overflow, sums.means[0], sums.grad_norm).clamp_min(float(left_out))
     with run.observers.phase("optimizer"):
         run.optimizer.step(lr, divisor, skip, run.weight_decay)

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from megatrain.files import whole
 from megatrain.records.progress import StepBar, person_watching
 from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
 
@@ -280,7 +281,8 @@ class RunLog:
 
     def _write(self, path: Path, tree: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(finite(tree)) + "\n")
+        with whole(path, text=True) as file:
+            file.write(json.dumps(finite(tree)) + "\n")
 
     def _append(self, file: JsonLines | None, record: Mapping[str, Any]) -> None:
         if file is None or self._given_up:
