@@ -30,6 +30,8 @@ class Auditor:
         flops = tokens * model_flops_per_token(config.model, run.chunks[0].build.vocab_size)
         self.every = 1 if self.watch is None else watched_every(self.watch.nbytes, flops, run.ctx.device)
         """Steps between those whose result is watched."""
+        self._looked = False
+        """Whether `check` has looked since the last update."""
 
     def notes(self) -> list[str]:
         """Lines for the log on what is not looked at, or not always."""
@@ -48,12 +50,14 @@ class Auditor:
 
     def updated(self) -> None:
         """An update is queued: remember its result."""
+        self._looked = False
         if self.watch is not None and self.run.step % self.every == 0:
             self.watch.after_update(self.run.step)
 
     def check(self, *, copies: bool) -> None:
         """Look what was seen since the last time and, with `copies`, compare all copies (collective). Raises ReplicaError on every rank."""
-        if self.watch is not None:
+        if self.watch is not None and (copies or not self._looked):
+            self._looked = True
             audit(self.run.flat, self.run.optimizer, self.run.ctx, self.watch, copies=copies)
 
     def recompute(self) -> None:

@@ -33,6 +33,7 @@ from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.duties import Duty, Pause, always, do, due, goes_on
 from megatrain.files import whole
 from megatrain.init_from import require_weights, shapes_of
 from megatrain.job import Job
@@ -55,7 +56,7 @@ from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.interface import launched
 from megatrain.runtime.reports import Reports
 from megatrain.transport.leftovers import remove_leftovers
-from megatrain.watch import Watch, due
+from megatrain.watch import Watch
 
 
 def build(
@@ -250,7 +251,8 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
             return bool(told) or limits.reached()
 
         job.stop_requested = told_to_stop
-        done = _loop(job, watch, auditor)
+        watch.start(auditor.notes())
+        done = _loop(job, watch, duties_of(job, watch, auditor))
         if done:
             watch.finished()
         elif watch.diverged is None:
@@ -261,43 +263,36 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
     return done
 
 
-def _loop(job: Job, watch: Watch, auditor: Auditor) -> bool:
-    """Train; returns whether all steps are done. A step is reported when the next one is queued, and before any save or evaluation."""
-    config = job.config
-    watch.start(auditor.notes())
+def duties_of(job: Job, watch: Watch, auditor: Auditor) -> list[Duty]:
+    """The run's duties between steps, in order."""
+    config = job.config.train
+
+    def evaluates(pause: Pause) -> bool:
+        return bool(job.held_out) and (pause.last or (not pause.stop and due(pause.step, config.eval_every)))
+
+    def save(pause: Pause) -> None:
+        auditor.check(copies=False)  # no checkpoint keeps what a device has changed by itself
+        watch.save(last=pause.final)
+
+    return [
+        Duty(lambda pause: auditor.updated(), when=always, waits=False),
+        Duty(watch.recover, when=lambda pause: job.spikes.bad is not None),
+        Duty(lambda pause: auditor.check(copies=True), every=config.audit_every),
+        Duty(lambda pause: auditor.recompute(), every=config.audit_compute_every),
+        Duty(watch.evaluate, when=evaluates),
+        Duty(save, every=job.config.checkpoint.save_every, when=lambda pause: pause.final or watch.retries.due(pause.step)),
+        Duty(lambda pause: watch.copy(), when=goes_on, waits=False),
+    ]
+
+
+def _loop(job: Job, watch: Watch, duties: Sequence[Duty]) -> bool:
+    """Train; returns whether all steps are done. A step is reported when the next one is queued, or before what waits for it."""
     with Reports(watch.step) as reports:
         while job.step < job.total_steps:
-            if watch.norms_due(job):
-                reports.catch_up()  # norms are written in the middle of the step
             reports.follow(watch.queue())
-            auditor.updated()
-            last = job.step == job.total_steps
-            every = (
-                config.train.audit_every,
-                config.train.audit_compute_every,
-                config.train.eval_every,
-                config.checkpoint.save_every,
-            )
-            audits, recomputes, evaluates, saves = (due(job.step, steps) for steps in every)
-            saves = saves or (not last and watch.retries.due(job.step))
-            if last or reports.stop or audits or recomputes or evaluates or saves or job.spikes.bad:
-                reports.catch_up()
-            if job.spikes.bad:
-                if not watch.recover(job.spikes.bad):
-                    return False
-                continue
-            stop = reports.stop
-            if audits or last or stop or saves:  # no checkpoint keeps what a device has changed by itself
-                auditor.check(copies=audits)
-            if recomputes:
-                auditor.recompute()
-            if job.held_out and (last or (evaluates and not stop)):
-                stop |= not watch.evaluate()
-            if last or stop or saves:
-                watch.save(last=last or stop)
-            if not (last or stop):
-                watch.copy()
-            if stop and not last:
+            pause = Pause(job.step, last=job.step == job.total_steps, stop=reports.stop)
+            do(duties, pause, reports.catch_up)
+            if pause.ends:
                 return False
     return True
 

@@ -18,6 +18,7 @@ from megatrain.checkpoint.save import Contents, Saver
 from megatrain.checkpoint.writing import staging_bytes
 from megatrain.config.schema import Config, LogConfig, ParallelConfig
 from megatrain.data.left_out import Window
+from megatrain.duties import Pause, due
 from megatrain.evaluate import Interrupted, evaluate
 from megatrain.job import Job
 from megatrain.kernels.dispatch import require
@@ -45,11 +46,6 @@ SUSPECTS = 16
 """Most documents that an event lists."""
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: only at the end) is due after `step`."""
-    return every > 0 and step % every == 0
-
-
 class Watch:
     """Writes the record of one run. Every rank has one, as saving and evaluating are collective; the log writes on rank 0 alone."""
 
@@ -65,6 +61,8 @@ class Watch:
 
     def __init__(self, job: Job, log: RunLog) -> None:
         self.job, self.log, self.config, self.guard = job, log, job.config, job.guard
+        self._norms: dict[int, dict[str, tuple[float, float]]] = {}
+        """Norms of parts in steps that are not reported yet."""
         ranks, of_stage = job.ctx.world.size, job.ctx.world.size // job.ctx.pp.size  # a stage's ranks are neighbours (mesh.py)
         logs = self.config.log
         self.comparison = Comparison([rank // of_stage for rank in range(ranks)], logs.slow_ratio, logs.slow_intervals)
@@ -148,8 +146,10 @@ class Watch:
         return [*unusual_ratio(self.config), *wasteful(self.config, self.job)]
 
     def step(self, report: StepReport, seconds: float) -> None:
-        """Write one step's row, and tell of a spike."""
+        """Write one step's row, its norms, and tell of a spike."""
         spikes = self.job.spikes.see(report)
+        if report.step in self._norms:
+            self.log.norms(report.step, self._norms.pop(report.step))
         tokens_per_second = report.samples * self.config.model.seq_length / seconds
         scale = report.loss_scale if self.job.loss_scale.dynamic else None
         if report.overflow and scale is not None:
@@ -199,26 +199,23 @@ class Watch:
         for rank in pace.recovered:
             self.log.say(f"rank {rank} on {self.hosts[rank]} is as fast as its peers again")
 
-    def norms_due(self, run: Run) -> bool:
-        """Whether the norms are written in the run's next step, as log.norms_every says."""
-        return due(run.step + 1, self.config.log.norms_every)
-
     def norms(self, run: Run) -> None:
-        """Write the norms of gradients and weights of each part if they are due (collective). Observes a run before its updates."""
-        if self.norms_due(run):
-            norms = part_norms(run.flat, run.ctx, run.loss_scale.scale)
-            self.job.spikes.see_parts(run.step + 1, {part: gradient for part, (gradient, _) in norms.items()})
-            self.log.norms(run.step + 1, norms)
+        """Take the norms of gradients and weights of each part, if they are due (collective). Observes a run before its updates."""
+        step = run.step + 1
+        if due(step, self.config.log.norms_every):
+            norms = self._norms[step] = part_norms(run.flat, run.ctx, run.loss_scale.scale)
+            self.job.spikes.see_parts(step, {part: gradient for part, (gradient, _) in norms.items()})
 
-    def evaluate(self) -> bool:
-        """Evaluate, write the row and redraw the picture. False if a rank is told to stop meanwhile: the evaluation then ends early."""
+    def evaluate(self, pause: Pause) -> None:
+        """Evaluate, write the row and redraw the picture. Ends early if a rank is told to stop meanwhile, and says so in the pause."""
         began = time.perf_counter()
         try:
             with self.guard.section("evaluation"):
                 result = evaluate(self.job, self.config.train.eval_batches, self.job.stop_requested)
         except Interrupted:
             self.log.say(f"the evaluation after step {self.job.step} was left: the run was told to stop")
-            return False
+            pause.stop = True
+            return
         seconds = time.perf_counter() - began
         losses = {name: of.loss for name, of in result.sets.items() if name}
         self.log.evaluation(
@@ -227,7 +224,6 @@ class Watch:
             )
         )
         self.log.draw()
-        return True
 
     def save(self, *, last: bool = False, wait: bool = False) -> None:
         """Save a checkpoint; returns when it is copied to host memory; with `wait`, and the last one of a run, which nothing follows, when
@@ -240,19 +236,19 @@ class Watch:
             else:
                 self.retries.save(contents, portions(job.optimizer), wait=wait or not self.config.checkpoint.asynchronous)
 
-    def recover(self, bad: Bad) -> bool:
-        """After steps that went wrong, go back to a checkpoint before them. False, with the reason in `diverged`, where the run must end
-        (collective).
-        """
-        job = self.job
+    def recover(self, pause: Pause) -> None:
+        """After steps that went wrong, go back to a checkpoint before them, or fail, with the reason in `diverged` (collective)."""
+        job, bad = self.job, self.job.spikes.bad
+        if bad is None:
+            return
         last = job.left_out.window(bad.consumed - bad.samples, bad.consumed)
         try:
             with self.guard.section("save", self.saver.place):
                 self.retries.settle()
                 path, window = roll_back(job, bad)
         except Diverged as error:
-            self.diverged = self._ended(bad, error)
-            return False
+            self.diverged, pause.failed = self._ended(bad, error), True
+            return
         step, text = bad.last, f"samples {window[0]} to {window[1] - 1} are left out"
         self._event("rollback", step, to=job.step, checkpoint=str(path), why=bad.why, tries=job.spikes.retries)
         looks = self._suspects(step, window, last)
@@ -261,7 +257,7 @@ class Watch:
         self.keeper.forget()  # else a restart would go on from steps that were gone back from
         self.log.went_back(job.step)
         self.save(wait=True)
-        return True
+        pause.gone_back = True
 
     def _spiked(self, report: StepReport, spikes: list[Spike]) -> None:
         """Record a spike, with the documents of its batch."""

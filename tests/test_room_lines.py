@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2200,  # its own files, without the rooms below
+    "megatrain": 2250,  # its own files, without the rooms below
     "megatrain/checkpoint": 2600,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 40700,
+    "tests": 40750,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -134,8 +134,8 @@ class Spikes:
         """Rollbacks since the last checkpoint that lies behind a spike."""
         self.gone: list[int] = [0, 0]
         """The step of the spike that the run last went back from, and the step that it went back to."""
-        self._parts: tuple[int, dict[str, Spike]] = (0, {})
-        """A step whose norms of parts are known, and those beyond their limits."""
+        self._parts: dict[int, dict[str, Spike]] = {}
+        """By steps that a report is yet to come of: norms of parts beyond their limits."""
         self._known: dict[int, dict[str, tuple[float, float]]] = {}
         """(median, limit) by name of steps that a report is yet to come of: the step asks for them, and then its report."""
 
@@ -146,7 +146,7 @@ class Spikes:
             rate, shrunk = (step - eased["from"]) / eased["steps"], SHRUNK if eased["shrink"] else 1.0
         if self.train.on_spike != "skip":
             return Caution(rate, shrunk)
-        most = -math.inf if self._parts[0] == step and self._parts[1] else self.limits(step)[LOSS][1]
+        most = -math.inf if self._parts.get(step) else self.limits(step)[LOSS][1]
         return Caution(rate, shrunk, most, self.limits(step)[NORM][1])
 
     def limits(self, step: int) -> dict[str, tuple[float, float]]:
@@ -165,7 +165,7 @@ class Spikes:
             if math.isfinite(norm) and norm > limit:
                 found[part] = Spike(f"{NORM} of {part}", norm, median, limit)
             history.add(step, norm)
-        self._parts = step, found
+        self._parts[step] = found
 
     def see(self, report: StepReport) -> list[Spike]:
         """Take note of a step; returns its values beyond their limits, if the step before had none. May set `bad`."""
@@ -179,7 +179,8 @@ class Spikes:
             for name in values
             if not report.overflow and math.isfinite(values[name]) and values[name] > limits[name][1]
         ]
-        spikes += self._parts[1].values() if self._parts[0] == step and not report.overflow else ()
+        of_parts = self._parts.pop(step, {})
+        spikes += [] if report.overflow else of_parts.values()
         for name, value in values.items() if not report.overflow else ():
             self._history(name).add(step, value)
         self._count(report)
@@ -242,7 +243,7 @@ class Spikes:
         self.skipped, self.settled = state.get("skipped", 0), state.get("settled", False)
         self.spiking, self.eased = state.get("spiking", False), state.get("eased")
         self.retries, self.gone = state.get("retries", 0), list(state.get("gone", [0, 0]))
-        self.bad, self._known, self._parts = None, {}, (0, {})
+        self.bad, self._known, self._parts = None, {}, {}
 
     def _history(self, name: str) -> History:
         return self.histories.setdefault(name, History(self.train.spike_history, norm=name != LOSS))

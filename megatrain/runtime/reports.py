@@ -130,13 +130,14 @@ class Reports:
         self.catch_up()
         self._queued, self._since = queued, queued.began if before is None else before.ended
 
-    def catch_up(self) -> None:
-        """Tell the step that was queued last, if it was not told yet; afterwards the device is idle."""
+    def catch_up(self) -> bool:
+        """Tell the step that was queued last, if it was not told yet; afterwards the device is idle. Returns `stop`."""
         queued, since, self._queued = self._queued, self._since, None
         if queued is not None and since is not None:
             report = queued.report()
             self.stop |= report.stop
             self._tell(report, queued.ended.seconds_since(since))
+        return self.stop
 
     def __enter__(self) -> Reports:
         return self
