@@ -16,7 +16,7 @@ FEW = ("checkpoint.save_every=0",)
     injection="{number} to {whom}",
     promise="a checkpoint at the end of the step on every rank, exit code 75; the next start loses no step, to the bit",
     layout=MAIN,
-    bound=30,
+    bound=8,
 )
 @pytest.mark.parametrize(
     ("number", "whom"),
