@@ -5,14 +5,16 @@ train.audit_every, and a save     what those have seen, over all ranks, so that 
 train.audit_every                 copies of parameters, masters and states (optim/audit.py)
 train.audit_compute_every         a micro-batch computed twice (rerun.py)
 
-An error ends the run on every rank, and names the ranks to blame, their hosts and the tensors.
+An error ends the run on every rank, and names the ranks to blame, their hosts and the tensors; before that it is told, to be recorded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
-from megatrain.optim.audit import audit
+from megatrain.optim.audit import AuditError, audit
 from megatrain.optim.state_watch import StateWatch, watched_every
 from megatrain.rerun import recompute, repeatable
 from megatrain.runtime.flops import model_flops_per_token
@@ -22,9 +24,10 @@ from megatrain.training import Run
 class Auditor:
     """The audits of one run, as a context manager around its loop; without train.audit_every and train.audit_compute_every none."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, tell: Callable[[AuditError], None] = lambda error: None) -> None:
+        """tell: called on every rank with the error that is about to end the run."""
         config = run.config
-        self.run = run
+        self.run, self._tell = run, tell
         self.watch = StateWatch(run.flat, run.optimizer) if config.train.audit_every else None
         tokens = config.train.global_batch_size * config.model.seq_length / run.ctx.world.size
         flops = tokens * model_flops_per_token(config.model, run.chunks[0].build.vocab_size)
@@ -58,12 +61,22 @@ class Auditor:
         """Look what was seen since the last time and, with `copies`, compare all copies (collective). Raises ReplicaError on every rank."""
         if self.watch is not None and (copies or not self._looked):
             self._looked = True
-            audit(self.run.flat, self.run.optimizer, self.run.ctx, self.watch, copies=copies)
+            with self._telling():
+                audit(self.run.flat, self.run.optimizer, self.run.ctx, self.watch, copies=copies)
 
     def recompute(self) -> None:
         """Compute a micro-batch twice, where that gives the same bits (collective). Raises ComputeError on every rank."""
         if repeatable(self.run):
-            recompute(self.run)
+            with self._telling():
+                recompute(self.run)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except AuditError as error:
+            self._tell(error)
+            raise
 
     def _before(self, run: Run) -> None:
         """Observes the run before its updates."""

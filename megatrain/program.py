@@ -238,7 +238,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         guard.section("records"),
         _open_log(job) as log,
         Watch(job, log) as watch,
-        Auditor(job) as auditor,
+        Auditor(job, watch.audited) as auditor,
         guard.section("step"),
         guard.watching(),
     ):

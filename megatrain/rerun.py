@@ -26,20 +26,17 @@ import xxhash
 
 from megatrain.data.loader import batch_places
 from megatrain.models.batch import MicroBatch
-from megatrain.optim.audit import digest, holders_of, named
+from megatrain.optim.audit import AuditError, Blame, digest, gather_blames, holders_of, named
 from megatrain.parallel.flat import LocalBucket
 from megatrain.parallel.mesh import Axis, Done
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, run_schedule
 from megatrain.training import SMALLEST_WEIGHT, Run, global_weights, schedule_of, stage_of, to_micro_batches
-from megatrain.transport.consensus import gather_texts, lowest
+from megatrain.transport.consensus import lowest
 from megatrain.transport.group import Handle
 
-_SHOWN = 8
-_OWN, _FOLLOWS = "own ", "follows "
 
-
-class ComputeError(RuntimeError):
-    """The same computation gave different results; raised on every rank of the world at once."""
+class ComputeError(AuditError):
+    """The same computation gave different results."""
 
 
 class _Item(NamedTuple):
@@ -82,22 +79,17 @@ def recompute(run: Run) -> None:
     first, second = (_once(run, micro_batches) for _ in range(2))
     digests, again = (torch.stack([item.digest for item in of]) for of in (first, second))
     unequal = world.to_host(digests != again).tolist()
-    said = _said([item for item, other in zip(first, unequal, strict=True) if other], "gives other bits the second time")
-    said += _beside_replicas(run, first, digests)
-    said += _beside_all(run, micro_batches)
-    if lowest(bool(said), world.group, run.ctx.device) is None:
+    wrong = [item for item, other in zip(first, unequal, strict=True) if other]
+    blames = _found(world.rank, wrong, "gives other bits the second time")
+    blames += _beside_replicas(run, first, digests)
+    blames += _beside_all(run, micro_batches)
+    if lowest(bool(blames), world.group, run.ctx.device) is None:
         return
-    here = f"rank {world.rank} on {socket.gethostname()} "
-    texts = gather_texts("\n".join(kind + here + what for kind, what in said), world.group, run.ctx.device)
-    lines = [line for text in texts for line in text.split("\n") if line]
-    own = [line.removeprefix(_OWN) for line in lines if line.startswith(_OWN)]
-    found = own or [line.removeprefix(_FOLLOWS) for line in lines]
-    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    found = gather_blames(blames, run.ctx)
     raise ComputeError(
-        f"the first micro-batch of step {run.step + 1}, computed again, is not the same to the bit:\n  "
-        + "\n  ".join(found[:_SHOWN])
-        + more
-        + "\nTake the device or host that is named out of the job (`megatrain doctor` tries it) and go on from the last checkpoint."
+        f"the first micro-batch of step {run.step + 1}, computed again, is not the same to the bit",
+        [blame for blame in found if blame.own] or found,
+        "Take the device or host that is named out of the job (`megatrain doctor` tries it) and go on from the last checkpoint.",
     )
 
 
@@ -166,18 +158,17 @@ def _deaf(run: Run, items: list[_Item]) -> Iterator[None]:
             local.shards, local.replicas = shards, replicas
 
 
-def _said(wrong: Sequence[_Item], what: str) -> list[tuple[str, str]]:
-    """A line on tensors that differ, if there are any: (whether this rank is to blame, text). It only follows if what it was given differs
-    first.
-    """
+def _found(rank: int, wrong: Sequence[_Item], what: str) -> list[Blame]:
+    """A line on tensors of this rank that differ, if there are any. It only follows if what it was given differs first."""
     if not wrong:
         return []
     names = list(dict.fromkeys(item.what for item in wrong))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [(_FOLLOWS if wrong[0].given else _OWN, f"{what} in {', '.join(names[:3])}{more}")]
+    text = f"rank {rank} on {socket.gethostname()} {what} in {', '.join(names[:3])}{more}"
+    return [Blame(text, (rank,), tuple(names[:3]), own=not wrong[0].given)]
 
 
-def _beside_replicas(run: Run, items: Sequence[_Item], digests: torch.Tensor) -> list[tuple[str, str]]:
+def _beside_replicas(run: Run, items: Sequence[_Item], digests: torch.Tensor) -> list[Blame]:
     """A line on what this rank has made otherwise than most replicas with the same place in the model and device (collective).
 
     Left out where replicas need not add up in the same order: in an all-reduce over more than two GPUs, and between experts.
@@ -196,10 +187,10 @@ def _beside_replicas(run: Run, items: Sequence[_Item], digests: torch.Tensor) ->
         if any(ctx.world.rank in ranks for ranks in others):
             wrong.append(item)
             most = first
-    return _said(wrong, f"gives other bits than {named(most)}")
+    return _found(ctx.world.rank, wrong, f"gives other bits than {named(most)}")
 
 
-def _beside_all(run: Run, micro_batches: list[MicroBatch]) -> list[tuple[str, str]]:
+def _beside_all(run: Run, micro_batches: list[MicroBatch]) -> list[Blame]:
     """Whether this rank has read other tokens than most (collective over the world)."""
     world = run.ctx.world
     if world.group is None:
@@ -208,7 +199,8 @@ def _beside_all(run: Run, micro_batches: list[MicroBatch]) -> list[tuple[str, st
     gathered = mine.new_empty(world.size)
     world.group.all_gather(gathered, mine)
     most, *others = holders_of(world, world.group.to_host(gathered).tolist(), range(world.size))
-    return [(_OWN, f"has read other tokens than {named(most)}") for ranks in others if world.rank in ranks]
+    here = f"rank {world.rank} on {socket.gethostname()} has read other tokens than {named(most)}"
+    return [Blame(here, (world.rank,), ("tokens",)) for ranks in others if world.rank in ranks]
 
 
 def _device_number(device: torch.device) -> int:

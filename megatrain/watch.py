@@ -26,6 +26,7 @@ from megatrain.kernels.matmul import adds_inside
 from megatrain.lifecycle.spikes import Bad, Diverged, Spike
 from megatrain.lifecycle.stop import DIVERGED, PREEMPTED, write_marker
 from megatrain.lifecycle.stragglers import Comparison, Stopwatch
+from megatrain.optim.audit import AuditError
 from megatrain.optim.optimizer import squares
 from megatrain.optim.portions import portions
 from megatrain.parallel.mesh import ParallelContext
@@ -291,6 +292,11 @@ class Watch:
             write_marker(Path(self.config.log.dir, DIVERGED), launch, message, bad.last)
         self._event("diverged", bad.last, message=message, samples=list(window), **looks)
         return Diverged(message)
+
+    def audited(self, error: AuditError) -> None:
+        """Record what an audit has found, which ends the run."""
+        rank = error.ranks[0] if len(error.ranks) == 1 else None
+        self._event("audit", rank=rank, ranks=error.ranks, tensors=error.tensors, message=str(error))
 
     def _contents(self) -> Contents:
         return Contents(self.job.step, progress_of_job(self.job), self.job.config_text)

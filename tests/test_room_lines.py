@@ -20,7 +20,7 @@ LINES = {
     "megatrain/lifecycle": 2350,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
-    "megatrain/optim": 700,
+    "megatrain/optim": 750,
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,
     "megatrain/records": 1000,

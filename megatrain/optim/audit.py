@@ -13,6 +13,7 @@ Each rank sends one 64-bit number a tensor: the sum of its 32-bit words, each ti
 
 from __future__ import annotations
 
+import json
 import socket
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +34,44 @@ _BLOCK = 1 << 20
 _SHOWN = 8
 
 
-class ReplicaError(RuntimeError):
-    """Copies of a tensor differ between ranks; raised on every rank of the world at once."""
+class Blame(NamedTuple):
+    """A line of an audit: who is to blame, and for which tensors."""
+
+    text: str
+    ranks: tuple[int, ...]
+    """World ranks to blame."""
+    tensors: tuple[str, ...]
+    """Names of tensors that are not as they must be there."""
+    own: bool = True
+    """Whether it is certain that these ranks are to blame."""
+
+
+class AuditError(RuntimeError):
+    """An audit has found a fault; the same is raised on every rank of the world at once."""
+
+    def __init__(self, what: str, found: Sequence[Blame], advice: str) -> None:
+        super().__init__(what, found, advice)
+        self._what, self._found, self._advice = what, found, advice
+
+    def __str__(self) -> str:
+        shown = "".join(f"\n  {blame.text}" for blame in self._found[:_SHOWN])
+        more = f"\n  and {len(self._found) - _SHOWN} more" if len(self._found) > _SHOWN else ""
+        return f"{self._what}:{shown}{more}\n{self._advice}"
+
+    @property
+    def ranks(self) -> list[int]:
+        """World ranks to blame: those of which it is certain, if there are any."""
+        certain = [blame for blame in self._found if blame.own]
+        return sorted({rank for blame in certain or self._found for rank in blame.ranks})
+
+    @property
+    def tensors(self) -> list[str]:
+        """The first tensors that are not as they must be."""
+        return list(dict.fromkeys(tensor for blame in self._found[:_SHOWN] for tensor in blame.tensors))
+
+
+class ReplicaError(AuditError):
+    """State has changed by itself, or copies of a tensor differ between ranks."""
 
 
 class _Copy(NamedTuple):
@@ -48,17 +85,19 @@ class _Copy(NamedTuple):
 class _Difference(NamedTuple):
     """Copies of a tensor that are not the same."""
 
+    name: str
     what: str
     most: list[int]
     """World ranks that hold what most of them hold."""
     others: list[list[int]]
     """World ranks that hold something else, those with the same together."""
 
-    def text(self, hosts: Sequence[str]) -> str:
+    def blame(self, hosts: Sequence[str]) -> Blame:
         """The difference as a line; hosts: of each rank."""
         odd = ", ".join(map(named, self.others))
         places = ", ".join(f"rank {rank} on {hosts[rank]}" for ranks in self.others for rank in ranks[:_SHOWN])
-        return f"{self.what}: {odd} drifted from {named(self.most)} ({places})"
+        text = f"{self.what}: {odd} drifted from {named(self.most)} ({places})"
+        return Blame(text, tuple(rank for ranks in self.others for rank in ranks), (self.name,), own=False)
 
 
 def audit(
@@ -80,22 +119,25 @@ def audit(
         return
     host = socket.gethostname()
     hosts = gather_texts(host, ctx.world.group, ctx.device)
-    problems = [
-        f"{what} {name} changed by itself on rank {ctx.world.rank} ({host}) before the update of step {step}"
+    rank = ctx.world.rank
+    blames = [
+        Blame(f"{what} {name} changed by itself on rank {rank} ({host}) before the update of step {step}", (rank,), (name,))
         for what, name, step in changed
     ]
-    problems += [difference.text(hosts) for difference in differences]
-    texts = gather_texts("\n".join(problems[:_SHOWN]), ctx.world.group, ctx.device)
-    found = list(dict.fromkeys(line for text in texts for line in text.split("\n") if line))
-    found.sort(key=lambda line: "by itself" not in line)
-    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    blames += [difference.blame(hosts) for difference in differences]
     raise ReplicaError(
-        "state of the run is not what it must be to the bit:\n  "
-        + "\n  ".join(found[:_SHOWN])
-        + more
-        + "\nGo back to a checkpoint from before (checkpoint.resume=PATH), and look for a broken device on the ranks named; "
-        "`megatrain verify` tells whether it is the program."
+        "state of the run is not what it must be to the bit",
+        sorted(gather_blames(blames[:_SHOWN], ctx), key=lambda blame: not blame.own),
+        "Go back to a checkpoint from before (checkpoint.resume=PATH), and look for a broken device on the ranks named; "
+        "`megatrain verify` tells whether it is the program.",
     )
+
+
+def gather_blames(blames: Sequence[Blame], ctx: ParallelContext) -> list[Blame]:
+    """The lines of all ranks, on every rank, each only once (collective over the world)."""
+    texts = gather_texts(json.dumps(blames), ctx.world.group, ctx.device)
+    rows = (row for text in texts for row in json.loads(text))
+    return list(dict.fromkeys(Blame(text, tuple(ranks), tuple(tensors), own) for text, ranks, tensors, own in rows))
 
 
 def _copies(flat: FlatParameters, optimizer: Optimizer, ctx: ParallelContext) -> dict[Axis, list[_Copy]]:
@@ -140,8 +182,8 @@ def _compare(axis: Axis, copies: list[_Copy]) -> list[_Difference]:
         for first in range(0, axis.size, group):
             holders = holders_of(axis, digests, range(first, first + group))
             if len(holders) > 1:
-                what = f"{copy.what} {copy.parameter.spec.name}, axis {axis.name}"
-                differences.append(_Difference(what, holders[0], holders[1:]))
+                name = copy.parameter.spec.name
+                differences.append(_Difference(name, f"{copy.what} {name}, axis {axis.name}", holders[0], holders[1:]))
     return differences
 
 

@@ -42,6 +42,7 @@ EventKind = Literal[
     "rollback",
     "skip_data",
     "diverged",
+    "audit",
     "hang",
     "death",
     "slow",

@@ -5,10 +5,12 @@ import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jobs
 import pytest
 import torch
 from zero_grid import config_of, shape_of
 
+import megatrain
 import megatrain.auditor
 from megatrain.auditor import Auditor
 from megatrain.optim.audit import ReplicaError
@@ -28,15 +30,21 @@ def flip(tensor):
     tensor.detach().view(-1).view(torch.uint8)[0] ^= 1
 
 
+whom = []
+"""Of each error that `errors_of` has seen the last time: (ranks, tensors) to blame."""
+
+
 def errors_of(where, between, steps=4, **optim):
     """The error that ends the run on each rank."""
     config = config_of(where, "bf16")
     config = replace(config, optim=replace(config.optim, **optim), train=replace(config.train, steps=steps))
+    whom.clear()
 
     def rank(ctx):
         try:
             trace_run(ctx, config, steps, between=between(ctx))
         except (ReplicaError, ComputeError) as error:
+            whom.append((error.ranks, error.tensors))
             return str(error)
         return "no error"
 
@@ -112,6 +120,7 @@ def test_a_flipped_bit_in_what_a_rank_owns(stage, kinds):
     assert len(set(said)) == 1, "on all ranks the same"
     found = re.findall(r"  (.*) changed by itself on (.*) before the update of step (.*)\n", said[0])
     assert found == [(f"{kind} {flipped[0]}", f"rank 1 ({socket.gethostname()})", "3") for kind in kinds], said[0]
+    assert whom == [([1], [flipped[0]])] * 4
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -129,6 +138,7 @@ def test_a_flipped_bit_in_a_parameter_that_the_next_gather_overwrites(stage):
         in said[0]
     )
     assert said[0].count("drifted") == 1
+    assert whom == [([3], [DOWN])] * 4
 
 
 @pytest.mark.parametrize(
@@ -202,6 +212,7 @@ def test_a_gradient_that_is_another_one_the_second_time(stage):
         rf"rank 3 on {HOST} gives other bits the second time in gradient of {re.escape(DOWN)}\nTake the device",
         said[0],
     ), said[0]
+    assert whom == [([3], [f"gradient of {DOWN}"])] * 4
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -231,6 +242,7 @@ def test_the_stage_whose_activations_are_wrong_is_named_and_not_those_that_follo
     assert len(set(said)) == 1
     assert re.search(rf"bit:\n  rank {at} on {HOST} gives other bits the second time in {what}", said[0]), said[0]
     assert len(re.findall("gives other bits", said[0])) == 1
+    assert [ranks for ranks, _ in whom] == [[at]] * 4
 
 
 def test_a_rank_that_reads_other_tokens_is_named():
@@ -241,6 +253,34 @@ def test_a_rank_that_reads_other_tokens_is_named():
     said = errors_of(point(1, ("1f1b", 1, 1), (2, True), 2), recomputed(fault, 1))
     assert len(set(said)) == 1
     assert f"rank 1 on {socket.gethostname()} has read other tokens than ranks 0, 2, 3\n" in said[0]
+
+
+# --- the record ----------------------------------------------------------------------------------------------------------------
+
+
+def test_what_ends_a_run_is_an_event(tmp_path):
+    store = jobs.write_store(tmp_path / "data")
+    job = megatrain.build(jobs.tiny(store, tmp_path / "run", train={"steps": 6, "audit_every": 5}))
+    name = job.flat.trained[0].bucket.parameters[0].spec.name
+
+    def change(run):
+        if run.step == 2:
+            flip(run.flat.trained[0].own_weights)
+
+    job.observers.before_update.append(change)
+    try:
+        with pytest.raises(ReplicaError) as raised:
+            megatrain.train(job)
+    finally:
+        job.close()
+    *_, event = jobs.events(tmp_path / "run")
+    del event["time"]
+    said = {"event": "audit", "step": 5, "rank": 0, "ranks": [0], "tensors": [name], "message": str(raised.value)}
+    assert event == said
+    assert (
+        f"  parameter {name} changed by itself on rank 0 ({socket.gethostname()}) before the update of step 3\n"
+        in said["message"]
+    )
 
 
 # --- when ----------------------------------------------------------------------------------------------------------------------

@@ -92,6 +92,8 @@ def test_a_bit_flips(tmp_path, measured, kind, stage, layout):
     said = SAID[kind].format(host=socket.gethostname(), name="X").split("X")
     for end in ended:
         assert all(part in end.err for part in said), end.err
+    (event,) = (event for event in jobs.events(tmp_path / "run") if event["event"] == "audit")
+    assert event["rank"] == 1 and event["tensors"] and all(event["message"] in end.err for end in ended), event
     assert max(jobs.rows(tmp_path / "run")) <= 40
     saved = [int(path.name[5:]) for path in (tmp_path / "run/checkpoints").glob("step_*")]
     assert max(saved) <= (AT if kind != "gradient" else 40), "no checkpoint has it"
