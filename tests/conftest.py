@@ -53,12 +53,25 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-@pytest.fixture(autouse=True)
-def defaults_stand():
-    """Every test leaves torch's process-wide defaults as they were."""
-    before = torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+def defaults():
+    """Torch's process-wide defaults."""
+    return torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def defaults_stand_after_a_file():
+    """The fixtures of every file leave torch's process-wide defaults as they were."""
+    before = defaults()
     yield
-    assert (torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+    assert defaults() == before
+
+
+@pytest.fixture(autouse=True)
+def defaults_stand(defaults_stand_after_a_file):
+    """Every test leaves torch's process-wide defaults as they were."""
+    before = defaults()
+    yield
+    assert defaults() == before
 
 
 @pytest.fixture

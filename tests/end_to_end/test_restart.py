@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jobs
 import pytest
+import torch
 
 import megatrain
 from megatrain.checkpoint.manifest import Manifest
@@ -50,6 +51,7 @@ def start(data, run, at=None, **checkpoint):
         return job
     finally:
         job.close()
+        torch.use_deterministic_algorithms(False)
     return job
 
 
