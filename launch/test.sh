@@ -54,10 +54,11 @@ if ! "$python" -c 'import kenlm' 2>/dev/null; then
     fi
 fi
 
-# A worker for each core, four at most (each keeps processes of its own waiting, about 2 GB); those that are done take tests from the
-# end of another's, so that most files, with what their tests share, stay with one worker. One thread per process: the workers,
-# simulated ranks and gloo processes share the cores already.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n logical --maxprocesses 4 --dist worksteal -m "$marks" "$@" || failed=1
+# Three workers for two cores, since many tests wait for processes, and four at most (each keeps processes of its own waiting, about 2 GB);
+# those that are done take tests from the end of another's, so that most files, with what their tests share, stay with one worker. One
+# thread per process: the workers, simulated ranks and gloo processes share the cores already.
+cores="$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)')"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -n "$(((3 * cores + 1) / 2))" --maxprocesses 4 --dist worksteal -m "$marks" "$@" || failed=1
 if [ "$failed" -ne 0 ]; then
     echo "launch/test.sh: FAILED" >&2
 fi

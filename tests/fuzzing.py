@@ -22,7 +22,7 @@ def seed() -> int:
     return random.SystemRandom().randrange(1 << 31) if given is None else int(given)
 
 
-def seconds(slow: bool = False, short: float = 30.0, long: float = 300.0) -> float:
+def seconds(slow: bool = False, short: float = 15.0, long: float = 300.0) -> float:
     """How long a fuzzer goes on; `slow` is for those that only `launch/test.sh --all` runs."""
     return float(os.environ.get(SECONDS, long if slow else short))
 

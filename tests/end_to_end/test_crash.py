@@ -105,8 +105,8 @@ def strike(job: jobs.Job, run: Path, generator: random.Random) -> None:
         process.kill()
 
 
-def test_killed_three_times_and_started_again(house, uninterrupted):
-    assert kill_at_random_moments(house, uninterrupted, "three", 3, seed=1) >= 2
+def test_killed_and_started_again(house, uninterrupted):
+    assert kill_at_random_moments(house, uninterrupted, "twice", 2, seed=1) >= 1
 
 
 @pytest.mark.slow
@@ -116,6 +116,7 @@ def test_killed_twenty_times_and_started_again(house, uninterrupted):
     assert kill_at_random_moments(house, uninterrupted, "twenty", 20, seed) >= 5
 
 
+@pytest.mark.slow  # as test_signals.py's under the launch script, which starts the ranks again by itself
 def test_one_of_two_ranks_killed_under_torchrun(house):
     """The launcher ends the other; started again, here without it, both go on."""
     run = house / "pair"

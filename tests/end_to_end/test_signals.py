@@ -35,9 +35,9 @@ def undisturbed(house):
     return jobs.undisturbed(house, 2)
 
 
-def start(house, run, target):
+def start(house, run, target, *more):
     """Two ranks, by the script or by plain torchrun."""
-    words = [str(house / "config.yaml"), f"log.dir={run}"]
+    words = [str(house / "config.yaml"), f"log.dir={run}", *more]
     folder = house / f"job_{time.monotonic_ns()}"
     if target == "torchrun":
         return jobs.torchrun(folder, 2, *words)
@@ -169,7 +169,7 @@ def test_a_run_that_stops_is_not_started_again(house, undisturbed):
 def test_a_run_that_cannot_save_has_failed(house):
     """Told to stop, and the directory of checkpoints has gone: the next start would lose work, so nothing must start it by itself."""
     run = house / "unsaved"
-    with start(house, run, "script") as job:
+    with start(house, run, "script", "checkpoint.give_up_after=2") as job:
         assert jobs.wait_for_rows(job, run, 10)
         shutil.rmtree(run / "checkpoints")
         (run / "checkpoints").write_text("")

@@ -48,7 +48,7 @@ def test_no_deadlock_exact_counts_and_no_more_than_the_papers_memory(name, stage
         assert timeline.peak(stage) <= paper_bound(name, stage, stages, chunks, micro_batches)
 
 
-@pytest.mark.parametrize(("name", "chunks"), [("interleaved", 8), ("zb_v", 2)])
+@pytest.mark.parametrize(("name", "chunks"), [pytest.param("interleaved", 8, marks=pytest.mark.slow), ("zb_v", 2)])
 def test_the_largest_pipeline(name, chunks):
     timeline = simulate(Schedule(name, 64, chunks, 512))
     assert max(map(timeline.peak, range(64))) <= paper_bound(name, 0, 64, chunks, 512)
