@@ -322,6 +322,8 @@ class Watch:
     def __enter__(self) -> Watch:
         self.job.observers.before_update.append(self.norms)
         self.guard.background, self.guard.on_event = self.saver.unfinished, self._guard_event
+        events = str(self.log.directory.absolute() / "events.jsonl")
+        self.guard.record = lambda: (self.job.step, events)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -329,7 +331,7 @@ class Watch:
         with self.guard.section("save", self.saver.place):
             self.saver.close()
             self.keeper.close(ended=False)
-        self.guard.background, self.guard.on_event = lambda: None, None
+        self.guard.background, self.guard.on_event, self.guard.record = lambda: None, None, lambda: (0, "")
 
     def _guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
         """Record what ended the run; called from a thread of the guard, on any rank."""

@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2250,  # its own files, without the rooms below
+    "megatrain": 2300,  # its own files, without the rooms below
     "megatrain/checkpoint": 2600,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
@@ -17,7 +17,7 @@ LINES = {
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 2350,
+    "megatrain/lifecycle": 2400,
     "megatrain/models": 1050,
     "megatrain/ngram": 2450,
     "megatrain/optim": 750,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 40750,
+    "tests": 40850,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -49,6 +49,8 @@ OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
 """Called with the kind, the rank to blame if it is a single one, and the message; in a thread, usually on one rank only."""
 Background = Callable[[], "tuple[float, str] | None"]
 """Work of another thread that a save has left: (time.monotonic at its beginning, where it is); None if there is none."""
+Record = Callable[[], tuple[int, str]]
+"""Steps so far, and the file in which the monitor is to record the end of a rank that cannot do so itself; empty for none."""
 
 LOOK_SECONDS = 1.0
 STORE_SECONDS = 4.0
@@ -84,6 +86,7 @@ class Guard:
         self._limits = limits
         self.on_event: OnEvent | None = None
         self.background: Background = lambda: None
+        self.record: Record = lambda: (0, "")
         self.told: Callable[[], float | None] = lambda: None
         """When this rank was told to stop (time.monotonic); None if it was not."""
         self._monitor, self._keeps_monitor = monitor, monitor is not None
@@ -232,7 +235,7 @@ class Guard:
             looked = now
             left, what = self._left_over(now, awake)
             if self._monitor is not None and not self._alarmed.locked():
-                self._monitor.beat(max(left, 0.0), what)
+                self._monitor.beat(max(left, 0.0), what, *self.record())
             if left < 0 or self._neighbour_is_gone(now):
                 self._alarm(self._own_state())
 
@@ -296,7 +299,7 @@ class Guard:
         if not self._alarmed.acquire(blocking=False):
             threading.Event().wait()
         if self._monitor is not None:
-            self._monitor.beat(ALARM_SECONDS, "the end of a run that hangs")
+            self._monitor.beat(ALARM_SECONDS, "the end of a run that hangs", *self.record())
         try:
             verdict, speaker = self._agree_on_verdict(state)
         except TransportError as error:

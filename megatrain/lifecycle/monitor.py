@@ -3,12 +3,13 @@
 A thread of the guard measures the sections of a run, but it needs Python to run: not in a process that is frozen by a signal, nor where a
 call in C never ends and never lets other threads in. So the thread writes a line to the monitor once a second,
 
-    12.5 <tab> step <newline>         in at most so many seconds the next line comes, or else the limit of this section is over
+    12.5 <tab> step <tab> 812 <tab> /runs/a/events.jsonl <newline>
 
-and where none comes in that time, MARGIN_SECONDS included, the monitor says so on stderr, has the rank write the stacks of its threads
-where it can, and kills it. The monitor is a child of the rank and ends with it, however that ends; where the whole job is suspended
-(Ctrl-Z, a scheduler's SIGSTOP to all processes), so is the monitor, and its time with it. It runs this file with nothing but the
-standard library: 10 ms of a core to start, 8 MB.
+in at most 12.5 seconds the next line comes, or else the limit of this section is over. Where none comes in that time, MARGIN_SECONDS
+included, the monitor says so on stderr and, with the steps so far, in that file; it has the rank write the stacks of its threads where it
+can, and kills it. The monitor is a child of the rank and ends with it, however that ends; where the whole job is suspended (Ctrl-Z, a
+scheduler's SIGSTOP to all processes), so is the monitor, and its time with it. It runs this file with nothing but the standard library:
+10 ms of a core to start, 8 MB.
 """
 
 from __future__ import annotations
@@ -50,10 +51,14 @@ class Monitor:
             os.close(read)
             os.close(quiet)
 
-    def beat(self, seconds: float, what: str) -> None:
-        """The next line comes within `seconds`, or the limit of `what` is over. Never blocks or raises: a run can do without a monitor."""
+    def beat(self, seconds: float, what: str, step: int = 0, events: str = "") -> None:
+        """The next line comes within `seconds`, or the limit of `what` is over. Never blocks or raises: a run can do without a monitor.
+
+        events: the file that gets an event then, of a run that has done `step` steps; empty for none.
+        """
         with suppress(OSError, ValueError):
-            os.write(self._line, f"{seconds:.3f}\t{what}\n".encode(errors="replace"))
+            words = (f"{seconds:.3f}", " ".join(what.split()), f"{step}", events)
+            os.write(self._line, ("\t".join(words).replace("\n", " ") + "\n").encode(errors="surrogateescape"))
 
     def close(self) -> None:
         """End the monitor."""
@@ -86,14 +91,36 @@ def _say(text: str) -> None:
         os.write(2, f"megatrain: {text}\n".encode(errors="replace"))
 
 
-def _end(pid: int, rank: str, what: str) -> None:
+def _record(events: str, step: str, rank: str, message: str) -> None:
+    """Append an event to a run's events.jsonl, in another process, as the disk may be what does not answer."""
+    if not events or os.fork():
+        return
+    try:
+        import json  # noqa: PLC0415  (as long to import as all the rest)
+
+        seconds = time.time()
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}+00:00"
+        line = json.dumps({"event": "hang", "time": when, "step": int(step), "rank": int(rank), "message": message})
+        os.makedirs(os.path.dirname(events), exist_ok=True)  # noqa: PTH103, PTH120  (as above)
+        file = os.open(events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        size = os.fstat(file).st_size
+        broken = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+        os.write(file, ("\n" * broken + line + "\n").encode())
+    finally:
+        os._exit(0)
+
+
+def _end(pid: int, rank: str, what: str, step: str, events: str) -> None:
     """Say what has happened, have the stacks written where that is possible, and kill the rank."""
     state = _state(pid)
     stopped = state in ("T", "t")
     meaning = {"D": "waits in the kernel, as for a disk that does not answer"}.get(state, "runs no Python any more")
     meaning = "is frozen (stopped by a signal)" if stopped else meaning
     who = f"rank {rank} (process {pid} on {os.uname().nodename})"
-    _say(f"{who} {meaning}, and the time of its section is over; to blame: rank {rank}\n    {what}\n    its monitor ends it")
+    said = f"{who} {meaning}, and the time of its section is over; to blame: rank {rank}\n    {what}"
+    _say(f"{said}\n    its monitor ends it")
+    with suppress(OSError):
+        _record(events, step, rank, said)
     if not stopped and DUMP_SIGNAL is not None:
         os.kill(pid, DUMP_SIGNAL)
         time.sleep(DUMP_SECONDS)
@@ -111,7 +138,7 @@ def main(parent: int, rank: str, seconds: float, key: str, margin: float) -> Non
     if hasattr(os, "pidfd_open"):
         with suppress(OSError):
             poller.register(os.pidfd_open(parent), select.POLLIN)
-    what, looked = f"set-up ({key}={seconds:g})", time.monotonic()
+    last, looked = [f"set-up ({key}={seconds:g})", "0", ""], time.monotonic()
     deadline, rest = looked + seconds + margin, b""
     while os.getppid() == parent:
         ready = poller.poll(LOOK_SECONDS * 1000)
@@ -125,10 +152,10 @@ def main(parent: int, rank: str, seconds: float, key: str, margin: float) -> Non
                 return
             *lines, rest = (rest + said).split(b"\n")
             if lines:
-                left, _, text = lines[-1].decode(errors="replace").partition("\t")
-                deadline, what = now + float(left) + margin, text
+                left, *last = lines[-1].decode(errors="surrogateescape").split("\t", 3)
+                deadline = now + float(left) + margin
         elif now > deadline and os.getppid() == parent:
-            return _end(parent, rank, what)
+            return _end(parent, rank, *last)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A rank that is frozen or sleeps, in any section of a run: all ranks end within the section's limit and 10 s, and it is named."""
 
 import random
+import signal
 import socket
 import time
 from datetime import datetime
@@ -96,6 +97,25 @@ def test_a_run_of_one_rank_that_sleeps_ends(house, measured, section, limit):
         (ended,) = job.finish(jobs.SECONDS + limit + 40)
     measured.detected(house.since(name))
     assert ended.code not in (0, 75) and WHERE[section] in ended.err, ended
+
+
+@pytest.mark.fault(
+    injection="SIGSTOP of the only rank of a run, {section}",
+    promise="its monitor ends it and says where, on stderr and as an event",
+    bound="{limit} + 10",
+    layout="1 rank",
+)
+@pytest.mark.parametrize(("section", "limit"), [("step", LIMIT), ("save", LIMIT)])
+def test_a_run_of_one_rank_that_is_frozen_ends(house, measured, section, limit):
+    name = f"frozen_{section}"
+    act = {"what": "stop", "where": section, "at": SECTIONS[section]}
+    with house.start("1 rank", name, *LIMITS[:3], act=act) as job:
+        (ended,) = job.finish(jobs.SECONDS + limit + 40)
+    measured.detected(house.since(name))
+    assert ended.code == -signal.SIGKILL and "is frozen (stopped by a signal)" in ended.err, ended
+    (event,) = kinds(house.run(name), "hang")
+    assert event["rank"] == 0 and event["step"] <= 9 and "to blame: rank 0\n" in event["message"], event
+    assert event["message"] in ended.err, event
 
 
 @pytest.mark.fault(

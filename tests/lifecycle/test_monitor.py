@@ -1,6 +1,9 @@
 """A rank that can no longer run Python is ended by its monitor, which leaves no process behind."""
 
+import json
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +25,7 @@ def stuck_in_c():
         ctypes.PyDLL(None).usleep(60_000_000)  # holds the interpreter
 
 if sys.argv[1] == "in C":
-    monitor.beat(0.2, "step (train.hang_timeout_seconds=0.2)")
+    monitor.beat(0.2, "step (train.hang_timeout_seconds=0.2)", 812, sys.argv[2])
     stuck_in_c()
 if sys.argv[1] == "frozen":
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -48,8 +51,8 @@ def gone(pid):
         return True
 
 
-def run(what):
-    process = subprocess.Popen([sys.executable, "-c", RANK, what], stdout=-1, stderr=-1, text=True)
+def run(what, events=""):
+    process = subprocess.Popen([sys.executable, "-c", RANK, what, str(events)], stdout=-1, stderr=-1, text=True)
     monitor = int(process.stdout.readline())
     _, err = process.communicate(timeout=30)
     deadline = time.monotonic() + 5
@@ -67,11 +70,24 @@ def test_a_rank_that_is_frozen_at_its_start_is_killed_with_its_name():
     assert "    set-up (train.start_timeout_seconds=0.5)\n" in err
 
 
-def test_a_rank_that_is_stuck_in_c_shows_its_stacks_and_is_killed():
-    process, err = run("in C")
+def test_a_rank_that_is_stuck_in_c_shows_its_stacks_and_is_killed_and_leaves_an_event(tmp_path):
+    events = tmp_path / "a run" / "events.jsonl"
+    events.parent.mkdir()
+    events.write_text('{"event": "start"}\n{"event": "sa')  # a line that a full disk has cut
+    process, err = run("in C", events)
     assert process.returncode == -signal.SIGKILL
     assert "runs no Python any more" in err and "    step (train.hang_timeout_seconds=0.2)\n" in err
     assert "in stuck_in_c\n" in err
+    _, _, line = events.read_text().splitlines()
+    event = json.loads(line)
+    assert re.fullmatch(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", event.pop("time"))
+    assert event == {
+        "event": "hang",
+        "step": 812,
+        "rank": 3,
+        "message": f"rank 3 (process {process.pid} on {socket.gethostname()}) runs no Python any more, and the time of its section is "
+        "over; to blame: rank 3\n    step (train.hang_timeout_seconds=0.2)",
+    }
 
 
 @pytest.mark.parametrize("what", ["well", "closed", "without"])
