@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatrain.files import HEAD_BYTES, pointer, whole
+from megatrain.files import HEAD_BYTES, brief, pointer, whole
 from megatrain.ngram.mapped import Array, BinaryError, MappedArray, block_count, blocks, checksums, padded
 from megatrain.ngram.model import HeldWords, NgramModel, Numbers, Order
 from megatrain.ngram.table import MISSING, MOST_SLOTS, Table
@@ -204,8 +204,8 @@ def _head(path: Path) -> tuple[dict[str, Any], int]:
         raise BinaryError(f"{path} is damaged: its header cannot be read. Compile it again.") from None
     if version != VERSION:
         raise BinaryError(
-            f"{path} is of version {str(version)[:20]}, and this release reads version {VERSION}, all of which has checksums. Compile its "
-            f"ARPA file again: megatrain ngram compile M.arpa {path.name}"
+            f"{path} is of version {brief(str(version)[:20])}, and this release reads version {VERSION}, all of which has checksums. "
+            f"Compile its ARPA file again: megatrain ngram compile M.arpa {path.name}"
         )
     said.pop("crc32", None)
     if _header(said) != head[len(MAGIC) :] + text:

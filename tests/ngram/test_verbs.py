@@ -107,10 +107,11 @@ def test_damage_and_other_versions(model):
     length = int.from_bytes(data[8:12], "little")
     said = json.loads(data[12 : 12 + length])
     said.pop("crc32")
-    said["version"] = 1
-    text = json.dumps({**said, "crc32": zlib.crc32(json.dumps(said, sort_keys=True).encode())}).encode()
-    again = r"is of version 1, and this release reads version 2, .*: megatrain ngram compile M\.arpa bad\.bin"
-    refused(MAGIC + len(text).to_bytes(4, "little") + text, again)
+    for version, shown in ((1, "1"), ("a\nb\x1b[2J", r"a\\nb\\x1b\[2J")):
+        said["version"] = version
+        text = json.dumps({**said, "crc32": zlib.crc32(json.dumps(said, sort_keys=True).encode())}).encode()
+        again = rf"is of version {shown}, and this release reads version 2, .*: megatrain ngram compile M\.arpa bad\.bin"
+        refused(MAGIC + len(text).to_bytes(4, "little") + text, again)
 
 
 @pytest.mark.parametrize(
