@@ -1,4 +1,4 @@
-"""Compiled models: the tables of a model in one file that is memory-mapped, so loading takes the same time for any size.
+"""Compiled models: the tables of a model in one file of which only what is asked for is read, so opening takes the same time for any size.
 
     8 bytes    "mtngram\n"
     4 bytes    length of what follows: JSON, padded with blanks to a multiple of 64
@@ -7,7 +7,7 @@
 
 Sections: `words` bytes and `word_ends`; `word_keys`, `word_numbers` (a table of 64-bit hashes of words); for each order k `k.keys` (from 2
 on), `k.log10`, `k.backoff`, as float32 or, quantised, as indices into `k.log10_values` and `k.backoff_values`; last `checksums`: the
-XXH3-64 of every block of 64 KiB of each section before it, padding included. They are verified when a block is first read (mapped.py),
+XXH3-64 of every block of 64 KiB of each section before it, padding included. They are verified when a block is first read (lazy.py),
 and of a file up to 64 MiB when it is opened. Files of version 1 had checksums that nobody read, and are refused.
 """
 
@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatrain.files import HEAD_BYTES, brief, pointer, whole
-from megatrain.ngram.mapped import Array, BinaryError, MappedArray, block_count, blocks, checksums, padded
+from megatrain.ngram.lazy import Array, BinaryError, LazyArray, ModelFile, block_count, blocks, checksums, padded
 from megatrain.ngram.model import HeldWords, NgramModel, Numbers, Order
 from megatrain.ngram.table import MISSING, MOST_SLOTS, Table
 from megatrain.ngram.text import END, UNKNOWN
@@ -120,8 +120,8 @@ def hashes_of(words: list[bytes]) -> npt.NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
-class MappedWords:
-    """The words of a mapped file."""
+class StoredWords:
+    """The words of a compiled file."""
 
     table: Table
     of_slot: Any
@@ -147,28 +147,29 @@ class MappedWords:
 class _Quantised:
     """Quantised values: an array of indices into a small array of values, indexed like a plain array."""
 
-    numbers: MappedArray
-    values: MappedArray
+    numbers: LazyArray
+    values: LazyArray
 
     def __getitem__(self, at: Any) -> Array:
         return self.values[self.numbers[at]]
 
 
-def map_binary(path: Path, *, verify: bool = False) -> NgramModel:
-    """The model of a compiled file, memory-mapped. verify: read all and compare checksums, as of every small file.
+def open_binary(path: Path, *, verify: bool = False) -> NgramModel:
+    """The model of a compiled file. verify: read all and compare checksums, as of every small file.
 
-    Raises BinaryError for another version, a truncated file, or damage; of large files also when the model is used.
+    Raises BinaryError for another version, a truncated file, or damage, and OSError; of large files also when the model is used.
     """
-    said, start = _head(path)
+    file = ModelFile(path)
+    said, start = _head(file)
     try:
         counts = _counts(said)
     except (TypeError, KeyError, ValueError, AttributeError):
         raise BinaryError(f"{path} is damaged: its header says what no model has. Compile it again.") from None
-    size, end = path.stat().st_size, start + sum(padded(nbytes) for nbytes in counts.values())
+    size, end = file.size, start + sum(padded(nbytes) for nbytes in counts.values())
     if size != end:
         how = "is cut short" if size < end else "has more than a model"
         raise BinaryError(f"{path} {how}: it has {size:,} bytes, and by its header {end:,}. Compile it again.")
-    sections = _mapped(path, said, counts, start)
+    sections = _lazy(file, said, counts, start)
     if verify or size <= AT_ONCE:
         for section in sections.values():
             section.verify()
@@ -185,15 +186,16 @@ def map_binary(path: Path, *, verify: bool = False) -> NgramModel:
         Order(table(f"{k}.keys") if k > 1 else None, numbers(f"{k}.log10"), numbers(f"{k}.backoff"))
         for k in range(1, said["order"] + 1)
     ]
-    return NgramModel(orders, MappedWords(table("word_keys"), sections["word_numbers"], sections["word_ends"]))
+    return NgramModel(orders, StoredWords(table("word_keys"), sections["word_numbers"], sections["word_ends"]))
 
 
-def _head(path: Path) -> tuple[dict[str, Any], int]:
+def _head(file: ModelFile) -> tuple[dict[str, Any], int]:
     """The header of a file, and the offset where its sections begin."""
-    with path.open("rb") as file:
-        head = file.read(len(MAGIC) + 4)
-        length = int.from_bytes(head[len(MAGIC) :], "little")
-        text = file.read(min(length, _LONGEST_HEADER))
+    path, begin = file.path, np.empty(min(file.size, len(MAGIC) + 4 + _LONGEST_HEADER), np.uint8)
+    file.read(0, begin)
+    head, rest = begin[: len(MAGIC) + 4].tobytes(), begin[len(MAGIC) + 4 :]
+    length = int.from_bytes(head[len(MAGIC) :], "little")
+    text = rest[:length].tobytes()
     if head[: len(MAGIC)] != MAGIC or len(text) != length:
         why = pointer((head + text)[:HEAD_BYTES]) or "it is no compiled n-gram model, or is cut short"
         raise BinaryError(f"{path}: {why}")
@@ -256,25 +258,19 @@ def _counts(said: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _mapped(path: Path, said: dict[str, Any], sizes: dict[str, int], start: int) -> dict[str, MappedArray]:
+def _lazy(file: ModelFile, said: dict[str, Any], sizes: dict[str, int], start: int) -> dict[str, LazyArray]:
     """The sections of a file, but for that of checksums, which is verified. Raises BinaryError."""
-    data = np.memmap(path, np.uint8, "r")
     rows = said["sections"]
-
-    def bytes_of(name: str) -> Array:
-        begin = start + rows[name][0]
-        return np.asarray(data[begin : begin + padded(sizes[name])])
-
-    kept = bytes_of("checksums")
+    kept = np.empty(padded(sizes["checksums"]), np.uint8)
+    file.read(start + rows["checksums"][0], kept)
     if _digest(kept.data) != said["xxh3"]:
-        raise BinaryError(f"{path} is damaged: its checksums are not those that it was written with. Compile it again.")
+        raise BinaryError(f"{file.path} is damaged: its checksums are not those that it was written with. Compile it again.")
     sums = kept[: sizes["checksums"]].view(np.uint64)
-    found: dict[str, MappedArray] = {}
+    found: dict[str, LazyArray] = {}
     first = 0
     for name in list(rows)[:-1]:
-        part = bytes_of(name)
-        last = first + block_count(part.size)
-        found[name] = MappedArray((path, name), part, rows[name][1], rows[name][2], sums[first:last], _wrong(name, rows))
+        (offset, dtype, count), last = rows[name], first + block_count(sizes[name])
+        found[name] = LazyArray(file, name, start + offset, dtype, count, sums[first:last], _wrong(name, rows))
         first = last
     return found
 

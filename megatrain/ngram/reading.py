@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatrain.files import doing
 from megatrain.ngram.arpa_in import read_arpa
-from megatrain.ngram.binary import is_binary, map_binary
+from megatrain.ngram.binary import is_binary, open_binary
 from megatrain.ngram.build import model_of
 from megatrain.ngram.model import NgramModel
 from megatrain.ngram.units import WORDS, spacing
@@ -20,5 +20,5 @@ def load(path: str | Path, units: str = WORDS) -> NgramModel:
     """
     path = Path(path)
     with doing("reading", path):
-        model = map_binary(path) if is_binary(path) else model_of(read_arpa(path))
+        model = open_binary(path) if is_binary(path) else model_of(read_arpa(path))
     return replace(model, space=spacing(units))

@@ -1,6 +1,7 @@
 """Nothing of a compiled model is used that is not as it was written, and nothing that it claims is believed."""
 
 import json
+import os
 import random
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 
 from megatrain.ngram import binary, load
 from megatrain.ngram.arpa_in import read_arpa
-from megatrain.ngram.binary import MAGIC, BinaryError, map_binary, write_binary
+from megatrain.ngram.binary import MAGIC, BinaryError, open_binary, write_binary
 from megatrain.ngram.build import model_of
-from megatrain.ngram.mapped import BLOCK_BYTES, MappedArray, block_count, checksums
+from megatrain.ngram.lazy import BLOCK_BYTES, LazyArray, ModelFile, block_count, checksums
 from megatrain.ngram.table import EMPTY, Table, TableError
 
 ARPA = b"""\\data\\
@@ -82,11 +83,11 @@ def test_no_byte_of_a_file_may_change(compiled, name, every):
         changed[place] ^= 1 << draw.randrange(8)
         (compiled / "bad").write_bytes(changed)
         with pytest.raises(BinaryError, match="bad"):
-            map_binary(compiled / "bad")
+            open_binary(compiled / "bad")
     for changed in (data[:-1], data[:-64], data + b"\0", data + bytes(64), data[:64]):
         (compiled / "bad").write_bytes(changed)
         with pytest.raises(BinaryError, match=r"is cut short: it has|has more than a model: it has|or is cut short"):
-            map_binary(compiled / "bad")
+            open_binary(compiled / "bad")
 
 
 def test_a_large_model_is_verified_where_it_is_read(compiled, monkeypatch):
@@ -100,14 +101,14 @@ def test_a_large_model_is_verified_where_it_is_read(compiled, monkeypatch):
         data = bytearray((compiled / "m.bin").read_bytes())
         data[start + said["sections"][name][0]] ^= 1
         (compiled / "bad").write_bytes(data)
-        model = map_binary(compiled / "bad")
+        model = open_binary(compiled / "bad")
         if sections[name].size:
             with pytest.raises(
                 BinaryError, match=rf"bad is damaged: the checksum of its {name}, \d+ bytes from 0 on, is not the one"
             ):
                 list(model.score(ASKED))
         with pytest.raises(BinaryError, match="is damaged"):
-            map_binary(compiled / "bad", verify=True)
+            open_binary(compiled / "bad", verify=True)
 
 
 def test_a_section_reads_only_the_blocks_that_are_asked_for(tmp_path):
@@ -115,7 +116,8 @@ def test_a_section_reads_only_the_blocks_that_are_asked_for(tmp_path):
     data = values.view(np.uint8).copy()
     sums = checksums(values)
     data[3 * BLOCK_BYTES] ^= 1
-    section = MappedArray((tmp_path / "m", "x"), data, "<i8", values.size, sums, lambda part: part < 0)
+    (tmp_path / "m").write_bytes(bytes(128) + data.tobytes())
+    section = LazyArray(ModelFile(tmp_path / "m"), "x", 128, "<i8", values.size, sums, lambda part: part < 0)
     each = BLOCK_BYTES // 8
     asked = np.array([0, each - 1, 2 * each, 5 * each - 1])
     assert section[asked].tolist() == asked.tolist() and section._unread.tolist() == [False, True, False, True, False]
@@ -123,6 +125,26 @@ def test_a_section_reads_only_the_blocks_that_are_asked_for(tmp_path):
     with pytest.raises(BinaryError, match=r"the checksum of its x, 65536 bytes from 196,608 on"):
         section[np.array([0, 3 * each + 5])]
     assert block_count(values.nbytes) == sums.size == 5
+
+
+@pytest.mark.parametrize("name", ["m.bin", "q.bin"])
+def test_a_file_that_is_cut_or_overwritten_under_a_model(compiled, monkeypatch, name):
+    """What was read stays; what was not is an error that names the file, not the end of the process."""
+    monkeypatch.setattr(binary, "AT_ONCE", 0)
+    path = compiled / name
+    read, unread = open_binary(path), open_binary(path)
+    right = list(read.score(ASKED))
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.write(b"x" * size)
+    with pytest.raises(BinaryError, match=rf"{name} is damaged: the checksum of its"):
+        list(unread.score(ASKED))
+    os.truncate(path, 700)
+    with pytest.raises(
+        BinaryError, match=rf"{name} was cut short while it was in use: it has 700 bytes, and had {size:,}\. Compile"
+    ):
+        list(unread.score(ASKED))
+    assert list(read.score(ASKED)) == right
 
 
 HEADERS = {
@@ -147,13 +169,13 @@ HEADERS = {
 def test_a_header_that_no_model_has_is_refused(compiled, case):
     said, _ = parts(compiled / "m.bin")
     rest = (compiled / "m.bin").read_bytes()[12 + int.from_bytes((compiled / "m.bin").read_bytes()[8:12], "little") :]
-    map_binary(claimed(compiled / "same", said, rest))
+    open_binary(claimed(compiled / "same", said, rest))
     HEADERS[case](said["sections"])
     with pytest.raises(BinaryError, match="bad is damaged: its header says what no model has"):
-        map_binary(claimed(compiled / "bad", said, rest))
+        open_binary(claimed(compiled / "bad", said, rest))
     for order in (0, -1, 2, 4, 10**9, "3", None, True):
         with pytest.raises(BinaryError, match="bad is damaged: its header says what no model has"):
-            map_binary(claimed(compiled / "bad", {**parts(compiled / "m.bin")[0], "order": order}, rest))
+            open_binary(claimed(compiled / "bad", {**parts(compiled / "m.bin")[0], "order": order}, rest))
 
 
 @pytest.mark.parametrize(
@@ -173,17 +195,17 @@ def test_a_header_that_no_model_has_is_refused(compiled, case):
 def test_values_that_no_model_has_are_refused_though_their_checksum_is_right(compiled, name, value):
     kind = "q.bin" if "values" in name or value == 200 else "m.bin"
     said, sections = parts(compiled / kind)
-    map_binary(written(compiled / "same", said, sections))
+    open_binary(written(compiled / "same", said, sections))
     sections[name][-1] = value
     with pytest.raises(BinaryError, match=rf"bad is damaged: its {name} has .* at place {sections[name].size - 1}"):
-        map_binary(written(compiled / "bad", said, sections))
+        open_binary(written(compiled / "bad", said, sections))
 
 
 def test_a_full_table_ends_the_search(compiled):
     said, sections = parts(compiled / "m.bin")
     sections["2.keys"] = np.where(sections["2.keys"] == EMPTY, np.uint64(7), sections["2.keys"])
     with pytest.raises(TableError, match=r"bad is damaged: a table of it has 1024 slots side by side and none is free"):
-        list(map_binary(written(compiled / "bad", said, sections)).score(ASKED))
+        list(open_binary(written(compiled / "bad", said, sections)).score(ASKED))
     keys = np.arange(1, 17, dtype=np.uint64)
     assert Table(Table.of(keys)[0].keys).find(keys[:1]).size == 1
     with pytest.raises(TableError, match="the model is damaged"):

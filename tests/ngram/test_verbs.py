@@ -15,7 +15,7 @@ from reference_ngram import Model
 from megatrain.cli.main import main
 from megatrain.cli.ngram import size
 from megatrain.ngram import load
-from megatrain.ngram.binary import MAGIC, BinaryError, map_binary
+from megatrain.ngram.binary import MAGIC, BinaryError, open_binary
 
 TEXT = b"a b c a b\nb c d\n\nc d a b c\nb a\n" * 4
 
@@ -76,8 +76,8 @@ def test_what_fit_says(model, capsys):
 
 def test_a_compiled_model_scores_the_same(model):
     lines = [b"a b c a", b"d d q", b"", b"c"] * 30
-    whole, mapped = (list(load(model / name).score(lines)) for name in ("m.arpa", "m.bin"))
-    assert whole == mapped
+    whole, compiled = (list(load(model / name).score(lines)) for name in ("m.arpa", "m.bin"))
+    assert whole == compiled
     assert main(["ngram", "compile", str(model / "m.arpa"), str(model / "q.bin"), "--quantize", "12"]) == 0
     for exact, rounded in zip(whole, load(model / "q.bin").score(lines), strict=True):
         assert (exact.tokens, exact.oov) == (rounded.tokens, rounded.oov)
@@ -89,12 +89,12 @@ def test_a_compiled_model_scores_the_same(model):
 
 def test_damage_and_other_versions(model):
     data = bytearray((model / "m.bin").read_bytes())
-    map_binary(model / "m.bin", verify=True)
+    open_binary(model / "m.bin", verify=True)
 
     def refused(changed, match, verify=False):
         (model / "bad.bin").write_bytes(bytes(changed))
         with pytest.raises(BinaryError, match=match):
-            map_binary(model / "bad.bin", verify=verify)
+            open_binary(model / "bad.bin", verify=verify)
 
     flipped = data.copy()
     flipped[-200] ^= 1
