@@ -8,7 +8,7 @@ Trains in as many processes on random tokens and adds up, for each guard,
     beside it        the CPU time of its threads and processes, by the time that has passed
     waits            of each wait, the two looks at the clock: their time, measured apart, by the number of waits
 
-Audits (copies compared, a micro-batch computed twice) are taken every AUDIT_EVERY steps and counted at their default interval. One JSON
+Audits (copies compared, a micro-batch computed twice) are taken every AUDIT_EVERY steps and counted at their default intervals. One JSON
 line: each guard's share of the time of the steps, the mean over the ranks; their sum, and the largest of a rank.
 """
 
@@ -52,8 +52,9 @@ GUARDS = {
     ],
     "who is slow": ["lifecycle.stragglers.Stopwatch", "lifecycle.stragglers.Comparison", "watch.Watch._compare"],
     "loss guard": ["lifecycle.spikes.Spikes"],
-    "state between updates": ["optim.state_watch.StateWatch"],
-    "audits": ["auditor.Auditor"],
+    "state between updates": ["optim.state_watch.StateWatch", "auditor.Auditor.updated"],
+    "copies compared": ["auditor.Auditor.check"],
+    "computed twice": ["auditor.Auditor.recompute"],
     "ids of a batch": ["data.indexed.TokenStore.read"],
 }
 """Functions of each guard, and classes, of which all public functions. Reading tokens counts whole, though only a part checks them."""
@@ -165,7 +166,8 @@ def rank(config: Path, folder: Path) -> None:
     clock.seconds.subtract(began)
     seconds = {label: clock.seconds[label] for label in GUARDS}
     seconds["who is slow"] += 2 * clock.seconds["calls"] * look_seconds()  # a call's start is a wait too
-    seconds["audits"] *= AUDIT_EVERY / Config().train.audit_every
+    seconds["copies compared"] *= AUDIT_EVERY / Config().train.audit_every
+    seconds["computed twice"] *= AUDIT_EVERY / Config().train.audit_compute_every
     total = at[2] - at[1]
     shares = {label: of / total for label, of in seconds.items()}
     shares["limits of time"] += clock.seconds["beside"] / clock.seconds["wall"]

@@ -318,7 +318,7 @@ class TrainConfig:
         500, "Steps between bitwise comparisons of replicas, and of state between updates; 0 means never.", at_least=0
     )
     audit_compute_every: int = knob(
-        500, "Steps between those after which all replicas compute a micro-batch twice, to the bit; 0 means never.", at_least=0
+        1000, "Steps between those after which all replicas compute a micro-batch twice, to the bit; 0 means never.", at_least=0
     )
     hang_timeout_seconds: float = knob(
         600.0,

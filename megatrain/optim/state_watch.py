@@ -27,9 +27,9 @@ ROWS = 1 << 16
 """At most twice as many rows are summed of a tensor; of one with fewer words a row is as short as no two parameters share."""
 _ODD = 0x5851F42D4C957F2D
 """Each step multiplies what is remembered by this, so that no two changes cancel by being alike."""
-FREE_BYTES = 1 << 24
-"""State that is watched at every step whatever the model costs: it takes less than a millisecond."""
-SHARE = 0.005
+FREE_BYTES = 1 << 22
+"""State that is watched at every step whatever the model costs: a core takes a third of a millisecond."""
+SHARE = 0.003
 """Part of a step's time that watching may take."""
 BALANCE = {"cuda": 200.0, "cpu": 10.0}
 """FLOPs that a device does in a training step in the time in which it sums a byte: 400 TFLOP/s and 2 TB/s; a core in BF16 190 GFLOP/s and
