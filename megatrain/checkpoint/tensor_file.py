@@ -1,8 +1,10 @@
-"""safetensors files, read through a memory map and written in blocks, with a checksum for each block.
+"""safetensors files, read and written in blocks, with a checksum for each block.
 
 The format is that of the safetensors library (https://github.com/huggingface/safetensors), which can read these files: eight bytes
 of header length, a JSON header, the data. The library writes and reads whole tensors; a checkpoint has to hash every block of 64 MiB
-as it is written, and to read and verify only the blocks that a rank needs of a file of many gigabytes.
+as it is written, and to read and verify only the blocks that a rank needs of a file of many gigabytes. Blocks are read with `pread`: a
+file that is cut, or a disk that fails, is an error with its name, where a map would end the process (SIGBUS). Elements that are cast,
+or of files without checksums, are read through a map.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import stat
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -48,10 +53,6 @@ LONGEST_HEADER = 2**24
 _MOST_BRACKETS = 2**19
 """Most opening brackets of a header, of which a tensor has three: small objects take fifty times the memory of their text."""
 _LONGEST_NAME, _MOST_DIMENSIONS = 1000, 64
-_MADV_POPULATE_READ = 22
-"""Constant of Linux 5.14 and later that Python does not name."""
-_LIBC = ctypes.CDLL(None)
-"""The C library: its madvise may wait for the disk, and is called without the interpreter's lock."""
 _PIECE_BYTES = 2**18
 """Bytes that are copied and hashed at a time: they fit in a core's own cache."""
 _HASHERS = 2
@@ -108,7 +109,7 @@ class Move(NamedTuple):
 
 
 class TensorFile:
-    """A safetensors file under a memory map. Raises DamagedCheckpointError, which names the file, for anything wrong with it."""
+    """A safetensors file, kept open. Raises DamagedCheckpointError, which names the file, for anything wrong with it."""
 
     def __init__(self, path: Path, size: int | None = None, blocks: Sequence[str] = (), block_bytes: int = BLOCK_BYTES) -> None:
         """size, blocks: the file's expected size in bytes and the checksum of each block, where known.
@@ -119,18 +120,20 @@ class TensorFile:
         self.path, self.blocks, self.block_bytes = path, blocks, block_bytes
         self.size = check_plain(path, size)
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # never written; torch wants it writable
-        except (OSError, ValueError) as error:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
             raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+        weakref.finalize(self, os.close, self._file)
+        self._map: mmap.mmap | None = None
+        """Made for the first view: it has an open file of its own."""
         self._verified: set[int] = set()
-        length = int.from_bytes(self._map[:8], "little")
+        length = int.from_bytes(self._bytes(0, 8), "little")
         if self.size < 8 or length > min(self.size - 8, LONGEST_HEADER):
             claims = f"its header claims {length} bytes, of the file's {self.size}; {LONGEST_HEADER} at most are read"
-            raise DamagedCheckpointError(f"{path}: {pointer(self._map[:HEAD_BYTES]) or claims}")
+            raise DamagedCheckpointError(f"{path}: {pointer(bytes(self._bytes(0, HEAD_BYTES))) or claims}")
         self.header_bytes = 8 + length
         try:
-            self.entries = _entries(self._map[8 : 8 + length], 8 + length, self.size)
+            self.entries = _entries(self._bytes(8, length), 8 + length, self.size)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpointError(f"{path}: its header cannot be used: {brief(error)}") from error
 
@@ -146,9 +149,12 @@ class TensorFile:
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if entry.start % entry.dtype.itemsize:  # unaligned, as files of other programs may be
-            return torch.frombuffer(bytearray(self._map[entry.start : entry.start + entry.nbytes]), dtype=entry.dtype).view(
-                entry.shape
-            )
+            return torch.frombuffer(self._bytes(entry.start, entry.nbytes), dtype=entry.dtype).view(entry.shape)
+        size = os.fstat(self._file).st_size
+        if size < self.size:  # what lies behind its end is no memory
+            raise self._cut(size)
+        if self._map is None:
+            self._map = mmap.mmap(self._file, self.size, access=mmap.ACCESS_COPY)  # never written; torch wants it writable
         flat = torch.frombuffer(self._map, dtype=entry.dtype, count=prod(entry.shape), offset=entry.start)
         return flat.view(entry.shape)
 
@@ -168,23 +174,49 @@ class TensorFile:
         """A function that hashes a block and copies its bytes that `moves` ask for, piece by piece, so that a piece is read into cache
         once.
         """
-        view, base = memoryview(self._map), torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
 
         def one(index: int) -> str:
             start, end = index * self.block_bytes, min((index + 1) * self.block_bytes, self.size)
-            _populate(base + start, end - start)
             digest, at = xxhash.xxh3_128(), start
+            between = memoryview(bytearray(_PIECE_BYTES))
+
+            def read(until: int, room: Callable[[int, int], memoryview]) -> None:
+                nonlocal at
+                while at < until:
+                    piece = room(at, min(_PIECE_BYTES, until - at))
+                    self._read(at, piece)
+                    digest.update(piece)
+                    at += len(piece)
+
             for first, nbytes, target in moves:
-                for piece in range(max(first, start), min(first + nbytes, end), _PIECE_BYTES):
-                    stop = min(piece + _PIECE_BYTES, first + nbytes, end)
-                    digest.update(view[at:piece])
-                    ctypes.memmove(target + piece - first, base + piece, stop - piece)
-                    digest.update(view[max(at, piece) : stop])
-                    at = stop
-            digest.update(view[at:end])
+                read(min(first, end), lambda _, count: between[:count])
+                read(min(first + nbytes, end), partial(_memory, target - first))
+            read(end, lambda _, count: between[:count])
             return digest.hexdigest()
 
         return one
+
+    def _bytes(self, begin: int, count: int) -> bytearray:
+        """Bytes from `begin` on, as many as the file had when it was opened."""
+        found = bytearray(max(0, min(count, self.size - begin)))
+        self._read(begin, memoryview(found))
+        return found
+
+    def _read(self, begin: int, room: memoryview) -> None:
+        done = 0
+        try:
+            while done < len(room):
+                got = os.preadv(self._file, [room[done:]], begin + done)
+                if not got:
+                    raise self._cut(os.fstat(self._file).st_size)
+                done += got
+        except OSError as error:
+            raise DamagedCheckpointError(f"{self.path} cannot be read at byte {begin + done}: {error.strerror}") from error
+
+    def _cut(self, size: int) -> DamagedCheckpointError:
+        return DamagedCheckpointError(
+            f"{self.path} was cut short while it was being read: it has {size} bytes, and had {self.size}"
+        )
 
     def compare(self, index: int, have: str) -> None:
         """Raise DamagedCheckpointError unless `have` is the checksum of block `index`."""
@@ -217,10 +249,9 @@ def _go_through(work: Sequence[tuple[TensorFile, set[int], Sequence[Move]]]) -> 
         file.compare(index, have)
 
 
-def _populate(address: int, length: int) -> None:
-    """Have the system map a range of memory in one call; where it cannot, each page is mapped when first touched."""
-    start = address // mmap.PAGESIZE * mmap.PAGESIZE
-    _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + length - start), _MADV_POPULATE_READ)
+def _memory(base: int, at: int, count: int) -> memoryview:
+    """The bytes in memory at address base + at [count]."""
+    return memoryview((ctypes.c_char * count).from_address(base + at)).cast("B")
 
 
 def check_plain(file: Path, size: int | None = None) -> int:
@@ -237,7 +268,7 @@ def check_plain(file: Path, size: int | None = None) -> int:
     return found.st_size
 
 
-def _entries(text: bytes, data: int, size: int) -> dict[str, Entry]:
+def _entries(text: bytearray, data: int, size: int) -> dict[str, Entry]:
     """Name -> entry of the tensors of a header. Raises ValueError, TypeError or KeyError where it contradicts itself or the file's size.
 
     As the format wants it, the tensors' bytes are the data: none is of two tensors, or of none.

@@ -1,13 +1,14 @@
 """Files are those of the safetensors library, and nothing that one claims is believed."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megatrain.checkpoint.tensor_file import DTYPES, TensorFile, hash_block, header_of
+from megatrain.checkpoint.tensor_file import DTYPES, Move, TensorFile, hash_block, header_of, move
 from megatrain.checkpoint.together import DamagedCheckpointError
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
 from megatrain.parallel.portion import TensorElements
@@ -55,6 +56,28 @@ def test_a_tensor_that_is_not_aligned_is_read(tmp_path):
     }
     write(tmp_path / "x.safetensors", rows, b"\7" + torch.tensor([1.5, -2.0]).numpy().tobytes())
     assert TensorFile(tmp_path / "x.safetensors").tensor("b").tolist() == [1.5, -2.0]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path):
+    path, want = tmp_path / "x.safetensors", torch.arange(3000.0)
+    save_file({"w": want}, path)
+    data = path.read_bytes()
+    at, blocks = len(data) - 12000, [hash_block(data[i : i + 4096]) for i in range(0, len(data), 4096)]
+    file, unread = (TensorFile(path, len(data), blocks, 4096) for _ in range(2))
+    got = torch.zeros(3000)
+    move([(file, [Move(at, 4000, got.data_ptr()), Move(at + 8000, 4000, got.data_ptr() + 8000)])])
+    assert torch.equal(got, torch.cat([want[:1000], torch.zeros(1000), want[2000:]]))
+    view = file.tensor("w")
+    assert torch.equal(view, want)
+    os.truncate(path, 5000)
+    said = rf"x\.safetensors was cut short while it was being read: it has 5000 bytes, and had {len(data)}"
+    for read in (
+        lambda: file.tensor("w"),
+        lambda: unread.verify([(9000, 9001)]),
+        lambda: move([(file, [Move(at, 12000, got.data_ptr())])]),
+    ):
+        with pytest.raises(DamagedCheckpointError, match=said):
+            read()
 
 
 def write(path, rows, data=bytes(64), length=None):
