@@ -42,9 +42,8 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
         self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if start_step > 0:
-            restart = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
+        restart = SessionLog(status=SessionLog.START)  # at step 0 too, where a run begins anew or goes back to
+        self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
 
     def step(self, row: Row) -> None:
         """Write one update. Raises OSError if the disk is full."""

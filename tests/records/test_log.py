@@ -51,7 +51,9 @@ def lines(path):
 def scalars(directory):
     events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    points = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert all(len(dict(of)) == len(of) for of in points.values()), "a step has one point"
+    return {tag: dict(of) for tag, of in points.items()}
 
 
 def test_metrics_file_has_the_promised_fields(tmp_path):
@@ -215,13 +217,20 @@ def test_tensorboard_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
     assert scalars(tmp_path / "cut" / "tensorboard") == scalars(tmp_path / "whole" / "tensorboard")
 
 
-def test_tensorboard_of_a_run_that_went_back_is_that_of_one_that_did_not(tmp_path):
-    with open_log(tmp_path / "back") as log:
-        for step in (1, 2, 3, 4):
-            log.step(row(step, loss=9.0 if step > 2 else 2.0))
-        log.went_back(2)
-        for step in (3, 4):
-            log.step(row(step, loss=2.0))
+@pytest.mark.parametrize("to", [0, 2])
+@pytest.mark.parametrize("how", ["in the run", "in a new start"])
+def test_tensorboard_of_a_run_that_went_back_is_that_of_one_that_did_not(tmp_path, how, to):
+    log = open_log(tmp_path / "back")
+    for step in (1, 2, 3, 4):
+        log.step(row(step, loss=9.0 if step > to else 2.0))
+    if how == "in the run":
+        log.went_back(to)
+    else:
+        log.close()
+        log = open_log(tmp_path / "back", start_step=to)
+    for step in range(to + 1, 5):
+        log.step(row(step, loss=2.0))
+    log.close()
     with open_log(tmp_path / "straight") as log:
         for step in (1, 2, 3, 4):
             log.step(row(step, loss=2.0))
