@@ -41,7 +41,7 @@ from megatrain.runtime.device_memory import peak_memory_bytes
 from megatrain.runtime.flops import Speed, hardware_flops_per_token, model_flops_per_token, parameter_count, peak_of_job
 from megatrain.runtime.reports import Queued, StepReport
 from megatrain.training import Run, queue_step
-from megatrain.transport.consensus import gather_texts
+from megatrain.transport.consensus import broadcast_text, gather_texts
 
 SUSPECTS = 16
 """Most documents that an event lists."""
@@ -252,9 +252,12 @@ class Watch:
             return
         step, text = bad.last, f"samples {window[0]} to {window[1] - 1} are left out"
         self._event("rollback", step, to=job.step, checkpoint=str(path), why=bad.why, tries=job.spikes.retries)
-        looks = self._suspects(step, window, last)
-        self._event("skip_data", step, samples=list(window), **looks)
-        self.log.say(f"step {step}: {bad.why}: back to step {job.step} ({path}); {text}, with {place_of(looks['documents'])}")
+        if self._reads:
+            looks = self._suspects(step, window, last)
+            self._event("skip_data", step, samples=list(window), **looks)
+            self.log.say(
+                f"step {step}: {bad.why}: back to step {job.step} ({path}); {text}, with {place_of(looks['documents'])}"
+            )
         self.keeper.forget()  # else a restart would go on from steps that were gone back from
         self.log.went_back(job.step)
         self.save(wait=True)
@@ -262,6 +265,8 @@ class Watch:
 
     def _spiked(self, report: StepReport, spikes: list[Spike]) -> None:
         """Record a spike, with the documents of its batch."""
+        if not self._reads:
+            return
         batch = self.job.left_out.window(report.consumed_samples - report.samples, report.consumed_samples)
         values = {spike.what: list(spike[1:]) for spike in spikes}
         looks = self._suspects(report.step, batch, batch)
@@ -269,25 +274,34 @@ class Watch:
         if self.job.spikes.bad is None:  # else what follows is told together with it
             self.log.say(f"step {report.step}: {'; '.join(map(str, spikes))}, with {place_of(looks['documents'])}")
 
+    @property
+    def _reads(self) -> bool:
+        """Whether this rank looks up the documents of a batch: rank 0, which writes them down."""
+        return self.job.session.rank == 0
+
     def _suspects(self, step: int, window: Window, batch: Window) -> dict[str, Any]:
         """For an event: the first documents of a batch, and the file to which those of the whole window are written."""
         name, of_batch = f"spikes/step_{step:08d}.json", documents(self.job.left_out, batch)
-        if self.job.session.rank == 0:
-            every = of_batch if window == batch else documents(self.job.left_out, window)
-            self.log.write(name, {"step": step, "samples": list(window), "batch": of_batch, "documents": every})
+        every = of_batch if window == batch else documents(self.job.left_out, window)
+        self.log.write(name, {"step": step, "samples": list(window), "batch": of_batch, "documents": every})
         return {"documents": of_batch[:SUSPECTS], "file": str(Path(self.config.log.dir, name))}
 
     def _ended(self, bad: Bad, error: Diverged) -> Diverged:
-        """Record that the run ends, on every node in the marker that launch scripts look for; returns the error, with where to look."""
+        """Record that the run ends, on every node in the marker that launch scripts look for; returns the error, with where to look
+        (collective).
+        """
         launch, left_out = self.job.session.launch, self.job.left_out
         window, batch = (
             left_out.window(max(0, bad.consumed - steps * bad.samples), bad.consumed) for steps in (bad.last - bad.first + 1, 1)
         )
-        looks, directory = self._suspects(bad.last, window, batch), Path(self.config.checkpoint_dir)
-        message = (
-            f"{error}. Look at {place_of(looks['documents'])} and what else the model read in these steps ({looks['file']}); "
-            f"the last checkpoint is {directory / latest(directory)}"
-        )
+        message, directory, looks = "", Path(self.config.checkpoint_dir), {}
+        if self._reads:
+            looks = self._suspects(bad.last, window, batch)
+            message = (
+                f"{error}. Look at {place_of(looks['documents'])} and what else the model read in these steps ({looks['file']}); "
+                f"the last checkpoint is {directory / latest(directory)}"
+            )
+        message = broadcast_text(message, self.job.ctx.world.group, self.job.ctx.device)
         if launch.local_rank == 0:
             write_marker(Path(self.config.log.dir, DIVERGED), launch, message, bad.last)
         self._event("diverged", bad.last, message=message, samples=list(window), **looks)
