@@ -8,6 +8,7 @@ its world anew.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,19 +79,22 @@ def write_config(path: Path, tree: Mapping[str, Any]) -> Path:
 
 
 def _ports() -> Iterator[int]:
-    """A thousand ports for each worker of pytest-xdist, over and over."""
+    """A thousand ports for each worker of pytest-xdist, over and over; other runs of the tests may be about."""
     first = 20_000 + 1000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8)
-    start = random.SystemRandom().randrange(1000)  # another run of the tests may be about
+    start = random.SystemRandom().randrange(1000)
     return itertools.cycle(first + (start + i) % 1000 for i in range(1000))
 
 
 _PORTS = _ports()
+_GIVEN = os.open(Path(tempfile.gettempdir(), f"megatrain-tests-ports-{os.getuid()}"), os.O_RDWR | os.O_CREAT, 0o600)
+"""A file whose byte number N is locked by the process that gave away port N, until it ends."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now, and that nobody is given who asks the system for any port, as gloo does."""
+    """A port that nobody listens on, that no other run of the tests gives away, and no system that is asked for any port, as by gloo."""
     for port in _PORTS:
         with socket.socket() as server, contextlib.suppress(OSError):
+            fcntl.lockf(_GIVEN, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, port)
             server.bind(("127.0.0.1", port))
             return port
     raise AssertionError("the ports never end")
@@ -259,7 +264,7 @@ def _serve(tasks: Path, answers: Path) -> None:
             code = None
             said.write(f"{type(error).__name__}: {error}")
         results.append([code, said.getvalue(), time.monotonic() - began])
-    answers.write_text(json.dumps(results))
+        answers.write_text(json.dumps(results))  # a later line may end the process
 
 
 # --- what a run leaves behind -----------------------------------------------------------------------------------------------
