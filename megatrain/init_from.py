@@ -11,7 +11,7 @@ import torch
 
 from megatrain.checkpoint.load import find, load
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
-from megatrain.checkpoint.together import CheckpointError, ContentError, together
+from megatrain.checkpoint.together import CheckpointError, ContentError, require_same, together
 from megatrain.companions import take_along
 from megatrain.config.load import from_dict
 from megatrain.config.schema import Config, ModelConfig
@@ -19,7 +19,17 @@ from megatrain.config.source import ConfigError, saved_values
 from megatrain.config.validate import validate_model
 from megatrain.huggingface.config import kind_from
 from megatrain.huggingface.families import FAMILIES, Part, parts_of
-from megatrain.huggingface.model_files import CONFIG, Weights, check, is_hf, keep_companions, load_hf, model_keys, read_config
+from megatrain.huggingface.model_files import (
+    CONFIG,
+    Weights,
+    check,
+    identity_of_hf,
+    is_hf,
+    keep_companions,
+    load_hf,
+    model_keys,
+    read_config,
+)
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
 from megatrain.optim.portions import portions
@@ -97,6 +107,9 @@ def require_weights(config: Config, vocab_size: int) -> None:
 def start_from(run: Run, path: Path) -> None:
     """Load the weights at `path` into a run (collective). Raises CheckpointError on every rank."""
     weights = portions(run.optimizer)[WEIGHTS]
+    with together(run.ctx):
+        found = identity_of_hf(path) if is_hf(path) else "a checkpoint"  # of which `load` compares the manifest
+    require_same(str(path), found, run.ctx)
     if is_hf(path):
         mine = {p.spec.name: p.spec.shape for unit in run.flat.units for p in unit.parameters}
         stages = gather_texts(json.dumps(mine), run.ctx.pp.group, run.ctx.device)

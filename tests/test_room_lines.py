@@ -10,7 +10,7 @@ LINES = {
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2300,  # its own files, without the rooms below
-    "megatrain/checkpoint": 2650,
+    "megatrain/checkpoint": 2700,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
     "megatrain/data": 4300,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 40900,
+    "tests": 41000,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -32,7 +32,7 @@ from megatrain.checkpoint.manifest import (
     read_manifest,
 )
 from megatrain.checkpoint.tensor_file import Move, TensorFile, move
-from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
+from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, require_same, together
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Partition, Portion, Portions, TensorElements, axis_of, logical_numel
 from megatrain.transport.consensus import broadcast_text, gather_texts
@@ -181,12 +181,13 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
     Works under any layout. Numbers are cast to the dtype of the elements given, padding becomes zero; kinds that the checkpoint has and
     `portions` does not are ignored. `check`: verify the checksums of all blocks that this rank reads.
 
-    Raises, on every rank, ContentError (tensors missing, too many, of other shapes) before anything is filled, or
-    DamagedCheckpointError, after which the contents of the portions are undefined.
+    Raises, on every rank, ContentError before anything is filled (ranks have different checkpoints at this path; tensors missing, too many,
+    of other shapes), or DamagedCheckpointError, after which the contents of the portions are undefined.
     """
     with together(ctx):
         manifest = read_manifest(path)
         check_portions(portions, ctx)
+    require_same(str(path), f"the checkpoint of step {manifest.step} with the checksum {manifest.checksum}", ctx)
     if ctx.world.rank == 0:
         tell_unknown(path, manifest)
     for kind in portions:

@@ -118,6 +118,8 @@ class Manifest:
     without."""
     unknown: tuple[str, ...] = field(default=(), compare=False)
     """Fields of specs in the file that this release does not know, and ignores."""
+    checksum: str = field(default="", compare=False)
+    """The checksum that the file has, and so the identity of all that it says; empty if it was not read."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -201,6 +203,7 @@ class Manifest:
             block_bytes=_count(body["block_bytes"], least=1),
             serial=_count(body.get("serial", 0)),
             unknown=tuple(sorted(unknown)),
+            checksum=match.group(1).decode(),
         )
         manifest._check()
         return manifest

@@ -1,4 +1,4 @@
-"""An error on any rank becomes the same error on every rank: `together`.
+"""An error on any rank becomes the same error on every rank: `together`. So does a difference between ranks: `require_same`.
 
 Moves no tensor of the model. Each call costs a few bytes; on an axis of size 1, nothing.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.transport.consensus import broadcast_text, lowest
+from megatrain.transport.consensus import broadcast_text, gather_texts, lowest
+from megatrain.transport.group import name_ranks
 
 
 class CheckpointError(RuntimeError):
@@ -48,3 +50,20 @@ def together(ctx: ParallelContext) -> Iterator[None]:
     name, _, message = broadcast_text(f"{kind.__name__}\n{message}", world.group, ctx.device, culprit).partition("\n")
     where = f"rank {culprit}: " if world.size > 1 else ""
     raise next(kind for kind in _KINDS if kind.__name__ == name)(where + message) from failure
+
+
+def require_same(what: str, mine: str, ctx: ParallelContext) -> None:
+    """Raise ContentError on every rank unless all ranks of the world give the same text (collective).
+
+    It names the ranks that differ from rank 0 and the first line in which the first of them does. what: that which the text is of.
+    """
+    texts = gather_texts(mine, ctx.world.group, ctx.device)
+    unlike = [rank for rank, text in enumerate(texts) if text != texts[0]]
+    if not unlike:
+        return
+    lines = zip_longest(*(texts[rank].splitlines() for rank in (0, unlike[0])), fillvalue="nothing")
+    first, other = next(pair for pair in lines if pair[0] != pair[1])
+    raise ContentError(
+        f"ranks have other weights under {what} than rank 0: {name_ranks(unlike)}. On rank 0 it is {first}; on rank {unlike[0]}, {other}. "
+        "Copy the one that is meant to the same path on every node, or give a path on a file system that all nodes share."
+    )

@@ -32,7 +32,7 @@ def identity_of(config: Config) -> dict[str, Any]:
         "valid": [[corpus.set, store_identity(corpus.path)] for corpus in data.valid],
         "tokenizer": data.tokenizer
         if data.tokenizer in (None, "bytes")
-        else _hash_of(read_plain(data.tokenizer, LARGEST_TOKENIZER)),
+        else hash_of(read_plain(data.tokenizer, LARGEST_TOKENIZER)),
     }
 
 
@@ -59,7 +59,7 @@ def store_identity(prefix: str | Path) -> str:
     tokens, index = store_paths(prefix)
     with index.open("rb") as file:
         beginning = file.read(_INDEX_BYTES)
-    hashes = _hash_of(beginning), _hash_of(sampled(index) + sampled(tokens))
+    hashes = hash_of(beginning), hash_of(sampled(index) + sampled(tokens))
     return f"{index.stat().st_size}-{tokens.stat().st_size}-{hashes[0]}-{hashes[1]}"
 
 
@@ -76,7 +76,8 @@ def sampled(path: Path) -> bytes:
     return b"".join(blocks)
 
 
-def _hash_of(data: bytes) -> str:
+def hash_of(data: bytes) -> str:
+    """XXH3-128, as 32 digits."""
     return str(xxhash.xxh3_128_hexdigest(data))
 
 

@@ -23,6 +23,7 @@ from megatrain.checkpoint.load import table_hint
 from megatrain.checkpoint.tensor_file import TensorFile
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
+from megatrain.data.identity import hash_of, sampled
 from megatrain.files import HEAD_BYTES, brief, doing, make_folder, not_text, whole
 from megatrain.huggingface.config import config_of, kind_from, kind_of, model_of, names_of, same_model
 from megatrain.huggingface.families import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
@@ -90,6 +91,11 @@ class Weights:
         """Names of all tensors."""
         return set(self._home)
 
+    @property
+    def files(self) -> list[Path]:
+        """Files that hold them."""
+        return [self.path / file for file in sorted({file for _, file in self._home.values()})]
+
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, memory-mapped. Raises DamagedCheckpointError if its file lacks it."""
         own, file = self._home[name]
@@ -136,6 +142,15 @@ class Weights:
         """A stored name as the family's rows have it; files on the hub may lack the prefix."""
         name = name.removeprefix(self.family.outer)
         return name if name == self.family.head or name.startswith(self.family.prefix) else self.family.prefix + name
+
+
+def identity_of_hf(path: Path) -> str:
+    """The identity of a directory's config.json and weights: a line for each file, with its size and a hash of blocks all over it.
+
+    Raises ContentError or DamagedCheckpointError.
+    """
+    files = [Path(path) / CONFIG, *Weights(path, FAMILIES[kind_from(read_config(path))]).files]
+    return "\n".join(f"{file.name} of {file.stat().st_size} bytes with the hash {hash_of(sampled(file))}" for file in files)
 
 
 def load_hf(path: Path, model: ModelConfig, portions: Mapping[str, Portion], every: Shapes, ctx: ParallelContext) -> None:

@@ -243,6 +243,29 @@ def test_a_checkpoint_that_is_not_accepted_is_not_passed_over(tmp_path, state):
         load_newest(tmp_path, state.portions(state.empty(SINGLE), SINGLE), SINGLE, accept=refuse)
 
 
+@pytest.mark.parametrize("newest", [False, True], ids=["named", "newest"])
+def test_ranks_that_find_different_checkpoints_under_one_name_load_none(tmp_path, state, newest):
+    """As nodes do that have a directory of the same name each: both are whole, and of the same step and shapes."""
+    for place in range(2):
+        state.save(SINGLE, tmp_path / f"{place}", dtype=(torch.float32, torch.float64)[place])
+
+    def attempt(ctx):
+        path = tmp_path / f"{ctx.world.rank}"
+        with pytest.raises(ContentError) as error:
+            if newest:
+                load_newest(path, state.portions(state.empty(ctx), ctx), ctx)
+            else:
+                state.load(path / "step_00000200", ctx)
+        return str(error.value)
+
+    sums = [read_manifest(tmp_path / f"{place}" / "step_00000200").checksum for place in range(2)]
+    for place, said in enumerate(simulate(MeshShape(dp=2), attempt)):
+        assert said.startswith(
+            f"ranks have other weights under {tmp_path}/{place}/step_00000200 than rank 0: [1]. On rank 0 it is the checkpoint of step 200 "
+            f"with the checksum {sums[0]}; on rank 1, the checkpoint of step 200 with the checksum {sums[1]}. Copy the one"
+        )
+
+
 def test_no_checkpoint_is_none(tmp_path, state):
     assert newest(tmp_path / "nowhere") is None
     (tmp_path / "step_00000100").mkdir()

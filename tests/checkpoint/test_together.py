@@ -1,6 +1,6 @@
 import pytest
 
-from megatrain.checkpoint.together import CheckpointError, ContentError, together
+from megatrain.checkpoint.together import CheckpointError, ContentError, require_same, together
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing import simulate
 
@@ -35,3 +35,18 @@ def test_one_process_keeps_the_cause():
     with pytest.raises(CheckpointError, match=r"^KeyError: 'x'$") as caught_here, together(ParallelContext.single()):
         raise KeyError("x")
     assert isinstance(caught_here.value.__cause__, KeyError)
+
+
+def test_what_differs_is_told_on_every_rank_with_the_ranks_that_differ():
+    def attempt(ctx, texts):
+        with pytest.raises(ContentError) as error:
+            require_same("ckpt", texts[ctx.world.rank], ctx)
+        return str(error.value)
+
+    end = "Copy the one that is meant to the same path on every node, or give a path on a file system that all nodes share."
+    assert (
+        simulate(4, attempt, ["config\na", "config\nb", "config\na", "config\nc"])
+        == [f"ranks have other weights under ckpt than rank 0: [1, 3]. On rank 0 it is a; on rank 1, b. {end}"] * 4
+    )
+    assert simulate(2, attempt, ["a\nb", "a"])[0].endswith(f"[1]. On rank 0 it is b; on rank 1, nothing. {end}")
+    assert simulate(2, lambda ctx: require_same("ckpt", "a", ctx)) == [None] * 2

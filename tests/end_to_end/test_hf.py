@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatrain.assembly import assemble
+from megatrain.checkpoint.together import ContentError
 from megatrain.config.load import from_dict
 from megatrain.data.loader import Loader
 from megatrain.init_from import shapes_of, start_from
@@ -95,3 +96,25 @@ def test_five_steps_follow_transformers_under_every_layout(tmp_path, case, one_t
             for (loss, norm), (their_loss, their_norm) in zip(got, want, strict=True):
                 assert loss == pytest.approx(their_loss, rel=1e-5), name
                 assert norm == pytest.approx(their_norm, rel=1e-5), name
+
+
+def test_ranks_that_find_other_weights_in_their_directories_start_from_none(tmp_path, one_thread):
+    """One number of one tensor differs; or one of them is no Hugging Face directory."""
+    paths = [write("gpt2", tmp_path / name) for name in ("0", "1")]
+    weights = bytearray((paths[1] / "model.safetensors").read_bytes())
+    weights[-4] ^= 1
+    (paths[1] / "model.safetensors").write_bytes(weights)
+    config = config_of(paths[0], {})
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, dir=str(tmp_path / "run")))
+
+    def attempt(ctx, paths):
+        with pytest.raises(ContentError) as error:
+            our_losses(ctx, config, paths[ctx.world.rank])
+        return str(error.value)
+
+    size = len(weights)
+    for said in simulate(MeshShape(dp=2), attempt, paths):
+        assert "than rank 0: [1]. On rank 0 it is model.safetensors of" in said
+        assert said.count(f"model.safetensors of {size} bytes with the hash ") == 2
+    for said in simulate(MeshShape(dp=2), attempt, [paths[0], tmp_path]):
+        assert "On rank 0 it is config.json of" in said and "; on rank 1, a checkpoint. Copy the one" in said
