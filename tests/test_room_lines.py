@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2300,  # its own files, without the rooms below
+    "megatrain": 2350,  # its own files, without the rooms below
     "megatrain/checkpoint": 2700,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 41000,
+    "tests": 41100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

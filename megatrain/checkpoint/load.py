@@ -10,7 +10,6 @@ only blocks that contain such elements are read and verified:
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +34,7 @@ from megatrain.checkpoint.tensor_file import Move, TensorFile, move
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, require_same, together
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Partition, Portion, Portions, TensorElements, axis_of, logical_numel
+from megatrain.stderr import note
 from megatrain.transport.consensus import broadcast_text, gather_texts
 
 OnDamaged = Callable[[Path, str], None]
@@ -262,7 +262,7 @@ def tell_unknown(path: Path, manifest: Manifest) -> None:
     """Say in one line, if there are any, which fields of tensors in a checkpoint are ignored."""
     if manifest.unknown:
         these = ", ".join(manifest.unknown)
-        print(f"megatrain: {path}: fields of tensors that this release does not know are ignored: {these}", file=sys.stderr)  # noqa: T201
+        note(f"megatrain: {path}: fields of tensors that this release does not know are ignored: {these}")
 
 
 def _check_kind(manifest: Manifest, kind: str) -> None:

@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import shutil
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -49,6 +48,7 @@ from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.param import AverageOver
 from megatrain.parallel.portion import ElementRange, Elements, Portion, Portions, axis_of, logical_numel
+from megatrain.stderr import note
 from megatrain.transport.consensus import gather_texts, lowest
 
 DEFAULT_STAGING_BYTES = 16 * 2**30
@@ -225,7 +225,7 @@ class Saver:
             if self.keep:
                 prune(self.directory, self.keep, self.keep_every, final.name)
         except (CheckpointError, OSError) as error:  # the new one is whole: no failure of the save
-            print(f"megatrain: older checkpoints than {final} could not be removed: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            note(f"megatrain: older checkpoints than {final} could not be removed: {error}")
 
     def _tell_failed(self, step: int, error: Exception) -> None:
         if self._on_failed is not None:

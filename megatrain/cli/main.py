@@ -124,11 +124,12 @@ def _complain(message: str, code: int) -> int:
 def _say(text: str) -> None:
     """Print on stderr; under the launch scripts leave it to them, which print it once for all ranks."""
     from megatrain.lifecycle.stop import leave_error
+    from megatrain.stderr import note
     from megatrain.transport.seal import shown
 
     text = shown(text)
     if not leave_error(text, os.environ):
-        print(text, file=sys.stderr, flush=True)
+        note(text)
 
 
 def _later_verb(words: list[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from megatrain.models.layers import Build
 from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.portion import Portion
 from megatrain.program import require_schedule
+from megatrain.stderr import note
 
 EMBEDDING = "embedding.tokens"
 """Logical name of the parameter whose first dim is the vocabulary."""
@@ -73,4 +73,4 @@ def vocab_size_of(manifest: Manifest) -> int:
 
 def say_damaged(path: Path, reason: str) -> None:
     """Print that a damaged checkpoint was skipped."""
-    sys.stderr.write(f"megatrain: passed over {path}: {reason}\n")
+    note(f"megatrain: passed over {path}: {reason}")

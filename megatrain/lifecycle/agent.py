@@ -64,6 +64,7 @@ from megatrain.lifecycle.agent_logs import RankLogs  # noqa: E402
 from megatrain.lifecycle.agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
 from megatrain.lifecycle.agent_store import LOOPBACK  # noqa: E402
 from megatrain.runtime.secret import VARIABLE as SECRET  # noqa: E402
+from megatrain.stderr import say  # noqa: E402
 from megatrain.transport.store import allow_files  # noqa: E402
 
 if _chosen is None:
@@ -181,7 +182,7 @@ def tell_workers(number: int) -> None:
 
 def complain(message: str) -> int:
     """Print an error; returns 1, the exit code of a failure."""
-    print(f"megatrain: {message}", file=sys.stderr, flush=True)
+    say(f"megatrain: {message}")
     return 1
 
 

@@ -12,7 +12,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
 from megatrain.lifecycle.stop import errors_file
+from megatrain.stderr import say
 
 RANK_0_SECONDS = 2.0
 """In a job whose nodes share one console: how long to wait for rank 0's error, to see whether it has printed the same."""
@@ -84,7 +84,7 @@ class RankLogs(LogsSpecs):
                 file.write(text)
         for text in distinct(errors):
             if not self._printed_by_rank_0(text):
-                print(text, end="", file=sys.stderr, flush=True)
+                say(text.removesuffix("\n"))
         return set(errors)
 
     def _printed_by_rank_0(self, text: str) -> bool:

@@ -39,6 +39,7 @@ from megatrain.lifecycle.roll import Roll, call_roll
 from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
 from megatrain.runtime.distributed import Session
 from megatrain.runtime.launch import Launch
+from megatrain.stderr import say
 from megatrain.transport.board import STORE, Board
 from megatrain.transport.group import TransportError
 from megatrain.transport.seal import shown
@@ -377,11 +378,18 @@ class Guard:
         return Verdict("death" if dead else "hang", (0,), text, () if self._server is None else (self._server,))
 
     def _end(self, state: State, verdict: Verdict, speaker: bool) -> NoReturn:
-        """Print the verdict, call `on_event`, kill processes that cannot end by themselves, exit with 1."""
+        """Tell the verdict, end processes that cannot end by themselves, exit with 1, whatever comes between."""
+        try:
+            self._tell(state, verdict, speaker)
+        finally:
+            os._exit(1)
+
+    def _tell(self, state: State, verdict: Verdict, speaker: bool) -> None:
+        """Print the verdict, call `on_event`, kill processes that cannot end by themselves."""
         named = ", ".join(str(rank) for rank in verdict.culprits[:8]) or "none"
         text = verdict.text.replace("\n", "\n    ")
         own = "" if str(state) in verdict.text or state.rank in verdict.culprits else f"\n    this {state}"
-        print_error(f"megatrain: rank {state.rank} ends after a {verdict.kind}; to blame: rank {named}\n    {text}{own}")
+        say(shown(f"megatrain: rank {state.rank} ends after a {verdict.kind}; to blame: rank {named}\n    {text}{own}"))
         if speaker and self.on_event is not None:
             culprit = verdict.culprits[0] if len(verdict.culprits) == 1 else None
             callback = threading.Thread(target=self.on_event, args=(verdict.kind, culprit, shown(verdict.text)), daemon=True)
@@ -393,10 +401,9 @@ class Guard:
                     identity.send(DUMP_SIGNAL)
                 time.sleep(DUMP_SECONDS)
             if identity.send(signal.SIGKILL):
-                print_error(f"megatrain: rank {state.rank} killed {identity}, which could not end by itself")
+                say(f"megatrain: rank {state.rank} killed {identity}, which could not end by itself")
         if self._served_by_rank_0 and state.rank == 0:
             time.sleep(LINGER_SECONDS)
-        os._exit(1)
 
 
 def stack_of(thread: int | None) -> str:
@@ -408,8 +415,3 @@ def stack_of(thread: int | None) -> str:
     while len(frames) > 1 and {Path(of.filename).parent for of in frames[-2:]} == {_TRANSPORT}:
         frames.pop()
     return "".join(traceback.format_list(frames[-STACK_FRAMES:])).rstrip()
-
-
-def print_error(text: str) -> None:
-    """Write lines to stderr without Python's buffers, whose locks another thread may hold for ever."""
-    os.write(2, (shown(text) + "\n").encode(errors="replace"))

@@ -26,6 +26,9 @@ MARGIN_SECONDS = 6.0
 LOOK_SECONDS = 0.5
 SUSPENDED_SECONDS = 5.0
 """If a look comes this much too late, this process itself was suspended."""
+SAY_SECONDS = 2.0
+"""How long it waits for its words to be taken, before it ends the rank; they are on offer for OFFER_SECONDS."""
+OFFER_SECONDS = 10
 DUMP_SECONDS = 1.0
 """Time to write the stacks."""
 BLOCKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -87,8 +90,19 @@ def _state(pid: int) -> str:
 
 
 def _say(text: str) -> None:
+    """Write to stderr in another process, for which this one waits no longer than SAY_SECONDS: perhaps nobody reads the pipe."""
+    line = f"megatrain: {text}\n".encode(errors="replace")
     with suppress(OSError):
-        os.write(2, f"megatrain: {text}\n".encode(errors="replace"))
+        child = os.fork()
+        if not child:
+            signal.alarm(OFFER_SECONDS)
+            try:
+                os.write(2, line)
+            finally:
+                os._exit(0)
+        until = time.monotonic() + SAY_SECONDS
+        while not os.waitpid(child, os.WNOHANG)[0] and time.monotonic() < until:
+            time.sleep(0.01)
 
 
 def _record(events: str, step: str, rank: str, message: str) -> None:

@@ -31,6 +31,7 @@ from typing import Any, NoReturn
 
 from megatrain.files import doing
 from megatrain.runtime.launch import REPLY, Launch
+from megatrain.stderr import say
 from megatrain.untrusted import parse_json, read_plain
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -117,7 +118,7 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is not None:
             if number == signal.SIGINT and self.came is not None and now - self.came > INSIST_SECONDS:
-                _say("interrupted; the last checkpoint holds")
+                say("megatrain: interrupted; the last checkpoint holds")
                 os._exit(INTERRUPTED)
             return
         with self._lock:
@@ -125,8 +126,8 @@ class StopRequest:
             if self._starting:
                 self._end_at_start()
         if sys.stderr is not None and sys.stderr.isatty():  # not in a log, where every rank would write it
-            _say(
-                f"{self.signal.name}: ending after at most three more steps, with a checkpoint saved; Ctrl-C again ends at once"
+            say(
+                f"megatrain: {self.signal.name}: ending after at most three more steps, with a checkpoint saved; Ctrl-C again ends at once"
             )
 
     def _end_at_start(self) -> NoReturn:
@@ -136,19 +137,14 @@ class StopRequest:
             try:
                 write_marker(self._marker, self._launch, self.signal.name, None)
             except OSError as error:
-                _say(f"{self._marker} could not be written: {error}")
-            _say(f"{self.signal.name} came before the first step: nothing is to be saved; the same command goes on")
+                say(f"megatrain: {self._marker} could not be written: {error}")
+            say(f"megatrain: {self.signal.name} came before the first step: nothing is to be saved; the same command goes on")
             reply(self._launch, os.EX_TEMPFAIL)
         os._exit(os.EX_TEMPFAIL)
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
     """An empty handler in Python, without which C's handler would not write to the pipe."""
-
-
-def _say(text: str) -> None:
-    """Write to stderr without Python's buffers, whose locks another thread may hold."""
-    os.write(2, f"megatrain: {text}\n".encode(errors="replace"))
 
 
 def hold_signals() -> None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from megatrain.files import whole
 from megatrain.records.progress import StepBar, person_watching
 from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
+from megatrain.stderr import note
 
 if TYPE_CHECKING:
     from megatrain.records.tensorboard import TensorBoard
@@ -323,7 +324,7 @@ class RunLog:
     def _warn(self, what: str, text: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            sys.stderr.write(f"warning: {text}; training goes on\n")
+            note(f"warning: {text}; training goes on")
 
 
 def step_line(row: StepRow, total_steps: int, compute: ComputeRow | None = None) -> str:

@@ -8,7 +8,6 @@ unless checkpoint.accept_changes names it, since a loss curve that changes its s
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +29,7 @@ from megatrain.resuming.beginning import OwnCheckpoints, beginning_of, beginning
 from megatrain.resuming.changed import bends_schedules, change_line, change_of, changes, values_then
 from megatrain.resuming.restart import load_copy
 from megatrain.runtime.distributed import Session
+from megatrain.stderr import note
 from megatrain.training import Run
 from megatrain.transport.consensus import broadcast_text
 
@@ -179,7 +179,7 @@ def shared_identity(job: Job) -> dict[str, Any]:
 def _tell(job: Job, path: Path, reason: str) -> None:
     job.damaged.append(f"{path}: {reason}")
     if job.session.rank == 0:
-        print(f"megatrain: passing over the damaged checkpoint {path}: {reason}", file=sys.stderr, flush=True)  # noqa: T201
+        note(f"megatrain: passing over the damaged checkpoint {path}: {reason}")
 
 
 def _go_on(job: Job, path: Path, manifest: Manifest) -> None:

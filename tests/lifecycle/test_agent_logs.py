@@ -33,25 +33,25 @@ def test_what_ranks_share_and_what_they_quote():
     assert distinct({}) == []
 
 
-def test_errors_are_told_once_and_kept_for_each_rank(tmp_path, capsys):
+def test_errors_are_told_once_and_kept_for_each_rank(tmp_path, capfd):
     logs, envs = logs_of(tmp_path / "logs", 0, 1, 2)
     for env, text in zip(envs, ("error: x=7\n    in a.yaml", "error: x=7\n    in a.yaml", "error: y=8"), strict=True):
         assert leave_error(f"megatrain: {text}", env)
     assert logs.tell_errors() == {0, 1, 2}
-    assert capsys.readouterr().err == "megatrain: error: x=7\n    in a.yaml\nmegatrain: error: y=8\n"
+    assert capfd.readouterr().err == "megatrain: error: x=7\n    in a.yaml\nmegatrain: error: y=8\n"
     assert [Path(tmp_path, f"logs/rank_0000{rank}.err").read_text() for rank in (1, 2)] == [
         "megatrain: error: x=7\n    in a.yaml\n",
         "megatrain: error: y=8\n",
     ]
     assert logs.tell_errors() == set()
-    assert capsys.readouterr().err == ""
+    assert capfd.readouterr().err == ""
 
 
-def test_a_restart_tells_what_ended_the_start_before(tmp_path, capsys):
+def test_a_restart_tells_what_ended_the_start_before(tmp_path, capfd):
     logs, (env,) = logs_of(tmp_path / "logs", 0)
     leave_error("megatrain: error: once", env)
     logs.reify({0: {"RANK": "0"}})
-    assert capsys.readouterr().err == "megatrain: error: once\n"
+    assert capfd.readouterr().err == "megatrain: error: once\n"
 
 
 def test_without_a_launcher_a_worker_speaks_for_itself(tmp_path):
@@ -60,7 +60,7 @@ def test_without_a_launcher_a_worker_speaks_for_itself(tmp_path):
     assert errors_file(tmp_path / "0.code") == tmp_path / "0.error"
 
 
-def test_nodes_of_one_console_leave_it_to_the_first(tmp_path, capsys, monkeypatch):
+def test_nodes_of_one_console_leave_it_to_the_first(tmp_path, capfd, monkeypatch):
     """Under SLURM all nodes write to one file; where they share no disk each tells its own."""
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setattr("megatrain.lifecycle.agent_logs.RANK_0_SECONDS", 0.0)
@@ -70,7 +70,7 @@ def test_nodes_of_one_console_leave_it_to_the_first(tmp_path, capsys, monkeypatc
             Path(tmp_path, "shared/rank_00000.err").write_text(SHAPE)
         leave_error(SHAPE.strip(), env)
         assert logs.tell_errors() == {node}
-        assert capsys.readouterr().err == told
+        assert capfd.readouterr().err == told
 
 
 @pytest.mark.timeout(120)

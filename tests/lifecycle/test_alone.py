@@ -13,7 +13,22 @@ from megatrain.runtime.launch import Launch
 def load_sample_that_never_comes():
     time.sleep(30)
 
+def stderr_is_a_pipe(read, filled):
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    while filled:
+        try:
+            os.write(theirs, b"." * 4096)
+        except BlockingIOError:
+            break
+    os.set_blocking(theirs, True)
+    os.dup2(theirs, 2)
+    if not read:
+        os.close(ours)
+
 what = sys.argv[1]
+if what in ("unread", "unreadable"):
+    stderr_is_a_pipe(read=what == "unread", filled=what == "unread")
 sections.TOLD_SECONDS = 0.3
 limits = SectionLimits(start=0.5 if what == "set-up" else 60.0, hang=60.0 if what == "told" else 0.5, save=1.0)
 of = Guard(Launch(), limits)
@@ -57,6 +72,9 @@ SAID = {
     "told": "in step (told to stop; ",
 }
 
+MUTE = ("unread", "unreadable")
+"""Its stderr is a pipe that nobody reads, and is full; a pipe whose reader has gone."""
+
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
@@ -64,9 +82,9 @@ def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     (folder / "alone.py").write_text(ALONE)
     with jobs.Job(folder) as job:
-        for what in (*SAID, "well"):
+        for what in (*SAID, *MUTE, "well"):
             job.fork([str(folder / "alone.py"), what], jobs.environment())
-        return dict(zip((*SAID, "well"), job.finish(), strict=True))
+        return dict(zip((*SAID, *MUTE, "well"), job.finish(), strict=True))
 
 
 @pytest.mark.parametrize("what", SAID)
@@ -76,6 +94,11 @@ def test_a_section_that_comes_no_further_ends_the_run_with_its_name_and_stack(en
     assert err.startswith("megatrain: rank 0 ends after a hang; to blame: rank 0\n    rank 0 has come "), err
     assert SAID[what] in err
     assert what == "background" or "in load_sample_that_never_comes" in err
+
+
+@pytest.mark.parametrize("what", MUTE)
+def test_a_run_whose_words_nobody_reads_ends_as_well_and_leaves_its_event(ended, what):
+    assert ended[what] == jobs.Ended(1, "hang 0\n", "")
 
 
 def test_a_run_that_comes_further_is_let_alone(ended):

@@ -1,6 +1,8 @@
 """A rank that can no longer run Python is ended by its monitor, which leaves no process behind."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -88,6 +90,27 @@ def test_a_rank_that_is_stuck_in_c_shows_its_stacks_and_is_killed_and_leaves_an_
         "message": f"rank 3 (process {process.pid} on {socket.gethostname()}) runs no Python any more, and the time of its section is "
         "over; to blame: rank 3\n    step (train.hang_timeout_seconds=0.2)",
     }
+
+
+@pytest.mark.parametrize("reader", ["sleeps", "has gone"])
+def test_it_kills_the_rank_where_nobody_reads_its_words(reader):
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(theirs, b"." * 4096)
+    os.set_blocking(theirs, True)
+    process = subprocess.Popen([sys.executable, "-c", RANK, "frozen"], stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    if reader == "has gone":
+        os.close(ours)
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    if reader == "sleeps":
+        said = b""
+        while len(said) < 2**16 + 30:
+            said += os.read(ours, 4096)
+        os.close(ours)
+        assert b"megatrain: rank 3 (process " in said, "the words are still on offer"
 
 
 @pytest.mark.parametrize("what", ["well", "closed", "without"])
