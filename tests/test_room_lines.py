@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 2700,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
-    "megatrain/data": 4300,
+    "megatrain/data": 4350,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1500,
     "megatrain/inference": 700,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 41100,
+    "tests": 41150,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -1,12 +1,13 @@
 """Identity of a run's texts, independent of their paths: sizes, and a hash of blocks spread evenly over each file.
 
 Of a store of any size at most 5 MiB are read; a small one is read whole. Another text, other answers or another tokenizer are
-noticed; a few tokens changed in the middle of a large store may not be.
+noticed; a few tokens changed in the middle of a large store may not be. Of files beside the tokenizer the ids that they lead to count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import xxhash
 
 from megatrain.config.keys import show
 from megatrain.config.schema import Config, CorpusConfig
-from megatrain.data.boundaries import LARGEST_TOKENIZER
+from megatrain.data.boundaries import GENERATION, LARGEST_TOKENIZER, SPECIAL_TOKENS, TOKENIZER_CONFIG, TokenizerError
 from megatrain.data.indexed import store_paths
+from megatrain.data.samples.sentinels import resolve
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.untrusted import read_plain
 
 BLOCKS, BLOCK_BYTES = 128, 2**14
@@ -24,8 +27,12 @@ _INDEX_BYTES = 2**20
 """The beginning of an index is also hashed by itself: with the sizes this is the whole identity in earlier releases."""
 
 
+BESIDE = f"{TOKENIZER_CONFIG}, {SPECIAL_TOKENS} and {GENERATION}"
+UNCLEAR = "not clear"
+
+
 def identity_of(config: Config) -> dict[str, Any]:
-    """Identity of the texts and the tokenizer of a config, as plain JSON. Raises OSError."""
+    """Identity of the texts, the tokenizer and its special tokens of a config, as plain JSON. Raises OSError and ValueError."""
     data = config.data
     return {
         "data": [_corpus_identity(corpus) for corpus in data.train],
@@ -33,11 +40,40 @@ def identity_of(config: Config) -> dict[str, Any]:
         "tokenizer": data.tokenizer
         if data.tokenizer in (None, "bytes")
         else hash_of(read_plain(data.tokenizer, LARGEST_TOKENIZER)),
+        "special": special_tokens(config),
     }
 
 
+def special_tokens(config: Config) -> dict[str, Any]:
+    """Name -> id or ids of the tokens around documents and, with data.objective=glm, of the blanks; {} without a tokenizer.
+
+    Files beside the tokenizer decide some of them; UNCLEAR where they allow several, which no run needs. Raises OSError and ValueError.
+    """
+    data = config.data
+    if data.tokenizer is None:
+        return {}
+    tokenizer = load_tokenizer(data.tokenizer, data.eod, data.bos)
+    blanks = asdict(resolve(data.glm, tokenizer, None)[0]) if data.objective == "glm" else {}
+    return {**_end(tokenizer), **_begin(tokenizer), **{f"glm.tokens.{name}": token for name, token in blanks.items()}}
+
+
+def _end(tokenizer: Tokenizer) -> dict[str, Any]:
+    try:
+        return {"eod": tokenizer.ending.eod, "stops": list(tokenizer.ending.stops)}
+    except TokenizerError:
+        return {"eod": UNCLEAR}
+
+
+def _begin(tokenizer: Tokenizer) -> dict[str, Any]:
+    try:
+        found = tokenizer.beginning
+    except TokenizerError:
+        return {"bos": UNCLEAR}
+    return {"bos": found.bos, "first": found.first, "opening": list(found.opening)}
+
+
 def listed(config: Config, identity: dict[str, Any]) -> str:
-    """An identity as text, a line for each store and one for the tokenizer."""
+    """An identity as text, a line for each store, the tokenizer, and each special token."""
     train, valid = config.data.train, config.data.valid
     rows = [(f"data.train[{i}]={of.path}", row[0]) for i, (of, row) in enumerate(zip(train, identity["data"], strict=True))]
     rows += [
@@ -46,7 +82,12 @@ def listed(config: Config, identity: dict[str, Any]) -> str:
         if of.answers is not None
     ]
     rows += [(f"data.valid[{i}]={of.path}", row[1]) for i, (of, row) in enumerate(zip(valid, identity["valid"], strict=True))]
-    return "\n".join(f"{name}: {value}" for name, value in [*rows, ("data.tokenizer", identity["tokenizer"])])
+    rows += [("data.tokenizer", identity["tokenizer"])]
+    rows += [
+        (f"special token {name} of data.tokenizer={config.data.tokenizer}", value)
+        for name, value in identity["special"].items()
+    ]
+    return "\n".join(f"{name}: {value}" for name, value in rows)
 
 
 def _corpus_identity(corpus: CorpusConfig) -> list[Any]:
@@ -107,3 +148,10 @@ def other_corpora(was: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]], co
 def other_held_out(was: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> bool:
     """Whether the held-out texts differ. was, now: (set, identity) of each."""
     return len(was) != len(now) or any(a[0] != b[0] or not same_store(a[1], b[1]) for a, b in zip(was, now, strict=True))
+
+
+def other_special(was: Mapping[str, Any], now: Mapping[str, Any], tokenizer: str | None) -> Iterator[str]:
+    """The differences in special tokens, as text; those that only one of the two has do not count. tokenizer: the present one."""
+    why = f"by data.eod, data.bos, or {BESIDE} beside it"
+    for name in (name for name in now if name in was and was[name] != now[name]):
+        yield f"special token {name} of data.tokenizer={tokenizer}: {show(was[name])} -> {show(now[name])}, {why}"

@@ -21,7 +21,7 @@ from megatrain.checkpoint.together import ContentError, together
 from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
 from megatrain.config.keys import show
 from megatrain.config.schema import Config
-from megatrain.data.identity import identity_of, listed, other_corpora, other_held_out
+from megatrain.data.identity import BESIDE, identity_of, listed, other_corpora, other_held_out, other_special
 from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.optim.portions import portions
@@ -171,7 +171,10 @@ def shared_identity(job: Job) -> dict[str, Any]:
     with job.session.together("reading the data"):
         mine = identity_of(job.config)
     job.session.same(
-        "data", listed(job.config, mine), "These are bytes of index and tokens, and hashes. Copy the same files to every node."
+        "data",
+        listed(job.config, mine),
+        "These are bytes of index and tokens, hashes, and ids of special tokens. Copy the same files to every node, those beside the "
+        f"tokenizer ({BESIDE}) too.",
     )
     return mine
 
@@ -199,6 +202,8 @@ def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     job.changes = [f"changed since then: {change_line(*change, same=same.get(change[0], False))}" for change in changed]
     if "valid" in was and not same["data.valid"]:
         job.changes.append("changed since then: data.valid is another text; losses of before and after do not compare")
+    special = other_special(was.get("special", {}), now["special"], job.config.data.tokenizer)
+    job.changes += [f"changed since then: {text}" for text in special]
     job.changes += [f"changed since then: {text}" for text in _other_program(manifest.progress.get("program", {}), job.program)]
     if any(bends_schedules(key) for key, _, _ in changed) and job.step < job.total_steps:
         job.changes.append(f"from here {_ahead(job)}")

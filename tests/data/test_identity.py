@@ -1,12 +1,24 @@
 """What tells texts from others: blocks spread over a store of any size, answers too."""
 
+import json
+
 import jobs
 import numpy as np
 import pytest
+from tokenizer_models import sentencepiece
 
-from megatrain.config.schema import Config, CorpusConfig, DataConfig
+from megatrain.config.schema import Config, CorpusConfig, DataConfig, GlmConfig
 from megatrain.data import identity
-from megatrain.data.identity import identity_of, other_corpora, other_held_out, same_store, sampled, store_identity
+from megatrain.data.identity import (
+    identity_of,
+    listed,
+    other_corpora,
+    other_held_out,
+    other_special,
+    same_store,
+    sampled,
+    store_identity,
+)
 
 
 def change(path, at):
@@ -102,3 +114,39 @@ def test_held_out_text_has_names_and_contents(tmp_path, corpora):
     assert other_held_out(was, [])
     change(tmp_path / "text.bin", 11)
     assert other_held_out(was, of(corpora, (text,))["valid"])
+
+
+@pytest.mark.parametrize("objective", ["gpt", "glm"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_files_beside_a_tokenizer_count_by_what_they_lead_to(tmp_path, file, objective):
+    """Without them </s>, of id 2, ends a document, by its name."""
+    path = tmp_path / "tokenizer.json"
+    sentencepiece().save(str(path))
+    a = sentencepiece().token_to_id("a")
+    config = Config(data=DataConfig(tokenizer=str(path), objective=objective, glm=GlmConfig()))
+    was = identity_of(config)
+    eos = {"glm.tokens.eos"} if objective == "glm" else set()
+    assert {name: was["special"][name] for name in ("eod", "stops", *eos)} == {"eod": 2, "stops": [2]} | dict.fromkeys(eos, 2)
+    (tmp_path / file).write_text(json.dumps({"padding_side": "left", "temperature": 0.5}))
+    assert identity_of(config) == was  # nothing that a run depends on
+    (tmp_path / file).write_text(json.dumps({"eos_token": "a"} if "gen" not in file else {"eos_token_id": a}))
+    now = identity_of(config)
+    assert now["tokenizer"] == was["tokenizer"]
+    told = list(other_special(was["special"], now["special"], "T"))
+    end = ", by data.eod, data.bos, or tokenizer_config.json, special_tokens_map.json and generation_config.json beside it"
+    lines = [("eod", 2, a), ("stops", "[2]", f"[{a}]"), *((name, 2, a) for name in eos)]
+    assert told == [f"special token {name} of data.tokenizer=T: {x} -> {y}{end}" for name, x, y in lines]
+    differing = [y for x, y in zip(*(listed(config, of).splitlines() for of in (was, now)), strict=True) if x != y]
+    assert differing == [f"special token {name} of data.tokenizer={path}: {y}" for name, _, y in lines]
+    assert list(other_special({}, now["special"], "T")) == []  # of an earlier release
+
+
+def test_a_token_that_is_not_clear_is_told_apart_from_one_that_is(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    sentencepiece().save(str(path))
+    config = Config(data=DataConfig(tokenizer=str(path)))
+    was = identity_of(config)["special"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<s>", "bos_token": "nothing that it has"}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    now = identity_of(config)["special"]
+    assert (was["eod"], was["bos"], now) == (2, 1, {"eod": "not clear", "bos": "not clear"})

@@ -345,6 +345,24 @@ def test_other_versions_and_other_code_are_told(house, plain):
     assert len(new) == 3
 
 
+def test_other_special_tokens_are_told(house):
+    """As where a file beside the tokenizer is another one: the config and tokenizer.json are the same."""
+    made = {"data": {"tokenizer": "bytes"}, "model": {"vocab_size": 257}}
+    job = megatrain.build(tree_of(house, house / "special", made, {"train": {"steps": 3}}))
+    megatrain.train(job)
+    job.close()
+    saved = house / "special/checkpoints/step_00000003"
+    manifest = read_manifest(saved)
+    assert manifest.progress["identity"]["special"] == {"eod": 256, "stops": [256], "bos": None, "first": None, "opening": []}
+    kept = {**manifest.progress["identity"], "special": {"eod": 7, "stops": [256], "bos": None}}
+    (saved / MANIFEST).write_bytes(replace(manifest, progress={**manifest.progress, "identity": kept}).to_bytes())
+    job = megatrain.build(tree_of(house, house / "special", made))
+    job.close()
+    assert [line.partition(",")[0] for line in job.changes if "special" in line] == [
+        "changed since then: special token eod of data.tokenizer=bytes: 7 -> 256"
+    ]
+
+
 def test_ranks_with_another_text_under_the_same_name_are_refused(house, monkeypatch):
     """Also two of one node, which may be in other containers."""
     here, config = threading.local(), from_dict(tree_of(house, house / "nodes"))
@@ -368,8 +386,8 @@ def test_ranks_with_another_text_under_the_same_name_are_refused(house, monkeypa
     assert len(said) == 1
     assert re.fullmatch(
         r"The data differs between ranks: line 1 is 'data\.train\[0\]=\S+data: 2042-8000-\w+-\w+' on ranks 0, 1, 3 and "
-        r"'data\.train\[0\]=\S+data: 2042-8000-\w+-\w+' on rank 2\. These are bytes of index and tokens, and hashes\. "
-        r"Copy the same files to every node\.",
+        r"'data\.train\[0\]=\S+data: 2042-8000-\w+-\w+' on rank 2\. These are bytes of index and tokens, hashes, "
+        r"and ids of special tokens\. Copy the same files to every node, those beside the tokenizer \(tokenizer_config\.json, .*",
         said.pop(),
     )
 
