@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,8 @@ class Job(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.spikes = Spikes(self.config.train)
+        tokens = "correct" in self.objective.statistics  # predicts tokens, which are all alike at first
+        self.spikes = Spikes(self.config.train, math.log(self.chunks[0].build.vocab_size) if tokens else math.nan)
         self.caution = self.spikes.caution
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -181,6 +182,8 @@ class Watch:
         )
         if spikes:
             self._spiked(report, spikes)
+        if report.overflow and self.job.spikes.skipped == 1:
+            self._skipped(report)
 
     def queue(self) -> Queued:
         """Queue the run's next step, measured (collective)."""
@@ -224,6 +227,11 @@ class Watch:
                 self.job.step, result.loss, result.tokens, result.accuracy, self.tokens, seconds, losses, result.cloze_accuracy
             )
         )
+        if not math.isfinite(result.loss):
+            sets = [name or "data.valid" for name, of in result.sets.items() if not math.isfinite(of.loss)]
+            message = f"the evaluation after step {self.job.step} gave a loss of {result.loss:g}, by {', '.join(sets)}"
+            self._event("bad_evaluation", sets=sets, message=message)
+            self.log.say(message)
         self.log.draw()
 
     def save(self, *, last: bool = False, wait: bool = False) -> None:
@@ -278,6 +286,12 @@ class Watch:
     def _reads(self) -> bool:
         """Whether this rank looks up the documents of a batch: rank 0, which writes them down."""
         return self.job.session.rank == 0
+
+    def _skipped(self, report: StepReport) -> None:
+        """Record the first of some skipped steps, whose loss or gradient was not finite."""
+        batch = self.job.left_out.window(report.consumed_samples - report.samples, report.consumed_samples)
+        message = f"step {report.step} was skipped: loss {report.loss:g}, gradient norm {report.grad_norm:g}"
+        self._event("skipped", report.step, samples=list(batch), message=message)
 
     def _suspects(self, step: int, window: Window, batch: Window) -> dict[str, Any]:
         """For an event: the first documents of a batch, and the file to which those of the whole window are written."""

@@ -1,13 +1,18 @@
-"""What the start-up lines say of a GPU, and of shards that go between nodes; who looks up the documents of a spike."""
+"""What the start-up lines say of a GPU, and of shards that go between nodes; what is told of a spike and an evaluation."""
 
 import json
+import math
+from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from megatrain import watch
 from megatrain.config.schema import ParallelConfig
+from megatrain.duties import Pause
+from megatrain.evaluate import Evaluation
 from megatrain.lifecycle.spikes import Bad, Diverged
 from megatrain.parallel.mesh import MeshShape
 from megatrain.records.log import RunLog
@@ -89,3 +94,19 @@ def test_rank_0_alone_looks_up_documents_and_all_ranks_end_with_the_same_words(t
         "diverged",
     ]
     assert not (tmp_path / "node1/events.jsonl").exists() and not (tmp_path / "node1/spikes").exists()
+
+
+@pytest.mark.parametrize("loss", [24.0, math.nan, math.inf])
+def test_an_evaluation_that_is_not_finite_is_an_event(monkeypatch, loss):
+    sets = {"news": Evaluation(12.0, 4.0, {}), "code": Evaluation(loss, 4.0, {})}
+    monkeypatch.setattr(watch, "evaluate", lambda *_: Evaluation(12.0 + loss, 8.0, {}, sets))
+    config = SimpleNamespace(train=SimpleNamespace(eval_batches=0))
+    run = Mock(
+        job=SimpleNamespace(step=7, stop_requested=bool), guard=Mock(section=lambda _: nullcontext()), config=config, tokens=0
+    )
+    watch.Watch.evaluate(run, Pause(7, last=False, stop=False))
+    message = f"the evaluation after step 7 gave a loss of {loss:g}, by code"
+    told = [] if loss == 24.0 else [(("bad_evaluation",), {"sets": ["code"], "message": message})]
+    assert run._event.call_args_list == told
+    assert run.log.say.call_args_list == [((message,), {})][: len(told)]
+    assert run.log.evaluation.call_count == 1

@@ -283,7 +283,8 @@ class TrainConfig:
     max_skipped_in_row: int = knob(
         10,
         "Updates skipped in a row, since the loss or gradient was not finite or by on_spike, after which the run ends with exit code 76, "
-        "or goes back with on_spike=rollback; 0 means never. Not counted: skip_steps, and fp16's overflows before the first update.",
+        "or goes back with on_spike=rollback; also after more than half of the last four times as many. 0 means never. Not counted: "
+        "skip_steps, and fp16's overflows before the first update.",
         at_least=0,
     )
     loss_scale: float = knob(

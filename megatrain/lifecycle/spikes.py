@@ -1,9 +1,11 @@
-"""The loss guard: tells steps whose loss or gradient leaves what is usual, and runs that skip one step after another.
+"""The loss guard: tells steps whose loss or gradient leaves what is usual, and runs that skip one step after another, or most of them.
 
     usual      median m of the last train.spike_history values, and how far they stray: s = the larger of 1.4826 MAD and (q90 - m) / 1.2816,
                which are the standard deviation where values are normal; at least a hundredth of m (loss), 0.15 (log of a norm)
     limit      m + train.spike_threshold (1 + 8 / n) s, from n >= 8 values: of the loss, and of the logarithms of gradient norms (of the
                whole model, and of its parts where log.norms_every has them)
+    at first   while n < 8: m + train.spike_threshold max(m, 1) of a loss, and m + train.spike_threshold of a logarithm; before any loss
+               m is that of a guess
     a spike    a value beyond the limit; values below never are
 
 The limit of step t is made of steps up to t - 2, whether or not step t - 1 is reported already: so it is the same however often a run
@@ -35,6 +37,8 @@ OF_MAD, OF_Q90 = 1.4826, 1.2816
 SHRUNK = 0.1
 """Factor of the embedding's gradient under train.spike_remedy, as in GLM-130B."""
 LOSS, NORM = "loss", "gradient norm"
+IN_ROWS = 4
+"""More than half of this many times train.max_skipped_in_row steps that are skipped are as bad as that many in a row."""
 
 
 class Diverged(RuntimeError):
@@ -60,9 +64,11 @@ def _middle(ordered: Sequence[float]) -> float:
 class History:
     """The last values of one number (of a norm: their logarithms), by the steps that they are of."""
 
-    def __init__(self, size: int, *, norm: bool) -> None:
-        """size: how many values a limit is made of. norm: whether the number is a norm, of which only logarithms are near to normal."""
-        self.size, self.norm = size, norm
+    def __init__(self, size: int, *, norm: bool, guess: float = math.nan) -> None:
+        """size: how many values a limit is made of. norm: whether the number is a norm, of which only logarithms are near to normal.
+        guess: what to expect before there is a value; nan: nothing.
+        """
+        self.size, self.norm, self.guess = size, norm, guess
         self.steps: deque[int] = deque(maxlen=size + LATE)
         self.values: deque[float] = deque(maxlen=size + LATE)
 
@@ -73,14 +79,17 @@ class History:
             self.values.append(math.log(value) if self.norm else value)
 
     def limit(self, step: int, threshold: float) -> tuple[float, float]:
-        """(median, limit) for a step; the limit is inf, and the median nan, while there are too few values."""
+        """(median, limit) for a step; the limit is inf, and the median nan, while nothing is known."""
         later = sum(at > step - LATE for at in islice(reversed(self.steps), LATE))
         found = list(self.values)[-self.size - later : len(self.values) - later]
-        if len(found) < LEAST:
+        if not found and math.isnan(self.guess):
             return math.nan, math.inf
-        median, spread = usual(found)
-        spread = max(spread, 0.15 if self.norm else max(0.01 * abs(median), 0.01))
-        limit = median + threshold * (1 + LEAST / len(found)) * spread
+        median, spread = usual(found or [self.guess])
+        if len(found) < LEAST:  # too few to tell how far they stray
+            limit = median + threshold * (1.0 if self.norm else max(abs(median), 1.0))
+        else:
+            spread = max(spread, 0.15 if self.norm else max(0.01 * abs(median), 0.01))
+            limit = median + threshold * (1 + LEAST / len(found)) * spread
         return (math.exp(median), math.exp(min(limit, 700.0))) if self.norm else (median, limit)
 
 
@@ -115,13 +124,16 @@ class Bad(NamedTuple):
 class Spikes:
     """The loss guard of one run: is told of every step, in order, and says what to do."""
 
-    def __init__(self, train: TrainConfig) -> None:
-        self.train = train
+    def __init__(self, train: TrainConfig, guess: float = math.nan) -> None:
+        """guess: the loss to expect before the first step; nan: nothing is known of it."""
+        self.train, self.guess = train, guess
         self.histories: dict[str, History] = {}
         self.bad: Bad | None = None
         """Set while the run must go back or end; steps that are told of meanwhile are ignored, since they will not have been."""
         self.skipped = 0
         """Steps in a row that were skipped against the will of the config."""
+        self.recent: deque[int] = deque(maxlen=IN_ROWS * train.max_skipped_in_row)
+        """For each of the last steps its number if it was skipped so, else 0."""
         self.settled = False
         """Whether an update was applied with the loss scale of fp16, which until then is still looked for."""
         self.spiking = False
@@ -191,16 +203,27 @@ class Spikes:
         return told
 
     def _count(self, report: StepReport) -> None:
-        """Count steps that are skipped one after another."""
+        """Count steps that are skipped, one after another and in all."""
         self.settled = self.settled or (self.train.precision == "fp16" and not report.overflow)
         falling = self.train.precision == "fp16" and not self.settled and report.loss_scale > self.train.loss_scale_min
         if report.step in self.train.skip_steps and not report.overflow:
             return  # as asked
-        self.skipped = self.skipped + 1 if report.skipped and not falling else 0
-        most = self.train.max_skipped_in_row
+        skipped = report.skipped and not falling
+        self.skipped = self.skipped + 1 if skipped else 0
+        self.recent.append(report.step if skipped else 0)
+        among, most = [step for step in self.recent if step], self.train.max_skipped_in_row
         if most and self.skipped >= most:
-            why = f"{self.skipped} steps in a row were skipped"
-            self.bad = Bad(report.step - self.skipped + 1, report.step, report.consumed_samples, report.samples, why)
+            first, why = report.step - self.skipped + 1, f"{self.skipped} steps in a row were skipped"
+        elif len(among) > math.ceil(self._share() * IN_ROWS * most):
+            first, why = among[0], f"{len(among)} of the last {len(self.recent)} steps were skipped"
+        else:
+            return
+        self.bad = Bad(first, report.step, report.consumed_samples, report.samples, why)
+
+    def _share(self) -> float:
+        """Share of steps that may be skipped for good: half, or what fp16 needs where a scale that is right grows very often."""
+        tries = self.train.loss_scale_hysteresis if self.train.precision == "fp16" else 0
+        return max(0.5, tries / (tries + self.train.loss_scale_window))
 
     def bound(self) -> int:
         """The step before which the checkpoint to go back to lies: where the run has not come past the last spike, that one is not good."""
@@ -220,12 +243,14 @@ class Spikes:
         self.gone, self.retries = [bad.last, step], retries
         self.eased = {"from": step, "steps": train.spike_warmup_steps, "shrink": int(train.spike_remedy != "none")}
         self.skipped, self.spiking = 0, False
+        self.recent.clear()
 
     def state(self) -> dict[str, Any]:
         """The state that a checkpoint keeps; plain JSON."""
         return {
             "history": {name: list(map(list, zip(of.steps, of.values, strict=True))) for name, of in self.histories.items()},
             "skipped": self.skipped,
+            "recent": list(self.recent),
             "settled": self.settled,
             "spiking": self.spiking,
             "eased": self.eased,
@@ -241,9 +266,11 @@ class Spikes:
             history.steps.extend(step for step, _ in pairs)
             history.values.extend(value for _, value in pairs)
         self.skipped, self.settled = state.get("skipped", 0), state.get("settled", False)
+        self.recent = deque(state.get("recent", ()), self.recent.maxlen)
         self.spiking, self.eased = state.get("spiking", False), state.get("eased")
         self.retries, self.gone = state.get("retries", 0), list(state.get("gone", [0, 0]))
         self.bad, self._known, self._parts = None, {}, {}
 
     def _history(self, name: str) -> History:
-        return self.histories.setdefault(name, History(self.train.spike_history, norm=name != LOSS))
+        guess = self.guess if name == LOSS else math.nan
+        return self.histories.setdefault(name, History(self.train.spike_history, norm=name != LOSS, guess=guess))

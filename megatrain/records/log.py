@@ -39,6 +39,8 @@ EventKind = Literal[
     "damaged_checkpoint",
     "save",
     "save_failed",
+    "skipped",
+    "bad_evaluation",
     "spike",
     "rollback",
     "skip_data",

@@ -181,14 +181,21 @@ def test_the_command_ends_with_76_where_every_step_is_skipped(tmp_path):
     (line,) = ended.err.splitlines()
     assert "10 steps in a row were skipped, and train.on_spike=warn does not go back (rollback would)" in line
     rows, events = written(tmp_path / "run")
-    assert len(events["diverged"]) == 1 and len(rows) < 20
+    assert len(events["diverged"]) == len(events["skipped"]) == 1 and len(rows) < 20
+    assert events["skipped"][0]["message"] == f"step {events['skipped'][0]['step']} was skipped: loss nan, gradient norm nan"
     assert not (tmp_path / "run/preempted").exists()
 
 
 def test_a_checkpoint_is_there_to_go_back_to_from_the_first_step_on(house, tmp_path):
     """Also beside the checkpoints of another run, which are not its own."""
     for steps in (3, 19):
-        config = tree(house, tmp_path, "rollback", train={"steps": steps}, checkpoint={"save_every": 0, "resume": "never"})
+        config = tree(
+            house,
+            tmp_path,
+            "rollback",
+            train={"steps": steps, "spike_retries": 4},
+            checkpoint={"save_every": 0, "resume": "never"},
+        )
         done, _, events = train(config)
-    assert done and [back["to"] for back in events["rollback"]] == [0, 0, 0], "three batches, as many tries"
+    assert done and [back["to"] for back in events["rollback"]] == [0, 0, 0, 0], "four batches, as many tries"
     assert events["skip_data"][0]["samples"] == [0, 8 * SPIKE]

@@ -53,8 +53,23 @@ def test_the_limit_is_made_of_steps_that_came_two_before():
     few = History(16, norm=False)
     for step in range(1, 9):
         few.add(step, 3.0)
-    assert few.limit(9, 10.0)[1] == INF, "seven values say too little"
+    assert few.limit(9, 10.0) == (3.0, 33.0), "seven values say too little of how far they stray"
     assert few.limit(10, 10.0) == (3.0, pytest.approx(3.0 + 10 * 2 * 0.03))
+
+
+def test_a_jump_in_the_first_steps_is_a_spike():
+    told = seen([4.6, 4.7, 4.5, 5.2, 50.0, 341.0, 4.6])[1]
+    assert {step: [str(spike) for spike in spikes] for step, spikes in told.items()} == {
+        6: ["loss 341, usually 4.65, is beyond 51.15"]
+    }
+    assert list(seen([341.0, 4.6, 45.0, 4.6])[1]) == [], "nothing is known of the loss of this objective"
+    assert list(seen([4.6] * 5, [1.0, 1.0, 22_000.0, 1.0, 22_100.0])[1]) == [5]
+    assert seen([1e-3] * 3 + [9.0] * 3)[1] == {}, "of small losses multiples say nothing"
+    for step in (1, 2):
+        spikes = Spikes(TrainConfig(), guess=math.log(101))
+        assert all(spikes.see(report(n, 50.7)) == [] for n in range(1, step))
+        assert [str(spike) for spike in spikes.see(report(step, 341.0))] == ["loss 341, usually 4.615, is beyond 50.77"]
+    assert seen([341.0])[0].caution(3) == Caution(), "only skip has limits"
 
 
 def healthy(kind, steps):
@@ -132,6 +147,14 @@ def test_a_part_may_spike_alone():
     [
         ({}, [report(n, overflow=n > 3) for n in range(1, 14)], (4, 13)),
         ({}, [report(n, overflow=n > 3 and n != 9) for n in range(1, 15)], None),
+        ({}, [report(n, overflow=n % 10 > 0) for n in range(1, 24)], (1, 23)),
+        ({}, [report(n, overflow=n % 10 > 0) for n in range(1, 23)], None),
+        ({}, [report(n, overflow=n % 2 == 0) for n in range(1, 400)], None),
+        ({"max_skipped_in_row": 0}, [report(n, overflow=n % 10 > 0) for n in range(1, 90)], None),
+        ({"skip_steps": tuple(range(1, 90))}, [report(n, skipped=n % 10 > 0) for n in range(1, 90)], None),
+        # fp16: the scale falls to 1 and stays; where a right one grows at each update, two of three steps overflow for good
+        ({"precision": "fp16"}, [report(n, overflow=n % 10 > 0, scale=max(1.0, 2.0 ** (9 - n))) for n in range(1, 60)], (9, 32)),
+        ({"precision": "fp16", "loss_scale_window": 1}, [report(n, overflow=n % 3 > 0, scale=2.0**9) for n in range(1, 400)], None),
         ({"max_skipped_in_row": 0}, [report(n, overflow=True) for n in range(1, 60)], None),
         ({"max_skipped_in_row": 2}, [report(n, overflow=n > 3) for n in range(1, 6)], (4, 5)),
         ({"skip_steps": tuple(range(2, 30))}, [report(n, skipped=n in range(2, 30)) for n in range(1, 31)], None),
@@ -147,7 +170,21 @@ def test_skipped_steps_in_a_row_end_the_run(keys, steps, bad):
         spikes.see(step)
     assert (None if spikes.bad is None else (spikes.bad.first, spikes.bad.last)) == bad
     if spikes.bad:
-        assert spikes.bad.why == f"{bad[1] - bad[0] + 1} steps in a row were skipped"
+        count, of = bad[1] - bad[0] + 1, sum(step.overflow for step in steps[bad[0] - 1 : bad[1]])
+        assert spikes.bad.why == (
+            f"{count} steps in a row were skipped" if of == count else f"{of} of the last {bad[1]} steps were skipped"
+        )
+
+
+def test_steps_skipped_before_a_stop_or_a_rollback_count_as_they_should():
+    spikes = seen([math.nan if n % 10 else 3.0 for n in range(1, 21)], on_spike="rollback")[0]
+    again = Spikes(TrainConfig(on_spike="rollback"))
+    again.restore(json.loads(json.dumps(spikes.state())))
+    for step in (21, 22, 23):
+        again.see(report(step, overflow=True))
+    assert again.bad.why == "21 of the last 23 steps were skipped"
+    again.go_back(again.bad, 20, spikes.state())
+    assert not again.recent and again.bad is None
 
 
 def gone_back(to=20, spike=31, **keys):
