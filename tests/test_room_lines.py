@@ -15,7 +15,7 @@ LINES = {
     "megatrain/config": 2900,
     "megatrain/data": 4350,
     "megatrain/doctor": 800,
-    "megatrain/huggingface": 1500,
+    "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
     "megatrain/lifecycle": 2400,
     "megatrain/models": 1050,

@@ -25,9 +25,12 @@ from megatrain.huggingface.rope import rope_of, rope_to
 
 _WHOLE = {
     *("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "ffn_hidden_size", "seq_length"),
-    "vocab_size",
+    *("vocab_size", "window"),
 }
 """Keys whose values are counts, 1 or more."""
+_RANGES = {item.name: item.metadata["range"] for item in fields(ModelConfig) if item.name in _WHOLE}
+_READ = {"window": "sliding_window", "num_query_groups": "multi_query_group_num"}
+"""Counts that a family's `read` gives -> their name in config.json."""
 _NOT_OF_THE_SHAPE = {
     *("family", "preset", "init_from", "seq_length", "dropout", "attention_dropout", "softmax_fp32", "residual_fp32"),
     *("init", "init_std", "embedding_init_std", "scale_residual_init", "vocab_size", "rope_angle_dtype"),
@@ -53,10 +56,12 @@ def model_of(config: Json) -> Json:
     model = dict(dialect.fixed)
     for ours, of in dialect.keys.items():
         model[ours] = value_of(config, of)
-        if ours in _WHOLE and model[ours] is not None and (type(model[ours]) is not int or model[ours] < 1):
-            raise ContentError(f"config.json has {of.names[0]}={model[ours]!r}, which is no whole number above 0")
+        _require_count(ours, of.names[0], model[ours])
     model["max_positions"] = model["seq_length"]
-    model |= dialect.read(config, model)
+    found = dialect.read(config, model)  # which may go through all layers
+    for ours, name in _READ.items():
+        _require_count(ours, name, found.get(ours))
+    model |= found
     meant = _filled(model)
     names = {ours: of.names[0] for ours, of in dialect.keys.items()}
     require_one_meaning(config, meant, names | {"max_positions": names["seq_length"]}, own)
@@ -64,6 +69,16 @@ def model_of(config: Json) -> Json:
     if dialect.rope and model["position"] == "rope":
         rope = rope_of(config, kind, model["max_positions"], meant["head_dim"], dialect.rotated)
     return {**model, **rope}
+
+
+def _require_count(ours: str, name: str, value: Any) -> None:
+    """Raise ContentError for the value of a name in config.json that a count of the model section cannot be; null passes."""
+    if ours not in _WHOLE or value is None:
+        return
+    if type(value) is not int or value < 1:
+        raise ContentError(f"config.json has {name}={value!r}, which is no whole number above 0")
+    if rule := _RANGES[ours].broken_by(value):
+        raise ContentError(f"config.json has {name}={value}, and model.{ours} {rule}")
 
 
 def names_of(kind: str) -> set[str]:

@@ -65,6 +65,8 @@ def _qwen_window(config: Json, model: Json) -> Json:
         raise ContentError(f"config.json has use_sliding_window={used!r}, which is neither true nor false")
     window = config.get("sliding_window", 4096) if used else None
     layers, whole = model["num_layers"], config.get("max_window_layers", 28)
+    if type(whole) is not int or whole < 0:
+        raise ContentError(f"config.json has max_window_layers={whole!r}, which is no whole number of 0 or more")
     kinds = config.get("layer_types")
     if kinds is None:
         kinds = ["sliding_attention" if window is not None and n >= whole else "full_attention" for n in range(layers)]
@@ -79,8 +81,12 @@ def _qwen_window(config: Json, model: Json) -> Json:
 
 def _repeated(kinds: Sequence[str]) -> tuple[str, ...]:
     """The shortest pattern that, repeated, gives the kinds of all layers, in the words of model.window_pattern."""
-    length = next(n for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
-    return tuple("local" if kind == "sliding_attention" else "global" for kind in kinds[:length])
+    words = {"s": "local", "f": "global"}
+    letters = "".join(
+        kind[0] for kind in kinds
+    )  # as text, since comparing 65,536 layers with each other one by one takes minutes
+    length = next(n for n in range(1, len(letters) + 1) if letters.startswith(letters[n:]))
+    return tuple(words[letter] for letter in letters[:length])
 
 
 def _gpt2_dropout(config: Json, model: Json) -> Json:

@@ -329,7 +329,7 @@ NO_MODELS = {
         "cannot be read: ZeroDivisionError",
     ),
     "layers without end": ({"num_hidden_layers": 60000}, "holds 1 tensors, and the model has 60000 layers"),
-    "a vocabulary without end": ({"vocab_size": 10**30}, "model.vocab_size=10+ must be at most"),
+    "a vocabulary without end": ({"vocab_size": 10**30}, "vocab_size=10+, and model.vocab_size must be at most 16777216"),
 }
 
 
