@@ -36,7 +36,7 @@ from megatrain import transport
 from megatrain.lifecycle.blame import Identity, State, Verdict, judge
 from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.roll import Roll, call_roll
-from megatrain.lifecycle.sections import Name, SectionLimits, Sections, TimedSection
+from megatrain.lifecycle.sections import Name, SectionLimits, Sections, Suspensions, TimedSection
 from megatrain.runtime.distributed import Session
 from megatrain.runtime.launch import Launch
 from megatrain.stderr import say
@@ -64,8 +64,10 @@ VERDICT_SECONDS = 8.0
 """How long the other ranks wait for the verdict."""
 LINGER_SECONDS = 3.0
 """The rank that serves the store, which the others still read, ends this much later."""
-SUSPENDED_SECONDS = 5.0
-"""If a check comes this much too late, this process itself was suspended."""
+LATE_SECONDS = 5.0
+"""If a look comes this much too late, the whole job was suspended, perhaps: the monitor knows."""
+WORD_SECONDS = 2.0
+"""How long it may take the monitor to say so."""
 GONE_SECONDS = 4.0
 """A neighbour that has been gone for this long has died: ranks that end after an error in common do so within less."""
 ALARM_SECONDS = 40.0
@@ -91,6 +93,7 @@ class Guard:
         self.told: Callable[[], float | None] = lambda: None
         """When this rank was told to stop (time.monotonic); None if it was not."""
         self._monitor, self._keeps_monitor = monitor, monitor is not None
+        self._suspensions = Suspensions()
         self._recorder = Recorder()
         self._session: Session | None = None
         self._left = False
@@ -227,33 +230,35 @@ class Guard:
 
     def _check(self) -> None:
         """Thread: once a second, look whether this rank has waited too long, and tell the monitor that this thread still runs."""
-        looked = awake = time.monotonic()
+        looked = time.monotonic()
         shortest = min(self._limits.start, self._limits.hang, self._limits.save)
         while not self._closing.wait(min(LOOK_SECONDS, shortest / 4)):
             now = time.monotonic()
-            if now - looked > SUSPENDED_SECONDS + LOOK_SECONDS:
-                awake = now  # a job that was suspended gets the whole limit again
-            looked = now
-            left, what = self._left_over(now, awake)
+            wait = WORD_SECONDS if now - looked > LATE_SECONDS else 0.0
+            for ended, lasted in [] if self._monitor is None else self._monitor.suspended(wait):
+                self._suspensions.add(ended, lasted)
+            looked = now = time.monotonic()
+            left, what = self._left_over(now)
             if self._monitor is not None and not self._alarmed.locked():
                 self._monitor.beat(max(left, 0.0), what, *self.record())
             if left < 0 or self._neighbour_is_gone(now):
                 self._alarm(self._own_state())
 
-    def _left_over(self, now: float, awake: float) -> tuple[float, str]:
+    def _left_over(self, now: float) -> tuple[float, str]:
         """Seconds until this rank has waited too long (infinite outside of all sections and calls), and in what."""
         call, section, told = self._recorder.waiting(), self.sections.now(), self.told()
         left, what = float("inf"), "nothing"
         limit = self.sections.limit(told is not None) or (None if call is None else self._limits.of_call)
         if limit is not None:
-            since = call.started if call is not None else awake if section is None else section.since
+            since = call.started if call is not None else now if section is None else section.since
             if limit.told and told is not None:
                 since = max(since, told)
-            left, what = max(since, awake) + limit.seconds + limit.grace - now, f"{section or call} ({limit})"
+            left = since + self._suspensions.since(since) + limit.seconds + limit.grace - now
+            what = f"{section or call} ({limit})"
         behind = self.background()
         if behind is not None:
             of_save = self._limits.of_save
-            left_behind = max(behind[0], awake) + of_save.seconds - now
+            left_behind = behind[0] + self._suspensions.since(behind[0]) + of_save.seconds - now
             if left_behind < left:
                 left, what = left_behind, f"save at {behind[1]} ({of_save})"
         return left, what

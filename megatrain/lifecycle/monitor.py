@@ -8,8 +8,12 @@ call in C never ends and never lets other threads in. So the thread writes a lin
 in at most 12.5 seconds the next line comes, or else the limit of this section is over. Where none comes in that time, MARGIN_SECONDS
 included, the monitor says so on stderr and, with the steps so far, in that file; it has the rank write the stacks of its threads where it
 can, and kills it. The monitor is a child of the rank and ends with it, however that ends; where the whole job is suspended (Ctrl-Z, a
-scheduler's SIGSTOP to all processes), so is the monitor, and its time with it. It runs this file with nothing but the standard library:
-10 ms of a core to start, 8 MB.
+scheduler's SIGSTOP to all processes), so is the monitor, and its time with it. It tells the rank so in lines
+
+    83124.5 <tab> 60.0 <newline>                  when it woke (time.monotonic), and the seconds before
+
+since a rank cannot tell this from Python that others have kept from its thread. It runs this file with nothing but the standard
+library: 10 ms of a core to start, 8 MB.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ MARGIN_SECONDS = 6.0
 """A rank has this much longer than its limit: the guards' verdict, which knows more, comes first."""
 LOOK_SECONDS = 0.5
 SUSPENDED_SECONDS = 5.0
-"""If a look comes this much too late, this process itself was suspended."""
+"""If a look comes this much too late, or by the margin if that is less, this process itself was suspended."""
 SAY_SECONDS = 2.0
 """How long it waits for its words to be taken, before it ends the rank; they are on offer for OFFER_SECONDS."""
 OFFER_SECONDS = 10
@@ -43,16 +47,17 @@ class Monitor:
     def __init__(self, rank: int, seconds: float, key: str, margin: float = MARGIN_SECONDS) -> None:
         """seconds, key: the limit of what comes first, the set-up, and the key that sets it. Raises OSError."""
         read, self._line = os.pipe()
-        os.set_blocking(self._line, False)
+        self._told, told = os.pipe()
+        for end in (self._line, self._told, told):
+            os.set_blocking(end, False)
         words = [f"{os.getpid()}", f"{rank}", f"{seconds}", key, f"{margin}"]
         arguments = [sys.executable, "-I", "-S", os.path.realpath(__file__), *words]
-        quiet = os.open(os.devnull, os.O_WRONLY)
         try:
-            actions = [(os.POSIX_SPAWN_DUP2, read, 0), (os.POSIX_SPAWN_DUP2, quiet, 1)]
+            actions = [(os.POSIX_SPAWN_DUP2, read, 0), (os.POSIX_SPAWN_DUP2, told, 1)]
             self._pid = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=actions, setsigmask=BLOCKED)
         finally:
             os.close(read)
-            os.close(quiet)
+            os.close(told)
 
     def beat(self, seconds: float, what: str, step: int = 0, events: str = "") -> None:
         """The next line comes within `seconds`, or the limit of `what` is over. Never blocks or raises: a run can do without a monitor.
@@ -63,11 +68,21 @@ class Monitor:
             words = (f"{seconds:.3f}", " ".join(what.split()), f"{step}", events)
             os.write(self._line, ("\t".join(words).replace("\n", " ") + "\n").encode(errors="surrogateescape"))
 
+    def suspended(self, wait: float = 0.0) -> list[tuple[float, float]]:
+        """The suspensions of this job since the last call, each as (its end on time.monotonic, its seconds). wait: for a first one."""
+        with suppress(OSError, ValueError):
+            if select.select([self._told], [], [], wait)[0]:
+                lines = os.read(self._told, 1 << 16).decode().splitlines()  # each is written at once, so is whole
+                return [(float(ended), float(seconds)) for ended, _, seconds in (line.partition("\t") for line in lines)]
+        return []
+
     def close(self) -> None:
         """End the monitor."""
         line, self._line = self._line, -1
         if line >= 0:
             os.close(line)
+            os.close(self._told)
+            self._told = -1
             with suppress(OSError):
                 os.kill(self._pid, signal.SIGKILL)  # not reaped before: the number is still its own
                 os.waitpid(self._pid, 0)
@@ -157,8 +172,10 @@ def main(parent: int, rank: str, seconds: float, key: str, margin: float) -> Non
     while os.getppid() == parent:
         ready = poller.poll(LOOK_SECONDS * 1000)
         now = time.monotonic()
-        if now - looked > SUSPENDED_SECONDS:
+        if now - looked - LOOK_SECONDS > min(SUSPENDED_SECONDS, margin):
             deadline += now - looked
+            with suppress(OSError):
+                os.write(1, f"{now}\t{now - looked}\n".encode())
         looked = now
         if any(number == 0 for number, _ in ready):
             said = os.read(0, 1 << 16)

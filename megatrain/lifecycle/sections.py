@@ -19,6 +19,7 @@ guard's thread judges.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,21 @@ class TimedSection:
     def __str__(self) -> str:
         place = self.where()
         return f"{self.name} at {place}" if place else self.name
+
+
+class Suspensions:
+    """When this job was suspended: time that no limit counts."""
+
+    def __init__(self) -> None:
+        self._known: deque[tuple[float, float]] = deque(maxlen=1000)
+
+    def add(self, ended: float, seconds: float) -> None:
+        """One that lasted for `seconds`, until `ended`."""
+        self._known.append((ended, seconds))
+
+    def since(self, begin: float) -> float:
+        """Seconds of them after `begin`."""
+        return sum(min(seconds, ended - begin) for ended, seconds in self._known if ended > begin)
 
 
 class Sections:

@@ -4,14 +4,19 @@ import jobs
 import pytest
 
 ALONE = """
-import os, signal, sys, time
-from megatrain.lifecycle import sections
+import ctypes, os, signal, sys, time
+from megatrain.lifecycle import guard, sections
 from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.sections import SectionLimits
 from megatrain.runtime.launch import Launch
 
 def load_sample_that_never_comes():
     time.sleep(30)
+
+def expression_that_keeps_python():
+    while True:
+        ctypes.PyDLL(None).usleep(600_000)  # no other thread runs
+        time.sleep(0.05)
 
 def stderr_is_a_pipe(read, filled):
     ours, theirs = os.pipe()
@@ -29,7 +34,7 @@ def stderr_is_a_pipe(read, filled):
 what = sys.argv[1]
 if what in ("unread", "unreadable"):
     stderr_is_a_pipe(read=what == "unread", filled=what == "unread")
-sections.TOLD_SECONDS = 0.3
+sections.TOLD_SECONDS, guard.LATE_SECONDS = 0.3, 0.2
 limits = SectionLimits(start=0.5 if what == "set-up" else 60.0, hang=60.0 if what == "told" else 0.5, save=1.0)
 of = Guard(Launch(), limits)
 of.on_event = lambda kind, rank, text: print(kind, rank, flush=True)
@@ -51,6 +56,8 @@ with of, of.watching():
             while True:
                 of.tick()
                 time.sleep(0.03)
+        if what == "kept":
+            expression_that_keeps_python()
         if what == "data":
             with of.phase("data"):
                 load_sample_that_never_comes()
@@ -66,6 +73,7 @@ SAID = {
     "set-up": "in set-up (train.start_timeout_seconds=0.5), and",
     "data": "in data (train.hang_timeout_seconds=0.5), and",
     "step": "in step (train.hang_timeout_seconds=0.5), and",
+    "kept": "in step (train.hang_timeout_seconds=0.5), and",
     "evaluation": "in evaluation (train.hang_timeout_seconds=0.5), and",
     "save": "in save at /disk/step_00000004 (checkpoint.timeout_seconds=1), and",
     "background": "in save at /disk/step_00000004/weights (checkpoint.timeout_seconds=1)\n",
@@ -93,7 +101,10 @@ def test_a_section_that_comes_no_further_ends_the_run_with_its_name_and_stack(en
     assert (code, out) == (1, "hang 0\n"), err
     assert err.startswith("megatrain: rank 0 ends after a hang; to blame: rank 0\n    rank 0 has come "), err
     assert SAID[what] in err
-    assert what == "background" or "in load_sample_that_never_comes" in err
+    assert (
+        what == "background"
+        or f"in {'expression_that_keeps_python' if what == 'kept' else 'load_sample_that_never_comes'}" in err
+    )
 
 
 @pytest.mark.parametrize("what", MUTE)

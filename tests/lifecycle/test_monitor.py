@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="ne
 RANK = """
 import ctypes, faulthandler, os, signal, sys, time
 from megatrain.lifecycle.monitor import DUMP_SIGNAL, Monitor
-monitor = Monitor(3, 0.5, "train.start_timeout_seconds", margin=0.0)
+monitor = Monitor(3, 0.5, "train.start_timeout_seconds", margin=0.25)
 print(monitor._pid, flush=True)
 faulthandler.register(DUMP_SIGNAL, file=2)
 
@@ -34,6 +34,14 @@ if sys.argv[1] == "frozen":
 for _ in range(60):
     monitor.beat(0.4, "step")
     time.sleep(0.02)
+if sys.argv[1] == "suspended":
+    began = time.monotonic()
+    os.kill(monitor._pid, signal.SIGSTOP)  # as all of the job
+    time.sleep(2.0)
+    os.kill(monitor._pid, signal.SIGCONT)
+    ((ended, seconds),) = monitor.suspended(wait=30.0)
+    assert began + 2.0 <= ended <= time.monotonic() and seconds >= 2.0, (began, ended, seconds)
+    assert monitor.suspended() == []
 if sys.argv[1] == "closed":
     monitor.close()
     monitor.beat(0.4, "step")
@@ -113,7 +121,7 @@ def test_it_kills_the_rank_where_nobody_reads_its_words(reader):
         assert b"megatrain: rank 3 (process " in said, "the words are still on offer"
 
 
-@pytest.mark.parametrize("what", ["well", "closed", "without"])
+@pytest.mark.parametrize("what", ["well", "suspended", "closed", "without"])
 def test_a_rank_that_goes_well_is_let_alone(what):
     process, err = run(what)
     assert (process.returncode, err) == (0, "")

@@ -3,7 +3,7 @@
 import pytest
 
 from megatrain.lifecycle import sections
-from megatrain.lifecycle.sections import Limit, SectionLimits, Sections
+from megatrain.lifecycle.sections import Limit, SectionLimits, Sections, Suspensions
 
 LIMITS = SectionLimits(start=100.0, hang=10.0, save=50.0)
 
@@ -67,3 +67,11 @@ def test_once_told_to_stop_a_section_may_take_five_times_its_usual_time_or_half_
             clock[0] += 1
             of.tick()
             assert of.limit(told=True).seconds == 700.0, "what the run was told is to save"
+
+
+def test_a_suspension_is_not_counted_once_a_section_has_begun():
+    of = Suspensions()
+    assert of.since(0.0) == 0.0
+    of.add(100.0, 60.0)
+    of.add(200.0, 30.0)
+    assert [of.since(begin) for begin in (0.0, 70.0, 100.0, 190.0, 200.0)] == [90.0, 60.0, 30.0, 10.0, 0.0]
