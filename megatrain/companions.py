@@ -8,12 +8,14 @@ checkpoints/hf/              config.json and tokenizer files of the Hugging Face
 from __future__ import annotations
 
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import Config, DataConfig
 from megatrain.data.boundaries import GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from megatrain.files import require_own
 from megatrain.huggingface.model_files import COMPANION_FOLDER, copy_files
 from megatrain.untrusted import leads_out
 
@@ -23,10 +25,11 @@ BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*")
 
 
 def keep_tokenizer(config: Config) -> None:
-    """Copy a run's tokenizer and the files beside it to its checkpoint directory. Raises OSError that names the file."""
+    """Copy a run's tokenizer and the files beside it to its checkpoint directory. Raises OSError that names the file, or a link there."""
     source, folder = config.data.tokenizer, Path(config.checkpoint_dir) / TOKENIZER_FOLDER
     if source is None or source == "bytes" or folder.resolve() == Path(source).resolve().parent:
         return
+    require_own(folder, stat.S_ISDIR)  # a link would survive the removal
     shutil.rmtree(folder, ignore_errors=True)  # an earlier tokenizer, which the config no longer names
     copy_files(Path(source).parent, folder, BESIDE)
     copy_files(Path(source).parent, folder, (Path(source).name,), TOKENIZER)
@@ -35,12 +38,13 @@ def keep_tokenizer(config: Config) -> None:
 def take_along(source: Path, target: Path) -> None:
     """Copy the tokenizer and Hugging Face files beside the checkpoints of one directory to another directory.
 
-    Raises ContentError where a folder or a file is a link that leads out.
+    Raises ContentError where a folder or a file is a link that leads out, OSError where a link stands where it would write.
     """
     for name in (TOKENIZER_FOLDER, COMPANION_FOLDER):
         if leads_out(source / name):
             raise ContentError(f"{source / name} is not copied: it is a link that leads out, to {(source / name).resolve()}.")
         if (source / name).is_dir() and (source / name).resolve() != (target / name).resolve():
+            require_own(target / name, stat.S_ISDIR)
             copy_files(source / name, target / name, ("*",))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -115,6 +116,40 @@ def opened(path: Path) -> BufferedReader:
     """Open a file to read bytes. Raises OSError as `doing` does."""
     with doing("reading", path):
         return path.open("rb")
+
+
+def open_own(path: str | Path, flags: int = os.O_WRONLY | os.O_APPEND | os.O_CREAT, mode: int = 0o644) -> int:
+    """A descriptor of a plain file that the run writes, made if it is not there. Raises OSError; for a link, a fifo and the like before
+    anything is written or waited for.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError:
+        require_own(path)
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _foreign(path, "no plain file")
+    return descriptor
+
+
+def require_own(path: str | Path, kind: Callable[[int], bool] = stat.S_ISREG) -> None:
+    """Raise OSError where something else than a file of a kind has the name of what the run writes, a link above all: what it leads to is
+    not the run's.
+    """
+    try:
+        found = os.lstat(path).st_mode
+    except OSError:
+        return
+    if not kind(found):
+        raise _foreign(path, f"a link, to {Path(path).readlink()}" if stat.S_ISLNK(found) else f"no plain {_PLAIN[kind]}")
+
+
+def _foreign(path: str | Path, what: str) -> OSError:
+    return OSError(f"{path} is {what}, and a run writes there alone what is its own. Move it away")
+
+
+_PLAIN = {stat.S_ISREG: "file", stat.S_ISDIR: "folder"}
 
 
 def make_folder(path: Path) -> None:

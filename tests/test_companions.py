@@ -108,3 +108,30 @@ def test_an_index_that_is_a_fifo_and_a_shard_that_is_a_link_out_are_refused(tmp_
     (folder / "model.safetensors").symlink_to(secret)
     with pytest.raises(ContentError, match=r"model\.safetensors is a link that leads out of its folder"):
         Weights(folder, FAMILIES["gpt2"])
+
+
+def test_no_link_in_the_checkpoint_directory_is_written_through(tmp_path):
+    model, target, foreign = tmp_path / "model", tmp_path / "checkpoints", tmp_path / "foreign"
+    for folder in (model, target, foreign):
+        folder.mkdir()
+    (foreign / "tokenizer.json").write_text("precious")
+    for name in ("tokenizer.json", "config.json"):
+        (model / name).write_text("{}")
+    (tmp_path / "old/tokenizer").mkdir(parents=True)
+    (target / "tokenizer").symlink_to(foreign)
+    (target / "hf").symlink_to(foreign)
+    for name, copy in (
+        ("tokenizer", lambda: keep_tokenizer(config_for(model / "tokenizer.json", target))),
+        ("hf", lambda: keep_companions(model, target)),
+        ("tokenizer", lambda: take_along(tmp_path / "old", target)),
+    ):
+        with pytest.raises(
+            OSError, match=f"{target}/{name} is a link, to {foreign}, and a run writes there alone what is its own"
+        ):
+            copy()
+    (target / "hf").unlink()
+    (target / "hf").mkdir()
+    (target / "hf/config.json").symlink_to(foreign / "tokenizer.json")
+    with pytest.raises(OSError, match=f"{target}/hf/config.json is a link, to {foreign}/tokenizer.json"):
+        keep_companions(model, target)
+    assert (foreign / "tokenizer.json").read_text() == "precious" and len(list(foreign.iterdir())) == 1

@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 41250,
+    "tests": 41500,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

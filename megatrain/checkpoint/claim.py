@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 from megatrain.checkpoint.directory import tidy
 from megatrain.checkpoint.together import CheckpointError, together
-from megatrain.files import doing
+from megatrain.files import doing, open_own
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.transport.consensus import broadcast_text
 from megatrain.transport.owner import Owner, own
+from megatrain.untrusted import read_plain
 
 Key = Literal["checkpoint.dir", "log.dir"]
 LOCK = ".lock"
@@ -32,6 +33,8 @@ _WORDS = {"checkpoint.dir": ("saves", "/tmp/run/checkpoints"), "log.dir": ("keep
 """Key -> what a run does there, and a directory that would do."""
 _PATIENCE_SECONDS = 5.0
 """How long another node may take to see a file that rank 0 has written."""
+_LONGEST_MARK = 4096
+"""Bytes."""
 _LEAVING_SECONDS = 0.3
 """How long a lock may stay behind a process that was killed just now."""
 
@@ -59,7 +62,7 @@ class Claim:
         if self._directory is None or not self._held:
             return
         with suppress(OSError):
-            if os.path.samestat((self._directory / LOCK).stat(), os.fstat(self._held[0])):
+            if os.path.samestat((self._directory / LOCK).lstat(), os.fstat(self._held[0])):
                 return
         again, _ = _lock(self._directory, self._key, self._job)
         if again._held:  # else the disk did not answer, and the lock is there
@@ -121,7 +124,7 @@ def claim_log(directory: Path, ctx: ParallelContext, job: str = "") -> Claim:
 def taken(directory: Path, key: Key, job: str) -> str:
     """The error if a live run of another job holds a directory; "" if none does. Writes nothing."""
     try:
-        lock = os.open(directory / LOCK, os.O_RDONLY)
+        lock = open_own(directory / LOCK, os.O_RDONLY)
     except OSError:
         return ""
     try:
@@ -142,7 +145,7 @@ def _lock(directory: Path, key: Key, job: str) -> tuple[Claim, str]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        lock = open_own(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise CheckpointError(
             f"{key}={directory} cannot be written ({error.strerror or error}). Set {key} to a directory of your own, such as "
@@ -188,7 +191,7 @@ def _lock(directory: Path, key: Key, job: str) -> tuple[Claim, str]:
 
 
 def _text(lock: int) -> str:
-    return os.pread(lock, 4096, 0).decode(errors="replace")
+    return os.pread(lock, _LONGEST_MARK, 0).decode(errors="replace")
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -221,8 +224,8 @@ def _require_mark(directory: Path, mark: str) -> None:
     """Raise CheckpointError unless this rank reads the mark that rank 0 wrote."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while True:
-        with suppress(OSError):
-            if (directory / LOCK).read_text() == mark:
+        with suppress(OSError, ValueError):
+            if read_plain(directory / LOCK, _LONGEST_MARK, follow=False) == mark.encode():
                 return
         if time.monotonic() > end:
             raise CheckpointError(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_file, read_manifest
 from megatrain.checkpoint.together import DamagedCheckpointError, together
-from megatrain.files import doing
+from megatrain.files import doing, open_own
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.untrusted import read_plain
 
@@ -96,9 +96,14 @@ def _set_aside(final: Path) -> Path | None:
         aside = final.with_name(_REPLACED + final.name)
         final.rename(aside)
         return aside
-    names = (f"damaged_{final.name}" + (f"_{i}" if i else "") for i in range(10**6))
-    final.rename(next(path for path in map(final.with_name, names) if not path.exists()))
+    _keep_damaged(final)
     return None
+
+
+def _keep_damaged(path: Path) -> None:
+    """Rename what is not as a run has left it, so that nobody's work is lost."""
+    names = (f"damaged_{path.name}" + (f"_{i}" if i else "") for i in range(10**6))
+    path.rename(next(free for free in map(path.with_name, names) if not os.path.lexists(free)))
 
 
 def _whole(path: Path) -> bool:
@@ -116,19 +121,21 @@ _LONGEST_NAME = 4096
 
 
 def latest(directory: Path) -> str:
-    """The name in `latest`; "" if there is no such file, or one that holds no name."""
+    """The name in `latest`; "" if there is no such file, or one that holds no name or cannot be read: the manifests have the order."""
     file = directory / LATEST
     try:
         return read_plain(file, _LONGEST_NAME, follow=False).decode(errors="replace").strip()
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return ""
 
 
 def point_latest(checkpoint: Path) -> None:
     """Let `latest` name a checkpoint."""
-    draft = checkpoint.with_name(_LATEST_DRAFT)
+    draft, file = checkpoint.with_name(_LATEST_DRAFT), checkpoint.with_name(LATEST)
     write_file(draft, f"{checkpoint.name}\n".encode())
-    draft.replace(checkpoint.with_name(LATEST))
+    if file.is_dir() and not file.is_symlink():
+        _keep_damaged(file)
+    draft.replace(file)
     sync(checkpoint.parent)
 
 
@@ -151,19 +158,28 @@ def tidy_here(directory: Path) -> None:
     for path in list(directory.iterdir()):
         name = re.sub(r"^\.[a-z]+_", "", path.name)
         if path.name == _LATEST_DRAFT:
-            path.unlink()
+            _remove(path)
         elif not STEP_NAME.fullmatch(name):
             continue
         elif path.name == _REPLACED + name and not path.with_name(name).exists():
             path.rename(path.with_name(name))
             point_latest(path.with_name(name))
         elif path.name in (SAVING + name, _REMOVING + name, _REPLACED + name):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file or link in its place; not what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink()
 
 
 def write_file(file: Path, data: bytes) -> None:
     """Write a small file and wait until it is on the disk."""
-    with doing("writing", file), file.open("wb") as stream:
+    descriptor = open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    with doing("writing", file), os.fdopen(descriptor, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from megatrain.checkpoint.tensor_file import TensorFile
 from megatrain.checkpoint.together import CheckpointError, ContentError, DamagedCheckpointError, together
 from megatrain.config.schema import ModelConfig
 from megatrain.data.identity import hash_of, sampled
-from megatrain.files import HEAD_BYTES, brief, doing, make_folder, not_text, whole
+from megatrain.files import HEAD_BYTES, brief, doing, make_folder, not_text, require_own, whole
 from megatrain.huggingface.config import config_of, kind_from, kind_of, model_of, names_of, same_model
 from megatrain.huggingface.families import FAMILIES, Family, Part, Shapes, joined, parts_of, rows_of
 from megatrain.parallel.mesh import ParallelContext
@@ -318,6 +319,7 @@ def _write_weights(
 
 def keep_companions(source: Path, directory: Path) -> None:
     """Copy config.json and the other files of a model into a folder beside the checkpoints made from it."""
+    require_own(Path(directory) / COMPANION_FOLDER, stat.S_ISDIR)
     copy_files(source, Path(directory) / COMPANION_FOLDER, (CONFIG, *COMPANIONS))
 
 
@@ -325,7 +327,7 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | 
     """Copy the files of a folder that match, with the modes of new files. name: new name, for a pattern that matches one file.
 
     Raises ContentError for a link that leads out of the folder (but not out of the hub's cache of its repository), and for a file of
-    absurd size; OSError that names the file.
+    absurd size; OSError that names the file, or a link that stands where it would write.
     """
     found = [file for pattern in patterns for file in sorted(Path(source).glob(pattern)) if file.is_file()]
     for file in found:
@@ -340,8 +342,10 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | 
     if found:
         target.mkdir(parents=True, exist_ok=True)
     for file in found:
-        with doing("writing", target / (name or file.name)):
-            shutil.copyfile(file, target / (name or file.name))
+        place = target / (name or file.name)
+        require_own(place)
+        with doing("writing", place):
+            shutil.copyfile(file, place)
 
 
 def _json(file: Path) -> Any:

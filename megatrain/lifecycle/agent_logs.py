@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 
+from megatrain.files import open_own
 from megatrain.lifecycle.stop import errors_file
 from megatrain.stderr import say
 
@@ -80,7 +82,7 @@ class RankLogs(LogsSpecs):
         errors = {rank: text for rank, path in self._replies.items() if (text := read(errors_file(path)))}
         for rank, text in errors.items():
             errors_file(self._replies[rank]).unlink()
-            with contextlib.suppress(OSError), (self.folder / f"rank_{rank:05d}.err").open("a") as file:
+            with contextlib.suppress(OSError), os.fdopen(open_own(self.folder / f"rank_{rank:05d}.err"), "a") as file:
                 file.write(text)
         for text in distinct(errors):
             if not self._printed_by_rank_0(text):
@@ -107,10 +109,11 @@ def distinct(errors: Mapping[int, str]) -> list[str]:
 
 
 def kept(path: Path) -> Path:
-    """`path`, after a non-empty file there was renamed by adding a number."""
-    if path.exists() and path.stat().st_size:
+    """`path`, after a non-empty file there, or a link or fifo, was renamed by adding a number."""
+    found = path.lstat() if os.path.lexists(path) else None
+    if found is not None and (found.st_size or not stat.S_ISREG(found.st_mode)):
         number = 1
-        while (older := path.with_name(f"{path.name}.{number}")).exists():
+        while os.path.lexists(older := path.with_name(f"{path.name}.{number}")):
             number += 1
         path.rename(older)
     return path

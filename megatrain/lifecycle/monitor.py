@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import stat
 import sys
 import time
 from contextlib import suppress
@@ -131,7 +132,9 @@ def _record(events: str, step: str, rank: str, message: str) -> None:
         when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}+00:00"
         line = json.dumps({"event": "hang", "time": when, "step": int(step), "rank": int(rank), "message": message})
         os.makedirs(os.path.dirname(events), exist_ok=True)  # noqa: PTH103, PTH120  (as above)
-        file = os.open(events, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(events, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            return
         size = os.fstat(file).st_size
         broken = size > 0 and os.pread(file, 1, size - 1) != b"\n"
         os.write(file, ("\n" * broken + line + "\n").encode())

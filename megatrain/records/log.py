@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from megatrain.files import whole
+from megatrain.files import open_own, require_own, whole
 from megatrain.records.progress import StepBar, person_watching
 from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
 from megatrain.stderr import note
@@ -66,7 +66,7 @@ class JsonLines:
         OSError.
         """
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._file = open_own(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         self._broken = self._ends_within_a_line()
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class JsonLines:
     def gone(self) -> bool:
         """Whether the file was removed, or replaced by another, so that what is appended is lost."""
         try:
-            return not os.path.samestat(self.path.stat(), os.fstat(self._file))
+            return not os.path.samestat(self.path.lstat(), os.fstat(self._file))
         except OSError:
             return True
 
@@ -163,7 +163,8 @@ class RunLog:
                 self._if_installed("tensorboard", self._curves, start_step)
         except OSError as error:
             reason = f"log.dir={log_dir} cannot be written ({error.strerror or error})."
-            raise OSError(error.errno, f"{reason} Set log.dir to a directory of your own, such as /tmp/run.") from error
+            said = f"{reason} Set log.dir to a directory of your own, such as /tmp/run."
+            raise (OSError(said) if error.errno is None else OSError(error.errno, said)) from error
         if person_watching() if watched is None else watched:
             self._if_installed("progress bar", self._open_bar, start_step)
 
@@ -281,10 +282,12 @@ class RunLog:
     def _draw(self, references: Mapping[str, float]) -> None:
         from megatrain.records.plot import draw_loss  # noqa: PLC0415  (0.5 s that only rank 0 need spend)
 
+        require_own(self.directory / "loss.png")
         draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
 
     def _write(self, path: Path, tree: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        require_own(path)
         with whole(path, text=True) as file:
             file.write(json.dumps(finite(tree)) + "\n")
 

@@ -23,6 +23,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatrain.files import open_own
 from megatrain.records.rows import perplexity
 
 RESTORED_ROWS = 4000
@@ -40,7 +41,7 @@ class TensorBoard:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
-        self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = open_own(directory / name)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         restart = SessionLog(status=SessionLog.START)  # at step 0 too, where a run begins anew or goes back to
         self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))

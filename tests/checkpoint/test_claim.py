@@ -126,3 +126,29 @@ def test_a_lock_file_with_any_text_is_no_obstacle(tmp_path, text):
     held = claim(tmp_path, SINGLE)
     assert held.note == ""
     held.release()
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path, victim: path.symlink_to(victim), "a link, to {victim}"),
+        (lambda path, victim: path.symlink_to(victim.with_name("nowhere")), "a link, to {nowhere}"),
+        (lambda path, victim: os.mkfifo(path), "no plain file"),
+        (lambda path, victim: path.mkdir(), "no plain file"),
+    ],
+    ids=["link", "dangling", "fifo", "folder"],
+)
+@pytest.mark.parametrize("key", ["checkpoint.dir", "log.dir"])
+def test_nothing_is_written_through_a_link_in_the_place_of_the_lock_file(tmp_path, make, what, key):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    victim.write_text("precious")
+    folder.mkdir()
+    make(folder / ".lock", victim)
+    what = what.format(victim=victim, nowhere=tmp_path / "nowhere")
+    assert taken(folder, key, "") == ""
+    with pytest.raises(CheckpointError) as caught:
+        (claim if key == "checkpoint.dir" else claim_log)(folder, SINGLE)
+    assert str(caught.value).startswith(
+        f"{key}={folder} cannot be written ({folder}/.lock is {what}, and a run writes there alone what is its own. Move it away). Set"
+    )
+    assert victim.read_text() == "precious" and not (tmp_path / "nowhere").exists()

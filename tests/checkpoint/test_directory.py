@@ -70,3 +70,23 @@ def test_one_whose_manifest_cannot_be_read_stands_where_its_step_is(tmp_path, st
     assert read_manifest(state.save(SINGLE, tmp_path, 150)).serial == 4
     assert order(tmp_path) == [200, 150, 300, 100]
     assert newest(tmp_path).name == "step_00000150"
+
+
+def test_strange_things_in_the_places_of_its_files_are_put_aside_and_no_link_is_followed(tmp_path, state):
+    victim, folder = tmp_path / "victim", tmp_path / "ck"
+    victim.write_text("precious")
+    first = state.save(SINGLE, folder, 100)
+    (folder / "latest").unlink()
+    (folder / "latest").mkdir()
+    (folder / "latest/note").write_text("mine")
+    (folder / ".latest_draft").symlink_to(victim)
+    (folder / ".saving_step_00000200").symlink_to(tmp_path)
+    assert latest(folder) == "" and newest(folder) == first
+    tidy(folder, SINGLE)
+    assert latest(folder) == first.name and (folder / "damaged_latest/note").read_text() == "mine"
+    (folder / ".latest_draft").mkdir()
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to(victim)
+    second = state.save(SINGLE, folder, 200)
+    assert latest(folder) == second.name and names(folder) == ["damaged_latest", "latest", first.name, second.name]
+    assert victim.read_text() == "precious"

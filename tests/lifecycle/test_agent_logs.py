@@ -1,5 +1,6 @@
 """What workers leave to their launcher: errors that ranks share are told once, those that differ each, nothing stays behind."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,13 @@ def test_torch_tells_nothing_beside_the_launcher():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_a_link_in_the_place_of_a_ranks_output_is_kept_under_another_name(tmp_path):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "rank_00000.out").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "rank_00000.err")
+    logs_of(folder, 0)
+    assert (folder / "rank_00000.out.1").is_symlink() and (folder / "rank_00000.err.1").is_fifo()
+    assert not any((folder / f"rank_00000.{end}").exists() for end in ("out", "err"))

@@ -343,3 +343,27 @@ def test_peak_memory_is_the_high_water_mark_of_the_process_in_bytes():
     status = Path("/proc/self/status").read_text()
     high_water = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
     assert len(held) < peak_memory_bytes("cpu") == pytest.approx(high_water, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("make", [Path.symlink_to, lambda path, to: os.mkfifo(path)], ids=["link", "fifo"])
+def test_no_log_is_written_through_a_link_or_waits_for_a_fifo(tmp_path, name, make):
+    (tmp_path / "victim").write_text("precious")
+    make(tmp_path / name, tmp_path / "victim")
+    what = f"a link, to {tmp_path}/victim" if (tmp_path / name).is_symlink() else "no plain file"
+    said = f"log.dir={tmp_path} cannot be written ({tmp_path}/{name} is {what}, and a run writes there alone what is its own."
+    with pytest.raises(OSError, match="^" + re.escape(said)):
+        open_log(tmp_path, writers=())
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_link_put_in_the_place_of_a_log_during_the_run_costs_a_warning(tmp_path, capsys):
+    (tmp_path / "victim").write_text("precious")
+    with open_log(tmp_path, writers=()) as log:
+        for name in ("metrics.jsonl", "summary.json"):
+            (tmp_path / name).unlink(missing_ok=True)
+            (tmp_path / name).symlink_to(tmp_path / "victim")
+        log.step(row(1))
+        log.write("summary.json", {"a": 1})
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert f"{tmp_path}/summary.json is a link, to {tmp_path}/victim" in capsys.readouterr().err
