@@ -82,6 +82,8 @@ ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 KillWait=30
+UnkillableStepTimeout=300
+SchedulerParameters=bf_interval=3,sched_interval=5
 NodeName=n1 NodeHostname=$host NodeAddr=$address Port=$((port + 1)) CPUs=$((cores < 4 ? 4 : cores))
 NodeName=n2 NodeHostname=$host NodeAddr=$address Port=$((port + 2)) CPUs=$((cores < 4 ? 4 : cores))
 PartitionName=low Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=60

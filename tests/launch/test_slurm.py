@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[2]
 STEPS = 80
 CLUSTER = Path(os.environ.get("SLURM_CONF", "")).parent
+UP = ("idle", "comp", "alloc", "mix")
+"""States of nodes that jobs may have."""
 SCRIPTS = {"slurm.sbatch": [], "srun.sbatch": ["--ntasks-per-node", "2"]}
 """The launch scripts, with what sbatch must be told for two ranks on a node."""
 
@@ -51,9 +53,14 @@ class Submitted:
         """Until it has ended; its state."""
         deadline = time.monotonic() + seconds
         while (state := self.state()[0]) in ("PENDING", "RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING"):
-            assert time.monotonic() < deadline, f"{state}: {self.said()[-3000:]}"
+            assert time.monotonic() < deadline, f"{state}: {self.why()}: {self.said()[-3000:]}"
             time.sleep(0.3)
         return state
+
+    def why(self):
+        """What it waits for, and the state of the nodes."""
+        reason = slurm("squeue", "--noheader", "--jobs", self.number, "--format", "%r, %S")
+        return f"{reason}; {slurm('sinfo', '--noheader', '--Node', '--format', '%N %t %E')}"
 
     def said(self):
         """What the job has printed."""
@@ -245,8 +252,8 @@ def lose():
         while lost:
             node, deadline = lost.pop(), time.monotonic() + 60
             subprocess.run(["slurmd", "-N", node], check=True, timeout=60)
-            while "down" in slurm("sinfo", "--noheader", "--Node", "--nodes", node, "--format", "%t"):
-                assert time.monotonic() < deadline, f"{node} does not come back"
+            while (state := slurm("sinfo", "--noheader", "--Node", "--nodes", node, "--format", "%t").split())[0] not in UP:
+                assert time.monotonic() < deadline, f"{node} does not come back, it is {state[0]}"
                 time.sleep(0.3)
 
     lose.back = back
