@@ -119,12 +119,14 @@ def install() -> None:
     from megatrain import program
     from megatrain.checkpoint.save import Saver
     from megatrain.data.loader import Loader
+    from megatrain.transport.shared_memory import SharedSlots
 
     if ACT["what"] == "gradient":
         return spoil_gradient()
     if ACT["what"] == "clock":
         return set_clock_back(ACT["seconds"])
     before(program, "open_data", "start")
+    before(SharedSlots, "__init__", "mapping")
     before(Loader, "batch", "step")
     before(Loader, "build", "data")
     before(megatrain.watch, "evaluate", "evaluation")
