@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2350,  # its own files, without the rooms below
+    "megatrain": 2400,  # its own files, without the rooms below
     "megatrain/checkpoint": 2700,
     "megatrain/cli": 900,
     "megatrain/config": 2900,
@@ -25,11 +25,11 @@ LINES = {
     "megatrain/plan": 300,
     "megatrain/records": 1000,
     "megatrain/resuming": 850,
-    "megatrain/runtime": 1600,
+    "megatrain/runtime": 1650,
     "megatrain/testing": 1550,
     "megatrain/transport": 2700,
     "megatrain/verbs": 1350,
-    "tests": 41500,
+    "tests": 41700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

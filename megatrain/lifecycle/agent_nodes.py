@@ -29,6 +29,7 @@ from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose
 from megatrain.runtime.launch import LaunchError
 from megatrain.runtime.secret import VARIABLE as SECRET
 from megatrain.runtime.slurm import address_of
+from megatrain.runtime.variables import number_in
 from megatrain.transport.group import TransportError
 from megatrain.transport.store import await_listener, within
 
@@ -127,8 +128,8 @@ def answered(call: Callable[[], T]) -> T:
 
 
 def join_seconds() -> int:
-    """How long nodes wait for each other, in seconds: $JOIN_TIMEOUT or 600."""
-    return int(os.environ.get("JOIN_TIMEOUT") or 600)
+    """How long nodes wait for each other, in seconds: $JOIN_TIMEOUT or 600. Raises ValueError if that is no number."""
+    return number_in(os.environ, "JOIN_TIMEOUT") if os.environ.get("JOIN_TIMEOUT") else 600
 
 
 def serves_store(host: str, port: int, present: Sequence[Interface]) -> bool:

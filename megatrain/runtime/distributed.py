@@ -220,7 +220,7 @@ def cores_here() -> set[int]:
 def _set_threads(launch: Launch, device: torch.device, env: Mapping[str, str]) -> str:
     """Divide the cores among the ranks of this node, unless OMP_NUM_THREADS is set; returns text for the start-up line."""
     cores = len(cores_here())
-    share = launch.cores or max(1, cores // launch.local_world_size)
+    share = min(launch.cores, cores) if launch.cores else max(1, cores // launch.local_world_size)
     if not env.get("OMP_NUM_THREADS"):
         if launch.local_world_size > 1:
             torch.set_num_threads(share)

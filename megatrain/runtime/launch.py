@@ -6,22 +6,25 @@ is a process in the script of a SLURM job itself, or in the shell of an allocati
 
 from __future__ import annotations
 
-import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatrain.runtime.secret import VARIABLE, SecretError, shared_secret
 from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port_of_job
+from megatrain.runtime.variables import cut, number_in
 from megatrain.transport.seal import derived
 
 REPLY = "MEGATRAIN_REPLY"
 """Variable that the launch scripts set to the file for a worker's exit code."""
 SPECIAL_STEPS = 0xFFFFFFF0
 """SLURM steps from this number on were not started by srun: the batch script, a shell (interactive), helpers (extern)."""
+MOST_RANKS = 1 << 20
+"""Above every job there is; a number beyond would be a list of so many ranks before it was an error."""
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
 
 
@@ -119,6 +122,10 @@ class Launch:
 
     def check(self) -> None:
         """Raise LaunchError if the numbers contradict each other, or a job of several nodes would meet at localhost."""
+        if self.world_size > MOST_RANKS:
+            raise LaunchError(
+                f"{self.launcher}: a world of {self.world_size} ranks is more than the {MOST_RANKS:,} that can be."
+            )
         if not 0 <= self.rank < self.world_size:
             raise LaunchError(
                 f"{self.launcher}: rank {self.rank} is not in a world of {self.world_size} (0..{self.world_size - 1})."
@@ -136,18 +143,11 @@ class Launch:
             )
 
 
-LONGEST_NUMBER = 12
-"""Digits of the largest number that a variable may hold; Python itself refuses some thousands, with a message of its own."""
-
-
 def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
-    text = env.get(key)
-    if text is None and default is not None:
-        return default
-    if not re.fullmatch(rf"\s*[-+]?[0-9]{{1,{LONGEST_NUMBER}}}\s*", text or ""):
-        short = repr(text) if text is None or len(text) <= 40 else f"{text[:40]!r}... ({len(text)} letters)"
-        raise LaunchError(f"The environment variable {key}={short} is not a number.")
-    return int(text or "")
+    try:
+        return number_in(env, key, default)
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
 
 
 def _port(env: Mapping[str, str], default: int | None = None) -> int:
@@ -161,9 +161,9 @@ def _is_step(env: Mapping[str, str]) -> bool:
     """Whether srun has started this process. A batch script has SLURM_PROCID=0 too, but no ordinary step number."""
     if "SLURM_PROCID" not in env:
         return False
-    step = env.get("SLURM_STEP_ID") or env.get("SLURM_STEPID")
-    if step:
-        return not step.isdecimal() or int(step) < SPECIAL_STEPS
+    key = "SLURM_STEP_ID" if env.get("SLURM_STEP_ID") else "SLURM_STEPID"
+    if step := env.get(key):
+        return not step.isdecimal() or _number(env, key) < SPECIAL_STEPS
     in_job = "SLURM_JOB_ID" in env and "SLURM_JOB_NODELIST" in env  # else the variables were set by hand
     return env["SLURM_PROCID"] != "0" or "SLURM_STEP_NUM_TASKS" in env or not in_job
 
@@ -181,7 +181,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
     needed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [key for key in needed if not env.get(key)]
     if missing:
-        present = ", ".join(f"{key}={env[key]}" for key in needed if env.get(key)) or "nothing"
+        present = ", ".join(f"{key}={cut(env[key])}" for key in needed if env.get(key)) or "nothing"
         raise LaunchError(
             f"The launcher's variables are incomplete: {', '.join(missing)} missing ({present} set). Start with "
             "torchrun --nproc-per-node N -m megatrain train ..., or set all six, or for one process unset RANK and WORLD_SIZE."
@@ -237,7 +237,7 @@ def _from_srun(env: Mapping[str, str], hostnames: Callable[[str], list[str]]) ->
         master_port=_port(env, port_of_job(_number(env, "SLURM_JOB_ID", 0))),
         launcher="srun",
         job=env.get("SLURM_JOB_ID", ""),
-        cores=_number(env, "SLURM_CPUS_PER_TASK", 0) or None,
+        cores=max(_number(env, "SLURM_CPUS_PER_TASK", 0), 0) or None,
     )
 
 
@@ -246,8 +246,8 @@ def _local_tasks(env: Mapping[str, str], size: int, nodes: int) -> int:
     text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
     if text:
         counts, node = expand_tasks(text), _number(env, "SLURM_NODEID", 0)
-        if node >= len(counts):
-            raise ValueError(f"SLURM_NODEID={node} is not among the {len(counts)} nodes of SLURM_TASKS_PER_NODE={text}")
+        if not 0 <= node < len(counts):
+            raise ValueError(f"SLURM_NODEID={node} is not among the {len(counts)} nodes of SLURM_TASKS_PER_NODE={cut(text)}")
         return counts[node]
     nodes = _number(env, "SLURM_NNODES", nodes)
     if size % max(nodes, 1):
@@ -258,7 +258,9 @@ def _local_tasks(env: Mapping[str, str], size: int, nodes: int) -> int:
 def _hostnames(nodes: str) -> list[str]:
     """The host names of a node list: by scontrol where it is installed, else by `expand_nodes`."""
     if shutil.which("scontrol"):
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=False)
-        if done.returncode == 0 and done.stdout.split():
-            return done.stdout.split()
+        command = ["scontrol", "show", "hostnames", nodes]
+        with suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+            if done.returncode == 0 and done.stdout.split():
+                return done.stdout.split()
     return expand_nodes(nodes)

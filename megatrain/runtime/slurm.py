@@ -1,7 +1,12 @@
-"""Reads SLURM's short forms: node lists, task counts, and the end of a job."""
+"""Reads SLURM's short forms: node lists, task counts, and the end of a job.
+
+A short form may stand for more than a machine holds: what it comes to is counted before anything is made of it.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import shutil
 import socket
@@ -9,6 +14,12 @@ import subprocess
 import time
 from collections.abc import Mapping
 
+from megatrain.runtime.variables import DIGITS, cut
+
+MOST_NODES = 1 << 16
+"""SLURM itself has at most 65,533."""
+LONGEST_NAME = 253
+"""Letters of a host name (RFC 1035)."""
 ASK_SECONDS = 30
 """Time limit for an answer of the controller, which may be busy."""
 
@@ -16,21 +27,29 @@ ASK_SECONDS = 30
 def expand_nodes(nodes: str) -> list[str]:
     """Host names of a SLURM node list: `a[1-2,07],b` is a1, a2, a07, b; zeros and several brackets in one name are kept.
 
-    Raises ValueError where the text is no node list.
+    Raises ValueError where the text is no node list, or one of more than MOST_NODES.
     """
-    hosts = [host for part in _split_outside_brackets(nodes) for host in _expand_one(part)]
+    hosts: list[str] = []
+    for part in _split_outside_brackets(nodes):
+        pieces = [_ranges(text) if n % 2 else text for n, text in enumerate(re.split(r"\[([^\[\]]*)\]", part.strip()))]
+        if sum(_length(piece) for piece in pieces) > LONGEST_NAME:
+            raise ValueError(f"{cut(nodes)} has a name of more than {LONGEST_NAME} letters, which no host has")
+        _require_few(nodes, len(hosts) + math.prod(1 if isinstance(piece, str) else _count(piece) for piece in pieces))
+        choices = [[piece] if isinstance(piece, str) else _numbers(piece) for piece in pieces]
+        hosts += ["".join(chosen) for chosen in itertools.product(*choices)]
     if not hosts:
-        raise ValueError(f"{nodes!r} names no node")
+        raise ValueError(f"{cut(nodes)} names no node")
     return hosts
 
 
 def expand_tasks(tasks: str) -> list[int]:
-    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1. Raises ValueError if the text is not such a list."""
+    """Tasks of each node: `2(x3),1` is 2, 2, 2, 1. Raises ValueError if the text is not such a list, or one of more than MOST_NODES."""
     counts: list[int] = []
     for part in tasks.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        match = re.fullmatch(rf"({DIGITS})(?:\(x({DIGITS})\))?", part.strip())
         if match is None:
-            raise ValueError(f"{tasks!r} is no list of task counts such as 2(x3),1")
+            raise ValueError(f"{cut(tasks)} is no list of task counts such as 2(x3),1")
+        _require_few(tasks, len(counts) + int(match[2] or 1))
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -63,7 +82,7 @@ def job_end(env: Mapping[str, str]) -> float | None:
     if said is not None:
         return time.mktime(time.strptime(said[1], "%Y-%m-%dT%H:%M:%S"))
     end = env.get("SLURM_JOB_END_TIME", "")
-    return float(end) if end.isdecimal() and int(end) > 0 else None
+    return float(end) if re.fullmatch(DIGITS, end) and int(end) > 0 else None
 
 
 def _ask_controller(*words: str) -> str:
@@ -79,24 +98,37 @@ def _ask_controller(*words: str) -> str:
 def _split_outside_brackets(nodes: str) -> list[str]:
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", nodes)
     if ",".join(parts) != nodes.strip():
-        raise ValueError(f"{nodes!r} is no node list such as node[01-04,07],login1")
+        raise ValueError(f"{cut(nodes)} is no node list such as node[01-04,07],login1")
     return parts
 
 
-def _expand_one(part: str) -> list[str]:
-    """All names of one part of a node list: its first bracket is replaced by each of its numbers, then the rest is expanded likewise."""
-    head, bracket, rest = part.partition("[")
-    if not bracket:
-        return [part.strip()]
-    inside, _, tail = rest.partition("]")
-    return [head.strip() + number + end for number in _expand_numbers(inside) for end in _expand_one(tail)]
+_Ranges = list[tuple[int, range]]
+"""The inside of a bracket: (digits, numbers) of each of its parts."""
 
 
-def _expand_numbers(numbers: str) -> list[str]:
-    result = []
-    for part in numbers.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+def _ranges(inside: str) -> _Ranges:
+    found = []
+    for part in inside.split(","):
+        match = re.fullmatch(rf"({DIGITS})(?:-({DIGITS}))?", part)
         if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
-            raise ValueError(f"{part!r} is no range of node numbers such as 01-04")
-        result += [str(n).zfill(len(match[1])) for n in range(int(match[1]), int(match[2] or match[1]) + 1)]
-    return result
+            raise ValueError(f"{cut(part)} is no range of node numbers such as 01-04")
+        found.append((len(match[1]), range(int(match[1]), int(match[2] or match[1]) + 1)))
+    return found
+
+
+def _length(piece: str | _Ranges) -> int:
+    """Letters of a piece of a name, or of the longest number in its place."""
+    return len(piece) if isinstance(piece, str) else max(max(digits, len(str(numbers[-1]))) for digits, numbers in piece)
+
+
+def _count(ranges: _Ranges) -> int:
+    return sum(len(numbers) for _, numbers in ranges)
+
+
+def _numbers(ranges: _Ranges) -> list[str]:
+    return [str(n).zfill(digits) for digits, numbers in ranges for n in numbers]
+
+
+def _require_few(text: str, nodes: int) -> None:
+    if nodes > MOST_NODES:
+        raise ValueError(f"{cut(text)} stands for more than {MOST_NODES:,} nodes")

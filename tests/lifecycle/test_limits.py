@@ -79,6 +79,7 @@ def test_no_end_is_no_limit(clock):
         ("JobId=7 EndTime=Unknown", {}, None),
         ("", {"SLURM_JOB_END_TIME": "1795293048"}, 1795293048.0),
         ("", {"SLURM_JOB_END_TIME": "never"}, None),
+        ("", {"SLURM_JOB_END_TIME": "9" * 5000}, None),
     ],
 )
 def test_the_end_of_a_job(monkeypatch, said, env, end):
