@@ -316,9 +316,9 @@ class Watch:
                 f"the last checkpoint is {directory / latest(directory)}"
             )
         message = broadcast_text(message, self.job.ctx.world.group, self.job.ctx.device)
+        self._event("diverged", bad.last, message=message, samples=list(window), **looks)
         if launch.local_rank == 0:
             write_marker(Path(self.config.log.dir, DIVERGED), launch, message, bad.last)
-        self._event("diverged", bad.last, message=message, samples=list(window), **looks)
         return Diverged(message)
 
     def audited(self, error: AuditError) -> None:
@@ -369,9 +369,9 @@ class Watch:
         """Log that the run was told to stop and is saved; on every node, leave the marker that launch scripts look for."""
         self.stopwatch.finish()
         launch = self.job.session.launch
+        self._event("signal", message=why)
         if launch.local_rank == 0:
             write_marker(Path(self.config.log.dir, PREEMPTED), launch, why, self.job.step)
-        self._event("signal", message=why)
         self.keeper.close(ended=True)
         self.log.say(f"stopped at step {self.job.step} with a checkpoint saved; the same command goes on from there")
 

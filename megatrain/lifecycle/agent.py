@@ -41,8 +41,7 @@ def _end_at_start(number: int, frame: FrameType | None) -> NoReturn:
 
 def say_stopped(marker: Path, number: int) -> None:
     """Write the marker that a job script looks for, in place of workers that could not."""
-    with contextlib.suppress(OSError):
-        write_marker(marker, Launch(), signal.Signals(number).name, None)
+    write_marker(marker, Launch(), signal.Signals(number).name, None)
 
 
 HEARD = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup

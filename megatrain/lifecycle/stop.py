@@ -29,7 +29,6 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from megatrain.files import doing
 from megatrain.runtime.launch import REPLY, Launch
 from megatrain.stderr import say
 from megatrain.untrusted import parse_json, read_plain
@@ -134,10 +133,7 @@ class StopRequest:
         if self._marker is not None and self._launch is not None and self.signal is not None:
             if self.signal == signal.SIGTERM and self._launch.launcher != "none":
                 os._exit(128 + self.signal)
-            try:
-                write_marker(self._marker, self._launch, self.signal.name, None)
-            except OSError as error:
-                say(f"megatrain: {self._marker} could not be written: {error}")
+            write_marker(self._marker, self._launch, self.signal.name, None)
             say(f"megatrain: {self.signal.name} came before the first step: nothing is to be saved; the same command goes on")
             reply(self._launch, os.EX_TEMPFAIL)
         os._exit(os.EX_TEMPFAIL)
@@ -155,13 +151,18 @@ def hold_signals() -> None:
 def write_marker(marker: Path, launch: Launch, why: str, step: int | None) -> None:
     """Write the marker: this job stops early. why: the signal's name, or the limit; step: the last one trained, None if none was.
 
-    One rank of each node writes it, since log.dir may not be shared. Raises OSError.
+    One rank of each node writes it, since log.dir may not be shared. Where it cannot be written (a full disk), which must not change how
+    the process ends, stderr says so.
     """
-    marker.parent.mkdir(parents=True, exist_ok=True)
     part = marker.with_name(f".{marker.name}.{launch.rank}.{os.getpid()}")
-    with doing("writing", marker):
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps({"why": why, "step": step, "time": time.time(), "job": launch.job}) + "\n")
         part.replace(marker)
+    except OSError as error:
+        say(f"warning: {marker} could not be written ({error.strerror or error}); the exit code holds without it")
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def reply(launch: Launch, code: int) -> int:

@@ -1,11 +1,14 @@
 """The request to stop: what each signal does at the start, while training and at the end, whatever the main thread does."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -130,6 +133,17 @@ def test_signals_held_across_exec_are_not_lost(tmp_path):
     command = [sys.executable, "-c", code, PROGRAM, str(tmp_path / PREEMPTED), "starting"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 75 and "SIGUSR2 came before the first step" in done.stderr
+
+
+@pytest.mark.parametrize("broken", ["written", "made"])
+def test_a_marker_that_cannot_be_written_changes_no_end(tmp_path, monkeypatch, capfd, broken):
+    """As on a full disk: neither where the file is nor where its directory would be."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "write_text" if broken == "written" else "mkdir", Mock(side_effect=full))
+    marker = tmp_path / PREEMPTED
+    write_marker(marker, TORCHRUN, "SIGTERM", 7)
+    said = f"warning: {marker} could not be written (No space left on device); the exit code holds without it\n"
+    assert capfd.readouterr().err == said and list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_of_a_stopping_job_is_told_from_others(tmp_path):
