@@ -102,9 +102,9 @@ class State:
     """One rank's report during an alarm."""
 
     rank: int
-    doing: Literal["waiting", "busy", "blocked", "failed", "raised", "left"]
+    doing: Literal["waiting", "busy", "blocked", "failed", "raised", "left", "overwritten"]
     """waiting: in a call; busy: in no call; blocked: a thread of it waits for a disk; failed: its transport broke; raised: ended by an
-    exception; left: finished."""
+    exception; left: finished; overwritten: a process that is not of this job wrote in its place, which proves nothing against it."""
     detail: str = ""
     """The call as text, the error, or the section of the run that it is in."""
     axis: str = ""
@@ -146,6 +146,7 @@ class State:
             "failed": f"failed: {self.detail}",
             "raised": f"ended with {self.detail}",
             "left": "has left the run",
+            "overwritten": "could not be heard: a process that is not of this job has written in its place",
         }
         return f"rank {self.rank} {said[self.doing]}"
 

@@ -318,55 +318,71 @@ class Guard:
             return judge({state.rank: state}, {}, 1), True
         if self._server is not None and self._server.condition() in ("gone", "stopped"):
             raise TransportError(f"{self._server} is {self._server.condition()}")
-        board = self._write_state(state)
-        if board.count("alarms") > 1:
+        board, fresh = self._write_state(state)
+        try:
+            return self._verdict_at(board)
+        except TransportError:
+            if fresh:
+                raise
+        return self._verdict_at(self._write_anew(state))  # a connection may fail where the store does not
+
+    def _verdict_at(self, board: Board) -> tuple[Verdict, bool]:
+        """The verdict of the first rank to raise the alarm; this rank's if it is that one, or nothing is heard. Raises TransportError."""
+        if board.claim("judge", str(self._rank)) != str(self._rank):
             text = board.wait("verdict", VERDICT_SECONDS)
             if text is not None:
                 return Verdict.parse(text), False
-        # This rank is the first, or the first has died, or a stranger has counted.
         board.write_all([f"wake/{rank}" for rank in range(self._size)], "alarm")
         verdict = self._reach_verdict(board)
         board.write("verdict", verdict.as_json())
         return verdict, True
 
-    def _write_state(self, state: State) -> Board:
-        """Write this rank's state; returns the board that it was written to. Raises TransportError."""
-        key, text = f"state/{state.rank}", state.text()
+    def _write_state(self, state: State) -> tuple[Board, bool]:
+        """Write this rank's state; returns the board that it was written to, and whether that is a fresh one. Raises TransportError."""
         if self._board is not None:
             try:
-                self._board.write(key, text)
-                return self._board
+                self._board.write(f"state/{state.rank}", state.text())
+                return self._board, False
             except TransportError:
                 if self._session is None:  # just opened: another would fare no better
                     raise
-        # The network may have dropped a connection that was idle for days.
+        return self._write_anew(state), True  # the network may have dropped a connection that was idle for days
+
+    def _write_anew(self, state: State) -> Board:
+        """Write this rank's state over a connection made now. Raises TransportError."""
         board = within(STORE_SECONDS, self._open_board, STORE)
-        board.write(key, text)
+        board.write(f"state/{state.rank}", state.text())
         return board
 
     def _reach_verdict(self, board: Board) -> Verdict:
         """Judge the states that ranks write within STATES_SECONDS. Raises TransportError."""
         keys = [f"state/{rank}" for rank in range(self._size)]
         began, looked = time.monotonic(), False
-        while time.monotonic() < began + STATES_SECONDS and not board.complete(keys):
+        while True:
+            waited = time.monotonic() - began
+            if waited > STATES_SECONDS or board.complete(keys) or (waited > SURE_SECONDS and not looked):
+                looked = looked or waited > SURE_SECONDS
+                states, silent, overwritten = self._heard(board, keys)
+                ended = {rank for rank, one in silent.items() if one.condition() in ("gone", "stopped")}
+                if waited > STATES_SECONDS or len(states) + len(ended) == self._size:
+                    hidden = {rank: State(rank, "overwritten") for rank in overwritten if rank not in ended}
+                    return judge(states | hidden, silent, self._size)
             time.sleep(0.1)
-            if not looked and time.monotonic() > began + SURE_SECONDS:
-                looked = True
-                states, silent = self._heard(board, keys)
-                if len(states) + sum(one.condition() in ("gone", "stopped") for one in silent.values()) == self._size:
-                    return judge(states, silent, self._size)  # nobody is left to wait for
-        return judge(*self._heard(board, keys), self._size)
 
-    def _heard(self, board: Board, keys: list[str]) -> tuple[dict[int, State], dict[int, Identity]]:
-        """(states that ranks have written so far, identities of the others), by rank. Raises TransportError."""
-        texts = board.read_all(keys)
-        states = {rank: State.parse(texts[key]) for rank, key in enumerate(keys) if key in texts}
+    def _heard(self, board: Board, keys: list[str]) -> tuple[dict[int, State], dict[int, Identity], list[int]]:
+        """States that ranks have written so far, and identities of the others, by rank; the ranks in whose place a stranger wrote.
+
+        Raises TransportError.
+        """
+        texts = board.look(keys)
+        states = {rank: State.parse(text) for rank, key in enumerate(keys) if (text := texts.get(key)) is not None}
         missing = [rank for rank in range(self._size) if rank not in states]
+        overwritten = [rank for rank in missing if keys[rank] in texts]
         if self._roll is not None:
-            return states, {rank: self._roll.identities[rank] for rank in missing}
+            return states, {rank: self._roll.identities[rank] for rank in missing}, overwritten
         silent = board.read_all([f"identity/{rank}" for rank in missing])
         identities = [Identity.parse(text) for text in silent.values()]
-        return states, {identity.rank: identity for identity in identities}
+        return states, {identity.rank: identity for identity in identities}, overwritten
 
     def _is_ours(self, identity: Identity) -> bool:
         """Whether a process named in the store is a rank's for sure: it answered the roll, or, before that, knew the secret."""

@@ -3,7 +3,8 @@
 Each board is a connection of its own: the connections of torch.distributed may be blocked in a call that hangs, which is just
 when a board is needed. No call waits longer than it was told to, even where the machine that serves the store stands still.
 
-Texts are sealed (`seal.py`): what a stranger writes is not seen.
+Texts are sealed (`seal.py`): what a stranger writes is not seen. Nothing is counted in the store: a counter has no seal, and on one that a
+stranger has set to a word, torch's store ends the connection of whoever adds to it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _SLICE_SECONDS = 3600.0
 """A wait without a time limit is repeated in slices of this length."""
 _STRANGER_SECONDS = 0.5
 """How long after a stranger's text the same key is looked at again."""
+_CLAIMS = 8
+"""How often a key is claimed again from strangers."""
 
 
 class Board:
@@ -60,9 +63,18 @@ class Board:
         sealed = self._seal.close(key, text)
         within(self._seconds, lambda: self._store.set(key, sealed), STORE)
 
-    def count(self, key: str) -> int:
-        """Add one to a counter and return it: 1 for the first to come. Raises TransportError."""
-        return int(within(self._seconds, lambda: self._store.add(key, 1), STORE))
+    def claim(self, key: str, text: str) -> str:
+        """The text of the rank that came first of those that claim the key, each with its own text. Raises TransportError.
+
+        One message, and two more where a stranger has set the key: his text is replaced. Who overwrites it all the time lets each have it.
+        """
+        mine = self._seal.close(key, text)
+        for _ in range(_CLAIMS):
+            found = within(self._seconds, lambda: self._store.compare_set(key, "", mine), STORE)
+            if (said := self._seal.open(key, found)) is not None:
+                return said
+            within(self._seconds, partial(self._store.compare_set, key, found, mine), STORE)  # type: ignore[arg-type]  # no text perhaps
+        return text
 
     def write_all(self, keys: Sequence[str], text: str) -> None:
         """Set many keys to one text. Raises TransportError."""
@@ -71,24 +83,27 @@ class Board:
             within(self._seconds, partial(self._store.multi_set, part, sealed), STORE)  # type: ignore[attr-defined]
 
     def read_all(self, keys: Sequence[str]) -> dict[str, str]:
-        """The texts of those `keys` that are set. Raises TransportError.
+        """The texts of those `keys` that ranks have set. Raises TransportError."""
+        return {key: text for key, text in self.look(keys).items() if text is not None}
+
+    def look(self, keys: Sequence[str]) -> dict[str, str | None]:
+        """The texts of those `keys` that are set, None for a stranger's. Raises TransportError.
 
         If all keys of a part are set, one message reads them; else the part is halved: each missing key costs a few messages.
         """
-        found: dict[str, str] = {}
+        found: dict[str, str | None] = {}
         parts = list(_parts(keys))
         while parts:
             part = parts.pop()
             if self.complete(part):
                 texts = within(self._seconds, partial(self._store.multi_get, part), STORE)
-                opened = {key: self._seal.open(key, text) for key, text in zip(part, texts, strict=True)}
-                found |= {key: text for key, text in opened.items() if text is not None}
+                found |= {key: self._seal.open(key, text) for key, text in zip(part, texts, strict=True)}
             elif len(part) > 1:
                 parts += [part[: len(part) // 2], part[len(part) // 2 :]]
         return found
 
     def complete(self, keys: Sequence[str]) -> bool:
-        """Whether all of the keys are set. Raises TransportError."""
+        """Whether all of the keys are set, be it by a stranger. Raises TransportError."""
         return all(within(self._seconds, partial(self._store.check, part), STORE) for part in _parts(keys))
 
     def wait(self, key: str, seconds: float | None = None) -> str | None:

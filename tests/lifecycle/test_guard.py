@@ -184,7 +184,7 @@ def test_a_stranger_at_the_store_ends_kills_and_prints_nothing(tmp_path):
             Board(PrefixStore(names, store), 4.0),
             Board(PrefixStore(names, store), 4.0, key),
         ):  # without a key, and an old one
-            board.count("alarms")
+            board.write("judge", "1")
             board.write("verdict", verdict)
             board.write("identity/1", victim.text())
             for rank in (0, 1):
