@@ -10,9 +10,9 @@ LINES = {
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2400,  # its own files, without the rooms below
-    "megatrain/checkpoint": 2700,
+    "megatrain/checkpoint": 3050,
     "megatrain/cli": 900,
-    "megatrain/config": 2900,
+    "megatrain/config": 2950,
     "megatrain/data": 4350,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -24,12 +24,12 @@ LINES = {
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,
     "megatrain/records": 1000,
-    "megatrain/resuming": 850,
+    "megatrain/resuming": 900,
     "megatrain/runtime": 1650,
     "megatrain/testing": 1550,
-    "megatrain/transport": 2700,
+    "megatrain/transport": 3050,
     "megatrain/verbs": 1350,
-    "tests": 41700,
+    "tests": 42300,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

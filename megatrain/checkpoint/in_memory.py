@@ -6,8 +6,11 @@
     then                  older copies are removed, once every machine has the new one
 
 A copy is a checkpoint whose files are spread over the machines: each holds those of its ranks, and a manifest of all. So loading, layouts
-and checksums are those of any checkpoint (load.py); a rank that needs a file of another machine finds it missing, and the run goes on from
-the disk. A machine holds up to two copies of what its ranks save, and the blocks.
+and checksums are those of any checkpoint (load.py).
+
+Where there are several machines, each also keeps the files of another (machines.py), for its loss: a rank's thread, once it has written its
+files, hands them to a rank there (transport/handover.py), and the copy serves when all have arrived. newest_copy.py finds what is left of a
+copy after a machine was lost. A machine holds up to two copies of what its ranks save, and the blocks; with those of another machine, four.
 """
 
 from __future__ import annotations
@@ -17,17 +20,31 @@ import shutil
 import time
 from concurrent import futures
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatrain.checkpoint.directory import SAVING, write_file
-from megatrain.checkpoint.manifest import MANIFEST, STEP_NAME, Manifest, open_file, read_manifest, step_name
+from megatrain.checkpoint.machines import Machines
+from megatrain.checkpoint.manifest import MANIFEST, step_name
+from megatrain.checkpoint.newest_copy import steps_in
 from megatrain.checkpoint.save import Contents, Files, manifest_of, plan_files, rows_of
-from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
+from megatrain.checkpoint.together import CheckpointError, together
 from megatrain.checkpoint.writing import Staging, Writer
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.portion import Portions
 from megatrain.transport.consensus import gather_texts
+from megatrain.transport.group import TransportError
+from megatrain.transport.handover import Handover, Parcel
+
+
+class Peers(NamedTuple):
+    """How a rank's files come to another machine."""
+
+    machines: Machines
+    handover: Handover
+    seconds: float
+    """Limit of handing over one copy."""
 
 
 class _Pending(NamedTuple):
@@ -42,9 +59,11 @@ class _Pending(NamedTuple):
 class Copies:
     """The copies of one run. Every rank has one, and calls alike."""
 
-    def __init__(self, folder: Path, ctx: ParallelContext, *, leads: bool, staging_bytes: int) -> None:
-        """folder: in shared memory, the same on all ranks of a machine, of which one `leads`."""
-        self.folder, self.ctx, self._leads = folder, ctx, leads
+    def __init__(
+        self, folder: Path, ctx: ParallelContext, *, leads: bool, staging_bytes: int, peers: Peers | None = None
+    ) -> None:
+        """folder: in shared memory, the same on all ranks of a machine, of which one `leads`. peers: where others keep files too."""
+        self.folder, self.ctx, self._leads, self._peers = folder, ctx, leads, peers
         self.writer = Writer(Staging(staging_bytes, ctx.device))
         self._pending: _Pending | None = None
 
@@ -61,6 +80,8 @@ class Copies:
                 for left in self.folder.glob(f"{SAVING}*"):
                     shutil.rmtree(left)
                 work.mkdir()
+            if self._peers is not None:
+                self._peers.handover.expect(work.name, work)
         files = plan_files(work, portions, self.ctx)
         with together(self.ctx):
             need, free = sum(file.size for file in files.values()), shutil.disk_usage(self.folder).free
@@ -69,12 +90,26 @@ class Copies:
             with self.writer.copying(first=True):
                 for file in files.values():
                     self.writer.write(file)
-        self._pending = _Pending(contents, portions, files, self.writer.then(_raise))
+        self._pending = _Pending(contents, portions, files, self.writer.then(partial(self._written, work.name, files)))
+
+    def _written(self, label: str, files: Files, failure: BaseException | None) -> None:
+        """In the thread: hand the files that are written to another machine. Raises CheckpointError, or the failure to write them."""
+        if failure is not None:
+            raise failure
+        receiver = None if self._peers is None else self._peers.machines.receiver(self.ctx.world.rank)
+        if self._peers is not None and receiver is not None:
+            parcels = [Parcel(file.path, file.size, tuple(file.blocks)) for file in files.values()]
+            try:
+                self._peers.handover.send(receiver, label, parcels, self._peers.seconds)
+            except TransportError as error:
+                raise CheckpointError(
+                    f"{error}. With checkpoint.in_memory_peer=false each machine keeps its own alone."
+                ) from error
 
     def publish(self) -> None:
         """Let the copy that is being written serve, and remove older ones (collective); nothing where none is.
 
-        Raises CheckpointError on every rank where one could not write its part.
+        Raises CheckpointError on every rank where one could not write its part, or hand it to another machine.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -85,6 +120,7 @@ class Copies:
         rows = [json.loads(text) for text in gather_texts(json.dumps(mine), self.ctx.world.group, self.ctx.device)]
         final = self.folder / step_name(pending.contents.step)
         with together(self.ctx):
+            self._check_taken(rows)
             if self._leads:
                 # The same bytes on every machine, by which a copy is known.
                 manifest = manifest_of(pending.contents, rows, self.ctx, self.writer.staging.block_bytes, 0, rows[0]["time"])
@@ -92,9 +128,18 @@ class Copies:
                 shutil.rmtree(final, ignore_errors=True)
                 (self.folder / (SAVING + final.name)).rename(final)
         if self._leads:  # now that every machine has the new one
-            for path in _steps(self.folder):
+            for path in steps_in(self.folder):
                 if path != final:
                     shutil.rmtree(path, ignore_errors=True)
+
+    def _check_taken(self, rows: list[dict[str, Any]]) -> None:
+        """Raise CheckpointError unless this rank has all that others were to hand it, as the rows of all ranks say."""
+        if self._peers is None:
+            return
+        for giver in self._peers.machines.givers(self.ctx.world.rank):
+            for row in rows[giver]["files"]:
+                if self._peers.handover.taken.get(row["name"]) != (row["bytes"], tuple(row["blocks"])):
+                    raise CheckpointError(f"{row['name']} of rank {giver} has not come, or not as rank {giver} describes it")
 
     def forget(self) -> None:
         """Remove the copies, and the one that is being written (collective)."""
@@ -104,50 +149,13 @@ class Copies:
                 futures.wait([pending.written])
         with together(self.ctx):
             if self._leads and self.folder.is_dir():
-                for path in [*_steps(self.folder), *self.folder.glob(f"{SAVING}*")]:
+                for path in [*steps_in(self.folder), *self.folder.glob(f"{SAVING}*")]:
                     shutil.rmtree(path, ignore_errors=True)
 
     def close(self, *, remove: bool) -> None:
         """End the thread. remove: the copies too, as the run has come to an end; else a later start may need them."""
+        if self._peers is not None:
+            self._peers.handover.close()  # first, so that the thread does not wait for another machine
         self.writer.close()
         if remove and self._leads:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _raise(failure: BaseException | None) -> None:
-    if failure is not None:
-        raise failure
-
-
-def _steps(folder: Path) -> list[Path]:
-    """The copies in a folder."""
-    return [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
-
-
-def newest_copy(folder: Path, ctx: ParallelContext) -> tuple[Path, Manifest] | None:
-    """Find the newest copy that every machine has, whose manifest is the same on all (collective); None if there is none."""
-    here: dict[str, str] = {}
-    with together(ctx):
-        for path in _steps(folder):
-            try:
-                here[path.name] = read_manifest(path).checksum
-            except DamagedCheckpointError:
-                continue
-    everywhere = [json.loads(text) for text in gather_texts(json.dumps(here), ctx.world.group, ctx.device)]
-    common = [name for name, sum_ in here.items() if all(there.get(name) == sum_ for there in everywhere)]
-    if not common:
-        return None
-    path = folder / max(common, key=lambda name: int(name.rpartition("_")[2]))
-    return path, read_manifest(path)
-
-
-def verify_copy(path: Path, manifest: Manifest, ctx: ParallelContext, share: tuple[int, int]) -> None:
-    """Check every byte of the files of a copy that this machine has (collective), before any state is overwritten.
-
-    share: (place of this rank among the ranks of its machine, their number). Raises DamagedCheckpointError on every rank.
-    """
-    place, size = share
-    with together(ctx):
-        present = [row for row in manifest.files if (path / row.name).exists()]
-        for row in present[place::size]:
-            open_file(path, row, manifest.block_bytes).verify_all()

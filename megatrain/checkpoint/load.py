@@ -190,16 +190,7 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
     require_same(str(path), f"the checkpoint of step {manifest.step} with the checksum {manifest.checksum}", ctx)
     if ctx.world.rank == 0:
         tell_unknown(path, manifest)
-    for kind in portions:
-        names = set(portions[kind])
-        for axis in (ctx.dp_cp, ctx.pp):
-            names = {
-                name for text in gather_texts(json.dumps(sorted(names)), axis.group, ctx.device) for name in json.loads(text)
-            }
-        with together(ctx):
-            if names:
-                _check_kind(manifest, kind)
-            _check_names(manifest, kind, names)
+    check_contents(manifest, portions, ctx)
     with ExitStack() as opened:
         with together(ctx):
             targets = _targets(manifest, portions, ctx)
@@ -214,6 +205,25 @@ def load(path: Path, portions: Portions, ctx: ParallelContext, *, check: bool = 
             for target in rest:
                 _fill(target, files)
     return manifest
+
+
+def check_contents(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> None:
+    """Raise ContentError on every rank unless a checkpoint has the kinds and tensors of the ranks' portions (collective)."""
+    for kind in portions:
+        names = set(portions[kind])
+        for axis in (ctx.dp_cp, ctx.pp):
+            names = {
+                name for text in gather_texts(json.dumps(sorted(names)), axis.group, ctx.device) for name in json.loads(text)
+            }
+        with together(ctx):
+            if names:
+                _check_kind(manifest, kind)
+            _check_names(manifest, kind, names)
+
+
+def needed_files(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> set[str]:
+    """Names of the files that this rank's portions are loaded from. Raises ContentError where shapes or dtypes do not fit."""
+    return {row.name for row in _rows(_targets(manifest, portions, ctx))}
 
 
 def read_weights(path: Path, *, check: bool = True) -> dict[str, torch.Tensor]:

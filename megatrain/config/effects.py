@@ -108,6 +108,7 @@ IN_STEPS = Effect("train.tokens is null", ("train.tokens",), lambda config: conf
 ROLLS_BACK = where("train.on_spike", "rollback")
 BF16, FP16 = where("train.precision", "bf16"), where("train.precision", "fp16")
 KEPT = above("checkpoint.keep", 0)
+COPIED = above("checkpoint.in_memory_every", 0)
 COMPARED = above("log.stragglers_every", 0)
 FROM_A_PATH = Effect(
     "checkpoint.resume is a path", ("checkpoint.resume",), lambda config: config.checkpoint.resume not in ("auto", "never")

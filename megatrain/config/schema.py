@@ -367,8 +367,15 @@ class CheckpointConfig:
     )
     in_memory_every: int = knob(
         0,
-        "Steps between copies of the state in shared memory, from which torchrun's --max-restarts goes on; 0 means none.",
+        "Steps between copies of the state in shared memory, from which torchrun's --max-restarts goes on; 0 means none. A machine "
+        "holds up to two copies of what its ranks save.",
         at_least=0,
+    )
+    in_memory_peer: bool = knob(
+        True,
+        "Where a run has several machines, each keeps a copy of another's state as well, for its loss: twice the shared memory, and "
+        "a step after a copy may wait for the network.",
+        effects.COPIED,
     )
     resume: str = knob(
         "auto",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatrain.config.schema import ModelConfig
+from megatrain.config.schema import Config, ModelConfig
 from megatrain.parallel.zero import IN_FLIGHT
 
 STATISTICS_BYTES = 4
@@ -107,4 +107,27 @@ def state_bytes(
         weight / (shards if stage >= 3 else 1),
         wide / (shards if stage >= 2 else 1),
         (masters + states) / (shards if stage >= 1 else 1),
+    )
+
+
+def copy_bytes(precision: Literal["bf16", "fp16", "fp32", "fp64"] = "bf16", optimizer: str = "adamw") -> int:
+    """Bytes a trainable parameter in a checkpoint, or a copy in memory: masters, or weights without them, and the optimizer's states.
+
+    Split masters are saved whole. All ranks together save each parameter once.
+    """
+    return (8 if precision == "fp64" else 4) * (2 if optimizer == "sgd" else 3)
+
+
+def copies_note(config: Config, parameters: int, devices: int) -> str:
+    """The host memory that checkpoint.in_memory_every takes, as text; "" where there are no copies. parameters: of the whole model."""
+    every = config.checkpoint.in_memory_every
+    if not every:
+        return ""
+    one = parameters * copy_bytes(config.train.precision, config.optim.name) / devices / 2**30
+    peer = (
+        f", {4 * one:.3g} GiB with those of another machine where there are several" if config.checkpoint.in_memory_peer else ""
+    )
+    return (
+        f"copies in memory every {every} steps: a rank saves {one:.3g} GiB, up to two copies of it in /dev/shm "
+        f"({2 * one:.3g} GiB{peer}), and up to as much again in blocks while one is written"
     )

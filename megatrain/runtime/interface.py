@@ -114,6 +114,17 @@ def use(launch: Launch, env: MutableMapping[str, str]) -> Interface | None:
     return chosen
 
 
+def address_of_run(launch: Launch, env: Mapping[str, str]) -> str:
+    """The address at which other machines of a run reach this one: of the interface that the run uses. Raises LaunchError.
+
+    Call it after `use`, which sets gloo's variable.
+    """
+    present = interfaces()
+    asked = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    used = next((one for one in present if one.name == asked), None)
+    return (used or choose(env.get(VARIABLE), launch.master_addr, present)).address
+
+
 def check_names(env: Mapping[str, str], names: Sequence[str]) -> None:
     """Raise LaunchError if a variable of a backend names no interface of this machine."""
     for variable in BACKENDS:

@@ -107,8 +107,11 @@ class Launch:
 
     @property
     def key(self) -> bytes:
-        """The key that the ranks of this attempt seal their messages with; empty where they share no secret."""
-        return derived(self.secret, self.job, self.master_port, self.restart_count, self.world_size).encode()
+        """The key that the ranks seal their messages with until they have called the roll; empty where they share no secret.
+
+        Without the count of restarts: that of a machine which has come in the place of a lost one begins anew.
+        """
+        return derived(self.secret, self.job, self.master_port, self.world_size).encode()
 
     @property
     def warning(self) -> str:

@@ -157,6 +157,7 @@ CASES = [
         {"train.on_spike": "rollback"},
     ),
     ("checkpoint.keep_every", 100, None, {}),
+    ("checkpoint.in_memory_peer", False, "checkpoint.in_memory_every=0", {"checkpoint.in_memory_every": 5}),
     ("checkpoint.weights_only", True, "checkpoint.resume=auto", {"checkpoint.resume": "runs/other"}),
 ]
 TURNED_OFF = [

@@ -1,5 +1,7 @@
 """A run that its launcher starts again goes on from the copy in memory, to the bit; without a whole one, from the disk."""
 
+import json
+import time
 from dataclasses import replace
 
 import jobs
@@ -8,7 +10,10 @@ import torch
 
 import megatrain
 from megatrain.checkpoint.manifest import Manifest
-from megatrain.resuming.restart import folder_of
+from megatrain.plan.memory import copy_bytes
+from megatrain.resuming.restart import ALIVE, Restart, folder_of
+from megatrain.runtime.flops import parameter_count
+from megatrain.testing import simulate
 from megatrain.transport import leftovers
 
 STEPS = 10
@@ -66,7 +71,10 @@ def test_a_restart_loses_one_step_and_ends_on_the_same_bits(data, memory, tmp_pa
     start(data, tmp_path / "run", at=7)  # in the middle of step 8
     [folder] = memory.iterdir()
     assert [path.name for path in sorted(folder.iterdir())][-1] == "step_00000006"
+    one = sum(file.stat().st_size for file in folder.glob("step_00000006/*.safetensors"))
     again = start(data, tmp_path / "run")
+    told = copy_bytes("fp32") * parameter_count(again.config.model, again.config.model.vocab_size)
+    assert told < one < told + 15_000  # names and shapes
     assert folder == folder_of(again.config, again.session.launch)
     assert again.resumed_from == folder / "step_00000006"
     jobs.same(tmp_path / "run", whole, STEPS)
@@ -104,3 +112,16 @@ def test_a_run_without_a_launcher_says_that_it_keeps_none(data, tmp_path, capsys
         "checkpoint.in_memory_every serves the restarts of torchrun (--max-restarts), which has not started this run"
         in capsys.readouterr().out
     )
+
+
+def test_traces_of_the_start_before_are_found_on_whatever_machine_they_are(tmp_path):
+    def run(ctx):
+        folder = tmp_path / f"machine_{ctx.world.rank}"
+        if ctx.world.rank:  # the first machine is new
+            folder.mkdir()
+            (folder / ALIVE).write_text(json.dumps({"step": 4 + ctx.world.rank, "ended": time.monotonic() - 10}))
+        found = Restart.before(folder, ctx)
+        return found.last_step, round(time.monotonic() - found.ended)
+
+    assert simulate(3, run) == [(6, 10)] * 3
+    assert simulate(1, lambda ctx: Restart.before(tmp_path / "none", ctx)) == [None]

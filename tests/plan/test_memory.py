@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from megatrain.config.schema import CheckpointConfig, Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import gpt_block
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import MeshShape, Rows
-from megatrain.plan.memory import ActivationLayout, layer_activation_bytes
+from megatrain.plan.memory import ActivationLayout, copies_note, copy_bytes, layer_activation_bytes
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
 
@@ -110,3 +110,18 @@ def test_memory_of_a_pipeline_follows_the_peak_of_saved_states():
     full = 2 * layer_activation_bytes(model, ActivationLayout(1), "full", 4)
     for most in peaks("gpipe", "full")[1:3]:
         assert most == pytest.approx(8 * full + one / 2, rel=0.15), "inputs, and what one layer needs while it runs again"
+
+
+def test_the_host_memory_of_copies_is_told():
+    """A billion parameters on 8 ranks: 12 bytes each, so 1.40 GiB a rank."""
+    assert [copy_bytes("bf16"), copy_bytes("fp64"), copy_bytes("fp32", "sgd")] == [12, 24, 8]
+
+    def note(**checkpoint):
+        return copies_note(Config(checkpoint=CheckpointConfig(**checkpoint)), 10**9, 8)
+
+    assert note() == ""
+    assert note(in_memory_every=5) == (
+        "copies in memory every 5 steps: a rank saves 1.4 GiB, up to two copies of it in /dev/shm (2.79 GiB, 5.59 GiB with "
+        "those of another machine where there are several), and up to as much again in blocks while one is written"
+    )
+    assert "in /dev/shm (2.79 GiB), and up to" in note(in_memory_every=5, in_memory_peer=False)

@@ -75,6 +75,8 @@ def test_the_verb_prints_and_draws(tmp_path, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "zb_h1: 4 stages x 1 chunks, 8 micro-batches" in out and out.count("stage   ") == 4 and str(png) in out
+    assert "copies in memory" not in out and main([*words[:2], "checkpoint.in_memory_every=5"]) == 0
+    assert "copies in memory every 5 steps: a rank saves 0.00457 GiB, up to two" in capsys.readouterr().out
     assert png.read_bytes().startswith(b"\x89PNG") and [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     assert main([*words[:3], str(tmp_path / "no" / "t.png")]) == 1
     assert "there is no directory" in capsys.readouterr().err

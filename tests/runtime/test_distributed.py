@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from threading import Thread
 
 import jobs
@@ -55,6 +56,16 @@ def test_torchrun():
     assert (launch.rank, launch.local_rank, launch.world_size, launch.local_world_size, launch.node) == (5, 1, 8, 4, 1)
     assert (launch.master_addr, launch.master_port, launch.restart_count) == ("10.0.0.1", 29500, 2)
     assert launch.launcher == "torchrun" and launch.launcher_serves
+
+
+def test_a_machine_that_comes_in_the_place_of_a_lost_one_has_the_same_key():
+    """Its launcher counts restarts anew."""
+    old, new = (
+        Launch.from_environment({**TORCHRUN, "MEGATRAIN_SECRET": "of this one job", "TORCHELASTIC_RESTART_COUNT": count})
+        for count in ("2", "0")
+    )
+    assert old.restart_count != new.restart_count and old.key == new.key != b""
+    assert old.key != replace(old, master_port=29501).key
 
 
 def test_srun():

@@ -103,6 +103,14 @@ def test_what_a_backend_was_told_stays(machine):
         use(NODES, {"NCCL_SOCKET_IFNAME": "ib7"})
 
 
+def test_other_machines_reach_this_one_where_the_backends_do(machine):
+    env = {}
+    use(NODES, env)
+    assert interface.address_of_run(NODES, env) == ETHERNET.address
+    assert interface.address_of_run(NODES, {"GLOO_SOCKET_IFNAME": "ib0,eth0"}) == FABRIC.address
+    assert interface.address_of_run(NODES, {"MEGATRAIN_INTERFACE": "172.16.0.0/16"}) == FABRIC.address
+
+
 @pytest.mark.parametrize("value", ["eth0", "eth", "=eth0", "^docker", "ib7,eth0"])
 def test_names_as_backends_write_them(value):
     check_names({"NCCL_SOCKET_IFNAME": value}, ["lo", "eth0"])
