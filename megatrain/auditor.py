@@ -16,9 +16,11 @@ from types import TracebackType
 
 from megatrain.optim.audit import AuditError, audit
 from megatrain.optim.state_watch import StateWatch, watched_every
-from megatrain.rerun import recompute, repeatable
+from megatrain.rerun import kind_here, recompute, repeatable
 from megatrain.runtime.flops import model_flops_per_token
+from megatrain.runtime.rounding import unlike
 from megatrain.training import Run
+from megatrain.transport.consensus import gather_texts
 
 
 class Auditor:
@@ -37,14 +39,20 @@ class Auditor:
         """Whether `check` has looked since the last update."""
 
     def notes(self) -> list[str]:
-        """Lines for the log on what is not looked at, or not always."""
+        """Lines for the log on what is not looked at, or not always (collective)."""
         found = []
         if self.every > 1:
             found.append(
                 f"audit: state is watched between updates in 1 of {self.every} steps, as a step is short beside it; larger batches "
                 "(train.global_batch_size) have it watched in all"
             )
-        if self.run.config.train.audit_compute_every and not repeatable(self.run):
+        ctx = self.run.ctx
+        kinds = unlike(gather_texts(kind_here(self.run), ctx.world.group, ctx.device))
+        if not self.run.config.train.audit_compute_every:
+            return found
+        if kinds:
+            found.append(f"audit: {kinds}; results are compared between ranks that are alike alone (train.audit_compute_every)")
+        if not repeatable(self.run):
             found.append(
                 "audit: computations are not repeated (train.audit_compute_every), as they only give the same bits on this device with "
                 "train.deterministic=true"

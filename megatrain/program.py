@@ -55,6 +55,7 @@ from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.interface import launched
 from megatrain.runtime.reports import Reports
+from megatrain.runtime.rounding import require_same_kernels
 from megatrain.transport.leftovers import remove_leftovers
 from megatrain.watch import Watch
 
@@ -101,6 +102,7 @@ def _build_in(session: Session, guard: Guard, config: Config, text: str, objecti
         code = installed.sources()
     session.same("code", installed.described(code), "Install the same versions on every node.")
     session.same("config", text)
+    require_same_kernels(session, config.train.kernels, DTYPES[config.train.precision])
     validate(config, session.world.size, partial(warmup_kept, config, session))
     require_schedule(config)
     require_precision(config.train.precision, session.device)

@@ -13,7 +13,6 @@ of the step are used up by then and weights are only read, so that the run's num
 
 from __future__ import annotations
 
-import platform
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +23,15 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from megatrain.assembly import DTYPES
 from megatrain.data.loader import batch_places
+from megatrain.kernels.dispatch import require
 from megatrain.models.batch import MicroBatch
 from megatrain.optim.audit import AuditError, Blame, digest, gather_blames, holders_of, named
 from megatrain.parallel.flat import LocalBucket
 from megatrain.parallel.mesh import Axis, Done
 from megatrain.parallel.pipeline_parallel import Chunk, Executed, run_schedule
+from megatrain.runtime.rounding import kind_of
 from megatrain.training import SMALLEST_WEIGHT, Run, global_weights, schedule_of, stage_of, to_micro_batches
 from megatrain.transport.consensus import lowest
 from megatrain.transport.group import Handle
@@ -169,18 +171,18 @@ def _found(rank: int, wrong: Sequence[_Item], what: str) -> list[Blame]:
 
 
 def _beside_replicas(run: Run, items: Sequence[_Item], digests: torch.Tensor) -> list[Blame]:
-    """A line on what this rank has made otherwise than most replicas with the same place in the model and device (collective).
+    """A line on what this rank has made otherwise than most replicas of its kind with the same place in the model (collective).
 
     Left out where replicas need not add up in the same order: in an all-reduce over more than two GPUs, and between experts.
     """
     ctx, axis = run.ctx, run.ctx.dp
     if axis.group is None or ctx.ep.size > 1 or (ctx.device.type != "cpu" and max(ctx.tp.size, ctx.cp.size) > 2):
         return []
-    mine = torch.cat([torch.tensor([_device_number(ctx.device)], device=ctx.device), digests])
+    mine = torch.cat([torch.tensor([_number_of(kind_here(run))], device=ctx.device), digests])
     gathered = mine.new_empty(axis.size * len(mine))
     axis.group.all_gather(gathered, mine)
-    devices, *columns = axis.group.to_host(gathered).view(axis.size, -1).t().tolist()
-    alike = [place for place in range(axis.size) if devices[place] == devices[axis.rank]]
+    kinds, *columns = axis.group.to_host(gathered).view(axis.size, -1).t().tolist()
+    alike = [place for place in range(axis.size) if kinds[place] == kinds[axis.rank]]
     wrong, most = [], []
     for item, column in zip(items, columns, strict=True):
         first, *others = holders_of(axis, column, alike)
@@ -203,7 +205,12 @@ def _beside_all(run: Run, micro_batches: list[MicroBatch]) -> list[Blame]:
     return [Blame(here, (world.rank,), ("tokens",)) for ranks in others if world.rank in ranks]
 
 
-def _device_number(device: torch.device) -> int:
-    """A number of the kind of device and how it is used: those with another one may round otherwise."""
-    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return int(xxhash.xxh3_64_intdigest(f"{kind} {platform.processor()} {torch.get_num_threads()}".encode())) >> 1
+def _number_of(kind: str) -> int:
+    """A number of 63 bits that stands for a kind."""
+    return int(xxhash.xxh3_64_intdigest(kind.encode())) >> 1
+
+
+def kind_here(run: Run) -> str:
+    """What decides how this rank rounds, as text."""
+    train = run.config.train
+    return kind_of(run.ctx.device, require(train.kernels, run.ctx.device, DTYPES[train.precision]))

@@ -17,7 +17,7 @@ LINES = {
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 2450,
+    "megatrain/lifecycle": 2500,
     "megatrain/models": 1050,
     "megatrain/ngram": 2500,
     "megatrain/optim": 750,
@@ -25,11 +25,11 @@ LINES = {
     "megatrain/plan": 300,
     "megatrain/records": 1000,
     "megatrain/resuming": 900,
-    "megatrain/runtime": 1650,
+    "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3050,
     "megatrain/verbs": 1350,
-    "tests": 42300,
+    "tests": 42550,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -12,6 +12,7 @@ from zero_grid import config_of, shape_of
 
 import megatrain
 import megatrain.auditor
+import megatrain.rerun
 from megatrain.auditor import Auditor
 from megatrain.optim.audit import ReplicaError
 from megatrain.rerun import ComputeError, recompute
@@ -223,6 +224,28 @@ def test_a_gradient_that_is_wrong_every_time(stage):
     assert re.search(
         rf"bit:\n  rank 2 on {HOST} gives other bits than ranks 0, 1, 3 in gradient of {re.escape(DOWN)}\nTake", said[0]
     ), said[0]
+
+
+def test_a_rank_of_another_kind_is_not_compared_with_the_others(monkeypatch):
+    """It gives other bits, the same twice, as another processor may; and the log says that nobody looks."""
+    for module in (megatrain.rerun, megatrain.auditor):
+        monkeypatch.setattr(module, "kind_here", lambda run: f"CPU: {run.ctx.world.rank == 2}")
+    notes = []
+
+    def of(ctx):
+        looked_at = recomputed(lambda run: faulty_gradient(run, {1, 2}), at=2)(ctx)
+
+        def between(step, run):
+            notes.append(Auditor(run).notes()[-1:])
+            return looked_at(step, run)
+
+        return between
+
+    assert errors_of(point(1, tp=(1, False), dp=4), of, steps=2) == ["no error"] * 4
+    assert notes[0] == [
+        "audit: rank 2 may round otherwise than rank 0 (on rank 2 CPU: True; on rank 0 CPU: False); results are compared between ranks "
+        "that are alike alone (train.audit_compute_every)"
+    ]
 
 
 @pytest.mark.parametrize(("at", "what"), [(1, "output of chunk 0"), (3, "output of chunk 0")])

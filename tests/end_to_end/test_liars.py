@@ -16,6 +16,14 @@ torch.__version__ = "1.0.0"
 from megatrain.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
+OTHER_KERNELS = """
+import os
+import sys
+from megatrain.cli.main import main
+from megatrain.kernels import dispatch
+dispatch.numba_lacks = lambda: "numba cannot be imported (x)" if os.environ["RANK"] == "1" else None
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def refused(job, size, *said):
@@ -33,6 +41,17 @@ def test_another_torch_on_one_rank(tmp_path):
         job.fork(["train", str(config)], jobs.environment(0, 2, port))
         job.fork([str(tmp_path / "other.py"), "train", str(config)], jobs.environment(1, 2, port))
         refused(job, 2, "The code differs between ranks: line 2 is 'torch ", " on rank 0 and 'torch 1.0.0' on rank 1. Install")
+
+
+def test_a_rank_whose_kernels_cannot_be_imported(tmp_path):
+    """As where `auto` would fall back on one of them."""
+    tree = jobs.tiny(jobs.write_store(tmp_path / "store"), tmp_path / "run", train={"precision": "bf16"})
+    config, port = jobs.write_config(tmp_path / "c.yaml", tree), jobs.free_port()
+    (tmp_path / "other.py").write_text(OTHER_KERNELS)
+    with jobs.Job(tmp_path / "job") as job:
+        for rank in range(2):
+            job.fork([str(tmp_path / "other.py"), "train", str(config)], jobs.environment(rank, 2, port))
+        refused(job, 2, "numba on rank 0; plain PyTorch (numba cannot be imported (x)) on rank 1. Make them equal there, or")
 
 
 def test_another_store_of_the_same_size_on_one_rank(tmp_path, monkeypatch):
