@@ -17,6 +17,8 @@ from typing import Any
 LONGEST_INTEGER = 40
 """Digits. Whatever is counted here has fewer."""
 _SHOWN = 80
+_CACHED = ("models--", "datasets--")
+"""How the hub's cache begins the name of a repository's folder."""
 
 
 def read_plain(path: str | Path, most: int, *, follow: bool = True) -> bytes:
@@ -62,19 +64,18 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     return found
 
 
-def home_of(folder: Path) -> Path:
-    """The folder that links of a model's folder may lead into: itself, or, in the cache of the Hugging Face hub, that of the repository.
-
-    There `models--ORG--NAME/snapshots/COMMIT/config.json` is a link to `models--ORG--NAME/blobs/HASH`.
-    """
-    folder = Path(folder).resolve()
-    snapshot = folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
-    return folder.parent.parent if snapshot else folder
-
-
 def leads_out(file: Path) -> bool:
-    """Whether a file is a link that leads out of its folder, or out of the hub's cache of its repository."""
-    return file.is_symlink() and not file.resolve().is_relative_to(home_of(file.parent))
+    """Whether a file is a link that leads out of its folder, and not into the blobs of its repository in the Hugging Face hub's cache.
+
+    There `models--ORG--NAME/snapshots/COMMIT/config.json` is a link to `models--ORG--NAME/blobs/HASH`. Any folder may be in one named
+    `snapshots`, beside one named `blobs`: the repository's name tells the cache, and nothing else in it is led to.
+    """
+    if not file.is_symlink():
+        return False
+    found, folder = file.resolve(), file.parent.resolve()
+    repository = folder.parent.parent
+    cached = folder.parent.name == "snapshots" and repository.name.startswith(_CACHED)
+    return not (found.is_relative_to(folder) or (cached and found.is_relative_to(repository / "blobs")))
 
 
 def read_beside(file: Path, most: int) -> bytes:

@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2400,  # its own files, without the rooms below
+    "megatrain": 2450,  # its own files, without the rooms below
     "megatrain/checkpoint": 3050,
     "megatrain/cli": 900,
     "megatrain/config": 2950,

@@ -53,6 +53,36 @@ def test_links_of_the_hubs_cache_stay_in_its_repository_and_others_in_their_fold
 
 
 @pytest.mark.parametrize(
+    ("folder", "target", "out"),
+    [
+        ("datasets--a/snapshots/0", "../../blobs/hash", False),
+        ("models--a/snapshots/0", "../../refs/main", True),
+        ("models--a/snapshots/0", "../1/config.json", True),
+        ("models--a/snapshots/0", "../../linked/id_rsa", True),
+        ("home/snapshots/0", "../../blobs/hash", True),
+        ("home/snapshots/0", "../../.ssh/id_rsa", True),
+        ("models--a/other/0", "../../blobs/hash", True),
+        ("home/snapshots/0", "beside", False),
+    ],
+)
+def test_only_the_blobs_of_a_repository_in_the_hubs_cache_are_led_to(tmp_path, folder, target, out):
+    (tmp_path / folder).mkdir(parents=True)
+    for name in (".ssh", "blobs"):
+        (tmp_path / folder).parents[1].joinpath(name).mkdir()
+    (tmp_path / folder / "tokenizer_config.json").symlink_to(target)
+    assert leads_out(tmp_path / folder / "tokenizer_config.json") == out
+
+
+def test_blobs_that_are_a_link_to_secrets_are_no_blobs(tmp_path):
+    snapshot = tmp_path / "models--a/snapshots/0"
+    snapshot.mkdir(parents=True), (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh/id_rsa").write_text("PRIVATE KEY")
+    (tmp_path / "models--a/blobs").symlink_to("../.ssh")
+    (snapshot / "tokenizer_config.json").symlink_to("../../blobs/id_rsa")
+    assert leads_out(snapshot / "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ('{"a": 1, "a": 2}', "a key appears twice"),
