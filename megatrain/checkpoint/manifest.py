@@ -327,6 +327,8 @@ def tensor_from_json(row: Mapping[str, Any], unknown: set[str] | None = None) ->
             f"{str(given['name'])[:80]!r} has {len(given['shape']):,} dimensions, and {_MOST_DIMENSIONS} at the most are read"
         )
     shape = tuple(_count(n) for n in given["shape"])
+    if prod(n for n in shape if n) >= _LARGEST_COUNT:  # of no elements where one is 0, but strides count the others
+        raise ValueError(f"{given['name'][:80]!r} has the absurd shape {list(shape)}")
     if split is not None:
         if not 0 <= _count(split.dim) < len(shape) or _count(split.units, least=1) < 1:
             raise ValueError(f"split of {given['name']!r} does not fit the shape {list(shape)}: {given['split']}")

@@ -285,6 +285,8 @@ def _entries(text: bytearray, data: int, size: int) -> dict[str, Entry]:
             raise ValueError(f"{name[:80]!r} has a name of {len(name)} characters and {len(shape)} dimensions: too many")
         if not all(type(n) is int and 0 <= n < 2**63 for n in (start, end, *shape)):
             raise ValueError(f"{name!r} has sizes that are no sizes")
+        if prod(n for n in shape if n) >= 2**63:  # of no elements where one is 0, but strides count the others
+            raise ValueError(f"{name!r} has the absurd shape {list(shape)}")
         entry = Entry(DTYPES[row["dtype"]], shape, data + start)
         if end - start != entry.nbytes or data + end > size:
             raise ValueError(f"{name!r} claims bytes {start} to {end} for the shape {list(shape)} in a file of {size}")

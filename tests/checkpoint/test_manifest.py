@@ -165,6 +165,7 @@ HOSTILE = {
     "config": [put("config", 5), put("config", "a: " + "b" * (1 << 20)), put("progress", [1]), put("versions", "1.0")],
     "much": [
         put("tensors", 0, "spec", "shape", [1] * 10**6),
+        put("tensors", 0, "spec", "shape", [2**62, 2**62, 0]),
         put("progress", "list", [[]] * 600_000),
         put("step", 10**30),
         put("step", int("9" * 4000)),

@@ -98,6 +98,7 @@ BAD = {
     "no dtype": ({"w": {"shape": [4], "data_offsets": [0, 16]}}, {}),
     "an unknown dtype": (row(dtype="F31"), {}),
     "an absurd shape": (row(shape=[2**62, 2**62]), {}),
+    "an absurd shape of nothing": (row(shape=[2**62, 2**62, 0], data_offsets=[0, 0]), {"data": b""}),
     "a negative shape": (row(shape=[-4]), {}),
     "a shape of text": (row(shape=["4"]), {}),
     "bytes that do not fit the shape": (row(data_offsets=[0, 12]), {}),
