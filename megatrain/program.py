@@ -87,6 +87,8 @@ def build(
             job = _build_in(session, guard, config, text, objective)
         stack.pop_all()
         job.config_file, job.observers.phase = config_file, guard.phase
+        guard.reader = lambda: job.loader.thread
+        job.loader.goes_on = lambda: job.step + 1 < job.total_steps
         return job
 
 

@@ -12,15 +12,17 @@ so any data-parallel size trains on the same sequences, and each carries its pla
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from megatrain.data.ahead import Ahead
 
 Ints = npt.NDArray[np.int64]
 
@@ -117,7 +119,7 @@ def batch_places(global_batch_size: int, micro_batch_size: int, dp_rank: int, dp
     return np.arange(global_batch_size, dtype=np.int64).reshape(-1, dp_size, micro_batch_size)[:, dp_rank]
 
 
-class Loader:
+class Loader(AbstractContextManager["Loader"]):
     """One data-parallel rank's batches; the next one is prepared while the caller works on this one."""
 
     def __init__(
@@ -140,7 +142,11 @@ class Loader:
         self.places(0)  # a size that does not divide is an error at once
         self.waited = 0.0
         """Seconds that the caller waited for the last batch."""
-        self._next: tuple[int, Future[Batch]] | None = None
+        self.thread: int | None = None
+        """The thread that builds the batch which the caller waits for; None: the caller's own."""
+        self.goes_on: Callable[[], bool] = lambda: True
+        """Whether a batch is to follow that which is asked for."""
+        self._next: tuple[int, Ahead[Batch]] | None = None
         """The batch being built in a thread, and the samples consumed before it."""
 
     def places(self, consumed: int) -> Ints:
@@ -148,16 +154,19 @@ class Loader:
         return batch_places(self.batch_size(consumed), self.micro_batch_size, self.dp_rank, self.dp_size)
 
     def batch(self, consumed: int) -> Batch:
-        """The batch after `consumed` samples of the whole run (all ranks). Then starts to build the next one in a thread.
+        """The batch after `consumed` samples of the whole run (all ranks). Then starts to build the next one, if it goes on.
 
         Raises TokenStoreError for a token outside the vocabulary, and any error of reading, in whichever thread it happened.
         """
         began = time.perf_counter()
         if self._next is not None and self._next[0] != consumed:  # the caller jumped: a resume, a rollback
-            self.close()
+            self.settle()
         coming, self._next = self._next, None
+        self.thread = None if coming is None else coming[1].ident
         batch = self.build(consumed) if coming is None else coming[1].result()
-        self._prepare(consumed + self.batch_size(consumed))
+        if self.goes_on():
+            following = consumed + self.batch_size(consumed)
+            self._next = following, Ahead(f"batch after {following} samples", partial(self.build, following))
         self.waited = time.perf_counter() - began
         return batch
 
@@ -167,28 +176,15 @@ class Loader:
             raise ValueError(f"a run cannot have consumed {consumed} samples")
         return self.compose(self.samples, consumed, self.places(consumed))
 
-    def _prepare(self, consumed: int) -> None:
-        """Start to build a batch in a thread; an error is raised when the batch is asked for."""
-        future: Future[Batch] = Future()
-
-        def build() -> None:
-            try:
-                future.set_result(self.build(consumed))
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._next = consumed, future
-        # A daemon: a read that hangs on a dead file system must not keep a failing run alive.
-        threading.Thread(target=build, name=f"batch after {consumed} samples", daemon=True).start()
-
-    def close(self) -> None:
-        """Waits for the background thread; the loader can still be used afterwards."""
+    def settle(self) -> None:
+        """Wait for the background thread, and drop its batch."""
         if self._next is not None:
-            wait([self._next[1]])
+            self._next[1].wait()
             self._next = None
 
-    def __enter__(self) -> Loader:
-        return self
+    def close(self) -> None:
+        """Drop the next batch, without waiting for its reads; the loader can still be used afterwards."""
+        self._next = None
 
     def __exit__(self, *_error: object) -> None:
         self.close()

@@ -92,6 +92,8 @@ class Guard:
         self.record: Record = lambda: (0, "")
         self.told: Callable[[], float | None] = lambda: None
         """When this rank was told to stop (time.monotonic); None if it was not."""
+        self.reader: Callable[[], int | None] = lambda: None
+        """The thread that makes the batch which the section `data` waits for; None: the main thread."""
         self._monitor, self._keeps_monitor = monitor, monitor is not None
         self._suspensions = Suspensions()
         self._recorder = Recorder()
@@ -123,7 +125,7 @@ class Guard:
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         """The section of a step's phase, where it has one of its own."""
-        return self.section("data") if name == "data" else nullcontext()
+        return self.section("data", lambda: file_of(self.reader() or self._main.ident)) if name == "data" else nullcontext()
 
     def __enter__(self) -> Guard:
         self._monitor = self._monitor or begin_monitor(self._rank, self._limits.start)
@@ -287,6 +289,8 @@ class Guard:
     def _own_state(self) -> State:
         now, section, call = time.monotonic(), self.sections.now(), self._recorder.waiting()
         stack = stack_of(self._main.ident)
+        if section is not None and section.name == "data" and (read := stack_of(self.reader())):
+            stack += f"\nand its thread that makes the batch is at\n{read}"
         place, issued = str(section or ""), self._recorder.issued()
         behind, limit = self.background(), self._limits.of_save
         if behind is not None and now - behind[0] > limit.seconds / 2:
@@ -425,6 +429,20 @@ class Guard:
                 say(f"megatrain: rank {state.rank} killed {identity}, which could not end by itself")
         if self._served_by_rank_0 and state.rank == 0:
             time.sleep(LINGER_SECONDS)
+
+
+def file_of(thread: int | None) -> str:
+    """The file that a thread is at: that of the innermost object or call at work in it which has one; empty if none is near."""
+    frame = sys._current_frames().get(thread or 0)
+    for _ in range(STACK_FRAMES):
+        if frame is None:
+            break
+        inside = frame.f_locals
+        for found in (inside.get("path"), *(getattr(inside.get("self"), name, None) for name in ("path", "bin_path"))):
+            if isinstance(found, Path):
+                return str(found)
+        frame = frame.f_back
+    return ""
 
 
 def stack_of(thread: int | None) -> str:

@@ -61,7 +61,7 @@ def roll_back(job: Job, bad: Bad) -> WentBack:
             f"step {bad.last}: {bad.why}, and after {tries} rollbacks without a checkpoint behind a spike, "
             f"train.spike_retries={train.spike_retries} allows no other"
         )
-    job.loader.close()  # its next batch is of the samples that are left out
+    job.loader.settle()  # its next batch is of the samples that are left out
     take_over(job, manifest)
     window = job.left_out.window(_first_left_out(job, bad), bad.consumed)
     job.left_out.leave_out(window)

@@ -99,6 +99,33 @@ def test_the_next_batch_is_built_while_this_one_is_used():
     assert built == [(0, True), (1, True)] + [(n, False) for n in range(2, 8)]
 
 
+def test_behind_the_last_batch_nothing_is_read_and_a_read_that_hangs_keeps_nobody():
+    read, answers = [], threading.Event()
+
+    class Dead(Numbered):
+        def sample(self, n):
+            read.append(n)
+            if n == 4:
+                answers.wait(60)
+            return super().sample(n)
+
+    with Loader(Dead(), 2, 1, 0, 1) as loader:
+        loader.goes_on = lambda: False
+        loader.batch(2)
+        assert loader.thread is None
+    assert read == [2, 3]
+    began = time.monotonic()
+    with Loader(Dead(), 2, 1, 0, 1) as loader:
+        loader.batch(2)
+        while read[-1] != 4:
+            time.sleep(0.01)
+    assert time.monotonic() - began < 30 and not answers.is_set(), "left while a thread reads"
+    answers.set()
+    loader.batch(2)
+    loader.batch(4)
+    assert loader.thread not in (None, threading.get_ident())
+
+
 def test_an_error_of_the_thread_is_raised_where_its_batch_is_asked_for():
     class Broken(Numbered):
         def sample(self, n):

@@ -4,7 +4,8 @@ import jobs
 import pytest
 
 ALONE = """
-import ctypes, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
+from pathlib import Path
 from megatrain.lifecycle import guard, sections
 from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.sections import SectionLimits
@@ -12,6 +13,12 @@ from megatrain.runtime.launch import Launch
 
 def load_sample_that_never_comes():
     time.sleep(30)
+
+class Store:
+    bin_path = Path("/disk/corpus.bin")
+
+    def read(self):
+        load_sample_that_never_comes()
 
 def expression_that_keeps_python():
     while True:
@@ -59,8 +66,11 @@ with of, of.watching():
         if what == "kept":
             expression_that_keeps_python()
         if what == "data":
+            reads = threading.Thread(target=Store().read, daemon=True)
+            reads.start()
+            of.reader = lambda: reads.ident
             with of.phase("data"):
-                load_sample_that_never_comes()
+                reads.join()
         elif what in ("save", "evaluation"):
             with of.section(what, lambda: "/disk/step_00000004" if what == "save" else ""):
                 load_sample_that_never_comes()
@@ -71,7 +81,7 @@ print("DONE")
 """
 SAID = {
     "set-up": "in set-up (train.start_timeout_seconds=0.5), and",
-    "data": "in data (train.hang_timeout_seconds=0.5), and",
+    "data": "in data at /disk/corpus.bin (train.hang_timeout_seconds=0.5), and",
     "step": "in step (train.hang_timeout_seconds=0.5), and",
     "kept": "in step (train.hang_timeout_seconds=0.5), and",
     "evaluation": "in evaluation (train.hang_timeout_seconds=0.5), and",
@@ -79,7 +89,12 @@ SAID = {
     "background": "in save at /disk/step_00000004/weights (checkpoint.timeout_seconds=1)\n",
     "told": "in step (told to stop; ",
 }
-
+AT = {
+    "background": "in <module>",
+    "kept": "in expression_that_keeps_python",
+    "data": "and its thread that makes the batch is at\n",
+}
+"""In its stack, beside load_sample_that_never_comes."""
 MUTE = ("unread", "unreadable")
 """Its stderr is a pipe that nobody reads, and is full; a pipe whose reader has gone."""
 
@@ -101,10 +116,7 @@ def test_a_section_that_comes_no_further_ends_the_run_with_its_name_and_stack(en
     assert (code, out) == (1, "hang 0\n"), err
     assert err.startswith("megatrain: rank 0 ends after a hang; to blame: rank 0\n    rank 0 has come "), err
     assert SAID[what] in err
-    assert (
-        what == "background"
-        or f"in {'expression_that_keeps_python' if what == 'kept' else 'load_sample_that_never_comes'}" in err
-    )
+    assert AT.get(what, "") in err and (what in ("background", "kept") or "in load_sample_that_never_comes" in err)
 
 
 @pytest.mark.parametrize("what", MUTE)
