@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3050,
     "megatrain/verbs": 1350,
-    "tests": 42650,
+    "tests": 42700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import xxhash
 
 from megatrain.checkpoint.manifest import LARGEST_MANIFEST, MANIFEST, Manifest, read_manifest
-from megatrain.checkpoint.together import CheckpointError
+from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError
 from megatrain.config.keys import show
 from megatrain.config.schema import Config
 from megatrain.huggingface.model_files import is_hf
@@ -38,7 +38,10 @@ def beginning_of(config: Config, launch: Launch) -> dict[str, str]:
         return {"from": resume, "job": f"{launch.launcher} {launch.job}"}
     path = Path(resume)
     manifest = path / MANIFEST
-    digest = xxhash.xxh3_128_hexdigest(read_plain(manifest, LARGEST_MANIFEST)) if manifest.is_file() else ""
+    try:
+        digest = xxhash.xxh3_128_hexdigest(read_plain(manifest, LARGEST_MANIFEST)) if manifest.is_file() else ""
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{manifest} cannot be used: {error}") from error
     return {"from": "weights" if only_weights(config) else "checkpoint", "path": str(path.resolve()), "digest": digest}
 
 

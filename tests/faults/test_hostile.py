@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +142,72 @@ def test_names_that_lead_out(house, measured):
             needles.append("manifest.json")
         lines.append(house.words(MAIN, f"out_{len(lines)}", f"checkpoint.resume={folder}"))
     refused(house, measured, "names", lines, needles)
+
+
+@pytest.mark.fault(
+    injection="a Hugging Face folder whose weights or config.json are links that lead out",
+    promise="refused with the file's name, and nothing of what they lead to is copied",
+    layout=MAIN,
+    bound=30,
+)
+def test_links_out_of_a_hugging_face_folder(house, measured):
+    secret, lines, needles = house.folder / "secret", [], ("config.json", "model.safetensors")
+    secret.write_text("hush1234")
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 101, "n_positions": 16}
+    for name in needles:
+        model = house.folder / f"hf_link_{name}"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(config))
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to(secret)
+        lines.append(house.words(MAIN, f"hf_out_{name}", f"checkpoint.resume={model}"))
+    refused(house, measured, "hf_links", lines, needles)
+    for name in needles:
+        run = house.run(f"hf_out_{name}")
+        assert not [file for file in run.rglob("*") if file.is_file() and b"hush1234" in file.read_bytes()]
+
+
+@pytest.mark.fault(
+    injection="a checkpoint's manifest with an alias bomb of 500 bytes as its config, or 200 MB of blanks",
+    promise="refused with what is wrong",
+    layout=MAIN,
+    bound=30,
+)
+def test_bombs_in_a_manifest(house, measured):
+    source, lines = house.undisturbed(MAIN) / f"checkpoints/step_{STEPS:08d}", []
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 24))
+    for case in ("alias", "blanks"):
+        folder = house.folder / "bombs" / case / source.name
+        shutil.copytree(source, folder)
+        if case == "alias":
+            (folder / "manifest.json").write_bytes(replace(read_manifest(folder), config=bomb).to_bytes())
+        else:
+            (folder / "manifest.json").write_bytes(b" " * 200_000_000)
+        lines.append(house.words(MAIN, f"bomb_{case}", f"checkpoint.resume={folder}"))
+    refused(house, measured, "manifests", lines, ("the config in the checkpoint, line 1: a YAML anchor", "manifest.json"))
+
+
+@pytest.mark.fault(
+    injection="a .zst of 300 KB that unpacks to 3 GB",
+    promise="refused with file and place, in less than 600 MB of memory",
+    layout="1 rank",
+    bound=20,
+)
+def test_a_file_that_unpacks_without_end(tmp_path, measured):
+    zstandard = pytest.importorskip("zstandard")
+    packer, block = zstandard.ZstdCompressor().compressobj(), b"\n" * (1 << 20)
+    file = tmp_path / "bomb.jsonl.zst"
+    file.write_bytes(b"".join(packer.compress(block) for _ in range(3000)) + packer.flush())
+    words = ["data", "tokenize", "--input", str(file), "--tokenizer", "bytes", "--output", str(tmp_path / "out")]
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "megatrain", *words], stderr=subprocess.PIPE, text=True)
+    with process.stderr as stream:
+        error = stream.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    measured.detected(time.monotonic() - began)
+    assert process.returncode == 1 and "bomb.jsonl.zst" in error and "unpacks to" in error, error
+    assert usage.ru_maxrss < 600_000 and not list(tmp_path.glob("out*"))
 
 
 def safetensors_of(case: str) -> bytes:
