@@ -61,7 +61,7 @@ def test_torchrun():
 def test_a_machine_that_comes_in_the_place_of_a_lost_one_has_the_same_key():
     """Its launcher counts restarts anew."""
     old, new = (
-        Launch.from_environment({**TORCHRUN, "MEGATRAIN_SECRET": "of this one job", "TORCHELASTIC_RESTART_COUNT": count})
+        Launch.from_environment({**TORCHRUN, "MEGATRAIN_SECRET": "of this one job alone", "TORCHELASTIC_RESTART_COUNT": count})
         for count in ("2", "0")
     )
     assert old.restart_count != new.restart_count and old.key == new.key != b""
