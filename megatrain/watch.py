@@ -46,6 +46,7 @@ from megatrain.transport.consensus import broadcast_text, gather_texts
 
 SUSPECTS = 16
 """Most documents that an event lists."""
+OF_PEERS, OF_PAST = "its peers", "what its stage took before"
 
 
 class Watch:
@@ -197,11 +198,12 @@ class Watch:
         host = self.hosts[pace.slowest]
         self.log.compute(ComputeRow(step, pace.least, pace.median, pace.most, pace.slowest, host, pace.ratio))
         for rank, ratio in pace.slow:
-            message = slow_note(rank, self.hosts[rank], ratio, seconds[rank], self.config.log)
+            beside = OF_PAST if rank in pace.of_stage else OF_PEERS
+            message = slow_note(rank, self.hosts[rank], ratio, beside, seconds[rank], self.config.log)
             self.log.event("slow", step, rank, host=self.hosts[rank], ratio=ratio, seconds=seconds[rank], message=message)
             self.log.say(message)
         for rank in pace.recovered:
-            self.log.say(f"rank {rank} on {self.hosts[rank]} is as fast as its peers again")
+            self.log.say(f"rank {rank} on {self.hosts[rank]} is as fast as it should be again")
 
     def norms(self, run: Run) -> None:
         """Take the norms of gradients and weights of each part, if they are due (collective). Observes a run before its updates."""
@@ -394,10 +396,10 @@ def summing_note(device: torch.device, dtype: torch.dtype) -> str:
     return f" | weight gradients: added {'inside' if adds_inside(device, dtype) else 'after'} the matmul"
 
 
-def slow_note(rank: int, host: str, ratio: float, seconds: float, log: LogConfig) -> str:
-    """The text that names a rank which has become slow."""
+def slow_note(rank: int, host: str, ratio: float, beside: str, seconds: float, log: LogConfig) -> str:
+    """The text that names a rank which has become slow; beside: what its ratio is of."""
     return (
-        f"rank {rank} on {host} is slow: its own work took {1000 * seconds:.1f} ms a step, {ratio:.2f}x of its peers, "
+        f"rank {rank} on {host} is slow: its own work took {1000 * seconds:.1f} ms a step, {ratio:.2f}x of {beside}, "
         f"and all others wait for it (log.slow_ratio={log.slow_ratio:g} in {log.slow_intervals} intervals of {log.stragglers_every} steps)"
     )
 

@@ -17,7 +17,7 @@ LINES = {
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 2500,
+    "megatrain/lifecycle": 2600,
     "megatrain/models": 1050,
     "megatrain/ngram": 2500,
     "megatrain/optim": 750,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3050,
     "megatrain/verbs": 1350,
-    "tests": 42700,
+    "tests": 42800,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

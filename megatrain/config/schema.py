@@ -410,8 +410,8 @@ class LogConfig:
     )
     slow_ratio: float = knob(
         1.15,
-        "A rank is slow that takes this many times as long as the median of its peers, the other ranks of its pipeline stage, and not "
-        "by chance.",
+        "A rank is slow that takes this many times as long as the median of its peers, the other ranks of its pipeline stage, or "
+        "whose whole stage takes this many times as long as before while the others do not, and not by chance.",
         effects.COMPARED,
         above=1,
     )

@@ -2,7 +2,7 @@
 
 A step ends on all ranks at once, so its time says nothing of who was slow; what each spent on its own work does. Each rank measures
 that (`Stopwatch`; `transport/stalls.py`), all gather it once an interval, and rank 0 judges (`Comparison`). The peers of a rank are the
-others of its pipeline stage, which do the same work; stages do different work and are not compared.
+others of its pipeline stage, which do the same work; stages do different work, and each is compared with its own past (own_past.py).
 
     step        1   2   3   4   5 | 6   7            8                  9
     with 5:     measured ......   |     the gather   the gather ends;   a GPU's numbers
@@ -23,14 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatrain.lifecycle.own_past import Array, OwnPast, medians_of_others
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.runtime.reports import Queued
 from megatrain.transport.group import Handle
 from megatrain.transport.host import Reading, to_device
 from megatrain.transport.stalls import stalls_of
 from megatrain.transport.wrappers import Recorder
-
-Array = npt.NDArray[np.float64]
 
 PLAIN = 2.0
 """A rank that takes this much longer than its peers is slow, however noisy the machine."""
@@ -51,28 +50,59 @@ class Pace:
     median: float
     most: float
     slowest: int
-    """The rank that took longest, measured by its peers."""
+    """The rank that is slowest beside its peers, or whose stage is beside its own past; the one that took longest where none stands out."""
     ratio: float
-    """Its time by the median of its peers'; nan where no rank has peers."""
+    """Its time by the median of its peers', or by what its stage usually takes, if that is more; nan where neither is known."""
     slow: tuple[tuple[int, float], ...] = ()
     """Ranks that are slow from this interval on, with their ratios."""
     recovered: tuple[int, ...] = ()
     """Ranks that were, and are no more."""
+    of_stage: frozenset[int] = frozenset()
+    """The slow ranks that are by their stage's own past, and whose peers are as slow."""
+
+
+class Steadily:
+    """Which of some numbers are slow: those whose logarithm was that of `ratio` or more in each of the last `intervals`.
+
+    Under NOISE a run of such intervals is chance, so that the mean of the logarithms must also lie above it, or each be PLAIN.
+    """
+
+    def __init__(self, ratio: float, intervals: int) -> None:
+        self._ratio, self._intervals = math.log(ratio), intervals
+        self._seen: deque[Array] = deque(maxlen=max(MOST_INTERVALS, intervals))
+        self._slow: npt.NDArray[np.bool_] | None = None
+
+    def __call__(self, logs: Array) -> npt.NDArray[np.bool_]:
+        """Which are slow after one more interval, by the logarithms of their ratios."""
+        self._seen.append(logs)
+        found = self._found()
+        self._slow = found if self._slow is None else (self._slow & (logs >= self._ratio)) | found
+        return self._slow
+
+    def _found(self) -> npt.NDArray[np.bool_]:
+        """The slow ones, by what was seen so far."""
+        seen = np.array(self._seen)
+        last = seen[-self._intervals :]
+        if len(last) < self._intervals or not seen.size:
+            return np.zeros(seen.shape[1], dtype=bool)
+        slow: npt.NDArray[np.bool_] = last.min(0) >= max(math.log(PLAIN), self._ratio)
+        if len(seen) >= LEAST_INTERVALS:
+            spread = SPREAD * np.median(np.abs(seen - np.median(seen, 0)))
+            slow |= (last.min(0) >= self._ratio) & (last.mean(0) >= NOISE * spread)
+        return slow
 
 
 class Comparison:
-    """Says which ranks are slow: those that took `ratio` times as long as their peers' median in each of the last `intervals`.
-
-    Under NOISE a run of such intervals is chance, so that the mean of their logarithms must also lie above it, or each be PLAIN.
-    """
+    """Says which ranks are slow beside the median of their peers, or, where all of a stage are, beside its own past."""
 
     def __init__(self, stages: Sequence[int], ratio: float, intervals: int) -> None:
-        """stages: the pipeline stage of each rank."""
+        """stages: the pipeline stage of each rank. ratio, intervals: as of `Steadily`."""
         numbers = np.asarray(stages)
         self._groups = [found for stage in np.unique(numbers) if len(found := np.flatnonzero(numbers == stage)) > 1]
-        self._ratio, self._intervals = math.log(ratio), intervals
-        self._seen: deque[Array] = deque(maxlen=max(MOST_INTERVALS, intervals))
-        """Logarithm of each rank's ratio, by interval."""
+        self._grouped = np.concatenate([np.empty(0, dtype=np.intp), *self._groups])
+        self._ratio = math.log(ratio)
+        self._past = OwnPast(stages, intervals)
+        self._peers, self._stages = Steadily(ratio, intervals), Steadily(ratio, intervals)
         self._slow = np.zeros(len(numbers), dtype=bool)
 
     def __call__(self, seconds: Sequence[float]) -> Pace | None:
@@ -81,41 +111,31 @@ class Comparison:
         if not np.isfinite(times).all():
             return None
         times = np.maximum(times, np.finfo(np.float64).tiny)
-        ratios = np.ones(len(times))
+        logs, beside = np.log(times), np.full(len(times), math.nan)
         for members in self._groups:
-            ratios[members] = times[members] / medians_of_others(times[members])
-        self._seen.append(np.log(ratios))
-        over = self._seen[-1] >= self._ratio
-        found = self._found()
-        new, recovered = np.flatnonzero(found & ~self._slow), np.flatnonzero(self._slow & ~over)
-        self._slow = (self._slow & over) | found
-        slowest = int(ratios.argmax())
-        least, median, most = float(times.min()), float(np.median(times)), float(times.max())
-        ratio = float(ratios[slowest]) if self._groups else math.nan
+            beside[members] = logs[members] - np.log(medians_of_others(times[members]))
+        slow, of_stage = np.zeros_like(self._slow), np.zeros_like(self._slow)
+        slow[self._grouped] = self._peers(beside[self._grouped])
+        growth = self._past.growth(logs)
+        if growth is not None:
+            of_stage = self._stages(growth)[self._past.stage_of] & ~slow
+            beside = np.fmax(beside, growth[self._past.stage_of])
+        self._past.add(logs, bool(of_stage.any()))
+        slow |= of_stage
+        new, recovered = np.flatnonzero(slow & ~self._slow), np.flatnonzero(self._slow & ~slow)
+        self._slow = slow
+        stands_out = np.nan_to_num(beside, nan=-math.inf)
+        slowest = int(stands_out.argmax() if stands_out.max() >= self._ratio else times.argmax())
         return Pace(
-            least, median, most, slowest, ratio, tuple((int(r), float(ratios[r])) for r in new), tuple(recovered.tolist())
+            float(times.min()),
+            float(np.median(times)),
+            float(times.max()),
+            slowest,
+            math.exp(beside[slowest]),
+            tuple((int(rank), math.exp(beside[rank])) for rank in new),
+            tuple(recovered.tolist()),
+            frozenset(np.flatnonzero(of_stage).tolist()),
         )
-
-    def _found(self) -> npt.NDArray[np.bool_]:
-        """The ranks that are slow by what was seen so far."""
-        seen = np.array(self._seen)
-        last = seen[-self._intervals :]
-        if len(last) < self._intervals or not self._groups:
-            return np.zeros(seen.shape[1], dtype=bool)
-        slow: npt.NDArray[np.bool_] = last.min(0) >= max(math.log(PLAIN), self._ratio)
-        if len(seen) >= LEAST_INTERVALS:
-            distances = np.abs(seen - np.median(seen, 0))[:, np.concatenate(self._groups)]
-            slow |= (last.min(0) >= self._ratio) & (last.mean(0) >= NOISE * SPREAD * np.median(distances))
-        return slow
-
-
-def medians_of_others(times: Array) -> Array:
-    """For each of n > 1 numbers the median of the n - 1 others."""
-    order = times.argsort()
-    by_size, place = times[order], order.argsort()
-    low, high = (len(times) - 2) // 2, (len(times) - 1) // 2  # places of the middle ones, where one of n is taken out
-    both: Array = by_size[low + (low >= place)] + by_size[high + (high >= place)]
-    return both / 2
 
 
 class Stopwatch:

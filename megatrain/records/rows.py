@@ -77,10 +77,10 @@ class ComputeRow:
     compute_seconds_median: float
     compute_seconds_max: float
     slowest_rank: int
-    """The rank that took longest, measured by the others of its pipeline stage."""
+    """The rank that stands out beside the others of its pipeline stage, or by its stage's past; else the one that took longest."""
     slowest_host: str
     slowest_ratio: float
-    """Its time by the median of theirs; not a number where no stage has two ranks."""
+    """Its time by the median of theirs, or by its stage's past; not a number where neither is known."""
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:

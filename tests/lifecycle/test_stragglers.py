@@ -15,7 +15,8 @@ import torch
 
 import megatrain
 from megatrain.config.schema import Config, LogConfig, ModelConfig, ParallelConfig, TrainConfig
-from megatrain.lifecycle.stragglers import Comparison, Stopwatch, medians_of_others
+from megatrain.lifecycle.own_past import medians_of_others
+from megatrain.lifecycle.stragglers import Comparison, Stopwatch
 from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.testing import simulate
 from megatrain.testing.trace import trace_run
@@ -23,7 +24,7 @@ from megatrain.training import queue_step
 from megatrain.transport import stalls
 from megatrain.transport.stalls import HostStalls, StreamStalls
 from megatrain.transport.wrappers import RecordedWorld, Recorder
-from megatrain.watch import slow_note
+from megatrain.watch import OF_PEERS, slow_note
 
 PIPELINE = [0, 0, 1, 1]
 
@@ -90,7 +91,7 @@ def test_an_interval_without_numbers_is_left_out():
 
 def test_what_is_said():
     log = LogConfig(stragglers_every=5, slow_ratio=1.15, slow_intervals=3)
-    assert slow_note(3, "n2", 5.004, 0.1234, log) == (
+    assert slow_note(3, "n2", 5.004, OF_PEERS, 0.1234, log) == (
         "rank 3 on n2 is slow: its own work took 123.4 ms a step, 5.00x of its peers, and all others wait for it "
         "(log.slow_ratio=1.15 in 3 intervals of 5 steps)"
     )
