@@ -29,6 +29,9 @@ from megatrain.records.rows import perplexity
 RESTORED_ROWS = 4000
 """Most rows written again on a resume, evenly spaced; TensorBoard itself shows 1000 points of a scalar by default."""
 
+_NAME = "events.out.tfevents."
+"""The beginning of an event file's name."""
+
 Row = Mapping[str, Any]
 
 
@@ -40,7 +43,7 @@ class TensorBoard:
         self._sequence_length, self._world_size, self._start_step = sequence_length, world_size, start_step
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns() // 10**6:013d}.{socket.gethostname()}.{os.getpid()}"
+        name = f"{_NAME}{max(time.time_ns() // 10**6, _newest(directory) + 1):013d}.{socket.gethostname()}.{os.getpid()}"
         self._file = open_own(directory / name)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
         restart = SessionLog(status=SessionLog.START)  # at step 0 too, where a run begins anew or goes back to
@@ -105,6 +108,14 @@ class TensorBoard:
         if os.write(self._file, data) < len(data):
             os.ftruncate(self._file, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _newest(directory: Path) -> int:
+    """The largest time in the names of a directory's event files, in milliseconds: readers take files in the order of their names, so a
+    clock that was set back must not put a later file first.
+    """
+    times = (path.name.removeprefix(_NAME).partition(".")[0] for path in directory.glob(f"{_NAME}*"))
+    return max((int(of) for of in times if of.isdecimal()), default=0)
 
 
 def _training(row: Row) -> dict[str, float | None]:

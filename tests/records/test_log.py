@@ -6,6 +6,7 @@ import math
 import os
 import re
 import threading
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -218,8 +219,8 @@ def test_tensorboard_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.parametrize("to", [0, 2])
-@pytest.mark.parametrize("how", ["in the run", "in a new start"])
-def test_tensorboard_of_a_run_that_went_back_is_that_of_one_that_did_not(tmp_path, how, to):
+@pytest.mark.parametrize("how", ["in the run", "in a new start", "with a clock that was set back"])
+def test_tensorboard_of_a_run_that_went_back_is_that_of_one_that_did_not(tmp_path, monkeypatch, how, to):
     log = open_log(tmp_path / "back")
     for step in (1, 2, 3, 4):
         log.step(row(step, loss=9.0 if step > to else 2.0))
@@ -227,6 +228,8 @@ def test_tensorboard_of_a_run_that_went_back_is_that_of_one_that_did_not(tmp_pat
         log.went_back(to)
     else:
         log.close()
+        if how == "with a clock that was set back":
+            monkeypatch.setattr(time, "time_ns", lambda: 10**15)
         log = open_log(tmp_path / "back", start_step=to)
     for step in range(to + 1, 5):
         log.step(row(step, loss=2.0))
