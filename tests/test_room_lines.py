@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3050,
     "megatrain/cli": 900,
     "megatrain/config": 2950,
-    "megatrain/data": 4350,
+    "megatrain/data": 4500,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3050,
     "megatrain/verbs": 1350,
-    "tests": 42800,
+    "tests": 42200,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

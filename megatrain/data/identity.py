@@ -6,6 +6,7 @@ noticed; a few tokens changed in the middle of a large store may not be. Of file
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +20,9 @@ from megatrain.data.boundaries import GENERATION, LARGEST_TOKENIZER, SPECIAL_TOK
 from megatrain.data.indexed import store_paths
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.data.unchanged import blocks
 from megatrain.untrusted import read_plain
 
-BLOCKS, BLOCK_BYTES = 128, 2**14
-"""Blocks of a file that are hashed; a file of at most BLOCKS * BLOCK_BYTES is hashed whole."""
 _INDEX_BYTES = 2**20
 """The beginning of an index is also hashed by itself: with the sizes this is the whole identity in earlier releases."""
 
@@ -106,15 +106,8 @@ def store_identity(prefix: str | Path) -> str:
 
 def sampled(path: Path) -> bytes:
     """The contents of a small file, or blocks of a large one: the first, the last, and others evenly between."""
-    size = path.stat().st_size
     with path.open("rb") as file:
-        if size <= BLOCKS * BLOCK_BYTES:
-            return file.read()
-        blocks = []
-        for number in range(BLOCKS):
-            file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
-            blocks.append(file.read(BLOCK_BYTES))
-    return b"".join(blocks)
+        return b"".join(os.pread(file.fileno(), length, at) for at, length in blocks(path.stat().st_size))
 
 
 def hash_of(data: bytes) -> str:

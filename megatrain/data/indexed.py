@@ -39,6 +39,7 @@ from typing import NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.data.unchanged import Unchanged
 from megatrain.files import HEAD_BYTES, doing, head_of, make_folder, pointer
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -267,7 +268,11 @@ class TokenStore:
         """Whether the index has no documents, as fairseq writes it."""
         with doing("reading", self.bin_path):
             self._file = os.open(self.bin_path, os.O_RDONLY)
+            self._index_file = os.open(self.idx_path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, os.close, self._index_file)
+        self._unchanged: Unchanged | None = None
+        """Looks whether the files are as they were; from the first read on."""
         self.nbytes = os.fstat(self._file).st_size
         """Bytes of .bin."""
         self._check_index()
@@ -284,8 +289,9 @@ class TokenStore:
         """Tokens [end - first] of the store, first .. end - 1, in the order of the file and its dtype.
 
         Raises TokenStoreError, naming file, offset and document, where the file has become shorter, or has a token outside of
-        0 .. vocab_size - 1; OSError where it cannot be read.
+        0 .. vocab_size - 1, and naming the file where it was overwritten; OSError where it cannot be read.
         """
+        self._require_unchanged()
         tokens = np.empty(end - first, self.dtype)
         room, begin, done = tokens.view(np.uint8).data, first * self.dtype.itemsize, 0
         with doing("reading", self.bin_path):
@@ -344,6 +350,22 @@ class TokenStore:
         """The error for an index that no longer says what it said when it was opened."""
         return TokenStoreError(
             f"{self.idx_path} was changed while it was in use: {what}. Leave the files of a run as they are."
+        )
+
+    def _require_unchanged(self) -> None:
+        """Raise TokenStoreError if a file has other contents than at the first read."""
+        with doing("reading", self.bin_path):
+            if self._unchanged is None:
+                self._unchanged = Unchanged({self.bin_path: self._file, self.idx_path: self._index_file})
+            path = self._unchanged.overwritten()
+        if path is None:
+            return
+        require_whole(self.idx_path, self._index)
+        if (size := os.fstat(self._file).st_size) < self.nbytes:
+            raise _cut(self.bin_path, size, self.nbytes, "its end")
+        raise TokenStoreError(
+            f"{path} was overwritten while it was in use. Go on from a checkpoint with the text that the run began with; a new "
+            "version of a store needs a name of its own, or `mv`, which leaves runs that have the old one open alone."
         )
 
     def _within(self, what: str, first: int, end: int) -> tuple[int, int]:

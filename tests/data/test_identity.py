@@ -8,7 +8,7 @@ import pytest
 from tokenizer_models import sentencepiece
 
 from megatrain.config.schema import Config, CorpusConfig, DataConfig, GlmConfig
-from megatrain.data import identity
+from megatrain.data import unchanged
 from megatrain.data.identity import (
     identity_of,
     listed,
@@ -49,8 +49,8 @@ def test_of_a_large_file_blocks_are_read_that_lie_all_over_it(tmp_path):
     with path.open("wb") as file:
         file.truncate(size)
     zeros = sampled(path)
-    assert len(zeros) == 2**21 == identity.BLOCKS * identity.BLOCK_BYTES
-    gap = (size - identity.BLOCK_BYTES) // (identity.BLOCKS - 1)
+    assert len(zeros) == 2**21 == unchanged.BLOCKS * unchanged.BLOCK_BYTES
+    gap = (size - unchanged.BLOCK_BYTES) // (unchanged.BLOCKS - 1)
     for at in (0, size - 1, 50 * gap + 100):
         change(path, at)
         assert sampled(path) != zeros
