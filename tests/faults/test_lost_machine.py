@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from megatrain.runtime.interface import interfaces
+from megatrain.transport.store import await_listener
 
 STEPS, EVERY = 60, 2
 LAYOUTS = {
@@ -36,13 +37,14 @@ class Machines:
         self.job, self.port = jobs.Job(tmp_path / "job"), jobs.free_port()
 
     def come(self):
-        """One more machine."""
+        """One more machine; the first serves the store where they meet."""
         words = ["--nnodes", "2", "--nproc-per-node", str(self.ranks), "--max-restarts", "3", "--rdzv-id", "two machines"]
         address = next(one.address for one in interfaces() if not one.is_loopback)  # machines do not meet at loopback
         at = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{self.port}"]
         command = [sys.executable, "-m", "megatrain.lifecycle.agent", str(self.run), *words, *at, "-m", "megatrain", "train"]
         env = {"MEGATRAIN_INTERFACE": address, "MEGATRAIN_SECRET": "of these two machines", "JOIN_TIMEOUT": "90"}
         self.job.start([*command, str(self.config), f"log.dir={self.run}"], jobs.environment() | env)
+        await_listener(address, self.port, 60.0)
 
     def copies(self, number):
         """Folders of a machine's copies."""
