@@ -16,8 +16,9 @@ import shutil
 from pathlib import Path
 
 from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_file, read_manifest
-from megatrain.checkpoint.together import DamagedCheckpointError, together
-from megatrain.files import doing, open_own
+from megatrain.checkpoint.progress import MOST
+from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
+from megatrain.files import doing
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.untrusted import read_plain
 
@@ -74,8 +75,14 @@ def _step(path: Path) -> int:
 
 
 def next_serial(directory: Path) -> int:
-    """The number of the next checkpoint that is saved in `directory`."""
-    return 1 + max((manifest.serial for _, manifest, _ in catalogue(directory) if manifest is not None), default=0)
+    """The number of the next checkpoint that is saved in `directory`. Raises CheckpointError where readers would refuse it."""
+    largest = max((manifest.serial for _, manifest, _ in catalogue(directory) if manifest is not None), default=0)
+    if largest + 1 >= MOST:
+        raise CheckpointError(
+            f"{directory} has a checkpoint with the serial {largest}, and larger ones are not read: no run counts so far. Nothing was "
+            "saved. Move that checkpoint away, or set checkpoint.dir to another directory."
+        )
+    return largest + 1
 
 
 def appear(work: Path, final: Path) -> None:
@@ -178,8 +185,8 @@ def _remove(path: Path) -> None:
 
 def write_file(file: Path, data: bytes) -> None:
     """Write a small file and wait until it is on the disk."""
-    descriptor = open_own(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    with doing("writing", file), os.fdopen(descriptor, "wb") as stream:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with doing("writing", file), os.fdopen(os.open(file, flags, 0o666), "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())

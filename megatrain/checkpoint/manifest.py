@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -23,6 +23,7 @@ import torch
 import xxhash
 
 from megatrain.checkpoint import boxes
+from megatrain.checkpoint.progress import MOST, check_progress
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
 from megatrain.files import brief, pointer
@@ -186,6 +187,7 @@ class Manifest:
         for key, of, most in (("config", str, _LONGEST_CONFIG), ("progress", dict, 1000), ("versions", dict, 1000)):
             if not isinstance(body[key], of) or len(body[key]) > most:
                 raise ValueError(f"{key} is no {of.__name__} of length {most} or less")
+        check_progress(body["progress"])
         unknown: set[str] = set()
         stored = [tensor_from_json(row, unknown) for row in body["tensors"]]
         tensors = {tensor.spec.name: tensor for tensor in stored}
@@ -193,7 +195,7 @@ class Manifest:
             raise ValueError("a tensor is listed twice")
         manifest = cls(
             step=_count(body["step"]),
-            saved_at=float(body["saved_at"]),
+            saved_at=_finite(body["saved_at"]),
             progress=body["progress"],
             layout=_layout_from_json(body["layout"]),
             files=tuple(row_from_json(row) for row in body["files"]),
@@ -201,7 +203,7 @@ class Manifest:
             config=body["config"],
             versions=body["versions"],
             block_bytes=_count(body["block_bytes"], least=1),
-            serial=_count(body.get("serial", 0)),
+            serial=_count(body.get("serial", 0), most=MOST),
             unknown=tuple(sorted(unknown)),
             checksum=match.group(1).decode(),
         )
@@ -417,8 +419,14 @@ def check_portions(portions: Portions, ctx: ParallelContext) -> None:
                 )
 
 
-def _count(value: Any, least: int = 0) -> int:
-    """A JSON integer of at least `least`. Raises ValueError for anything else."""
-    if type(value) is not int or not least <= value < _LARGEST_COUNT:
-        raise ValueError(f"{str(value)[:80]!r} is not an integer of at least {least}")
+def _count(value: Any, least: int = 0, most: int = _LARGEST_COUNT) -> int:
+    """A JSON integer of at least `least` and less than `most`. Raises ValueError for anything else."""
+    if type(value) is not int or not least <= value < most:
+        raise ValueError(f"{str(value)[:80]!r} is not an integer of at least {least} and less than {most}")
     return value
+
+
+def _finite(value: Any) -> float:
+    if not isfinite(number := float(value)):
+        raise ValueError(f"{value!r} is no time")
+    return number

@@ -16,8 +16,9 @@ from typing import Any
 
 from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
-from megatrain.checkpoint.manifest import Manifest, read_manifest
-from megatrain.checkpoint.together import ContentError, together
+from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megatrain.checkpoint.progress import check_resumable
+from megatrain.checkpoint.together import ContentError, DamagedCheckpointError, together
 from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
 from megatrain.config.keys import show
 from megatrain.config.schema import Config
@@ -69,6 +70,14 @@ def restore(run: Run, path: Path) -> Manifest:
     manifest = load(path, portions(run.optimizer), run.ctx)
     take_over(run, manifest)
     return manifest
+
+
+def require_progress(path: Path, manifest: Manifest) -> None:
+    """Raise DamagedCheckpointError where a checkpoint lacks what a run needs to go on from it."""
+    try:
+        check_resumable(manifest.progress, manifest.step)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{path / MANIFEST} cannot be used: {error}") from None
 
 
 def take_over(run: Run, manifest: Manifest) -> None:
@@ -131,6 +140,7 @@ def resume(job: Job) -> None:
     directory, own = Path(config.checkpoint_dir), OwnCheckpoints(config, launch, job.beginning)
 
     def accept(path: Path, manifest: Manifest) -> None:
+        require_progress(path, manifest)
         _require_same_subject(path, manifest, config, job.identity)
 
     def tell(path: Path, why: str) -> None:

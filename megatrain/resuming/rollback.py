@@ -25,7 +25,7 @@ from megatrain.job import Job
 from megatrain.lifecycle.spikes import Bad, Diverged
 from megatrain.optim.portions import portions
 from megatrain.resuming.beginning import OwnCheckpoints
-from megatrain.resuming.resume import take_over
+from megatrain.resuming.resume import require_progress, take_over
 
 LOOKED_AT = 4096
 """Most samples of a window whose documents are looked at."""
@@ -76,7 +76,7 @@ def _load_before(job: Job, step: int) -> tuple[Path, Manifest] | None:
     def earlier(path: Path, manifest: Manifest | None) -> bool:
         return own(path, manifest) and manifest is not None and manifest.step < step
 
-    return load_newest(Path(job.config.checkpoint_dir), portions(job.optimizer), job.ctx, own=earlier)
+    return load_newest(Path(job.config.checkpoint_dir), portions(job.optimizer), job.ctx, accept=require_progress, own=earlier)
 
 
 def _first_left_out(job: Job, bad: Bad) -> int:

@@ -12,6 +12,7 @@ from megatrain.checkpoint import save as saving
 from megatrain.checkpoint.directory import catalogue, latest, tidy
 from megatrain.checkpoint.load import newest
 from megatrain.checkpoint.manifest import read_manifest
+from megatrain.checkpoint.together import CheckpointError
 from megatrain.parallel.mesh import ParallelContext
 
 SINGLE = ParallelContext.single()
@@ -90,3 +91,21 @@ def test_strange_things_in_the_places_of_its_files_are_put_aside_and_no_link_is_
     second = state.save(SINGLE, folder, 200)
     assert latest(folder) == second.name and names(folder) == ["damaged_latest", "latest", first.name, second.name]
     assert victim.read_text() == "precious"
+
+
+def test_a_serial_that_readers_refuse_is_never_saved(tmp_path, state):
+    state.save(SINGLE, tmp_path, 100)
+    path = state.save(SINGLE, tmp_path, 200)
+    rewrite(path, serial=2**53 - 1)
+    said = rf"{tmp_path} has a checkpoint with the serial 9007199254740991, and larger ones are not read.*Move that checkpoint away"
+    with pytest.raises(CheckpointError, match=said):
+        state.save(SINGLE, tmp_path, 300)
+    rewrite(path, serial=2**63 - 1)
+    ((_, manifest, reason), (_, _, fine)) = catalogue(tmp_path)
+    assert (
+        manifest is None
+        and fine == ""
+        and reason.startswith(f"{path}/manifest.json cannot be used: '9223372036854775807' is not")
+    )
+    assert newest(tmp_path).name == "step_00000100"
+    assert read_manifest(state.save(SINGLE, tmp_path, 300)).serial == 2

@@ -35,7 +35,7 @@ splits = st.none() | st.builds(
 specs = st.builds(
     ParamSpec,
     name=names,
-    shape=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)),
+    shape=st.tuples(st.integers(0, 10**9), st.integers(0, 10**9)),
     split=splits,
     partial_over=st.none() | st.just("tp"),
     tied=st.none() | names,
@@ -162,7 +162,13 @@ HOSTILE = {
         lambda body: body["tensors"].append(body["tensors"][0]),
         lambda body: body.pop("tensors"),
     ],
-    "config": [put("config", 5), put("config", "a: " + "b" * (1 << 20)), put("progress", [1]), put("versions", "1.0")],
+    "config": [
+        put("config", 5),
+        put("config", "a: " + "b" * (1 << 20)),
+        put("progress", [1]),
+        put("progress", "tokens", -1),
+        put("versions", "1.0"),
+    ],
     "much": [
         put("tensors", 0, "spec", "shape", [1] * 10**6),
         put("tensors", 0, "spec", "shape", [2**62, 2**62, 0]),
@@ -171,6 +177,8 @@ HOSTILE = {
         put("step", int("9" * 4000)),
         put("layout", "tp", 8192),
         put("saved_at", 10**400),
+        put("saved_at", float("nan")),
+        put("serial", 2**53),
     ],
     "layout": [put("layout", "tp", 0), put("layout", "tp", 2.0), put("layout", "tp", 10**12), put("layout", "qp", 1)],
     "format": [put("format", "z\nip" * 999), put("step", "200")],
