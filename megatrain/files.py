@@ -133,6 +133,19 @@ def open_own(path: str | Path, flags: int = os.O_WRONLY | os.O_APPEND | os.O_CRE
     return descriptor
 
 
+def opened_plain(path: str | Path) -> BufferedReader:
+    """Open a plain file to read bytes. Raises OSError; for a fifo, device or socket before it is waited for."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    what = "a pipe, as <(...) and a fifo are" if stat.S_ISFIFO(mode) else "a device, no plain file"
+    raise OSError(errno.ESPIPE, f"it is {what}: write what it gives to a file, and name that", str(path))
+
+
 def require_own(path: str | Path, kind: Callable[[int], bool] = stat.S_ISREG) -> None:
     """Raise OSError where something else than a file of a kind has the name of what the run writes, a link above all: what it leads to is
     not the run's.
@@ -164,7 +177,7 @@ def make_folder(path: Path) -> None:
 
 def head_of(path: Path) -> bytes:
     """The first bytes of a file."""
-    with path.open("rb") as file:
+    with opened_plain(path) as file:
         return file.read(HEAD_BYTES)
 
 

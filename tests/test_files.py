@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,19 @@ from megatrain import files
 from megatrain.checkpoint.directory import write_file
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.source import ConfigError, read_file
+from megatrain.data.identity import store_identity
 from megatrain.data.indexed import TokenStoreWriter
 from megatrain.data.prepare.read import ReadError, read_documents
 from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
-from megatrain.files import brief, doing, whole
+from megatrain.files import brief, doing, head_of, opened_plain, whole
 from megatrain.huggingface.model_files import read_config
+from megatrain.ngram.arpa_in import read_arpa
+from megatrain.ngram.binary import is_binary
 from megatrain.ngram.column import Column
 from megatrain.ngram.fit import Settings, fit
 from megatrain.ngram.reading import load
 from megatrain.ngram.text import TextError
+from megatrain.records.rows import read_metrics
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
 TEXT = '{"text": "what is written here"}\n' * 3
@@ -180,3 +185,29 @@ def test_what_a_file_says_is_shown_briefly():
     assert brief("é is a letter, \t and \x1b[31m are not") == r"é is a letter, \t and \x1b[31m are not"
     assert brief(ValueError("a\nb\ud800")) == r"a\nb\ud800"
     assert brief("x" * 601) == "x" * 600 + " ... (601 characters)"
+
+
+def test_what_is_no_plain_file_is_refused_before_it_is_waited_for(tmp_path):
+    fifo, ends = tmp_path / "y.yaml", os.pipe()
+    os.mkfifo(fifo)
+    pipe = "it is a pipe, as <(...) and a fifo are: write what it gives to a file, and name that"
+    for path, said in (
+        (fifo, pipe),
+        (f"/dev/fd/{ends[0]}", pipe),
+        ("/dev/zero", "it is a device, no plain file: write what it gives to a file, and name that"),
+        (tmp_path, "Is a directory"),
+    ):
+        with pytest.raises(OSError, match=re.escape(said)) as refused:
+            opened_plain(path)
+        assert refused.value.filename == str(path)
+    for end in ends:
+        os.close(end)
+    for read in (is_binary, read_arpa, read_metrics, store_identity, head_of):
+        os.mkfifo(tmp_path / f"{read.__name__}.idx")
+        with pytest.raises(OSError, match="it is a pipe"):
+            read(tmp_path / (read.__name__ if read is store_identity else f"{read.__name__}.idx"))
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{fifo} cannot be read: {pipe}.')}$"):
+        read_file(fifo)
+    (tmp_path / "plain").write_text("abc")
+    with opened_plain(tmp_path / "plain") as file:
+        assert file.read() == b"abc"

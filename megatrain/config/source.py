@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatrain.files import HEAD_BYTES, not_text
+from megatrain.files import HEAD_BYTES, not_text, opened_plain
 
 LARGEST_FILE = 1 << 18
 """Bytes. A config has a few thousand; the limit keeps a checkpoint or corpus given by mistake from being read."""
@@ -53,7 +53,7 @@ def read_file(path: str | FilePath) -> Tree:
     """The tree of a YAML file. Raises ConfigError for anything that is not one whole, readable, non-empty text file of YAML."""
     name = str(path)
     try:
-        with FilePath(path).open("rb") as file:
+        with opened_plain(path) as file:
             data = file.read(LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ConfigError(f"{name}: no such file (relative paths start at {FilePath.cwd()}).") from None

@@ -21,6 +21,7 @@ from megatrain.data.indexed import store_paths
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.data.unchanged import blocks
+from megatrain.files import opened_plain
 from megatrain.untrusted import read_plain
 
 _INDEX_BYTES = 2**20
@@ -98,7 +99,7 @@ def _corpus_identity(corpus: CorpusConfig) -> list[Any]:
 def store_identity(prefix: str | Path) -> str:
     """Sizes of index and tokens in bytes, hash of the beginning of the index, hash of the `sampled` blocks of both."""
     tokens, index = store_paths(prefix)
-    with index.open("rb") as file:
+    with opened_plain(index) as file:
         beginning = file.read(_INDEX_BYTES)
     hashes = hash_of(beginning), hash_of(sampled(index) + sampled(tokens))
     return f"{index.stat().st_size}-{tokens.stat().st_size}-{hashes[0]}-{hashes[1]}"
@@ -106,7 +107,7 @@ def store_identity(prefix: str | Path) -> str:
 
 def sampled(path: Path) -> bytes:
     """The contents of a small file, or blocks of a large one: the first, the last, and others evenly between."""
-    with path.open("rb") as file:
+    with opened_plain(path) as file:
         return b"".join(os.pread(file.fileno(), length, at) for at, length in blocks(path.stat().st_size))
 
 

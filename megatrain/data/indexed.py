@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.unchanged import Unchanged
-from megatrain.files import HEAD_BYTES, doing, head_of, make_folder, pointer
+from megatrain.files import HEAD_BYTES, doing, head_of, make_folder, opened_plain, pointer
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -420,7 +420,7 @@ class TokenStore:
 
 def _map(path: Path) -> mmap.mmap | bytes:
     """The file as read-only memory; empty bytes for an empty file, which cannot be mapped."""
-    with path.open("rb") as file:
+    with opened_plain(path) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
-from megatrain.files import HEAD_BYTES, compression, not_text
+from megatrain.files import HEAD_BYTES, compression, not_text, opened_plain
 from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.table import twins
 from megatrain.ngram.text import SPECIAL, split
@@ -73,7 +73,7 @@ class Arpa:
 
 def read_arpa(path: Path) -> Arpa:
     """Read a file; its first bytes, not its name, say how it is compressed. Raises ArpaError or OSError."""
-    with path.open("rb") as file:
+    with opened_plain(path) as file:
         head = file.peek(8)
         kind = next((kind for mark, kind in _COMPRESSED.items() if head.startswith(mark)), None)
         try:

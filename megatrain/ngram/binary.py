@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatrain.files import HEAD_BYTES, brief, pointer, whole
+from megatrain.files import HEAD_BYTES, brief, opened_plain, pointer, whole
 from megatrain.ngram.lazy import Array, BinaryError, LazyArray, ModelFile, block_count, blocks, checksums, padded
 from megatrain.ngram.model import HeldWords, NgramModel, Numbers, Order
 from megatrain.ngram.table import MISSING, MOST_SLOTS, Table
@@ -42,7 +42,7 @@ _HASHES = ("<u8",)
 
 def is_binary(path: Path) -> bool:
     """Whether a file begins as a compiled model does."""
-    with path.open("rb") as file:
+    with opened_plain(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 

@@ -6,12 +6,15 @@ JSON has no NaN: a value that is not finite is null, and the row then has `nonfi
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatrain.files import opened_plain
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str,
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     latest = -1
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
+    with io.TextIOWrapper(opened_plain(path), encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
