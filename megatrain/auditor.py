@@ -3,6 +3,7 @@
 at every update                   sums of the bits of what this rank owns, after it and before the next one (optim/state_watch.py)
 train.audit_every, and a save     what those have seen, over all ranks, so that no checkpoint keeps what a device has changed by itself
 train.audit_every                 copies of parameters, masters and states (optim/audit.py)
+both                              numbers that all ranks have alike besides the tensors (numbers.py)
 train.audit_compute_every         a micro-batch computed twice (rerun.py)
 
 An error ends the run on every rank, and names the ranks to blame, their hosts and the tensors; before that it is told, to be recorded.
@@ -10,13 +11,17 @@ An error ends the run on every rank, and names the ranks to blame, their hosts a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
+from typing import Any
 
+from megatrain.numbers import compare, numbers_of
 from megatrain.optim.audit import AuditError, audit
 from megatrain.optim.state_watch import StateWatch, watched_every
 from megatrain.rerun import kind_here, recompute, repeatable
+from megatrain.resuming.resume import progress_of
 from megatrain.runtime.flops import model_flops_per_token
 from megatrain.runtime.rounding import unlike
 from megatrain.training import Run
@@ -26,10 +31,17 @@ from megatrain.transport.consensus import gather_texts
 class Auditor:
     """The audits of one run, as a context manager around its loop; without train.audit_every and train.audit_compute_every none."""
 
-    def __init__(self, run: Run, tell: Callable[[AuditError], None] = lambda error: None) -> None:
-        """tell: called on every rank with the error that is about to end the run."""
+    def __init__(
+        self,
+        run: Run,
+        tell: Callable[[AuditError], None] = lambda error: None,
+        kept: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """tell: called on every rank with the error that is about to end the run. kept: what a checkpoint keeps besides tensors; None: of
+        a run that lives in no process of its own.
+        """
         config = run.config
-        self.run, self._tell = run, tell
+        self.run, self._tell, self._kept = run, tell, partial(progress_of, run) if kept is None else kept
         self.watch = StateWatch(run.flat, run.optimizer) if config.train.audit_every else None
         tokens = config.train.global_batch_size * config.model.seq_length / run.ctx.world.size
         flops = tokens * model_flops_per_token(config.model, run.chunks[0].build.vocab_size)
@@ -70,6 +82,7 @@ class Auditor:
         if self.watch is not None and (copies or not self._looked):
             self._looked = True
             with self._telling():
+                compare(numbers_of(self.run, self._kept()), self.run.ctx)
                 audit(self.run.flat, self.run.optimizer, self.run.ctx, self.watch, copies=copies)
 
     def recompute(self) -> None:

@@ -47,7 +47,7 @@ from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.schedules import chunks_problem
 from megatrain.records import provenance
 from megatrain.records.log import LogDisplay, RunLog
-from megatrain.resuming.resume import resume, warmup_kept
+from megatrain.resuming.resume import progress_of_job, resume, warmup_kept
 from megatrain.runtime import installed
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of
@@ -242,7 +242,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
         guard.section("records"),
         _open_log(job) as log,
         Watch(job, log) as watch,
-        Auditor(job, watch.audited) as auditor,
+        Auditor(job, watch.audited, partial(progress_of_job, job)) as auditor,
         guard.section("step"),
         guard.watching(),
     ):

@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 4050,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2450,  # its own files, without the rooms below
+    "megatrain": 2600,  # its own files, without the rooms below
     "megatrain/checkpoint": 3050,
     "megatrain/cli": 900,
     "megatrain/config": 2950,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3050,
     "megatrain/verbs": 1350,
-    "tests": 42200,
+    "tests": 43100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

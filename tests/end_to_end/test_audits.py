@@ -306,6 +306,35 @@ def test_what_ends_a_run_is_an_event(tmp_path):
     )
 
 
+# --- numbers besides the tensors -----------------------------------------------------------------------------------------------
+
+
+def flip_scale(run):
+    run.loss_scale._state[0] = 4.0
+
+
+def set_back(run):
+    run.consumed_samples -= 4
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            lambda run: flip(run.optimizer.updates),
+            r"updates: rank 2 on HOST has 3 \(0x40400001\), ranks 0, 1, 3 3 \(0x40400000\)",
+        ),
+        (flip_scale, r'loss_scale: rank 2 on HOST has \["4", "0", "2"\], ranks 0, 1, 3 \["1", "0", "2"\]'),
+        (set_back, "samples: rank 2 on HOST has 32, ranks 0, 1, 3 36"),
+    ],
+)
+def test_a_number_that_one_rank_alone_has_is_found_and_its_rank_named(change, found):
+    said = errors_of(point(1, tp=(1, False), dp=4), audited(change, at=2))
+    assert len(set(said)) == 1 and whom[0][0] == [2]
+    assert said[0].startswith("numbers that all ranks have alike are not the same on all of them:\n  ")
+    assert re.search(rf"\n  {found.replace('HOST', HOST)}\n", said[0]), said[0]
+
+
 # --- when ----------------------------------------------------------------------------------------------------------------------
 
 
