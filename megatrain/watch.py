@@ -352,6 +352,7 @@ class Watch:
     def __enter__(self) -> Watch:
         self.job.observers.before_update.append(self.norms)
         self.guard.background, self.guard.on_event = self.saver.unfinished, self._guard_event
+        self.guard.sections.longest_save = lambda: self.saver.longest
         events = str(self.log.directory.absolute() / "events.jsonl")
         self.guard.record = lambda: (self.job.step, events)
         return self
@@ -363,8 +364,8 @@ class Watch:
             self.keeper.close(ended=False)
         self.guard.background, self.guard.on_event, self.guard.record = lambda: None, None, lambda: (0, "")
 
-    def _guard_event(self, kind: Literal["hang", "death"], rank: int | None, message: str) -> None:
-        """Record what ended the run; called from a thread of the guard, on any rank."""
+    def _guard_event(self, kind: Literal["hang", "death", "stopping"], rank: int | None, message: str) -> None:
+        """Record what ended the run, or keeps it from its end; called from a thread of the guard, on any rank."""
         self.log.event(kind, self.job.step, rank=rank, message=message)
 
     def stopped(self, why: str) -> None:

@@ -22,6 +22,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ class Saver:
         self._known = ""
         """On rank 0: why the save in progress fails, as the ranks have agreed; a rank without a disk cannot leave word in a file."""
         self._began = 0.0
+        self.longest = 0.0
+        """Seconds of the longest save so far on this rank (rank 0: of all ranks), to the end of its writing; 0 before the first."""
         self._threads: tuple[Future[None], ...] = ()
         """The same two, kept when they have been waited for."""
 
@@ -148,9 +151,15 @@ class Saver:
         if leads:
             self._published = self.writer.then(lambda _: self._conclude(work, final, contents, began, written))
         self._threads = tuple(future for future in (self._written, self._published) if future is not None)
+        for last in self._threads[-1:]:
+            last.add_done_callback(partial(self._note_seconds, self._began))
         if wait:
             self.finish()
         return final
+
+    def _note_seconds(self, began: float, done: Future[None]) -> None:
+        if done.exception() is None:
+            self.longest = max(self.longest, time.monotonic() - began)
 
     def ended(self) -> bool:
         """Whether the save in progress has ended, or a rank's part of it has failed (collective); does not wait for the disk."""

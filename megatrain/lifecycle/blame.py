@@ -293,6 +293,18 @@ def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world
     return Verdict("death" if dead else "hang", culprits, "\n".join(lines), kill)
 
 
+def places(states: Mapping[int, State], world_size: int) -> str:
+    """Where all ranks are, those first that are in no call, and of these the ones that have come no further for longest."""
+    order = sorted(states.values(), key=lambda state: (state.doing == "waiting", -state.seconds, state.rank))
+    lines = [str(state) for state in order[:SHOWN]]
+    if len(order) > SHOWN:
+        lines.append(f"and {len(order) - SHOWN} more")
+    silent = [rank for rank in range(world_size) if rank not in states]
+    if silent:
+        lines.append(f"rank {_runs(silent)} says nothing: it goes on, was not told, or is frozen")
+    return "\n".join(lines + _stacks(states, tuple(state.rank for state in order)))
+
+
 def _describe_silent(rank: int, identity: Identity | None, condition: str) -> str:
     meaning = {
         "gone": "has died",

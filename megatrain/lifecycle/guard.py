@@ -33,10 +33,10 @@ from types import TracebackType
 from typing import Literal, NoReturn
 
 from megatrain import transport
-from megatrain.lifecycle.blame import Identity, State, Verdict, judge
+from megatrain.lifecycle.blame import Identity, State, Verdict, judge, places
 from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.roll import Roll, call_roll
-from megatrain.lifecycle.sections import Name, SectionLimits, Sections, Suspensions, TimedSection
+from megatrain.lifecycle.sections import Limit, Name, SectionLimits, Sections, Suspensions, TimedSection
 from megatrain.runtime.distributed import Session
 from megatrain.runtime.launch import Launch
 from megatrain.stderr import say
@@ -44,9 +44,9 @@ from megatrain.transport.board import STORE, Board
 from megatrain.transport.group import TransportError
 from megatrain.transport.seal import shown
 from megatrain.transport.store import within
-from megatrain.transport.wrappers import Recorder
+from megatrain.transport.wrappers import Call, Recorder
 
-OnEvent = Callable[[Literal["hang", "death"], "int | None", str], None]
+OnEvent = Callable[[Literal["hang", "death", "stopping"], "int | None", str], None]
 """Called with the kind, the rank to blame if it is a single one, and the message; in a thread, usually on one rank only."""
 Background = Callable[[], "tuple[float, str] | None"]
 """Work of another thread that a save has left: (time.monotonic at its beginning, where it is); None if there is none."""
@@ -54,6 +54,8 @@ Record = Callable[[], tuple[int, str]]
 """Steps so far, and the file in which the monitor is to record the end of a rank that cannot do so itself; empty for none."""
 
 LOOK_SECONDS = 1.0
+WHERE_SECONDS = 20.0
+"""A run that was told to stop and has come no further for this long says where it is: schedulers kill after 30 s without a word."""
 STORE_SECONDS = 4.0
 """Limit of each call to the store during an alarm."""
 STATES_SECONDS = 2.0
@@ -111,6 +113,7 @@ class Guard:
         self._server: Identity | None = None
         self._neighbour: Identity | None = None
         self._gone_since: float | None = None
+        self._said_where = False
         self._served_by_rank_0 = self._size > 1 and not launch.launcher_serves
 
     # --- the main thread's side -------------------------------------------------------------------------------------------
@@ -245,12 +248,15 @@ class Guard:
                 self._monitor.beat(max(left, 0.0), what, *self.record())
             if left < 0 or self._neighbour_is_gone(now):
                 self._alarm(self._own_state())
+            if not self._said_where and self._is_told_in_vain(now):
+                self._said_where = True
+                self._start("where", self._say_where)
 
     def _left_over(self, now: float) -> tuple[float, str]:
         """Seconds until this rank has waited too long (infinite outside of all sections and calls), and in what."""
         call, section, told = self._recorder.waiting(), self.sections.now(), self.told()
         left, what = float("inf"), "nothing"
-        limit = self.sections.limit(told is not None) or (None if call is None else self._limits.of_call)
+        limit = self._limit(call) or (None if call is None else self._limits.of_call)
         if limit is not None:
             since = call.started if call is not None else now if section is None else section.since
             if limit.told and told is not None:
@@ -264,6 +270,33 @@ class Guard:
             if left_behind < left:
                 left, what = left_behind, f"save at {behind[1]} ({of_save})"
         return left, what
+
+    def _limit(self, call: Call | None) -> Limit | None:
+        """The limit of the section. In a save, a rank that waits for others does not know how long theirs usually takes."""
+        section = self.sections.now()
+        waits = call is not None and section is not None and section.name == "save"
+        return self.sections.limit(self.told() is not None and not waits)
+
+    def _is_told_in_vain(self, now: float) -> bool:
+        """Whether this rank was told to stop, and has come no further since."""
+        section, told = self.sections.now(), self.told()
+        return told is not None and now - max(told, told if section is None else section.since) > WHERE_SECONDS
+
+    def _say_where(self) -> None:
+        """Thread: the first rank says where all are that were told, and goes on."""
+        own, states = self._own_state(), {}
+        with suppress(TransportError):  # then of itself alone
+            if self._board is not None:
+                self._board.write(f"where/{self._rank}", own.text())
+                if self._board.claim("where", str(self._rank)) != str(self._rank):
+                    return
+                self._closing.wait(STATES_SECONDS)
+                said = self._board.read_all([f"where/{rank}" for rank in range(self._size)])
+                states = {state.rank: state for state in map(State.parse, said.values())}
+        text = shown(places(states | {self._rank: own}, self._size))
+        say(f"megatrain: told to stop, but come no further for {WHERE_SECONDS:g} s\n    " + text.replace("\n", "\n    "))
+        if self.on_event is not None:
+            self.on_event("stopping", None, text)
 
     def _neighbour_is_gone(self, now: float) -> bool:
         """Whether the next rank of this machine has died, without a word."""
@@ -301,7 +334,7 @@ class Guard:
                 self._rank, call, now, stack, issued, "" if section is None or section.name == "step" else place
             )
         seconds = 0.0 if section is None else now - section.since
-        detail = "" if section is None else f"{place} ({self.sections.limit(self.told() is not None)})"
+        detail = "" if section is None else f"{place} ({self._limit(call)})"
         return State(self._rank, "busy", detail, seconds=seconds, stack=stack, issued=issued)
 
     def _alarm(self, state: State) -> NoReturn:

@@ -115,6 +115,8 @@ class Sections:
     def __init__(self, limits: SectionLimits) -> None:
         self.limits = limits
         self._inside: list[TimedSection] = []
+        self.longest_save: Callable[[], float] = lambda: 0.0
+        """Seconds of the longest save so far, with all that it writes in the background; 0 before the first has succeeded."""
         self._longest: dict[Name, float] = {}
         """Section -> the longest time so far from one tick to the next."""
 
@@ -151,8 +153,8 @@ class Sections:
         section = self.now()
         if section is None:
             return None
-        usual = self._longest.get(section.name, 0.0)
-        if told and usual and section.name in ("data", "step", "evaluation"):
+        usual = self.longest_save() if section.name == "save" else self._longest.get(section.name, 0.0)
+        if told and usual and section.name in ("data", "step", "evaluation", "save"):
             shorter = max(TOLD_SECONDS, TOLD_TIMES * usual)
             if shorter < section.limit.seconds:
                 return Limit(shorter, section.limit.key, told=True)

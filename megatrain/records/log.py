@@ -46,6 +46,7 @@ EventKind = Literal[
     "skip_data",
     "diverged",
     "audit",
+    "stopping",
     "hang",
     "death",
     "slow",

@@ -465,7 +465,7 @@ def test_a_save_says_since_when_it_is_at_which_file_and_whom_rank_0_waits_for(tm
 
     def run(ctx):
         saver = Saver(tmp_path, ctx)
-        assert saver.unfinished() is None
+        assert saver.unfinished() is None and saver.longest == 0.0
         saver.save(contents(100), state.portions(state.local(ctx), ctx), wait=False)
         place = (
             tmp_path
@@ -475,10 +475,14 @@ def test_a_save_says_since_when_it_is_at_which_file_and_whom_rank_0_waits_for(tm
         while saver.place() != str(place) or (ctx.world.rank == 0 and saver.unfinished()[0] < before + 5):
             time.sleep(0.005)  # until it is there
         began, at = saver.unfinished()
+        assert saver.longest == 0.0
         ctx.world.group.barrier()
         opened.set()
         saver.finish()
         assert saver.unfinished() is None
+        while not saver.longest:
+            time.sleep(0.005)
+        assert saver.longest < 60
         saver.close()
         return began - before, at
 

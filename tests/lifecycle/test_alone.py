@@ -42,7 +42,8 @@ what = sys.argv[1]
 if what in ("unread", "unreadable"):
     stderr_is_a_pipe(read=what == "unread", filled=what == "unread")
 sections.TOLD_SECONDS, guard.LATE_SECONDS = 0.3, 0.2
-limits = SectionLimits(start=0.5 if what == "set-up" else 60.0, hang=60.0 if what == "told" else 0.5, save=1.0)
+long = {"set-up": (0.5, 0.5, 1.0), "told": (60.0, 60.0, 1.0), "told save": (60.0, 0.5, 60.0)}
+limits = SectionLimits(*long.get(what, (60.0, 0.5, 1.0)))
 of = Guard(Launch(), limits)
 of.on_event = lambda kind, rank, text: print(kind, rank, flush=True)
 with of, of.watching():
@@ -51,9 +52,20 @@ with of, of.watching():
             load_sample_that_never_comes()
     time.sleep(1.0)  # in no section: no limit
     with of.section("step"):
+        if what == "told first":  # nothing is known of a step's usual time
+            guard.WHERE_SECONDS = 0.1
+            of.told = lambda: began
+            began = time.monotonic()
+            load_sample_that_never_comes()
         for _ in range(30):
             of.tick()
             time.sleep(0.03)
+        if what == "told save":
+            of.sections.longest_save = lambda: 0.05
+            told = time.monotonic()
+            of.told = lambda: told
+            with of.section("save", lambda: "/disk/step_00000008"):
+                load_sample_that_never_comes()
         if what == "told":
             told = time.monotonic()
             of.told = lambda: told
@@ -88,6 +100,7 @@ SAID = {
     "save": "in save at /disk/step_00000004 (checkpoint.timeout_seconds=1), and",
     "background": "in save at /disk/step_00000004/weights (checkpoint.timeout_seconds=1)\n",
     "told": "in step (told to stop; ",
+    "told save": "in save at /disk/step_00000008 (told to stop; 0.3 s are far above its usual time), and",
 }
 AT = {
     "background": "in <module>",
@@ -105,9 +118,9 @@ def ended(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     (folder / "alone.py").write_text(ALONE)
     with jobs.Job(folder) as job:
-        for what in (*SAID, *MUTE, "well"):
+        for what in (*SAID, *MUTE, "told first", "well"):
             job.fork([str(folder / "alone.py"), what], jobs.environment())
-        return dict(zip((*SAID, *MUTE, "well"), job.finish(), strict=True))
+        return dict(zip((*SAID, *MUTE, "told first", "well"), job.finish(), strict=True))
 
 
 @pytest.mark.parametrize("what", SAID)
@@ -122,6 +135,14 @@ def test_a_section_that_comes_no_further_ends_the_run_with_its_name_and_stack(en
 @pytest.mark.parametrize("what", MUTE)
 def test_a_run_whose_words_nobody_reads_ends_as_well_and_leaves_its_event(ended, what):
     assert ended[what] == jobs.Ended(1, "hang 0\n", "")
+
+
+def test_a_run_that_was_told_to_stop_in_vain_says_where_it_is_before_its_limit_ends_it(ended):
+    code, out, err = ended["told first"].code, ended["told first"].out, ended["told first"].err
+    first, then = err.split("megatrain: rank 0 ends after a hang")
+    assert (code, out) == (1, "stopping None\nhang 0\n"), err
+    assert first.startswith("megatrain: told to stop, but come no further for 0.1 s\n    rank 0 has come no further for "), err
+    assert "in load_sample_that_never_comes" in first and "in load_sample_that_never_comes" in then
 
 
 def test_a_run_that_comes_further_is_let_alone(ended):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
-from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge
+from megatrain.lifecycle.blame import Identity, State, Verdict, behind, find_culprits, judge, places
 from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.sections import SectionLimits
 from megatrain.parallel.mesh import AXES, MeshShape
@@ -149,6 +149,18 @@ def test_a_rank_whose_disk_does_not_answer_is_blamed_before_those_that_wait_for_
     assert find_culprits({rank: states[rank] for rank in (0, 2)}, 3) == (1,), "one that is dead or frozen comes first"
 
 
+def test_the_places_of_all_begin_with_those_that_are_in_no_call_and_end_with_who_says_nothing():
+    busy = State(2, "busy", "save at /disk/w (checkpoint.timeout_seconds=600)", seconds=25.0, stack="  File a.py")
+    said = places(told([waiting(0, (0, 2)), busy]), 5).splitlines()
+    assert (
+        said[0]
+        == "rank 2 has come no further for 25.0 s in save at /disk/w (checkpoint.timeout_seconds=600), and is in no call"
+    )
+    assert said[1].startswith("rank 0 has waited for ") and said[2].startswith("rank 1-3/2,4 says nothing")
+    assert said[3:6] == ["rank 0 is at", "  File training.py, line 180", "  File training.py, line 180"]
+    assert said[-2:] == ["rank 2 is at", "  File a.py"]
+
+
 class Counted:
     """A store in memory that counts messages."""
 
@@ -177,6 +189,27 @@ class CountedGuard(Guard):
     def _open_board(self, ranks=1):
         self.opened += 1
         return Board(self.store, 4.0)
+
+
+def test_the_first_that_was_told_in_vain_says_where_all_are(monkeypatch, capfd):
+    monkeypatch.setattr("megatrain.lifecycle.guard.STATES_SECONDS", 0.1)
+    events, busy = [], State(6, "busy", "save at /disk/w", seconds=25.0)
+    with CountedGuard(8) as guard:
+        guard.meet()
+        guard.on_event = lambda *event: events.append(event)
+        guard.others.write("where/6", busy.text())
+        guard._say_where()
+        ((kind, rank, text),) = events
+        assert (kind, rank) == ("stopping", None)
+        assert "\nrank 6 has come no further for 25.0 s in save at /disk/w" in f"\n{text}" and "rank 0-4,7 says nothing" in text
+        assert "rank 5 is at\n" in text and "in test_the_first_that_was_told_in_vain" in text
+    with CountedGuard(8) as guard:
+        guard.meet()
+        guard.on_event = lambda *event: events.append(event)
+        guard.others.claim("where", "6")
+        guard._say_where()
+        assert len(events) == 1, "another rank was first"
+    assert capfd.readouterr().err.count("megatrain: told to stop, but come no further for 20 s\n    rank ") == 1
 
 
 @pytest.mark.parametrize("size", [64, LARGEST.world])

@@ -66,7 +66,13 @@ def test_once_told_to_stop_a_section_may_take_five_times_its_usual_time_or_half_
         with of.enter("save"):
             clock[0] += 1
             of.tick()
-            assert of.limit(told=True).seconds == 700.0, "what the run was told is to save"
+            assert of.limit(told=True).seconds == 700.0, "how long a whole save takes is not known before the first"
+            of.longest_save = lambda: 4.0
+            assert of.limit(told=True) == Limit(30.0, "checkpoint.timeout_seconds", told=True)
+            of.longest_save = lambda: 40.0
+            assert of.limit(told=True).seconds == 200.0 and of.limit().seconds == 700.0
+            of.longest_save = lambda: 400.0
+            assert of.limit(told=True) == Limit(700.0, "checkpoint.timeout_seconds")
 
 
 def test_a_suspension_is_not_counted_once_a_section_has_begun():
