@@ -54,6 +54,7 @@ from megatrain.runtime.device_memory import memory_of
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.flops import parameter_count
 from megatrain.runtime.interface import launched
+from megatrain.runtime.launch import Launch
 from megatrain.runtime.reports import Reports
 from megatrain.runtime.rounding import require_same_kernels
 from megatrain.transport.leftovers import remove_leftovers
@@ -81,7 +82,14 @@ def build(
     with ExitStack() as stack:  # so that the next build of this process can join a world, if this one fails
         guard = stack.enter_context(Guard(launch, limits, monitor))
         with guard.section("set-up"), guard.watching():
-            session = connect(launch, config.parallel, max(vars(limits).values()), join_seconds=limits.start, met=guard.meet)
+            session = connect(
+                launch,
+                config.parallel,
+                max(vars(limits).values()),
+                join_seconds=limits.start,
+                met=guard.meet,
+                job=described(config, launch),
+            )
             stack.callback(session.close)
             guard.join(session)
             job = _build_in(session, guard, config, text, objective)
@@ -90,6 +98,15 @@ def build(
         guard.reader = lambda: job.loader.thread
         job.loader.goes_on = lambda: job.step + 1 < job.total_steps
         return job
+
+
+def described(config: Config, launch: Launch) -> str:
+    """What tells a run from others where its ranks meet: its log.dir, which no other has at the same time.
+
+    Of ranks on one machine the whole path; several may have it at other places.
+    """
+    where = Path(config.log.dir)
+    return f"the run in log.dir={where if launch.is_spread else where.absolute()}"
 
 
 def limits_of(config: Config) -> SectionLimits:

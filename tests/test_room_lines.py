@@ -27,9 +27,9 @@ LINES = {
     "megatrain/resuming": 950,
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
-    "megatrain/transport": 3050,
+    "megatrain/transport": 3100,
     "megatrain/verbs": 1350,
-    "tests": 43150,
+    "tests": 43250,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

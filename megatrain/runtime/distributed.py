@@ -162,9 +162,10 @@ def connect(
     *,
     join_seconds: float | None = None,
     met: Callable[[], None] = lambda: None,
+    job: str = "a job that trains nothing",
 ) -> Session:
     """Join the world. timeout_seconds: longest that a call may take; join_seconds: how long to wait here for ranks that do not come
-    (None: as long); met: called when the store where the ranks meet is reached.
+    (None: as long); met: called when the store where the ranks meet is reached; job: what tells it from others, in words.
 
     Sets the environment variables that tell the backends their network interface (`interface.py`). Raises LaunchError if device, backend
     or interface is not available, TransportError if the world cannot be joined.
@@ -182,7 +183,7 @@ def connect(
         launch.rank,
         launch.world_size,
         backend=backend,
-        rendezvous=Rendezvous((launch.master_addr, launch.master_port), launch.launcher_serves, launch.store_prefix),
+        rendezvous=Rendezvous((launch.master_addr, launch.master_port), launch.launcher_serves, launch.store_prefix, job),
         device=device,
         timeout_seconds=timeout_seconds + BACKEND_MARGIN_SECONDS,
         join_seconds=timeout_seconds if join_seconds is None else join_seconds,

@@ -25,7 +25,7 @@ from megatrain.transport.group import (
     refuse,
 )
 from megatrain.transport.shared_exchange import Exchanges, reduce_in_order
-from megatrain.transport.store import meet_all, open_store
+from megatrain.transport.store import claim_rank, meet_all, open_store, require_own
 
 _DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # Torch 2.13 renamed these two; 2.9 to 2.12 know the old names alone.
@@ -281,6 +281,8 @@ class Rendezvous(NamedTuple):
     """Whether the launcher serves the port (torchrun); else rank 0 does."""
     prefix: str = "megatrain"
     """Keeps the keys apart from other users, and earlier attempts, of the same store."""
+    job: str = ""
+    """What tells this job from others of the same user, in words: a rank that comes to another's rank 0 is turned away."""
 
 
 class TorchWorld(World):
@@ -314,9 +316,10 @@ class TorchWorld(World):
 
         device: where this rank's tensors live; with nccl its own GPU, which becomes the current one.
         timeout_seconds: limit of every later call. join_seconds: how long to wait for the other ranks here (None: as long).
-        met: called when the store is reached, before the other ranks have come.
+        met: called when the store is reached and this rank is one of the job's, before the other ranks have come.
 
-        Raises TransportError if the port is in use, the store cannot be reached, or ranks do not come (it lists them).
+        Raises TransportError if the port is in use, the store cannot be reached or is another job's, this rank has come already, or ranks
+        do not come (it lists them).
         """
         if dist.is_initialized():
             raise TransportError("this process is already connected to a world; close that one first")
@@ -328,6 +331,9 @@ class TorchWorld(World):
         serves = rank == 0 and not rendezvous.launcher_serves
         store = PrefixStore(rendezvous.prefix, open_store(rank, size, rendezvous.at, join, serves))
         own = f"{torch.cuda.get_device_properties(device).uuid}" if backend == "nccl" else ""
+        if not (rendezvous.launcher_serves or isinstance(rendezvous.at, Path)):
+            require_own(store, rank, size, rendezvous.job, rendezvous.at[1])
+        claim_rank(store, rank, size)
         met()
         meet_all(store, rank, size, max(join - timedelta(seconds=time.monotonic() - began), timedelta(seconds=1)), own)
         try:

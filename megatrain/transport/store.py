@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.transport.group import TransportError
 from megatrain.transport.seal import shown
@@ -168,25 +168,68 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     raise result
 
 
-def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str = "") -> None:
-    """Return when all ranks have come. Raises TransportError that lists the ranks that have not.
+def require_own(store: Store, rank: int, size: int, job: str, port: int) -> None:
+    """Raise TransportError on a rank that has come to the store of another job, which then hears nothing of it. Rank 0 serves the store.
 
-    device: name of a device that this rank needs for itself; if two ranks give the same one, all ranks raise. So they do where two
-    processes come as the same rank.
+    job: what tells this job from others, in words. port: of the store, for the message.
+    """
+    mine, seconds = f"{job}, of {size} ranks", answer_seconds(size)
+    if rank == 0:
+        store.set("job", mine)
+        return
+
+    def ask() -> str:
+        try:
+            store.wait(["job"], timedelta(seconds=seconds))
+        except DistStoreError:  # nobody has the same secret here: `meet_all` says who does not come
+            return mine
+        return store.get("job").decode(errors="replace")
+
+    theirs = within(seconds + ATTEMPT_SECONDS, ask, f"rank {rank} has reached the store where the ranks meet: it")
+    if theirs != mine:
+        raise TransportError(
+            f"rank {rank}: another job uses this port (MASTER_PORT={port}): {shown(theirs)}; this one is {mine}. "
+            f"{_other_port(port)} Or, if they are to be one job, give all its ranks the same config and number of ranks."
+        )
+
+
+def claim_rank(store: Store, rank: int, size: int) -> None:
+    """Come as a rank. Raises TransportError where another process has; where a rank is missing for that, all ranks are told."""
+    try:
+        if store.add(f"rank {rank}", 1) == 1:
+            return
+        problem = (
+            f"two processes have come as rank {rank} of {size}. Give each its own RANK, from 0 to {size - 1}; if each has, one of them is "
+            "of another job, which needs another MASTER_PORT."
+        )
+        store.set("problem", problem)
+        _arrive(store, size)
+    except RuntimeError as error:
+        raise TransportError(f"rank {rank} lost the store as it came: {_headline(error)}") from error
+    raise TransportError(problem)
+
+
+def _arrive(store: Store, size: int) -> None:
+    """Count one more process; the last lets all go on, or tells them of a problem."""
+    if store.add("arrived", 1) == size:
+        store.set("all here", store.get("problem").decode() if store.check(["problem"]) else "")
+
+
+def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str = "") -> None:
+    """Return when all ranks have come (`claim_rank`). Raises TransportError that lists the ranks that have not.
+
+    device: name of a device that this rank needs for itself; if two ranks give the same one, all ranks raise.
     """
     try:
         problem = ""
-        if store.add(f"rank {rank}", 1) > 1:
-            problem = f"two processes have come as rank {rank} of {size}. Give each its own RANK, from 0 to {size - 1}."
-        elif device and store.add(f"device {device}", 1) > 1:
+        if device and store.add(f"device {device}", 1) > 1:
             problem = (
                 f"rank {rank} and another one would use the same GPU, {device}, but NCCL allows one rank per GPU. Start fewer ranks on "
                 "this node, give each task a GPU (srun --gpus-per-task=1), or use parallel.backend=gloo."
             )
         if problem:
             store.set("problem", problem)
-        if store.add("arrived", 1) == size:
-            store.set("all here", store.get("problem").decode() if store.check(["problem"]) else "")
+        _arrive(store, size)
         store.wait(["all here"], limit)
         problem = problem or store.get("all here").decode(errors="replace")
     except RuntimeError as error:

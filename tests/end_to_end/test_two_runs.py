@@ -1,14 +1,19 @@
 """Two runs do not share a log.dir, and a run whose log.dir is removed goes on in a new one."""
 
 import shutil
+from pathlib import Path
 
 import jobs
 import pytest
 
 import megatrain
 from megatrain.checkpoint.claim import claim_log
+from megatrain.config.load import from_dict
 from megatrain.parallel.mesh import ParallelContext
+from megatrain.program import described
 from megatrain.records.log import RunLog
+from megatrain.runtime.launch import Launch
+from megatrain.transport.group import TransportError
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,47 @@ def test_a_run_in_the_log_dir_of_a_live_one_is_refused_on_every_rank_and_touches
     assert all(f"another run keeps its log in log.dir={run}: process" in end.err for end in ended), ended
     assert contents(run) == before and not (tmp_path / "other").exists()
     held.release()
+
+
+def test_a_run_is_told_from_others_on_its_port_by_its_log_dir(tmp_path, data, monkeypatch):
+    """On one machine by the whole path, where ranks may be started in several directories."""
+    said = []
+
+    def join(*_args, job, **_more):
+        said.append(job)
+        raise TransportError("no")
+
+    monkeypatch.setattr("megatrain.program.connect", join)
+    monkeypatch.chdir(tmp_path)
+    tree = jobs.tiny(data, Path("run"))
+    with pytest.raises(TransportError):
+        megatrain.build(tree)
+    assert said == [f"the run in log.dir={tmp_path}/run"]
+    assert described(from_dict(tree), Launch(world_size=4, local_world_size=2)) == "the run in log.dir=run"
+
+
+@pytest.mark.fault(
+    injection="a rank of another run of the user comes to the port where a run waits for its own",
+    promise="it is told that another job uses the port; the run trains when its own rank comes",
+    layout="dp 2",
+)
+def test_a_rank_of_another_run_on_the_same_port_is_turned_away(tmp_path, data, measured):
+    configs = [
+        jobs.write_config(tmp_path / f"{name}.yaml", jobs.tiny(data, tmp_path / name, train={"steps": 3}))
+        for name in ("a", "b")
+    ]
+    port = jobs.free_port()
+    with jobs.Job(tmp_path / "own") as own, jobs.Job(tmp_path / "stranger") as stranger:
+        own.fork(["train", str(configs[0])], jobs.environment(0, 2, port))
+        stranger.fork(["train", str(configs[1])], jobs.environment(1, 2, port))
+        (turned,) = stranger.finish()
+        own.fork(["train", str(configs[0])], jobs.environment(1, 2, port))
+        ended = own.finish()
+    assert [end.code for end in (turned, *ended)] == [1, 0, 0], (turned, ended)
+    assert turned.err.startswith(
+        f"megatrain: error: rank 1: another job uses this port (MASTER_PORT={port}): the run in log.dir={tmp_path}/a, of 2 ranks; this "
+        f"one is the run in log.dir={tmp_path}/b, of 2 ranks. Choose another MASTER_PORT, for example "
+    )
 
 
 def test_a_log_dir_that_is_removed_is_made_again_and_told_once(tmp_path, data, capsys):

@@ -31,7 +31,8 @@ def connect(monkeypatch):
     """
     worlds, made, init, new = [], [], dist.init_process_group, dist.new_group
     monkeypatch.setattr(processes, "open_store", lambda *_: FakeStore())
-    monkeypatch.setattr(processes, "meet_all", lambda *_: None)
+    for step in ("require_own", "claim_rank", "meet_all"):
+        monkeypatch.setattr(processes, step, lambda *_: None)
 
     def init_fake(backend, pg_options, **given):
         made.append(("all", given["timeout"], pg_options))

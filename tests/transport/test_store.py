@@ -8,14 +8,14 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch.distributed import HashStore
+from torch.distributed import HashStore, PrefixStore
 
 from megatrain.runtime.interface import interfaces
 from megatrain.transport import store as meeting_place
 from megatrain.transport.board import Board
 from megatrain.transport.group import TransportError, World, name_ranks
-from megatrain.transport.processes import TorchWorld
-from megatrain.transport.store import meet_all
+from megatrain.transport.processes import Rendezvous, TorchWorld
+from megatrain.transport.store import claim_rank, meet_all, require_own, serve_at
 from megatrain.transport.wrappers import RecordedWorld, Recorder
 
 LARGEST = 16_384
@@ -42,6 +42,7 @@ class Counted:
 @pytest.mark.parametrize("size", [64, LARGEST])
 def test_to_join_and_to_leave_takes_as_many_messages_in_any_world(size):
     store = Counted(all_here="", all_leave="")
+    claim_rank(store, 5, size)
     meet_all(store, 5, size, LIMIT)
     assert store.calls == {"add": 2, "wait": 1, "get": 1}
     TorchWorld(5, size, torch.device("cpu"), 1.0, store)._linger()
@@ -61,6 +62,7 @@ def test_two_ranks_that_would_use_one_gpu_are_told_on_all_ranks(devices, shared)
 
     def come(rank):
         try:
+            claim_rank(store, rank, 3)
             meet_all(store, rank, 3, timedelta(seconds=20), devices[rank])
         except TransportError as error:
             said[rank] = str(error)
@@ -79,6 +81,7 @@ def test_two_processes_of_one_rank_are_told_on_all_ranks():
 
     def come(rank):
         with pytest.raises(TransportError) as caught:
+            claim_rank(store, rank, 3)
             meet_all(store, rank, 3, timedelta(seconds=20))
         said.append(str(caught.value))
 
@@ -87,10 +90,59 @@ def test_two_processes_of_one_rank_are_told_on_all_ranks():
         rank.start()
     for rank in ranks:
         rank.join()
-    assert said == ["two processes have come as rank 1 of 3. Give each its own RANK, from 0 to 2."] * 3
+    twice = (
+        "two processes have come as rank 1 of 3. Give each its own RANK, from 0 to 2; if each has, one of them is of another job, "
+        "which needs another MASTER_PORT."
+    )
+    assert said == [twice] * 3
+
+
+def test_a_rank_that_comes_twice_once_all_are_there_disturbs_nobody():
+    store = Counted()
+    for rank in (0, 1):
+        claim_rank(store, rank, 2)
+    for rank in (0, 1):
+        threading.Thread(target=meet_all, args=(store, rank, 2, timedelta(seconds=20))).start()
+    store.inner.wait(["all here"], timedelta(seconds=20))
+    with pytest.raises(TransportError, match="two processes have come as rank 1 of 2"):
+        claim_rank(store, 1, 2)
+    assert store.inner.get("all here") == b""
+
+
+def test_a_rank_of_another_job_is_turned_away_and_leaves_no_trace():
+    store = HashStore()
+    require_own(store, 0, 2, "the run in log.dir=/a", 29500)
+    require_own(store, 1, 2, "the run in log.dir=/a", 29500)
+    for job, size in (("the run in log.dir=/b", 2), ("the run in log.dir=/a", 4)):
+        before = store.num_keys()
+        with pytest.raises(TransportError) as caught:
+            require_own(store, 1, size, job, 29500)
+        assert str(caught.value) == (
+            "rank 1: another job uses this port (MASTER_PORT=29500): the run in log.dir=/a, of 2 ranks; this one is "
+            f"{job}, of {size} ranks. Choose another MASTER_PORT, for example 29501. Or, if they are to be one job, give all its ranks "
+            "the same config and number of ranks."
+        )
+        assert store.num_keys() == before
+
+
+def test_who_is_turned_away_opens_no_board():
+    """So that it takes nothing of the rank that it would be: neither its name nor its alarms."""
+    served, met = serve_at("127.0.0.1", 0, timedelta(seconds=20)), []
+    own = PrefixStore("megatrain", served)
+    require_own(own, 0, 2, "a", served.port)
+    claim_rank(own, 1, 2)
+    for job, said in (
+        ("b", f"another job uses this port \\(MASTER_PORT={served.port}\\): a, of 2 ranks"),
+        ("a", "have come as rank 1"),
+    ):
+        meeting = Rendezvous(("127.0.0.1", served.port), job=job)
+        with pytest.raises(TransportError, match=said):
+            TorchWorld.connect(1, 2, backend="gloo", rendezvous=meeting, join_seconds=20, met=lambda: met.append(1))
+    assert met == []
 
 
 def who_is_missing(store, rank, size):
+    claim_rank(store, rank, size)
     with pytest.raises(TransportError) as caught:
         meet_all(store, rank, size, LIMIT)
     return str(caught.value)
