@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
-from megatrain.files import HEAD_BYTES, not_text, not_utf8
+from megatrain.files import HEAD_BYTES, not_text, not_utf8, opened_plain
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 LINE_SUFFIXES = (".jsonl", ".json")
@@ -122,7 +122,8 @@ def total_bytes(paths: Iterable[str | Path]) -> int:
     for path in map(Path, paths):
         _is_lines(path)
         if not path.is_file():
-            kind = "is a directory; name its files" if path.is_dir() else "does not exist"
+            there = "is no plain file: write what it gives to a file, and name that" if path.exists() else "does not exist"
+            kind = "is a directory; name its files" if path.is_dir() else there
             raise ReadError(f"{path} {kind}.")
         total += path.stat().st_size
     return total
@@ -144,7 +145,7 @@ def _chunks(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
     """The decompressed contents of a file, chunk by chunk. Raises ReadError."""
     kind = path.suffix.lower()
     try:
-        with path.open("rb") as file:
+        with opened_plain(path) as file:
             source = unpacked(file, kind[1:]) if kind in COMPRESSIONS else _plain(file)
             done = 0
             for chunk in source:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 import zstandard
@@ -141,7 +142,12 @@ def test_unknown_kinds_of_file_are_refused(tmp_path, name):
 
 def test_missing_files_and_directories_are_refused(tmp_path):
     (tmp_path / "d.txt").mkdir()
-    for name, message in (("none.txt", "does not exist"), ("d.txt", "is a directory")):
+    os.mkfifo(tmp_path / "f.jsonl")
+    for name, message in (
+        ("none.txt", "does not exist"),
+        ("d.txt", "is a directory"),
+        ("f.jsonl", "is no plain file: write what it"),
+    ):
         with pytest.raises(ReadError, match=message):
             total_bytes([tmp_path / name])
         with pytest.raises(ReadError, match="cannot be read"):
