@@ -101,7 +101,7 @@ def build(
 
 
 def described(config: Config, launch: Launch) -> str:
-    """What tells a run from others where its ranks meet: its log.dir, which no other has at the same time.
+    """The words that tell a run from others where its ranks meet: its log.dir, which no other has at the same time.
 
     Of ranks on one machine the whole path; several may have it at other places.
     """

@@ -211,6 +211,6 @@ def _number_of(kind: str) -> int:
 
 
 def kind_here(run: Run) -> str:
-    """What decides how this rank rounds, as text."""
+    """The causes of how this rank rounds, as text."""
     train = run.config.train
     return kind_of(run.ctx.device, require(train.kernels, run.ctx.device, DTYPES[train.precision]))

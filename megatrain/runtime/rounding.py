@@ -1,4 +1,4 @@
-"""What decides, besides code and versions, how a rank rounds: its processor, the kernels that serve, and variables that libraries read.
+"""The causes, besides code and versions, of how a rank rounds: its processor, the kernels that serve, and variables that libraries read.
 
 Ranks must have the same kernels (`require_same_kernels`), since one that falls back on others trains on without a word. Processors may be
 of several kinds; those that are unlike need not give the same bits, and nobody is to blame for that (`kind_of`, `unlike`).
@@ -60,7 +60,7 @@ def processor(info: Path = CPU_INFO) -> tuple[str, str]:
 
 
 def kind_of(device: torch.device, kernels: str, env: Mapping[str, str] = os.environ) -> str:
-    """What decides how this rank rounds, a line each. kernels: those that serve (`require`)."""
+    """The causes of how this rank rounds, a line each. kernels: those that serve (`require`)."""
     if device.type == "cuda":
         rounds = [f"GPU: {torch.cuda.get_device_name(device)}"]
     else:

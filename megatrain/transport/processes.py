@@ -282,7 +282,7 @@ class Rendezvous(NamedTuple):
     prefix: str = "megatrain"
     """Keeps the keys apart from other users, and earlier attempts, of the same store."""
     job: str = ""
-    """What tells this job from others of the same user, in words: a rank that comes to another's rank 0 is turned away."""
+    """Words that tell this job from others of the same user: a rank that comes to another's rank 0 is turned away."""
 
 
 class TorchWorld(World):
