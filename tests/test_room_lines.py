@@ -23,13 +23,13 @@ LINES = {
     "megatrain/optim": 750,
     "megatrain/parallel": 3450,
     "megatrain/plan": 300,
-    "megatrain/records": 1000,
+    "megatrain/records": 1050,
     "megatrain/resuming": 950,
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3100,
     "megatrain/verbs": 1350,
-    "tests": 43250,
+    "tests": 43300,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -1,7 +1,7 @@
 """Keeps the inputs of a run's start in RUN/launches/TIME/: launch script, config as given, command, environment, packages.
 
 Of the environment only what matters for a run is kept (KEPT): a secret may have any name. What looks like a secret in a
-value, in the command or in the script is masked.
+value, in the command or in the script is masked (secrets.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from megatrain.files import doing
+from megatrain.records.secrets import SECRET, masked
 
 FOLDER = "launches"
 SCRIPT_VARIABLE = "MEGATRAIN_SCRIPT"
@@ -30,21 +31,8 @@ KEPT = re.compile(
     re.VERBOSE,
 )
 """Names of the variables that are kept: they change how a run computes, communicates or is placed."""
-_SECRET = re.compile(
-    r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH|COOKIE|PRIVATE|CERT|DSN|SIGNATURE|WEBHOOK|JWT|BEARER|_PAT\b", re.IGNORECASE
-)
-"""Names of variables that are left out all the same."""
-HIDDEN = "(not kept)"
-_IN_ADDRESS = re.compile(r"(://)(?:[^\s/@]*:\S*|[^\s/@]+)(?=@)")
-_ASSIGNED = re.compile(
-    r"""((?:passw(?:or)?d|passphrase|secret|(?<![A-Za-z])(?:token|pass|pwd|auth|bearer|jwt|pat|sig)|api_?key|access_?key(?:_id)?|account_?key
-    |private_?key|credentials?|signature|webhook)["']?\s*[=:]\s*)(?:"[^"]*"|'[^']*'|(?:Bearer\s+|Basic\s+)?[^\s;&,"']+)""",
-    re.IGNORECASE | re.VERBOSE,
-)
-_OPTION = re.compile(r"(--?[\w-]*(?:password|passwd|secret|token|api-?key)\s+)(?!-)\S+", re.IGNORECASE)
-_BEARER = re.compile(r"(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
-_ISSUED = re.compile(r"\b()(?:gh[a-z]_|github_pat_|glpat-|hf_|sk-|xox[a-z]-|AKIA|ASIA|eyJ[\w-]+\.)[\w.-]{10,}")
-"""Beginnings that services give to the secrets that they issue."""
+_SPOKEN = re.compile(r"EXPORT_ENV|COMMENT|EXTRA")
+"""Names of variables that hold other variables, or what a user has said; they are left out, as are names of secrets."""
 
 
 def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[str]) -> Path:
@@ -76,16 +64,9 @@ def _new_folder(parent: Path) -> Path:
     raise FileExistsError(f"{parent} holds a thousand starts of the second {now}")
 
 
-def masked(text: str) -> str:
-    """A text with passwords in addresses, values given to names such as `password`, and tokens of known services replaced by HIDDEN."""
-    for pattern in (_IN_ADDRESS, _BEARER, _ASSIGNED, _OPTION, _ISSUED):
-        text = pattern.sub(rf"\g<1>{HIDDEN}", text)
-    return text
-
-
 def _listed(env: Mapping[str, str]) -> str:
     """The variables of the environment that matter for a run, a line each, and how many others there were."""
-    names = sorted(name for name in env if KEPT.fullmatch(name) and not _SECRET.search(name))
+    names = sorted(name for name in env if KEPT.fullmatch(name) and not (SECRET.search(name) or _SPOKEN.search(name)))
     lines = [f"{name}={masked(env[name])}".replace("\n", "\\n") for name in names]
     return "\n".join([*lines, f"# {len(env) - len(names)} other variables are not kept"]) + "\n"
 
