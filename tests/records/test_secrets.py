@@ -84,4 +84,4 @@ def test_no_text_takes_long():
         "password ",
     ):
         masked(piece * (60_000 // len(piece)))
-    assert time.process_time() - begun < 8
+    assert time.process_time() - begun < 3
