@@ -29,6 +29,10 @@ class Ahead(threading.Thread, Generic[Made]):
         """What `make` returned, or raised."""
         return self._made.result()
 
+    def succeeded(self) -> bool:
+        """Whether `make` has returned by now."""
+        return self._made.done() and self._made.exception() is None
+
     def wait(self) -> None:
         """Wait until `make` has ended, however it did."""
         wait([self._made])

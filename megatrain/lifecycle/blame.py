@@ -275,8 +275,8 @@ def _furthest_behind(ranks: tuple[int, ...], states: Mapping[int, State]) -> tup
     return ranks if len(ahead) == len(busy) else tuple(rank for rank in ranks if rank not in ahead)
 
 
-def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world_size: int) -> Verdict:
-    """The verdict: culprits, axis and call as text. `identities` has at least the ranks without a report."""
+def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world_size: int, kept: str = "") -> Verdict:
+    """The verdict: culprits, axis and call as text. `identities` has at least the ranks without a report; kept: a file with all stacks."""
     culprits = find_culprits(states, world_size)
     silent = [rank for rank in culprits if rank not in states]
     conditions = {rank: identities[rank].condition() if rank in identities else "elsewhere" for rank in silent}
@@ -288,12 +288,12 @@ def judge(states: Mapping[int, State], identities: Mapping[int, Identity], world
         lines.append(f"and {len(culprits) - SHOWN} more, of ranks {_runs(culprits)}")
     if not culprits:
         lines.append("all ranks are in the same call: the network between them, or a device, does not deliver")
-    lines += _reports_beside(states, culprits) + _stacks(states, culprits)
+    lines += _reports_beside(states, culprits) + _shown(states, culprits, kept)
     kill = tuple(identities[rank] for rank in silent if rank in identities)
     return Verdict("death" if dead else "hang", culprits, "\n".join(lines), kill)
 
 
-def places(states: Mapping[int, State], world_size: int) -> str:
+def places(states: Mapping[int, State], world_size: int, kept: str = "") -> str:
     """Where all ranks are, those first that are in no call, and of these the ones that have come no further for longest."""
     order = sorted(states.values(), key=lambda state: (state.doing == "waiting", -state.seconds, state.rank))
     lines = [str(state) for state in order[:SHOWN]]
@@ -302,7 +302,7 @@ def places(states: Mapping[int, State], world_size: int) -> str:
     silent = [rank for rank in range(world_size) if rank not in states]
     if silent:
         lines.append(f"rank {_runs(silent)} says nothing: it goes on, was not told, or is frozen")
-    return "\n".join(lines + _stacks(states, tuple(state.rank for state in order)))
+    return "\n".join(lines + _shown(states, tuple(state.rank for state in order), kept))
 
 
 def _describe_silent(rank: int, identity: Identity | None, condition: str) -> str:
@@ -326,12 +326,23 @@ def _reports_beside(states: Mapping[int, State], culprits: tuple[int, ...]) -> l
     return [str(state) for state in (direct + broken)[:SHOWN]]
 
 
-def _stacks(states: Mapping[int, State], culprits: tuple[int, ...]) -> list[str]:
-    """The stacks of all ranks, those of the culprits first; ranks with the same one share it, and SHOWN are written out."""
+def stacks(states: Mapping[int, State], culprits: tuple[int, ...] = ()) -> list[tuple[list[int], str]]:
+    """(ranks, their stack) of all ranks, those of the culprits first; ranks with the same one share it."""
     of: dict[str, list[int]] = {}
     for rank in sorted(states, key=lambda rank: (rank not in culprits, rank)):
         if states[rank].stack:
             of.setdefault(states[rank].stack, []).append(rank)
-    lines = [f"rank {_runs(sorted(ranks))} is at\n{stack}" for stack, ranks in list(of.items())[:SHOWN]]
-    rest = sorted(rank for ranks in list(of.values())[SHOWN:] for rank in ranks)
-    return lines + ([f"and {len(of) - SHOWN} more stacks, of ranks {_runs(rest)}"] if rest else [])
+    return [(sorted(ranks), stack) for stack, ranks in of.items()]
+
+
+def written_out(found: Sequence[tuple[list[int], str]]) -> list[str]:
+    """Stacks, each below its ranks."""
+    return [f"rank {_runs(ranks)} is at\n{stack}" for ranks, stack in found]
+
+
+def _shown(states: Mapping[int, State], culprits: tuple[int, ...], kept: str) -> list[str]:
+    """SHOWN stacks, and the file that has all, if there are more."""
+    found = stacks(states, culprits)
+    rest = sorted(rank for ranks, _ in found[SHOWN:] for rank in ranks)
+    more = f"and {len(found) - SHOWN} more stacks, of ranks {_runs(rest)}" + (f"; {kept} has them all" if kept else "")
+    return written_out(found[:SHOWN]) + ([more] if rest else [])

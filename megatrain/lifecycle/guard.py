@@ -33,7 +33,8 @@ from types import TracebackType
 from typing import Literal, NoReturn
 
 from megatrain import transport
-from megatrain.lifecycle.blame import Identity, State, Verdict, judge, places
+from megatrain.data.ahead import Ahead
+from megatrain.lifecycle.blame import SHOWN, Identity, State, Verdict, judge, places, stacks, written_out
 from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.roll import Roll, call_roll
 from megatrain.lifecycle.sections import Limit, Name, SectionLimits, Sections, Suspensions, TimedSection
@@ -293,7 +294,8 @@ class Guard:
                 self._closing.wait(STATES_SECONDS)
                 said = self._board.read_all([f"where/{rank}" for rank in range(self._size)])
                 states = {state.rank: state for state in map(State.parse, said.values())}
-        text = shown(places(states | {self._rank: own}, self._size))
+        states[self._rank] = own
+        text = shown(places(states, self._size, self._keep_stacks(states)))
         say(f"megatrain: told to stop, but come no further for {WHERE_SECONDS:g} s\n    " + text.replace("\n", "\n    "))
         if self.on_event is not None:
             self.on_event("stopping", None, text)
@@ -403,8 +405,20 @@ class Guard:
                 ended = {rank for rank, one in silent.items() if one.condition() in ("gone", "stopped")}
                 if waited > STATES_SECONDS or len(states) + len(ended) == self._size:
                     hidden = {rank: State(rank, "overwritten") for rank in overwritten if rank not in ended}
-                    return judge(states | hidden, silent, self._size)
+                    return judge(states | hidden, silent, self._size, self._keep_stacks(states))
             time.sleep(0.1)
+
+    def _keep_stacks(self, states: dict[int, State]) -> str:
+        """The file in log.dir with the stacks of all ranks, written where they are too many to be shown; empty if there is none."""
+        step, events = self.record()
+        found = stacks(states)
+        if not events or len(found) <= SHOWN:
+            return ""
+        file = Path(events).with_name(f"stacks_step_{step:08d}.txt")
+        lines = shown("\n".join(written_out(found)) + "\n")
+        kept = Ahead("megatrain-guard-stacks", lambda: file.write_text(lines))
+        kept.join(STORE_SECONDS)  # perhaps the disk is what does not answer
+        return str(file) if kept.succeeded() else ""
 
     def _heard(self, board: Board, keys: list[str]) -> tuple[dict[int, State], dict[int, Identity], list[int]]:
         """States that ranks have written so far, and identities of the others, by rank; the ranks in whose place a stranger wrote.

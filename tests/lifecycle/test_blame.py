@@ -212,17 +212,35 @@ def test_the_first_that_was_told_in_vain_says_where_all_are(monkeypatch, capfd):
     assert capfd.readouterr().err.count("megatrain: told to stop, but come no further for 20 s\n    rank ") == 1
 
 
+def test_more_stacks_than_are_shown_are_kept_in_a_file_that_the_verdict_names(tmp_path):
+    states = {rank: State(rank, "busy", stack=f"  File a.py, line {rank // 2}") for rank in range(20)}
+    with CountedGuard(20) as guard:
+        assert guard._keep_stacks(states) == "", "no log.dir yet"
+        guard.record = lambda: (812, str(tmp_path / "events.jsonl"))
+        assert guard._keep_stacks({rank: states[rank] for rank in range(16)}) == "", "eight are shown"
+        file = tmp_path / "stacks_step_00000812.txt"
+        assert not file.exists() and guard._keep_stacks(states) == str(file)
+        guard.record = lambda: (812, str(tmp_path / "is not there" / "events.jsonl"))
+        assert guard._keep_stacks(states) == "", "where it cannot be written"
+    lines = file.read_text().splitlines()
+    assert lines[:2] == ["rank 0-1 is at", "  File a.py, line 0"] and lines[-2:] == ["rank 18-19 is at", "  File a.py, line 9"]
+    assert len(lines) == 20
+    last = judge(states, {}, 20, str(file)).text.splitlines()[-1]
+    assert last == f"and 2 more stacks, of ranks 16-19; {file} has them all"
+    assert places(states, 20, str(file)).splitlines()[-1] == last
+
+
 @pytest.mark.parametrize("size", [64, LARGEST.world])
 def test_a_guard_asks_as_little_in_any_world(size):
     with CountedGuard(size) as guard:
         guard.meet()
         guard.join(SimpleNamespace(everyone=None, recorder=Recorder()))
         assert guard.opened == 2
-        guard.store.inner.add("alarms", 1)
+        guard.others.claim("judge", "7")
         guard.others.write("verdict", Verdict("hang", (7,), "rank 7").as_json())
         before = guard.store.calls.copy()
         assert guard._agree_on_verdict(waiting(5, range(size))) == (Verdict("hang", (7,), "rank 7"), False)
-        assert guard.store.calls - before == {"set": 1, "add": 1, "wait": 1, "get": 1}
+        assert guard.store.calls - before == {"set": 1, "compare_set": 1, "wait": 1, "get": 1}
         guard.leave()
     assert guard.opened == 2 and sum(guard.store.calls.values()) <= 14
 
