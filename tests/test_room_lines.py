@@ -10,7 +10,7 @@ LINES = {
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
-    "megatrain/checkpoint": 3200,
+    "megatrain/checkpoint": 3250,
     "megatrain/cli": 900,
     "megatrain/config": 2950,
     "megatrain/data": 4500,
@@ -29,7 +29,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3100,
     "megatrain/verbs": 1350,
-    "tests": 43300,
+    "tests": 43700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

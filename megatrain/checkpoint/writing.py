@@ -17,13 +17,16 @@ import fcntl
 import mmap
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, Entry, hash_block, header_of
@@ -143,12 +146,12 @@ class Writer:
             start = index * self.staging.block_bytes
             length = min(self.staging.block_bytes, file.size - start)
             try:
-                _fill(block[:length], start, file)
+                sums = _fill(block[:length], start, file)
             except BaseException:
                 self.staging.give(block)
                 self._pool.submit(os.close, descriptor)
                 raise
-            self._pool.submit(self._write_block, file, descriptor, index, block, length)
+            self._pool.submit(self._write_block, file, descriptor, index, block[:length], sums, block)
         self._pool.submit(self._finish, file, descriptor)
 
     def then(self, action: Callable[[BaseException | None], None]) -> Future[None]:
@@ -168,14 +171,17 @@ class Writer:
             file.path.unlink(missing_ok=True)  # the file system made it before it refused
         return os.open(file.path, flags, 0o666)
 
-    def _write_block(self, file: PlannedFile, descriptor: int, index: int, block: torch.Tensor, length: int) -> None:
+    def _write_block(
+        self, file: PlannedFile, descriptor: int, index: int, filled: torch.Tensor, sums: list[Sum], block: torch.Tensor
+    ) -> None:
         try:
             self._may_write.wait()
             self.at = file.path
             if self._failure is None:
                 whole = block.numpy().data
-                file.blocks[index] = hash_block(whole[:length])
-                _write_at(descriptor, whole, length, index * self.staging.block_bytes)
+                file.blocks[index] = hash_block(whole[: len(filled)])
+                _require_as_copied(whole, sums, file, index * self.staging.block_bytes)
+                _write_at(descriptor, whole, len(filled), index * self.staging.block_bytes)
         except BaseException as error:
             self._fail(file, error)
         finally:
@@ -222,21 +228,58 @@ def _cannot_write(file: PlannedFile, error: OSError) -> CheckpointError:
     )
 
 
-def _fill(block: torch.Tensor, start: int, file: PlannedFile) -> None:
-    """Copy bytes start .. start + length - 1 of a file (header, tensors) into a block uint8 [length]."""
+class Sum(NamedTuple):
+    """What bytes of a block must add up to."""
+
+    at: int
+    length: int
+    total: int
+    """Sum of their 64-bit words, and of the bytes that are left, modulo 2^64."""
+
+
+def _require_as_copied(block: memoryview, sums: list[Sum], file: PlannedFile, start: int) -> None:
+    """Raise CheckpointError if a block has changed since it was filled. Call it with the checksum known, which holds for the same bytes."""
+    for at, length, total in sums:
+        words = length // 8
+        found = int(np.frombuffer(block, np.int64, words, at).sum()) + sum(block[at + 8 * words : at + length])
+        if (found - total) % (1 << 64):
+            raise CheckpointError(
+                f"memory of {socket.gethostname()} has changed by itself while {file.path} was being written: bytes {start + at} to "
+                f"{start + at + length - 1} are not those that were copied. Older checkpoints are as they were. Look for a broken device."
+            )
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor's 64-bit words and of the bytes that are left: int64 scalar on its device, modulo 2^64."""
+    data = values.detach().contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    words = len(data) // 8 * 8
+    return data[:words].view(torch.int64).sum() + data[words:].sum()
+
+
+def _fill(block: torch.Tensor, start: int, file: PlannedFile) -> list[Sum]:
+    """Copy bytes start .. start + length - 1 of a file (header, tensors) into a block uint8 [length]; returns what they add up to, summed
+    where they come from.
+    """
+    sums: list[tuple[int, int, torch.Tensor]] = []
     stop = start + block.numel()
     if start < len(file.header):
         part = file.header[start : min(stop, len(file.header))]
-        block[: len(part)] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+        given = torch.frombuffer(bytearray(part), dtype=torch.uint8)
+        block[: len(part)] = given
+        sums.append((0, len(part), _sum(given)))
     waits = False
     for elements, entry, first, last in _overlaps(file, start, stop):
         at = entry.start + first * entry.dtype.itemsize - start
         target = block[at : at + (last - first) * entry.dtype.itemsize].view(entry.dtype)
         values = elements.read(slice(first, last))
         target.copy_(values, non_blocking=values.is_cuda)
+        sums.append((at, target.nbytes, _sum(values.to(entry.dtype))))
         waits = waits or values.is_cuda
     if waits:
         torch.cuda.synchronize()
+    return [Sum(at, length, int(total)) for at, length, total in sums]
 
 
 def _overlaps(file: PlannedFile, start: int, stop: int) -> Iterator[tuple[Elements, Entry, int, int]]:

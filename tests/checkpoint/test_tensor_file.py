@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatrain.checkpoint import writing
 from megatrain.checkpoint.tensor_file import DTYPES, Move, TensorFile, hash_block, header_of, move
 from megatrain.checkpoint.together import DamagedCheckpointError
 from megatrain.checkpoint.writing import PlannedFile, Staging, Writer
@@ -35,6 +37,32 @@ def test_the_library_reads_what_is_written_here(tmp_path, block_bytes):
     data = file.path.read_bytes()
     assert len(data) == file.size
     assert file.blocks == [hash_block(data[i : i + block_bytes]) for i in range(0, len(data), block_bytes)]
+
+
+@pytest.mark.parametrize("block_bytes", [24, 2**20])
+@pytest.mark.parametrize("back", [1, 10, 20, 5000])
+def test_a_bit_that_flips_after_the_copy_gets_no_checksum(tmp_path, monkeypatch, block_bytes, back):
+    """Near the end, where a tensor is not aligned, and far from it, in the header."""
+    named = tensors()
+    file = PlannedFile(tmp_path / "x.safetensors", {n: (TensorElements(t), t.numel()) for n, t in named.items()})
+    at, done = max(0, file.size - back), [0]
+
+    def flipped(data):
+        if done[0] <= at < done[0] + len(data):
+            data[at - done[0]] ^= 64
+        done[0] += len(data)
+        return hash_block(data)
+
+    monkeypatch.setattr(writing, "hash_block", flipped)
+    writer = Writer(Staging(0, torch.device("cpu"), block_bytes))
+    failures = []
+    with writer.copying(first=True):
+        writer.write(file)
+    writer.then(failures.append).result()
+    writer.close()
+    found = rf"^memory of .* has changed by itself while {file.path} was being written: bytes (\d+) to (\d+) are not those that"
+    first, last = map(int, re.match(found, str(failures[0])).groups())
+    assert first <= at <= last
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
