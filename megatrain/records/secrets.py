@@ -25,12 +25,12 @@ _VALUE = re.compile(
 """What is given to a name: shell words and JSON; a `,` belongs to it where no other name follows."""
 _OPTION = re.compile(rf"((?<![\w-])--?([\w-]+)\s+)(?!-)(?:{_QUOTED}|[^\s\"'])+")
 _HIDDEN_AFTER = re.compile(
-    rf"""(://)(?:[^\s/@]{0,500}:\S{0,500}|[^\s/@]{1,500})(?=@)
+    rf"""(://)(?:[^\s/@]{{0,4000}}:\S{{0,4000}}|[^\s/@]{{1,4000}})(?=@)
     |(https?://(?:hooks\.slack\.com|discord(?:app)?\.com/api/webhooks|[\w.-]+\.webhook\.office\.com)/)[^\s"']+
     |(\b(?:Bearer|Basic)\s+)[\w.~+/=-]{{8,}}
     |(\bsshpass\s+-p\s*)(?:{_QUOTED}|\S)+
     |((?<!\S)(?:-u|--user|--proxy-user)[\s=]*["']?[^\s:"']+:)[^\s"']+
-    |(\b(?:mysql|mariadb)\w*\s(?:[^\n|;]{0,200}\s)?-p)[^\s"']+
+    |(\b(?:mysql|mariadb)\w*\s(?:[^\n|;]{{0,200}}\s)?-p)[^\s"']+
     |(\b(?:password|passphrase|passwd)\s+)[^\s"'=:]+
     |(--comment[=\s]+)(?:{_QUOTED}|\S)+
     |\b(?:gh[a-z]_|github_pat_|glpat-|hf_|sk-|xox[a-z]-|AKIA|ASIA|eyJ[\w-]+\.)[\w.-]{{10,}}""",
