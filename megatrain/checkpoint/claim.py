@@ -146,6 +146,9 @@ def _lock(directory: Path, key: Key, job: str) -> tuple[Claim, str]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open_own(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        if os.fstat(lock).st_nlink > 1 and (said := _text(lock)) and "host" not in _parsed(said):
+            os.close(lock)
+            raise OSError(f"{directory / LOCK} is a hard link to a file that is no run's lock. Move it away")
     except OSError as error:
         raise CheckpointError(
             f"{key}={directory} cannot be written ({error.strerror or error}). Set {key} to a directory of your own, such as "

@@ -152,3 +152,17 @@ def test_nothing_is_written_through_a_link_in_the_place_of_the_lock_file(tmp_pat
         f"{key}={folder} cannot be written ({folder}/.lock is {what}, and a run writes there alone what is its own. Move it away). Set"
     )
     assert victim.read_text() == "precious" and not (tmp_path / "nowhere").exists()
+
+
+def test_a_hard_link_to_a_foreign_file_is_left_as_it_is_and_one_to_a_lock_is_taken(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "run"
+    folder.mkdir()
+    victim.write_text("precious")
+    (folder / ".lock").hardlink_to(victim)
+    with pytest.raises(
+        CheckpointError, match=r"run/\.lock is a hard link to a file that is no run's lock\. Move it away\)\. Set log\.dir"
+    ):
+        claim_log(folder, SINGLE)
+    assert victim.read_text() == "precious"
+    victim.write_text(json.dumps({"host": "here", "pid": 1}))  # of a copy of the directory, made of hard links
+    claim_log(folder, SINGLE).release()
