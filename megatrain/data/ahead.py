@@ -26,7 +26,7 @@ class Ahead(threading.Thread, Generic[Made]):
             self._made.set_exception(error)
 
     def result(self) -> Made:
-        """What `make` returned, or raised."""
+        """The value that `make` returned; raises what it raised."""
         return self._made.result()
 
     def succeeded(self) -> bool:
