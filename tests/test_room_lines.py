@@ -17,7 +17,7 @@ LINES = {
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
-    "megatrain/lifecycle": 2650,
+    "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
     "megatrain/ngram": 2500,
     "megatrain/optim": 750,

@@ -10,7 +10,8 @@
 
 The limit of step t is made of steps up to t - 2, whether or not step t - 1 is reported already: so it is the same however often a run
 saves or evaluates, on every rank, and on a device that must not wait for the host. What is seen and decided is kept in checkpoints
-(`Spikes.state`), and a run that resumes decides as it would have.
+(`Spikes.state`), and a run that resumes decides as it would have. A run that went back to its first steps has the values that they had
+before, for as long as there are fewer than 8 new ones.
 
 MAD alone is 0 on a plateau (hence the floors) and blind to a second kind of batch, one in five, whose loss lies elsewhere (hence q90).
 Leaving out batches after a spike: PaLM, arXiv:2204.02311, section 5.1. The embedding's gradient: GLM-130B, arXiv:2210.02414, section 3.3.
@@ -30,6 +31,8 @@ from megatrain.runtime.reports import Caution, StepReport
 
 LEAST = 8
 """Fewest values that a limit is made of."""
+NEAR = 2 * LEAST
+"""Steps after a rollback of which the values from before it are kept, until there are LEAST new ones."""
 LATE = 2
 """A step's limit is made of values of steps that came at least so many before it."""
 OF_MAD, OF_Q90 = 1.4826, 1.2816
@@ -71,6 +74,13 @@ class History:
         self.size, self.norm, self.guess = size, norm, guess
         self.steps: deque[int] = deque(maxlen=size + LATE)
         self.values: deque[float] = deque(maxlen=size + LATE)
+        self.before: dict[int, float] = {}
+        """After a rollback: values that the same steps, counted from 1, had before it."""
+
+    def after(self, step: int, end: int) -> dict[int, float]:
+        """What is known of the steps that follow `step`, NEAR at most, and come before `end`: what jumped there says nothing."""
+        known = self.before | dict(zip(self.steps, self.values, strict=True))
+        return {at: value for at, value in known.items() if step < at <= step + NEAR and at < end}
 
     def add(self, step: int, value: float) -> None:
         """Remember a value; one that is not finite (of a norm: not positive) says nothing of what is usual."""
@@ -82,6 +92,8 @@ class History:
         """(median, limit) for a step; the limit is inf, and the median nan, while nothing is known."""
         later = sum(at > step - LATE for at in islice(reversed(self.steps), LATE))
         found = list(self.values)[-self.size - later : len(self.values) - later]
+        if len(found) < LEAST:
+            found = [*self.before.values(), *found]
         if not found and math.isnan(self.guess):
             return math.nan, math.inf
         median, spread = usual(found or [self.guess])
@@ -239,7 +251,11 @@ class Spikes:
     def go_back(self, bad: Bad, step: int, kept: Mapping[str, Any]) -> None:
         """Take over the state of the checkpoint of `step`, to which the run goes back because of `bad`."""
         train, retries = self.train, self.tries(step) + 1
+        before = {name: of.after(step, bad.first) for name, of in self.histories.items()}
         self.restore(kept)
+        for name, values in before.items():
+            if len(values) >= LEAST > len(self._history(name).values) - LATE:
+                self._history(name).before = values
         self.gone, self.retries = [bad.last, step], retries
         self.eased = {"from": step, "steps": train.spike_warmup_steps, "shrink": int(train.spike_remedy != "none")}
         self.skipped, self.spiking = 0, False
@@ -249,6 +265,7 @@ class Spikes:
         """The state that a checkpoint keeps; plain JSON."""
         return {
             "history": {name: list(map(list, zip(of.steps, of.values, strict=True))) for name, of in self.histories.items()},
+            "before": {name: list(map(list, of.before.items())) for name, of in self.histories.items() if of.before},
             "skipped": self.skipped,
             "recent": list(self.recent),
             "settled": self.settled,
@@ -265,6 +282,8 @@ class Spikes:
             history = self._history(name)
             history.steps.extend(step for step, _ in pairs)
             history.values.extend(value for _, value in pairs)
+        for name, pairs in state.get("before", {}).items():
+            self._history(name).before = dict(map(tuple, pairs))
         self.skipped, self.settled = state.get("skipped", 0), state.get("settled", False)
         self.recent = deque(state.get("recent", ()), self.recent.maxlen)
         self.spiking, self.eased = state.get("spiking", False), state.get("eased")

@@ -221,6 +221,43 @@ def test_the_second_try_goes_further_back_where_the_first_was_in_vain():
     assert spikes.retries == 2
 
 
+def falling(step):
+    """A loss that falls from 11 to 4, and 6 at step 16."""
+    return 4.0 + 7.0 * 0.92**step
+
+
+@pytest.mark.parametrize(("to", "limit"), [(0, 40.29), (5, 23.22)])
+def test_first_steps_after_a_rollback_are_judged_by_what_they_were_before(to, limit):
+    losses = [falling(step) for step in range(1, 18)]
+    spikes = seen([*losses, 133.0], on_spike="rollback")[0]
+    spikes.go_back(spikes.bad, to, seen(losses[:to])[0].state() if to else {})
+    resumed = Spikes(TrainConfig(on_spike="rollback"))
+    resumed.restore(json.loads(json.dumps(spikes.state())))
+    for of in (spikes, resumed):
+        for step in range(to + 1, to + 5):  # warmed up anew, the loss falls later
+            assert of.see(report(step, falling(step - to // 2))) == [] and of.bad is None
+        (spike,) = of.see(report(to + 5, 45.0))
+        assert spike.what == "loss" and of.bad.last == to + 5
+        assert spike.limit == pytest.approx(limit, abs=0.01), "not 11 times what is usual"
+    assert resumed.limits(to + 6) == spikes.limits(to + 6)
+    assert spikes.state() == resumed.state()
+
+
+def test_after_eight_new_values_those_from_before_a_rollback_are_forgotten():
+    spikes = seen([9.0] * 17 + [133.0], on_spike="rollback")[0]
+    spikes.go_back(spikes.bad, 0, {})
+    assert spikes.limits(1)["loss"] == (9.0, pytest.approx(9.0 + 10 * (1 + 8 / 16) * 0.09))
+    for step in range(1, 10):
+        assert spikes.see(report(step, 3.0)) == []
+    assert spikes.limits(10)["loss"] == (3.0, pytest.approx(3.6))
+    late = seen([9.0] * 17 + [133.0], on_spike="rollback")[0]
+    late.go_back(late.bad, 12, seen([9.0] * 12)[0].state())
+    assert late.state()["before"] == {}, "twelve values are enough"
+    soon = seen([9.0] * 5 + [133.0], on_spike="rollback")[0]
+    soon.go_back(soon.bad, 0, {})
+    assert soon.state()["before"] == {} and soon.limits(1)["loss"] == (pytest.approx(math.nan, nan_ok=True), INF)
+
+
 def test_a_run_that_resumes_decides_as_it_would_have():
     rng = np.random.default_rng(5)
     losses = rng.normal(3, 0.1, 60)
