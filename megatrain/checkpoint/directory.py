@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from megatrain.checkpoint.manifest import LATEST, STEP_NAME, Manifest, check_file, read_manifest
-from megatrain.checkpoint.progress import MOST
+from megatrain.checkpoint.run_state import MOST
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError, together
 from megatrain.files import doing
 from megatrain.parallel.mesh import ParallelContext

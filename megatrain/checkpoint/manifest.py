@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from megatrain.checkpoint import boxes
-from megatrain.checkpoint.progress import MOST, check_progress
+from megatrain.checkpoint.run_state import MOST, check_progress
 from megatrain.checkpoint.tensor_file import BLOCK_BYTES, TensorFile, check_plain
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError
 from megatrain.files import brief, pointer

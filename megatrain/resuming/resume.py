@@ -17,7 +17,7 @@ from typing import Any
 from megatrain.checkpoint.directory import catalogue
 from megatrain.checkpoint.load import load, load_newest
 from megatrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from megatrain.checkpoint.progress import check_resumable
+from megatrain.checkpoint.run_state import check_resumable
 from megatrain.checkpoint.together import ContentError, DamagedCheckpointError, together
 from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
 from megatrain.config.keys import show

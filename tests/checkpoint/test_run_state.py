@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatrain.checkpoint.manifest import Manifest
-from megatrain.checkpoint.progress import check_progress, check_resumable
+from megatrain.checkpoint.run_state import check_progress, check_resumable
 from megatrain.checkpoint.together import DamagedCheckpointError
 from megatrain.parallel.mesh import MeshShape
 from megatrain.resuming.resume import require_progress

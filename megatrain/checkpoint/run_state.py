@@ -1,4 +1,4 @@
-"""What a manifest's `progress` may hold: a run that resumes goes on with these values, so none is taken that no run can have saved.
+"""The values that a manifest's `progress` may hold: a run that resumes goes on with them, so none is taken that no run can have saved.
 
 A key that is missing is an earlier release's, one that is unknown a later one's.
 """
@@ -59,7 +59,7 @@ def _named(of: _Test) -> _Test:
 
 
 def _fields(needed: Mapping[str, _Test], more: Mapping[str, _Test]) -> _Test:
-    """Of an object: the fields that it must have, and others that it may have."""
+    """A test of an object: of the fields that it must have, and of others that it may have."""
 
     def fits(value: Any) -> bool:
         known = type(value) is dict and all(key in value for key in needed)
