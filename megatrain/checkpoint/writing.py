@@ -229,7 +229,7 @@ def _cannot_write(file: PlannedFile, error: OSError) -> CheckpointError:
 
 
 class Sum(NamedTuple):
-    """What bytes of a block must add up to."""
+    """The sum that bytes of a block must have."""
 
     at: int
     length: int

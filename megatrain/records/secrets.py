@@ -22,7 +22,7 @@ _VALUE = re.compile(
     rf"""(?:(?:Bearer|Basic|Token)\s+)?(?:{_QUOTED}|\\.|[^\s;&,"'\\]|[;&,](?![\w.-]+=|[\s"';&,]|$))+|["'][^\n]*""",
     re.IGNORECASE,
 )
-"""What is given to a name: shell words and JSON; a `,` belongs to it where no other name follows."""
+"""The value given to a name: shell words and JSON; a `,` belongs to it where no other name follows."""
 _OPTION = re.compile(rf"((?<![\w-])--?([\w-]+)\s+)(?!-)(?:{_QUOTED}|[^\s\"'])+")
 _HIDDEN_AFTER = re.compile(
     rf"""(://)(?:[^\s/@]{{0,4000}}:\S{{0,4000}}|[^\s/@]{{1,4000}})(?=@)
