@@ -78,7 +78,7 @@ class History:
         """After a rollback: values that the same steps, counted from 1, had before it."""
 
     def after(self, step: int, end: int) -> dict[int, float]:
-        """What is known of the steps that follow `step`, NEAR at most, and come before `end`: what jumped there says nothing."""
+        """Values of the steps that follow `step`, NEAR at most, and come before `end`: what jumped there says nothing."""
         known = self.before | dict(zip(self.steps, self.values, strict=True))
         return {at: value for at, value in known.items() if step < at <= step + NEAR and at < end}
 
