@@ -28,6 +28,7 @@ class Layout(NamedTuple):
 LAYOUTS = {
     "tp 2 x pp 2": Layout(4, ("parallel.tensor_parallel_size=2", "parallel.pipeline_parallel_size=2")),
     "dp 2": Layout(2, ()),
+    "pp 2": Layout(2, ("parallel.pipeline_parallel_size=2",)),
     "1 rank": Layout(1, ()),
     "tp 2 x dp 2": Layout(4, ("parallel.tensor_parallel_size=2",)),
 }
