@@ -183,7 +183,9 @@ def connect(
         launch.rank,
         launch.world_size,
         backend=backend,
-        rendezvous=Rendezvous((launch.master_addr, launch.master_port), launch.launcher_serves, launch.store_prefix, job),
+        rendezvous=Rendezvous(
+            (launch.master_addr, launch.master_port), launch.launcher_serves, launch.store_prefix, job, launch.joining_key
+        ),
         device=device,
         timeout_seconds=timeout_seconds + BACKEND_MARGIN_SECONDS,
         join_seconds=timeout_seconds if join_seconds is None else join_seconds,

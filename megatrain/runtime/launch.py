@@ -114,6 +114,11 @@ class Launch:
         return derived(self.secret, self.job, self.master_port, self.world_size).encode()
 
     @property
+    def joining_key(self) -> bytes:
+        """The key of words with which ranks come to the store; the same in jobs that could meet there, so that one turns the other away."""
+        return derived(self.secret, "joining", self.store_prefix).encode()
+
+    @property
     def warning(self) -> str:
         """A word about the safety of a job of several machines whose ranks share no secret; else empty."""
         if self.secret or not self.is_spread:

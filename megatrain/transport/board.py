@@ -25,8 +25,12 @@ STORE = "the rendezvous store"
 
 _SLICE_SECONDS = 3600.0
 """A wait without a time limit is repeated in slices of this length."""
+_LEAST_SECONDS = 0.01
+"""Less than a millisecond would be no limit to torch's store."""
 _STRANGER_SECONDS = 0.5
 """How long after a stranger's text the same key is looked at again."""
+POLL_SECONDS = 0.02
+"""How often the one rank that waits for many keys looks."""
 _CLAIMS = 8
 """How often a key is claimed again from strangers."""
 
@@ -78,7 +82,7 @@ class Board:
 
     def write_all(self, keys: Sequence[str], text: str) -> None:
         """Set many keys to one text. Raises TransportError."""
-        for part in _parts(keys):
+        for part in parts(keys):
             sealed = [self._seal.close(key, text) for key in part]
             within(self._seconds, partial(self._store.multi_set, part, sealed), STORE)  # type: ignore[attr-defined]
 
@@ -92,19 +96,34 @@ class Board:
         If all keys of a part are set, one message reads them; else the part is halved: each missing key costs a few messages.
         """
         found: dict[str, str | None] = {}
-        parts = list(_parts(keys))
-        while parts:
-            part = parts.pop()
+        left = list(parts(keys))
+        while left:
+            part = left.pop()
             if self.complete(part):
                 texts = within(self._seconds, partial(self._store.multi_get, part), STORE)
                 found |= {key: self._seal.open(key, text) for key, text in zip(part, texts, strict=True)}
             elif len(part) > 1:
-                parts += [part[: len(part) // 2], part[len(part) // 2 :]]
+                left += [part[: len(part) // 2], part[len(part) // 2 :]]
         return found
 
     def complete(self, keys: Sequence[str]) -> bool:
         """Whether all of the keys are set, be it by a stranger. Raises TransportError."""
-        return all(within(self._seconds, partial(self._store.check, part), STORE) for part in _parts(keys))
+        return all(within(self._seconds, partial(self._store.check, part), STORE) for part in parts(keys))
+
+    def gather(self, keys: Sequence[str], seconds: float) -> dict[str, str] | None:
+        """The texts of all keys, once ranks have set each; None if some are not set after `seconds`. Raises TransportError.
+
+        It polls, every POLL_SECONDS: for one rank of a job.
+        """
+        end = time.monotonic() + seconds
+        found: dict[str, str] = {}
+        for part in parts(keys):
+            while len(texts := self.read_all(part) if self.complete(part) else {}) < len(part):
+                if time.monotonic() > end:
+                    return None
+                time.sleep(POLL_SECONDS)
+            found |= texts
+        return found
 
     def wait(self, key: str, seconds: float | None = None) -> str | None:
         """Block until `key` is set and return its text; None after `seconds` (None: no limit). Raises TransportError if the store is lost.
@@ -113,7 +132,7 @@ class Board:
         """
         end = None if seconds is None else time.monotonic() + seconds
         while end is None or time.monotonic() < end:
-            left = _SLICE_SECONDS if end is None else max(0.0, end - time.monotonic())
+            left = _SLICE_SECONDS if end is None else max(_LEAST_SECONDS, end - time.monotonic())
             try:
                 self._store.wait([key], timedelta(seconds=left))
                 text = self._seal.open(key, self._store.get(key))
@@ -127,5 +146,6 @@ class Board:
         return None
 
 
-def _parts(keys: Sequence[str]) -> Iterator[list[str]]:
+def parts(keys: Sequence[str]) -> Iterator[list[str]]:
+    """The keys, as many at a time as go into one message."""
     return (list(keys[first : first + MOST_KEYS]) for first in range(0, len(keys), MOST_KEYS))

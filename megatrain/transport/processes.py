@@ -11,9 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from megatrain.transport.background import WaitingThread, Work
+from megatrain.transport.board import Board
 from megatrain.transport.group import (
     BlockRows,
     Group,
@@ -24,8 +25,9 @@ from megatrain.transport.group import (
     name_ranks,
     refuse,
 )
+from megatrain.transport.joining import claim_rank, leave_all, meet_all, require_own
 from megatrain.transport.shared_exchange import Exchanges, reduce_in_order
-from megatrain.transport.store import claim_rank, meet_all, open_store, require_own
+from megatrain.transport.store import answer_seconds, open_store
 
 _DIST_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # Torch 2.13 renamed these two; 2.9 to 2.12 know the old names alone.
@@ -283,15 +285,17 @@ class Rendezvous(NamedTuple):
     """Keeps the keys apart from other users, and earlier attempts, of the same store."""
     job: str = ""
     """Words that tell this job from others of the same user: a rank that comes to another's rank 0 is turned away."""
+    key: bytes = b""
+    """A secret of the ranks, to seal their words with."""
 
 
 class TorchWorld(World):
     """All ranks of a job of several processes, over torch.distributed. A process can have one at a time."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, timeout_seconds: float, store: Store | None = None) -> None:
+    def __init__(self, rank: int, size: int, device: torch.device, timeout_seconds: float, board: Board | None = None) -> None:
         self.rank = rank
         self.size = size
-        self._store = store
+        self._board = board
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._connections: list[_Connection] = []
@@ -330,19 +334,20 @@ class TorchWorld(World):
         began = time.monotonic()
         serves = rank == 0 and not rendezvous.launcher_serves
         store = PrefixStore(rendezvous.prefix, open_store(rank, size, rendezvous.at, join, serves))
+        board = Board(store, answer_seconds(size), rendezvous.key)
         own = f"{torch.cuda.get_device_properties(device).uuid}" if backend == "nccl" else ""
         if not (rendezvous.launcher_serves or isinstance(rendezvous.at, Path)):
-            require_own(store, rank, size, rendezvous.job, rendezvous.at[1])
-        claim_rank(store, rank, size)
+            require_own(board, rank, size, rendezvous.job, rendezvous.at[1])
+        word = claim_rank(board, rank, size, own)
         met()
-        meet_all(store, rank, size, max(join - timedelta(seconds=time.monotonic() - began), timedelta(seconds=1)), own)
+        meet_all(board, rank, size, max(join - timedelta(seconds=time.monotonic() - began), timedelta(seconds=1)), word)
         try:
             limit = timedelta(seconds=timeout_seconds)
             options = _options(backend, limit)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit, pg_options=options)
         except (RuntimeError, ValueError) as error:
             raise TransportError(f"rank {rank} of {size} cannot start {backend} on {device}: {error}") from error
-        world = cls(rank, size, device, timeout_seconds, store)
+        world = cls(rank, size, device, timeout_seconds, board)
         world._unused = dist.group.WORLD
         return world
 
@@ -374,13 +379,10 @@ class TorchWorld(World):
             ) from error
 
     def _linger(self) -> None:
-        """Wait until all ranks leave, for LINGER_SECONDS at most. Two messages a rank, no polling."""
-        store = self._store
-        with suppress(RuntimeError):  # the store may have gone with the rank that hosts it
-            if store is not None and store.add("leaving", 1) == self.size:
-                store.set("all leave", "")
-            elif store is not None:
-                store.wait(["all leave"], timedelta(seconds=LINGER_SECONDS))
+        """Wait until all ranks leave, for LINGER_SECONDS at most. Two messages a rank; rank 0 reads all words."""
+        if self._board is not None:
+            with suppress(TransportError):  # the store may have gone with the rank that hosts it
+                leave_all(self._board, self.rank, self.size, LINGER_SECONDS)
 
     def close(self) -> None:
         """Leave the job: release every group made here. Ranks that still wait for this one get an error.

@@ -13,10 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed import DistStoreError, FileStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from megatrain.transport.group import TransportError
-from megatrain.transport.seal import shown
 
 T = TypeVar("T")
 
@@ -31,10 +30,6 @@ CONNECTIONS_PER_RANK = 4
 SPARE_FILES = 1024
 _BACKLOG = 4096
 """Connections that may wait to be accepted; the system's own limit may be lower."""
-_SHOWN = 16
-"""A message lists at most this many missing ranks."""
-_LOOKERS = 16
-"""How many ranks may search for the missing ranks; the others read what these found."""
 MOST_KEYS = 512
 """Most keys in one message: the store's time grows with the square of a message's length."""
 
@@ -52,9 +47,9 @@ def open_store(rank: int, size: int, rendezvous: tuple[str, int] | Path, limit: 
     except (RuntimeError, ValueError, OSError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise TransportError(
-                f"rank {rank} cannot serve port {port} on {host}: it is in use, perhaps by another job. {_other_port(port)}"
+                f"rank {rank} cannot serve port {port} on {host}: it is in use, perhaps by another job. {other_port(port)}"
             ) from error
-        raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {_headline(error)}") from error
+        raise TransportError(f"rank {rank} cannot serve a store at {host}:{port}: {headline(error)}") from error
 
 
 def serve_at(host: str, port: int, limit: timedelta) -> TCPStore:
@@ -116,7 +111,7 @@ def _reach_store(rank: int, size: int, host: str, port: int, limit: timedelta) -
     except TransportError as error:
         raise TransportError(
             f"rank {rank} found something at {host}:{port} that is not the store of this job: another program that uses "
-            f"the port, or a rank 0 that ended at its start. {_other_port(port)} ({_headline(error)})"
+            f"the port, or a rank 0 that ended at its start. {other_port(port)} ({headline(error)})"
         ) from error
 
 
@@ -133,11 +128,12 @@ def await_listener(host: str, port: int, seconds: float) -> None:
             time.sleep(0.1)
 
 
-def _other_port(port: int) -> str:
+def other_port(port: int) -> str:
+    """Advice for a port that is taken."""
     return f"Choose another MASTER_PORT, for example {port + 1 if port < 65535 else 29500}."
 
 
-def _headline(error: Exception) -> str:
+def headline(error: Exception) -> str:
     """The first line of an error; torch may add a C++ stack."""
     return str(error).partition("\n")[0]
 
@@ -166,101 +162,3 @@ def within(seconds: float, call: Callable[[], T], what: str) -> T:
     if isinstance(result, (RuntimeError, ValueError)):
         raise TransportError(f"{what} is lost: {result}") from result
     raise result
-
-
-def require_own(store: Store, rank: int, size: int, job: str, port: int) -> None:
-    """Raise TransportError on a rank that has come to the store of another job, which then hears nothing of it. Rank 0 serves the store.
-
-    job: what tells this job from others, in words. port: of the store, for the message.
-    """
-    mine, seconds = f"{job}, of {size} ranks", answer_seconds(size)
-    if rank == 0:
-        store.set("job", mine)
-        return
-
-    def ask() -> str:
-        try:
-            store.wait(["job"], timedelta(seconds=seconds))
-        except DistStoreError:  # nobody has the same secret here: `meet_all` says who does not come
-            return mine
-        return store.get("job").decode(errors="replace")
-
-    theirs = within(seconds + ATTEMPT_SECONDS, ask, f"rank {rank} has reached the store where the ranks meet: it")
-    if theirs != mine:
-        raise TransportError(
-            f"rank {rank}: another job uses this port (MASTER_PORT={port}): {shown(theirs)}; this one is {mine}. "
-            f"{_other_port(port)} Or, if they are to be one job, give all its ranks the same config and number of ranks."
-        )
-
-
-def claim_rank(store: Store, rank: int, size: int) -> None:
-    """Come as a rank. Raises TransportError where another process has; where a rank is missing for that, all ranks are told."""
-    try:
-        if store.add(f"rank {rank}", 1) == 1:
-            return
-        problem = (
-            f"two processes have come as rank {rank} of {size}. Give each its own RANK, from 0 to {size - 1}; if each has, one of them is "
-            "of another job, which needs another MASTER_PORT."
-        )
-        store.set("problem", problem)
-        _arrive(store, size)
-    except RuntimeError as error:
-        raise TransportError(f"rank {rank} lost the store as it came: {_headline(error)}") from error
-    raise TransportError(problem)
-
-
-def _arrive(store: Store, size: int) -> None:
-    """Count one more process; the last lets all go on, or tells them of a problem."""
-    if store.add("arrived", 1) == size:
-        store.set("all here", store.get("problem").decode() if store.check(["problem"]) else "")
-
-
-def meet_all(store: Store, rank: int, size: int, limit: timedelta, device: str = "") -> None:
-    """Return when all ranks have come (`claim_rank`). Raises TransportError that lists the ranks that have not.
-
-    device: name of a device that this rank needs for itself; if two ranks give the same one, all ranks raise.
-    """
-    try:
-        problem = ""
-        if device and store.add(f"device {device}", 1) > 1:
-            problem = (
-                f"rank {rank} and another one would use the same GPU, {device}, but NCCL allows one rank per GPU. Start fewer ranks on "
-                "this node, give each task a GPU (srun --gpus-per-task=1), or use parallel.backend=gloo."
-            )
-        if problem:
-            store.set("problem", problem)
-        _arrive(store, size)
-        store.wait(["all here"], limit)
-        problem = problem or store.get("all here").decode(errors="replace")
-    except RuntimeError as error:
-        try:
-            absent = _missing(store, size)
-        except RuntimeError:
-            raise TransportError(f"rank {rank} lost the store while it waited for {size} ranks: {_headline(error)}") from error
-        raise TransportError(
-            f"rank {rank} waited {round(limit.total_seconds(), 1):g} s, but of {size} ranks {absent} did not come. "
-            "Were they started, with the same world size, MASTER_ADDR, MASTER_PORT and MEGATRAIN_SECRET?"
-        ) from error
-    if problem:
-        raise TransportError(shown(problem))
-
-
-def _missing(store: Store, size: int) -> str:
-    """The ranks that have not come, as text for a message. All waiting ranks ask at once, and one search reads all ranks' keys."""
-    if store.add("asked", 1) <= _LOOKERS:
-        found = _absent(store, 0, size, _SHOWN)
-        more = size - store.add("arrived", 0) - len(found)
-        store.set("missing", f"{found}" + f" and {more} more" * (len(found) == _SHOWN and more > 0))
-    store.wait(["missing"], timedelta(seconds=ANSWER_SECONDS))
-    return shown(store.get("missing").decode(errors="replace"))
-
-
-def _absent(store: Store, first: int, stop: int, most: int) -> list[int]:
-    """Up to `most` of the ranks first .. stop - 1 that have not come, lowest first; a range that is complete costs one question."""
-    if stop - first <= MOST_KEYS and store.check([f"rank {rank}" for rank in range(first, stop)]):
-        return []
-    if stop - first == 1:
-        return [first]
-    middle = (first + stop) // 2
-    found = _absent(store, first, middle, most)
-    return found if len(found) == most else found + _absent(store, middle, stop, most - len(found))

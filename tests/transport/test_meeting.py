@@ -99,12 +99,19 @@ def test_the_store_of_another_job(monkeypatch):
     del other
 
 
+def test_a_store_that_a_stranger_calls_open_is_not_that_of_rank_0(monkeypatch):
+    monkeypatch.setattr("megatrain.transport.meeting.ANSWER_SECONDS", 0.5)
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent.set("test/open", "")
+    with pytest.raises(TransportError, match="that is not served by rank 0 of this job"):
+        meet(1, 2, agent.port)
+
+
 def test_a_stranger_decides_nothing_and_counts_as_no_rank():
     port = jobs.free_port()
     agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    for key, text in {"1 decided": "0", "1 from 1": "well"}.items():
+    for key, text in {"1 decided": "0", "1 from 1": "well", "1 came": "x", "1 all": "", "left": "x", "left 1": "x"}.items():
         agent.set(f"test/{key}", text)
-    agent.add("test/1 came", 1)
 
     def body(rank):
         meeting = meet(rank, 2, port, launcher_serves=True)
