@@ -42,7 +42,8 @@ def test_a_stranger_at_the_store(house, monkeypatch):
             for prefix in (f"guard/{launch.store_prefix}", "guard/megatrain"):
                 for key in (b"", launch.key):
                     board = Board(PrefixStore(prefix, store), 4.0, key)
-                    board.count("alarms")
+                    for of_all in ("judge", "where"):
+                        board.write(of_all, "0")
                     board.write("verdict", Verdict("hang", (1,), "\x1b[2Jall is lost", (victim,)).as_json())
                     for rank in range(SIZE):
                         board.write(f"identity/{rank}", victim.text())
