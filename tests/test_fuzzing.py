@@ -30,6 +30,6 @@ def test_without_one_a_session_has_a_seed_of_its_own_and_keeps_it(fresh, monkeyp
 
 def test_how_long(monkeypatch):
     monkeypatch.delenv(fuzzing.SECONDS, raising=False)
-    assert (fuzzing.seconds(), fuzzing.seconds(slow=True)) == (30.0, 300.0)
+    assert (fuzzing.seconds(), fuzzing.seconds(slow=True)) == (15.0, 300.0)
     monkeypatch.setenv(fuzzing.SECONDS, "3")
     assert (fuzzing.seconds(), fuzzing.seconds(slow=True)) == (3.0, 3.0)
