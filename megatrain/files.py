@@ -105,10 +105,22 @@ def pointer(head: bytes) -> str | None:
     return "this is a Git LFS pointer, not the file itself. In the repository that it came from run: git lfs install && git lfs pull"
 
 
+class OneLine(Exception):
+    """An error whose message is one printable line, whatever the file that it tells of has put into it."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*(printable(part) if isinstance(part, str) else part for part in said))
+
+
+def printable(text: str) -> str:
+    """A text with line breaks, terminal codes and the like written out."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def brief(said: object) -> str:
     """A library's message, or one with values of a file in it, as a part of one line: no line breaks, no terminal codes, not all of it."""
     text = str(said)
-    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[:_MOST_SHOWN])
+    shown = printable(text[:_MOST_SHOWN])
     return shown if len(text) <= _MOST_SHOWN else f"{shown} ... ({len(text):,} characters)"
 
 

@@ -13,18 +13,20 @@ import pytest
 
 from megatrain import files
 from megatrain.checkpoint.directory import write_file
-from megatrain.checkpoint.together import CheckpointError
+from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError
 from megatrain.config.source import ConfigError, read_file
 from megatrain.data.identity import store_identity
-from megatrain.data.indexed import TokenStoreWriter
+from megatrain.data.indexed import TokenStoreError, TokenStoreWriter
 from megatrain.data.prepare.read import ReadError, read_documents
+from megatrain.data.prepare.unpack import UnpackError
 from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
 from megatrain.files import brief, doing, head_of, opened_plain, whole
 from megatrain.huggingface.model_files import read_config
-from megatrain.ngram.arpa_in import read_arpa
+from megatrain.ngram.arpa_in import ArpaError, read_arpa
 from megatrain.ngram.binary import is_binary
 from megatrain.ngram.column import Column
 from megatrain.ngram.fit import Settings, fit
+from megatrain.ngram.lazy import BinaryError
 from megatrain.ngram.reading import load
 from megatrain.ngram.text import TextError
 from megatrain.records.rows import read_metrics
@@ -211,3 +213,12 @@ def test_what_is_no_plain_file_is_refused_before_it_is_waited_for(tmp_path):
     (tmp_path / "plain").write_text("abc")
     with opened_plain(tmp_path / "plain") as file:
         assert file.read() == b"abc"
+
+
+@pytest.mark.parametrize(
+    "kind", [DamagedCheckpointError, TokenStoreError, TokenizerError, ReadError, UnpackError, ArpaError, TextError, BinaryError]
+)
+def test_what_a_file_says_stays_on_its_line(kind):
+    error = kind("weights.safetensors has no a\nb\x1b[2J\u2028é中")
+    assert str(error) == r"weights.safetensors has no a\nb\x1b[2J\u2028é中"
+    assert str(kind(*error.args)) == str(error)

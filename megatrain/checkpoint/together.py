@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
 
+from megatrain.files import OneLine
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.transport.consensus import broadcast_text, gather_texts, lowest
 from megatrain.transport.group import name_ranks
@@ -18,7 +19,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be saved or loaded; raised on every rank of the world at once."""
 
 
-class DamagedCheckpointError(CheckpointError):
+class DamagedCheckpointError(OneLine, CheckpointError):
     """Files of a checkpoint are missing, truncated, changed or not as the manifest says; the message names the file."""
 
 

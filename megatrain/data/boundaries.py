@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatrain.files import HEAD_BYTES, not_text
+from megatrain.files import HEAD_BYTES, OneLine, not_text
 from megatrain.untrusted import parse_json, read_beside
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,7 +33,7 @@ TokenRequest = int | str | None
 """A token as data.eod, data.bos or --eod give it: an id, a name or `none`; None: to be found."""
 
 
-class TokenizerError(ValueError):
+class TokenizerError(OneLine, ValueError):
     """A tokenizer that cannot be loaded, trained or used in this way; the message says which one and what to do."""
 
 

@@ -40,7 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.unchanged import Unchanged
-from megatrain.files import HEAD_BYTES, doing, head_of, make_folder, opened_plain, pointer
+from megatrain.files import HEAD_BYTES, OneLine, doing, head_of, make_folder, opened_plain, pointer
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -70,7 +70,7 @@ CHECK_CHUNK = 1 << 22
 Tokens = Sequence[int] | npt.NDArray[np.integer]
 
 
-class TokenStoreError(ValueError):
+class TokenStoreError(OneLine, ValueError):
     """A token store that cannot be used; the message names the file, the numbers and what to do."""
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
-from megatrain.files import HEAD_BYTES, compression, not_text, opened_plain
+from megatrain.files import HEAD_BYTES, OneLine, compression, not_text, opened_plain
 from megatrain.ngram.optional import pyarrow
 from megatrain.ngram.table import twins
 from megatrain.ngram.text import SPECIAL, split
@@ -36,7 +36,7 @@ _LINE_FEED = 10
 _COUNT = re.compile(rb"ngram\s+(\d{1,3})\s*=\s*(\d{1,18})")
 
 
-class ArpaError(ValueError):
+class ArpaError(OneLine, ValueError):
     """A file that is not a whole ARPA file; the message says where."""
 
 

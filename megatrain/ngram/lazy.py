@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatrain.files import OneLine
+
 ALIGN = 64
 BLOCK_BYTES = 1 << 16
 Array = npt.NDArray[Any]
 
 
-class BinaryError(ValueError):
+class BinaryError(OneLine, ValueError):
     """A file that is not a compiled model of this version, or is damaged."""
 
 

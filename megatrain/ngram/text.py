@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.files import HEAD_BYTES, not_text, opened
+from megatrain.files import HEAD_BYTES, OneLine, not_text, opened
 from megatrain.ngram.column import Column
 from megatrain.ngram.optional import pyarrow
 
@@ -32,7 +32,7 @@ _BLANK[[0, 9, 10, 13, 32]] = True
 _LINE_FEED = 10
 
 
-class TextError(ValueError):
+class TextError(OneLine, ValueError):
     """A text that no model can be fitted to; the message says where and what to do."""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
-from megatrain.files import HEAD_BYTES, not_text, not_utf8, opened_plain
+from megatrain.files import HEAD_BYTES, OneLine, not_text, not_utf8, opened_plain
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 LINE_SUFFIXES = (".jsonl", ".json")
@@ -40,7 +40,7 @@ _STRING = re.compile(rb'"[^"]*"?')
 """A string of a line without escapes."""
 
 
-class ReadError(ValueError):
+class ReadError(OneLine, ValueError):
     """A file that cannot be read as documents; the message names file, line and remedy."""
 
 

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
 
+from megatrain.files import OneLine
+
 CHUNK_BYTES = 1 << 20
 MOST_WINDOW = 1 << 27
 """Bytes that a Zstandard or xz file may ask to be kept for references backwards, as the zstd command allows, or twice the file's size."""
@@ -26,11 +28,11 @@ _FEED = 1 << 10
 _COMMANDS = {"gz": "gzip -dc", "zst": "zstd -dc --long=31", "xz": "xz -dc", "bz2": "bzip2 -dc"}
 
 
-class UnpackError(ValueError):
+class UnpackError(OneLine, ValueError):
     """A compressed file that is not unpacked; the message continues the file's name."""
 
 
-class PackedDamageError(ValueError):
+class PackedDamageError(OneLine, ValueError):
     """A compressed file that is not whole; the message is that of the library."""
 
 
