@@ -20,8 +20,8 @@ from typing import Any
 HEAD_BYTES = 4096
 """The first bytes of a file, enough to tell its kind."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_MOST_SHOWN = 600
-"""Characters."""
+_MOST_SHOWN, _MOST_LINE = 600, 3000
+"""Characters of a part of a line, and of a line."""
 _CONVERT = "this is {}, not UTF-8. Convert it: iconv -f {} -t utf-8 OLD > NEW"
 
 
@@ -106,10 +106,18 @@ def pointer(head: bytes) -> str | None:
 
 
 class OneLine(Exception):
-    """An error whose message is one printable line, whatever the file that it tells of has put into it."""
+    """An error whose message is one printable line of bounded length, whatever the file that it tells of has put into it."""
 
     def __init__(self, *said: object) -> None:
-        super().__init__(*(printable(part) if isinstance(part, str) else part for part in said))
+        super().__init__(*(_line(part) if isinstance(part, str) else part for part in said))
+
+
+def _line(text: str) -> str:
+    """A text as one line; of a long one the beginning, which names the file, and the end, which says what to do."""
+    text = printable(text)
+    if len(text) <= _MOST_LINE:
+        return text
+    return f"{text[: _MOST_LINE - 1000]} ... ({len(text):,} characters) ... {text[-_MOST_SHOWN:]}"
 
 
 def printable(text: str) -> str:

@@ -222,3 +222,6 @@ def test_what_a_file_says_stays_on_its_line(kind):
     error = kind("weights.safetensors has no a\nb\x1b[2J\u2028é中")
     assert str(error) == r"weights.safetensors has no a\nb\x1b[2J\u2028é中"
     assert str(kind(*error.args)) == str(error)
+    long = str(kind("m.json: " + "[], " * 100_000 + "Copy it again."))
+    assert len(long) == 2630 and long.startswith("m.json: [], ") and long.endswith("[], Copy it again.")
+    assert str(kind(long)) == long

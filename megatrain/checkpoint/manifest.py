@@ -350,8 +350,8 @@ def _one_of(known: Sequence[str], tensor: str, key: str, value: Any) -> None:
     """Raise ValueError for a value of a tensor's field that this release does not know."""
     if value not in known:
         raise ValueError(
-            f"tensor {tensor!r} has {key}={value!r}, and this release of megatrain knows {', '.join(known)} alone. If a newer one wrote "
-            "it, load it with that"
+            f"tensor {tensor!r} has {key}={brief(repr(value))}, and this release of megatrain knows {', '.join(known)} alone. If a newer "
+            "one wrote it, load it with that"
         )
 
 
@@ -428,5 +428,5 @@ def _count(value: Any, least: int = 0, most: int = _LARGEST_COUNT) -> int:
 
 def _finite(value: Any) -> float:
     if not isfinite(number := float(value)):
-        raise ValueError(f"{value!r} is no time")
+        raise ValueError(f"{str(value)[:80]!r} is no time")
     return number
