@@ -119,9 +119,12 @@ class Guard:
 
     # --- the main thread's side -------------------------------------------------------------------------------------------
 
-    def section(self, name: Name, where: Callable[[], str] = str) -> AbstractContextManager[TimedSection]:
-        """A section of the run, with its limit."""
-        return self.sections.enter(name, where)
+    @contextmanager
+    def section(self, name: Name, where: Callable[[], str] = str) -> Iterator[TimedSection]:
+        """A section of the run, with its limit. The monitor is told at once, else it would judge by the section before for a while."""
+        with self.sections.enter(name, where) as timed:
+            self._beat()
+            yield timed
 
     def tick(self) -> None:
         """Record progress: once a step, and once a batch of an evaluation."""
@@ -129,7 +132,9 @@ class Guard:
 
     def phase(self, name: str) -> AbstractContextManager[object]:
         """The section of a step's phase, where it has one of its own."""
-        return self.section("data", lambda: file_of(self.reader() or self._main.ident)) if name == "data" else nullcontext()
+        return (
+            self.sections.enter("data", lambda: file_of(self.reader() or self._main.ident)) if name == "data" else nullcontext()
+        )
 
     def __enter__(self) -> Guard:
         self._monitor = self._monitor or begin_monitor(self._rank, self._limits.start)
@@ -244,14 +249,18 @@ class Guard:
             for ended, lasted in [] if self._monitor is None else self._monitor.suspended(wait):
                 self._suspensions.add(ended, lasted)
             looked = now = time.monotonic()
-            left, what = self._left_over(now)
-            if self._monitor is not None and not self._alarmed.locked():
-                self._monitor.beat(max(left, 0.0), what, *self.record())
-            if left < 0 or self._neighbour_is_gone(now):
+            if self._beat() < 0 or self._neighbour_is_gone(now):
                 self._alarm(self._own_state())
             if not self._said_where and self._is_told_in_vain(now):
                 self._said_where = True
                 self._start("where", self._say_where)
+
+    def _beat(self) -> float:
+        """Tell the monitor what this rank does and how long it may; returns the seconds that are left of that."""
+        left, what = self._left_over(time.monotonic())
+        if self._monitor is not None and not self._alarmed.locked():
+            self._monitor.beat(max(left, 0.0), what, *self.record())
+        return left
 
     def _left_over(self, now: float) -> tuple[float, str]:
         """Seconds until this rank has waited too long (infinite outside of all sections and calls), and in what."""

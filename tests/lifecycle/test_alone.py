@@ -3,6 +3,10 @@
 import jobs
 import pytest
 
+from megatrain.lifecycle.guard import Guard
+from megatrain.lifecycle.sections import SectionLimits
+from megatrain.runtime.launch import Launch
+
 ALONE = """
 import ctypes, os, signal, sys, threading, time
 from pathlib import Path
@@ -147,3 +151,27 @@ def test_a_run_that_was_told_to_stop_in_vain_says_where_it_is_before_its_limit_e
 
 def test_a_run_that_comes_further_is_let_alone(ended):
     assert ended["well"] == jobs.Ended(0, "DONE\n", "")
+
+
+class Told:
+    """A monitor that remembers what it was told."""
+
+    def __init__(self):
+        self.beats = []
+
+    def beat(self, seconds, what, step=0, events=""):
+        self.beats.append((round(seconds), what))
+
+
+def test_the_monitor_is_told_at_once_what_begins():
+    told = Told()
+    guard = Guard(Launch(), SectionLimits(16.0, 8.0, 30.0), told)
+    with guard.section("set-up"):
+        pass
+    with guard.section("step"), guard.section("save", lambda: "/checkpoints"), guard.phase("data"):
+        pass
+    assert told.beats == [
+        (18, "set-up (train.start_timeout_seconds=16)"),
+        (8, "step (train.hang_timeout_seconds=8)"),
+        (30, "save at /checkpoints (checkpoint.timeout_seconds=30)"),
+    ]
