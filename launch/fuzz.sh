@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Changes files of every kind that the program reads, 20 seconds a kind, four kinds at a time: tests/test_file_kinds.py.
 #
-#   bash launch/fuzz.sh                             about 90 seconds
+#   bash launch/fuzz.sh                             about two minutes on 2 cores
 #   bash launch/fuzz.sh -k arpa                     one kind; everything goes to pytest
 #   MEGATRAIN_FUZZ_SECONDS=600 bash launch/fuzz.sh  ten minutes a kind; MEGATRAIN_FUZZ_SEED=N: the same cases again
 #

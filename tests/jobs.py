@@ -100,6 +100,17 @@ def free_port() -> int:
     raise AssertionError("the ports never end")
 
 
+def full_pipe() -> tuple[int, int]:
+    """(reading end, writing end) of a pipe that takes no further byte until somebody reads."""
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(theirs, b"." * 4096)
+    os.set_blocking(theirs, True)
+    return ours, theirs
+
+
 def environment(rank: int = 0, size: int = 1, port: int = 0) -> dict[str, str]:
     """What a launcher would give this rank; nothing where `size` is 1."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHERS)}

@@ -1,10 +1,11 @@
 """Words that nobody takes: they are on offer, and the process goes on."""
 
-import contextlib
 import os
 import subprocess
 import sys
 import time
+
+import jobs
 
 PROGRAM = """
 import sys, time
@@ -32,12 +33,7 @@ def test_lines_are_written_before_it_goes_on():
 
 
 def test_a_pipe_that_is_full_keeps_nobody_and_gets_the_words_later():
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(theirs, b"." * 4096)
-    os.set_blocking(theirs, True)
+    ours, theirs = jobs.full_pipe()
     with start(0.1, theirs) as process:
         os.close(theirs)
         assert process.stdout.readline() == b"True\n"

@@ -92,7 +92,7 @@ def _loss_scale(value: Any) -> bool:
 _COUNTS = "a whole number from 0 to 2^53"
 _EASED = dict.fromkeys(("from", "steps", "shrink"), _count)
 _SPIKES = {
-    "history": _named(_all(_pair(_count, _number))),
+    **dict.fromkeys(("history", "before"), _named(_all(_pair(_count, _number)))),
     "skipped": _count,
     "recent": _all(_count),
     "settled": _truth,

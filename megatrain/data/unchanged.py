@@ -7,12 +7,13 @@ A file that is replaced by `mv` is another one, and does not count.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import xxhash
+
+from megatrain.stderr import note
 
 BLOCKS, BLOCK_BYTES = 128, 2**14
 """Blocks of a file that are looked at; a file of at most BLOCKS * BLOCK_BYTES is looked at as a whole."""
@@ -67,7 +68,7 @@ class Unchanged:
                 self._seen[path] = stamp
             if path not in self._told:
                 self._told.add(path)
-                sys.stderr.write(f"warning: {path} was written to while it is in use; what was looked at is as it was\n")
+                note(f"warning: {path} was written to while it is in use; what was looked at is as it was")
         return None
 
 

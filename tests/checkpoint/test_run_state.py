@@ -28,6 +28,7 @@ GOOD = {
     "began": {"from": "never", "job": "none "},
     "spikes": {
         "history": {"loss": [[1, 4.5], [2, -1e300]]},
+        "before": {"loss": [[5, 4.25]]},
         "skipped": 0,
         "recent": [0, 3],
         "settled": False,
@@ -69,7 +70,8 @@ BAD = {
     "spikes": [
         [],
         *(
-            {"history": wrong}
+            {key: wrong}
+            for key in ("history", "before")
             for wrong in ([], {"loss": 5}, {"loss": [[1, "a"]]}, {"loss": [[1]]}, {"loss": [[1, float("inf")]]})
         ),
         *({key: -1} for key in ("skipped", "recent", "settled", "spiking", "eased", "retries", "gone")),

@@ -1,6 +1,5 @@
 """A rank that can no longer run Python is ended by its monitor, which leaves no process behind."""
 
-import contextlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jobs
 import pytest
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
@@ -102,12 +102,7 @@ def test_a_rank_that_is_stuck_in_c_shows_its_stacks_and_is_killed_and_leaves_an_
 
 @pytest.mark.parametrize("reader", ["sleeps", "has gone"])
 def test_it_kills_the_rank_where_nobody_reads_its_words(reader):
-    ours, theirs = os.pipe()
-    os.set_blocking(theirs, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(theirs, b"." * 4096)
-    os.set_blocking(theirs, True)
+    ours, theirs = jobs.full_pipe()
     process = subprocess.Popen([sys.executable, "-c", RANK, "frozen"], stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     if reader == "has gone":
