@@ -199,9 +199,13 @@ def test_with_fewer_nodes_the_data_axis_shrinks_and_grows_again(house, hosts, un
 
 def test_a_port_that_another_program_holds_is_named(house, hosts, tmp_path):
     run = tmp_path / "run"
-    script = "import socket, time; s = socket.socket(); s.bind(('', 29400)); s.listen(); time.sleep(60)"
-    other = hosts[0].run(tmp_path / "other.txt", ["-c", f'exec {sys.executable} -c "{script}"'])
-    time.sleep(0.5)
+    script = "import socket, time; s = socket.create_server(('', 29400)); print('holds it', flush=True); time.sleep(150)"
+    said = tmp_path / "other.txt"
+    other = hosts[0].run(said, ["-c", f'exec {sys.executable} -c "{script}"'])
+    deadline = time.monotonic() + 60
+    while "holds it" not in said.read_text():
+        assert time.monotonic() < deadline and other.poll() is None, said.read_text()
+        time.sleep(0.02)
     (code,) = ends(launch(house, run, hosts[:1]))
     other.kill()
     other.wait()
