@@ -83,9 +83,9 @@ class Knob:
         )
 
 
-def knobs() -> Iterator[Knob]:
-    """Every knob of the schema, in its order."""
-    for section, cls in fields_of(Config).items():
+def knobs(schema: Any = Config) -> Iterator[Knob]:
+    """Every knob of a schema (a dataclass whose fields are sections), in its order."""
+    for section, cls in fields_of(schema).items():
         yield from _knobs_of((section,), cls)
 
 

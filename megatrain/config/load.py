@@ -75,15 +75,28 @@ def load_tree(tree: Config | Document, shapes: Shapes | None = None) -> Loaded:
     return Loaded(at_home(given), {}, given)
 
 
+def load_sections(schema: Any, path: str | FilePath, overrides: Iterable[str] = ()) -> Any:
+    """The config of another `schema`, a dataclass of sections made by `knob`, read as strictly as that of a run. Raises ConfigError."""
+    tree = read_file(path)
+    tree.schema = schema
+    _normalize_sections(tree)
+    _apply_overrides(tree, overrides)
+    config = at_home(_build(tree))
+    for knob in knobs(schema):
+        if problem := knob.refused(config) or knob.ignored(config):
+            place = tree.place(knob.path)
+            raise ConfigError(f"{place + ': ' if place else ''}{problem}")
+    return config
+
+
 def from_dict(tree: Config | Document, shapes: Shapes | None = None) -> Config:
     """The config of `load_tree`."""
     return load_tree(tree, shapes).config
 
 
-def at_home(config: Config) -> Config:
+def at_home(config: Any) -> Any:
     """A config with home directories for ~ and ~user at the beginning of its paths."""
-    home: Config = _at_home(config)
-    return home
+    return _at_home(config)
 
 
 def _at_home(node: Any) -> Any:
@@ -150,7 +163,7 @@ def dump(config: Config, origins: Mapping[str, str] | None = None) -> str:
 
 def _normalize_sections(tree: Tree) -> None:
     """Make the root a mapping of known sections to mappings; null (a section whose keys are commented out) becomes empty."""
-    sections = fields_of(Config)
+    sections = fields_of(_schema(tree))
     if not isinstance(tree.root, Mapping):
         place = tree.place(()) or "config"
         found = _describe(tree.root)
@@ -160,7 +173,7 @@ def _normalize_sections(tree: Tree) -> None:
     root = {}
     for section, values in tree.root.items():
         if section not in sections:
-            _fail(tree, (section,), f"is an unknown section. {_suggest_section(str(section))}")
+            _fail(tree, (section,), f"is an unknown section. {_suggest_section(_schema(tree), str(section))}")
         if values is not None and not isinstance(values, Mapping):
             _fail(tree, (section,), f"is {_describe(values)}, not a mapping. Write its keys indented below `{section}:`.")
         root[section] = dict(values or {})
@@ -171,7 +184,7 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
     """Put each `section.key=value` into the tree. Raises ConfigError for one that is malformed or given twice."""
     seen: dict[Path, str] = {}
     for text in overrides:
-        path, value = _read_override(text)
+        path, value = _read_override(_schema(tree), text)
         if path in seen:
             raise ConfigError(
                 f"{COMMAND_LINE}: {dotted(path)} is given twice, as {seen[path]!r} and {text!r}. Keep one of them."
@@ -180,17 +193,17 @@ def _apply_overrides(tree: Tree, overrides: Iterable[str]) -> None:
         _replace(tree, path, value)
 
 
-def _read_override(text: str) -> tuple[tuple[str, ...], Tree]:
+def _read_override(schema: Any, text: str) -> tuple[tuple[str, ...], Tree]:
     """`section.key=value`, or `section.group.key=value`, as the path (section, ..., key) and the tree of the value."""
     key, equals, value = text.partition("=")
     section, _, name = key.strip().partition(".")
     here = f"{COMMAND_LINE}: {text!r}"
     if not equals:
         raise ConfigError(f"{here} has no `=`. Write section.key=value, for example optim.lr=1e-3.")
-    if section not in fields_of(Config):
-        raise ConfigError(f"{here}: {section!r} is an unknown section. {_suggest_section(section)}")
+    if section not in fields_of(schema):
+        raise ConfigError(f"{here}: {section!r} is an unknown section. {_suggest_section(schema, section)}")
     *groups, last = name.split(".")
-    inner = fields_of(Config)[section]
+    inner = fields_of(schema)[section]
     for group in groups:
         inner = fields_of(inner).get(group) if inner is not None else None
         inner = inner if dataclasses.is_dataclass(inner) else None
@@ -288,12 +301,18 @@ def _fill_model(tree: Tree, keys: Mapping[str, Any], origin: str) -> None:
 # --- values -------------------------------------------------------------------------------------------------------------------
 
 
-def _build(tree: Tree) -> Config:
+def _schema(tree: Tree) -> Any:
+    """The dataclass of sections that a tree shall be."""
+    return tree.schema or Config
+
+
+def _build(tree: Tree) -> Any:
     """The config of a tree that passed `_normalize_sections`."""
+    schema = _schema(tree)
     sections = {
-        section: _dataclass(tree, (section,), cls, tree.root.get(section, {})) for section, cls in fields_of(Config).items()
+        section: _dataclass(tree, (section,), cls, tree.root.get(section, {})) for section, cls in fields_of(schema).items()
     }
-    return Config(**sections)
+    return schema(**sections)
 
 
 def _dataclass(tree: Tree, path: Path, cls: Any, values: Mapping[str, Any]) -> Any:
@@ -301,7 +320,7 @@ def _dataclass(tree: Tree, path: Path, cls: Any, values: Mapping[str, Any]) -> A
     kinds = fields_of(cls)
     for name in values:
         if name not in kinds:
-            _fail(tree, (*path, name), f"is an unknown key. {_suggest_key(path, str(name), list(kinds))}")
+            _fail(tree, (*path, name), f"is an unknown key. {_suggest_key(_schema(tree), path, str(name), list(kinds))}")
     return cls(**{name: _convert(tree, (*path, name), kinds[name], value) for name, value in values.items()})
 
 
@@ -345,7 +364,7 @@ def _float(tree: Tree, path: Path, value: Any, expected: Any) -> float:
         _fail(
             tree,
             path,
-            f"is {shown if len(shown) <= 60 else shown[:57] + '...'}; expected a finite number.{_example(path)}",
+            f"is {shown if len(shown) <= 60 else shown[:57] + '...'}; expected a finite number.{_example(tree, path)}",
         )
     return number
 
@@ -372,7 +391,7 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any, expected: Any) -> tupl
     if items[-1] is Ellipsis:
         items = (items[0],) * len(value)
     if len(items) != len(value):
-        _fail(tree, path, f"has {len(value)} values, expected {len(items)}: {type_name(expected)}.{_example(path)}")
+        _fail(tree, path, f"has {len(value)} values, expected {len(items)}: {type_name(expected)}.{_example(tree, path)}")
     return tuple(_convert(tree, (*path, i), item, part) for i, (item, part) in enumerate(zip(items, value, strict=True)))
 
 
@@ -408,13 +427,13 @@ def _fail(tree: Tree, path: Path, message: str) -> typing.NoReturn:
 
 def _fail_type(tree: Tree, path: Path, value: Any, expected: Any, hint: str) -> typing.NoReturn:
     """Raise ConfigError for a value that is not of the type `expected`, with `hint` or else the knob's example."""
-    _fail(tree, path, f"is {_describe(value)}; expected {type_name(expected)}.{hint or _example(path)}")
+    _fail(tree, path, f"is {_describe(value)}; expected {type_name(expected)}.{hint or _example(tree, path)}")
 
 
-def _example(path: Path) -> str:
+def _example(tree: Tree, path: Path) -> str:
     """A value of the knob at a path, or of that element of it, as advice; "" where all that is known is null or an empty list."""
     *keys, last = path
-    use = next((knob.use for knob in knobs() if knob.path in (path, tuple(keys))), None)
+    use = next((knob.use for knob in knobs(_schema(tree)) if knob.path in (path, tuple(keys))), None)
     if isinstance(last, int):
         use = use[last] if isinstance(use, tuple) and last < len(use) else None
     return "" if use in (None, ()) else f" Use for example {show(use)}."
@@ -448,20 +467,20 @@ def _hint(kind: Any, value: Any) -> str:
     return ""
 
 
-def _suggest_section(name: str) -> str:
+def _suggest_section(schema: Any, name: str) -> str:
     """Advice for an unknown section: one with a similar name, or the section of a key with that name, or all sections."""
-    sections = list(fields_of(Config))
+    sections = list(fields_of(schema))
     if near := difflib.get_close_matches(name, sections, n=1):
         return f"Did you mean {near[0]}? Sections: {', '.join(sections)}."
-    if owner := [knob.section for knob in knobs() if knob.name == name]:
+    if owner := [knob.section for knob in knobs(schema) if knob.name == name]:
         return f"The key {name} belongs under `{owner[0]}:`, as {owner[0]}.{name}."
     return f"Sections: {', '.join(sections)}."
 
 
-def _suggest_key(path: Path, name: str, known: list[str]) -> str:
+def _suggest_key(schema: Any, path: Path, name: str, known: list[str]) -> str:
     """Advice for an unknown key: a key of that name in another section, or one of the same section with a similar name, or all its keys."""
     if len(path) == 1:
-        for knob in knobs():
+        for knob in knobs(schema):
             if knob.name == name:
                 return f"Did you mean {knob.key}?"
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):

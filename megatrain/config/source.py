@@ -38,6 +38,8 @@ class Tree:
     root: Any = None
     places: dict[Path, str] = field(default_factory=dict)
     """`file:line`, `command line` ... of every key and list element; empty for a tree made in Python."""
+    schema: Any = None
+    """The dataclass of sections that it shall be; None: that of a run."""
 
     def place(self, path: Path) -> str | None:
         """The place where `path` was written, or else of the nearest part of the tree around it."""

@@ -53,7 +53,7 @@ class Lines(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Document:
+class PlacedText:
     """One text and its file and line."""
 
     text: str
@@ -81,14 +81,14 @@ def ignore_bytes(_count: int) -> None:
 
 def read_documents(
     paths: Iterable[str | Path], key: str | Lines = "text", on_bytes: Callable[[int], None] = ignore_bytes
-) -> Iterator[Document]:
+) -> Iterator[PlacedText]:
     """Every document, in order; `key` is the field of the text in a .jsonl. `on_bytes` is called with bytes read. Raises ReadError."""
     lines = _lines_of(key)
     for path in map(Path, paths):
         if _is_lines(path):
             yield from _line_documents(path, lines, on_bytes)
         else:
-            yield Document("".join(_together(_decoded(path, on_bytes), path, lines.longest)), path, 0)
+            yield PlacedText("".join(_together(_decoded(path, on_bytes), path, lines.longest)), path, 0)
 
 
 def read_pieces(
@@ -243,13 +243,13 @@ def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterato
         yield number, b"".join(rest)
 
 
-def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -> Iterator[Document]:
+def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -> Iterator[PlacedText]:
     """The documents of a .jsonl; blank lines are skipped. Raises ReadError that names file and line."""
     for number, line in _lines(path, on_bytes, lines.longest):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
         if line.strip():
-            yield Document(_text_of(line, lines.key, f"{path}:{number}"), path, number)
+            yield PlacedText(_text_of(line, lines.key, f"{path}:{number}"), path, number)
 
 
 def _text_of(line: bytes, key: str, where: str) -> str:
