@@ -132,6 +132,7 @@ SAME_NAMES = {
     "model": ["megatrain/config/model.py", "megatrain/ngram/model.py"],
     "ngram": ["megatrain/cli/ngram.py", "megatrain/ngram"],
     "plan": ["megatrain/plan", "megatrain/verbs/plan.py"],
+    "report": ["megatrain/corpus/report", "megatrain/ngram/report.py"],
 }
 """Modules of one name, where the name of the package tells them apart."""
 
