@@ -11,10 +11,10 @@ LINES = {
     "launch": 600,
     "megatrain": 2550,  # its own files, without the rooms below
     "megatrain/checkpoint": 3200,
-    "megatrain/cli": 900,
+    "megatrain/cli": 950,
     "megatrain/config": 2950,
     "megatrain/corpus": 550,
-    "megatrain/data": 4450,
+    "megatrain/data": 4800,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 43850,
+    "tests": 44050,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -15,6 +15,13 @@ def positive(given: str) -> int:
     return int(given)
 
 
+def index(given: str) -> int:
+    """A place, counted from 0."""
+    if not (given.isascii() and given.isdigit() and len(given) < 19):
+        raise argparse.ArgumentTypeError(f"{given!r} is not a whole number of 0 or more")
+    return int(given)
+
+
 def text(given: str) -> str:
     """Text in UTF-8, whatever the locale's encoding. Refuses other bytes, which arrive as lone surrogates that no tokenizer accepts."""
     with suppress(UnicodeError):

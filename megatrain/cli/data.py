@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from megatrain.cli.arguments import positive, text
+from megatrain.cli.arguments import index, positive, text
 from megatrain.cli.ngram import add_data_filter, add_lines, key_of
 
 AddVerb = Callable[..., argparse.ArgumentParser]
@@ -48,9 +48,15 @@ def _data_tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _data_inspect(arguments: argparse.Namespace) -> int:
+    from megatrain.data.describing import describe_document, describe_token
     from megatrain.data.store_record import describe
 
-    print(describe(arguments.prefix))
+    if arguments.token is not None:
+        print(describe_token(arguments.prefix, arguments.token))
+    elif arguments.document is not None:
+        print(describe_document(arguments.prefix, arguments.document))
+    else:
+        print(describe(arguments.prefix))
     return 0
 
 
@@ -91,6 +97,13 @@ def _add_data_inspect(stages: Any, add_verb: AddVerb) -> None:
     example = "megatrain data inspect data/train"
     parser = add_verb(stages, "inspect", _data_inspect, "print what is in a token store", example)
     parser.add_argument("prefix", metavar="PREFIX", help="of a .bin/.idx pair")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument(
+        "--token", type=index, metavar="N", help="say which document, file and row the token at place N comes from"
+    )
+    one.add_argument(
+        "--document", type=index, metavar="N", help="say which file and row document N comes from, and how it begins"
+    )
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:

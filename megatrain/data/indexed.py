@@ -31,7 +31,7 @@ import mmap
 import os
 import struct
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -91,6 +91,11 @@ def record_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.meta.json")
 
 
+def origins_path(prefix: str | Path) -> Path:
+    """The file that records where documents come from (data/origins.py)."""
+    return Path(f"{prefix}.documents")
+
+
 def _fsync_directory(path: Path) -> None:
     """Makes renames inside `path` survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
@@ -119,12 +124,14 @@ class TokenStoreWriter:
         self._code = codes[0]
         self._bin, self._idx = store_paths(prefix)
         make_folder(self._bin.parent)
-        self._record = record_path(prefix)
-        self._temporary = [p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, self._idx, self._record)]
+        beside = (record_path(prefix), origins_path(prefix))
+        self._temporary = {p: p.with_name(f"{p.name}.tmp.{os.getpid()}") for p in (self._bin, *beside, self._idx)}
         self.record: str | None = None
         """Text of the record of how the store was made, to be written beside it; None for none."""
+        self.origins: Iterable[bytes] | None = None
+        """Contents of the file that says where its documents come from; None for none."""
         with doing("writing", self._bin):
-            self._file = self._temporary[0].open("wb")
+            self._file = self._temporary[self._bin].open("wb")
         self._lengths: list[npt.NDArray[np.int32]] = []
         self.documents = 0
         self.tokens = 0
@@ -197,29 +204,32 @@ class TokenStoreWriter:
         with doing("writing", self._bin), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-        with doing("writing", self._idx), self._temporary[1].open("wb") as index:
+        with doing("writing", self._idx), self._temporary[self._idx].open("wb") as index:
             index.write(HEADER.pack(MAGIC, VERSION, self._code, lengths.size, lengths.size + 1))
             for part in (lengths, offsets, np.arange(lengths.size + 1, dtype="<i8")):
                 index.write(part.data)
             index.flush()
             os.fsync(index.fileno())
-        if self.record is not None:
-            with doing("writing", self._record):
-                self._temporary[2].write_text(self.record, encoding="utf-8")
+        record = None if self.record is None else (self.record.encode(),)
+        beside = {record_path(self.prefix): record, origins_path(self.prefix): self.origins}
+        for path, contents in beside.items():
+            if contents is not None:
+                with doing("writing", path), self._temporary[path].open("wb") as file:
+                    file.writelines(contents)
         # An older index must never be beside the new tokens.
         self._idx.unlink(missing_ok=True)
-        self._record.unlink(missing_ok=True)
-        self._temporary[0].replace(self._bin)
-        if self.record is not None:
-            self._temporary[2].replace(self._record)
-        self._temporary[1].replace(self._idx)
+        for path, temporary in self._temporary.items():
+            if beside.get(path, ()) is None:
+                path.unlink(missing_ok=True)
+            else:
+                temporary.replace(path)
         _fsync_directory(self._bin.parent)
 
     def abort(self) -> None:
         """Removes what was written; a published store of the same name stays as it is."""
         with contextlib.suppress(OSError):  # on a full disk closing fails too; the file is removed anyway
             self._file.close()
-        for path in self._temporary:
+        for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
     def __enter__(self) -> TokenStoreWriter:
@@ -374,11 +384,14 @@ class TokenStore:
             raise self.changed(f"{what} is said to be tokens {first} to {end - 1} of {self.tokens}")
         return first, end
 
-    def _of(self, place: int) -> str:
-        """The document that a token belongs to, as text."""
+    def document_of(self, token: int) -> int:
+        """The document that a token belongs to. token: its place in the store. Raises TokenStoreError if the index was cut meanwhile."""
         require_whole(self.idx_path, self._index)
-        sequence = int(np.searchsorted(self.byte_offsets, place * self.dtype.itemsize, side="right")) - 1
-        return f" of document {int(np.searchsorted(self.document_indices, sequence, side='right')) - 1}"
+        sequence = int(np.searchsorted(self.byte_offsets, token * self.dtype.itemsize, side="right")) - 1
+        return int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
+
+    def _of(self, place: int) -> str:
+        return f" of document {self.document_of(place)}"
 
     def _refuse(self, place: int, token: int, vocab_size: int) -> NoReturn:
         raise TokenStoreError(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from megatrain.data.origins import FilePlace
 from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
 from megatrain.files import HEAD_BYTES, OneLine, not_text, not_utf8, opened_plain
 
@@ -66,13 +67,19 @@ class PlacedText:
         """The source in messages: `file` or `file:line`."""
         return f"{self.path}:{self.line}" if self.line else str(self.path)
 
+    @property
+    def origin(self) -> FilePlace:
+        """Where it comes from."""
+        return FilePlace(str(self.path), self.line, "line" if self.line else "")
 
-@dataclass(frozen=True)
-class TextPiece:
+
+class TextPiece(NamedTuple):
     """A part of a document; concatenated, the pieces up to the one with `last` set are the document."""
 
     text: str
     last: bool
+    origin: FilePlace
+    """Where it comes from."""
 
 
 def ignore_bytes(_count: int) -> None:
@@ -104,12 +111,17 @@ def read_pieces(
     lines = _lines_of(key)
     for path in map(Path, paths):
         if not divide:
-            yield from (TextPiece(document.text, True) for document in read_documents([path], lines, on_bytes))
+            yield from (TextPiece(document.text, True, document.origin) for document in read_documents([path], lines, on_bytes))
         elif _is_lines(path):
             for document in _line_documents(path, lines, on_bytes):
-                yield from _pieces([document.text], path, lines.longest)
+                yield from _pieces([document.text], document.origin, lines.longest)
         else:
-            yield from _pieces(_decoded(path, on_bytes), path, lines.longest)
+            yield from _pieces(_decoded(path, on_bytes), FilePlace(str(path)), lines.longest)
+
+
+def pieces_of(text: str, origin: FilePlace) -> Iterable[TextPiece]:
+    """A document in memory in pieces, as `read_pieces` cuts them."""
+    return _pieces([text], origin, len(text)) if len(text) > PIECE_CHARACTERS else (TextPiece(text, True, origin),)
 
 
 def _lines_of(key: str | Lines) -> Lines:
@@ -305,8 +317,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _pieces(chunks: Iterable[str], path: Path, longest: int) -> Iterator[TextPiece]:
+def _pieces(chunks: Iterable[str], origin: FilePlace, longest: int) -> Iterator[TextPiece]:
     """One document, given in chunks, in pieces that a divisible tokenizer encodes as it would the whole. Raises ReadError."""
+    path = Path(origin.file)
     buffer, searched = "", PIECE_CHARACTERS
     for chunk in chunks:
         buffer += chunk
@@ -316,8 +329,8 @@ def _pieces(chunks: Iterable[str], path: Path, longest: int) -> Iterator[TextPie
             if cut is None:
                 searched = len(buffer) - start
                 break
-            yield TextPiece(buffer[start : cut.start()], False)
+            yield TextPiece(buffer[start : cut.start()], False, origin)
             start, searched = cut.start(), PIECE_CHARACTERS
         buffer = buffer[start:]
         _require_short(len(buffer), path, longest)
-    yield TextPiece(buffer, True)
+    yield TextPiece(buffer, True, origin)

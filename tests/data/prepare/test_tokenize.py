@@ -11,9 +11,11 @@ import zstandard
 
 from megatrain.cli.main import main
 from megatrain.data.indexed import TokenStore
-from megatrain.data.prepare import read, tokenize
+from megatrain.data.origins import FilePlace, read_origin
+from megatrain.data.prepare import read, text_store
 from megatrain.data.prepare.read import ReadError
-from megatrain.data.prepare.tokenize import tokenize_files
+from megatrain.data.prepare.text_store import TextStoreWriter
+from megatrain.data.prepare.tokenize import tokenize_documents, tokenize_files
 from megatrain.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer, train_tokenizer
 
 
@@ -41,7 +43,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def small_batches(monkeypatch):
     """Batches and pieces small enough that the corpus makes many of each."""
-    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr(text_store, "BATCH_CHARACTERS", 700)
     monkeypatch.setattr(read, "PIECE_CHARACTERS", 300)
 
 
@@ -71,7 +73,7 @@ def test_piece_and_batch_sizes_do_not_show(corpus, tmp_path, monkeypatch):
     directory, _ = corpus
     inputs = [directory / "a.jsonl", directory / "b.txt"]
     tokenize_files(inputs, directory / "t.json", tmp_path / "large")
-    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 11)
+    monkeypatch.setattr(text_store, "BATCH_CHARACTERS", 11)
     monkeypatch.setattr(read, "PIECE_CHARACTERS", 50)
     tokenize_files(inputs, directory / "t.json", tmp_path / "small", workers=3)
     assert files(tmp_path, "large") == files(tmp_path, "small")
@@ -126,23 +128,22 @@ def test_an_encoder_that_fails_ends_the_run(corpus, tmp_path):
 @pytest.mark.usefixtures("small_batches")
 def test_memory_is_bounded_by_batches_in_flight(corpus, tmp_path, monkeypatch):
     """The reader never runs further ahead of the writer than the window."""
-    read_so_far, written, ahead = [0], [0], []
-    real_batches, real_write = tokenize._batches, tokenize.TokenStoreWriter.write
+    submitted, written, ahead = [0], [0], []
+    real_submit, real_write = TextStoreWriter._submit, text_store.TokenStoreWriter.write
 
-    def batches(pieces):
-        for batch in real_batches(pieces):
-            read_so_far[0] += 1
-            yield batch
+    def submit(writer):
+        submitted[0] += 1
+        ahead.append(submitted[0] - written[0])
+        real_submit(writer)
 
     def write(writer, tokens):
-        ahead.append(read_so_far[0] - written[0])
         written[0] += 1
         real_write(writer, tokens)
 
-    monkeypatch.setattr(tokenize, "_batches", batches)
-    monkeypatch.setattr(tokenize.TokenStoreWriter, "write", write)
+    monkeypatch.setattr(TextStoreWriter, "_submit", submit)
+    monkeypatch.setattr(text_store.TokenStoreWriter, "write", write)
     tokenize_files([corpus[0] / "a.jsonl", corpus[0] / "b.txt"], "bytes", tmp_path / "s", workers=2)
-    assert written[0] > 100 and max(ahead) <= 2 * tokenize.BATCHES_PER_WORKER
+    assert written[0] > 100 and max(ahead) == 2 * text_store.BATCHES_PER_WORKER
 
 
 def test_wrong_use_is_explained(corpus, tmp_path):
@@ -167,11 +168,11 @@ def test_wrong_use_is_explained(corpus, tmp_path):
 def test_the_environment_is_left_as_it_was(corpus, tmp_path, monkeypatch):
     for before in (None, "true"):
         if before is None:
-            monkeypatch.delenv(tokenize.LIBRARY_THREADS, raising=False)
+            monkeypatch.delenv(text_store.LIBRARY_THREADS, raising=False)
         else:
-            monkeypatch.setenv(tokenize.LIBRARY_THREADS, before)
+            monkeypatch.setenv(text_store.LIBRARY_THREADS, before)
         tokenize_files([corpus[0] / "b.txt"], "bytes", tmp_path / "s")
-        assert os.environ.get(tokenize.LIBRARY_THREADS) == before
+        assert os.environ.get(text_store.LIBRARY_THREADS) == before
 
 
 def test_people_see_a_bar_and_log_files_do_not(corpus, tmp_path, monkeypatch, capsys):
@@ -206,3 +207,38 @@ def test_the_verb_says_what_it_has_written(tmp_path, capsys):
     ]
     assert main(words) == 0
     assert "1 documents, 9 bytes of text, 9 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_documents_as_they_come_give_the_store_of_their_files(corpus, tmp_path):
+    directory, texts = corpus
+    tokenizer = load_tokenizer(directory / "t.json")
+    tokenize_files([directory / "a.jsonl", directory / "b.txt"], tokenizer, tmp_path / "files", append_eod=True)
+    documents = [(text, FilePlace("part.parquet", row, "row")) for row, text in enumerate(texts)]
+    report = tokenize_documents(iter(documents), tokenizer, tmp_path / "given", workers=2, append_eod=True)
+    assert files(tmp_path, "given") == files(tmp_path, "files")
+    assert (report.documents, report.empty) == (len(texts) - 1, 1)
+    store = TokenStore(tmp_path / "given")
+    kept = [row for row, text in enumerate(texts) if text]
+    assert [read_origin(store, i) for i in range(store.documents)] == [FilePlace("part.parquet", row, "row") for row in kept]
+
+
+def test_two_stores_are_written_at_once_and_one_without_text_is_none(corpus, tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    with TextStoreWriter(tmp_path / "a", tokenizer) as first, TextStoreWriter(tmp_path / "b", tokenizer) as second:
+        first.add_document("ab", FilePlace("x.txt"))
+        second.add_document("", FilePlace("x.txt"))
+        first.add_document("c", FilePlace("y.txt"))
+    assert TokenStore(tmp_path / "a").document(0).tolist() == [97, 98]
+    assert (first.report.documents, second.report.documents, second.report.empty) == (2, 0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.documents", "a.idx", "a.meta.json"]
+
+
+def test_the_store_knows_the_file_and_line_of_each_document(corpus, tmp_path):
+    directory, texts = corpus
+    inputs = [directory / "a.jsonl", directory / "b.txt"]
+    tokenize_files(inputs, "bytes", tmp_path / "s")
+    store = TokenStore(tmp_path / "s")
+    lines = [line for line, text in enumerate(texts[:-1], 1) if text]
+    expected = [FilePlace(str(inputs[0]), line, "line") for line in lines] + [FilePlace(str(inputs[1]))]
+    assert [read_origin(store, i) for i in range(store.documents)] == expected
