@@ -133,6 +133,7 @@ SAME_NAMES = {
     "ngram": ["megatrain/cli/ngram.py", "megatrain/ngram"],
     "plan": ["megatrain/plan", "megatrain/verbs/plan.py"],
     "report": ["megatrain/corpus/report", "megatrain/ngram/report.py"],
+    "rules": ["megatrain/corpus/rules", "megatrain/doctor/rules.py"],
 }
 """Modules of one name, where the name of the package tells them apart."""
 

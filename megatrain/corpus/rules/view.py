@@ -1,0 +1,96 @@
+"""One text as the rules look at it: its letters, words and lines, each found once, when a rule first asks.
+
+A text of any length is looked at in bounded memory: of a longer one than LONGEST, its beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatrain.corpus.letters import SPACE
+from megatrain.corpus.rules.repetition import Hashes, Repeats, Where
+from megatrain.corpus.words import Extents, Text, hash_of, jit
+
+LONGEST = 1 << 21
+"""Letters of a text that rules look at; the rest of a longer one has no say. A book of 300,000 words is shorter."""
+
+Words = Literal["blanks", "marks", "han", "jieba"]
+"""A table of words: one of megatrain.corpus.words, or the words that jieba finds in Chinese."""
+Codes = npt.NDArray[np.uint32]
+Letters = npt.NDArray[np.uint16]
+Cut = Callable[[str], list[str]]
+"""Cuts a text into words, blanks among them, that are the text when joined."""
+
+
+@jit
+def hash_all(codes: Codes, starts: Where, ends: Where, hashes: Hashes) -> None:
+    """Fill in the hash of each part of a text."""
+    for i in range(len(starts)):
+        hashes[i] = hash_of(codes, starts[i], ends[i])
+
+
+def hashes_of(codes: Codes, spans: Extents) -> Hashes:
+    """The hashes of some parts of a text [parts]."""
+    hashes = np.empty(len(spans.starts), np.uint64)
+    hash_all(codes, spans.starts, spans.ends, hashes)
+    return hashes
+
+
+def hashes_of_words(words: tuple[str, ...]) -> Hashes:
+    """The hashes of single words [words]."""
+    ends = np.cumsum([len(word) for word in words])
+    return hashes_of(Text.of("".join(words)).codes, Extents(np.concatenate([[0], ends[:-1]]), ends))
+
+
+class View:
+    """A text, as arrays. counter: working memory, in which nothing of this text stays; cut: for the table `jieba`."""
+
+    def __init__(self, text: str, counter: Repeats, cut: Cut | None = None) -> None:
+        self.text = text[:LONGEST]
+        self.counter = counter
+        self._cut = cut
+        self._words: dict[Words, Extents] = {}
+        self._hashes: dict[Words, Hashes] = {}
+
+    @cached_property
+    def arrays(self) -> Text:
+        """Code points and their classes."""
+        return Text.of(self.text)
+
+    @cached_property
+    def lines(self) -> Extents:
+        """The lines, as str.splitlines has them."""
+        return self.arrays.lines()
+
+    @cached_property
+    def stripped(self) -> Text:
+        """The text without blanks at its ends, as str.strip has it."""
+        codes, letters = self.arrays
+        inside = np.flatnonzero(letters & SPACE == 0)
+        begin, end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+        return Text(codes[begin:end], letters[begin:end])
+
+    def words(self, table: Words) -> Extents:
+        """The words of a table."""
+        if table not in self._words:
+            self._words[table] = self._cut_words() if table == "jieba" else self.arrays.words(table)
+        return self._words[table]
+
+    def hashes(self, table: Words) -> Hashes:
+        """The hashes of the words of a table [words]."""
+        if table not in self._hashes:
+            self._hashes[table] = hashes_of(self.arrays.codes, self.words(table))
+        return self._hashes[table]
+
+    def _cut_words(self) -> Extents:
+        if self._cut is None:
+            raise ValueError("a view without a cutter has no words of the table jieba")
+        parts = self._cut(self.text)
+        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+        full = np.fromiter((not part.isspace() for part in parts), bool, len(parts))
+        return Extents(np.concatenate([[0], ends[:-1]])[: len(parts)][full], ends[full])

@@ -1,0 +1,96 @@
+"""The signals of rules written plainly, from their sources: str.split, Counter and regular expressions. Slow.
+
+Each function takes a text and its words and gives a signal's numbers by name, as megatrain/corpus/rules has them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+
+
+def is_mark(letter: str) -> bool:
+    """Whether a letter is punctuation, a symbol or a control character, and no blank."""
+    return unicodedata.category(letter)[0] in "PSC" and not letter.isspace()
+
+
+def is_han(letter: str) -> bool:
+    """Whether a letter is a Chinese character."""
+    return letter in "々〆〇" or unicodedata.name(letter, "").startswith(
+        ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
+    )
+
+
+def words(text: str, table: str) -> list[str]:
+    """The words of a text: between blanks; and each mark by itself; and each Chinese character by itself."""
+    if table == "marks":
+        text = "".join(f" {letter} " if is_mark(letter) else letter for letter in text)
+    if table == "han":
+        text = "".join(f" {letter} " if is_mark(letter) or is_han(letter) else letter for letter in text)
+    return text.split()
+
+
+def quality(text: str, found: list[str]) -> dict[str, float]:
+    """Gopher, A.1.1, of words."""
+    plain = [word for word in found if not all(map(is_mark, word))]
+    every = max(len(found), 1)
+    return {
+        "words": len(plain),
+        "mean_length": sum(map(len, plain)) / max(len(plain), 1),
+        "hashes": text.count("#") / every,
+        "ellipses": (text.count("...") + text.count("…")) / every,
+        "letters": sum(any(letter.isalpha() for letter in word) for word in found) / every,
+    }
+
+
+def lines(text: str) -> dict[str, float]:
+    """Gopher, A.1.1, of lines."""
+    found = text.splitlines()
+    return {
+        "bullets": sum(line.strip().startswith(("•", "-")) for line in found) / max(len(found), 1),
+        "cut": sum(line.strip().endswith(("...", "…")) for line in found) / max(len(found), 1),
+    }
+
+
+def stop_words(found: list[str], wanted: str) -> dict[str, float]:
+    """How many different ones of some words there are."""
+    return {"words": len(set(found) & set(wanted.split()))}
+
+
+def seen_before(parts: list[str]) -> tuple[int, int]:
+    """(how many parts were there before, their letters)."""
+    again = [part for i, part in enumerate(parts) if part in set(parts[:i])]
+    return len(again), sum(map(len, again))
+
+
+def parts(text: str) -> dict[str, float]:
+    """Gopher, table A1, of lines and paragraphs."""
+    rows, paragraphs = re.split(r"\n+", text.strip()), re.split(r"\n{2,}", text.strip())
+    (again_rows, row_letters), (again_paragraphs, paragraph_letters) = seen_before(rows), seen_before(paragraphs)
+    return {
+        "lines": again_rows / len(rows),
+        "line_letters": row_letters / max(len(text), 1),
+        "paragraphs": again_paragraphs / len(paragraphs),
+        "paragraph_letters": paragraph_letters / max(len(text), 1),
+    }
+
+
+def grams(text: str, found: list[str]) -> dict[str, float]:
+    """Gopher, table A1, of n-grams: words joined by a blank; the repeated ones taken from the beginning, none overlapping another."""
+    numbers, whole = {}, max(len(text), 1)
+    for n in (2, 3, 4):
+        often = Counter(" ".join(found[i : i + n]) for i in range(len(found) - n + 1)).most_common(1)
+        numbers[f"top_{n}"] = sum(len(gram) * times for gram, times in often) / whole
+    for n in range(5, 11):
+        known, length, i = set(), 0, 0
+        while i + n <= len(found):
+            gram = tuple(found[i : i + n])
+            if gram in known:
+                length += sum(map(len, gram))
+                i += n
+            else:
+                known.add(gram)
+                i += 1
+        numbers[f"again_{n}"] = length / whole
+    return numbers
