@@ -1,0 +1,180 @@
+"""Leases: who works at a task, said by files in a folder that all workers see.
+
+    <task>.1    the first worker's; its time is that of its last sign of life
+    <task>.2    of the worker that took over when that had none for STALE_SECONDS, or was seen to be dead
+
+A lease is made with O_EXCL, so that one worker alone gets each number, on any file system. Two workers at one task do no harm: both
+would publish the same bytes, and one of them does (tasks.py).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatrain.files import doing, make_folder
+from megatrain.stderr import note
+
+STALE_SECONDS, SIGN_SECONDS = 60.0, 2.0
+"""Age of a lease that counts as left; time between signs of life."""
+MOST_TAKEN = 4
+"""Workers that may begin a task: when so many were lost at it, the task is at fault."""
+WIDTH = 256
+"""Bytes of a lease, so that it is rewritten in place."""
+STUCK = 70
+"""Exit code of a process that ends itself."""
+
+
+class LostWorkersError(RuntimeError):
+    """A task at which one worker after the other was lost."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """The newest lease of a task as another worker sees it."""
+
+    number: int
+    age: float
+    """Seconds since its last sign of life, by the clock of the file system."""
+    host: str
+    process: int
+    born: float
+    """Start time of the process, which tells it from a later one of the same number."""
+    done: int
+    """Bytes of the task that were done by then."""
+
+    @property
+    def left(self) -> bool:
+        """Whether its worker is dead, or has given no sign for too long."""
+        if self.host == socket.gethostname() and not _lives(self.process, self.born):
+            return True
+        return self.age > STALE_SECONDS
+
+
+def _lives(process: int, born: float) -> bool:
+    try:
+        return abs(psutil.Process(process).create_time() - born) < 1.0
+    except psutil.Error:
+        return False
+
+
+class Leases:
+    """The leases in a folder, as seen and taken by this process."""
+
+    def __init__(self, folder: Path, stuck_seconds: float) -> None:
+        """stuck_seconds: a process whose task says nothing for so long ends itself, so that another worker takes over."""
+        make_folder(folder)
+        self._folder, self._stuck_seconds = folder, stuck_seconds
+        self._born = psutil.Process().create_time()
+
+    def signs(self) -> dict[str, Sign]:
+        """The newest lease of each task."""
+        now, newest = self._now(), dict[str, Sign]()
+        for path in self._folder.iterdir():
+            task, _, number = path.name.rpartition(".")
+            if not number.isdecimal() or (task in newest and newest[task].number > int(number)):
+                continue
+            try:
+                about, moved = json.loads(path.read_bytes() or b"{}"), path.stat().st_mtime
+            except (OSError, ValueError):  # gone meanwhile, or not yet written
+                about, moved = {}, now
+            newest[task] = Sign(
+                int(number),
+                now - moved,
+                about.get("host", ""),
+                about.get("process", 0),
+                about.get("born", 0.0),
+                about.get("done", 0),
+            )
+        return newest
+
+    def _now(self) -> float:
+        """The time of the file system, which need not be that of this machine."""
+        probe = self._folder / f"clock-{socket.gethostname()}-{os.getpid()}"
+        probe.touch()
+        return probe.stat().st_mtime
+
+    @contextmanager
+    def held(self, task: str, over: Sign | None) -> Iterator[Lease | None]:
+        """The lease of a task nobody has (over: its newest one, which was left); None if another worker was faster.
+
+        Raises LostWorkersError for a task that has cost too many workers.
+        """
+        number = 1 if over is None else over.number + 1
+        if number > MOST_TAKEN:
+            raise LostWorkersError(
+                f"{task}: {number - 1} workers were lost at it, the last was process {over.process if over else 0} on "
+                f"{over.host if over else ''}. Look at its memory (dmesg) and time limits; to try it again remove {self._folder}/{task}.*"
+            )
+        path = self._folder / f"{task}.{number}"
+        try:
+            with doing("writing", path):
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        except FileExistsError:
+            yield None
+            return
+        about = {"host": socket.gethostname(), "process": os.getpid(), "born": self._born}
+        lease = Lease(task, descriptor, about, self._stuck_seconds)
+        try:
+            yield lease
+        finally:
+            lease.end()
+            path.unlink(missing_ok=True)
+
+    def forget(self, task: str) -> None:
+        """Remove the leases of a task that is done."""
+        for path in self._folder.glob(f"{task}.*"):
+            path.unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Remove what this process keeps here beside leases."""
+        (self._folder / f"clock-{socket.gethostname()}-{os.getpid()}").unlink(missing_ok=True)
+
+
+class Lease:
+    """A lease that this process holds: a thread gives signs of life while the work goes on."""
+
+    def __init__(self, task: str, descriptor: int, about: dict[str, Any], stuck_seconds: float) -> None:
+        self._task, self._descriptor, self._about, self._stuck_seconds = task, descriptor, about, stuck_seconds
+        self._done, self._said = 0, time.monotonic()
+        self._ended = threading.Event()
+        self._sign()
+        self._thread = threading.Thread(target=self._give_signs, name="lease", daemon=True)
+        self._thread.start()
+
+    def progress(self, count: int) -> None:
+        """So many bytes more are done."""
+        self._done += count
+        self._said = time.monotonic()
+
+    def end(self) -> None:
+        """Stop giving signs."""
+        self._ended.set()
+        self._thread.join()
+        os.close(self._descriptor)
+
+    def _sign(self) -> None:
+        line = json.dumps({**self._about, "done": self._done})
+        os.pwrite(self._descriptor, line.ljust(WIDTH).encode(), 0)
+
+    def _give_signs(self) -> None:
+        while not self._ended.wait(SIGN_SECONDS):
+            with suppress(OSError):  # a full disk: the lease grows old, and another worker takes over
+                self._sign()
+            if time.monotonic() - self._said > self._stuck_seconds:
+                note(
+                    f"megatrain: {self._task} has not moved for {self._stuck_seconds:g} s (run.stuck_seconds); its process ends here:"
+                )
+                faulthandler.dump_traceback()
+                os._exit(STUCK)

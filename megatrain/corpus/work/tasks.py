@@ -1,0 +1,140 @@
+"""Tasks, stages, and what is published of them.
+
+A task writes files into a folder of its own, which gets its name when all of them are on the disk, with `done.json`:
+
+    <stage>/<task>/done.json       {"files": {name: [bytes, xxh3-128]}, "facts": ...}
+    <stage>/<task>/...             the files
+
+A stage's name ends in its key, a hash of all that its files depend on: so another config never meets what an older one has left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatrain.files import doing, make_folder, opened_plain, whole
+
+DONE, LEASES = "done.json", "leases"
+BLOCK = 1 << 20
+
+
+class WorkError(ValueError):
+    """A published file that is not what its task has written."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One part of a stage."""
+
+    name: str
+    size: int
+    """Its share of the work, in bytes, for the bar."""
+    run: Callable[[Path, Callable[[int], None]], Mapping[str, Any]]
+    """Writes files into a folder, says how many bytes are done since it last said so, and returns facts: values for JSON."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks that need nothing of each other, only of earlier stages."""
+
+    title: str
+    key: str
+    tasks: Sequence[Task]
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.title}-{self.key[:12]}"
+
+
+def key_of(*parts: Any) -> str:
+    """A hash of values for JSON."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode())
+
+
+class Published:
+    """The folders of tasks under a root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._checked: set[Path] = set()
+
+    def folder(self, stage: Stage, task: str) -> Path:
+        """Where the files of a task are, or will be."""
+        return self.root / stage.name / task
+
+    def is_done(self, stage: Stage, task: str) -> bool:
+        """Whether a task is published."""
+        return (self.folder(stage, task) / DONE).is_file()
+
+    def facts(self, stage: Stage, task: str) -> dict[str, Any]:
+        """The facts that a task returned."""
+        facts: dict[str, Any] = self._done(self.folder(stage, task))["facts"]
+        return facts
+
+    def file(self, stage: Stage, task: str, name: str) -> Path:
+        """A file of a task. Raises WorkError if it is not the one that was written."""
+        folder = self.folder(stage, task)
+        path = folder / name
+        if path not in self._checked:
+            size, digest = self._done(folder)["files"][name]
+            if [size, digest] != _identity(path):
+                raise WorkError(f"{path} was changed after it was written. Remove {folder}, and it is made again.")
+            self._checked.add(path)
+        return path
+
+    def _done(self, folder: Path) -> dict[str, Any]:
+        path = folder / DONE
+        try:
+            found: dict[str, Any] = json.loads(path.read_bytes())
+        except ValueError:
+            raise WorkError(f"{path} is damaged. Remove {folder}, and it is made again.") from None
+        return found
+
+    def publish(self, stage: Stage, task: Task, progress: Callable[[int], None]) -> None:
+        """Run a task and publish it, unless another worker has done so first. Raises what the task does, and then leaves nothing behind."""
+        target = self.folder(stage, task.name)
+        part = target.with_name(f".{task.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+        make_folder(part)
+        try:
+            facts = task.run(part, progress)
+            files = {path.name: _identity(path, flush=True) for path in sorted(part.iterdir())}
+            with whole(part / DONE, text=True) as file:
+                json.dump({"files": files, "facts": facts}, file, sort_keys=True)
+            with doing("writing", target):
+                part.rename(target)
+        except OSError:
+            if not self.is_done(stage, task.name):
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def sweep(self, stage: Stage) -> None:
+        """Remove what lost workers have left of a stage that is done."""
+        for path in (self.root / stage.name).glob(".*.part"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def outdated(self, stages: Iterable[Stage]) -> list[Path]:
+        """Folders of other configs."""
+        names = {stage.name for stage in stages}
+        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in names | {LEASES})
+
+
+def _identity(path: Path, flush: bool = False) -> list[Any]:
+    """[bytes, hash] of a file; flush: bring it to the disk too."""
+    hashed = xxhash.xxh3_128()
+    with opened_plain(path) as file, doing("reading", path):
+        while block := file.read(BLOCK):
+            hashed.update(block)
+        if flush:
+            os.fsync(file.fileno())
+        return [file.tell(), hashed.hexdigest()]
