@@ -1,10 +1,10 @@
-"""Leases: who works at a task, said by files in a folder that all workers see.
+"""Leases: who works at a chore, said by files in a folder that all workers see.
 
-    <task>.1    the first worker's; its time is that of its last sign of life
-    <task>.2    of the worker that took over when that had none for STALE_SECONDS, or was seen to be dead
+    <chore>.1    the first worker's; its time is that of its last sign of life
+    <chore>.2    of the worker that took over when that had none for STALE_SECONDS, or was seen to be dead
 
-A lease is made with O_EXCL, so that one worker alone gets each number, on any file system. Two workers at one task do no harm: both
-would publish the same bytes, and one of them does (tasks.py).
+A lease is made with O_EXCL, so that one worker alone gets each number, on any file system. Two workers at one chore do no harm: both
+would publish the same bytes, and one of them does (chores.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatrain.stderr import note
 STALE_SECONDS, SIGN_SECONDS = 60.0, 2.0
 """Age of a lease that counts as left; time between signs of life."""
 MOST_TAKEN = 4
-"""Workers that may begin a task: when so many were lost at it, the task is at fault."""
+"""Workers that may begin a chore: when so many were lost at it, the chore is at fault."""
 WIDTH = 256
 """Bytes of a lease, so that it is rewritten in place."""
 STUCK = 70
@@ -37,12 +37,12 @@ STUCK = 70
 
 
 class LostWorkersError(RuntimeError):
-    """A task at which one worker after the other was lost."""
+    """A chore at which one worker after the other was lost."""
 
 
 @dataclass(frozen=True)
 class Sign:
-    """The newest lease of a task as another worker sees it."""
+    """The newest lease of a chore as another worker sees it."""
 
     number: int
     age: float
@@ -52,7 +52,7 @@ class Sign:
     born: float
     """Start time of the process, which tells it from a later one of the same number."""
     done: int
-    """Bytes of the task that were done by then."""
+    """Bytes of the chore that were done by then."""
 
     @property
     def left(self) -> bool:
@@ -73,23 +73,23 @@ class Leases:
     """The leases in a folder, as seen and taken by this process."""
 
     def __init__(self, folder: Path, stuck_seconds: float) -> None:
-        """stuck_seconds: a process whose task says nothing for so long ends itself, so that another worker takes over."""
+        """stuck_seconds: a process whose chore says nothing for so long ends itself, so that another worker takes over."""
         make_folder(folder)
         self._folder, self._stuck_seconds = folder, stuck_seconds
         self._born = psutil.Process().create_time()
 
     def signs(self) -> dict[str, Sign]:
-        """The newest lease of each task."""
+        """The newest lease of each chore."""
         now, newest = self._now(), dict[str, Sign]()
         for path in self._folder.iterdir():
-            task, _, number = path.name.rpartition(".")
-            if not number.isdecimal() or (task in newest and newest[task].number > int(number)):
+            chore, _, number = path.name.rpartition(".")
+            if not number.isdecimal() or (chore in newest and newest[chore].number > int(number)):
                 continue
             try:
                 about, moved = json.loads(path.read_bytes() or b"{}"), path.stat().st_mtime
             except (OSError, ValueError):  # gone meanwhile, or not yet written
                 about, moved = {}, now
-            newest[task] = Sign(
+            newest[chore] = Sign(
                 int(number),
                 now - moved,
                 about.get("host", ""),
@@ -106,18 +106,18 @@ class Leases:
         return probe.stat().st_mtime
 
     @contextmanager
-    def held(self, task: str, over: Sign | None) -> Iterator[Lease | None]:
-        """The lease of a task nobody has (over: its newest one, which was left); None if another worker was faster.
+    def held(self, chore: str, over: Sign | None) -> Iterator[Lease | None]:
+        """The lease of a chore nobody has (over: its newest one, which was left); None if another worker was faster.
 
-        Raises LostWorkersError for a task that has cost too many workers.
+        Raises LostWorkersError for a chore that has cost too many workers.
         """
         number = 1 if over is None else over.number + 1
         if number > MOST_TAKEN:
             raise LostWorkersError(
-                f"{task}: {number - 1} workers were lost at it, the last was process {over.process if over else 0} on "
-                f"{over.host if over else ''}. Look at its memory (dmesg) and time limits; to try it again remove {self._folder}/{task}.*"
+                f"{chore}: {number - 1} workers were lost at it, the last was process {over.process if over else 0} on "
+                f"{over.host if over else ''}. Look at its memory (dmesg) and time limits; to try it again remove {self._folder}/{chore}.*"
             )
-        path = self._folder / f"{task}.{number}"
+        path = self._folder / f"{chore}.{number}"
         try:
             with doing("writing", path):
                 descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -125,16 +125,16 @@ class Leases:
             yield None
             return
         about = {"host": socket.gethostname(), "process": os.getpid(), "born": self._born}
-        lease = Lease(task, descriptor, about, self._stuck_seconds)
+        lease = Lease(chore, descriptor, about, self._stuck_seconds)
         try:
             yield lease
         finally:
             lease.end()
             path.unlink(missing_ok=True)
 
-    def forget(self, task: str) -> None:
-        """Remove the leases of a task that is done."""
-        for path in self._folder.glob(f"{task}.*"):
+    def forget(self, chore: str) -> None:
+        """Remove the leases of a chore that is done."""
+        for path in self._folder.glob(f"{chore}.*"):
             path.unlink(missing_ok=True)
 
     def leave(self) -> None:
@@ -145,8 +145,8 @@ class Leases:
 class Lease:
     """A lease that this process holds: a thread gives signs of life while the work goes on."""
 
-    def __init__(self, task: str, descriptor: int, about: dict[str, Any], stuck_seconds: float) -> None:
-        self._task, self._descriptor, self._about, self._stuck_seconds = task, descriptor, about, stuck_seconds
+    def __init__(self, chore: str, descriptor: int, about: dict[str, Any], stuck_seconds: float) -> None:
+        self._task, self._descriptor, self._about, self._stuck_seconds = chore, descriptor, about, stuck_seconds
         self._done, self._said = 0, time.monotonic()
         self._ended = threading.Event()
         self._sign()

@@ -21,7 +21,7 @@ MOST_REPLACED = 10
 """Workers that are started in the place of killed ones."""
 
 
-class WorkerError(RuntimeError):
+class PoolError(RuntimeError):
     """A worker that failed; it has said why."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -32,7 +32,7 @@ class WorkerError(RuntimeError):
 def run_workers(command: Sequence[str], count: int, look: Callable[[], None]) -> None:
     """Run a command so many times at once until all have ended; `look` is called now and then meanwhile.
 
-    One that a signal ends is started again. Raises WorkerError when one fails, or too many were killed, and KeyboardInterrupt when
+    One that a signal ends is started again. Raises PoolError when one fails, or too many were killed, and KeyboardInterrupt when
     this process is told to stop; no worker is left behind.
     """
     replaced = 0
@@ -47,11 +47,11 @@ def run_workers(command: Sequence[str], count: int, look: Callable[[], None]) ->
                 if code == 0:
                     continue
                 if code > 0 and code != STUCK:
-                    raise WorkerError(f"worker {process.pid} failed (exit code {code}); what it said stands above", code)
+                    raise PoolError(f"worker {process.pid} failed (exit code {code}); what it said stands above", code)
                 replaced += 1
                 how = signal.Signals(-code).name if code < 0 else "itself, being stuck"
                 if replaced > MOST_REPLACED:
-                    raise WorkerError(f"{replaced} workers were ended by a signal, the last by {how}", 1)
+                    raise PoolError(f"{replaced} workers were ended by a signal, the last by {how}", 1)
                 note(f"megatrain: worker {process.pid} was ended by {how}; another takes its place")
                 running.append(_start(command))
 

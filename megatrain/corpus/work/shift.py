@@ -1,35 +1,35 @@
-"""The loop of a worker: it takes the next task that nobody has, until all stages are done."""
+"""The loop of a worker: it takes the next chore that nobody has, until all phases are done."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 
+from megatrain.corpus.work.chores import LEASES, Phase, Published
 from megatrain.corpus.work.leases import Leases
-from megatrain.corpus.work.tasks import LEASES, Published, Stage
 
 SHORTEST_WAIT, LONGEST_WAIT = 0.05, 2.0
-"""Seconds until a worker without a task looks again."""
+"""Seconds until a worker without a chore looks again."""
 
 
-def work_on(stages: Iterable[Stage], published: Published, stuck_seconds: float) -> None:
-    """Do the tasks of all stages, with whoever else does; a stage is asked for when the one before it is done.
+def work_on(phases: Iterable[Phase], published: Published, stuck_seconds: float) -> None:
+    """Do the chores of all phases, with whoever else does; a phase is asked for when the one before it is done.
 
-    stuck_seconds: as of `Leases`. Raises what a task raises, and LostWorkersError.
+    stuck_seconds: as of `Leases`. Raises what a chore raises, and LostWorkersError.
     """
     leases = Leases(published.root / LEASES, stuck_seconds)
     try:
-        for stage in stages:
+        for phase in phases:
             wait = SHORTEST_WAIT
-            while open_tasks := [task for task in stage.tasks if not published.is_done(stage, task.name)]:
+            while open_chores := [chore for chore in phase.chores if not published.is_done(phase, chore.name)]:
                 signs, worked = leases.signs(), False
-                for task in open_tasks:
-                    name = f"{stage.name}.{task.name}"
+                for chore in open_chores:
+                    name = f"{phase.name}.{chore.name}"
                     sign = signs.get(name)
-                    if (sign is None or sign.left) and not published.is_done(stage, task.name):
+                    if (sign is None or sign.left) and not published.is_done(phase, chore.name):
                         with leases.held(name, sign) as lease:
-                            if lease is not None and not published.is_done(stage, task.name):
-                                published.publish(stage, task, lease.progress)
+                            if lease is not None and not published.is_done(phase, chore.name):
+                                published.publish(phase, chore, lease.progress)
                                 worked = True
                         if worked:
                             leases.forget(name)
@@ -37,6 +37,6 @@ def work_on(stages: Iterable[Stage], published: Published, stuck_seconds: float)
                 wait = SHORTEST_WAIT if worked else min(2 * wait, LONGEST_WAIT)
                 if not worked:
                     time.sleep(wait)
-            published.sweep(stage)
+            published.sweep(phase)
     finally:
         leases.leave()

@@ -1,4 +1,4 @@
-"""One worker gets a lease; one that is dead or silent loses it; a task that loses worker after worker is at fault."""
+"""One worker gets a lease; one that is dead or silent loses it; a chore that loses worker after worker is at fault."""
 
 import json
 import os

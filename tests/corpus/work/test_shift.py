@@ -1,4 +1,4 @@
-"""Workers share the tasks of stages, and take over those of lost ones: the result does not say who did what."""
+"""Workers share the chores of phases, and take over those of lost ones: the result does not say who did what."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from megatrain.corpus.work.pool import WorkerError, run_workers
-from megatrain.corpus.work.tasks import Published, Stage, Task
+from megatrain.corpus.work.chores import Chore, Phase, Published
+from megatrain.corpus.work.pool import PoolError, run_workers
 from megatrain.corpus.work.shift import work_on
 
 PROGRAM = textwrap.dedent(
@@ -18,7 +18,7 @@ PROGRAM = textwrap.dedent(
     import os, sys, time
     from pathlib import Path
     from megatrain.corpus.work import leases
-    from megatrain.corpus.work.tasks import Published, Stage, Task
+    from megatrain.corpus.work.chores import Published, Phase, Chore
     from megatrain.corpus.work.shift import work_on
 
     root, fault = Path(sys.argv[1]), sys.argv[2]
@@ -26,7 +26,7 @@ PROGRAM = textwrap.dedent(
     published = Published(root / "work")
 
     def run(name):
-        def task(folder, progress):
+        def chore(folder, progress):
             with (root / "begun.txt").open("a") as file:
                 file.write(f"{name} {os.getpid()}\\n")
             time.sleep(0.05)
@@ -35,13 +35,13 @@ PROGRAM = textwrap.dedent(
             (folder / "out.txt").write_text(name)
             progress(1)
             return {"name": name}
-        return task
+        return chore
 
-    first = Stage("first", "1" * 16, [Task(f"unit_{i}", 1, run(f"first_{i}")) for i in range(8)])
+    first = Phase("first", "1" * 16, [Chore(f"unit_{i}", 1, run(f"first_{i}")) for i in range(8)])
     def merge(folder, progress):
-        (folder / "all.txt").write_text(" ".join(published.file(first, task.name, "out.txt").read_text() for task in first.tasks))
+        (folder / "all.txt").write_text(" ".join(published.file(first, chore.name, "out.txt").read_text() for chore in first.chores))
         return {}
-    second = Stage("second", "2" * 16, [Task("all", 1, merge)])
+    second = Phase("second", "2" * 16, [Chore("all", 1, merge)])
     work_on([first, second], published, 60.0)
     """
 )
@@ -100,7 +100,7 @@ def test_a_frozen_worker_is_passed_by(program, tmp_path):
 
 
 def test_a_worker_that_fails_ends_all(program, tmp_path, capfd):
-    with pytest.raises(WorkerError, match=r"worker \d+ failed \(exit code 1\); what it said stands above"):
+    with pytest.raises(PoolError, match=r"worker \d+ failed \(exit code 1\); what it said stands above"):
         run_workers([str(program), str(tmp_path), "first_3"], 2, lambda: None)
     assert "first_3 is bad" in capfd.readouterr().err
 
@@ -110,6 +110,6 @@ def test_in_this_process(tmp_path):
         progress(1)
         return {"bytes": 3}
 
-    published, stage = Published(tmp_path), Stage("one", "3" * 16, [Task("only", 1, run)])
-    work_on([stage], published, 60.0)
-    assert published.facts(stage, "only") == {"bytes": 3}
+    published, phase = Published(tmp_path), Phase("one", "3" * 16, [Chore("only", 1, run)])
+    work_on([phase], published, 60.0)
+    assert published.facts(phase, "only") == {"bytes": 3}

@@ -1,10 +1,10 @@
-"""Tasks are published whole or not at all, once, and checked when they are read."""
+"""Chores are published whole or not at all, once, and checked when they are read."""
 
 import json
 
 import pytest
 
-from megatrain.corpus.work.tasks import Published, Stage, Task, WorkError, key_of
+from megatrain.corpus.work.chores import Chore, Phase, Published, WorkError, key_of
 
 
 def writer(text):
@@ -16,14 +16,14 @@ def writer(text):
     return run
 
 
-def stage(*texts, key="0123456789abcdef"):
-    return Stage("read", key, [Task(f"unit_{i}", len(text), writer(text)) for i, text in enumerate(texts)])
+def phase(*texts, key="0123456789abcdef"):
+    return Phase("read", key, [Chore(f"unit_{i}", len(text), writer(text)) for i, text in enumerate(texts)])
 
 
 def test_a_task_is_published_with_its_facts_and_hashes(tmp_path):
-    published, work, said = Published(tmp_path), stage("words"), []
+    published, work, said = Published(tmp_path), phase("words"), []
     assert not published.is_done(work, "unit_0")
-    published.publish(work, work.tasks[0], said.append)
+    published.publish(work, work.chores[0], said.append)
     assert published.is_done(work, "unit_0") and said == [5]
     assert published.facts(work, "unit_0") == {"letters": 5}
     assert published.file(work, "unit_0", "out.txt").read_text() == "words"
@@ -36,27 +36,27 @@ def test_a_task_that_fails_leaves_nothing(tmp_path):
         (folder / "half.txt").write_text("half")
         raise OSError(28, "No space left on device")
 
-    work = Stage("read", "0" * 16, [Task("unit_0", 1, fail)])
+    work = Phase("read", "0" * 16, [Chore("unit_0", 1, fail)])
     with pytest.raises(OSError, match="No space"):
-        Published(tmp_path).publish(work, work.tasks[0], lambda _: None)
+        Published(tmp_path).publish(work, work.chores[0], lambda _: None)
     assert list((tmp_path / work.name).iterdir()) == []
 
 
 def test_the_first_of_two_workers_publishes(tmp_path):
-    published, work = Published(tmp_path), stage("words")
+    published, work = Published(tmp_path), phase("words")
 
     def late(folder, progress):
-        published.publish(work, work.tasks[0], progress)
+        published.publish(work, work.chores[0], progress)
         return writer("others")(folder, progress)
 
-    published.publish(work, Task("unit_0", 1, late), lambda _: None)
+    published.publish(work, Chore("unit_0", 1, late), lambda _: None)
     assert published.facts(work, "unit_0") == {"letters": 5}
     assert [path.name for path in (tmp_path / work.name).iterdir()] == ["unit_0"]
 
 
 def test_a_changed_file_is_named(tmp_path):
-    work = stage("words")
-    Published(tmp_path).publish(work, work.tasks[0], lambda _: None)
+    work = phase("words")
+    Published(tmp_path).publish(work, work.chores[0], lambda _: None)
     (tmp_path / work.name / "unit_0/out.txt").write_text("wards")
     with pytest.raises(WorkError, match=r"out.txt was changed after it was written\. Remove .*unit_0, and it is made again"):
         Published(tmp_path).file(work, "unit_0", "out.txt")
@@ -66,9 +66,9 @@ def test_a_changed_file_is_named(tmp_path):
 
 
 def test_folders_of_other_keys_and_of_lost_workers(tmp_path):
-    published, old, new = Published(tmp_path), stage("a", key="1" * 16), stage("b", key="2" * 16)
+    published, old, new = Published(tmp_path), phase("a", key="1" * 16), phase("b", key="2" * 16)
     for work in (old, new):
-        published.publish(work, work.tasks[0], lambda _: None)
+        published.publish(work, work.chores[0], lambda _: None)
     (tmp_path / "leases").mkdir()
     assert published.outdated([new]) == [tmp_path / old.name]
     (tmp_path / new.name / ".unit_0.17.ab.part").mkdir()

@@ -1,11 +1,11 @@
-"""Tasks, stages, and what is published of them.
+"""Chores, phases, and what is published of them.
 
-A task writes files into a folder of its own, which gets its name when all of them are on the disk, with `done.json`:
+A chore writes files into a folder of its own, which gets its name when all of them are on the disk, with `done.json`:
 
-    <stage>/<task>/done.json       {"files": {name: [bytes, xxh3-128]}, "facts": ...}
-    <stage>/<task>/...             the files
+    <phase>/<chore>/done.json       {"files": {name: [bytes, xxh3-128]}, "facts": ...}
+    <phase>/<chore>/...             the files
 
-A stage's name ends in its key, a hash of all that its files depend on: so another config never meets what an older one has left.
+A phase's name ends in its key, a hash of all that its files depend on: so another config never meets what an older one has left.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ BLOCK = 1 << 20
 
 
 class WorkError(ValueError):
-    """A published file that is not what its task has written."""
+    """A published file that is not what its chore has written."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One part of a stage."""
+class Chore:
+    """One part of a phase."""
 
     name: str
     size: int
@@ -43,12 +43,12 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Tasks that need nothing of each other, only of earlier stages."""
+class Phase:
+    """Chores that need nothing of each other, only of earlier phases."""
 
     title: str
     key: str
-    tasks: Sequence[Task]
+    chores: Sequence[Chore]
 
     @property
     def name(self) -> str:
@@ -62,28 +62,28 @@ def key_of(*parts: Any) -> str:
 
 
 class Published:
-    """The folders of tasks under a root."""
+    """The folders of chores under a root."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._checked: set[Path] = set()
 
-    def folder(self, stage: Stage, task: str) -> Path:
-        """Where the files of a task are, or will be."""
-        return self.root / stage.name / task
+    def folder(self, phase: Phase, chore: str) -> Path:
+        """Where the files of a chore are, or will be."""
+        return self.root / phase.name / chore
 
-    def is_done(self, stage: Stage, task: str) -> bool:
-        """Whether a task is published."""
-        return (self.folder(stage, task) / DONE).is_file()
+    def is_done(self, phase: Phase, chore: str) -> bool:
+        """Whether a chore is published."""
+        return (self.folder(phase, chore) / DONE).is_file()
 
-    def facts(self, stage: Stage, task: str) -> dict[str, Any]:
-        """The facts that a task returned."""
-        facts: dict[str, Any] = self._done(self.folder(stage, task))["facts"]
+    def facts(self, phase: Phase, chore: str) -> dict[str, Any]:
+        """The facts that a chore returned."""
+        facts: dict[str, Any] = self._done(self.folder(phase, chore))["facts"]
         return facts
 
-    def file(self, stage: Stage, task: str, name: str) -> Path:
-        """A file of a task. Raises WorkError if it is not the one that was written."""
-        folder = self.folder(stage, task)
+    def file(self, phase: Phase, chore: str, name: str) -> Path:
+        """A file of a chore. Raises WorkError if it is not the one that was written."""
+        folder = self.folder(phase, chore)
         path = folder / name
         if path not in self._checked:
             size, digest = self._done(folder)["files"][name]
@@ -100,32 +100,32 @@ class Published:
             raise WorkError(f"{path} is damaged. Remove {folder}, and it is made again.") from None
         return found
 
-    def publish(self, stage: Stage, task: Task, progress: Callable[[int], None]) -> None:
-        """Run a task and publish it, unless another worker has done so first. Raises what the task does, and then leaves nothing behind."""
-        target = self.folder(stage, task.name)
-        part = target.with_name(f".{task.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    def publish(self, phase: Phase, chore: Chore, progress: Callable[[int], None]) -> None:
+        """Run a chore and publish it, unless another worker has done so first. Raises what the chore does, and then leaves nothing behind."""
+        target = self.folder(phase, chore.name)
+        part = target.with_name(f".{chore.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
         make_folder(part)
         try:
-            facts = task.run(part, progress)
+            facts = chore.run(part, progress)
             files = {path.name: _identity(path, flush=True) for path in sorted(part.iterdir())}
             with whole(part / DONE, text=True) as file:
                 json.dump({"files": files, "facts": facts}, file, sort_keys=True)
             with doing("writing", target):
                 part.rename(target)
         except OSError:
-            if not self.is_done(stage, task.name):
+            if not self.is_done(phase, chore.name):
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def sweep(self, stage: Stage) -> None:
-        """Remove what lost workers have left of a stage that is done."""
-        for path in (self.root / stage.name).glob(".*.part"):
+    def sweep(self, phase: Phase) -> None:
+        """Remove what lost workers have left of a phase that is done."""
+        for path in (self.root / phase.name).glob(".*.part"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def outdated(self, stages: Iterable[Stage]) -> list[Path]:
+    def outdated(self, phases: Iterable[Phase]) -> list[Path]:
         """Folders of other configs."""
-        names = {stage.name for stage in stages}
+        names = {phase.name for phase in phases}
         return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in names | {LEASES})
 
 
