@@ -11,9 +11,9 @@ LINES = {
     "launch": 600,
     "megatrain": 2550,  # its own files, without the rooms below
     "megatrain/checkpoint": 3200,
-    "megatrain/cli": 950,
+    "megatrain/cli": 1000,
     "megatrain/config": 2950,
-    "megatrain/corpus": 1550,
+    "megatrain/corpus": 2050,
     "megatrain/data": 4800,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 44750,
+    "tests": 45100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

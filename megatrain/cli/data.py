@@ -1,4 +1,4 @@
-"""The arguments of `megatrain data`: tokenizer, tokenize, inspect, filter."""
+"""The arguments of `megatrain data`: tokenizer, tokenize, inspect, filter, agree."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatrain.cli.arguments import index, positive, text
+from megatrain.cli.label_agreement import add_data_agree
 from megatrain.cli.ngram import add_data_filter, add_lines, key_of
 
 AddVerb = Callable[..., argparse.ArgumentParser]
@@ -21,6 +22,7 @@ def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
     _add_data_tokenize(stages, add_verb)
     _add_data_inspect(stages, add_verb)
     add_data_filter(stages, add_verb)
+    add_data_agree(stages, add_verb)
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
