@@ -94,3 +94,45 @@ def grams(text: str, found: list[str]) -> dict[str, float]:
                 i += 1
         numbers[f"again_{n}"] = length / whole
     return numbers
+
+
+def fineweb(text: str, found: list[str], endings: set[str]) -> dict[str, float]:
+    """FineWeb, section 3.6; endings: marks that end sentences."""
+    rows = [line for line in text.split("\n") if line.strip()]
+    return {
+        "ended": sum(line[-1] in endings for line in rows) / max(len(rows), 1),
+        "short": sum(len(line) <= 30 for line in rows) / max(len(rows), 1),
+        "same_letters": seen_before(rows)[1] / max(len(text.replace("\n", "")), 1),
+        "feeds": text.count("\n") / max(len(found), 1),
+    }
+
+
+def mc4(text: str) -> dict[str, float]:
+    """mC4, section 3.1: three lines of at least 200 letters."""
+    return {"third_line": sorted([0, 0, 0, *map(len, text.split("\n"))])[-3]} if text.count("\n") > 1 else {"third_line": 0}
+
+
+POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
+
+
+def c4(text: str, keep_unended: bool = False) -> tuple[str, dict[str, float]]:
+    """C4, section 2.2, in the order of its program: (the lines that stay, the numbers of the document)."""
+    kept, numbers = [], {"lorem_ipsum": 0, "curly_bracket": 0, "sentences": 0}
+    for row in text.splitlines():
+        line = re.sub(r"\[\d*]|\[edit]|\[citation needed]", "", row).strip()
+        low = line.lower()
+        if any(len(word) > 1000 for word in line.split()):
+            continue
+        if not keep_unended and (not line.endswith((".", "?", "!", '"', "'")) or line.endswith("...")):
+            continue
+        if len(line.split()) < 3:
+            continue
+        numbers["lorem_ipsum"] += low.count("lorem ipsum")
+        if "javascript" in low:
+            continue
+        numbers["curly_bracket"] += line.count("{")
+        if any(phrase in low for phrase in POLICIES):
+            continue
+        numbers["sentences"] += len([part for part in re.split(r"""(?<=[.!?])[.!?]*["')\]’”]*\s""", line) if part])
+        kept.append(line)
+    return "\n".join(kept).strip(), numbers

@@ -128,7 +128,7 @@ def parts(view: View, table: Words) -> dict[str, float]:
     whole, found = max(len(view.text), 1), []
     for feeds in (1, 2):
         spans = view.stripped.parts(feeds)
-        again, length = view.counter.again(hashes_of(view.stripped.codes, spans), spans.ends - spans.starts)
+        again, length = view.repeats.again(hashes_of(view.stripped.codes, spans), spans.ends - spans.starts)
         found += [again / len(spans.starts), length / whole]
     return dict(zip(PARTS, found, strict=True))
 
@@ -136,5 +136,5 @@ def parts(view: View, table: Words) -> dict[str, float]:
 def grams(view: View, table: Words) -> dict[str, float]:
     """Repetition of n-grams of words."""
     spans = view.words(table)
-    found = view.counter.grams(view.hashes(table), spans.ends - spans.starts) / max(len(view.text), 1)
+    found = view.repeats.grams(view.hashes(table), spans.ends - spans.starts) / max(len(view.text), 1)
     return dict(zip(GRAMS, found.tolist(), strict=True))

@@ -1,12 +1,16 @@
-"""Judges documents by rules: finds the signals that they ask for, keeps them as scores, and names the rules that a document breaks."""
+"""Judges documents by rules: finds the signals that they ask for, keeps them as scores, and names the rules that a document breaks.
+
+Rules of lines have their turn where the first of their set is asked for; rules of sets that are named later see the lines that are left.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 
 from megatrain.corpus.document import Document, Step, Tally
-from megatrain.corpus.rules import gopher
+from megatrain.corpus.rules import fineweb, gopher
+from megatrain.corpus.rules.line_signals import LineEditor
 from megatrain.corpus.rules.repetition import Repeats
 from megatrain.corpus.rules.rulebook import TextRule, chosen
 from megatrain.corpus.rules.view import View, Words
@@ -19,32 +23,70 @@ MEASURES: Mapping[str, Measure] = {
     "stop_words_zh": partial(gopher.stop_words, "zh"),
     "parts": gopher.parts,
     "grams": gopher.grams,
+    "fineweb": fineweb.fineweb,
+    "mc4": fineweb.mc4,
 }
+Found = dict[tuple[str, Words], Mapping[str, float]]
+"""Signals by measure and table of words."""
 
 
 class Referee:
-    """Judges one document after another; of none anything stays."""
+    """Judges one document after another; of none anything stays. edits: whether lines that break rules go, or are only told."""
 
-    def __init__(self, rules: Sequence[TextRule]) -> None:
-        self._rules = rules
-        self._counter = Repeats()
+    def __init__(self, rules: Sequence[TextRule], edits: bool = True) -> None:
+        self._edits = edits
+        self._repeats = Repeats()
+        self._sets: dict[str, list[TextRule]] = {}
+        for rule in rules:
+            self._sets.setdefault(rule.of, []).append(rule)
+        self._editors = {
+            name: LineEditor(name, those)
+            for name, those in self._sets.items()
+            if any(rule.signal.startswith(("line.", "left.")) for rule in those)
+        }
 
     def __call__(self, document: Document, tally: Tally) -> Collection[str]:
-        """Store the signals of the rules; the names of those that the document breaks."""
-        view = View(document.text, self._counter)
-        found: dict[tuple[str, Words], dict[str, float]] = {}
-        broken = []
-        for rule in self._rules:
-            measure, _, signal = rule.signal.partition(".")
-            at = (measure, rule.words)
-            if at not in found:
-                found[at] = MEASURES[measure](view, rule.words)
-            value = document.scores[rule.score] = found[at][signal]
-            if not rule.holds(value):
-                broken.append(rule.name)
+        """Keep the signals of the rules with the document; the names of those that it breaks."""
+        broken: list[str] = []
+        view, found = View(document.text, self._repeats), Found()
+        text = document.text
+        for name, rules in self._sets.items():
+            if name in self._editors:
+                edited = self._editors[name](text)
+                for rule, lines in edited.removed.items():
+                    tally.count(f"lines.{rule}", lines)
+                if edited.text != text:
+                    text = edited.text
+                    view, found = View(text, self._repeats), Found()
+                for kind in ("line", "left"):
+                    found[kind, rules[0].words] = edited.signals
+            broken += self._broken(rules, document, view, found)
+        if self._edits:
+            document.text = text
         return broken
 
+    def _broken(self, rules: Sequence[TextRule], document: Document, view: View, found: Found) -> Iterator[str]:
+        """Keep the signals of the rules of a set; the names of those that the document breaks."""
+        for rule in rules:
+            measure, _, signal = rule.signal.partition(".")
+            if measure == "scores":
+                value = document.scores.get(signal)
+                if value is not None and not rule.holds(value):
+                    yield rule.name
+                continue
+            if (measure, rule.words) not in found:
+                found[measure, rule.words] = MEASURES[measure](view, rule.words)
+            value = document.scores[rule.score] = found[measure, rule.words][signal]
+            if rule.acts == "document" and not rule.holds(value):
+                yield rule.name
 
-def rules_step(names: Sequence[str], thresholds: Mapping[str, float | str | bool], words: Words | None = None) -> Step:
-    """A step that judges documents by rules. words: what counts as a word; None: what each rule's source says. Raises as `chosen`."""
-    return Referee(chosen(names, thresholds, words))
+
+def rules_step(
+    names: Sequence[str], thresholds: Mapping[str, float | str | bool], words: Words | None = None, edits: bool = True
+) -> Step:
+    """A step that judges documents by rules. Raises ValueError as `chosen`.
+
+    words: the table of words for all of them; None: that of each rule's source
+    edits: whether lines that break rules of lines are taken out of the text; either way rules that come later do not see them
+    """
+    return Referee(chosen(names, thresholds, words), edits)

@@ -8,15 +8,24 @@ A rule is asked for by its name or by any beginning of it that ends before a poi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
+
+import numpy.typing as npt
 
 from megatrain.corpus.rules.view import Words
 
 Bound = Literal["least", "most", "above", "below"]
 """How a signal must lie to its threshold: not below it, not above it, above it, below it."""
+MEETS: Mapping[Bound, Callable[[Any, float], Any]] = {
+    "least": operator.ge,
+    "most": operator.le,
+    "above": operator.gt,
+    "below": operator.lt,
+}
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,25 @@ class TextRule:
     threshold: float
     says: str
     source: str
-    acts: Literal["document", "line"] = "document"
+
+    @property
+    def of(self) -> str:
+        """The set that it belongs to."""
+        return self.name.partition(".")[0]
+
+    @property
+    def acts(self) -> Literal["document", "line"]:
+        """Whether it refuses a document or takes a line away."""
+        return "line" if self.signal.startswith("line.") else "document"
 
     def holds(self, value: float) -> bool:
         """Whether a signal meets the rule."""
-        if self.bound in ("least", "above"):
-            return value >= self.threshold if self.bound == "least" else value > self.threshold
-        return value <= self.threshold if self.bound == "most" else value < self.threshold
+        return bool(MEETS[self.bound](value, self.threshold))
+
+    def met(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Which of many signals meet the rule [n]."""
+        found: npt.NDArray[Any] = MEETS[self.bound](values, self.threshold)
+        return found
 
 
 Bounds = Mapping[Bound, float]
@@ -86,13 +107,60 @@ REPETITION: tuple[Row, ...] = (
 )
 
 
+C4, MC4 = "C4, arXiv:1910.10683, section 2.2", "mC4, arXiv:2010.11934, section 3.1"
+LINES_OF_C4: tuple[Row, ...] = (
+    ("citations", "line.citations", _most(0), "`[1]`, `[edit]`, `[citation needed]`, which go; the line stays"),
+    ("long_word", "line.long_word", _most(1000), "letters of the longest word of a line"),
+    ("line_end", "line.line_end", {"least": 1}, "1 where a line ends in `.`, `?`, `!`, `\"` or `'`, but not in `...`; else 0"),
+    ("line_words", "line.line_words", {"least": 3}, "words of a line"),
+    ("javascript", "line.javascript", _most(0), "how often a line says javascript"),
+    (
+        "policy",
+        "line.policy",
+        _most(0),
+        "how often a line speaks of terms of use, privacy policy, cookie policy, use of cookies",
+    ),
+    ("lorem_ipsum", "left.lorem_ipsum", _most(0), "how often the lines left say lorem ipsum"),
+    ("curly_bracket", "left.curly_bracket", _most(0), "curly brackets `{` in the lines left"),
+    ("sentences", "left.sentences", {"least": 5}, "sentences in the lines that stay"),
+)
+FINEWEB, FINEWEB_2 = "FineWeb, arXiv:2406.17557, section 3.6", "FineWeb-2, configs/cmn_Hani.yml"
+LINES_OF_FINEWEB: tuple[Row, ...] = (
+    ("ended_lines", "fineweb.ended", {"least": 0.12}, "share of lines that end in a mark which ends sentences"),
+    ("short_lines", "fineweb.short", _most(0.67), "share of lines of at most 30 letters"),
+    ("same_letters", "fineweb.same_letters", _most(0.01), "share of letters in lines that were there before"),
+    ("feeds", "fineweb.feeds", _most(0.3), "line feeds a word"),
+)
+CHINESE_FINEWEB: tuple[Row, ...] = (
+    ("probability", "scores.language.probability", {"least": 0.692}, "probability of the language, where it was detected"),
+    ("lines", "parts.lines", _most(0.287), "share of lines that were there before"),
+    *((f"top_{n}", f"grams.top_{n}", _most(most), TOP.format(n)) for n, most in ((2, 0.256), (3, 0.201), (4, 0.171))),
+    *(
+        (f"again_{n}", f"grams.again_{n}", _most(most), AGAIN.format(n))
+        for n, most in ((5, 0.198), (6, 0.182), (7, 0.167), (8, 0.154), (9, 0.14), (10, 0.127))
+    ),
+    ("ended_lines", "fineweb.ended", {"least": 0.106}, "share of lines that end in a mark which ends sentences"),
+    ("same_letters", "fineweb.same_letters", _most(0.1), "share of letters in lines that were there before"),
+    ("feeds", "fineweb.feeds", _most(0.178), "line feeds a word"),
+    ("words", "quality.words", {"least": 50, "most": 100_000}, "words, without those of marks alone"),
+    ("mean_length", "quality.mean_length", {"least": 1, "most": 5}, "letters a word"),
+    *QUALITY[2:6],
+    ("letters", "quality.letters", {"least": 0.735}, "share of words with a letter"),
+    ("stop_words", "stop_words_zh.words", {"least": 2}, "different ones of 的年在月是和日了於·為有被人中为他與後也而由"),
+)
+
+
 def _table() -> dict[str, TextRule]:
     """Every rule by its name, in the order in which they are told."""
-    return {
-        rule.name: rule
-        for rules in (_rules("gopher", "blanks", GOPHER, QUALITY), _rules("gopher", "blanks", TABLE_A1, REPETITION))
-        for rule in rules
-    }
+    sources = (
+        _rules("gopher", "blanks", GOPHER, QUALITY),
+        _rules("gopher", "blanks", TABLE_A1, REPETITION),
+        _rules("c4", "blanks", C4, LINES_OF_C4),
+        _rules("mc4", "blanks", MC4, [("third_line", "mc4.third_line", {"least": 200}, "letters of the third longest line")]),
+        _rules("fineweb", "blanks", FINEWEB, LINES_OF_FINEWEB),
+        _rules("fineweb2_zh", "han", FINEWEB_2, CHINESE_FINEWEB),
+    )
+    return {rule.name: rule for rules in sources for rule in rules}
 
 
 RULES: Mapping[str, TextRule] = _table()

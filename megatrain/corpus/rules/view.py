@@ -48,11 +48,11 @@ def hashes_of_words(words: tuple[str, ...]) -> Hashes:
 
 
 class View:
-    """A text, as arrays. counter: working memory, in which nothing of this text stays; cut: for the table `jieba`."""
+    """A text, as arrays. repeats: working memory, in which nothing of this text stays; cut: for the table `jieba`."""
 
-    def __init__(self, text: str, counter: Repeats, cut: Cut | None = None) -> None:
+    def __init__(self, text: str, repeats: Repeats, cut: Cut | None = None) -> None:
         self.text = text[:LONGEST]
-        self.counter = counter
+        self.repeats = repeats
         self._cut = cut
         self._words: dict[Words, Extents] = {}
         self._hashes: dict[Words, Hashes] = {}

@@ -30,3 +30,35 @@ def test_only_the_signals_asked_for_are_found() -> None:
 def test_a_threshold_decides() -> None:
     assert judged("a b c", ["gopher.words.least"], {"gopher.words.least": 3})[0] == []
     assert judged("a b c", ["gopher.words"], {"gopher.words": "off"})[0] == []
+
+
+LINES = "The first of these lines is good and it stays.\nHome | About | Contact\n" * 3
+
+
+def test_rules_of_sets_named_later_see_the_lines_that_are_left() -> None:
+    document = Document(LINES, "source", "file", 0)
+    tally = Tally()
+    broken = rules_step(["fineweb.ended_lines", "c4", "mc4", "gopher.lines"], {})(document, tally)
+    assert document.text == "\n".join(["The first of these lines is good and it stays."] * 3)
+    assert broken == ["c4.sentences", "mc4.third_line", "gopher.lines"]
+    assert document.scores["fineweb.ended_lines"] == 1 / 2  # named earlier: of all lines
+    assert document.scores["gopher.lines"] == 2 / 3
+    assert document.scores["c4.line_end"] == 1 / 2
+    assert tally.counts == {"lines.c4.line_end": 3}
+
+
+def test_lines_are_only_told_of_where_texts_are_not_edited() -> None:
+    document = Document(LINES, "source", "file", 0)
+    tally = Tally()
+    assert rules_step(["c4", "gopher.lines"], {}, edits=False)(document, tally) == ["c4.sentences", "gopher.lines"]
+    assert document.text == LINES
+    assert document.scores["gopher.lines"] == 2 / 3
+    assert tally.counts == {"lines.c4.line_end": 3}
+
+
+def test_a_probability_that_was_not_found_breaks_no_rule() -> None:
+    step = rules_step(["fineweb2_zh.probability"], {})
+    document = Document("字", "source", "file", 0)
+    assert step(document, Tally()) == []
+    document.scores["language.probability"] = 0.69
+    assert step(document, Tally()) == ["fineweb2_zh.probability"]

@@ -1,0 +1,193 @@
+"""Rules that act on lines: C4's (arXiv:1910.10683, section 2.2) and MAP-NEO's. A line that breaks one goes; the document stays.
+
+Signals of a line, without the blanks at its ends:
+
+    citations    how often `[1]`, `[edit]` or `[citation needed]` is in it: these marks go, the line stays
+    long_word    letters of its longest word
+    line_end     1 where it ends in a mark that ends a sentence (and not in `...`, for C4), else 0
+    line_words   its words
+    javascript   how often it says so
+    policy       how often it speaks of terms and cookies
+
+and those of a document, counted in the lines that are left when their turn comes:
+
+    lorem_ipsum, curly_bracket   how often it has them
+    sentences                    how many there are, in the lines that stay
+
+A text of any length is looked at in pieces, cut between lines; memory is bounded but for one line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megatrain.corpus.letters import HAN, MARK, SPACE
+from megatrain.corpus.rules.repetition import Where
+from megatrain.corpus.rules.rulebook import TextRule
+from megatrain.corpus.rules.view import LONGEST, Codes, Letters
+from megatrain.corpus.words import Text, jit
+
+CITATIONS = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
+PHRASES = {
+    "lorem_ipsum": ("lorem ipsum",),
+    "javascript": ("javascript",),
+    "policy": ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
+}
+ORDER = ("long_word", "line_end", "line_words", "lorem_ipsum", "javascript", "curly_bracket", "policy")
+"""The turns of the rules, as in C4's own program."""
+POINT, CURLY = np.uint32(ord(".")), np.uint32(ord("{"))
+STOPS = np.array([ord(mark) for mark in ".!?"], np.uint32)
+CLOSERS = np.array([ord(mark) for mark in "\"')]’”"], np.uint32)
+FINAL = {
+    "c4": np.array([ord(mark) for mark in ".?!\"'"], np.uint32),
+    "map_neo": np.array([ord(mark) for mark in ".?!…。！？"], np.uint32),
+}
+"""Marks in which a line may end."""
+
+
+@jit
+def _among(code: np.uint32, marks: Codes) -> bool:
+    """Whether a code point is one of a few."""
+    found = False
+    for mark in marks:
+        found |= code == mark
+    return found
+
+
+@jit
+def _sentences(codes: Codes, letters: Letters, begin: int, end: int) -> int:
+    """Sentences of a line: one more than the places where marks that end one, and closing ones, are followed by a blank."""
+    count, i = min(end - begin, 1), begin
+    while i < end:
+        if _among(codes[i], STOPS):
+            while i < end and _among(codes[i], STOPS):
+                i += 1
+            while i < end and _among(codes[i], CLOSERS):
+                i += 1
+            count += i < end and bool(letters[i] & SPACE)
+        else:
+            i += 1
+    return count
+
+
+@jit
+def _measure(
+    codes: Codes, letters: Letters, starts: Where, ends: Where, alone: np.uint16, final: Codes, c4: bool, out: Where
+) -> None:
+    """Fill in each line's begin, end, longest word, words, mark at its end, curly brackets, sentences [7, lines].
+
+    alone: classes of letters that are words by themselves; c4: words of marks alone count, and `...` is no end.
+    """
+    for line in range(len(starts)):
+        begin, end = starts[line], ends[line]
+        while begin < end and letters[begin] & SPACE:
+            begin += 1
+        while end > begin and letters[end - 1] & SPACE:
+            end -= 1
+        longest, words, size, counts, curly = 0, 0, 0, c4, 0
+        for i in range(begin, end):
+            curly += codes[i] == CURLY
+            single = bool(letters[i] & alone)
+            if single or letters[i] & SPACE:
+                words += size > 0 and counts
+                size, counts = 0, c4
+            if not letters[i] & SPACE:
+                size += 1
+                counts = counts or not letters[i] & MARK
+                longest = max(longest, size)
+            if single:
+                words += counts
+                size, counts = 0, c4
+        words += size > 0 and counts
+        dots = end - begin >= 3 and codes[end - 1] == POINT and codes[end - 2] == POINT and codes[end - 3] == POINT
+        ended = end > begin and _among(codes[end - 1], final) and not (c4 and dots)
+        out[0, line], out[1, line], out[2, line], out[3, line], out[4, line] = begin, end, longest, words, ended
+        out[5, line], out[6, line] = curly, _sentences(codes, letters, begin, end)
+
+
+def pieces(text: str, size: int = LONGEST) -> Iterator[str]:
+    """A text in pieces of about so many letters, cut behind line feeds; a line is never cut."""
+    begin = 0
+    while begin < len(text):
+        end = len(text)
+        if end - begin > size:
+            end = text.rfind("\n", begin, begin + size) + 1 or text.find("\n", begin + size) + 1 or end
+        yield text[begin:end]
+        begin = end
+
+
+def _found(text: str, phrases: Sequence[str], starts: Where) -> Where:
+    """How often some phrases are in each line, in any case [lines]."""
+    low, at = text.replace("İ", "ı").lower(), []  # the one letter whose small form is two
+    for phrase in phrases:
+        found = low.find(phrase)
+        while found >= 0:
+            at.append(found)
+            found = low.find(phrase, found + len(phrase))
+    return (
+        np.bincount(np.searchsorted(starts, at, "right") - 1, minlength=len(starts)) if at else np.zeros(len(starts), np.int64)
+    )
+
+
+class Edited(NamedTuple):
+    """A text whose lines have been judged."""
+
+    text: str
+    """The lines that stay, without the blanks at their ends; where no rule of lines was asked for, the text as it was."""
+    removed: Mapping[str, int]
+    """Lines, or citations, that each rule took, by its name."""
+    signals: Mapping[str, float]
+    """By name: of a rule of lines the share of lines that it took; of the document, counts in the lines left."""
+
+
+class LineEditor:
+    """Takes the lines away that break rules. style: "c4" or "map_neo"; rules: those of lines among them are followed."""
+
+    def __init__(self, style: str, rules: Sequence[TextRule]) -> None:
+        self._c4, self._final = style == "c4", FINAL[style]
+        self._alone = np.uint16(0) if self._c4 else MARK | HAN
+        self._rules = {rule.signal.partition(".")[2]: rule for rule in rules if rule.acts == "line"}
+
+    def __call__(self, text: str) -> Edited:
+        """The lines that stay, and what was found."""
+        kept: list[str] = []
+        removed = dict.fromkeys(self._rules, 0)
+        left = dict.fromkeys(("lorem_ipsum", "curly_bracket", "sentences"), 0)
+        lines = 0
+        for part in pieces(text):
+            lines += self._edit(part, kept, removed, left)
+        signals = {name: number / max(lines, 1) for name, number in removed.items()}
+        names = {self._rules[name].name: number for name, number in removed.items() if number}
+        signals |= {name: float(count) for name, count in left.items() if name not in signals}
+        return Edited("\n".join(kept).strip() if self._rules else text, names, signals)
+
+    def _edit(self, part: str, kept: list[str], removed: dict[str, int], left: dict[str, int]) -> int:
+        """Add what stays of a piece, and the counts; its lines."""
+        if "citations" in self._rules and "[" in part:
+            part, citations = CITATIONS.subn("", part)
+            removed["citations"] += citations
+        arrays = Text.of(part)
+        starts, ends = arrays.lines()
+        out = np.zeros((7, len(starts)), np.int64)
+        _measure(arrays.codes, arrays.letters, starts, ends, self._alone, self._final, self._c4, out)
+        begin, end, long_word, words, ended, curly, sentences = out
+        signals = {"long_word": long_word, "line_words": words, "line_end": ended, "curly_bracket": curly}
+        alive = np.ones(len(starts), bool)
+        for name in ORDER:
+            rule = self._rules.get(name)
+            if rule is None and name not in left:
+                continue
+            values = _found(part, PHRASES[name], starts) if name in PHRASES else signals[name]
+            if rule is None:
+                left[name] += int(values[alive].sum())
+                continue
+            holds = rule.met(values)
+            removed[name] += int((alive & ~holds).sum())
+            alive &= holds
+        left["sentences"] += int(sentences[alive].sum())
+        kept += [part[a:b] for a, b in zip(begin[alive].tolist(), end[alive].tolist(), strict=True)]
+        return len(starts)

@@ -1,0 +1,81 @@
+"""Rules that take lines away: C4's."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import reference_rules as reference
+from hypothesis import given, settings
+from rule_texts import texts
+
+from megatrain.corpus.rules.line_signals import Edited, LineEditor, pieces
+from megatrain.corpus.rules.rulebook import chosen
+
+
+def edited(text: str, thresholds: Mapping[str, float | str | bool] | None = None) -> Edited:
+    return LineEditor("c4", chosen(["c4"], thresholds or {}))(text)
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        ("A good line stays here.", ""),
+        ('He said "well, why not?"', ""),
+        ("No mark at the end", "c4.line_end"),
+        ("It goes on and on...", "c4.line_end"),
+        ("Two words.", "c4.line_words"),
+        ("Please switch on JavaScript to go on.", "c4.javascript"),
+        ("We have a Privacy Policy for that.", "c4.policy"),
+        (f"One word is {'x' * 1001} too long.", "c4.long_word"),
+        (f"One word is {'x' * 1000} not.", ""),
+        ("", "c4.line_end"),
+    ],
+)
+def test_a_line_goes_with_the_first_rule_that_it_breaks(line: str, rule: str) -> None:
+    found = edited(f"Before it stood this.\n  {line} \r\nAfter it stood that.")
+    assert found.text == "\n".join(["Before it stood this.", *([] if rule else [line]), "After it stood that."])
+    assert found.removed == ({rule: 1} if rule else {})
+    assert found.signals[rule.partition(".")[2] or "line_end"] == (1 / 3 if rule else 0)
+
+
+def test_marks_of_citations_go_and_their_lines_stay() -> None:
+    found = edited("It is so.[12] And so[citation needed] on. [edit]\nIt is [a] list[].")
+    assert found.text == "It is so. And so on.\nIt is [a] list."
+    assert found.removed == {"c4.citations": 4}
+
+
+def test_what_the_lines_left_say_of_the_document() -> None:
+    found = edited('Lorem Ipsum is here. "Is it?" Yes! And 3.5 of it.\nno { end\nA { b } { c.\nJavascript { lorem ipsum is on.')
+    assert {name: found.signals[name] for name in ("lorem_ipsum", "curly_bracket", "sentences")} == {
+        "lorem_ipsum": 2,  # javascript has its turn later
+        "curly_bracket": 2,
+        "sentences": 4 + 1,
+    }
+
+
+def test_a_rule_of_lines_that_is_off_takes_none() -> None:
+    assert edited("No mark at the end", {"c4.line_end": "off"}).text == "No mark at the end"
+    assert edited("Two words.", {"c4.line_words": 2}).text == "Two words."
+
+
+def test_without_rules_of_lines_the_text_stays_as_it_is() -> None:
+    found = LineEditor("c4", chosen(["c4.sentences"], {}))("  One. Two.\r\n\r\n three ")
+    assert found.text == "  One. Two.\r\n\r\n three "
+    assert found.signals["sentences"] == 3
+
+
+def test_pieces_are_cut_behind_line_feeds() -> None:
+    assert list(pieces("ab\ncd\r\nefghijklm\nn\no", 4)) == ["ab\n", "cd\r\n", "efghijklm\n", "n\no"]
+    assert list(pieces("", 4)) == []
+    text = "".join(np.random.default_rng(3).choice(list("ab\n"), 1000))
+    assert "".join(pieces(text, 10)) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts)
+def test_the_lines_that_stay_are_those_written_plainly(text: str) -> None:
+    for off in (False, True):
+        found = edited(text, {"c4.line_end": "off"} if off else {})
+        left, numbers = reference.c4(text, keep_unended=off)
+        assert found.text == left
+        assert {name: found.signals[name] for name in numbers} == numbers
