@@ -1,0 +1,43 @@
+"""Writes the whole report of a preparation into a folder: REPORT.md, removed.md, sheet.md, sheet.jsonl and the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatrain.corpus.report.charts import draw
+from megatrain.corpus.report.page import examples_page, page
+from megatrain.corpus.report.sheet import sheet_lines, sheet_page
+from megatrain.corpus.report.summary import alarms, summary_of
+from megatrain.corpus.report.unit_audit import KEPT, Audit
+from megatrain.files import make_folder, whole
+
+
+def write_report(
+    folder: Path,
+    audit: Audit,
+    stages: Sequence[str],
+    *,
+    title: str = "Report of a preparation",
+    note: str = "",
+    cutoffs: Mapping[str, tuple[float, float]] | None = None,
+) -> list[str]:
+    """Write the report of a merged audit and return its alarms; each file is replaced at once. Raises OSError.
+
+    stages: their names in order. note: a paragraph below the title. cutoffs: the perplexities where middle and tail begin, by
+    language. The same audit gives the same bytes.
+    """
+    make_folder(folder)
+    summary = summary_of(audit.tally.counts, stages)
+    pictures = draw(summary, folder, cutoffs)
+    kept = audit.sheet.of(KEPT)
+    files = {
+        "removed.md": examples_page(audit.removed),
+        "sheet.md": sheet_page(kept),
+        "sheet.jsonl": sheet_lines(kept),
+        "REPORT.md": page(summary, audit.tally.places, title=title, note=note, pictures=pictures, cutoffs=cutoffs),
+    }
+    for name, text in files.items():
+        with whole(folder / name, text=True) as file:
+            file.write(text)
+    return alarms(summary)
