@@ -6,6 +6,7 @@ The system names a file in an error of opening it, but not of writing, flushing 
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import secrets
@@ -92,7 +93,7 @@ def not_text(head: bytes) -> str | None:
 
     UTF-16 and UTF-32 without a byte-order mark show by their NULs: of Latin letters, one or three for each letter.
     """
-    encoding = _wide(head) if 0 in head else None  # without a NUL, a byte-order mark may be the start of an 8-bit text
+    encoding = wide_encoding(head) if 0 in head else None  # without a NUL, a byte-order mark may be the start of an 8-bit text
     if encoding is not None:
         return _CONVERT.format(encoding.upper(), encoding)
     return pointer(head)
@@ -203,7 +204,7 @@ def head_of(path: Path) -> bytes:
 
 def not_utf8(head: bytes, where: str, error: UnicodeDecodeError, place: str) -> str:
     """The message for bytes that are not UTF-8. place: where they are. One byte cannot tell which 8-bit encoding it is."""
-    if encoding := _wide(head):
+    if encoding := wide_encoding(head):
         return f"{where}: {_CONVERT.format(encoding.upper(), encoding)}"
     if said := pointer(head):
         return f"{where}: {said}"
@@ -245,11 +246,17 @@ _ORDERS = (
 """Encoding, bytes of a letter, and places of those that are not NUL in Latin text."""
 
 
-def _wide(head: bytes) -> str | None:
+def byte_order_mark(head: bytes) -> str | None:
+    """The encoding that a file's byte-order mark tells; None without one."""
+    return next(
+        (encoding for mark, encoding in _MARKS if head.startswith(mark)), "utf-8" if head.startswith(codecs.BOM_UTF8) else None
+    )
+
+
+def wide_encoding(head: bytes) -> str | None:
     """The encoding with 2 or 4 bytes a letter that the first bytes of a file show; None if they show none."""
-    for mark, encoding in _MARKS:
-        if head.startswith(mark):
-            return encoding
+    if (marked := byte_order_mark(head)) not in (None, "utf-8"):
+        return marked
     if len(head) < 4 or not head.count(0):
         return None
     for encoding, width, filled in _ORDERS:

@@ -132,8 +132,10 @@ SAME_NAMES = {
     "model": ["megatrain/config/model.py", "megatrain/ngram/model.py"],
     "ngram": ["megatrain/cli/ngram.py", "megatrain/ngram"],
     "plan": ["megatrain/plan", "megatrain/verbs/plan.py"],
+    "reading": ["megatrain/corpus/reading", "megatrain/ngram/reading.py"],
     "report": ["megatrain/corpus/report", "megatrain/ngram/report.py"],
     "rules": ["megatrain/corpus/rules", "megatrain/doctor/rules.py"],
+    "units": ["megatrain/corpus/reading/units.py", "megatrain/ngram/units.py"],
 }
 """Modules of one name, where the name of the package tells them apart."""
 

@@ -13,8 +13,8 @@ LINES = {
     "megatrain/checkpoint": 3200,
     "megatrain/cli": 1000,
     "megatrain/config": 2950,
-    "megatrain/corpus": 3200,
-    "megatrain/data": 4800,
+    "megatrain/corpus": 4050,
+    "megatrain/data": 4900,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 45750,
+    "tests": 46300,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

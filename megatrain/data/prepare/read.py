@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megatrain.data.origins import FilePlace
+from megatrain.data.prepare.lines import lines_of
 from megatrain.data.prepare.unpack import PackedDamageError, UnpackError, unpacked
 from megatrain.files import HEAD_BYTES, OneLine, not_text, not_utf8, opened_plain
 
@@ -35,8 +36,6 @@ _ROW = json.JSONDecoder(parse_int=len)
 """Decoder of lines. It reads an integer as its number of digits: no integer is used, and Python refuses those of over 4,300 digits."""
 
 
-_NOT_EMPTY = re.compile(rb"[^\n]+")
-"""Lines of a chunk; of empty ones, which a bomb has millions of, only the number counts."""
 _STRING = re.compile(rb'"[^"]*"?')
 """A string of a line without escapes."""
 
@@ -222,37 +221,12 @@ def _lines(path: Path, on_bytes: Callable[[int], None], longest: int) -> Iterato
     """(number, line) of the lines of a file that are not empty, split at b"\\n" only, as JSON strings may contain every other kind of
     line end. Raises ReadError.
     """
-    rest: list[bytes] = []
-    held, number, begin = 0, 1, 0
-
-    def add(part: bytes) -> None:
-        nonlocal held
-        rest.append(part)
-        held += len(part)
-        if held > longest:
+    for number, at, line in lines_of(_chunks(path, on_bytes), longest):
+        if line is None:
             raise ReadError(
-                f"{path}:{number}: the line, from byte {begin:,} of the text, is too long. {_longer(path, longest)}"
+                f"{path}:{number + 1}: the line, from byte {at:,} of the text, is too long. {_longer(path, longest)}"
             )
-
-    read = 0
-    for chunk in _chunks(path, on_bytes):
-        at = 0
-        for part in _NOT_EMPTY.finditer(chunk) if chunk.strip(b"\n") else ():
-            if breaks := chunk.count(b"\n", at, part.start()):
-                if held:
-                    yield number, b"".join(rest)
-                    rest.clear()
-                begin, number, held = read + part.start(), number + breaks, 0
-            add(part.group())
-            at = part.end()
-        if breaks := chunk.count(b"\n", at) if at else len(chunk):
-            if held:
-                yield number, b"".join(rest)
-                rest.clear()
-            begin, number, held = read + len(chunk), number + breaks, 0
-        read += len(chunk)
-    if held:
-        yield number, b"".join(rest)
+        yield number + 1, line
 
 
 def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -> Iterator[PlacedText]:
@@ -266,7 +240,7 @@ def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -
 
 def _text_of(line: bytes, key: str, where: str) -> str:
     """The text under `key` in a line of JSON. Raises ReadError."""
-    if len(line) > MOST_VALUES_BYTES and not _is_mostly_text(line):
+    if len(line) > MOST_VALUES_BYTES and not is_mostly_text(line):
         raise ReadError(
             f"{where}: more than {MOST_VALUES_BYTES:,} bytes of the line are no text but other values. Leave those out: jq -c "
             f"'{{{key}}}' OLD > NEW.jsonl"
@@ -276,9 +250,9 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     except UnicodeDecodeError as error:
         raise ReadError(not_utf8(line, where, error, f"byte {error.start} of the line")) from None
     except (ValueError, RecursionError) as error:
-        raise ReadError(f"{where}: not JSON ({error}). {_one_a_line(line, key)}") from None
+        raise ReadError(f"{where}: not JSON ({error}). {one_a_line(line, key)}") from None
     if not isinstance(row, dict):
-        raise ReadError(f"{where}: a JSON {type(row).__name__}, not an object. {_one_a_line(line, key)}")
+        raise ReadError(f"{where}: a JSON {type(row).__name__}, not an object. {one_a_line(line, key)}")
     if key not in row:
         raise ReadError(
             f"{where}: there is no key {key!r}; the line has {', '.join(map(repr, list(row)[:8])) or 'none'}. Use --key."
@@ -293,13 +267,13 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     return text
 
 
-def _is_mostly_text(line: bytes) -> bool:
+def is_mostly_text(line: bytes) -> bool:
     """Whether what is outside of a line's strings, and their number, is within bounds."""
     bare = line.replace(b"\\\\", b"").replace(b'\\"', b"")
     return bare.count(b'"') < MOST_VALUES_BYTES // 2 and len(_STRING.sub(b"", bare)) <= MOST_VALUES_BYTES
 
 
-def _one_a_line(line: bytes, key: str) -> str:
+def one_a_line(line: bytes, key: str) -> str:
     """Advice on the form of lines, and on how to convert a file that is one JSON text."""
     if line.strip()[:1] == b"[":
         return f'Each line must be one object like {{"{key}": "..."}}; of an array make such lines: jq -c ".[]" OLD > NEW.jsonl'

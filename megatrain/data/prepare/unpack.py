@@ -12,7 +12,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from megatrain.files import OneLine
 
@@ -26,6 +26,20 @@ FREE_BYTES = 1 << 26
 _FEED = 1 << 10
 """Bytes given to Zstandard at a time, which has no other bound of what they become: 4 of them are 128 KiB at most."""
 _COMMANDS = {"gz": "gzip -dc", "zst": "zstd -dc --long=31", "xz": "xz -dc", "bz2": "bzip2 -dc"}
+
+
+class UnpackLimits(NamedTuple):
+    """Bounds of what a compressed file becomes and takes, beyond which it is refused."""
+
+    ratio: int = MOST_RATIO
+    """Times its size, beyond FREE_BYTES."""
+    made: int = 1 << 62
+    """Bytes."""
+    window: int | None = None
+    """Bytes kept for references backwards; None: MOST_WINDOW or, if that is more, twice the file's size."""
+
+
+DEFAULT_LIMITS = UnpackLimits()
 
 
 class UnpackError(OneLine, ValueError):
@@ -49,22 +63,23 @@ class _Counted:
         return data
 
 
-def unpacked(file: BinaryIO, kind: str) -> Iterator[bytes]:
+def unpacked(file: BinaryIO, kind: str, limits: UnpackLimits = DEFAULT_LIMITS) -> Iterator[bytes]:
     """The contents of a file of this kind (`gz`, `zst`, `xz`, `bz2`) in pieces of at most CHUNK_BYTES. Raises UnpackError,
     PackedDamageError and OSError.
 
     All members or frames are read, one after another; what is incomplete or damaged is an error, also at the end.
     """
     counted = _Counted(file)
-    window = max(MOST_WINDOW, min(2 * os.fstat(file.fileno()).st_size, 1 << 31))
+    window = limits.window or max(MOST_WINDOW, min(2 * os.fstat(file.fileno()).st_size, 1 << 31))
     made = 0
     try:
         for piece in _KINDS[kind](counted, window):
             made += len(piece)
-            if made > FREE_BYTES + MOST_RATIO * counted.taken:
+            if made > min(limits.made, FREE_BYTES + limits.ratio * counted.taken):
+                most = f"{limits.ratio} times as many: text does not" if made <= limits.made else f"{limits.made:,}"
                 raise UnpackError(
-                    f"unpacks to {made:,} bytes by byte {counted.taken:,}, more than {MOST_RATIO} times as many: text does not. If it is "
-                    f"meant, unpack it: {_COMMANDS[kind]} OLD > NEW"
+                    f"unpacks to {made:,} bytes by byte {counted.taken:,}, more than {most}. If it is meant, unpack it: "
+                    f"{_COMMANDS[kind]} OLD > NEW"
                 )
             yield piece
     except (zlib.error, EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
@@ -76,9 +91,24 @@ def unpacked(file: BinaryIO, kind: str) -> Iterator[bytes]:
 
 
 def _gunzip(file: _Counted, _window: int) -> Iterator[bytes]:
+    """Where the file is cut short, what comes before is given before the error; of what is damaged, nothing of the same piece."""
     with gzip.GzipFile(fileobj=cast(Any, file)) as stream:
-        while piece := stream.read(CHUNK_BYTES):
-            yield piece
+        parts: list[bytes] = []
+        held = 0
+        try:
+            while part := stream.read1(CHUNK_BYTES - held):
+                parts.append(part)
+                held += len(part)
+                if held == CHUNK_BYTES:
+                    yield b"".join(parts)
+                    parts.clear()
+                    held = 0
+        except EOFError:
+            if parts:
+                yield b"".join(parts)
+            raise
+        if parts:
+            yield b"".join(parts)
 
 
 def _unxz(file: _Counted, window: int) -> Iterator[bytes]:

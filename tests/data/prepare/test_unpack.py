@@ -47,6 +47,17 @@ def test_what_is_not_whole_is_told(tmp_path, kind):
             unpack_file(tmp_path / "x", data, kind)
 
 
+def test_what_comes_before_a_cut_is_given_and_before_damage_nothing_of_the_same_piece(tmp_path):
+    packed = gzip.compress(TEXT)
+    for data, given in ((packed[:-9], TEXT), (packed[:-8] + bytes(8), b"")):
+        got = []
+        (tmp_path / "x").write_bytes(data)
+        with (tmp_path / "x").open("rb") as file, pytest.raises(PackedDamageError):
+            got.extend(unpacked(file, "gz"))
+        assert TEXT.startswith(b"".join(got)) and len(b"".join(got)) >= len(given) - 300
+        assert bool(got) == bool(given)
+
+
 def bomb(kind, size):
     """A few kilobytes that unpack to `size` MiB of zeros."""
     if kind == "zst":

@@ -1,0 +1,130 @@
+"""Bytes become text: in the encoding that a byte-order mark tells, or the source says, or else UTF-8; what is none is mended or refused."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from megatrain.corpus.reading.file_reading import FileReading
+from megatrain.files import HEAD_BYTES, byte_order_mark, compression, not_text, opened_plain
+
+REPLACEMENT = "\ufffd"
+FEW_NULS, MOST_NULS = 8, 0.05
+"""NULs among a file's first bytes, and their share, from which it is no text."""
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def decoded_chunks(reading: FileReading) -> tuple[str, Iterator[bytes]]:
+    """The encoding of a file of lines, and its bytes. Of encodings with 2 or 4 bytes a letter they have been made UTF-8.
+
+    A file that is no text has none, which is counted. Raises ReadError with on_error=stop, and ChangedError.
+    """
+    chunks = reading.chunks()
+    head = _file_head(reading) if reading.piece.start else b""
+    if not head:
+        head = next(chunks, b"")
+        chunks = itertools.chain([head], chunks)
+    encoding = encoding_of(reading, head)
+    if reading.piece.start == 0 and (said := no_text(head, encoding)):
+        reading.refuse("read.no_text", "", said)
+        return encoding, iter(())
+    return ("utf-8", _as_utf8(reading, encoding, chunks)) if encoding.startswith(("utf-16", "utf-32")) else (encoding, chunks)
+
+
+def encoding_of(reading: FileReading, head: bytes) -> str:
+    """The encoding of a file with these first bytes: by its byte-order mark, or as its source says, or UTF-8."""
+    if marked := byte_order_mark(head):
+        return marked
+    declared = reading.source.encoding
+    return "utf-8" if declared == "auto" else codecs.lookup(declared).name.removesuffix("-sig")
+
+
+def no_text(head: bytes, encoding: str) -> str:
+    """The message for a file whose first bytes are no text in that encoding; "" if they may be."""
+    head = head[:HEAD_BYTES]
+    if found := compression(head):
+        return f"the file is compressed by {found[0]}, which its name does not say. Unpack it: {found[1]}"
+    if encoding.startswith(("utf-16", "utf-32")):
+        return ""
+    if said := not_text(head):
+        return f"{said}, or say in `encoding:` of its source how it is encoded."
+    return "the file is no text: it has many NULs." if head.count(0) > max(FEW_NULS, MOST_NULS * len(head)) else ""
+
+
+def text_of(reading: FileReading, data: bytes, encoding: str) -> str | None:
+    """The text of a whole file, with line ends as Unix has them; None for one that is refused, which is counted."""
+    text, broken = decoded(data, encoding)
+    if broken is not None and not reading.may_mend("read.invalid_text", *_place(data, broken, encoding)):
+        return None
+    if nuls := text.count("\0"):
+        line = text.count("\n", 0, text.index("\0")) + 1
+        if not reading.may_mend("read.nul", f"line {line}", f"{nuls:,} NULs."):
+            return None
+        text = text.replace("\0", "")
+    if "\r\n" in text:
+        reading.count("read.crlf")
+        text = text.replace("\r\n", "\n")
+    return text.removeprefix("\ufeff")
+
+
+def decoded(data: bytes, encoding: str) -> tuple[str, UnicodeDecodeError | None]:
+    """Bytes as text; where some are not of that encoding, with U+FFFD for them, and the first error."""
+    try:
+        return data.decode(encoding), None
+    except UnicodeDecodeError as error:
+        return data.decode(encoding, "replace"), error
+
+
+def _place(data: bytes, error: UnicodeDecodeError, encoding: str) -> tuple[str, str]:
+    """The place of the first broken byte, and the message."""
+    return f"line {data.count(10, 0, error.start) + 1}", said_of(error, encoding)
+
+
+def said_of(error: UnicodeDecodeError, encoding: str) -> str:
+    """The message for bytes that are not of an encoding."""
+    return (
+        f"not {encoding} (byte 0x{error.object[error.start]:02x}: {error.reason}). If all of the source is encoded otherwise, say how in "
+        "its `encoding:`, for example gb18030 or windows-1252."
+    )
+
+
+def has_halves(value: Any) -> bool:
+    """Whether a value of JSON has strings with lone surrogates."""
+    if isinstance(value, str):
+        return not value.isascii() and _HALVES.search(value) is not None
+    if isinstance(value, dict):
+        return any(has_halves(key) or has_halves(part) for key, part in value.items())
+    return isinstance(value, list) and any(map(has_halves, value))
+
+
+def without_halves(value: Any) -> Any:
+    """A value of JSON with U+FFFD for every lone surrogate."""
+    if isinstance(value, str):
+        return _HALVES.sub(REPLACEMENT, value)
+    if isinstance(value, dict):
+        return {without_halves(key): without_halves(part) for key, part in value.items()}
+    return [without_halves(part) for part in value] if isinstance(value, list) else value
+
+
+def _file_head(reading: FileReading) -> bytes:
+    """The first bytes of a file a later piece of which is read; b"" where it cannot be, which its chunks will tell."""
+    try:
+        with opened_plain(reading.piece.file) as file:
+            return file.read(HEAD_BYTES)
+    except OSError:
+        return b""
+
+
+def _as_utf8(reading: FileReading, encoding: str, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Chunks in UTF-8; a half of a surrogate pair becomes bytes that are no UTF-8, which its line will be asked for."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    try:
+        for chunk in chunks:
+            yield decoder.decode(chunk).encode(errors="surrogatepass")
+        yield decoder.decode(b"", final=reading.ended == "whole").encode(errors="surrogatepass")
+    except UnicodeDecodeError as error:
+        reading.refuse("read.invalid_text", "", f"{said_of(error, encoding)} The rest of the file is left out.")
+        reading.ended = "broken"
