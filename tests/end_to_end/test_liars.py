@@ -90,7 +90,7 @@ def test_other_source_on_one_rank(tmp_path, measured, layout):
     shutil.copytree(ROOT / "kernels", tmp_path / "copy/megatrain/kernels")
     source = tmp_path / "copy/megatrain/training.py"
     text = source.read_text()
-    source.write_text(text.replace("lr, left_out = run.lr,", "lr, left_out = 1.5 * run.lr,"))
+    source.write_text(text.replace("    lr, skip = run.lr * care.rate,", "    lr, skip = 1.5 * run.lr * care.rate,"))
     assert source.read_text() != text
     with jobs.Job(tmp_path / "job") as job:
         for rank in range(size):

@@ -43,7 +43,8 @@ def updated(self):
 
 
 def start(self, local, last):
-    if kind == "gradient" and local is self.trained[0] and local.grads is not None and told.exists():
+    sent = local is self.trained[0] and local.grads is not None and not local.reduced
+    if kind == "gradient" and sent and told.exists():
         at = int(torch.randint(0, local.bucket.parameters[0].numel(), (1,)))  # a device that miscalculates now and then
         flip(local.grads[at : at + 1])
     reduction(self, local, last)

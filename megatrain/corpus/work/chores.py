@@ -101,7 +101,7 @@ class Published:
         return found
 
     def publish(self, phase: Phase, chore: Chore, progress: Callable[[int], None]) -> None:
-        """Run a chore and publish it, unless another worker has done so first. Raises what the chore does, and then leaves nothing behind."""
+        """Run a chore and publish it, unless another worker was first. Raises what the chore does, and then leaves nothing behind."""
         target = self.folder(phase, chore.name)
         part = target.with_name(f".{chore.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
         make_folder(part)
