@@ -8,6 +8,7 @@ The head is the text that the model finds most probable: with a model of Wikiped
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -62,6 +63,13 @@ def perplexities(model: NgramModel, documents: Iterable[str]) -> Iterator[float]
         for of in lines:
             mine = list(islice(scores, len(of)))
             yield perplexity(sum(score.log10 for score in mine), sum(score.tokens for score in mine))
+
+
+def sound(value: float, name: str) -> float:
+    """A perplexity, if it is a number. name: of its document. Raises ValueError for NaN and infinity."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} has a perplexity of {value}: the model's numbers are damaged. Make it again from its text.")
+    return value
 
 
 def chosen(names: Sequence[str]) -> frozenset[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from megatrain.data.prepare.read import Lines, read_documents
 from megatrain.files import make_folder, whole
-from megatrain.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities
+from megatrain.ngram.buckets import PERCENTILES, Cutoffs, cutoffs_of, perplexities, sound
 from megatrain.ngram.model import NgramModel
 
 
@@ -55,12 +55,8 @@ def filter_files(
         for document in read_documents(inputs, key):
             yield document.text
 
-    values = np.fromiter(perplexities(model, texts()), np.float64)
-    if not np.isfinite(values).all():
-        at = int(np.isfinite(values).argmin())
-        raise ValueError(
-            f"document {at + 1} has a perplexity of {values[at]}: the model's numbers are damaged. Make it again from its text."
-        )
+    given = enumerate(perplexities(model, texts()), 1)
+    values = np.fromiter((sound(value, f"document {number}") for number, value in given), np.float64)
     cuts = cutoffs_of(values, percentiles) if cutoffs is None else cutoffs
     name = key.key if isinstance(key, Lines) else key
     counts = dict.fromkeys(("head", "middle", "tail"), 0)
