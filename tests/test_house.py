@@ -124,6 +124,7 @@ def test_every_dependency_is_pinned_and_explained(setup: configparser.ConfigPars
 
 
 SAME_NAMES = {
+    "choices": ["megatrain/corpus/cleaning/choices.py", "megatrain/corpus/reading/choices.py"],
     "config": ["megatrain/config", "megatrain/huggingface/config.py"],
     "data": ["megatrain/cli/data.py", "megatrain/data"],
     "doctor": ["megatrain/cli/doctor.py", "megatrain/doctor"],

@@ -1,0 +1,124 @@
+"""Characters of a text: misread ones mended, one Unicode form, no controls, nothing invisible, one mark for the end of a line.
+
+Each function gives the text back as it is, unless it finds something; finding nothing costs a few nanoseconds a letter.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from functools import cache
+from typing import Literal
+
+from megatrain.corpus.extras import need
+
+# --- text that was read in the wrong encoding -----------------------------------------------------------------------------
+
+CONTINUED = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
+"""A byte 0x80 to 0xBF, as Latin-1 or Windows-1252 reads it."""
+MISREAD = re.compile(
+    f"[\xc2-\xdf]{CONTINUED}|[\xe0-\xef]{CONTINUED}{{2}}|[\xf0-\xf4]{CONTINUED}{{3}}|‚Ä|вЂ|[РС][°±²³µ¶·€‚„…†‡‰‹‘’“”•–—™›¤¦§©«¬®ЂЃѓЉЊЌЋЏђљњќћџЎўЈҐґЇ]"
+)
+"""Where UTF-8 may have been read as Latin-1, Windows-1252, Mac Roman or Windows-1251; `ftfy` then decides, line by line."""
+LOST = "锟斤拷"
+"""U+FFFD, which stands for what could not be read, in UTF-8 that was read as GBK."""
+FEW, SHARE = 4, 0.3
+"""A line is UTF-8 read as GBK if at least so many of its characters, and such a share of the Chinese ones, look like it."""
+
+
+@cache
+def _misread_chinese() -> re.Pattern[str]:
+    """The 378 characters that GBK reads in the first two bytes of a Chinese character in UTF-8. Hardly any is in use."""
+    pairs = [bytes((first, second)) for first in range(0xE4, 0xEA) for second in range(0x80, 0xC0) if second != 0x7F]
+    return re.compile("[" + "".join(sorted(pair.decode("gbk", "ignore") for pair in pairs)) + "]")
+
+
+def mended(text: str, counts: Counter[str]) -> str:
+    """A text with lines mended that were read in a wrong encoding; without those that were so and have lost bytes."""
+    if text.isascii():
+        return text
+    doubtful = MISREAD.search(text) is not None
+    chinese = LOST in text or len(_misread_chinese().findall(text)) >= FEW
+    if not doubtful and not chinese:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        found: str | None = line
+        if chinese and not line.isascii():
+            found = _mended_chinese(line)
+        if doubtful and found and MISREAD.search(found):
+            found = need("ftfy", "clean.mojibake", "data").fix_encoding(found)
+        if found is None:
+            counts["unreadable"] += 1
+            continue
+        counts["mojibake"] += found != line
+        lines.append(found)
+    return "\n".join(lines)
+
+
+def _mended_chinese(line: str) -> str | None:
+    """A line of UTF-8 that was read as GBK, mended; None if bytes of it are lost; other lines as they are."""
+    suspects = len(_misread_chinese().findall(line))
+    chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in line)
+    if LOST not in line and (suspects < FEW or suspects < SHARE * chinese):
+        return line
+    try:
+        found = line.encode("gb18030").decode()
+    except UnicodeError:
+        return None
+    return None if "\ufffd" in found else found
+
+
+# --- form, controls, what is not seen -------------------------------------------------------------------------------------
+
+FORM_FEEDS = re.compile("[\x0b\x0c\x85\u2028\u2029]")
+CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufff9-\ufffc\ufffe\uffff\ufdd0-\ufdef]")
+CONTROLS_OF_CODE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
+"""Form feeds part sections of a source; the rest of Unicode may be a part of a string."""
+JOINED = "\u0600-\u1fff\u20e3\u2190-\u2bff\ua800-\uabff\ufe0f\U00010a00-\U00011fff\U0001f000-\U0001faff"
+"""Letters of scripts, and pictures, whose look a joiner behind them changes."""
+INVISIBLE = re.compile(
+    f"[\xad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]|(?<![{JOINED}])[\u200c\u200d]+"
+    "|(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
+)
+"""Soft hyphens, zero-width blanks and joiners, marks of direction, byte-order marks, tags that are no part of a flag."""
+ODD = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufdd0-\ufdef\ufeff\ufff9-\ufffc\ufffe\uffff"
+    "\U000e0000-\U000e007f]"
+)
+ODD_ASCII = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def in_form(text: str, form: Literal["NFC", "NFKC"], counts: Counter[str]) -> str:
+    """A text in a Unicode form."""
+    if text.isascii() or unicodedata.is_normalized(form, text):
+        return text
+    counts["form"] += 1
+    return unicodedata.normalize(form, text)
+
+
+def without_controls(text: str, counts: Counter[str]) -> str:
+    """A text whose lines end in line feeds, without control characters and what is not seen."""
+    if (ODD_ASCII if text.isascii() else ODD).search(text) is None:
+        return text
+    text = with_line_feeds(text)
+    text = FORM_FEEDS.sub("\n", text)
+    text, controls = CONTROLS.subn("", text)
+    text, invisible = INVISIBLE.subn("", text)
+    counts["controls"] += controls
+    counts["invisible"] += invisible
+    return text
+
+
+def without_controls_of_code(text: str, counts: Counter[str]) -> str:
+    """A source whose lines end in line feeds, without control characters but tabs and form feeds."""
+    if ODD_ASCII.search(text) is not None:
+        text, controls = CONTROLS_OF_CODE.subn("", with_line_feeds(text))
+        counts["controls"] += controls
+    return text.lstrip("\ufeff")
+
+
+def with_line_feeds(text: str) -> str:
+    """A text with line feeds for CR LF and CR."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

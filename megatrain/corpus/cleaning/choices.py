@@ -1,0 +1,41 @@
+"""The settings of cleaning, `clean:` in a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatrain.config.knob import knob
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """Cleaning of each document's text, in this order. Code gets line ends, controls, personal data and words alone."""
+
+    mojibake: bool = knob(
+        True,
+        "Mend lines that were read in a wrong encoding (`ftfy`; UTF-8 read as GBK), and remove those that lost bytes by it.",
+    )
+    markup: bool = knob(
+        True, "Remove HTML's tags and entities, a wiki's links and marks of citations that were left in a text."
+    )
+    controls: bool = knob(
+        True, "Remove control characters and what is not seen (zero-width blanks, soft hyphens, marks of direction)."
+    )
+    form: Literal["NFC", "NFKC", "none"] = knob("NFC", "Unicode form; NFKC also makes full-width letters and ligatures plain.")
+    boilerplate: bool = knob(True, "Remove lines of menus, banners and buttons, English and Chinese.")
+    boilerplate_file: str | None = knob(
+        None,
+        "File of further such lines, one a line; `*` at its end: all lines that begin so.",
+        path=True,
+        use="boilerplate.txt",
+    )
+    blanks: bool = knob(
+        True,
+        "One blank for several, one empty line for several, none at the ends of lines; not within code, nor before a line.",
+    )
+    personal: tuple[Literal["email", "phone", "id", "card", "ip"], ...] = knob(
+        ("email", "phone", "id", "card", "ip"),
+        "Personal data that is masked as <EMAIL>, <PHONE>, <ID>, <CARD>, <IP>: mail addresses, mobile phones of China, its identity "
+        "cards, bank cards, public IP addresses.",
+    )
