@@ -14,9 +14,9 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-SPACE, BREAK, LETTER, DIGIT, MARK, UPPER, HAN, ENDING = (np.uint16(1 << bit) for bit in range(8))
+SPACE, BREAK, LETTER, DIGIT, MARK, UPPER, HAN, ENDING, NUMBER = (np.uint16(1 << bit) for bit in range(9))
 """Bits: str.isspace; where str.splitlines cuts; isalpha; isdecimal; neither a letter, a number nor a blank; isupper; a Chinese character;
-an end of a sentence (Unicode's Sentence_Terminal).
+an end of a sentence (Unicode's Sentence_Terminal); isnumeric, as digits and ½.
 """
 ASSIGNED = 0x33480
 """All characters that a rule asks for lie below; those above (private use, tags) have no class."""
@@ -54,7 +54,13 @@ def classes() -> npt.NDArray[np.uint16]:
     letters = [chr(code) for code in range(ASSIGNED)]
     lines = np.array([len(f"a{letter}a".splitlines()) == 2 for letter in letters[:0x2030]])
     found[: len(lines)] |= BREAK * lines
-    for bit, of in ((SPACE, str.isspace), (LETTER, str.isalpha), (DIGIT, str.isdecimal), (UPPER, str.isupper)):
+    for bit, of in (
+        (SPACE, str.isspace),
+        (LETTER, str.isalpha),
+        (DIGIT, str.isdecimal),
+        (UPPER, str.isupper),
+        (NUMBER, str.isnumeric),
+    ):
         found[:ASSIGNED] |= bit * np.fromiter(map(of, letters), bool, ASSIGNED)
     marks = np.fromiter((unicodedata.category(letter)[0] in "PSC" for letter in letters), bool, ASSIGNED)
     found[:ASSIGNED] |= MARK * (marks & (found[:ASSIGNED] & SPACE == 0))

@@ -5,15 +5,17 @@ Rules of lines have their turn where the first of their set is asked for; rules 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 from megatrain.corpus.document import Document, Step, Tally
-from megatrain.corpus.rules import fineweb, gopher
+from megatrain.corpus.extras import need
+from megatrain.corpus.rules import chinese, fineweb, gopher, source_code
 from megatrain.corpus.rules.line_signals import LineEditor
 from megatrain.corpus.rules.repetition import Repeats
 from megatrain.corpus.rules.rulebook import TextRule, chosen
-from megatrain.corpus.rules.view import View, Words
+from megatrain.corpus.rules.view import Cut, View, Words
 
 Measure = Callable[[View, Words], dict[str, float]]
 MEASURES: Mapping[str, Measure] = {
@@ -25,9 +27,25 @@ MEASURES: Mapping[str, Measure] = {
     "grams": gopher.grams,
     "fineweb": fineweb.fineweb,
     "mc4": fineweb.mc4,
+    "map_neo": chinese.map_neo,
+    "letters": chinese.letters,
+    "web_text": chinese.web_text,
+    "roots": chinese.roots,
+    "code": source_code.code,
 }
 Found = dict[tuple[str, Words], Mapping[str, float]]
 """Signals by measure and table of words."""
+
+
+@cache
+def _cutter() -> Cut:
+    """The words of jieba's own dictionary."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports what setuptools will drop
+        jieba = need("jieba", "the table of words jieba", "chinese")
+    jieba.setLogLevel("ERROR")
+    cut: Cut = jieba.Tokenizer().lcut
+    return cut
 
 
 class Referee:
@@ -36,11 +54,12 @@ class Referee:
     def __init__(self, rules: Sequence[TextRule], edits: bool = True) -> None:
         self._edits = edits
         self._repeats = Repeats()
+        self._cut = _cutter() if any(rule.words == "jieba" for rule in rules) else None
         self._sets: dict[str, list[TextRule]] = {}
         for rule in rules:
             self._sets.setdefault(rule.of, []).append(rule)
         self._editors = {
-            name: LineEditor(name, those)
+            name: LineEditor(those)
             for name, those in self._sets.items()
             if any(rule.signal.startswith(("line.", "left.")) for rule in those)
         }
@@ -48,7 +67,7 @@ class Referee:
     def __call__(self, document: Document, tally: Tally) -> Collection[str]:
         """Keep the signals of the rules with the document; the names of those that it breaks."""
         broken: list[str] = []
-        view, found = View(document.text, self._repeats), Found()
+        view, found = View(document.text, self._repeats, self._cut), Found()
         text = document.text
         for name, rules in self._sets.items():
             if name in self._editors:
@@ -57,9 +76,8 @@ class Referee:
                     tally.count(f"lines.{rule}", lines)
                 if edited.text != text:
                     text = edited.text
-                    view, found = View(text, self._repeats), Found()
-                for kind in ("line", "left"):
-                    found[kind, rules[0].words] = edited.signals
+                    view, found = view.of(text), Found()
+                found |= {(kind, rule.words): edited.signals for kind in ("line", "left") for rule in rules}
             broken += self._broken(rules, document, view, found)
         if self._edits:
             document.text = text

@@ -1,4 +1,4 @@
-"""Rules that act on lines: C4's (arXiv:1910.10683, section 2.2) and MAP-NEO's. A line that breaks one goes; the document stays.
+"""Rules that act on lines: C4's (arXiv:1910.10683, section 2.2), MAP-NEO's, WuDao's. A line that breaks one goes; the document stays.
 
 Signals of a line, without the blanks at its ends:
 
@@ -6,6 +6,7 @@ Signals of a line, without the blanks at its ends:
     long_word    letters of its longest word
     line_end     1 where it ends in a mark that ends a sentence (and not in `...`, for C4), else 0
     line_words   its words
+    line_han     Chinese characters in it
     javascript   how often it says so
     policy       how often it speaks of terms and cookies
 
@@ -37,14 +38,14 @@ PHRASES = {
     "javascript": ("javascript",),
     "policy": ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
 }
-ORDER = ("long_word", "line_end", "line_words", "lorem_ipsum", "javascript", "curly_bracket", "policy")
+ORDER = ("long_word", "line_end", "line_words", "line_han", "lorem_ipsum", "javascript", "curly_bracket", "policy")
 """The turns of the rules, as in C4's own program."""
 POINT, CURLY = np.uint32(ord(".")), np.uint32(ord("{"))
 STOPS = np.array([ord(mark) for mark in ".!?"], np.uint32)
 CLOSERS = np.array([ord(mark) for mark in "\"')]’”"], np.uint32)
 FINAL = {
     "c4": np.array([ord(mark) for mark in ".?!\"'"], np.uint32),
-    "map_neo": np.array([ord(mark) for mark in ".?!…。！？"], np.uint32),
+    "zh": np.array([ord(mark) for mark in ".?!…。！？"], np.uint32),
 }
 """Marks in which a line may end."""
 
@@ -78,7 +79,7 @@ def _sentences(codes: Codes, letters: Letters, begin: int, end: int) -> int:
 def _measure(
     codes: Codes, letters: Letters, starts: Where, ends: Where, alone: np.uint16, final: Codes, c4: bool, out: Where
 ) -> None:
-    """Fill in each line's begin, end, longest word, words, mark at its end, curly brackets, sentences [7, lines].
+    """Fill in each line's begin, end, longest word, words, mark at its end, curly brackets, Chinese characters, sentences [8, lines].
 
     alone: classes of letters that are words by themselves; c4: words of marks alone count, and `...` is no end.
     """
@@ -88,9 +89,10 @@ def _measure(
             begin += 1
         while end > begin and letters[end - 1] & SPACE:
             end -= 1
-        longest, words, size, counts, curly = 0, 0, 0, c4, 0
+        longest, words, size, counts, curly, han = 0, 0, 0, c4, 0, 0
         for i in range(begin, end):
             curly += codes[i] == CURLY
+            han += bool(letters[i] & HAN)
             single = bool(letters[i] & alone)
             if single or letters[i] & SPACE:
                 words += size > 0 and counts
@@ -106,7 +108,7 @@ def _measure(
         dots = end - begin >= 3 and codes[end - 1] == POINT and codes[end - 2] == POINT and codes[end - 3] == POINT
         ended = end > begin and _among(codes[end - 1], final) and not (c4 and dots)
         out[0, line], out[1, line], out[2, line], out[3, line], out[4, line] = begin, end, longest, words, ended
-        out[5, line], out[6, line] = curly, _sentences(codes, letters, begin, end)
+        out[5, line], out[6, line], out[7, line] = curly, han, _sentences(codes, letters, begin, end)
 
 
 def pieces(text: str, size: int = LONGEST) -> Iterator[str]:
@@ -145,10 +147,10 @@ class Edited(NamedTuple):
 
 
 class LineEditor:
-    """Takes the lines away that break rules. style: "c4" or "map_neo"; rules: those of lines among them are followed."""
+    """Takes the lines away that break rules. rules: of one set; those of lines among them are followed."""
 
-    def __init__(self, style: str, rules: Sequence[TextRule]) -> None:
-        self._c4, self._final = style == "c4", FINAL[style]
+    def __init__(self, rules: Sequence[TextRule]) -> None:
+        self._c4, self._final = rules[0].of == "c4", FINAL["c4" if rules[0].of == "c4" else "zh"]
         self._alone = np.uint16(0) if self._c4 else MARK | HAN
         self._rules = {rule.signal.partition(".")[2]: rule for rule in rules if rule.acts == "line"}
 
@@ -172,10 +174,10 @@ class LineEditor:
             removed["citations"] += citations
         arrays = Text.of(part)
         starts, ends = arrays.lines()
-        out = np.zeros((7, len(starts)), np.int64)
+        out = np.zeros((8, len(starts)), np.int64)
         _measure(arrays.codes, arrays.letters, starts, ends, self._alone, self._final, self._c4, out)
-        begin, end, long_word, words, ended, curly, sentences = out
-        signals = {"long_word": long_word, "line_words": words, "line_end": ended, "curly_bracket": curly}
+        begin, end, long_word, words, ended, curly, han, sentences = out
+        signals = {"long_word": long_word, "line_words": words, "line_end": ended, "curly_bracket": curly, "line_han": han}
         alive = np.ones(len(starts), bool)
         for name in ORDER:
             rule = self._rules.get(name)

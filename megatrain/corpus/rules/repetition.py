@@ -89,6 +89,25 @@ def _grams(
             break
 
 
+@jit
+def _often(hashes: Hashes, n: int, keys: Hashes, used: Slots, first: Slots, mark: int, times: Where) -> int:
+    """Fill in how often each different n-gram is there, in the order of their first; their number."""
+    rolling, power, count = np.uint64(0), np.uint64(1), 0
+    for _ in range(n - 1):
+        power *= BASE
+    for i in range(len(hashes)):
+        rolling = rolling * BASE + hashes[i]
+        if i >= n - 1:
+            key = mixed(rolling)
+            at = _slot(keys, used, mark, key)
+            if used[at] != mark:
+                used[at], keys[at], first[at], times[count] = mark, key, count, 0
+                count += 1
+            times[first[at]] += 1
+            rolling -= hashes[i - n + 1] * power
+    return count
+
+
 class Repeats:
     """Working memory of the repetition signals, which grows with the longest text. What it says of a text depends on that text alone."""
 
@@ -119,3 +138,8 @@ class Repeats:
         mark, out = self._room(len(hashes), len(GRAMS)), np.zeros(len(GRAMS))
         _grams(hashes, sizes, self._keys, self._used, self._counts, self._first, mark, out)
         return out
+
+    def often(self, hashes: Hashes, n: int) -> Where:
+        """How often each different n-gram is there [different ones]."""
+        mark, times = self._room(len(hashes), 1), np.empty(len(hashes), np.int64)
+        return times[: _often(hashes, n, self._keys, self._used, self._first, mark, times)]

@@ -57,6 +57,10 @@ class View:
         self._words: dict[Words, Extents] = {}
         self._hashes: dict[Words, Hashes] = {}
 
+    def of(self, text: str) -> View:
+        """Another text, seen with the same tools."""
+        return View(text, self.repeats, self._cut)
+
     @cached_property
     def arrays(self) -> Text:
         """Code points and their classes."""

@@ -1,6 +1,11 @@
 """Documents judged by rules."""
 
+import sys
+
+import pytest
+
 from megatrain.corpus.document import Document, Tally
+from megatrain.corpus.rules import judge
 from megatrain.corpus.rules.judge import rules_step
 
 
@@ -62,3 +67,16 @@ def test_a_probability_that_was_not_found_breaks_no_rule() -> None:
     assert step(document, Tally()) == []
     document.scores["language.probability"] = 0.69
     assert step(document, Tally()) == ["fineweb2_zh.probability"]
+
+
+def test_words_are_those_that_jieba_finds() -> None:
+    broken, document = judged("我们 今天，去公园玩。\n" * 2, ["map_neo.mean_length", "gopher.words.least"])
+    assert broken == ["gopher.words.least"]
+    assert document.scores == {"map_neo.mean_length": 8 / 5, "gopher.words": 4}  # 我们 今天 去 公园 玩
+
+
+def test_jieba_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge._cutter.cache_clear()
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(ImportError, match=r"the table of words jieba needs jieba: pip install 'megatrain\[chinese\]'"):
+        rules_step(["gopher"], {}, "jieba")

@@ -13,7 +13,7 @@ from megatrain.corpus.rules.rulebook import chosen
 
 
 def edited(text: str, thresholds: Mapping[str, float | str | bool] | None = None) -> Edited:
-    return LineEditor("c4", chosen(["c4"], thresholds or {}))(text)
+    return LineEditor(chosen(["c4"], thresholds or {}))(text)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_rule_of_lines_that_is_off_takes_none() -> None:
 
 
 def test_without_rules_of_lines_the_text_stays_as_it_is() -> None:
-    found = LineEditor("c4", chosen(["c4.sentences"], {}))("  One. Two.\r\n\r\n three ")
+    found = LineEditor(chosen(["c4.sentences"], {}))("  One. Two.\r\n\r\n three ")
     assert found.text == "  One. Two.\r\n\r\n three "
     assert found.signals["sentences"] == 3
 

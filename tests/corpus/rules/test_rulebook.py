@@ -67,3 +67,10 @@ def test_what_cannot_be_meant_is_refused(names: list[str], thresholds: dict[str,
     with pytest.raises(ValueError) as error:
         chosen(names, thresholds)
     assert str(error.value) == message
+
+
+def test_a_rule_of_words_that_jieba_finds_is_in_its_set_with_jieba_alone() -> None:
+    assert "map_neo.mean_length.least" not in [rule.name for rule in chosen(["map_neo"], {}, "han")]
+    assert {rule.words for rule in chosen(["map_neo"], {}, "jieba")} == {"jieba"}
+    assert [rule.words for rule in chosen(["map_neo.mean_length"], {}, "han")] == ["jieba", "jieba"]
+    assert chosen(["map_neo.mean_length"], {"map_neo": "off"}) == []
