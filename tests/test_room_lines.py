@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3200,
     "megatrain/cli": 1000,
     "megatrain/config": 2950,
-    "megatrain/corpus": 7350,
+    "megatrain/corpus": 7700,
     "megatrain/data": 4900,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 48400,
+    "tests": 48700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
