@@ -30,7 +30,7 @@ COMMANDS, LANGUAGES = ("", "bash", "sh"), ("", "bash", "sh", "python", "yaml", "
 MARK = re.compile(r"<!-- (not run|run) `([^`]+)`(?: as `([^`]+)`)?: (\S.*) -->")
 LEFT_OUT = 17
 """Commands that are not run, of all pages; a number that only falls."""
-BARE = ("README.md", "controls.md", "data.md", "memory.md", "models.md", "ngram.md", "testing.md", "verify.md")
+BARE = ("README.md", "controls.md", "data.md", "memory.md", "models.md", "ngram.md", "report.md", "testing.md", "verify.md")
 """Pages whose reader needs no more than a text."""
 READER = {
     "glm.md": "import torch, megatrain; input_ids = torch.arange(2, 10)[None]; "
@@ -180,7 +180,7 @@ def run(house: Path, part: str, language: str, page: str) -> None:
 
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
-    """A copy of the tree with a small text: corpus.jsonl, corpus.txt, other.txt, crawl.jsonl."""
+    """A copy of the tree with a small text (corpus.jsonl, corpus.txt, other.txt, crawl.jsonl) and labels (ann.jsonl, bob.jsonl)."""
     shutil.copytree(
         ROOT, tmp_path / "house", ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "runs", "build")
     )
@@ -190,6 +190,9 @@ def house(tmp_path: Path) -> Path:
         (house / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (house / "corpus.txt").write_text("\n".join(texts))
     (house / "other.txt").write_text(texts[-1])
+    for rater, labels in (("ann", ("good", "bad", "good")), ("bob", ("good", "bad", "bad"))):
+        rows = [{"item": f"crawl.jsonl:{number}", "label": label} for number, label in enumerate(labels)]
+        (house / f"{rater}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (house / "home").mkdir()
     return house
 

@@ -19,7 +19,7 @@ def describe_token(prefix: str, token: int) -> str:
         raise TokenStoreError(_outside(prefix, "token", token, store.tokens))
     document = store.document_of(token)
     first, end = store.document_bounds(document)
-    tokenizer = _tokenizer_of(store)
+    tokenizer = tokenizer_of(store)
     value = int(store.read(token, token + 1)[0])
     named = f" {tokenizer.name_of(value)!r}" if tokenizer is not None and value < tokenizer.vocab_size else ""
     said = f"  token {token:,} of the store, {token - first:,} of the document: {value}{named}"
@@ -33,7 +33,7 @@ def describe_document(prefix: str, document: int) -> str:
     if document >= store.documents:
         raise TokenStoreError(_outside(prefix, "document", document, store.documents))
     first, end = store.document_bounds(document)
-    return "\n".join([*_document_rows(store, document), _shown(store, _tokenizer_of(store), first, min(end, first + SHOWN))])
+    return "\n".join([*_document_rows(store, document), _shown(store, tokenizer_of(store), first, min(end, first + SHOWN))])
 
 
 def _document_rows(store: TokenStore, document: int) -> list[str]:
@@ -52,7 +52,7 @@ def _shown(store: TokenStore, tokenizer: Tokenizer | None, first: int, end: int)
     return f"  text {tokenizer.decode(i for i in ids if 0 <= i < tokenizer.vocab_size)!r}"
 
 
-def _tokenizer_of(store: TokenStore) -> Tokenizer | None:
+def tokenizer_of(store: TokenStore) -> Tokenizer | None:
     """The tokenizer that made a store, where it still is what it was."""
     record = read_record(store)
     try:

@@ -14,7 +14,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import PercentFormatter
 
 from megatrain.corpus.report.bins import AN_OCTAVE, edge
-from megatrain.corpus.report.summary import CLUSTER, REMOVES, StageCount, Summary
+from megatrain.corpus.report.summary import StageCount, Summary
 from megatrain.files import printable
 from megatrain.records.plot import save_png
 
@@ -39,7 +39,7 @@ def draw(summary: Summary, folder: Path, cutoffs: Cutoffs | None = None) -> list
         pictures["stages.png"] = (len(summary.stages), lambda axes: _stages(axes, summary))
     rules = _worst_rules(summary)
     if rules:
-        pictures["rules.png"] = (len(rules), lambda axes: _rules(axes, rules))
+        pictures["rules.png"] = (len(rules), lambda axes: _rules(axes, rules, summary.limits.removes))
     if summary.stages and summary.stages[0].into.documents:
         number = min(BARS, len(summary.stages[0].into.documents))
         pictures["sources.png"] = (number, lambda axes: _sources(axes, summary))
@@ -89,12 +89,12 @@ def _worst_rules(summary: Summary) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: (-row[1], row[0]))[:BARS]
 
 
-def _rules(axes: Axes, rows: list[tuple[str, float, float]]) -> None:
+def _rules(axes: Axes, rows: list[tuple[str, float, float]], limit: float) -> None:
     places = np.arange(len(rows))
     axes.barh(places, [row[1] for row in rows], 0.7, color=_REFUSED, label="refuses")
     axes.barh(places, [row[2] for row in rows], 0.7, color=_ALONE, label="it alone")
-    if max(row[1] for row in rows) > REMOVES:
-        axes.axvline(REMOVES, color=_LIMIT, linewidth=1.8, linestyle=(0, (5, 3)), label=f"alarm above {REMOVES:.0%}")
+    if max(row[1] for row in rows) > limit:
+        axes.axvline(limit, color=_LIMIT, linewidth=1.8, linestyle=(0, (5, 3)), label=f"alarm above {limit:.0%}")
     _names(axes, [row[0] for row in rows])
     _shares(axes, "of the stage's documents")
 
@@ -151,8 +151,14 @@ def _clusters(axes: Axes, summary: Summary) -> None:
         axes.plot(rising, [sizes[size] for size in rising], "o", color=color, markersize=5, label=_plain(kind))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    if max(max(sizes) for sizes in summary.clusters.values()) > CLUSTER:
-        axes.axvline(CLUSTER, color=_LIMIT, linewidth=1.8, linestyle=(0, (5, 3)), label=f"alarm above {CLUSTER:,}")
+    if max(max(sizes) for sizes in summary.clusters.values()) > summary.limits.cluster:
+        axes.axvline(
+            summary.limits.cluster,
+            color=_LIMIT,
+            linewidth=1.8,
+            linestyle=(0, (5, 3)),
+            label=f"alarm above {summary.limits.cluster:,}",
+        )
     axes.set_xlabel("documents of a cluster of duplicates", color=_INK)
     axes.set_ylabel("clusters", color=_INK)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatrain.corpus.report.charts import draw
 from megatrain.corpus.report.page import examples_page, page
 from megatrain.corpus.report.sheet import sheet_lines, sheet_page
-from megatrain.corpus.report.summary import alarms, summary_of
+from megatrain.corpus.report.summary import USUAL, AlarmLimits, alarms, summary_of
 from megatrain.corpus.report.unit_audit import KEPT, Audit
 from megatrain.files import make_folder, whole
 
@@ -21,14 +21,15 @@ def write_report(
     title: str = "Report of a preparation",
     note: str = "",
     cutoffs: Mapping[str, tuple[float, float]] | None = None,
+    limits: AlarmLimits = USUAL,
 ) -> list[str]:
     """Write the report of a merged audit and return its alarms; each file is replaced at once. Raises OSError.
 
     stages: their names in order. note: a paragraph below the title. cutoffs: the perplexities where middle and tail begin, by
-    language. The same audit gives the same bytes.
+    language. limits: when there is an alarm. The same audit gives the same bytes.
     """
     make_folder(folder)
-    summary = summary_of(audit.tally.counts, stages)
+    summary = summary_of(audit.tally.counts, stages, limits)
     pictures = draw(summary, folder, cutoffs)
     kept = audit.sheet.of(KEPT)
     files = {

@@ -140,8 +140,10 @@ def _languages(summary: Summary) -> str:
 
 def _lengths(summary: Summary) -> Iterator[tuple[str, Counter[int]]]:
     if summary.stages:
-        yield f"into {summary.stages[0].name}", summary.stages[0].into.letters
-        yield f"out of {summary.stages[-1].name}", summary.stages[-1].out.letters
+        first, last = summary.stages[0], summary.stages[-1]
+        yield f"into {first.name}", first.into.letters
+        if last.out.letters != first.into.letters:
+            yield f"out of {last.name}", last.out.letters
 
 
 def _quantiles(title: str, what: str, histograms: Iterable[tuple[str, Counter[int]]]) -> str:

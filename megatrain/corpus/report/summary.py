@@ -6,10 +6,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-LOSES, REMOVES, CLUSTER = 0.3, 0.5, 1000
-"""Alarms: a source loses more than this share, a rule removes more than this share of a source, a cluster has more documents."""
 FEW = 20
 """Documents of a source below which shares raise no alarm."""
+
+
+@dataclass(frozen=True)
+class AlarmLimits:
+    """When an alarm is raised."""
+
+    loses: float = 0.3
+    """Share of its documents that a source loses on the whole way, above which."""
+    removes: float = 0.5
+    """Share of a source that one rule refuses, above which."""
+    cluster: int = 1000
+    """Documents of a cluster of duplicates, above which."""
+
+
+USUAL = AlarmLimits()
 
 
 @dataclass
@@ -54,6 +67,7 @@ class Summary:
     """Number of clusters by size, by kind."""
     others: Counter[str] = field(default_factory=Counter)
     """Counts of the steps themselves, such as "clean.email"."""
+    limits: AlarmLimits = USUAL
 
     def rate(self, source: str) -> float:
         """Tokens a byte of a source, or of all where it has none tokenized; 0 where nothing is."""
@@ -66,11 +80,11 @@ class Summary:
         return round(sum(self.rate(source) * size for source, size in flow.bytes.items()))
 
 
-def summary_of(counts: Mapping[str, int], stages: Sequence[str]) -> Summary:
+def summary_of(counts: Mapping[str, int], stages: Sequence[str], limits: AlarmLimits = USUAL) -> Summary:
     """The summary of a tally's counts. stages: their names in order; others that the counts name follow, by name."""
     by_name = {name: StageCount(name) for name in stages}
     rest: list[tuple[str, list[str], int]] = []
-    summary = Summary([])
+    summary = Summary([], limits=limits)
     for name, number in sorted(counts.items()):
         head, *parts = name.split("/")
         if parts and parts[0] in ("in", "out", "refused", "alone", "language"):
@@ -119,7 +133,7 @@ def _losing(summary: Summary) -> list[str]:
     first, last = summary.stages[0].into.documents, summary.stages[-1].out.documents
     for source, before in sorted(first.items()):
         lost = before - last[source]
-        if before < FEW or lost <= LOSES * before:
+        if before < FEW or lost <= summary.limits.loses * before:
             continue
         worst = max(summary.stages, key=lambda stage: stage.into.documents[source] - stage.out.documents[source])
         there = worst.into.documents[source] - worst.out.documents[source]
@@ -137,7 +151,7 @@ def _removing(summary: Summary) -> list[str]:
         for name, rule in stage.rules.items():
             for source, refused in sorted(rule.refused.documents.items()):
                 before = stage.into.documents[source]
-                if before >= FEW and refused > REMOVES * before:
+                if before >= FEW and refused > summary.limits.removes * before:
                     found.append(
                         f"rule {name} of {stage.name} refuses {_percent(refused, before)} of source {source} ({refused:,} of "
                         f"{before:,} documents)"
@@ -149,11 +163,11 @@ def _swallowing(summary: Summary) -> list[str]:
     """Clusters that are suspiciously large."""
     found = []
     for kind, sizes in sorted(summary.clusters.items()):
-        large = {size: number for size, number in sizes.items() if size > CLUSTER}
+        large = {size: number for size, number in sizes.items() if size > summary.limits.cluster}
         if large:
             found.append(
-                f"clusters of {kind} duplicates with more than {CLUSTER:,} documents: {sum(large.values()):,}, the largest of "
-                f"{max(large):,}"
+                f"clusters of {kind} duplicates with more than {summary.limits.cluster:,} documents: {sum(large.values()):,}, the "
+                f"largest of {max(large):,}"
             )
     return found
 

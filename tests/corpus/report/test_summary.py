@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from megatrain.corpus.report.summary import alarms, summary_of
+from megatrain.corpus.report.summary import AlarmLimits, alarms, summary_of
 
 
 def flow(stage, way, **sources):
@@ -75,3 +75,5 @@ def test_alarms():
     half = {**COUNTS, **flow("filter", "refused/c4.brace", books=25), **flow("near", "out", web=70, books=35)}
     assert alarms(summary_of(half, ["filter", "near"])) == []
     assert alarms(summary_of(Counter(), [])) == []
+    assert alarms(summary_of(more, ["filter", "near"], AlarmLimits(0.6, 0.6, 5000))) == []
+    assert len(alarms(summary_of(more, ["filter", "near"], AlarmLimits(0.6, 0.6, 4999)))) == 1
