@@ -153,6 +153,13 @@ def test_thresholds_are_written_down_and_read_again(tmp_path, settings):
     found = fit([sample_of(pages(), settings)], settings)
     write_thresholds(tmp_path / "t.json", found)
     assert read_thresholds(tmp_path / "t.json", settings) == found
+    half = fit([sample_of((page for page in pages() if page.language == "en"), settings)], settings)
+    write_thresholds(tmp_path / "t.json", half)  # no document of Chinese: they are kept and counted, here and later
+    again = read_thresholds(tmp_path / "t.json", settings)
+    assert again == half and (again["zh"].documents, again["en"]) == (0, found["en"])
+    tally = Tally()
+    assert perplexity_step(settings, again)(Document("我", "web", "f", 0, language="zh"), tally) == ()
+    assert tally.counts["perplexity.no_threshold/zh"] == 1
 
 
 def test_thresholds_of_other_models_are_refused(tmp_path, folder, settings):
