@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "docs/benchmarks": 4050,
+    "docs/benchmarks": 4100,
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2550,  # its own files, without the rooms below
@@ -14,7 +14,7 @@ LINES = {
     "megatrain/cli": 1050,
     "megatrain/config": 2950,
     "megatrain/corpus": 7950,
-    "megatrain/data": 4900,
+    "megatrain/data": 5200,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 48700,
+    "tests": 49000,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -35,17 +35,18 @@ def _data_tokenizer(arguments: argparse.Namespace) -> int:
 
 
 def _data_tokenize(arguments: argparse.Namespace) -> int:
+    from megatrain.data.boundaries import NONE
     from megatrain.data.prepare.tokenize import tokenize_files
+    from megatrain.data.tokenizer import load_tokenizer
 
     report = tokenize_files(
         arguments.input,
-        arguments.tokenizer,
+        load_tokenizer(arguments.tokenizer, arguments.eod, arguments.bos),
         arguments.output,
         workers=arguments.workers,
-        append_eod=arguments.append_eod,
+        append_eod=arguments.append_eod or arguments.eod not in (None, NONE),
         key=key_of(arguments),
-        eod=arguments.eod,
-        bos=arguments.bos,
+        engine=arguments.engine,
     )
     print(report)
     return 0
@@ -94,6 +95,13 @@ def _add_data_tokenize(stages: Any, add_verb: AddVerb) -> None:
         type=text,
         metavar="TOKEN",
         help="begin every document with this one, or `none` (default: with what the tokenizer puts first, if anything)",
+    )
+
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "gigatoken", "tokenizers"),
+        default="auto",
+        help="library that encodes; auto: gigatoken where it is installed and gives the same ids, of which a sample is compared",
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,15 @@ SMALLEST_VOCAB = BYTE_VALUES + 1
 
 PROBE = " Hello World's  42,000\n\tx+=1; \u00c9t\u00e9 \u4f60\u597d \U0001f642"
 """A text that tokenizers with the same vocabulary but other rules encode differently."""
+
+
+class EncodedTexts(NamedTuple):
+    """Token ids of several texts."""
+
+    ids: npt.NDArray[np.integer]
+    """[sum of lengths], back to back."""
+    lengths: npt.NDArray[np.int64]
+    """[texts]"""
 
 
 class Tokenizer(Protocol):
@@ -89,8 +98,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
-        """Ids [length] of each text, in the dtype of a token store."""
+    def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
+        """Ids of texts, in the dtype of a token store."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become replacement characters."""
@@ -125,9 +134,11 @@ class ByteTokenizer:
         """The bytes of a text."""
         return list(text.encode())
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
-        """The bytes [length] of each text, uint16."""
-        return [np.frombuffer(text.encode(), np.uint8).astype("<u2") for text in texts]
+    def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
+        """The bytes of texts, uint16."""
+        parts = [text.encode() for text in texts]
+        ids = np.frombuffer(b"".join(parts), np.uint8).astype("<u2")
+        return EncodedTexts(ids, np.array([len(part) for part in parts], np.int64))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the bytes; document ends become `<|endoftext|>`, ids beyond (of a padded vocabulary) nothing."""
@@ -162,13 +173,17 @@ class JsonTokenizer:
                 f"{label} has {len(ids):,} tokens, and the id {self.vocab_size - 1:,}: no model has so many rows."
             )
         self.label, self._folder, self._asked = label, folder, (eod, bos)
-        description = json.loads(library.to_str())
+        description = self.description()
         self.divisible = _divisible(description)
         self._dtype = best_dtype(self.vocab_size)
         self._byte_tokens = _byte_tokens(description)
         self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
         # Tokens asked for must exist: checked now. Those to be found may be ambiguous, and are not always needed: found on first use.
         _ = eod is not None and self.ending, bos is not None and self.beginning
+
+    def description(self) -> dict[str, Any]:
+        """The tokenizer.json, made anew: of a large vocabulary it takes a hundred megabytes."""
+        return dict(json.loads(self._library.to_str()))
 
     @cached_property
     def ending(self) -> Ending:
@@ -188,7 +203,7 @@ class JsonTokenizer:
     @cached_property
     def identity(self) -> str:
         """A hash of everything that determines ids, independent of how the file was written."""
-        return _identity(json.loads(self._library.to_str()), self.encode(PROBE))
+        return _identity(self.description(), self.encode(PROBE))
 
     def special_id(self, name: str) -> int | None:
         """Id of a special token of the file; None if it has none of this name."""
@@ -222,10 +237,11 @@ class JsonTokenizer:
         """Ids of a text."""
         return list(self._library.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
-        """Ids [length] of each text. The library releases the interpreter's lock meanwhile."""
+    def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
+        """Ids of texts. The library releases the interpreter's lock meanwhile."""
         encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
+        arrays = [np.array(encoding.ids, dtype=self._dtype) for encoding in encodings]
+        return EncodedTexts(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, special tokens included; ids that the file lacks become nothing."""

@@ -10,6 +10,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
 
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -41,4 +44,6 @@ def _characters(block: bytes) -> bytes:
 
 def _tokens(block: bytes, tokenizer: Tokenizer) -> bytes:
     lines = block.decode("utf-8", "replace").split("\n")
-    return "\n".join(" ".join(map(str, ids.tolist())) for ids in tokenizer.encode_batch(lines)).encode()
+    ids, lengths = tokenizer.encode_batch(lines)
+    numbers, ends = list(map(str, ids.tolist())), np.cumsum(lengths).tolist()
+    return "\n".join(" ".join(numbers[begin:end]) for begin, end in pairwise([0, *ends])).encode()

@@ -19,6 +19,7 @@ from megatrain.data.draws import hash64, hash64_each
 from megatrain.data.loader import Compose, Loader
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
+from megatrain.data.tokenizer import EncodedTexts
 from megatrain.models.batch import Objective
 from megatrain.models.gpt import MakeBlock, gpt_block
 from megatrain.parallel.mesh import MeshShape, ParallelContext
@@ -145,9 +146,9 @@ class AnyTokens:
         """No tokens, whatever the text."""
         return []
 
-    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer]]:
+    def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """No tokens for any text."""
-        return [np.zeros(0, np.int64) for _ in texts]
+        return EncodedTexts(np.zeros(0, np.int64), np.zeros(len(texts), np.int64))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text with a full stop for every id that 7 divides."""

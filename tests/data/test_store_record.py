@@ -22,8 +22,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def made(folder, name="store", **options):
-    report = tokenize_files([folder / "text.jsonl"], folder / "tokenizer.json", folder / name, **options)
+def made(folder, name="store", eod=None, bos=None, append_eod=False):
+    tokenizer = load_tokenizer(folder / "tokenizer.json", eod, bos)
+    append_eod = append_eod or eod not in (None, "none")
+    report = tokenize_files([folder / "text.jsonl"], tokenizer, folder / name, append_eod=append_eod, engine="tokenizers")
     store = TokenStore(folder / name)
     return [store.document(n).tolist() for n in range(store.documents)], str(report).split("MB/s)")[1]
 
@@ -45,7 +47,7 @@ def test_documents_end_and_begin_with_what_was_found_or_asked_for(folder):
 def test_a_beginning_stands_only_before_the_first_piece_of_a_document(tmp_path, monkeypatch):
     monkeypatch.setattr("megatrain.data.prepare.read.PIECE_CHARACTERS", 8)
     (tmp_path / "a.txt").write_text("word " * 20)
-    tokenize_files([tmp_path / "a.txt"], "bytes", tmp_path / "s", bos="<|endoftext|>", eod=0)
+    tokenize_files([tmp_path / "a.txt"], load_tokenizer("bytes", 0, "<|endoftext|>"), tmp_path / "s", append_eod=True)
     assert TokenStore(tmp_path / "s").document(0).tolist() == [256, *("word " * 20).encode(), 0]
 
 

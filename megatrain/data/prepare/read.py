@@ -9,12 +9,12 @@ line.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from megatrain.data.origins import FilePlace
 from megatrain.data.prepare.lines import lines_of
@@ -52,8 +52,7 @@ class Lines(NamedTuple):
     """Bytes of a line of a .jsonl, and of a compressed document that must be in memory."""
 
 
-@dataclass(frozen=True)
-class PlacedText:
+class PlacedText(NamedTuple):
     """One text and its file and line."""
 
     text: str
@@ -113,7 +112,7 @@ def read_pieces(
             yield from (TextPiece(document.text, True, document.origin) for document in read_documents([path], lines, on_bytes))
         elif _is_lines(path):
             for document in _line_documents(path, lines, on_bytes):
-                yield from _pieces([document.text], document.origin, lines.longest)
+                yield from pieces_of(document.text, document.origin)
         else:
             yield from _pieces(_decoded(path, on_bytes), FilePlace(str(path)), lines.longest)
 
@@ -234,8 +233,31 @@ def _line_documents(path: Path, lines: Lines, on_bytes: Callable[[int], None]) -
     for number, line in _lines(path, on_bytes, lines.longest):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)  # noqa: PLW2901
-        if line.strip():
-            yield PlacedText(_text_of(line, lines.key, f"{path}:{number}"), path, number)
+        if not line.isspace():
+            text = _plain_text(line, lines.key)
+            yield PlacedText(_text_of(line, lines.key, f"{path}:{number}") if text is None else text, path, number)
+
+
+def _plain_text(line: bytes, key: str) -> str | None:
+    """The text under `key`, read by orjson at twice the speed; None where it is not installed or finds anything that it does not take."""
+    loads = _orjson()
+    if loads is None or len(line) > MOST_VALUES_BYTES:
+        return None
+    try:
+        row = loads(line)
+    except ValueError:
+        return None
+    text = row.get(key) if type(row) is dict else None
+    return text if type(text) is str else None
+
+
+@functools.cache
+def _orjson() -> Callable[[bytes], Any] | None:
+    try:
+        from orjson import loads  # noqa: PLC0415  an extra
+    except ImportError:
+        return None
+    return loads
 
 
 def _text_of(line: bytes, key: str, where: str) -> str:
@@ -293,7 +315,6 @@ def _is_unicode(text: str) -> bool:
 
 def _pieces(chunks: Iterable[str], origin: FilePlace, longest: int) -> Iterator[TextPiece]:
     """One document, given in chunks, in pieces that a divisible tokenizer encodes as it would the whole. Raises ReadError."""
-    path = Path(origin.file)
     buffer, searched = "", PIECE_CHARACTERS
     for chunk in chunks:
         buffer += chunk
@@ -306,5 +327,5 @@ def _pieces(chunks: Iterable[str], origin: FilePlace, longest: int) -> Iterator[
             yield TextPiece(buffer[start : cut.start()], False, origin)
             start, searched = cut.start(), PIECE_CHARACTERS
         buffer = buffer[start:]
-        _require_short(len(buffer), path, longest)
+        _require_short(len(buffer), Path(origin.file), longest)
     yield TextPiece(buffer, True, origin)

@@ -16,18 +16,20 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.data.boundaries import NONE, TokenizerError, TokenRequest, shown
+from megatrain.data.boundaries import TokenizerError, shown
 from megatrain.data.indexed import TokenStoreWriter, best_dtype
 from megatrain.data.origins import FilePlace, OriginsWriter
 from megatrain.data.prepare.read import TextPiece, pieces_of
 from megatrain.data.store_record import record_of
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import EncodedTexts, Tokenizer
+from megatrain.data.tokenizers.engine import EngineDiffersError, FastTokenizer
 
 BATCH_CHARACTERS = 1 << 18
 BATCHES_PER_WORKER = 3
@@ -49,13 +51,15 @@ class TokenizeReport:
     seconds: float
     around: str = ""
     """The tokens that each document begins and ends with, as text."""
+    engine: str = ""
+    """The library that has encoded, and why, as text."""
 
     def __str__(self) -> str:
         rate = self.text_bytes / 1e6 / max(self.seconds, 1e-9)
         empty = f" ({self.empty:,} empty ones left out)" if self.empty else ""
         return (
             f"{self.output}: {self.documents:,} documents{empty}, {self.text_bytes:,} bytes of text, {self.tokens:,} tokens "
-            f"in {self.seconds:.1f} s ({rate:.1f} MB/s){self.around}"
+            f"in {self.seconds:.1f} s ({rate:.1f} MB/s){self.around}{self.engine and '; encoded '}{self.engine}"
         )
 
 
@@ -69,10 +73,9 @@ class Around:
     """Both tokens as text, for the report."""
 
 
-def tokens_around(tokenizer: Tokenizer, append_eod: bool, eod: TokenRequest = None) -> Around:
-    """The tokens to put around the documents of a store: at the end if `append_eod`, or if `eod` was asked for. Raises TokenizerError."""
-    ends = (append_eod or eod is not None) and eod != NONE
-    end = tokenizer.eod if ends else None
+def tokens_around(tokenizer: Tokenizer, append_eod: bool) -> Around:
+    """The tokens to put around the documents of a store. Raises TokenizerError."""
+    end = tokenizer.eod if append_eod else None
     if append_eod and end is None:
         raise TokenizerError(
             f"--append-eod: no token of {tokenizer.label} is known to end a document. Say which: --eod TOKEN, a name or an id out of "
@@ -93,7 +96,9 @@ class _Batch:
         """Whether each piece is the first of its document."""
         self.last: list[bool] = []
         self.origins: list[FilePlace] = []
-        """The origins of the documents that end here."""
+        """Where the document of each piece comes from."""
+        self.files: list[int] = []
+        """Numbers of the pieces that begin a file."""
         self.characters = 0
 
 
@@ -118,10 +123,10 @@ class TextStoreWriter:
             store.add_document("a text", FilePlace("a.jsonl", 1, "line"))
         print(store.report)
 
-    `append_eod` ends each document with the tokenizer's separator, `eod` with the one that the tokenizer was loaded with; each begins with
-    the token that the tokenizer puts first (data/boundaries.py). The store's record keeps these tokens, and PREFIX.documents where
-    documents come from. Without any text nothing is published, and `documents` is 0. Raises TokenizerError, TokenStoreError, OSError,
-    ValueError, at `add` those of batches before.
+    `append_eod` ends each document with the tokenizer's separator; each begins with the token that the tokenizer puts first
+    (data/boundaries.py). The store's record keeps these tokens, and PREFIX.documents where documents come from. Without any text nothing
+    is published, and `documents` is 0. Raises TokenizerError, EngineDiffersError, TokenStoreError, OSError and ValueError, at `add`
+    those of batches before.
     """
 
     def __init__(
@@ -130,15 +135,16 @@ class TextStoreWriter:
         tokenizer: Tokenizer,
         workers: int = 1,
         append_eod: bool = False,
-        eod: TokenRequest = None,
     ) -> None:
         if workers < 1:
             raise ValueError(
                 f"--workers {workers}: at least 1 is needed, e.g. {os.cpu_count() or 1}, the cores of this machine."
             )
-        self._around = tokens_around(tokenizer, append_eod, eod)
+        self._around = tokens_around(tokenizer, append_eod)
         self._prefix, self._tokenizer, self._workers = str(prefix), tokenizer, workers
         self._batch, self._flying = _Batch(), deque[Future[_Encoded]]()
+        self._file: str | None = None
+        """The file of the last piece."""
         self._between = True
         """Whether the last piece has ended its document."""
         self._documents, self._origins = _Documents(), OriginsWriter()
@@ -162,11 +168,13 @@ class TextStoreWriter:
     def add(self, text: str, last: bool, origin: FilePlace) -> None:
         """Append a piece of a document, which goes on with the next one unless it is the `last` (data/prepare/read.py)."""
         batch = self._batch
+        if origin.file != self._file:
+            batch.files.append(len(batch.texts))
+            self._file = origin.file
         batch.texts.append(text)
         batch.first.append(self._between)
         batch.last.append(last)
-        if last:
-            batch.origins.append(origin)
+        batch.origins.append(origin)
         self._between = last
         batch.characters += len(text) + 1
         if batch.characters >= BATCH_CHARACTERS:
@@ -230,16 +238,39 @@ class TextStoreWriter:
 
 def _encode(tokenizer: Tokenizer, batch: _Batch, around: Around) -> _Encoded:
     """The ids of a batch. A document without text gets no tokens around it, as there is nothing to separate."""
-    arrays = tokenizer.encode_batch(batch.texts)
-    for i, (text, first, last) in enumerate(zip(batch.texts, batch.first, batch.last, strict=True)):
-        begins = first and around.begin is not None and text
-        ends = last and around.end is not None and text
-        if begins or ends:
-            before, behind = ([around.begin] if begins else []), ([around.end] if ends else [])
-            arrays[i] = np.concatenate([np.array(before, arrays[i].dtype), arrays[i], np.array(behind, arrays[i].dtype)])
-    lengths = np.array([array.size for array in arrays], np.int64)
+    try:
+        if isinstance(tokenizer, FastTokenizer):
+            ids, lengths = tokenizer.encode_batch(batch.texts, batch.files)
+        else:
+            ids, lengths = tokenizer.encode_batch(batch.texts)
+    except EngineDiffersError as error:
+        raise error if error.text is None else EngineDiffersError(f"{error}, in {batch.origins[error.text]}") from None
+    filled, first, last = np.array([bool(text) for text in batch.texts]), np.array(batch.first), np.array(batch.last)
+    begins, ends = filled & first & (around.begin is not None), filled & last & (around.end is not None)
+    if begins.any() or ends.any():
+        ids, lengths = _put_around(ids, lengths, begins, ends, around)
     text_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in batch.texts)
-    return _Encoded(np.concatenate(arrays), lengths, np.array(batch.last), batch.origins, text_bytes)
+    return _Encoded(ids, lengths, last, list(compress(batch.origins, batch.last)), text_bytes)
+
+
+def _put_around(
+    ids: npt.NDArray[np.integer],
+    lengths: npt.NDArray[np.int64],
+    begins: npt.NDArray[np.bool_],
+    ends: npt.NDArray[np.bool_],
+    around: Around,
+) -> EncodedTexts:
+    """Ids with the tokens around documents put in. begins, ends: [pieces], before and behind which one comes."""
+    longer = lengths + begins + ends
+    edges = np.cumsum(longer)
+    places = (edges - longer)[begins], edges[ends] - 1
+    old = np.ones(int(edges[-1]), np.bool_)
+    all_ids = np.empty(old.size, ids.dtype)
+    for place, token in zip(places, (around.begin, around.end), strict=True):
+        old[place] = False
+        all_ids[place] = token or 0  # where there is none, there is no place
+    all_ids[old] = ids
+    return EncodedTexts(all_ids, longer)
 
 
 class _Documents:

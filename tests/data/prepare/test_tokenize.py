@@ -16,7 +16,7 @@ from megatrain.data.prepare import read, text_store
 from megatrain.data.prepare.read import ReadError
 from megatrain.data.prepare.text_store import TextStoreWriter
 from megatrain.data.prepare.tokenize import tokenize_documents, tokenize_files
-from megatrain.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizer import ByteTokenizer, EncodedTexts, TokenizerError, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_large_vocabularies_get_int32(corpus, tmp_path):
         vocab_size, divisible = 70000, False
 
         def encode_batch(self, texts):
-            return [np.array([69999] * len(text), np.int32) for text in texts]
+            lengths = [len(text) for text in texts]
+            return EncodedTexts(np.full(sum(lengths), 69999, np.int32), np.array(lengths))
 
     tokenize_files([corpus[0] / "b.txt"], Wide(), tmp_path / "s")
     assert TokenStore(tmp_path / "s").dtype == np.int32
@@ -118,7 +119,7 @@ def test_an_encoder_that_fails_ends_the_run(corpus, tmp_path):
             self.calls += 1
             if self.calls == 5:
                 raise RuntimeError("no more")
-            return [np.zeros(len(text), np.uint16) for text in texts]
+            return EncodedTexts(np.zeros(sum(map(len, texts)), np.uint16), np.array([len(text) for text in texts]))
 
     with pytest.raises(RuntimeError, match="no more"):
         tokenize_files([corpus[0] / "a.jsonl"], Failing(), tmp_path / "s", workers=2)

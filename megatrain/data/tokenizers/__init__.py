@@ -1,0 +1,1 @@
+"""Kinds of tokenizer files, the engine that encodes fast, training, and what a vocabulary is worth."""
