@@ -21,22 +21,24 @@ def page(
     *,
     title: str,
     note: str = "",
+    linked: bool = True,
     pictures: Iterable[str] = (),
     cutoffs: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
     """REPORT.md as text.
 
-    places: of each problem, as in a tally. note: a paragraph below the title. pictures: names of files beside the page. cutoffs: the
-    perplexities where middle and tail begin, by language.
+    places: of each problem, as in a tally. note: a paragraph below the title. linked: whether sheet.md and removed.md lie beside the
+    page. pictures: names of files beside it. cutoffs: the perplexities where middle and tail begin, by language.
     """
     parts = [
         f"# {_cell(title)}",
         _cell(note),
         _whole(summary),
         "## Alarms\n\n" + ("\n".join(f"- {_cell(line)}" for line in alarms(summary)) or "None."),
+        "To read: [documents that are kept](sheet.md), [what rules refuse](removed.md)." if linked else "",
         _stages(summary),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
-        *(_rules(stage) for stage in summary.stages if stage.rules),
+        *(_rules(summary, stage) for stage in summary.stages if stage.rules),
         _sources(summary),
         _languages(summary),
         _quantiles("Lengths", "characters of documents", _lengths(summary)),
@@ -86,20 +88,20 @@ def _stages(summary: Summary) -> str:
     return "## Stages\n\n" + _table(head, rows) + note if rows else ""
 
 
-def _rules(stage: StageCount) -> str:
+def _rules(summary: Summary, stage: StageCount) -> str:
     """The rules of a stage, the one that refuses most first."""
-    before, size = stage.into.documents.total(), stage.into.bytes.total()
+    before, size, tokens = stage.into.documents.total(), stage.into.bytes.total(), bool(summary.tokenized)
     rows = []
     for name, rule in sorted(stage.rules.items(), key=lambda item: (-item[1].refused.documents.total(), item[0])):
-        refused, alone = rule.refused.documents.total(), rule.alone.documents.total()
-        worst = max(rule.refused.documents, key=lambda source: (_part(rule.refused.documents, stage, source), source))
-        most = f"{worst} {100 * _part(rule.refused.documents, stage, worst):.1f}%"
-        parts = (_share(refused, before), _share(rule.refused.bytes.total(), size))
-        rows.append([name, f"{refused:,}", *parts, f"{alone:,}", most])
-    head = ["rule", "refuses", "of documents", "of bytes", "it alone", "most of source"]
+        refused, alone = rule.refused.documents, rule.alone.documents.total()
+        worst = max(refused, key=lambda source: (_part(refused, stage, source), source), default="")
+        row = [name, f"{refused.total():,}", _share(refused.total(), before), _share(rule.refused.bytes.total(), size)]
+        row += [f"{summary.about(rule.refused):,}"] if tokens else []
+        rows.append([*row, f"{alone:,}", f"{worst} {100 * _part(refused, stage, worst):.1f}%"])
+    head = ["rule", "refuses", "of documents", "of bytes", *(["tokens"] if tokens else []), "it alone", "most of source"]
     return (
         f"## Rules of {_cell(stage.name)}\n\n{_table(head, rows)}\n\nA document may be refused by several rules; `it alone`: by "
-        "no other rule of the stage, so it would stay without this one. Examples: [removed.md](removed.md)."
+        "no other rule of the stage, so it would stay without this one."
     )
 
 

@@ -66,7 +66,8 @@ def text():
 def test_the_first_lines_say_what_became_of_the_input(text):
     assert text.startswith(
         "# A\\|B\n\nn\n\n50 documents (10.00 kB) became 29 (58.0%; 6.90 kB, 69.0% of the bytes, 500 tokens).\n\n## Alarms\n\n"
-        "- source web loses 50% of its documents (20 of 40), most of them in filter (20)\n\n## Stages"
+        "- source web loses 50% of its documents (20 of 40), most of them in filter (20)\n\n"
+        "To read: [documents that are kept](sheet.md), [what rules refuse](removed.md).\n\n## Stages"
     )
 
 
@@ -76,8 +77,8 @@ def test_every_table_has_its_numbers(text):
         ["filter", "50", "29", "58.0%", "10.00 kB", "6.90 kB", "5,000", "3,450"],
     ]
     assert rows(text, "Rules of filter") == [
-        ["gopher.words", "20", "40.0%", "20.0%", "18", "web 50.0%"],
-        ["c4.brace", "3", "6.0%", "1.0%", "2", "books 10.0%"],
+        ["gopher.words", "20", "40.0%", "20.0%", "1,000", "18", "web 50.0%"],
+        ["c4.brace", "3", "6.0%", "1.0%", "50", "2", "books 10.0%"],
     ]
     assert rows(text, "Sources") == [
         ["books", "10", "9", "90.0%", "5.00 kB", "-", "0.0%", "10.0%"],
@@ -106,7 +107,13 @@ def test_problems_have_their_places_and_do_nothing(text):
 
 
 def test_what_was_not_counted_is_not_there():
-    assert page(summary_of({}, ["read"]), {}, title="T") == "# T\n\nNothing was counted.\n\n## Alarms\n\nNone.\n"
+    assert page(summary_of({}, ["read"]), {}, title="T", linked=False) == "# T\n\nNothing was counted.\n\n## Alarms\n\nNone.\n"
+    refused = summary_of({"read/in/documents/x": 9, "read/refused/rule/documents/x": 1}, ["read"])
+    assert ("removed.md" in page(refused, {}, title="T"), "removed.md" in page(refused, {}, title="T", linked=False)) == (
+        True,
+        False,
+    )
+    assert rows(page(refused, {}, title="T"), "Rules of read") == [["rule", "1", "11.1%", "-", "0", "x 11.1%"]]
     bare = page(summary_of({"read/in/documents/x": 0}, ["read"]), {}, title="T")
     assert "tokens in" not in bare and "Perplex" not in bare and "0 documents (0 B) became 0 (-; 0 B, - of the bytes)." in bare
 
