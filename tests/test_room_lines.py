@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3200,
     "megatrain/cli": 1050,
     "megatrain/config": 2950,
-    "megatrain/corpus": 7950,
+    "megatrain/corpus": 8750,
     "megatrain/data": 5200,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 49000,
+    "tests": 49500,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
