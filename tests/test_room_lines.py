@@ -11,9 +11,9 @@ LINES = {
     "launch": 600,
     "megatrain": 2550,  # its own files, without the rooms below
     "megatrain/checkpoint": 3200,
-    "megatrain/cli": 1050,
+    "megatrain/cli": 1100,
     "megatrain/config": 2950,
-    "megatrain/corpus": 8750,
+    "megatrain/corpus": 9050,
     "megatrain/data": 5200,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 49500,
+    "tests": 49350,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatrain.cli.arguments import index, positive, text
 from megatrain.cli.label_agreement import add_data_agree
 from megatrain.cli.ngram import add_data_filter, add_lines, key_of
+from megatrain.cli.preparation import add_corpus
 from megatrain.cli.survey_verb import add_data_audit
 
 AddVerb = Callable[..., argparse.ArgumentParser]
@@ -24,6 +25,7 @@ def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
     _add_data_inspect(stages, add_verb)
     add_data_filter(stages, add_verb)
     add_data_audit(stages, add_verb)
+    add_corpus(stages, add_verb)
     add_data_agree(stages, add_verb)
 
 

@@ -30,10 +30,6 @@ _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 LATER = {
-    "data read": "text from raw files",
-    "data clean": "clean text",
-    "data dedup": "remove duplicate documents",
-    "data prepare": "all stages from one config",
     "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
     "quantize": "INT8 and INT4 weights",

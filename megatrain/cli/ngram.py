@@ -11,7 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatrain.cli.preparation import add_run_options, run_prepare
+
 AddVerb = Callable[..., argparse.ArgumentParser]
+
+
+class WrongUseError(ValueError):
+    """Arguments that do not go together."""
+
+    exit_code = 2
 
 
 def add_ngram(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
@@ -92,15 +100,19 @@ def _add_units(parser: argparse.ArgumentParser) -> None:
 
 def add_data_filter(stages: Any, add_verb: AddVerb) -> None:
     """Add `filter` to the stages of `data`."""
-    example = "megatrain data filter --ngram wiki.bin --keep head,middle --input crawl.jsonl --output good.jsonl"
-    parser = add_verb(stages, "filter", _filter, "keep documents that an n-gram model finds usual (CCNet)", example)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or text files, perhaps .gz or .zst")
-    add_lines(parser)
-    parser.add_argument(
-        "--output", required=True, metavar="OUT.jsonl", help="a line a document that is kept, with its perplexity"
+    example = (
+        "megatrain data filter --ngram wiki.bin --keep head,middle --input crawl.jsonl --output good.jsonl\n"
+        "  megatrain data filter launch/configs/prepare_en_zh.yaml output.dir=judged"
     )
-    parser.add_argument("--ngram", type=Path, required=True, metavar="M.arpa|M.bin", help="the model")
-    parser.add_argument("--keep", required=True, metavar="BUCKETS", help="head, middle, tail, joined by commas")
+    what = "keep documents that an n-gram model finds usual (CCNet); or, of a CONFIG.yaml, read, clean and judge its sources"
+    parser = add_verb(stages, "filter", _filter, what, example)
+    parser.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="sources and rules, as of `data prepare`")
+    add_run_options(parser)
+    parser.add_argument("--input", nargs="+", metavar="FILE", help=".jsonl or text files, perhaps .gz or .zst")
+    add_lines(parser)
+    parser.add_argument("--output", metavar="OUT.jsonl", help="a line a document that is kept, with its perplexity")
+    parser.add_argument("--ngram", type=Path, metavar="M.arpa|M.bin", help="the model")
+    parser.add_argument("--keep", metavar="BUCKETS", help="head, middle, tail, joined by commas")
     _add_units(parser)
     parser.add_argument(
         "--percentiles",
@@ -180,6 +192,10 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _filter(arguments: argparse.Namespace) -> int:
+    if arguments.config is not None:
+        return run_prepare("filter", arguments)
+    if missing := [f"--{name}" for name in ("input", "output", "ngram", "keep") if getattr(arguments, name) is None]:
+        raise WrongUseError(f"data filter without a CONFIG.yaml needs {', '.join(missing)}. See megatrain data filter --help.")
     from megatrain.ngram.buckets import Cutoffs, chosen
     from megatrain.ngram.filter import filter_files
     from megatrain.ngram.reading import load

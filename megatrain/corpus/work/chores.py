@@ -31,6 +31,10 @@ class WorkError(ValueError):
     """A published file that is not what its chore has written."""
 
 
+Work = Callable[[Path, Callable[[int], None]], Mapping[str, Any]]
+"""Writes files into a folder, says how many bytes are done since it last said so, and returns facts: values for JSON."""
+
+
 @dataclass(frozen=True)
 class Chore:
     """One part of a phase."""
@@ -38,8 +42,7 @@ class Chore:
     name: str
     size: int
     """Its share of the work, in bytes, for the bar."""
-    run: Callable[[Path, Callable[[int], None]], Mapping[str, Any]]
-    """Writes files into a folder, says how many bytes are done since it last said so, and returns facts: values for JSON."""
+    run: Work
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class Published:
         """The facts that a chore returned."""
         facts: dict[str, Any] = self._done(self.folder(phase, chore))["facts"]
         return facts
+
+    def names(self, phase: Phase, chore: str) -> list[str]:
+        """The names of the files of a chore."""
+        return sorted(self._done(self.folder(phase, chore))["files"])
 
     def file(self, phase: Phase, chore: str, name: str) -> Path:
         """A file of a chore. Raises WorkError if it is not the one that was written."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from megatrain.corpus.work.chores import LEASES, Phase, Published
 from megatrain.corpus.work.leases import Leases
 
-SHORTEST_WAIT, LONGEST_WAIT = 0.05, 2.0
+SHORTEST_WAIT, LONGEST_WAIT = 0.05, 1.0
 """Seconds until a worker without a chore looks again."""
 
 

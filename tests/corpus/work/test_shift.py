@@ -63,7 +63,7 @@ ALL = " ".join(f"first_{i}" for i in range(8))
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_any_number_of_workers_does_each_task_once(program, tmp_path, count):
-    run_workers([str(program), str(tmp_path), ""], count, lambda: None)
+    run_workers([sys.executable, str(program), str(tmp_path), ""], count, lambda: None)
     assert result(tmp_path) == ALL
     begun = (tmp_path / "begun.txt").read_text().splitlines()
     assert sorted(line.split()[0] for line in begun) == ALL.split()
@@ -79,7 +79,7 @@ def test_a_killed_worker_costs_the_task_that_it_was_at(program, tmp_path):
             os.kill(int(begun[-1].split()[1]), signal.SIGKILL)
             killed.append(begun[-1])
 
-    run_workers([str(program), str(tmp_path), ""], 1, kill)
+    run_workers([sys.executable, str(program), str(tmp_path), ""], 1, kill)
     assert result(tmp_path) == ALL and len(killed) == 2
     assert len((tmp_path / "begun.txt").read_text().splitlines()) <= 8 + 2
 
@@ -101,7 +101,7 @@ def test_a_frozen_worker_is_passed_by(program, tmp_path):
 
 def test_a_worker_that_fails_ends_all(program, tmp_path, capfd):
     with pytest.raises(PoolError, match=r"worker \d+ failed \(exit code 1\); what it said stands above"):
-        run_workers([str(program), str(tmp_path), "first_3"], 2, lambda: None)
+        run_workers([sys.executable, str(program), str(tmp_path), "first_3"], 2, lambda: None)
     assert "first_3 is bad" in capfd.readouterr().err
 
 

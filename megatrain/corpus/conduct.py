@@ -1,0 +1,154 @@
+"""`megatrain data prepare` and the verbs of its stages: starts workers, shows how far they are, and says what came of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+
+from megatrain.config.load import load_sections
+from megatrain.config.source import ConfigError
+from megatrain.corpus.final import place
+from megatrain.corpus.on_ray import run_on_ray
+from megatrain.corpus.phases import Preparation, Verb
+from megatrain.corpus.prepare_config import PrepareConfig
+from megatrain.corpus.work.chores import LEASES, Phase
+from megatrain.corpus.work.leases import Leases
+from megatrain.corpus.work.pool import run_workers
+from megatrain.corpus.work.shift import work_on
+from megatrain.data.bar import bar
+from megatrain.stderr import note
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""A source's name, of which names of files are made."""
+RESERVED = ("blend", "prepared", "tokenizer", "work", "documents", "held_out")
+
+
+Start = Callable[[Sequence[str], int | None, Callable[[], None]], None]
+"""Runs workers by their words, so many or as many as fit, and looks now and then, until all have ended."""
+
+
+def load_config(path: str, overrides: Sequence[str]) -> PrepareConfig:
+    """The config of a preparation. Raises ConfigError."""
+    config: PrepareConfig = load_sections(PrepareConfig, path, overrides)
+    for number, source in enumerate(config.read.sources):
+        if not NAME.fullmatch(source.name) or source.name in RESERVED or source.name.endswith("_valid"):
+            raise ConfigError(
+                f"read.sources[{number}].name={source.name!r} becomes a name of files: letters, digits, `.`, `_` and `-`, not first, "
+                f"not with _valid at the end, and none of {', '.join(RESERVED)}. Use for example web_en."
+            )
+    if config.tokenize.tokenizer is not None and config.tokenize.vocab_size is not None:
+        raise ConfigError(
+            f"tokenize.tokenizer={config.tokenize.tokenizer!r} and tokenize.vocab_size={config.tokenize.vocab_size}: a tokenizer is either "
+            "given or trained. Leave one of them out."
+        )
+    return config
+
+
+def prepare(main: Callable[[list[str]], int], verb: Verb, path: str, overrides: Sequence[str]) -> str:
+    """Do all that a verb means with the workers that run.on names; what was made, as a line. main: the command line."""
+    config = load_config(path, overrides)
+    preparation = Preparation(config, verb)
+    words = ["data", verb, path, *overrides, "--worker"]
+    starts: dict[str, Start] = {"local": _run_here, "slurm": _run_in_job, "ray": partial(run_on_ray, main)}
+    with Onlooker(preparation) as watch:
+        starts[config.run.on](words, config.run.workers, watch.look)
+        watch.look()
+    for alarm in watch.alarms:
+        note(f"look at this: {alarm}")
+    return f"{config.output.dir}: {', '.join(dict.fromkeys(map(_short, _place(preparation))))}"
+
+
+def work(verb: Verb, path: str, overrides: Sequence[str]) -> str:
+    """Be one worker among others, until all is done: in job arrays, on other machines, and for `prepare`; nothing to say."""
+    config = load_config(path, overrides)
+    preparation = Preparation(config, verb)
+    work_on(preparation.phases(), preparation.published, config.run.stuck_seconds)
+    _place(preparation)
+    return ""
+
+
+def _run_here(words: Sequence[str], count: int | None, look: Callable[[], None]) -> None:
+    """Workers of this machine."""
+    run_workers([sys.executable, "-m", "megatrain", *words], count or len(os.sched_getaffinity(0)), look)
+
+
+def _run_in_job(words: Sequence[str], count: int | None, look: Callable[[], None]) -> None:
+    """Workers of the SLURM job that this process runs in. Raises ConfigError outside of one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError(
+            "run.on=slurm, and this is no SLURM job. Submit one (sbatch --array 0-63 launch/prepare.sbatch CONFIG.yaml), or begin with "
+            "salloc."
+        )
+    tasks = ["--ntasks", str(count)] if count else []
+    run_workers(["srun", *tasks, "--cpus-per-task", "1", sys.executable, "-m", "megatrain", *words], 1, look)
+
+
+def _place(preparation: Preparation) -> list[str]:
+    """The names of the results in the output folder, which are given to them."""
+    return place(preparation.made(), preparation.published)
+
+
+def _short(name: str) -> str:
+    """The folder of a result, or its name; a token store's without that of its files."""
+    return f"{name.partition('/')[0]}/" if "/" in name else re.sub(r"\.(bin|idx|meta\.json|documents)$", "", name)
+
+
+class Onlooker:
+    """Looks at what workers have published: a bar on a terminal, and a line for each phase."""
+
+    def __init__(self, preparation: Preparation) -> None:
+        self._published = preparation.published
+        self._phases = preparation.phases()
+        self._leases = Leases(self._published.root / LEASES, float("inf"))
+        self._phase: Phase | None = None
+        self._bar = ExitStack()
+        self._began = time.monotonic()
+        self.alarms: list[str] = []
+        self._next()
+
+    def __enter__(self) -> Onlooker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._leases.leave()
+
+    def look(self) -> None:
+        """Tell what has been done since the last look."""
+        while self._phase is not None and all(self._published.is_done(self._phase, chore.name) for chore in self._phase.chores):
+            self._advance(self._total - self._shown)
+            if self._phase.title == "report":
+                self.alarms = self._published.facts(self._phase, "all")["alarms"]
+            if self._phase.chores:
+                self._bar.close()
+                note(
+                    f"{self._phase.title:10} {len(self._phase.chores):7,} done in {time.monotonic() - self._phase_began:.1f} s"
+                )
+            self._next()
+        if self._phase is not None:
+            self._show(self._phase)
+
+    def _next(self) -> None:
+        """Go to the next phase."""
+        self._bar.close()
+        self._phase, self._phase_began, self._shown = next(self._phases, None), time.monotonic(), 0
+        if self._phase is not None:
+            self._total = sum(chore.size for chore in self._phase.chores)
+            self._advance = self._bar.enter_context(
+                bar(self._phase.title, self._total, in_bytes=self._total > len(self._phase.chores))
+            )
+
+    def _show(self, phase: Phase) -> None:
+        signs = self._leases.signs()
+        done = 0
+        for chore in phase.chores:
+            sign = signs.get(f"{phase.name}.{chore.name}")
+            done += chore.size if self._published.is_done(phase, chore.name) else min(sign.done, chore.size) if sign else 0
+        if done > self._shown:
+            self._advance(done - self._shown)
+            self._shown = done

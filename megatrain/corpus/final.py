@@ -1,0 +1,166 @@
+"""The last phase: the report, and the names under which users find what was made.
+
+    OUT/REPORT.md, *.png ...       the report
+    OUT/documents/SOURCE-N.jsonl.zst, OUT/held_out/...
+    OUT/SOURCE.bin .idx ...        token stores; SOURCE_valid.* of the held-out documents
+    OUT/tokenizer.json             where it was trained here
+    OUT/blend.yaml                 the stores with the weights of their sources, to put into a training config
+    OUT/prepared.json              all of these; those that an earlier run has left and this one has not are removed
+
+They are links to the files of the phases, so they cost nothing, and each appears whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatrain.corpus import keeping, mapping, stores
+from megatrain.corpus.perplexity import read_thresholds
+from megatrain.corpus.prepare_config import PrepareConfig
+from megatrain.corpus.report.compose import write_report
+from megatrain.corpus.report.unit_audit import Audit
+from megatrain.corpus.similar import Similar
+from megatrain.corpus.work.chores import Phase, Published
+from megatrain.files import make_folder, whole
+
+PREPARED, BLEND = "prepared.json", "blend.yaml"
+STAGES = ("read", "clean", "filter", "dedup", "perplexity")
+
+
+@dataclass
+class Results:
+    """The phases that are done, and what of them belongs to the result."""
+
+    config: PrepareConfig
+    sources: Sequence[str]
+    """The source of each unit."""
+    documents: Phase
+    """The phase whose documents are the result."""
+    audited: list[Phase]
+    """Phases whose facts have an audit."""
+    similar: Similar | None = None
+    thresholds: Phase | None = None
+    vocabulary: Phase | None = None
+    tokens: Phase | None = None
+    report: Phase | None = None
+
+
+def report(results: Results, published: Published, folder: Path, progress: Callable[[int], None]) -> Mapping[str, Any]:
+    """Write the report of all phases; its alarms."""
+    output = results.config.output
+    audit = Audit(output.seed, output.examples, output.sheet)
+    for phase in results.audited:
+        for chore in phase.chores:
+            audit.add(Audit.from_json(published.facts(phase, chore.name)["audit"]))
+            progress(0)
+    if results.similar is not None:
+        for copies, number in results.similar.removals().sizes().items():
+            audit.tally.count(f"cluster/near/{copies + 1}", number)
+    alarms = write_report(folder, audit, STAGES, cutoffs=_cutoffs(results, published))
+    progress(1)
+    return {"alarms": alarms}
+
+
+def _cutoffs(results: Results, published: Published) -> dict[str, tuple[float, float]]:
+    """The perplexities where middle and tail of each language begin."""
+    if results.thresholds is None:
+        return {}
+    path = published.file(results.thresholds, "all", keeping.THRESHOLDS)
+    found = read_thresholds(path, results.config.perplexity)
+    return {language: (threshold.middle, threshold.tail) for language, threshold in found.items()}
+
+
+def place(results: Results, published: Published) -> list[str]:
+    """Give everything its name in the output folder, whoever has done so before; the names."""
+    target, links = Path(results.config.output.dir), dict(_links(results, published))
+    for name, path in links.items():
+        link(path, target / name)
+    blend = _blend(results, published)
+    if blend:
+        with whole(target / BLEND, text=True) as file:
+            yaml.safe_dump(blend, file, sort_keys=False, allow_unicode=True)
+    names = sorted([*links, *([BLEND] if blend else [])])
+    _replace_list(target, names)
+    return names
+
+
+def _links(results: Results, published: Published) -> Iterator[tuple[str, Path]]:
+    """(name below the output folder, file) of each result; what is looked at first comes last."""
+    numbers: dict[str, int] = {}
+    files = keeping.FILES if results.similar is not None else {"train": mapping.DOCUMENTS}
+    for source, chore in zip(results.sources, results.documents.chores, strict=True):
+        number = numbers[source] = numbers.get(source, -1) + 1
+        for split, name in files.items():
+            kind = "documents" if split == "train" else "held_out"
+            yield f"{kind}/{source}-{number:06d}.jsonl.zst", published.file(results.documents, chore.name, name)
+    if results.thresholds is not None:
+        yield keeping.THRESHOLDS, published.file(results.thresholds, "all", keeping.THRESHOLDS)
+    if results.vocabulary is not None:
+        yield stores.TOKENIZER, published.file(results.vocabulary, "all", stores.TOKENIZER)
+    for prefix, phase, name in _stores(results, published):
+        for file in sorted(published.names(phase, name), key=lambda file: file.endswith(".idx")):
+            yield prefix + file.removeprefix(stores.STORE), published.file(phase, name, file)
+    if results.report is not None:
+        for file in published.names(results.report, "all"):
+            yield file, published.file(results.report, "all", file)
+
+
+def _stores(results: Results, published: Published) -> Iterator[tuple[str, Phase, str]]:
+    """(prefix, phase, chore) of each store that has documents."""
+    if results.tokens is None:
+        return
+    names = [(source, split) for source in dict.fromkeys(results.sources) for split in keeping.FILES]
+    for (source, split), chore in zip(names, results.tokens.chores, strict=True):
+        if published.facts(results.tokens, chore.name)["documents"]:
+            yield (source if split == "train" else f"{source}_valid"), results.tokens, chore.name
+
+
+def _blend(results: Results, published: Published) -> dict[str, Any]:
+    """The `data` section of a training config."""
+    prefixes = [prefix for prefix, *_ in _stores(results, published)]
+    if not prefixes:
+        return {}
+    output, read = Path(results.config.output.dir), results.config.read
+    train = [
+        {"path": str(output / source), "weight": read.source(source).weight}
+        for source in dict.fromkeys(results.sources)
+        if source in prefixes
+    ]
+    valid = [str(output / prefix) for prefix in prefixes if prefix.endswith("_valid")]
+    tokenizer = str(output / stores.TOKENIZER) if results.vocabulary is not None else results.config.tokenize.tokenizer
+    return {"data": {"train": train, **({"valid": valid} if valid else {}), "tokenizer": tokenizer}}
+
+
+def link(path: Path, target: Path) -> None:
+    """Give a file a second name, at once; a copy where the file system has no links."""
+    make_folder(target.parent)
+    part = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _replace_list(target: Path, names: list[str]) -> None:
+    """Write which files are the result, and remove those of the list before that are none any more."""
+    path = target / PREPARED
+    before = json.loads(path.read_bytes())["files"] if path.is_file() else []
+    with whole(path, text=True) as file:
+        json.dump({"files": names}, file, indent=1)
+    for name in set(before) - set(names):
+        gone = target / name
+        if target.resolve() in gone.resolve().parents:
+            gone.unlink(missing_ok=True)

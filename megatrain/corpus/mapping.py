@@ -1,0 +1,73 @@
+"""The first phase: one unit of input, read, cleaned and judged in one pass, a document at a time.
+
+    read -> clean -> language, rules, leaks -> documents.jsonl.zst, fingerprints
+
+Every stage is a list of steps; the verbs `data read`, `data clean` and `data filter` leave out the later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from megatrain.corpus.cleaning.cleaner import clean_step
+from megatrain.corpus.document import Document, Step, refused_by
+from megatrain.corpus.duplicates.fingerprints import fingerprinting
+from megatrain.corpus.judging import RulesByKind
+from megatrain.corpus.prepare_config import PrepareConfig
+from megatrain.corpus.reading.choices import SourceConfig
+from megatrain.corpus.reading.documents import read_unit
+from megatrain.corpus.reading.units import WorkUnit
+from megatrain.corpus.report.unit_audit import Audit
+from megatrain.corpus.rules.language import language_step
+from megatrain.corpus.shards import writing
+from megatrain.corpus.similar import FINGERPRINTS
+
+DOCUMENTS = "documents.jsonl.zst"
+Stage = tuple[str, Sequence[Step]]
+Last = Literal["read", "clean", "filter"]
+"""The last stage of the phase."""
+
+
+def stages_of(config: PrepareConfig, source: SourceConfig, last: Last) -> list[Stage]:
+    """The stages behind reading that documents of a source go through."""
+    clean: Stage = ("clean", [clean_step(config.clean)])
+    judge: Stage = ("filter", [language_step(config.language), RulesByKind(source, config.filter)])
+    return [clean, judge][: ("read", "clean", "filter").index(last)]
+
+
+def map_unit(
+    unit: WorkUnit, config: PrepareConfig, last: Last, folder: Path, progress: Callable[[int], None]
+) -> Mapping[str, Any]:
+    """Write what stays of a unit, and its fingerprints where documents are compared; the audit."""
+    source = config.read.source(unit.source)
+    audit = Audit(config.output.seed, config.output.examples, config.output.sheet)
+    stages = stages_of(config, source, last)
+    with ExitStack() as files:
+        write = files.enter_context(writing(folder / DOCUMENTS))
+        prints = files.enter_context(fingerprinting(folder / FINGERPRINTS, config.dedup))
+        for document in staged(
+            read_unit(unit, config.read, audit.tally), stages, audit, annotate=config.filter.mode == "annotate"
+        ):
+            write(document)
+            prints.add(document.text)
+            progress(len(document.text))
+    return {"audit": audit.as_json()}
+
+
+def staged(documents: Iterator[Document], stages: Sequence[Stage], audit: Audit, *, annotate: bool) -> Iterator[Document]:
+    """The documents that all stages keep, counted into and out of each; annotate: rules are counted and refuse nothing."""
+    for document in documents:
+        audit.enter("read", document)
+        audit.leave("read", document)
+        for name, steps in stages:
+            audit.enter(name, document)
+            refusals = tuple(refused_by(steps, document, audit.tally))
+            keep = not refusals or (annotate and name == "filter")
+            audit.leave(name, document, refusals, keep=keep)
+            if not keep:
+                break
+        else:
+            yield document

@@ -1,0 +1,175 @@
+"""The phases of a preparation, from files to stores, each a set of chores that need nothing of each other.
+
+    documents    a chore for each unit of input: read, clean, judge
+    places, exact, near, removals, lines        which documents are copies (similar.py)
+    kept         a chore for each unit: what stays, in two splits
+    vocabulary   one chore, where a tokenizer is to be trained
+    tokens       a chore for each source and split: a token store
+    report       one chore: the report, and all that users look for under its name
+
+A phase is asked for when those before it are done, by each worker for itself: it depends on the config and the input alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from megatrain.corpus import final, keeping, mapping, stores
+from megatrain.corpus.document import Step
+from megatrain.corpus.final import Results
+from megatrain.corpus.perplexity import hash_of, perplexity_step, read_thresholds
+from megatrain.corpus.prepare_config import PrepareConfig
+from megatrain.corpus.reading.units import cut_units
+from megatrain.corpus.revision import revision
+from megatrain.corpus.similar import Similar
+from megatrain.corpus.work.chores import Chore, Phase, Published, Work, key_of
+
+Verb = Literal["read", "clean", "filter", "dedup", "prepare"]
+LAST: Mapping[Verb, mapping.Last] = {
+    "read": "read",
+    "clean": "clean",
+    "filter": "filter",
+    "dedup": "filter",
+    "prepare": "filter",
+}
+"""The last stage of the first phase, by verb."""
+WORK = "work"
+"""Folder of the work under way, below that of the output."""
+
+
+class Preparation:
+    """One preparation: what is to be done, by whichever workers."""
+
+    def __init__(self, config: PrepareConfig, verb: Verb) -> None:
+        """verb: the last stage. Raises ReadError for input that cannot be read."""
+        self._config, self._verb = config, verb
+        self._units = list(cut_units(config.read))
+        self._names = [f"unit_{number:06d}" for number in range(len(self._units))]
+        self.sources = list(dict.fromkeys(unit.source for unit in self._units))
+        self.published = Published(Path(config.output.dir) / WORK)
+        self._results: Results | None = None
+
+    def phases(self) -> Iterator[Phase]:
+        """The phases, in order."""
+        documents = self._documents()
+        yield documents
+        self._results = None
+        results = Results(self._config, [unit.source for unit in self._units], documents, [documents])
+        if self._verb in ("dedup", "prepare"):
+            similar = Similar(self._config.dedup, documents, self.published)
+            yield from similar.phases()
+            results.similar = similar
+            yield from self._kept(documents, similar, results)
+        if self._verb == "prepare":
+            yield from self._tokens(results)
+        key = key_of(*(phase.key for phase in (*results.audited, results.vocabulary) if phase is not None))
+        results.report = Phase("report", key, [Chore("all", 1, partial(final.report, results, self.published))])
+        yield results.report
+        self._results = results
+
+    def made(self) -> Results:
+        """The results of all phases. Raises RuntimeError before they are done."""
+        if self._results is None:
+            raise RuntimeError("the phases of a preparation are not done")
+        return self._results
+
+    def _documents(self) -> Phase:
+        config, last = self._config, LAST[self._verb]
+        sections = [asdict(part) for part in (config.read, config.clean, config.language, config.filter, config.dedup)]
+        shown = (config.output.seed, config.output.examples, config.output.sheet)
+        key = key_of(revision(), last, sections, shown, [unit.identity for unit in self._units])
+        return self._each("documents", key, [partial(mapping.map_unit, unit, config, last) for unit in self._units])
+
+    def _kept(self, documents: Phase, similar: Similar, results: Results) -> Iterator[Phase]:
+        """The phases that judge perplexities, where there are models, and the one that writes what stays."""
+        config, settings = self._config, self._config.perplexity
+        parts = [
+            (partial(self.published.file, documents, name, mapping.DOCUMENTS), partial(similar.removed, number))
+            for number, name in enumerate(self._names)
+        ]
+        judge: Callable[[], Step | None] = _no_judge
+        key = similar.key
+        if settings.models:
+            models = [hash_of(model.path) for model in settings.models]
+            key = key_of(key, asdict(settings), models, hash_of(settings.thresholds) if settings.thresholds else "")
+            works = [partial(keeping.sample_unit, *part, config) for part in parts] if settings.thresholds is None else []
+            sampled = self._each("sampled", key, works)
+            yield sampled
+            samples = partial(self._facts, sampled, "sample")
+            results.thresholds = Phase(
+                "thresholds", key, [Chore("all", 1, partial(keeping.find_thresholds, samples, settings))]
+            )
+            yield results.thresholds
+            judge = partial(self._judge, results.thresholds)
+        key = key_of(key, config.tokenize.held_out)
+        results.documents = self._each("kept", key, [partial(keeping.keep_unit, *part, judge, config) for part in parts])
+        results.audited.append(results.documents)
+        yield results.documents
+
+    def _judge(self, thresholds: Phase) -> Step:
+        settings = self._config.perplexity
+        path = self.published.file(thresholds, "all", keeping.THRESHOLDS)
+        return perplexity_step(settings, read_thresholds(path, settings))
+
+    def _each(self, title: str, key: str, works: Sequence[Work]) -> Phase:
+        """A phase of a chore for each unit, or of none."""
+        units = zip(self._names, self._units, works, strict=False)
+        return Phase(title, key, [Chore(name, unit.size, work) for name, unit, work in units])
+
+    def _facts(self, phase: Phase, name: str) -> Iterator[Any]:
+        """One of the facts of each chore of a phase."""
+        return (self.published.facts(phase, chore.name)[name] for chore in phase.chores)
+
+    def _tokens(self, results: Results) -> Iterator[Phase]:
+        """The phases that make token stores, where a tokenizer is named or to be trained."""
+        settings, kept = self._config.tokenize, results.documents
+        if settings.vocab_size is not None:
+            learn = partial(stores.learn, partial(self._shards, kept, "train"), settings.vocab_size)
+            vocabulary = Phase("vocabulary", key_of(kept.key, settings.vocab_size), [Chore("all", 1, learn)])
+            yield vocabulary
+            tokenizer: Callable[[], Path | str] = partial(self._trained, vocabulary)
+            results.vocabulary = vocabulary
+        elif settings.tokenizer is not None:
+            tokenizer = partial(str, settings.tokenizer)
+        else:
+            return
+        chores = []
+        for number, source in enumerate(self.sources):
+            for split in keeping.FILES:
+                work = partial(
+                    stores.store, partial(self._shards, kept, split, source), tokenizer, (settings, self._config.output)
+                )
+                chores.append(Chore(f"source_{number:04d}_{split}", 1, work))
+        results.tokens = Phase("tokens", key_of(kept.key, asdict(settings), _hash_of(settings.tokenizer)), chores)
+        results.audited.append(results.tokens)
+        yield results.tokens
+
+    def _trained(self, vocabulary: Phase) -> Path:
+        """The tokenizer under its name in the output folder, which stores remember."""
+        path = Path(self._config.output.dir) / stores.TOKENIZER
+        final.link(self.published.file(vocabulary, "all", stores.TOKENIZER), path)
+        return path
+
+    def _shards(self, kept: Phase, split: keeping.Split, source: str | None = None) -> list[Path]:
+        """The shards of a split, of one source or all."""
+        return [
+            self.published.file(kept, name, keeping.FILES[split])
+            for name, unit in zip(self._names, self._units, strict=True)
+            if source in (None, unit.source)
+        ]
+
+
+def _no_judge() -> None:
+    """No perplexities are judged."""
+
+
+def _hash_of(tokenizer: str | None) -> str:
+    """A hash of a tokenizer's file; "" for none, and for a name that is no file."""
+    path = Path(tokenizer or "")
+    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""

@@ -1,0 +1,291 @@
+"""A preparation from raw files to stores: the same bytes whoever does the work, and whatever happens to them."""
+
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatrain.cli.main import main
+from megatrain.cli.preparation import VERBS
+from megatrain.corpus import conduct, mapping, phases, preview
+from megatrain.corpus.document import Document, Tally, refused_by
+from megatrain.corpus.shards import documents_of
+from megatrain.data.indexed import TokenStore
+
+PROSE = "the house and garden of a town that have been with us to be seen by people in every season of its long years"
+WORDS = PROSE.split()
+
+
+def text(seed, words=120):
+    draw = random.Random(seed)
+    return ". ".join(" ".join(draw.choices(WORDS, k=12)).capitalize() for _ in range(words // 12)) + "."
+
+
+def corpus(folder):
+    """Three sources: rows with copies, near copies and broken lines; packed rows; code."""
+    folder.mkdir()
+    rows = [text(seed) for seed in range(150)]
+    rows += [rows[3], rows[4], rows[5] + " Again.", "too short", "mail me: someone@example.org. " + text(1000)]
+    lines = [json.dumps({"text": row, "url": f"http://x/{number}"}) for number, row in enumerate(rows)]
+    lines[20:20] = ["{broken", '{"no": "text"}', '{"text": 5}']
+    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
+    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text(seed)}) + "\n" for seed in range(140, 170))
+    for number in range(5):
+        (folder / f"c{number}.py").write_text(f"def f{number}(a):\n    return {number} * a\n" * 10)
+    return folder
+
+
+def config(folder, raw):
+    tree = {
+        "read": {
+            "unit_bytes": 20_000,
+            "sources": [
+                {"name": "web", "paths": [f"{raw}/a.jsonl"], "language": "en", "rules": ["gopher"], "keep": ["url"]},
+                {"name": "packed", "paths": [f"{raw}/b.jsonl.gz"], "language": "en", "rules": ["gopher"], "weight": 0.5},
+                {"name": "code", "paths": [f"{raw}/*.py"], "kind": "code", "language": "en", "rules": []},
+            ],
+        },
+        "dedup": {"parts": 1},
+        "tokenize": {"tokenizer": "bytes", "held_out": 0.1},
+        "output": {"dir": "out"},
+    }
+    path = folder / "prepare.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def result(folder):
+    """Every file that users see, by name."""
+    out = folder / "out"
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and "work" not in path.relative_to(out).parts
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(folder, result) of a preparation by one worker in this process."""
+    folder = tmp_path_factory.mktemp("prepared")
+    corpus(folder / "raw")
+    config(folder, "raw")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    finally:
+        os.chdir(before)
+    return folder, result(folder)
+
+
+def test_what_is_made(done):
+    folder, made = done
+    names = set(made)
+    assert {
+        "REPORT.md",
+        "blend.yaml",
+        "prepared.json",
+        "web.bin",
+        "web.idx",
+        "packed.bin",
+        "code.bin",
+        "web_valid.bin",
+    } <= names
+    assert sorted(name for name in names if name.startswith("documents/packed")) == ["documents/packed-000000.jsonl.zst"]
+    counts = {name: TokenStore(folder / "out" / name).documents for name in ("web", "web_valid", "packed", "code")}
+    kept = counts["web"] + counts["web_valid"]
+    assert kept == 150 - 10 + 1  # without copies, the near one and the short one; ten are in both, and packed comes first
+    assert counts["code"] + counts.get("code_valid", 0) == 4
+    assert json.loads(made["prepared.json"])["files"] == sorted(names - {"prepared.json"})
+    blend = yaml.safe_load(made["blend.yaml"])["data"]
+    assert blend["train"] == [
+        {"path": "out/code", "weight": 1.0},
+        {"path": "out/packed", "weight": 0.5},
+        {"path": "out/web", "weight": 1.0},
+    ]
+    assert blend["tokenizer"] == "bytes" and "out/web_valid" in blend["valid"]
+    report = made["REPORT.md"].decode()
+    assert "gopher.words.least" in report and "duplicates.exact" in report and "duplicates.near" in report
+    assert b"someone@example.org" not in made["web.bin"] + made["web_valid.bin"]
+
+
+def test_a_second_run_has_nothing_to_do_and_gives_names_again(done, monkeypatch, capsys):
+    folder, made = done
+    monkeypatch.chdir(folder)
+    (folder / "out/REPORT.md").unlink()
+    (folder / "out/web.idx").unlink()
+    work = sorted((folder / "out/work").rglob("done.json"))
+    times = [path.stat().st_mtime_ns for path in work]
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert result(folder) == made
+    assert [path.stat().st_mtime_ns for path in work] == times
+
+
+def test_any_number_of_workers_and_any_order_of_files_give_the_same_bytes(done, tmp_path):
+    _, made = done
+    corpus(tmp_path / "raw")
+    for path in sorted((tmp_path / "raw").iterdir(), reverse=True):  # another order in the folder
+        shutil.copy2(path, tmp_path / "moved")
+        path.unlink()
+        (tmp_path / "moved").rename(path)
+    config(tmp_path, "raw")
+    run(tmp_path, "run.workers=3")
+    assert result(tmp_path) == made
+
+
+def run(folder, *words):
+    command = [sys.executable, "-m", "megatrain", "data", "prepare", "prepare.yaml", *words]
+    return subprocess.run(command, cwd=folder, check=True, timeout=120, capture_output=True, text=True)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.fault(
+    injection="kill -9 of workers of `data prepare` at three random moments",
+    promise="each redoes at most the unit it was at; the same bytes",
+    layout="2 workers",
+)
+def test_killed_workers_change_nothing(done, tmp_path, measured):
+    _, made = done
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    command = [sys.executable, "-m", "megatrain", "data", "prepare", "prepare.yaml", "run.workers=2"]
+    draw = random.Random(5)
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        killed = 0
+        while killed < 3 and process.poll() is None:
+            try:
+                process.wait(draw.uniform(0.5, 2.5))
+            except subprocess.TimeoutExpired:
+                workers = psutil.Process(process.pid).children()
+                if workers:
+                    draw.choice(workers).send_signal(signal.SIGKILL)
+                    killed += 1
+        said = process.communicate()[1]
+    assert process.returncode == 0 and killed > 0, said
+    assert result(tmp_path) == made
+
+
+def test_a_dry_run_says_what_each_rule_would_remove_and_writes_nothing(done, tmp_path, monkeypatch, capsys):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "prepare", "prepare.yaml", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("# What the rules would remove") and "A dry run over the beginnings of" in said
+    assert "| gopher.words.least | 1 | 0.5% |" in said
+    monkeypatch.setattr(preview, "SAMPLE_LETTERS", 3)
+    assert main(["data", "read", "prepare.yaml", "--dry-run"]) == 0
+    assert re.search(r"^[78] documents \(.*\) became [78] \(", capsys.readouterr().out, re.MULTILINE)  # one of each unit
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prepare.yaml", "raw"]
+
+
+def test_every_verb_is_known():
+    assert VERBS.keys() | {"filter"} == phases.LAST.keys()
+
+
+def test_what_says_auto_takes_the_rules_of_kind_and_language(tmp_path):
+    corpus(tmp_path / "raw")
+    told = conduct.load_config(str(config(tmp_path, "raw")), ["read.sources=[{name: web, paths: [raw/a.jsonl], language: en}]"])
+    assert told.read.sources[0].rules == ("auto",)
+    stages = mapping.stages_of(told, told.read.sources[0], "filter")
+    assert [name for name, _ in stages] == ["clean", "filter"]
+    document, tally = Document("Too short.", "web", "raw/a.jsonl", 0, "text", "en"), Tally()
+    refused = set(refused_by(stages[1][1], document, tally))
+    assert {"gopher.words.least", "c4.sentences"} <= refused
+    chinese = Document("太短。", "web", "raw/a.jsonl", 0, "text", "zh")
+    assert any(name.startswith("fineweb2_zh.") for name in refused_by(stages[1][1], chinese, tally))
+
+
+@pytest.mark.parametrize(
+    ("verb", "stages"), [("read", ["read"]), ("clean", ["read", "clean"]), ("filter", ["read", "clean", "filter"])]
+)
+def test_a_verb_ends_at_its_stage(tmp_path, monkeypatch, capsys, verb, stages):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", verb, "prepare.yaml", "--worker"]) == 0
+    report = (tmp_path / "out/REPORT.md").read_text()
+    rows = [
+        line.split(" | ")[0].removeprefix("| ")
+        for line in report.split("## Stages")[1].split("##")[0].splitlines()
+        if "%" in line
+    ]
+    assert rows == stages
+    text = "".join(document.text for path in (tmp_path / "out/documents").iterdir() for document in documents_of(path))
+    assert ("someone@example.org" in text) == (verb == "read")
+    assert ("too short" in text) == (verb != "filter")
+
+
+def test_annotating_keeps_all_with_their_scores(tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "filter", "prepare.yaml", "filter.mode=annotate", "--worker"]) == 0
+    kept = [document for path in (tmp_path / "out/documents").glob("web-*") for document in documents_of(path)]
+    assert len(kept) == 155
+    short = next(document for document in kept if document.text == "too short")
+    assert short.scores["gopher.words"] == 2.0 and short.marks["url"] == "http://x/153"
+
+
+def test_a_changed_rule_is_another_preparation_and_what_is_no_more_goes(tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert (tmp_path / "out/web_valid.bin").exists()
+    assert main(["data", "prepare", "prepare.yaml", "tokenize.held_out=0", "filter.mode=annotate", "--worker"]) == 0
+    assert not (tmp_path / "out/web_valid.bin").exists()
+    assert TokenStore(tmp_path / "out/web").documents == 142
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["read.sources=[{name: a/b, paths: [x]}]"], r"read.sources[0].name='a/b' becomes a name of files"),
+        (["read.sources=[{name: web_valid, paths: [x]}]"], "not with _valid at the end"),
+        (["tokenize.vocab_size=300"], "a tokenizer is either given or trained"),
+        (
+            ["run.on=slurm"],
+            "run.on=slurm, and this is no SLURM job. Submit one (sbatch --array 0-63 launch/prepare.sbatch CONFIG.yaml)",
+        ),
+        (["dedup.agrement=0.5"], "Did you mean dedup.agreement?"),
+        (["read.sources=[{name: web, paths: [none/*.jsonl]}]"], "none/*.jsonl matches no file"),
+        (["read.sources=[{name: web, paths: [raw/a.jsonl], rules: [gophre]}]", "--worker"], "there is no rule 'gophre'"),
+    ],
+)
+def test_configs_that_cannot_be_meant(tmp_path, monkeypatch, capsys, words, said):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert main(["data", "prepare", "prepare.yaml", *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_filter_without_a_config_needs_its_options(capsys):
+    assert main(["data", "filter", "--keep", "head"]) == 2
+    assert "data filter without a CONFIG.yaml needs --input, --output, --ngram." in capsys.readouterr().err
+
+
+def test_a_changed_shard_is_named(tmp_path, monkeypatch, capsys):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "read", "prepare.yaml", "--worker"]) == 0
+    (shard,) = (tmp_path / "out/work").glob(f"documents-*/unit_000000/{mapping.DOCUMENTS}")
+    with shard.open("ab") as file:
+        file.write(b"x")
+    assert main(["data", "read", "prepare.yaml", "--worker"]) == 1
+    assert "was changed after it was written. Remove " in capsys.readouterr().err
