@@ -38,8 +38,11 @@ _UNKNOWN = "the tokenizer that made it is not known, or not where it was. Name i
 _BROKEN = re.compile("\ufffd")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
 _PRIVATE = re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")
-_MOJIBAKE = re.compile("Ã[\x80-\xbf\u0192\u201a\u201e\u2020\u2021\u2026\u2030]|â€|â\x80|Â[\xa0-\xbf]|ï»¿|ï¿½")
-"""UTF-8 that was read as Latin-1 or windows-1252."""
+_FROM_1252 = str.maketrans({bytes([byte]).decode("cp1252", "ignore") or chr(byte): chr(byte) for byte in range(0x80, 0xA0)})
+"""What windows-1252 makes of the bytes 0x80 to 0x9f -> what Latin-1 makes of them."""
+_MISREAD = re.compile("[\xc2-\xf4][\x80-\xbf" + "".join(map(chr, _FROM_1252)) + "]+")
+_USUAL = re.compile("[\u00a0-\u017f\u0391-\u03c9\u0400-\u045f\u0620-\u064a\u0800-\U0010ffff]")
+"""Characters that text has: of those of two bytes only the most usual, since two characters in a row are often meant."""
 MOJIBAKE = 2
 """Places of mojibake from which it is noted: a single one may be meant."""
 
@@ -65,10 +68,16 @@ def notes_on(text: str) -> Iterator[str]:
         yield "control_character"
     if _PRIVATE.search(text):
         yield "private_character"
-    if sum(1 for _ in _MOJIBAKE.finditer(text)) >= MOJIBAKE:
+    if any(number == MOJIBAKE for number, _ in enumerate(_misread(text), 1)):
         yield "mojibake"
     if len(text) > LONG_LINE and max(map(len, text.split("\n"))) > LONG_LINE:
         yield "long_line"
+
+
+def _misread(text: str) -> Iterator[str]:
+    """Usual characters whose UTF-8 was read as Latin-1 or windows-1252; unusual ones may be two characters that are meant (ß“)."""
+    for run in _MISREAD.finditer(text):
+        yield from _USUAL.findall(run[0].translate(_FROM_1252).encode("latin-1").decode("utf-8", "ignore"))
 
 
 def survey(inputs: Sequence[str], output: Path, options: SurveyOptions) -> list[str]:
@@ -93,7 +102,7 @@ def survey(inputs: Sequence[str], output: Path, options: SurveyOptions) -> list[
     for size, number in Counter(copies.values()).items():
         if size > 1:
             audit.tally.count(f"cluster/exact/{size}", number)
-    title = f"Audit of {', '.join(inputs)}"
+    title = f"Audit of {inputs[0]}" + (f" and {len(inputs) - 1:,} more" if len(inputs) > 1 else "")
     return write_report(
         output, audit, [STAGE], title=title, note=f"Nothing was removed: rules say what is odd about documents.{note}"
     )

@@ -31,6 +31,20 @@ def test_usual_texts_are_not(text):
     assert [name for name in notes_on(text) if name != "empty"] == []
 
 
+def test_mojibake_of_every_script_is_noted():
+    for text in ("“naïve” café", "Ελληνικά", "русский текст", "我你他", "한국어", "日本の", "العربية", "🙂🙃"):
+        for encoding in ("latin-1", "cp1252"):
+            assert "mojibake" in notes_on(text.encode().decode(encoding, "replace").replace("\ufffd", "\x81")), (text, encoding)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["„Spaß“ und „Maß“", "VÝŠKA, VÝŠE", "CAFÉ… PASSÉ… FINI", "náš, váš, „č“", "«Ç», «É»", "ÀÉ–ÈÊ— OÙ?", "5 °C ± 2 µm × 3½"],
+)
+def test_letters_that_look_like_mojibake_are_not(text):
+    assert list(notes_on(text)) == []
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "crawl" / "zh").mkdir(parents=True)
