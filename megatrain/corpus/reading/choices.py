@@ -86,9 +86,11 @@ class ReadConfig:
         "resiliparse",
         "What takes the text out of HTML: `resiliparse` is fast and keeps most, `trafilatura` leaves more of a page's frame out.",
     )
-    page_seconds: float = knob(10.0, "Seconds that a page of HTML may take; one that takes longer is passed over.", above=0)
+    page_seconds: float = knob(
+        4.0, "Seconds of processor time that a page of HTML may take; one that takes longer is passed over.", above=0
+    )
     page_bytes: int = knob(16 << 20, "Bytes of a page of HTML; a larger one is passed over.", at_least=1)
-    page_memory_mib: int = knob(1024, "MiB of memory that the extractor may take.", at_least=256)
+    page_memory_mib: int = knob(512, "MiB of memory that the extractor may take.", at_least=64)
 
     def source(self, name: str) -> SourceConfig:
         """The source of a name. Raises KeyError."""

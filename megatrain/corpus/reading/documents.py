@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 from megatrain.corpus.document import Document, Tally
 from megatrain.corpus.reading.choices import Form, ReadConfig
 from megatrain.corpus.reading.file_reading import FileReading
 from megatrain.corpus.reading.json_rows import row_documents
+from megatrain.corpus.reading.pages import page_documents
+from megatrain.corpus.reading.parquet_rows import table_documents
 from megatrain.corpus.reading.texts import text_documents
 from megatrain.corpus.reading.units import WorkUnit
-
-READERS: dict[Form, Callable[[FileReading], Iterator[Document]]] = {"text": text_documents, "lines": row_documents}
+from megatrain.corpus.reading.warc import warc_documents
 
 
 def read_unit(unit: WorkUnit, settings: ReadConfig, tally: Tally) -> Iterator[Document]:
     """The documents of a unit, in order; what cannot be read is counted, as `read.no_json`, with its file and line.
 
-    Counts `read.documents` too. Raises ReadError with on_error=stop, and ChangedError in any case where
-    a file changes while it is read: the unit has to be done again then, and what came of it is void.
+    Counts `read.documents` too. Raises ReadError with on_error=stop, and ChangedError in any case where a file changes while it is read:
+    the unit has to be done again then, and what came of it is void. ImportError where a package is not installed.
     """
     source = settings.source(unit.source)
-    for piece in unit.pieces:
-        reading = FileReading(source, piece, settings, tally)
-        for document in READERS[piece.form](reading):
+    for form, parts in itertools.groupby(unit.parts, lambda part: part.form):
+        readings = (FileReading(source, part, settings, tally) for part in parts)
+        for document in _READERS[form](readings, settings):
             tally.count("read.documents")
             yield document
+
+
+def _each(
+    read: Callable[[FileReading], Iterator[Document]],
+) -> Callable[[Iterable[FileReading], ReadConfig], Iterator[Document]]:
+    return lambda readings, _settings: itertools.chain.from_iterable(map(read, readings))
+
+
+_READERS: dict[Form, Callable[[Iterable[FileReading], ReadConfig], Iterator[Document]]] = {
+    "text": _each(text_documents),
+    "lines": _each(row_documents),
+    "html": page_documents,
+    "warc": warc_documents,
+    "parquet": _each(table_documents),
+}

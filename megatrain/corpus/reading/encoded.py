@@ -8,12 +8,18 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from megatrain.corpus.extras import need
 from megatrain.corpus.reading.file_reading import FileReading
 from megatrain.files import HEAD_BYTES, byte_order_mark, compression, not_text, opened_plain
 
 REPLACEMENT = "\ufffd"
 FEW_NULS, MOST_NULS = 8, 0.05
 """NULs among a file's first bytes, and their share, from which it is no text."""
+PRESCAN_BYTES = 1024
+"""The first bytes of a page, in which its declaration has to stand."""
+_DECLARED = re.compile(rb"<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*[\"']?\s*([A-Za-z0-9_:.\-]+)", re.IGNORECASE)
+_LARGER = {"gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "iso8859-11": "cp874", "big5": "big5hkscs"}
+"""Encodings that browsers read as larger ones."""
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
@@ -23,12 +29,12 @@ def decoded_chunks(reading: FileReading) -> tuple[str, Iterator[bytes]]:
     A file that is no text has none, which is counted. Raises ReadError with on_error=stop, and ChangedError.
     """
     chunks = reading.chunks()
-    head = _file_head(reading) if reading.piece.start else b""
+    head = _file_head(reading) if reading.part.start else b""
     if not head:
         head = next(chunks, b"")
         chunks = itertools.chain([head], chunks)
     encoding = encoding_of(reading, head)
-    if reading.piece.start == 0 and (said := no_text(head, encoding)):
+    if reading.part.start == 0 and (said := no_text(head, encoding)):
         reading.refuse("read.no_text", "", said)
         return encoding, iter(())
     return ("utf-8", _as_utf8(reading, encoding, chunks)) if encoding.startswith(("utf-16", "utf-32")) else (encoding, chunks)
@@ -54,20 +60,55 @@ def no_text(head: bytes, encoding: str) -> str:
     return "the file is no text: it has many NULs." if head.count(0) > max(FEW_NULS, MOST_NULS * len(head)) else ""
 
 
-def text_of(reading: FileReading, data: bytes, encoding: str) -> str | None:
-    """The text of a whole file, with line ends as Unix has them; None for one that is refused, which is counted."""
-    text, broken = decoded(data, encoding)
-    if broken is not None and not reading.may_mend("read.invalid_text", *_place(data, broken, encoding)):
+def text_of(reading: FileReading, data: bytes, encoding: str, within: str = "") -> str | None:
+    """The text of a whole file, or of a record of one, with line ends as Unix has them; None for one that is refused, which is counted."""
+    text = mended_text(reading, data, encoding, within)
+    if text is None:
         return None
-    if nuls := text.count("\0"):
-        line = text.count("\n", 0, text.index("\0")) + 1
-        if not reading.may_mend("read.nul", f"line {line}", f"{nuls:,} NULs."):
-            return None
-        text = text.replace("\0", "")
     if "\r\n" in text:
         reading.count("read.crlf")
         text = text.replace("\r\n", "\n")
     return text.removeprefix("\ufeff")
+
+
+def page_in_utf8(reading: FileReading, data: bytes, charset: str, within: str = "") -> bytes | None:
+    """A page of HTML in UTF-8, without NULs; None for one that is refused, which is counted.
+
+    Its encoding is, in this order, that of its byte-order mark, of its source, of HTTP (`charset`), of its own declaration, or UTF-8;
+    names mean what browsers take them for.
+    """
+    encoding = encoding_of(reading, data)
+    if encoding == "utf-8" and reading.source.encoding == "auto" and byte_order_mark(data) is None:
+        declared = _DECLARED.search(data[:PRESCAN_BYTES])
+        encoding = browser_encoding(charset or (declared[1].decode() if declared else ""))
+    text = mended_text(reading, data, encoding, within)
+    return None if text is None else text.encode(errors="replace")
+
+
+def mended_text(reading: FileReading, data: bytes, encoding: str, within: str) -> str | None:
+    """Bytes as text without NULs; None where they are refused, which is counted. within: the record, as messages name it."""
+    place = f"{within}, " if within else ""
+    text, broken = decoded(data, encoding)
+    if broken is not None:
+        line = data.count(10, 0, broken.start) + 1
+        if not reading.may_mend("read.invalid_text", f"{place}line {line}", said_of(broken, encoding)):
+            return None
+    if nuls := text.count("\0"):
+        line = text.count("\n", 0, text.index("\0")) + 1
+        if not reading.may_mend("read.nul", f"{place}line {line}", f"{nuls:,} NULs."):
+            return None
+        text = text.replace("\0", "")
+    return text
+
+
+def browser_encoding(name: str) -> str:
+    """The encoding that browsers use for a declared name; UTF-8 for none, for an unknown one and for UTF-16, which a page that declares
+    something readable cannot be in (WHATWG, Encoding and HTML).
+    """
+    if not name or not name.isascii():
+        return "utf-8"
+    found = need("resiliparse.parse.encoding", "reading HTML", "data").map_encoding_to_html5(name)
+    return "utf-8" if found.startswith("utf-") else _LARGER.get(found, found)
 
 
 def decoded(data: bytes, encoding: str) -> tuple[str, UnicodeDecodeError | None]:
@@ -76,11 +117,6 @@ def decoded(data: bytes, encoding: str) -> tuple[str, UnicodeDecodeError | None]
         return data.decode(encoding), None
     except UnicodeDecodeError as error:
         return data.decode(encoding, "replace"), error
-
-
-def _place(data: bytes, error: UnicodeDecodeError, encoding: str) -> tuple[str, str]:
-    """The place of the first broken byte, and the message."""
-    return f"line {data.count(10, 0, error.start) + 1}", said_of(error, encoding)
 
 
 def said_of(error: UnicodeDecodeError, encoding: str) -> str:
@@ -110,9 +146,9 @@ def without_halves(value: Any) -> Any:
 
 
 def _file_head(reading: FileReading) -> bytes:
-    """The first bytes of a file a later piece of which is read; b"" where it cannot be, which its chunks will tell."""
+    """The first bytes of a file a later part of which is read; b"" where it cannot be, which its chunks will tell."""
     try:
-        with opened_plain(reading.piece.file) as file:
+        with opened_plain(reading.part.file) as file:
             return file.read(HEAD_BYTES)
     except OSError:
         return b""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from megatrain.corpus.document import PLACES, Document, Tally
 from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
@@ -19,8 +19,9 @@ from megatrain.data.prepare.read import CHUNK_BYTES, ReadError
 from megatrain.data.prepare.unpack import MOST_WINDOW, PackedDamageError, UnpackError, UnpackLimits, unpacked
 from megatrain.files import opened_plain
 
+T = TypeVar("T")
 FARTHEST = 1 << 30
-"""Bytes before a piece that are read to tell the line of a problem in it; beyond, its byte is told."""
+"""Bytes before a part that are read to tell the line of a problem in it; beyond, its byte is told."""
 
 
 class ChangedError(ReadError):
@@ -28,11 +29,11 @@ class ChangedError(ReadError):
 
 
 class FileReading:
-    """A piece of a file that is being read, and where its problems go."""
+    """A part of a file that is being read, and where its problems go."""
 
-    def __init__(self, source: SourceConfig, piece: FilePart, settings: ReadConfig, tally: Tally) -> None:
-        self.source, self.piece, self.settings, self._tally = source, piece, settings, tally
-        self.before = max(piece.start - 1, 0)
+    def __init__(self, source: SourceConfig, part: FilePart, settings: ReadConfig, tally: Tally) -> None:
+        self.source, self.part, self.settings, self._tally = source, part, settings, tally
+        self.before = max(part.start - 1, 0)
         """First byte that is read: the one before a range tells whether a line begins there."""
         self.ended: Literal["", "whole", "broken"] = ""
         """How `chunks` have ended, "" while there may be more; after "broken", what came last may be half of something."""
@@ -43,13 +44,13 @@ class FileReading:
         """Count a problem that has been mended. where: `line 7`, or what finds it, which is asked where it will be shown."""
         if callable(where):
             where = where() if len(self._tally.places.get(name, ())) < PLACES else ""
-        self._tally.problem(name, self.piece.file, where, said)
+        self._tally.problem(name, self.part.file, where, said)
 
     def refuse(self, name: str, where: str | Callable[[], str], said: str) -> None:
         """Count a problem that costs a document. Raises ReadError with on_error=stop."""
         if self.settings.on_error == "stop":
             place = where() if callable(where) else where
-            raise ReadError(f"{self.piece.file}{', ' if place else ''}{place}: {said}")
+            raise ReadError(f"{self.part.file}{', ' if place else ''}{place}: {said}")
         self.note(name, where, said)
 
     def may_mend(self, name: str, where: str | Callable[[], str], said: str) -> bool:
@@ -72,7 +73,7 @@ class FileReading:
     def _lines_before(self) -> int:
         """Line ends before the first byte that is read: counted once, and only where there is a problem to tell of."""
         found, left = 0, self.before
-        with opened_plain(self.piece.file) as file:
+        with opened_plain(self.part.file) as file:
             while left and (chunk := file.read(min(CHUNK_BYTES, left))):
                 found += chunk.count(b"\n")
                 left -= len(chunk)
@@ -83,25 +84,29 @@ class FileReading:
     def document(self, text: str, at: int, marks: dict[str, Any] | None = None) -> Document:
         """A document of this file."""
         language = "" if self.source.language == "auto" else self.source.language
-        return Document(text, self.source.name, self.piece.file, at, self.source.kind, language, marks=marks or {})
+        return Document(text, self.source.name, self.part.file, at, self.source.kind, language, marks=marks or {})
 
     # --- bytes ---
 
     def chunks(self) -> Iterator[bytes]:
-        """The bytes of the piece, unpacked, in chunks; `ended` says afterwards how they ended.
+        """The bytes of the part, unpacked, in chunks, as `guarded` reads them."""
+        return self.guarded(self._unpacked)
+
+    def guarded(self, read: Callable[[BinaryIO], Iterator[T]]) -> Iterator[T]:
+        """Read the open file; `ended` says afterwards how that ended.
 
         What breaks costs what is left of the file. Raises ReadError with on_error=stop, and ChangedError.
         """
         self.ended = ""
         try:
-            with opened_plain(self.piece.file) as file:
-                if not self.is_same(os.fstat(file.fileno())):
+            with opened_plain(self.part.file) as file:
+                if not self._is_same(os.fstat(file.fileno())):
                     self.refuse("read.changed", "", "the file was written to after the run began, and is left out.")
                     self.ended = "broken"
                     return
-                yield from self._unpacked(file)
-                if not self.is_same(os.fstat(file.fileno())):
-                    raise self.changed()
+                yield from read(file)
+                if not self._is_same(os.fstat(file.fileno())):
+                    raise self._changed()
             self.ended = "whole"
         except PackedDamageError as error:
             self._break("read.damaged", f"the file was cut short or is damaged ({error}); what comes before is kept.")
@@ -110,34 +115,34 @@ class FileReading:
         except OSError as error:
             self._break("read.unreadable", f"the file cannot be read: {error.strerror or error}.")
 
-    def changed(self) -> ChangedError:
+    def _changed(self) -> ChangedError:
         """The error for a file that is not what it was."""
-        return ChangedError(f"{self.piece.file} was written to while it was read.")
+        return ChangedError(f"{self.part.file} was written to while it was read.")
 
-    def is_same(self, found: os.stat_result) -> bool:
+    def _is_same(self, found: os.stat_result) -> bool:
         """Whether a file has the size and time that it had when it was cut."""
-        return (found.st_size, found.st_mtime_ns) == (self.piece.size, self.piece.time)
+        return (found.st_size, found.st_mtime_ns) == (self.part.size, self.part.time)
 
     def _break(self, name: str, said: str) -> None:
         self.ended = "broken"
-        if Path(self.piece.file).exists() and not self.is_same(Path(self.piece.file).stat()):
-            raise self.changed()
+        if Path(self.part.file).exists() and not self._is_same(Path(self.part.file).stat()):
+            raise self._changed()
         self.refuse(name, "", said)
 
     def _unpacked(self, file: BinaryIO) -> Iterator[bytes]:
         """The bytes of an open file: of a compressed one all, of a range of lines those of the lines that begin in it."""
-        if kind := compression_of(self.piece.file):
+        if kind := compression_of(self.part.file):
             ratio, most = self.settings.unpacked_ratio, self.settings.unpacked_mib << 20
             yield from unpacked(file, kind[1:].lower(), UnpackLimits(ratio, most, MOST_WINDOW))
             return
-        start, stop = self.piece.start, self.piece.stop
+        start, stop = self.part.start, self.part.stop
         file.seek(self.before)
         at, begun, last = self.before, start == 0, b""
         while at < stop and (chunk := file.read(min(CHUNK_BYTES, stop - at))):
             begun = begun or b"\n" in chunk
             at, last = at + len(chunk), chunk[-1:]
             yield chunk
-        if stop == self.piece.size or not begun or last == b"\n":
+        if stop == self.part.size or not begun or last == b"\n":
             return
         while chunk := file.read(CHUNK_BYTES):  # the rest of the line that has begun
             end = chunk.find(b"\n")

@@ -23,12 +23,12 @@ _NOTHING = object()
 
 
 def row_documents(reading: FileReading) -> Iterator[Document]:
-    """The documents of a piece of a file of rows, in order. Raises ReadError with on_error=stop, and ChangedError."""
+    """The documents of a part of a file of rows, in order. Raises ReadError with on_error=stop, and ChangedError."""
     encoding, chunks = decoded_chunks(reading)
     rows = _Rows(reading, encoding)
     for number, at, line in lines_of(chunks, reading.settings.longest):
-        if at == 0 and reading.piece.start:
-            continue  # the end of a line that belongs to the piece before
+        if at == 0 and reading.part.start:
+            continue  # the end of a line that belongs to the part before
         if reading.ended == "broken":
             break  # the file ends within a line
         begin = reading.before + at

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from megatrain.corpus.extras import need
 from megatrain.corpus.reading.choices import Form, ReadConfig, SourceConfig
 from megatrain.data.prepare.read import COMPRESSIONS, TEXT_SUFFIXES, ReadError
 from megatrain.files import HEAD_BYTES, opened_plain, wide_encoding
@@ -64,7 +65,7 @@ class WorkUnit:
     """The part of the input that one worker reads at a time."""
 
     source: str
-    pieces: tuple[FilePart, ...]
+    parts: tuple[FilePart, ...]
 
     @property
     def identity(self) -> str:
@@ -77,17 +78,17 @@ class WorkUnit:
     @property
     def size(self) -> int:
         """Bytes that it reads, as files have them, for progress; of a parquet file its share of rows."""
-        return sum(piece.size if piece.form == "parquet" else piece.stop - piece.start for piece in self.pieces)
+        return sum(part.size if part.form == "parquet" else part.stop - part.start for part in self.parts)
 
     def as_json(self) -> list[Any]:
         """The unit as plain values."""
-        return [self.source, [list(piece) for piece in self.pieces]]
+        return [self.source, [list(part) for part in self.parts]]
 
     @classmethod
     def of_json(cls, values: list[Any]) -> WorkUnit:
         """The unit that `as_json` gave."""
-        source, pieces = values
-        return cls(source, tuple(FilePart(*piece) for piece in pieces))
+        source, parts = values
+        return cls(source, tuple(FilePart(*part) for part in parts))
 
 
 def cut_units(settings: ReadConfig) -> list[WorkUnit]:
@@ -212,22 +213,22 @@ def _cut(source: SourceConfig, files: list[str], unit_bytes: int) -> Iterator[Wo
     group: list[FilePart] = []
     held = 0
     for file in files:
-        pieces = _pieces(source, file, unit_bytes)
-        size = pieces[0].size * (PACKED_AS if compression_of(file) else 1)
+        parts = _parts(source, file, unit_bytes)
+        size = parts[0].size * (PACKED_AS if compression_of(file) else 1)
         if group and (held + size > unit_bytes or len(group) == MOST_FILES):
             yield WorkUnit(source.name, tuple(group))
             group, held = [], 0
-        if len(pieces) > 1:
-            yield from (WorkUnit(source.name, (piece,)) for piece in pieces)
+        if len(parts) > 1:
+            yield from (WorkUnit(source.name, (part,)) for part in parts)
         else:
-            group += pieces
+            group += parts
             held += size
     if group:
         yield WorkUnit(source.name, tuple(group))
 
 
-def _pieces(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
-    """The pieces of one file: at least one. Raises ReadError."""
+def _parts(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
+    """The parts of one file: at least one. Raises ReadError."""
     form = form_of(source, file)
     assert form is not None  # noqa: S101  files_of has refused it
     try:
@@ -235,7 +236,9 @@ def _pieces(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
         if not stat.S_ISREG(found.st_mode):
             raise ReadError(f"{source.name}: {file} is no plain file any more.")
         size = found.st_size
-        if form == "lines" and size > unit_bytes and _is_divisible(source, file):
+        if form == "parquet":
+            ends = _row_groups(file, unit_bytes)
+        elif form == "lines" and size > unit_bytes and _is_divisible(source, file):
             number = -(-size // unit_bytes)
             ends = [size * (i + 1) // number for i in range(number)]
         else:
@@ -243,6 +246,24 @@ def _pieces(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
     except OSError as error:
         raise ReadError(f"{source.name}: {file} cannot be read: {error.strerror or error}.") from None
     return [FilePart(file, form, start, stop, size, found.st_mtime_ns) for start, stop in zip([0, *ends], ends, strict=False)]
+
+
+def _row_groups(file: str, unit_bytes: int) -> list[int]:
+    """Ends of parts of a parquet file: row groups of `unit_bytes` together. One that is broken has one part, whose reader tells why."""
+    parquet = need("pyarrow.parquet", "reading .parquet", "parquet")
+    try:
+        with opened_plain(file) as opened:
+            found = parquet.ParquetFile(opened).metadata
+            sizes = [found.row_group(i).total_byte_size for i in range(found.num_row_groups)]
+    except (ValueError, OSError):
+        return [0]
+    ends, held = [], 0
+    for i, size in enumerate(sizes):
+        if held and held + size > unit_bytes:
+            ends.append(i)
+            held = 0
+        held += size
+    return [*ends, len(sizes)]
 
 
 def _is_divisible(source: SourceConfig, file: str) -> bool:

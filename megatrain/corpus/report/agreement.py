@@ -11,6 +11,7 @@ takes missing labels, and distances between labels. A measure is NaN where chanc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -20,30 +21,40 @@ Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Level = Literal["nominal", "ordinal", "interval"]
 MISSING = -1
+CELLS = 1 << 22
+"""Cells of a table of items and labels that is in memory at a time."""
+
+
+def blocks(codes: Codes, labels: int) -> Iterator[Floats]:
+    """[items, k] how many raters gave each label, for some items at a time, so that many items and labels fit into memory."""
+    step = max(1, CELLS // max(1, labels))
+    for start in range(0, len(codes), step):
+        block = codes[start : start + step]
+        rows, columns = np.nonzero(block != MISSING)
+        flat = np.bincount(rows * labels + block[rows, columns], minlength=len(block) * labels)
+        yield flat.reshape(len(block), labels).astype(np.float64)
 
 
 def coincidences(codes: Codes, labels: int) -> Floats:
     """[k, k] how often two labels meet in an item: each ordered pair of raters weighs 1 / (labels of the item - 1)."""
-    counts = per_item(codes, labels)
-    together = counts.sum(axis=1)
-    counts, together = counts[together > 1], together[together > 1]
-    weighted = counts / (together - 1)[:, None]
-    return np.asarray(weighted.T @ counts - np.diag(weighted.sum(axis=0)))
-
-
-def per_item(codes: Codes, labels: int) -> Floats:
-    """[items, k] how many raters gave each label."""
-    rows, columns = np.nonzero(codes != MISSING)
-    flat = np.bincount(rows * labels + codes[rows, columns], minlength=len(codes) * labels)
-    return flat.reshape(len(codes), labels).astype(np.float64)
+    total: Floats = np.zeros((labels, labels))
+    for counts in blocks(codes[_given(codes) > 1], labels):
+        weighted = counts / (counts.sum(axis=1) - 1)[:, None]
+        total += weighted.T @ counts - np.diag(weighted.sum(axis=0))
+    return total
 
 
 def percent_agreement(codes: Codes, labels: int) -> float:
     """Share of agreeing pairs among all pairs of labels of one item; NaN without pairs."""
-    counts = per_item(codes, labels)
-    together = counts.sum(axis=1)
-    pairs = float((together * (together - 1)).sum())
-    return float((counts * (counts - 1)).sum()) / pairs if pairs else float("nan")
+    given = _given(codes)
+    pairs = int((given * (given - 1)).sum())
+    agreeing = sum(float((counts * (counts - 1)).sum()) for counts in blocks(codes, labels))
+    return agreeing / pairs if pairs else float("nan")
+
+
+def _given(codes: Codes) -> Codes:
+    """[items] number of labels."""
+    return np.asarray((codes != MISSING).sum(axis=1), np.int64)
 
 
 def confusion(first: Codes, second: Codes, labels: int) -> Floats:
@@ -66,19 +77,21 @@ def fleiss_kappa(codes: Codes, labels: int) -> tuple[float, int, int]:
 
     It is defined for one number of labels an item, whoever gave them: the most frequent one above 1, the larger one of two.
     """
-    counts = per_item(codes, labels)
-    together = counts.sum(axis=1).astype(np.int64)
-    often = np.bincount(together, minlength=2)
+    given = _given(codes)
+    often = np.bincount(given, minlength=2)
     often[:2] = 0
     if not often.any():
         return float("nan"), 0, 0
     raters = int(len(often) - 1 - np.argmax(often[::-1]))
-    counts = counts[together == raters]
-    shares = counts.sum(axis=0) / counts.sum()
-    observed = 1.0 - float((counts * (counts - 1)).sum()) / (len(counts) * raters * (raters - 1))
+    shares, agreeing, items = np.zeros(labels), 0.0, int(often[raters])
+    for counts in blocks(codes[given == raters], labels):
+        shares += counts.sum(axis=0)
+        agreeing += float((counts * (counts - 1)).sum())
+    shares /= items * raters
+    observed = 1.0 - agreeing / (items * raters * (raters - 1))
     expected = 1.0 - float(shares @ shares)
     kappa = 1.0 - observed / expected if np.count_nonzero(shares) > 1 else float("nan")
-    return kappa, raters, len(counts)
+    return kappa, raters, items
 
 
 def krippendorff_alpha(codes: Codes, values: Floats, level: Level = "nominal") -> float:
@@ -102,10 +115,12 @@ def _distances(margins: Floats, values: Floats, level: Level) -> Floats:
 
 def majorities(codes: Codes, labels: int) -> Codes:
     """[items] the label of most raters; MISSING where two labels tie, or without labels."""
-    counts = per_item(codes, labels)
-    most = counts.max(axis=1, initial=0)
-    unique = (counts == most[:, None]).sum(axis=1) == 1
-    return np.where(unique & (most > 0), counts.argmax(axis=1) if labels else MISSING, MISSING)
+    found = [np.zeros(0, np.int64)]
+    for counts in blocks(codes, labels):
+        most = counts.max(axis=1, initial=0)
+        unique = (counts == most[:, None]).sum(axis=1) == 1
+        found.append(np.where(unique & (most > 0), counts.argmax(axis=1), MISSING))
+    return np.concatenate(found)
 
 
 def disagreements(codes: Codes) -> Codes:

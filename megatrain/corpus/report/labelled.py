@@ -23,6 +23,8 @@ import numpy as np
 from megatrain.corpus.report.agreement import MISSING, Codes, Floats, Level
 from megatrain.files import OneLine, brief, not_utf8, opened
 
+MOST = 256
+"""Different labels of a set: a table of all pairs of them is made."""
 WIDE = "label_"
 """How the names of columns begin that are raters' without being named."""
 
@@ -200,6 +202,11 @@ def _in_order(given: Sequence[GivenLabel], columns: Columns) -> tuple[tuple[str,
     first: dict[str, str] = {}
     for label in given:
         first.setdefault(label.label, label.where)
+    if len(first) > MOST:
+        raise LabelError(
+            f"there are {len(first):,} different labels, such as {', '.join(map(repr, map(brief, list(first)[:3])))}, and {MOST:,} can be "
+            "compared. Is it the right column (--label)? Round numbers to fewer."
+        )
     if columns.order:
         strangers = [label for label in first if label not in columns.order]
         if strangers or len(set(columns.order)) < len(columns.order):

@@ -107,7 +107,7 @@ def _count(stage: StageCount, parts: Sequence[str], number: int) -> None:
     """Enter one count of a stage; parts: its name without the stage's."""
     way, first, *last = parts
     if way == "language":
-        stage.languages[first] += number
+        stage.languages["/".join((first, *last))] += number
         return
     flow = stage.into if way == "in" else stage.out
     if way in ("refused", "alone"):

@@ -30,7 +30,7 @@ def read_all(config):
 
 
 def shape(units):
-    return [[(Path(piece.file).name, piece.start, piece.stop) for piece in unit.pieces] for unit in units]
+    return [[(Path(part.file).name, part.start, part.stop) for part in unit.parts] for unit in units]
 
 
 def test_large_files_are_cut_evenly_and_small_ones_put_together(tmp_path):
@@ -77,7 +77,7 @@ def test_the_order_of_files_and_sources_changes_nothing(tmp_path):
         (tmp_path / name).write_text(name)
     one, two = source(tmp_path / "b/*", tmp_path / "a*/*", name="one"), source(tmp_path / "c.txt", name="two")
     units = cut_units(read_config(one, two))
-    assert [[piece.file.removeprefix(f"{tmp_path}/") for piece in unit.pieces] for unit in units] == [
+    assert [[part.file.removeprefix(f"{tmp_path}/") for part in unit.parts] for unit in units] == [
         ["a-/3.txt", "a/2.txt", "b/1.txt"],
         ["c.txt"],
     ]
@@ -107,7 +107,7 @@ def test_of_source_code_all_files_are_texts(tmp_path):
     for name in ("Makefile", "a.rs", "b.json", "c.html", "d.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}\n')
     (unit,) = cut_units(read_config(source(tmp_path / "*", kind="code")))
-    assert [piece.form for piece in unit.pieces] == ["text", "text", "text", "text", "lines"]
+    assert [part.form for part in unit.parts] == ["text", "text", "text", "text", "lines"]
 
 
 def refused(config):
@@ -194,12 +194,12 @@ def test_units_together_give_what_the_whole_file_gives(tmp_path_factory, lines, 
 
 def test_a_file_that_cannot_be_cut_anywhere_is_whole(tmp_path):
     row = json.dumps({"text": "漊" * 20}, ensure_ascii=False) + "\n"  # U+6F0A has a byte 10 in UTF-16
-    for encoding, pieces in (("utf-16", 1), ("utf-16-le", 1), ("utf-32", 1), ("gb18030", 3), ("utf-8", 4), ("iso2022_jp_2", 1)):
+    for encoding, parts in (("utf-16", 1), ("utf-16-le", 1), ("utf-32", 1), ("gb18030", 3), ("utf-8", 4), ("iso2022_jp_2", 1)):
         name = f"{encoding}.jsonl"
         (tmp_path / name).write_bytes((row * 4).encode(encoding))
         config = read_config(source(tmp_path / name, encoding=encoding), unit_bytes=80)
         units = cut_units(config)
-        assert (encoding, len(units)) == (encoding, pieces)
+        assert (encoding, len(units)) == (encoding, parts)
         documents, tally = read_all(config)
         assert [document.text for document in documents] == ["漊" * 20] * 4
         assert tally.counts == {"read.documents": 4}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from megatrain.corpus.report import agreement
 from megatrain.corpus.report.agreement import (
     MISSING,
     cohen_kappa,
@@ -49,8 +50,11 @@ def test_krippendorffs_own_example(level, alpha):
     assert round(krippendorff_alpha(PAPER_CODES, np.arange(1.0, 6.0), level), 3) == alpha
 
 
+@pytest.mark.parametrize("cells", [agreement.CELLS, 7])
 @pytest.mark.parametrize("level", ["nominal", "ordinal", "interval"])
-def test_alpha_equals_the_librarys(level):
+def test_alpha_equals_the_librarys(level, cells, monkeypatch):
+    """Whether items are counted together or a few at a time."""
+    monkeypatch.setattr(agreement, "CELLS", cells)
     compared = 0
     for seed in range(60):
         codes, values = random_labels(seed, missing=0.25 * (seed % 3))
@@ -78,8 +82,9 @@ def test_fleiss_kappa_of_the_textbook():
     assert (round(kappa, 3), raters, items) == (0.210, 14, 10)
 
 
-def test_fleiss_kappa_is_alpha_but_for_the_size_of_the_sample():
+def test_fleiss_kappa_is_alpha_but_for_the_size_of_the_sample(monkeypatch):
     for seed in range(30):
+        monkeypatch.setattr(agreement, "CELLS", 11 if seed % 2 else 1 << 22)
         codes, values = random_labels(seed, missing=0)
         kappa, raters, items = fleiss_kappa(codes, len(values))
         assert (raters, items) == codes.shape[::-1]
@@ -95,7 +100,9 @@ def test_fleiss_kappa_is_of_the_items_with_the_usual_number_of_labels():
     assert kappa == pytest.approx(1 - (1 / 3) / (1 - 0.5**2 - 0.5**2))
 
 
-def test_counts_by_hand():
+@pytest.mark.parametrize("cells", [1, 6, 1 << 22])
+def test_counts_by_hand(cells, monkeypatch):
+    monkeypatch.setattr(agreement, "CELLS", cells)
     codes = np.array([[0, 0, M], [0, 1, 1], [2, M, M], [M, M, M], [1, 0, 2]])
     assert percent_agreement(codes, 3) == pytest.approx((1 + 1 + 0) / (1 + 3 + 3))
     assert confusion(codes[:, 0], codes[:, 1], 3).tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0]]

@@ -110,6 +110,12 @@ def test_broken_lines_are_said(tmp_path, text, said):
         read_labels([write(tmp_path, "a.jsonl", text)])
 
 
+def test_numbers_that_are_no_labels_are_refused(tmp_path):
+    rows = [{"item": n // 2, "rater": n % 2, "label": n / 3} for n in range(257)]
+    with pytest.raises(LabelError, match=r"there are 257 different labels, such as '0', .* Round numbers to fewer"):
+        read_labels([jsonl(tmp_path, "n.jsonl", rows)])
+
+
 def test_another_kind_of_file_is_refused(tmp_path):
     with pytest.raises(LabelError, match=r"a.xlsx: what kind of file is this\?.* \.jsonl, \.csv or \.tsv"):
         read_labels([write(tmp_path, "a.xlsx", "x")])

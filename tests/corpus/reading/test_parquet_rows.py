@@ -1,0 +1,119 @@
+"""Rows of parquet files."""
+
+import datetime
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatrain.corpus.document import Tally
+from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
+from megatrain.corpus.reading.documents import read_unit
+from megatrain.corpus.reading.file_reading import ChangedError
+from megatrain.corpus.reading.units import cut_units
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a table, or a file with these bytes."""
+
+    def read_table(table, rows=100, unit_bytes=1 << 20, limits=None, **source):
+        file = tmp_path / "a.parquet"
+        if isinstance(table, bytes):
+            file.write_bytes(table)
+        else:
+            pq.write_table(table, file, row_group_size=rows)
+        config = ReadConfig((SourceConfig("web", (str(file),), **source),), unit_bytes=unit_bytes, **(limits or {}))
+        tally = Tally()
+        read_table.units = cut_units(config)
+        documents = [document for unit in read_table.units for document in read_unit(unit, config, tally)]
+        places = [(name, place.where, place.said) for name, places in tally.places.items() for place in places]
+        counts = {name: count for name, count in tally.counts.items() if name != "read.documents"}
+        return [(document.at, document.text, document.marks) for document in documents], counts, places
+
+    return read_table
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_rows_of_any_kind_of_text(read, kind):
+    table = pa.table({"text": pa.array(["one", "漢", "one"], pa.string()).cast(kind), "other": [1, 2, 3]})
+    assert read(table) == ([(0, "one", {}), (1, "漢", {}), (2, "one", {})], {}, [])
+
+
+def test_row_groups_are_units_and_rows_are_numbered_in_the_file(read):
+    table = pa.table({"text": [f"row {n} " + "x" * n for n in range(250)]})
+    whole = read(table, rows=20)
+    assert whole == ([(n, f"row {n} " + "x" * n, {}) for n in range(250)], {}, [])
+    assert len(read.units) == 1
+    for unit_bytes, units in ((6000, 9), (1, 13)):
+        assert read(table, rows=20, unit_bytes=unit_bytes) == whole
+        assert len(read.units) == units
+    assert [(part.start, part.stop) for unit in read.units for part in unit.parts] == [(n, n + 1) for n in range(13)]
+
+
+def test_fields_that_are_kept(read):
+    day = datetime.date(2026, 1, 2)
+    table = pa.table(
+        {"body": ["t"], "url": ["http://a"], "n": [5], "day": [day], "x": [{"a": [b"\xff"], "b": 1.5}], "no": [None]}
+    )
+    ((_, _, marks),) = read(table, key="body", keep=("url", "n", "day", "x", "no", "missing"))[0]
+    assert marks == {"url": "http://a", "n": 5, "day": "2026-01-02", "x": {"a": ["\ufffd"], "b": 1.5}, "no": None}
+    json.dumps(marks)
+
+
+def test_bad_rows(read):
+    text = pa.array([b"good", b"caf\xe9", None, b"", b"a\0b", b"x" * 50, b"good"], pa.binary())
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(text), text.buffers())})
+    rows, counts, places = read(table, limits={"longest": 49})
+    assert rows == [(0, "good", {}), (1, "caf\ufffd", {}), (4, "ab", {}), (6, "good", {})]
+    assert counts == {"read.invalid_text": 1, "read.no_string": 1, "read.empty": 1, "read.nul": 1, "read.too_long": 1}
+    assert [place[:2] for place in places] == [
+        ("read.invalid_text", "row 2, line 1"),
+        ("read.no_string", "row 3"),
+        ("read.nul", "row 5, line 1"),
+        ("read.too_long", "row 6"),
+    ]
+    assert [row[0] for row in read(table, limits={"broken_text": "refuse"})[0]] == [0, 5, 6]
+    assert read(pa.table({"text": [1]}))[2] == [("read.no_string", "row 1", "the value of 'text' is int, not a string.")]
+
+
+def test_bad_files(read, tmp_path):
+    missing = "there is no column 'text'; the file has 'a', 'b'. Say in `key:` of web which is the text."
+    assert read(pa.table({"a": ["x"], "b": [1]})) == ([], {"read.no_key": 1}, [("read.no_key", "", missing)])
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    assert read(twice)[1:] == (
+        {"read.duplicate_key": 1},
+        [("read.duplicate_key", "", "the column 'text' is there twice. Which of them counts?")],
+    )
+    assert read(pa.table({"text": pa.array([], pa.string())})) == ([], {}, [])
+    for data in (b"", b"no parquet", b"PAR1" + bytes(60) + b"PAR1"):
+        rows, counts, _ = read(data)
+        assert (rows, sum(counts.values())) == ([], 1) and counts.keys() <= {"read.damaged", "read.unreadable"}
+    read(pa.table({"text": [f"{n} text" for n in range(5000)]}), rows=500)
+    data = (tmp_path / "a.parquet").read_bytes()
+    rows, counts, _ = read(data[: len(data) // 2] + bytes(1000) + data[len(data) // 2 + 1000 :])
+    assert 500 <= len(rows) < 5000 and sum(counts.values()) >= 1
+    assert read(data[:-100])[:2] == ([], {"read.damaged": 1})
+
+
+def test_a_bomb_costs_its_file(read):
+    table = pa.table({"text": pa.array(["x" * (1 << 20)] * 9).dictionary_encode().cast(pa.string())})
+    rows, counts, places = read(table)
+    assert len(rows) == 9
+    rows, counts, places = read(table, limits={"unpacked_mib": 1, "unpacked_ratio": 1})
+    assert rows == [] and counts == {"read.bomb": 1}
+    assert places[0][2].endswith("If it is meant, make smaller ones, or raise read.unpacked_ratio or read.unpacked_mib.")
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 100}), file)
+    config = ReadConfig((SourceConfig("web", (str(file),)),))
+    (unit,) = cut_units(config)
+    rows = read_unit(unit, config, Tally())
+    next(rows)
+    with file.open("ab") as grown:
+        grown.write(b"x")
+    with pytest.raises(ChangedError):
+        list(rows)
