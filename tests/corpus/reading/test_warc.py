@@ -155,7 +155,7 @@ def test_a_record_that_does_not_end(read):
 
 def test_broken_text_is_told_by_record_and_line(read):
     data = page() + answer(b"a\nb\xe9", kind="text/plain") + answer(b"<p>a\n\n\xe9\0")
-    _, counts, places, _ = read(data)
+    _, _, places, _ = read(data)
     assert [place[:2] for place in places] == [
         ("read.invalid_text", "record 1, line 2"),
         ("read.invalid_text", "record 2, line 3"),
