@@ -12,7 +12,7 @@ LINES = {
     "megatrain": 2550,  # its own files, without the rooms below
     "megatrain/checkpoint": 3200,
     "megatrain/cli": 1100,
-    "megatrain/config": 2950,
+    "megatrain/config": 3000,
     "megatrain/corpus": 9900,
     "megatrain/data": 5200,
     "megatrain/doctor": 800,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 49900,
+    "tests": 49950,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -124,11 +124,16 @@ def type_name(kind: Any) -> str:
     names = {int: "integer", float: "number", bool: "true or false", str: "text", CorpusConfig: "{path, weight}"}
     if kind in names:
         return names[kind]
+    if dataclasses.is_dataclass(kind):
+        return f"{{{', '.join([*list(fields_of(kind))[:2], '...'])}}}"
+    if named := value_of_names(kind):
+        return f"mapping of names to {type_name(named)}"
     parts = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, parts))
     if is_optional(kind):
-        return " or ".join([*(type_name(part) for part in parts if part is not types.NoneType), "null"])
+        null = ["null"] if types.NoneType in parts else []
+        return " or ".join([*(type_name(part) for part in parts if part is not types.NoneType), *null])
     if parts[-1] is Ellipsis:
         return f"list of {type_name(parts[0]).replace('one of', 'any of')}"
     return "list [" + ", ".join(type_name(part) for part in parts) + "]"
@@ -144,6 +149,15 @@ def fields_of(cls: Any) -> dict[str, Any]:
 def is_optional(kind: Any) -> bool:
     """Whether a type is a union, such as `int | None`."""
     return typing.get_origin(kind) in (types.UnionType, typing.Union)
+
+
+def value_of_names(kind: Any) -> Any:
+    """The type of the values of a mapping of names, which the schema has as pairs, `tuple[tuple[str, V], ...]`; None for other types."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is not tuple or parts[-1] is not Ellipsis or typing.get_origin(parts[0]) is not tuple:
+        return None
+    first, *rest = typing.get_args(parts[0])
+    return rest[0] if first is str and len(rest) == 1 and rest[0] is not Ellipsis else None
 
 
 def choices(values: Iterable[Any]) -> str:

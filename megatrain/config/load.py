@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatrain.config.keys import fields_of, is_optional, knobs, show, type_name
+from megatrain.config.keys import fields_of, is_optional, knobs, show, type_name, value_of_names
 from megatrain.config.presets import FAMILIES, PRESETS
 from megatrain.config.schema import Config, CorpusConfig, Document
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
@@ -107,7 +107,10 @@ def _at_home(node: Any) -> Any:
         if dataclasses.is_dataclass(value):
             changed[item.name] = _at_home(value)
         elif isinstance(value, tuple):
-            changed[item.name] = tuple(_at_home(part) if dataclasses.is_dataclass(part) else part for part in value)
+            path = item.metadata["range"].path
+            changed[item.name] = tuple(
+                _at_home(part) if dataclasses.is_dataclass(part) else _home(part) if path else part for part in value
+            )
         elif isinstance(value, str) and item.metadata["range"].path:
             changed[item.name] = _home(value)
     return dataclasses.replace(node, **changed)
@@ -347,7 +350,8 @@ def _convert(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
 def _group(tree: Tree, path: Path, kind: Any, value: Any) -> Any:
     """A group of keys within a section; null (all of them commented out) is an empty one."""
     if value is not None and not isinstance(value, Mapping):
-        _fail(tree, path, f"is {_describe(value)}, not a mapping. Write its keys indented below `{path[-1]}:`.")
+        where = f"as {type_name(kind)}" if isinstance(path[-1], int) else f"indented below `{path[-1]}:`"
+        _fail(tree, path, f"is {_describe(value)}, not a mapping. Write its keys {where}.")
     return _dataclass(tree, path, kind, value or {})
 
 
@@ -385,6 +389,10 @@ def _tuple(tree: Tree, path: Path, kind: Any, value: Any, expected: Any) -> tupl
         if path == ("data", "valid") and "path" not in value:
             return _named_sets(tree, path, kind, value)
         _fail(tree, path, "is a mapping; expected a list of {path, weight}, as [{path: PREFIX, weight: 1.0}].")
+    if (named := value_of_names(kind)) and isinstance(value, Mapping):
+        return tuple(
+            (_convert(tree, path, str, name), _convert(tree, (*path, name), named, part)) for name, part in value.items()
+        )
     if not isinstance(value, (list, tuple)):
         element = items[-1] is Ellipsis and (type(value) is items[0] or value in typing.get_args(items[0]))
         _fail_type(tree, path, value, expected, f" Write [{value}]." if element else "")
@@ -497,6 +505,9 @@ def _render(value: Any) -> str:
         name = f", set: {_render(value.set)}" if value.set else ""
         name = f", answers: {_render(value.answers)}{name}" if value.answers is not None else name
         return f"{{path: {_render(value.path)}, weight: {_render(value.weight)}{name}}}"
+    if dataclasses.is_dataclass(value):
+        keys = (f"{item.name}: {_render(getattr(value, item.name))}" for item in dataclasses.fields(value))
+        return f"{{{', '.join(keys)}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_render, value))}]"
     plain = not isinstance(value, str) or _reads_as_itself(value)
