@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3200,
     "megatrain/cli": 1100,
     "megatrain/config": 3000,
-    "megatrain/corpus": 9900,
+    "megatrain/corpus": 10200,
     "megatrain/data": 5200,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1350,
-    "tests": 49950,
+    "tests": 50150,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

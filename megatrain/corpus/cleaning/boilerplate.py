@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatrain.corpus.cleaning.spacing import code_lines
+from megatrain.corpus.cleaning.spacing import INDENTED, code_lines
 
 LONGEST = 200
 """Letters of a line that may be boilerplate, at most."""
@@ -80,6 +80,12 @@ def key(line: str) -> str:
     return line.strip(ENDS).casefold()
 
 
+def heads_of(lines: Iterable[str]) -> frozenset[str]:
+    """First two letters of some lines, small, capital and as at the beginning of a sentence: other lines are text at once."""
+    heads = {line[:2] for line in lines}
+    return frozenset(of for head in heads for of in (head, head.upper(), head.capitalize()))
+
+
 class Boilerplate:
     """Lists of lines that go: those above and the user's, of which one that ends in `*` is the beginning of lines.
 
@@ -96,23 +102,26 @@ class Boilerplate:
         self.alone = frozenset(key(line) for line in (*words_of(ALONE), *own) if not line.endswith("*"))
         self.begins = tuple(sorted({line.lstrip(ENDS).casefold() for line in (*words_of(BEGINS), *started)}))
         self.menu = frozenset(map(key, words_of(MENU)))
-        self.heads = frozenset(line[:2] for line in (*self.alone, *self.begins, *self.menu))
-        """First two letters of all of them: other lines are text at once."""
+        self.longest = max(map(len, (*self.alone, *self.menu)))
+        self.heads, self.long_heads = heads_of((*self.alone, *self.begins, *self.menu)), heads_of(self.begins)
 
     def without(self, text: str, counts: Counter[str]) -> str:
         """A text without such lines."""
         lines = text.split("\n")
-        heads, parts = self.heads, [part for part in PARTS if part in text]
+        heads, ends, parts = self.heads, frozenset(ENDS), [part for part in PARTS if part in text]
         found: dict[int, str] = {}
-        for number, line in enumerate(lines):
-            if len(line) > LONGEST:
+        for number in [number for number, line in enumerate(lines) if line[:2] in heads or line[:1] in ends]:
+            line = lines[number]
+            if line.startswith(INDENTED) or len(line) > LONGEST:
                 continue
-            word = line.strip(ENDS)
-            if (word[:2].casefold() in heads) and (kind := self._kind(word.casefold(), parts)):
-                found[number] = kind
+            head = line.lstrip(ENDS)[:2]
+            if head in self.long_heads or (head in heads and (parts or len(line) < 2 * self.longest)):
+                kind = self._kind(key(line), parts)
+                if kind:
+                    found[number] = kind
         if not found:
             return text
-        code = code_lines(lines)
+        code = code_lines(text, lines)
         found = {number: kind for number, kind in found.items() if not code[number]}
         removed = {number for number, kind in found.items() if kind == "alone"} | _rows(lines, found)
         counts["boilerplate"] += len(removed)

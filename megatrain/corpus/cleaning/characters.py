@@ -13,6 +13,15 @@ from typing import Literal
 
 from megatrain.corpus.extras import need
 
+PLAIN = bytes([9, 10, *range(32, 127)])
+"""Tabs, line feeds and what ASCII shows."""
+
+
+def unusual(text: str) -> str:
+    """The letters of a text but for plain ones; a GB of text in a second, so that other searches have little to look at."""
+    return text.encode(errors="surrogatepass").translate(None, PLAIN).decode(errors="surrogatepass")
+
+
 # --- text that was read in the wrong encoding -----------------------------------------------------------------------------
 
 CONTINUED = "[\x80-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
@@ -21,6 +30,7 @@ MISREAD = re.compile(
     f"[\xc2-\xdf]{CONTINUED}|[\xe0-\xef]{CONTINUED}{{2}}|[\xf0-\xf4]{CONTINUED}{{3}}|‚Ä|вЂ|[РС][°±²³µ¶·€‚„…†‡‰‹‘’“”•–—™›¤¦§©«¬®ЂЃѓЉЊЌЋЏђљњќћџЎўЈҐґЇ]"
 )
 """Where UTF-8 may have been read as Latin-1, Windows-1252, Mac Roman or Windows-1251; `ftfy` then decides, line by line."""
+HAN = re.compile("[\u4e00-\u9fff]")
 LOST = "锟斤拷"
 """U+FFFD, which stands for what could not be read, in UTF-8 that was read as GBK."""
 FEW, SHARE = 4, 0.3
@@ -38,8 +48,9 @@ def mended(text: str, counts: Counter[str]) -> str:
     """A text with lines mended that were read in a wrong encoding; without those that were so and have lost bytes."""
     if text.isascii():
         return text
-    doubtful = MISREAD.search(text) is not None
-    chinese = LOST in text or len(_misread_chinese().findall(text)) >= FEW
+    rest = unusual(text)
+    doubtful = MISREAD.search(rest) is not None
+    chinese = HAN.search(rest) is not None and (LOST in rest or len(_misread_chinese().findall(rest)) >= FEW)
     if not doubtful and not chinese:
         return text
     lines = []
@@ -83,11 +94,8 @@ INVISIBLE = re.compile(
     "|(?<![\U0001f3f4\U000e0000-\U000e007f])[\U000e0000-\U000e007f]+"
 )
 """Soft hyphens, zero-width blanks and joiners, marks of direction, byte-order marks, tags that are no part of a flag."""
-ODD = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufdd0-\ufdef\ufeff\ufff9-\ufffc\ufffe\uffff"
-    "\U000e0000-\U000e007f]"
-)
-ODD_ASCII = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
+UNSEEN = re.compile("[\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e007f]")
+"""Without these there is nothing invisible."""
 
 
 def in_form(text: str, form: Literal["NFC", "NFKC"], counts: Counter[str]) -> str:
@@ -99,22 +107,23 @@ def in_form(text: str, form: Literal["NFC", "NFKC"], counts: Counter[str]) -> st
 
 
 def without_controls(text: str, counts: Counter[str]) -> str:
-    """A text whose lines end in line feeds, without control characters and what is not seen."""
-    if (ODD_ASCII if text.isascii() else ODD).search(text) is None:
-        return text
-    text = with_line_feeds(text)
-    text = FORM_FEEDS.sub("\n", text)
-    text, controls = CONTROLS.subn("", text)
-    text, invisible = INVISIBLE.subn("", text)
-    counts["controls"] += controls
-    counts["invisible"] += invisible
+    """A text without control characters and what is not seen; with ends of lines for what ends a line, page or paragraph."""
+    odd = unusual(text)
+    if FORM_FEEDS.search(odd) is not None:
+        text = FORM_FEEDS.sub("\n", text)
+    if CONTROLS.search(odd) is not None:
+        text, controls = CONTROLS.subn("", text)
+        counts["controls"] += controls
+    if UNSEEN.search(odd) is not None:
+        text, unseen = INVISIBLE.subn("", text)
+        counts["invisible"] += unseen
     return text
 
 
 def without_controls_of_code(text: str, counts: Counter[str]) -> str:
-    """A source whose lines end in line feeds, without control characters but tabs and form feeds."""
-    if ODD_ASCII.search(text) is not None:
-        text, controls = CONTROLS_OF_CODE.subn("", with_line_feeds(text))
+    """A source without control characters but tabs and form feeds."""
+    if CONTROLS_OF_CODE.search(unusual(text)) is not None:
+        text, controls = CONTROLS_OF_CODE.subn("", text)
         counts["controls"] += controls
     return text.lstrip("\ufeff")
 

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatrain.config.knob import knob
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """Words that are not wanted."""
+
+    lists: tuple[str, ...] = knob(
+        (),
+        "Files of words or phrases, one a line; found without case, English ones as whole words, Chinese ones anywhere.",
+        path=True,
+        use=("words.txt",),
+    )
+    action: Literal["score", "mask", "remove"] = knob(
+        "score",
+        "Keep their share of the letters as score clean.words; also mask them; or remove each line or document that has more.",
+    )
+    per: Literal["line", "document"] = knob("document", "Part that is removed.")
+    threshold: float = knob(
+        0.0, "Share of the letters of the part, blanks not counted, above which it is removed.", at_least=0, at_most=1
+    )
+    mask: str = knob("*", "Mark for each letter that is masked.", not_empty=True)
 
 
 @dataclass(frozen=True)
@@ -23,6 +44,9 @@ class CleanConfig:
         True, "Remove control characters and what is not seen (zero-width blanks, soft hyphens, marks of direction)."
     )
     form: Literal["NFC", "NFKC", "none"] = knob("NFC", "Unicode form; NFKC also makes full-width letters and ligatures plain.")
+    chinese: Literal["keep", "simplified"] = knob(
+        "keep", "Simplified letters for traditional ones (`opencc`), but in texts that are Japanese or Korean."
+    )
     boilerplate: bool = knob(True, "Remove lines of menus, banners and buttons, English and Chinese.")
     boilerplate_file: str | None = knob(
         None,
@@ -30,6 +54,7 @@ class CleanConfig:
         path=True,
         use="boilerplate.txt",
     )
+    tails: bool = knob(False, "Cut what stands behind the last end of a sentence of a paragraph that has one.")
     blanks: bool = knob(
         True,
         "One blank for several, one empty line for several, none at the ends of lines; not within code, nor before a line.",
@@ -39,3 +64,4 @@ class CleanConfig:
         "Personal data that is masked as <EMAIL>, <PHONE>, <ID>, <CARD>, <IP>: mail addresses, mobile phones of China, its identity "
         "cards, bank cards, public IP addresses.",
     )
+    words: WordsConfig = field(default_factory=WordsConfig)

@@ -35,7 +35,7 @@ DOMAIN = re.compile(
 )
 """Labels of up to 63 letters; none of the names of files that are no top-level domains."""
 
-RUN = re.compile(r"[+\d][\d -]{9,}[\dXx]", re.ASCII)
+RUN = re.compile("[0-9+][0-9 -]{9,}[0-9Xx]")
 """Where numbers may be; begins with a set of letters, which the library looks for ten times as fast as for what is behind something."""
 NUMBER = re.compile(
     r"(?<!\d)(?<!\d\.)(?:"
@@ -56,11 +56,11 @@ DOUBLED = str.maketrans("0123456789", "0246813579")
 """The sum of the digits of twice a digit."""
 
 DOTTED = re.compile(r"\.\d{1,3}\.\d{1,3}\.\d", re.ASCII)
-"""In every IPv4 address; begins with one letter, which the library looks for ten times as fast again."""
+"""In every IPv4 address, from its first dot on; begins with one letter, which the library looks for ten times as fast again."""
 ADDRESS = re.compile(r"\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)(?!\.in-addr)", re.ASCII)
-COLONS = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F:]")
+COLONS = re.compile(r":[0-9a-fA-F]{0,4}:[0-9a-fA-F]")
 """In every IPv6 address."""
-ADDRESS_6 = re.compile(r"[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![0-9A-Za-z:])", re.ASCII)
+ADDRESS_6 = re.compile(r"[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{1,4}(?![0-9A-Za-z:])", re.ASCII)
 BEFORE = 16
 """Letters before an address in which a word says what it is."""
 VERSION = re.compile(
@@ -148,8 +148,7 @@ def _masked_once(text: str, kinds: Collection[Kind], found: Counter[str]) -> str
     if {"phone", "id", "card"} & set(kinds):
         text = _masked_numbers(text, kinds, placeholder)
     if "ip" in kinds:
-        if DOTTED.search(text):
-            text = ADDRESS.sub(lambda match: placeholder("ip") if _is_host(match) else match[0], text)
+        text = _masked_addresses(text, placeholder)
         if COLONS.search(text):
             text = ADDRESS_6.sub(lambda match: placeholder("ip") if _is_host_6(match) else match[0], text)
     return text
@@ -214,6 +213,22 @@ def _in_arithmetic(text: str, begin: int, end: int) -> bool:
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------------
+
+
+def _masked_addresses(text: str, placeholder: Callable[[str], str]) -> str:
+    """A text without IPv4 addresses; only what stands around three numbers behind dots is looked at."""
+    parts, done, dotted = [], 0, DOTTED.search(text)
+    while dotted is not None:
+        dot = dotted.start()
+        head = text[max(done, dot - 3) : dot]
+        begin = dot - len(head) + len(head.rstrip("0123456789"))
+        match = ADDRESS.match(text, begin) if begin < dot else None
+        at = dot + 1
+        if match is not None and _is_host(match):
+            parts += [text[done:begin], placeholder("ip")]
+            at = done = match.end()
+        dotted = DOTTED.search(text, at)
+    return "".join([*parts, text[done:]]) if parts else text
 
 
 def _is_host(match: re.Match[str]) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import html
 import re
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
 from html.entities import html5
 
-from megatrain.corpus.cleaning.spacing import code_lines
+from megatrain.corpus.cleaning.spacing import INDENTED, code_lines
 
-QUOTED = r"(?P<quoted>`[^`\n]{1,200}`)|"
+QUOTED = re.compile(r"`[^`\n]{1,200}`")
 """Code within a line of Markdown."""
 BLOCKS = (
     "address|article|aside|blockquote|body|br|caption|center|dd|div|dl|dt|figcaption|figure|footer|form|h[1-6]|head|header|hr|html|li|main|nav|ol|p"
@@ -23,72 +23,86 @@ BLOCKS = (
 INLINE = "a|abbr|b|big|button|cite|del|em|font|i|iframe|ins|label|mark|s|small|span|strike|strong|sub|sup|u"
 VOID = "img|input|link|meta|wbr"
 TAG = re.compile(
-    rf"{QUOTED}<(?P<close>/)?(?:(?P<block>{BLOCKS})|(?P<inline>{INLINE})|{VOID})(?:\s[^<>]{{0,1000}})?/?>",
-    re.IGNORECASE | re.ASCII,
+    rf"<(?P<close>/)?(?:(?P<block>{BLOCKS})|(?P<inline>{INLINE})|{VOID})(?:\s[^<>]{{0,1000}})?/?>", re.IGNORECASE | re.ASCII
 )
 HIDDEN = (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>"))
 """Begin and end of what is no text."""
 ENTITY = re.compile(
-    QUOTED + r"&(?P<amps>(?:amp;|#38;|#x26;)*)(?P<name>#[0-9]{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{1,31};)?",
-    re.ASCII,
+    r"&(?P<amps>(?:amp;|#38;|#x26;)*)(?P<name>#[0-9]{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{1,31};)?", re.ASCII
 )
 LINK = re.compile(
-    QUOTED
-    + r"(?<![A-Za-z0-9_)])(?<![^\]]\])\[\[(?P<target>[^\W\d][^\[\]{}<>|\n=$\"']{0,200})(?:\|(?P<label>[^\[\]{}<>|\n]{0,200}))?\]\]"
+    r"\[\[(?<![A-Za-z0-9_)]\[\[)(?<![^\]]\]\[\[)"
+    r"(?P<target>[^\W\d][^\[\]{}<>|\n=$\"']{0,200})(?:\|(?P<label>[^\[\]{}<>|\n]{0,200}))?\]\]"
 )
 NO_TEXT = re.compile(r"(?:file|image|category|文件|图像|图片|檔案|圖像|分类|分類)\s*:", re.IGNORECASE)
 """Links that show a picture or file the page."""
 CITATION = re.compile(
-    QUOTED
-    + r"(?:(?<=[A-Za-z]\.)|(?<=[。！？；，、\u4e00-\u9fff]))(?:\[[0-9]{1,3}\])+|\[(?:edit|citation needed|编辑|編輯|来源请求|來源請求)\]"
+    r"\[(?:(?:(?<=[A-Za-z]\.\[)|(?<=[。！？；，、\u4e00-\u9fff]\[))[0-9]{1,3}\](?:\[[0-9]{1,3}\])*"
+    r"|(?:edit|citation needed|编辑|編輯|来源请求|來源請求)\])"
 )
 
-SIGNS = {
-    "tags": re.compile(r"<(?:/?[A-Za-z]|!--)"),
-    "entities": re.compile("&[#A-Za-z0-9]{2,32};"),
-    "links": re.compile(r"\[\["),
-    "citations": re.compile(r"\[(?:[0-9]{1,3}|edit|citation needed|编辑|編輯|来源请求|來源請求)\]"),
-}
+
+class Code:
+    """Which letters of a text may be code: lines of it, and what is quoted within one. Asked in order, it reads each line once."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.begin, self.end = text, 0, -1
+        self.spans: list[tuple[int, int]] = []
+        """Code in the line from `begin` to `end`."""
+        self.fenced: list[tuple[int, int]] = []
+        if "```" in text:
+            lines, at = text.split("\n"), 0
+            for line, code in zip(lines, code_lines(text, lines), strict=True):
+                if code:
+                    self.fenced.append((at, at + len(line)))
+                at += len(line) + 1
+
+    def holds(self, at: int) -> bool:
+        """Whether a letter may be code."""
+        place = bisect_right(self.fenced, (at, len(self.text))) - 1
+        if place >= 0 and at < self.fenced[place][1]:
+            return True
+        if not self.begin <= at <= self.end:
+            self.begin, self.end = self.text.rfind("\n", 0, at) + 1, self.text.find("\n", at)
+            self.end = len(self.text) if self.end < 0 else self.end
+            line = self.text[self.begin : self.end]
+            quoted = [(0, len(line))] if line.startswith(INDENTED) else [code.span() for code in QUOTED.finditer(line)]
+            self.spans = [(self.begin + begin, self.begin + end) for begin, end in quoted]
+        place = bisect_right(self.spans, (at, len(self.text))) - 1
+        return place >= 0 and at < self.spans[place][1]
+
+
+SIGNS = (
+    re.compile(rf"<(?:/?(?:{BLOCKS}|{INLINE}|{VOID})[\s/>]|!--|script|style)", re.IGNORECASE | re.ASCII),
+    re.compile("&(?:#[0-9]|#[xX][0-9a-fA-F]|[A-Za-z][A-Za-z0-9]{1,31};)"),
+    LINK,
+    CITATION,
+)
 """Without these a text has no remains of a kind; each begins with one letter, so that 3 GB are searched in a second."""
 
 
 def without_markup(text: str, counts: Counter[str]) -> str:
     """A text without the remains of markup."""
-    kinds = [kind for kind, sign in SIGNS.items() if sign.search(text) is not None]
-    if not kinds:
-        return text
-    remove: dict[str, Callable[[str, Counter[str]], str]] = {
-        "tags": _without_tags,
-        "entities": _without_entities,
-        "links": _without_links,
-        "citations": _without_citations,
-    }
-    lines, parts, begin = text.split("\n"), [], 0
-    code = code_lines(lines)
-    for end in range(1, len(lines) + 1):
-        if end < len(lines) and code[end] == code[begin]:
-            continue
-        part = "\n".join(lines[begin:end])
-        if not code[begin]:
-            for kind in kinds:
-                part = remove[kind](part, counts)
-        parts.append(part)
-        begin = end
-    return "\n".join(parts)
+    parts = (_without_tags, _without_entities, _without_links, _without_citations)
+    for sign, part in zip(SIGNS, parts, strict=True):
+        if sign.search(text) is not None:
+            text = part(text, counts)
+    return text
 
 
 def _without_tags(text: str, counts: Counter[str]) -> str:
     """A text without tags, comments, scripts and styles; a tag that begins or ends a block leaves the end of a line."""
     for begin, end in HIDDEN:
         text = _without_hidden(text, begin, end, counts)
+    code = Code(text)
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for tag in TAG.finditer(text):
-        if tag["inline"]:
+        if tag["inline"] and not code.holds(tag.start()):
             sides[bool(tag["close"])].add(tag["inline"].lower())
     paired = sides[True] & sides[False]
 
     def removed(tag: re.Match[str]) -> str:
-        if tag["quoted"] or (tag["inline"] and tag["inline"].lower() not in paired):
+        if code.holds(tag.start()) or (tag["inline"] and tag["inline"].lower() not in paired):
             return tag[0]
         counts["tags"] += 1
         return "\n" if tag["block"] else ""
@@ -98,12 +112,14 @@ def _without_tags(text: str, counts: Counter[str]) -> str:
 
 def _without_hidden(text: str, begin: str, end: str, counts: Counter[str]) -> str:
     """A text without what lies between two marks; a begin without an end stays."""
-    folded = text.lower() if begin[1].isalpha() else text
-    if begin not in folded or len(folded) != len(text):  # few letters become two when they are folded
+    folded = text if begin == "<!--" else text.lower()
+    at = folded.find(begin)
+    if at < 0 or len(folded) != len(text):  # few letters become two when they are folded
         return text
-    parts, done, at = [], 0, folded.find(begin)
+    code, parts, done = Code(text), [], 0
     while at >= 0:
-        if begin[1].isalpha() and folded[at + len(begin) : at + len(begin) + 1].isalnum():  # another name: <stylesheet
+        other = begin != "<!--" and folded[at + len(begin) : at + len(begin) + 1].isalnum()  # <scripture
+        if other or code.holds(at):
             at = folded.find(begin, at + 1)
             continue
         if (close := folded.find(end, at)) < 0:
@@ -117,15 +133,15 @@ def _without_hidden(text: str, begin: str, end: str, counts: Counter[str]) -> st
 
 def _without_entities(text: str, counts: Counter[str]) -> str:
     """A text with letters for entities, those that were escaped twice too; `&lt;b` stays, which would become a tag."""
+    code = Code(text)
 
     def letter(entity: re.Match[str]) -> str:
-        said, name = entity[0], entity["name"]
-        if entity["quoted"]:
+        said, name, shown = entity[0], entity["name"], "&"
+        if said == "&" or code.holds(entity.start()):
             return said
-        shown = "&"
         if name:
             shown = html.unescape(f"&{name}") if name[0] == "#" else html5.get(name, f"&{name}")
-        if shown == "<" and re.match("[/!A-Za-z<]", entity.string[entity.end() : entity.end() + 1]):
+        if shown == "<" and re.match("[/!A-Za-z<]", text[entity.end() : entity.end() + 1]):
             shown = "&lt;"
         counts["entities"] += shown != said
         return shown
@@ -135,9 +151,10 @@ def _without_entities(text: str, counts: Counter[str]) -> str:
 
 def _without_links(text: str, counts: Counter[str]) -> str:
     """A text with the words of a wiki's links alone."""
+    code = Code(text)
 
     def words(link: re.Match[str]) -> str:
-        if link["quoted"]:
+        if code.holds(link.start()):
             return link[0]
         counts["links"] += 1
         return "" if NO_TEXT.match(link["target"]) else link["label"] or link["target"]
@@ -147,9 +164,12 @@ def _without_links(text: str, counts: Counter[str]) -> str:
 
 def _without_citations(text: str, counts: Counter[str]) -> str:
     """A text without `[1]` behind a sentence, `[edit]` and their like."""
+    code = Code(text)
 
     def nothing(citation: re.Match[str]) -> str:
-        counts["citations"] += not citation["quoted"]
-        return citation["quoted"] or ""
+        if code.holds(citation.start()):
+            return citation[0]
+        counts["citations"] += 1
+        return ""
 
     return CITATION.sub(nothing, text)

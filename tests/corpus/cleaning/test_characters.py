@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from megatrain.corpus.cleaning.characters import in_form, mended, without_controls, without_controls_of_code
+from megatrain.corpus.cleaning.characters import in_form, mended, with_line_feeds, without_controls, without_controls_of_code
 
 CHINESE = "人工智能的发展改变世界了"
 
@@ -49,7 +49,7 @@ def test_forms():
 
 
 CASES = {
-    "a\r\nb\rc\x0bd\x0ce\x85f\u2028g\u2029h": "a\nb\nc\nd\ne\nf\ng\nh",
+    "c\x0bd\x0ce\x85f\u2028g\u2029h": "c\nd\ne\nf\ng\nh",
     "a\0b\x07\x1b[0m\x7f\x9f\ufffe\ufdd0": "ab[0m",
     "\ufeffzero\u200bwidth\u2060 soft\xadhyphen\u200e\u202e": "zerowidth softhyphen",
     "a\u200db\u200c": "ab",
@@ -67,8 +67,12 @@ def test_controls_and_what_is_not_seen(text):
 
 
 def test_what_was_removed_is_counted():
-    assert told(without_controls, "a\0\0b\u200b\r\n") == ("ab\n", {"controls": 2, "invisible": 1})
+    assert told(without_controls, "a\0\0b\u200b") == ("ab", {"controls": 2, "invisible": 1})
+
+
+def test_ends_of_lines():
+    assert with_line_feeds("a\r\nb\r\rc\n\r") == "a\nb\n\nc\n\n"
 
 
 def test_code_keeps_form_feeds_and_what_strings_may_hold():
-    assert told(without_controls_of_code, "\ufeffa\r\n\x0cb\0\t'\u200b\x85'") == ("a\n\x0cb\t'\u200b\x85'", {"controls": 1})
+    assert told(without_controls_of_code, "\ufeffa\n\x0cb\0\t'\u200b\x85'") == ("a\n\x0cb\t'\u200b\x85'", {"controls": 1})

@@ -36,7 +36,7 @@ def test_other_blanks():
 
 def test_code_lines():
     text = "a\n    b\n     \n````py\n```\nc\n`````\n``` x\nd\n\t\n\te"
-    assert code_lines(text.split("\n")) == [False, True, False, True, True, True, True, False, False, False, True]
+    assert code_lines(text, text.split("\n")) == [False, True, False, True, True, True, True, False, False, False, True]
 
 
 def test_time_is_linear_on_hostile_text():
