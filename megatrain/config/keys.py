@@ -121,13 +121,15 @@ def _element(key: str, element: Any) -> str:
 
 def type_name(kind: Any) -> str:
     """A field's type in words: `integer or null`, `one of pre, post`, `list of text`."""
-    names = {int: "integer", float: "number", bool: "true or false", str: "text", CorpusConfig: "{path, weight}"}
-    if kind in names:
-        return names[kind]
-    if dataclasses.is_dataclass(kind):
-        return f"{{{', '.join([*list(fields_of(kind))[:2], '...'])}}}"
-    if named := value_of_names(kind):
-        return f"mapping of names to {type_name(named)}"
+    names: dict[Any, str] = {
+        int: "integer",
+        float: "number",
+        bool: "true or false",
+        str: "text",
+        CorpusConfig: "{path, weight}",
+    }
+    if kind in names or dataclasses.is_dataclass(kind):
+        return names[kind] if kind in names else f"{{{', '.join([*_first_fields(kind), '...'])}}}"
     parts = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, parts))
@@ -135,8 +137,16 @@ def type_name(kind: Any) -> str:
         null = ["null"] if types.NoneType in parts else []
         return " or ".join([*(type_name(part) for part in parts if part is not types.NoneType), *null])
     if parts[-1] is Ellipsis:
-        return f"list of {type_name(parts[0]).replace('one of', 'any of')}"
+        named = value_of_names(kind)
+        return (
+            f"mapping of names to {type_name(named)}" if named else f"list of {type_name(parts[0]).replace('one of', 'any of')}"
+        )
     return "list [" + ", ".join(type_name(part) for part in parts) + "]"
+
+
+def _first_fields(cls: Any) -> list[str]:
+    """The names of a dataclass's first two fields, which tell it from others."""
+    return list(fields_of(cls))[:2]
 
 
 @functools.cache
