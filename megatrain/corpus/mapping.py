@@ -15,6 +15,7 @@ from typing import Any, Literal
 from megatrain.corpus.cleaning.cleaner import clean_step
 from megatrain.corpus.document import Document, Step, refused_by
 from megatrain.corpus.duplicates.fingerprints import fingerprinting
+from megatrain.corpus.duplicates.leaks import leaks_step
 from megatrain.corpus.judging import RulesByKind
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.reading.choices import SourceConfig
@@ -34,7 +35,10 @@ Last = Literal["read", "clean", "filter"]
 def stages_of(config: PrepareConfig, source: SourceConfig, last: Last) -> list[Stage]:
     """The stages behind reading that documents of a source go through."""
     clean: Stage = ("clean", [clean_step(config.clean)])
-    judge: Stage = ("filter", [language_step(config.language), RulesByKind(source, config.filter)])
+    judge: Stage = (
+        "filter",
+        [language_step(config.language), RulesByKind(source, config.filter), leaks_step(config.dedup.leaks)],
+    )
     return [clean, judge][: ("read", "clean", "filter").index(last)]
 
 

@@ -26,7 +26,7 @@ from megatrain.corpus.final import Results
 from megatrain.corpus.perplexity import hash_of, perplexity_step, read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.reading.units import cut_units
-from megatrain.corpus.revision import revision
+from megatrain.corpus.revision import files_in, revision
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Chore, Phase, Published, Work, key_of
 
@@ -81,7 +81,8 @@ class Preparation:
 
     def _documents(self) -> Phase:
         config, last = self._config, LAST[self._verb]
-        sections = [asdict(part) for part in (config.read, config.clean, config.language, config.filter, config.dedup)]
+        decisive = (config.clean, config.language, config.filter, config.dedup)
+        sections = [asdict(config.read), *((asdict(part), files_in(part)) for part in decisive)]
         shown = (config.output.seed, config.output.examples, config.output.sheet)
         key = key_of(revision(), last, sections, shown, [unit.identity for unit in self._units])
         return self._each("documents", key, [partial(mapping.map_unit, unit, config, last) for unit in self._units])
@@ -143,7 +144,7 @@ class Preparation:
         for number, source in enumerate(self.sources):
             for split in keeping.FILES:
                 work = partial(
-                    stores.store, partial(self._shards, kept, split, source), tokenizer, (settings, self._config.output)
+                    stores.store, source, partial(self._shards, kept, split, source), tokenizer, (settings, self._config.output)
                 )
                 chores.append(Chore(f"source_{number:04d}_{split}", 1, work))
         results.tokens = Phase("tokens", key_of(kept.key, asdict(settings), _hash_of(settings.tokenizer)), chores)

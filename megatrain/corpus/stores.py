@@ -11,8 +11,9 @@ from megatrain.corpus.prepare_config import OutputConfig, TokenizeConfig
 from megatrain.corpus.report.unit_audit import Audit
 from megatrain.corpus.shards import documents_of
 from megatrain.data.origins import origin_of
-from megatrain.data.prepare.text_store import TextStoreWriter
-from megatrain.data.tokenizer import load_tokenizer, train_tokenizer
+from megatrain.data.prepare.text_store import TextStoreWriter, TokenizeReport
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizers.engine import encode_with
 
 Progress = Callable[[int], None]
 TOKENIZER, STORE = "tokenizer.json", "store"
@@ -27,18 +28,25 @@ def learn(shards: Callable[[], Iterable[Path]], size: int, folder: Path, progres
 
 
 def store(
+    source: str,
     shards: Callable[[], Iterable[Path]],
     tokenizer: Callable[[], str | Path],
     settings: tuple[TokenizeConfig, OutputConfig],
     folder: Path,
     progress: Progress,
 ) -> Mapping[str, Any]:
-    """Write the token store of documents; the audit, and how much is in it. Without documents there is no store."""
+    """Write the token store of documents of a source; the audit, and how much is in it. Without documents there is no store."""
     tokenize, output = settings
     audit = Audit(output.seed, output.examples, output.sheet)
-    with TextStoreWriter(folder / STORE, load_tokenizer(tokenizer()), tokenize.threads, tokenize.append_eod) as tokens:
-        for document in chain.from_iterable(map(documents_of, shards())):
-            tokens.add_document(document.text, origin_of(document.file, document.at))
-            progress(len(document.text))
-    report = tokens.report
+
+    def write(encoder: Tokenizer) -> TokenizeReport:
+        with TextStoreWriter(folder / STORE, encoder, tokenize.threads, tokenize.append_eod) as tokens:
+            for document in chain.from_iterable(map(documents_of, shards())):
+                tokens.add_document(document.text, origin_of(document.file, document.at))
+                progress(len(document.text))
+        return tokens.report
+
+    report, _ = encode_with(load_tokenizer(tokenizer()), tokenize.engine, write)
+    audit.tally.count(f"tokens/{source}", report.tokens)
+    audit.tally.count(f"tokenized/{source}", report.text_bytes)
     return {"audit": audit.as_json(), "documents": report.documents, "tokens": report.tokens, "bytes": report.text_bytes}

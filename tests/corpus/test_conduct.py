@@ -19,6 +19,8 @@ from megatrain.cli.main import main
 from megatrain.cli.preparation import VERBS
 from megatrain.corpus import conduct, mapping, phases, preview
 from megatrain.corpus.document import Document, Tally, refused_by
+from megatrain.corpus.duplicates.parameters import DedupConfig, LeakConfig, LeakSet
+from megatrain.corpus.revision import files_in
 from megatrain.corpus.shards import documents_of
 from megatrain.data.indexed import TokenStore
 
@@ -118,6 +120,7 @@ def test_what_is_made(done):
     assert blend["tokenizer"] == "bytes" and "out/web_valid" in blend["valid"]
     report = made["REPORT.md"].decode()
     assert "gopher.words.least" in report and "duplicates.exact" in report and "duplicates.near" in report
+    assert " tokens)." in report
     assert b"someone@example.org" not in made["web.bin"] + made["web_valid.bin"]
 
 
@@ -289,3 +292,22 @@ def test_a_changed_shard_is_named(tmp_path, monkeypatch, capsys):
         file.write(b"x")
     assert main(["data", "read", "prepare.yaml", "--worker"]) == 1
     assert "was changed after it was written. Remove " in capsys.readouterr().err
+
+
+def test_files_that_the_config_names_decide_too(tmp_path):
+    leaks = tmp_path / "leaks.txt"
+    leaks.write_text("one")
+    settings = DedupConfig(leaks=LeakConfig(sets=(LeakSet("a", (str(leaks),)),)))
+    before = files_in(settings)
+    assert list(before) == [str(leaks)]
+    leaks.write_text("two")
+    assert files_in(settings) != before
+
+
+def test_passages_of_an_evaluation_set_are_refused(tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    (tmp_path / "leak.txt").write_text(text(7))
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "filter", "prepare.yaml", "dedup.leaks.sets=[{name: quiz, files: [leak.txt]}]", "--worker"]) == 0
+    assert "| leaks.quiz | 1 |" in (tmp_path / "out/REPORT.md").read_text()
