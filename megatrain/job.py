@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.checkpoint.claim import Claim
+from megatrain.data.blended import BlendedSamples
 from megatrain.data.left_out import LeftOut
 from megatrain.lifecycle.guard import Guard
 from megatrain.lifecycle.spikes import Spikes
@@ -22,7 +23,7 @@ class Job(Run):
 
     session: Session
     guard: Guard
-    left_out: LeftOut
+    left_out: LeftOut[BlendedSamples]
     """The loader's samples, without those of spikes that the run went back from."""
     config_text: str
     """The resolved config as YAML, with the origin of each value."""

@@ -27,10 +27,12 @@ from megatrain.config.load import load, load_tree
 from megatrain.config.schema import Config, ParallelConfig, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
+from megatrain.data.blended import BlendedSamples
 from megatrain.data.held_out import Evaluated
 from megatrain.data.left_out import LeftOut
 from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import resolve
+from megatrain.data.seen import Reached, dealt, report, warnings
 from megatrain.data.sources import open_sources
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.duties import Duty, Pause, always, do, due, goes_on
@@ -144,6 +146,8 @@ def _build_in(session: Session, guard: Guard, config: Config, text: str, objecti
         removed = remove_leftovers() if session.launch.local_rank == 0 else ""
         job.notes += [note for note in (job.log_claim.note, job.claim.note, removed) if note]
         resume(job)
+        with session.together("dealing the samples"):
+            job.notes += blend_notes(config, left_out.source, Reached(job.step, job.consumed_samples))
         with session.together("keeping the tokenizer"):
             _keep_companions(job)
     except BaseException:
@@ -216,7 +220,19 @@ def vocabulary(config: Config) -> int:
     return given or size
 
 
-def open_data(config: Config, ctx: ParallelContext, vocab_size: int) -> tuple[Loader, LeftOut, dict[str, Evaluated]]:
+def blend_notes(config: Config, samples: BlendedSamples, place: Reached) -> list[str]:
+    """A run's blend for the log: all of it where there is more to say than one corpus, and what is seen too often.
+
+    Raises ValueError where the corpora do not last to the end of the run.
+    """
+    deal = dealt(config, samples, place)
+    told = report(config, samples, place) if len(samples.corpora) > 1 or len(deal.stretches) > 1 else []
+    return [*told, *warnings(config, samples)]
+
+
+def open_data(
+    config: Config, ctx: ParallelContext, vocab_size: int
+) -> tuple[Loader, LeftOut[BlendedSamples], dict[str, Evaluated]]:
     """(this rank's loader, its samples, validation sets by name). Raises TokenStoreError."""
     source, samples, validation = open_sources(config, vocab_size, tokenizer_of(config))
     if samples is None:

@@ -30,7 +30,18 @@ COMMANDS, LANGUAGES = ("", "bash", "sh"), ("", "bash", "sh", "python", "yaml", "
 MARK = re.compile(r"<!-- (not run|run) `([^`]+)`(?: as `([^`]+)`)?: (\S.*) -->")
 LEFT_OUT = 17
 """Commands that are not run, of all pages; a number that only falls."""
-BARE = ("README.md", "controls.md", "data.md", "memory.md", "models.md", "ngram.md", "report.md", "testing.md", "verify.md")
+BARE = (
+    "README.md",
+    "blends.md",
+    "controls.md",
+    "data.md",
+    "memory.md",
+    "models.md",
+    "ngram.md",
+    "report.md",
+    "testing.md",
+    "verify.md",
+)
 """Pages whose reader needs no more than a text."""
 READER = {
     "glm.md": "import torch, megatrain; input_ids = torch.arange(2, 10)[None]; "

@@ -9,12 +9,12 @@ LINES = {
     "docs/benchmarks": 4100,
     "kernels": 4050,
     "launch": 600,
-    "megatrain": 2550,  # its own files, without the rooms below
-    "megatrain/checkpoint": 3200,
+    "megatrain": 2600,  # its own files, without the rooms below
+    "megatrain/checkpoint": 3250,
     "megatrain/cli": 1100,
-    "megatrain/config": 3000,
+    "megatrain/config": 3350,
     "megatrain/corpus": 10250,
-    "megatrain/data": 5200,
+    "megatrain/data": 5700,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -25,12 +25,12 @@ LINES = {
     "megatrain/parallel": 3400,
     "megatrain/plan": 300,
     "megatrain/records": 1050,
-    "megatrain/resuming": 950,
+    "megatrain/resuming": 1000,
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 1350,
-    "tests": 50150,
+    "megatrain/verbs": 1400,
+    "tests": 51100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -20,6 +20,10 @@ def check_progress(progress: Mapping[str, Any]) -> None:
     for key, (fits, what) in _KNOWN.items():
         if key in progress and not fits(progress[key]):
             raise ValueError(f"progress.{key} is {str(progress[key])[:80]!r}, and not {what}")
+    corpora = [len(progress["deal"]["most"])] if "deal" in progress else []
+    corpora += [len(progress["identity"]["data"])] if "data" in progress.get("identity", {}) else []
+    if len(set(corpora)) > 1:
+        raise ValueError(f"progress.deal is of {corpora[0]} corpora, and progress.identity of {corpora[1]}")
 
 
 def check_resumable(progress: Mapping[str, Any], step: int) -> None:
@@ -36,6 +40,10 @@ def _count(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return abs(value) < MOST if type(value) is int else type(value) is float and math.isfinite(value)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and value >= 0
 
 
 def _text(value: Any) -> bool:
@@ -89,6 +97,15 @@ def _loss_scale(value: Any) -> bool:
     return _all(_number, 3)(value) and len(value) == 3 and value[0] > 0 <= value[1]  # overflows left may be negative
 
 
+def _deal(value: Any) -> bool:
+    """The terms of a deal as `state_of` makes them: weights, epochs and samples of as many corpora."""
+    if not _fields(_DEAL, {})(value):
+        return False
+    corpora, firsts = len(value["most"]), [piece["first"] for piece in value["pieces"]]
+    rows = [value["even"], *(piece["weights"] for piece in value["pieces"]), *([value["before"]] if value["before"] else [])]
+    return bool(corpora and firsts) and firsts[0] == 0 and firsts == sorted(firsts) and all(len(row) == corpora for row in rows)
+
+
 _COUNTS = "a whole number from 0 to 2^53"
 _EASED = dict.fromkeys(("from", "steps", "shrink"), _count)
 _SPIKES = {
@@ -107,6 +124,14 @@ _IDENTITY = {
     "tokenizer": lambda value: value is None or _text(value),
     "special": lambda value: type(value) is dict,
 }
+_DEAL: dict[str, _Test] = {
+    "pieces": _all(_fields({"first": _count, "weights": _all(_share)}, {})),
+    "most": _all(lambda value: value is None or _count(value)),
+    "even": _all(_truth),
+    "before": _all(_count),
+    "seq_length": lambda value: _count(value) and value > 0,
+    **dict.fromkeys(("end", "first"), _count),
+}
 _KNOWN: dict[str, tuple[_Test, str]] = {
     **dict.fromkeys(("step", "samples", "tokens", "updates"), (_count, _COUNTS)),
     "loss_scale": (_loss_scale, "a scale and two counts"),
@@ -116,6 +141,7 @@ _KNOWN: dict[str, tuple[_Test, str]] = {
     "program": (_named(_text), "versions by name"),
     "began": (_began, "where a run began"),
     "spikes": (_fields({}, _SPIKES), "what a loss guard has seen"),
+    "deal": (_deal, "the terms of a deal of samples"),
     "left_out": (_all(_window, _MOST_WINDOWS), f"at most {_MOST_WINDOWS:,} windows [first, end] of tokens"),
 }
 """Key -> whether a value fits, and what it should be."""

@@ -1,4 +1,4 @@
-"""The arguments of `megatrain data`: tokenizer, tokenize, inspect, filter, audit, agree."""
+"""The arguments of `megatrain data`: tokenizer, tokenize, inspect, blend, filter, audit, agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatrain.cli.survey_verb import add_data_audit
 AddVerb = Callable[..., argparse.ArgumentParser]
 
 
-def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
+def add_data(verbs: Any, add_verb: AddVerb, add_config: Callable[..., None], parser_class: Any) -> None:
     """Add `data` and its stages to the verbs."""
     what = "text files to token store, one stage each"
     data = verbs.add_parser("data", help=what, description=what, example="megatrain data inspect data/train")
@@ -23,6 +23,7 @@ def add_data(verbs: Any, add_verb: AddVerb, parser_class: Any) -> None:
     _add_data_tokenizer(stages, add_verb)
     _add_data_tokenize(stages, add_verb)
     _add_data_inspect(stages, add_verb)
+    _add_data_blend(stages, add_verb, add_config)
     add_data_filter(stages, add_verb)
     add_data_audit(stages, add_verb)
     add_corpus(stages, add_verb)
@@ -65,6 +66,12 @@ def _data_inspect(arguments: argparse.Namespace) -> int:
     else:
         print(describe(arguments.prefix))
     return 0
+
+
+def _data_blend(arguments: argparse.Namespace) -> int:
+    from megatrain.verbs.data_blend import main as blend
+
+    return blend(arguments.config, arguments.overrides)
 
 
 def _add_data_tokenizer(stages: Any, add_verb: AddVerb) -> None:
@@ -118,6 +125,12 @@ def _add_data_inspect(stages: Any, add_verb: AddVerb) -> None:
     one.add_argument(
         "--document", type=index, metavar="N", help="say which file and row document N comes from, and how it begins"
     )
+
+
+def _add_data_blend(stages: Any, add_verb: AddVerb, add_config: Callable[..., None]) -> None:
+    example = "megatrain data blend run.yaml train.steps=2000"
+    what = "print how often a run will see each document, and the shares of its corpora on the way; starts nothing"
+    add_config(add_verb(stages, "blend", _data_blend, what, example))
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:

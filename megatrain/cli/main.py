@@ -222,7 +222,7 @@ def _parser() -> _Parser:
     add_exchange(verbs, _add_verb, _Parser, _CHECKPOINT)
     add_ngram(verbs, _add_verb, _Parser)
     add_doctor(verbs, _add_verb)
-    add_data(verbs, _add_verb, _Parser)
+    add_data(verbs, _add_verb, _add_config, _Parser)
     return parser
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatrain.config.effects import Effect
 from megatrain.config.knob import Deferred, Range
-from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.schema import Config, CorpusConfig, WeightsConfig
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,17 @@ def _refused(key: str, value: Any, within: Range, use: Any) -> str:
 
 
 def _element(key: str, element: Any) -> str:
-    """The error for the first field of a corpus that is out of range; "" if none is."""
+    """The error for the first field of a corpus, or of weights, that is out of range; "" if none is."""
     found = ((item.name, getattr(element, item.name), item.metadata) for item in dataclasses.fields(element))
-    errors = (_refused(f"{key}.{name}", value, about["range"], about["use"]) for name, value, about in found)
+    parts = ((name, part, about) for name, value, about in found for name, part in _named(name, value))
+    errors = (_refused(f"{key}.{name}", part, about["range"], about["use"]) for name, part, about in parts)
     return next(filter(None, errors), "")
+
+
+def _named(name: str, value: Any) -> list[tuple[str, Any]]:
+    """A field's name and value, or those of each of a mapping of names."""
+    pairs = isinstance(value, tuple) and value and isinstance(value[0], tuple)
+    return [(f"{name}.{of}", part) for of, part in value] if pairs else [(name, value)]
 
 
 def type_name(kind: Any) -> str:
@@ -127,6 +134,7 @@ def type_name(kind: Any) -> str:
         bool: "true or false",
         str: "text",
         CorpusConfig: "{path, weight}",
+        WeightsConfig: "{from_share, weights}",
     }
     if kind in names or dataclasses.is_dataclass(kind):
         return names[kind] if kind in names else f"{{{', '.join([*_first_fields(kind), '...'])}}}"

@@ -25,7 +25,7 @@ import yaml
 
 from megatrain.config.keys import fields_of, is_optional, knobs, show, type_name, value_of_names
 from megatrain.config.presets import FAMILIES, PRESETS
-from megatrain.config.schema import Config, CorpusConfig, Document
+from megatrain.config.schema import Config, CorpusConfig, Document, WeightsConfig
 from megatrain.config.source import ConfigError, Path, Tree, dotted, read_file, read_text
 
 __all__ = ["ConfigError", "Loaded", "dump", "from_dict", "load", "load_tree"]
@@ -501,13 +501,18 @@ def _suggest_key(schema: Any, path: Path, name: str, known: list[str]) -> str:
 
 def _render(value: Any) -> str:
     """A value as YAML on one line."""
-    if isinstance(value, CorpusConfig):
-        name = f", set: {_render(value.set)}" if value.set else ""
-        name = f", answers: {_render(value.answers)}{name}" if value.answers is not None else name
-        return f"{{path: {_render(value.path)}, weight: {_render(value.weight)}{name}}}"
+    if isinstance(value, CorpusConfig | WeightsConfig):
+        given = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        default = {
+            item.name: item.default for item in dataclasses.fields(value) if item.name not in ("path", "weight", "weights")
+        }
+        parts = {name: dict(part) if name == "weights" else part for name, part in given.items()}
+        return _render({name: part for name, part in parts.items() if part != default.get(name, ...)})
     if dataclasses.is_dataclass(value):
         keys = (f"{item.name}: {_render(getattr(value, item.name))}" for item in dataclasses.fields(value))
         return f"{{{', '.join(keys)}}}"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_render(name)}: {_render(part)}' for name, part in value.items())}}}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_render, value))}]"
     plain = not isinstance(value, str) or _reads_as_itself(value)

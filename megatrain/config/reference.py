@@ -11,7 +11,7 @@ from typing import Any
 
 from megatrain.config.keys import Knob, choices, fields_of, knobs, show, type_name
 from megatrain.config.knob import Range
-from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.schema import Config, CorpusConfig, WeightsConfig
 
 HEAD = """# Configuration
 
@@ -43,10 +43,11 @@ megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenize
 - Values marked *later* are known, but refused in this release with a message that says why.
 """
 
-CORPORA = """
-A corpus of `data.train` or `data.valid`, as a mapping:
-
-"""
+ELEMENTS = {
+    CorpusConfig: "A corpus of `data.train` or `data.valid`, as a mapping:",
+    WeightsConfig: "A piece of `data.schedule`, with one of the first three:",
+}
+"""Element of a list of the section `data` -> what stands above the table of its keys."""
 TABLE = "| key | values | default | what it does |\n| --- | --- | --- | --- |\n"
 
 
@@ -57,7 +58,7 @@ def reference() -> str:
     for knob in knobs():
         if knob.section != section:
             if section == "data":
-                parts.append(_corpora())
+                parts += map(_element, ELEMENTS)
             section = knob.section
             parts.append(f"\n## {section}\n\n{_purpose(section)}\n\n{TABLE}")
         does = f"{knob.doc}{_effect(knob)}{_later(knob)}".replace("|", r"\|")  # a bare one would end the cell
@@ -65,15 +66,15 @@ def reference() -> str:
     return "".join(parts)
 
 
-def _corpora() -> str:
-    """The table of the keys of a corpus."""
-    kinds, rows = fields_of(CorpusConfig), []
-    for item in dataclasses.fields(CorpusConfig):
-        default = "" if item.default == "" else f"`{show(item.default)}`"
+def _element(kind: Any) -> str:
+    """The table of the keys of an element of a list."""
+    kinds, rows = fields_of(kind), []
+    for item in dataclasses.fields(kind):
+        default = "" if item.default in ("", ()) else f"`{show(item.default)}`"
         rows.append(
             f"| `{item.name}` | {_values(kinds[item.name], item.metadata['range'])} | {default} | {item.metadata['doc']} |\n"
         )
-    return f"{CORPORA}{TABLE}{''.join(rows)}"
+    return f"\n{ELEMENTS[kind]}\n\n{TABLE}{''.join(rows)}"
 
 
 def _purpose(section: str) -> str:

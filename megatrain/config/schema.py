@@ -27,6 +27,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "TrainConfig",
+    "WeightsConfig",
 ]
 
 
@@ -106,6 +107,48 @@ class CorpusConfig:
         path=True,
     )
     set: str = knob("", "data.valid: name of the validation set; a mapping of names to lists is the same.")
+    name: str = knob("", "data.train: name in data.schedule and in reports; empty: its path.")
+    epochs: float | None = knob(
+        None,
+        "data.train: how often it is seen over the run, evenly; its share follows, and `weight` is left out.",
+        above=0,
+        use=2.0,
+    )
+    max_epochs: float | None = knob(
+        None,
+        "data.train: how often it is seen at most, beside `weight`; then the others share what it would have had.",
+        above=0,
+        use=4.0,
+    )
+    old: bool = knob(False, "data.train: text of an earlier training, of which data.replay is the share.")
+
+    @property
+    def label(self) -> str:
+        """The name in data.schedule and in reports."""
+        return self.name or self.path
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """The weights of the corpora from some place of the run on."""
+
+    from_share: float | None = knob(
+        None, "Share of the run that is done where they begin, in the unit of its length.", at_least=0, below=1, use=0.9
+    )
+    from_step: int | None = knob(None, "Or the number of steps that are done.", at_least=0, use=900)
+    from_tokens: float | None = knob(None, "Or the number of tokens that are consumed.", at_least=0, at_most=1e18, use=9e8)
+    weights: tuple[tuple[str, float], ...] = knob(
+        (),
+        "{corpus: weight}: every corpus of data.train that has no `epochs`, by name or path; 0 leaves it out.",
+        at_least=0,
+        use=1.0,
+    )
+
+    @property
+    def place(self) -> str:
+        """The place where they begin, as in the config."""
+        named = {"from_share": self.from_share, "from_step": self.from_step, "from_tokens": self.from_tokens}
+        return ", ".join(f"{name}: {value:g}" for name, value in named.items() if value is not None)
 
 
 @dataclass(frozen=True)
@@ -115,6 +158,15 @@ class DataConfig:
     train: tuple[CorpusConfig, ...] = knob((), "Training corpora: a list of {path, weight}; a plain string is a list of one.")
     valid: tuple[CorpusConfig, ...] = knob(
         (), "Held-out corpora, as `train`, or a mapping of names to such lists: several validation sets."
+    )
+    schedule: tuple[WeightsConfig, ...] = knob(
+        (), "Other weights later in the run, as [{from_share: 0.9, weights: {web: 0.3, wiki: 0.7}}], in order (docs/blends.md)."
+    )
+    replay: float | None = knob(
+        None,
+        "Share of the samples that come from the corpora with `old: true`, whatever the weights of the others.",
+        above=0,
+        below=1,
     )
     isolate_documents: bool = knob(
         False,

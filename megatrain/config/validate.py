@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatrain.config.blend_rules import require_blend
 from megatrain.config.budget import WarmUp, budget_of, warmup_of
 from megatrain.config.keys import choices, knobs, show
 from megatrain.config.schema import Config, ModelConfig, ParallelConfig
@@ -23,9 +24,19 @@ def validate(config: Config, world_size: int, begun: Callable[[], WarmUp | None]
     """
     validate_step(config, world_size)
     _require_data(config)
+    require_blend(config)
     _require_glm_text(config)
     _require_schedules(config, begun)
     require_effects(config)
+
+
+def validate_data(config: Config) -> None:
+    """Check the rules of corpora, their blend and how samples are made of them, whatever the layout. Raises ConfigError."""
+    require_values(config)
+    _require_glm(config)
+    _require_data(config)
+    require_blend(config)
+    _require_glm_text(config)
 
 
 def validate_step(config: Config, world_size: int) -> None:

@@ -30,10 +30,7 @@ from fractions import Fraction
 from itertools import accumulate
 from math import isfinite, lcm
 
-import numpy as np
-import numpy.typing as npt
-
-from megatrain.data.left_out import Located, Origin
+from megatrain.config.pieces import as_written
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,12 @@ class _Node:
 
 
 class Blend:
-    """Deals samples to corpora in proportion to `weights` (any positive numbers; only their ratios matter).
+    """Deals samples to corpora in proportion to `weights` (any positive numbers, a float as it is written; only their ratios matter).
 
     Raises ValueError for an empty list or a weight that is not a positive, finite number.
     """
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float | Fraction]) -> None:
         if not weights:
             raise ValueError("A blend needs at least one corpus: list one under data.train.")
         for i, weight in enumerate(weights):
@@ -64,8 +61,7 @@ class Blend:
                 raise ValueError(
                     f"Corpus {i} of the blend has weight {weight}; it must be greater than 0. To leave it out, remove it."
                 )
-        # The number as it was written: 0.1 is one tenth, not the nearest binary fraction.
-        exact = [Fraction(repr(float(w))) for w in weights]
+        exact = [w if isinstance(w, Fraction) else as_written(w) for w in weights]
         scale = lcm(*(f.denominator for f in exact))
         self._weights = [int(f * scale) for f in exact]
         heaviest_first = sorted(range(len(weights)), key=lambda i: -self._weights[i])
@@ -127,31 +123,3 @@ class Blend:
         left = half + Fraction(node.share, node.total) * inherited
         right = half + Fraction(node.total - node.share, node.total) * inherited
         return max(self._error(node.left, left), self._error(node.right, right))
-
-
-class BlendedSamples:
-    """The samples of several corpora, mixed by weight."""
-
-    def __init__(self, corpora: Sequence[Located], weights: Sequence[float]) -> None:
-        self.corpora = tuple(corpora)
-        self.blend = Blend(weights)
-
-    def sample(self, n: int) -> npt.NDArray[np.int64]:
-        """Tokens [seq_length + 1] of sample n."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].sample(place)
-
-    def document_numbers(self, n: int) -> npt.NDArray[np.int64]:
-        """[seq_length + 1] number of each token's document within sample n."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].document_numbers(place)
-
-    def pairs(self, n: int) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] | None:
-        """Prompts and answers of sample n, if its corpus has them; else None."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].pairs(place)
-
-    def pieces(self, n: int) -> list[Origin]:
-        """Where the tokens of sample n are."""
-        corpus, place = self.blend.place(n)
-        return self.corpora[corpus].pieces(place)

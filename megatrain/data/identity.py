@@ -139,6 +139,15 @@ def other_corpora(was: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]], co
                 yield f"{name}.answers={show(corpus.answers)} are others: {show(then)} -> {show(here)}"
 
 
+def other_terms(was: Any, now: Any) -> Iterator[str]:
+    """The differences in how often corpora are seen, as text. was, now: data.train as it is saved, of as many corpora."""
+    for number, pair in enumerate(zip(was, now, strict=False)):
+        before, after = (corpus if isinstance(corpus, dict) else {} for corpus in pair)
+        for name in ("epochs", "max_epochs", "old"):
+            if before.get(name) != after.get(name):
+                yield f"data.train[{number}].{name}: {show(before.get(name))} -> {show(after.get(name))}"
+
+
 def other_held_out(was: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> bool:
     """Whether the held-out texts differ. was, now: (set, identity) of each."""
     return len(was) != len(now) or any(a[0] != b[0] or not same_store(a[1], b[1]) for a, b in zip(was, now, strict=True))

@@ -11,7 +11,7 @@ rates and length stay a function of that number alone, whatever the layout, and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from megatrain.data.loader import Ints, Samples
 
@@ -37,10 +37,13 @@ class Located(Samples, Protocol):
         """Where the tokens of sample n are."""
 
 
-class LeftOut:
+Source = TypeVar("Source", bound=Located)
+
+
+class LeftOut(Generic[Source]):
     """The samples of `source` without those of `windows`, numbered anew."""
 
-    def __init__(self, source: Located, windows: Iterable[Window] = ()) -> None:
+    def __init__(self, source: Source, windows: Iterable[Window] = ()) -> None:
         self.source, self._windows = source, merged(windows)
 
     @property

@@ -14,11 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.config.schema import Config, CorpusConfig, DataConfig
-from megatrain.data.blend import BlendedSamples
+from megatrain.data.blended import BlendedSamples, CorpusSamples
 from megatrain.data.draws import Draws
 from megatrain.data.held_out import Evaluated, HeldOut, build_held_out
 from megatrain.data.indexed import TokenStore, record_path
-from megatrain.data.left_out import Located
 from megatrain.data.loader import Batch, Compose, isolated_documents, next_token
 from megatrain.data.samples.glm import KINDS, Drawn, GlmBatches, Plan, assembled
 from megatrain.data.samples.gpt import GptSamples
@@ -26,6 +25,7 @@ from megatrain.data.samples.infilling import InfillingText
 from megatrain.data.samples.pairs import PairSamples
 from megatrain.data.samples.sentinels import resolve, sentence_ends
 from megatrain.data.store_record import require_made_with
+from megatrain.data.terms import endless, terms_of
 from megatrain.data.tokenizer import Tokenizer
 
 LOOKED_AT = 1024
@@ -94,7 +94,8 @@ def open_sources(
     source = source_of(config, vocab_size, tokenizer, closed=closed)
     samples = None
     if train:
-        samples = build_samples(data.train, source.sample_length, config.train.seed, data.cache_dir, source.text_vocab)
+        corpora = _open_corpora(data.train, source.sample_length, config.train.seed, data.cache_dir, source.text_vocab)
+        samples = BlendedSamples(corpora, terms_of(config, [corpus.samples_per_epoch for corpus in corpora]))
     isolate = data.isolate_documents or data.objective == "glm"
     sets = build_held_out(data.valid, source.sample_length, source.text_vocab, isolate)
     validation = {
@@ -169,17 +170,32 @@ def build_samples(
     cache_dir: str | Path | None = None,
     vocab_size: int | None = None,
 ) -> BlendedSamples:
-    """The training samples of `data.train`: opens every store and checks what is cheap to check.
+    """The endless training samples of corpora by their weights: opens every store and checks what is cheap to check.
 
-    Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError (no corpora, bad weight).
+    Raises TokenStoreError (missing or damaged store, too short, ids out of range) and ValueError (no corpora, bad weight; epochs, which
+    hang on the length of a run: `open_sources` takes one).
     """
+    bounded = next((corpus for corpus in corpora if (corpus.epochs, corpus.max_epochs) != (None, None)), None)
+    if bounded is not None:
+        raise ValueError(f"{bounded.label} has epochs, which hang on the length of a run. Use open_sources with its config.")
+    samples = BlendedSamples(
+        _open_corpora(corpora, seq_length, seed, cache_dir, vocab_size), endless([corpus.weight for corpus in corpora])
+    )
+    _ = samples.deal  # a bad weight is an error at once
+    return samples
+
+
+def _open_corpora(
+    corpora: Sequence[CorpusConfig], seq_length: int, seed: int, cache_dir: str | Path | None, vocab_size: int | None
+) -> list[CorpusSamples]:
+    """The samples of each corpus. Raises TokenStoreError and ValueError."""
     if not corpora:
         raise ValueError("data.train is empty: give the prefix of a token store, e.g. data.train=runs/demo/data/train.")
-    samples: list[Located] = []
+    samples: list[CorpusSamples] = []
     for corpus in corpora:
         store = TokenStore(corpus.path)
         if corpus.answers is None:
             samples.append(GptSamples(store, seq_length, seed, cache_dir, vocab_size))
         else:
             samples.append(PairSamples(store, TokenStore(corpus.answers), seq_length + 1, seed, vocab_size))
-    return BlendedSamples(samples, [corpus.weight for corpus in corpora])
+    return samples

@@ -52,7 +52,11 @@ TABLE = (
         "rates, weight decay and length go on as they were, counted in updates with train.steps, in tokens with train.tokens",
     ),
     Change(_train("micro_batch_size"), "kept", "the same batches; with data.objective=glm other blanks are drawn from here on"),
-    Change(_train("steps", "tokens"), "bent", "the curves are laid over the new length"),
+    Change(
+        _train("steps", "tokens"),
+        "bent",
+        "the curves are laid over the new length, and so are data.schedule and epochs, but for what is done",
+    ),
     Change(
         _optim("lr", "min_lr", "lr_schedule", "decay_fraction", "warmup_steps"), "bent", "the new curve, from the next step on"
     ),
@@ -92,7 +96,13 @@ TABLE = (
     Change(
         ("data.train",),
         "refused",
-        "another text, other answers, weights or order (data); the same text in another place is kept",
+        "another text, other answers, weights, epochs or order (data); accepted, each text goes on behind its last sample; the same text "
+        "in another place is kept",
+    ),
+    Change(
+        ("data.schedule", "data.replay"),
+        "refused",
+        "other weights (data); accepted, they hold from the next step on, and each text goes on behind its last sample",
     ),
     Change(("data.valid",), "told", "losses of before and after compare only where the text is the same"),
     Change(("data.tokenizer",), "refused", "another tokenizer (tokenizer); the same one in another place is kept"),

@@ -22,12 +22,14 @@ from megatrain.checkpoint.together import ContentError, DamagedCheckpointError, 
 from megatrain.config.budget import WarmUp, learning_rate, position, warmup_of
 from megatrain.config.keys import show
 from megatrain.config.schema import Config
-from megatrain.data.identity import BESIDE, identity_of, listed, other_corpora, other_held_out, other_special
+from megatrain.data.identity import BESIDE, identity_of, listed, other_corpora, other_held_out, other_special, other_terms
+from megatrain.data.terms import state_of
 from megatrain.init_from import start_from
 from megatrain.job import Job
 from megatrain.optim.portions import portions
 from megatrain.resuming.beginning import OwnCheckpoints, beginning_of, beginning_text
 from megatrain.resuming.changed import bends_schedules, change_line, change_of, changes, values_then
+from megatrain.resuming.dealing import deal_on
 from megatrain.resuming.restart import load_copy
 from megatrain.runtime.distributed import Session
 from megatrain.stderr import note
@@ -61,6 +63,7 @@ def progress_of_job(job: Job) -> dict[str, Any]:
         "program": job.program,
         "began": job.beginning,
         "spikes": job.spikes.state(),
+        "deal": state_of(job.left_out.source.terms, length),
         "left_out": [[first * length, end * length] for first, end in job.left_out.windows],
     }
 
@@ -200,12 +203,15 @@ def _go_on(job: Job, path: Path, manifest: Manifest) -> None:
     take_over(job, manifest)
     progress, length = manifest.progress, job.config.model.seq_length
     job.left_out.leave_out(*((first // length, -(-end // length)) for first, end in progress.get("left_out", ())))
+    deal_on(job, manifest)
     job.spikes.restore(progress.get("spikes", {}))
     job.resumed_from = path
     changed = list(changes(manifest, job.config))
     was, now = manifest.progress.get("identity", {}), job.identity
     same = {
-        "data.train": "data" in was and not any(other_corpora(was["data"], now["data"], job.config.data.train)),
+        "data.train": "data" in was
+        and not any(other_corpora(was["data"], now["data"], job.config.data.train))
+        and not any(any(other_terms(*values)) for key, *values in changed if key == "data.train"),
         "data.tokenizer": "tokenizer" in was and was["tokenizer"] == now["tokenizer"],
         "data.valid": "valid" in was and not other_held_out(was["valid"], now["valid"]),
     }
@@ -261,5 +267,8 @@ def _other_subjects(manifest: Manifest, config: Config, identity: dict[str, Any]
             f"data.tokenizer={show(config.data.tokenizer)}: {show(was['tokenizer'])} -> {show(identity['tokenizer'])}",
         )
     for key, before, after in changes(manifest, config):
+        if key == "data.train":
+            for what in other_terms(before, after):
+                yield "data", what
         if change_of(key).then == "refused" and key not in _COMPARED:
             yield "model" if key.startswith("model.") else "data", f"{key}: {show(before)} -> {show(after)}"

@@ -25,6 +25,7 @@ from megatrain.job import Job
 from megatrain.lifecycle.spikes import Bad, Diverged
 from megatrain.optim.portions import portions
 from megatrain.resuming.beginning import OwnCheckpoints
+from megatrain.resuming.dealing import deal_on
 from megatrain.resuming.resume import require_progress, take_over
 
 LOOKED_AT = 4096
@@ -65,6 +66,7 @@ def roll_back(job: Job, bad: Bad) -> WentBack:
     take_over(job, manifest)
     window = job.left_out.window(_first_left_out(job, bad), bad.consumed)
     job.left_out.leave_out(window)
+    deal_on(job, manifest)
     spikes.go_back(bad, job.step, manifest.progress.get("spikes", {}))
     return WentBack(path, window)
 
@@ -86,7 +88,7 @@ def _first_left_out(job: Job, bad: Bad) -> int:
     return job.budget.consumed(begins - job.step, job.consumed_samples)
 
 
-def documents(samples: LeftOut, window: Window) -> list[dict[str, Any]]:
+def documents(samples: LeftOut[Any], window: Window) -> list[dict[str, Any]]:
     """The documents that samples of a window, numbered as in the texts, have tokens of; those that repeat one token most come first.
 
     Of a long window, those of the last samples.
@@ -102,7 +104,7 @@ def place_of(found: list[dict[str, Any]]) -> str:
     return f"document {of['document']} of {of['file']}, its {of['tokens']} tokens from token {of['offset']} of the file"
 
 
-def _texts(samples: LeftOut, n: int) -> Iterator[tuple[np.ndarray, Origin]]:
+def _texts(samples: LeftOut[Any], n: int) -> Iterator[tuple[np.ndarray, Origin]]:
     """The tokens that sample n has of each document, and where they are."""
     pairs = samples.source.pairs(n)
     parts = [samples.source.sample(n)] if pairs is None else [part for pair in pairs for part in pair]

@@ -37,6 +37,15 @@ GOOD = {
         "retries": 1,
         "gone": [3, 2],
     },
+    "deal": {
+        "pieces": [{"first": 0, "weights": [0.7, 0]}, {"first": 90, "weights": [1, 3.0]}],
+        "end": 100,
+        "most": [None, 20],
+        "even": [False, True],
+        "first": 32,
+        "before": [20, 12],
+        "seq_length": 16,
+    },
     "left_out": [[32, 64]],
 }
 BAD = {
@@ -78,6 +87,23 @@ BAD = {
         {"eased": {"from": 1}},
         {"gone": [1, 2, 3]},
     ],
+    "deal": [
+        None,
+        [],
+        {},
+        *({**GOOD["deal"], key: -1} for key in ("pieces", "end", "most", "even", "first", "before", "seq_length")),
+        *(
+            {**GOOD["deal"], "pieces": [{"first": first, "weights": weights}]}
+            for first, weights in ((1, [1, 1]), (0, [1]), (0, [1, -1]))
+        ),
+        {**GOOD["deal"], "pieces": GOOD["deal"]["pieces"][::-1]},
+        {**GOOD["deal"], "pieces": []},
+        {**GOOD["deal"], "pieces": [], "most": [], "even": []},
+        {**GOOD["deal"], "most": [None, 2.5]},
+        {**GOOD["deal"], "even": [False]},
+        {**GOOD["deal"], "before": [1]},
+        {**GOOD["deal"], "seq_length": 0},
+    ],
     "left_out": [[[0, 2**62]], [[-100, 16]], "abc", [[64, 32]], [[0, 1]] * 10_001, [[0, 1, 2]], None],
 }
 
@@ -88,6 +114,8 @@ def test_what_a_run_saves_and_what_earlier_and_later_ones_do_is_taken():
         check_progress(progress)
     check_progress(json.loads(json.dumps(GOOD)))
     check_resumable(GOOD, 4)
+    with pytest.raises(ValueError, match=r"progress\.deal is of 2 corpora, and progress\.identity of 1"):
+        check_progress(GOOD | {"identity": {"data": [["88-512-ab-cd", 1.0]]}})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from megatrain.assembly import assemble
 from megatrain.config.keys import Knob, is_optional, knobs
 from megatrain.config.load import dump, from_dict, restored
 from megatrain.config.presets import PRESETS
-from megatrain.config.schema import Config, CorpusConfig
+from megatrain.config.schema import Config, CorpusConfig, WeightsConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import require_effects, validate, validate_layout, validate_step
 from megatrain.data.loader import Loader
@@ -70,6 +70,8 @@ def value_of(kind, draw):
         return [value_of(item, draw) for item in items]
     if kind is CorpusConfig:
         return {"path": draw.choice(TEXTS), "weight": draw.choice(NUMBERS)}
+    if kind is WeightsConfig:
+        return {"from_step": draw.choice(INTEGERS), "weights": {draw.choice(TEXTS): draw.choice(NUMBERS)}}
     if kind is str:
         return draw.choice(TEXTS)
     if kind is bool:

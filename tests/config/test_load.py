@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatrain.config.keys import knobs
 from megatrain.config.load import ConfigError, dump, from_dict, load, load_overrides
-from megatrain.config.schema import Config, CorpusConfig, DataConfig, ModelConfig
+from megatrain.config.schema import Config, CorpusConfig, DataConfig, ModelConfig, WeightsConfig
 
 
 @pytest.fixture
@@ -342,7 +342,12 @@ def values(kind):
     """Any value of a field's type, in the plain form of YAML."""
     parts = typing.get_args(kind)
     if kind is CorpusConfig:
-        return st.text() | st.fixed_dictionaries({"path": st.text()}, optional={"weight": values(float), "set": st.text()})
+        return st.text() | st.fixed_dictionaries(
+            {"path": st.text()}, optional={"weight": values(float), "set": st.text(), "name": st.text(), "old": st.booleans()}
+        )
+    if kind is WeightsConfig:
+        weights = st.dictionaries(st.text(), values(float), max_size=3)
+        return st.fixed_dictionaries({}, optional={"from_step": values(int), "weights": weights})
     if typing.get_origin(kind) is typing.Literal:
         return st.sampled_from(parts)
     if typing.get_origin(kind) is tuple:

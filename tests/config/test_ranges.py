@@ -16,7 +16,7 @@ from megatrain.config import validate
 from megatrain.config.keys import knobs
 from megatrain.config.knob import LARGEST_INTEGER, LARGEST_NUMBER, Range
 from megatrain.config.load import from_dict
-from megatrain.config.schema import Config, CorpusConfig, OptimConfig
+from megatrain.config.schema import Config, CorpusConfig, OptimConfig, WeightsConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import require_values
 
@@ -70,7 +70,18 @@ def bad_values(kind, within):
     if typing.get_origin(kind) is not tuple:
         return [None, *bad_scalars(kind, within)]
     items = typing.get_args(kind)
-    parts = [3, {}, {"path": "a", "weight": True}] if items[0] is CorpusConfig else bad_scalars(items[0], within)
+    elements = {
+        CorpusConfig: [3, {}, {"path": "a", "weight": True}],
+        WeightsConfig: [
+            3,
+            {"from_step": 0.5},
+            {"from_share": 1},
+            {"weights": 3},
+            {"weights": {"a": -1}},
+            {"weights": {"a": None}},
+        ],
+    }
+    parts = elements[items[0]] if items[0] in elements else bad_scalars(items[0], within)
     lists = [[part] if items[-1] is Ellipsis else [part, *[0.5] * (len(items) - 1)] for part in parts]
     lengths = [] if items[-1] is Ellipsis else [[], [1] * (len(items) + 1)]
     return [None, 3, 0.5, True, math.nan, "", {"a": 3}, *lists, *lengths]

@@ -15,6 +15,7 @@ from megatrain.data.identity import (
     other_corpora,
     other_held_out,
     other_special,
+    other_terms,
     same_store,
     sampled,
     store_identity,
@@ -103,6 +104,17 @@ def test_weights_and_order_count(corpora):
         f"data.train[1].answers={turned[1].answers or 'null'} are others",
     ]
     assert list(other_corpora(was, was[:1], corpora[:1])) == ["data.train has 1 corpora, and had 2"]
+
+
+def test_how_often_a_corpus_is_seen_counts():
+    was = [{"path": "a", "weight": 1.0}, {"path": "b", "weight": 1.0, "max_epochs": 2.0, "name": "x"}]
+    now = [{"path": "a", "weight": 1.0, "old": True}, {"path": "b", "weight": 1.0, "epochs": 3.0, "name": "y"}]
+    assert list(other_terms(was, now)) == [
+        "data.train[0].old: null -> true",
+        "data.train[1].epochs: null -> 3.0",
+        "data.train[1].max_epochs: 2.0 -> null",
+    ]
+    assert list(other_terms(["a", 3], now[:1])) == ["data.train[0].old: null -> true"], "whatever a manifest holds"
 
 
 def test_held_out_text_has_names_and_contents(tmp_path, corpora):

@@ -241,6 +241,12 @@ REFUSED = [
     ({"data": {"train": ["data", "data"]}}, "data", "data.train has 2 corpora, and had 1"),
     ({"data": {"train": [{"path": "data", "weight": 2.0}]}}, "data", "data.train[0].weight: 1.0 -> 2.0"),
     ({"data": {"tokenizer": "bytes"}, "model": {"vocab_size": 300}}, "tokenizer", "data.tokenizer=bytes: null -> bytes"),
+    ({"data": {"train": [{"path": "data", "max_epochs": 9}]}}, "data", "data.train[0].max_epochs: null -> 9.0"),
+    (
+        {"data": {"schedule": [{"from_step": 6, "weights": {"d": 2}}], "train": [{"path": "data", "name": "d"}]}},
+        "data",
+        "data.schedule: [] -> [{from_step: 6, weights: {d: 2.0}}]",
+    ),
     ({"data": {"isolate_documents": True}}, "data", "data.isolate_documents: false -> true"),
 ]
 REFUSED = [("", *row) for row in REFUSED]
@@ -252,9 +258,8 @@ def in_house(house, change):
     values = change.get("data", {}).get("train")
     if not isinstance(values, list):
         return placed(house, change)
-    return {
-        "data": {"train": [{**v, "path": str(house / v["path"])} if isinstance(v, dict) else str(house / v) for v in values]}
-    }
+    corpora = [{**v, "path": str(house / v["path"])} if isinstance(v, dict) else str(house / v) for v in values]
+    return {"data": change["data"] | {"train": corpora}}
 
 
 @pytest.mark.parametrize(("before", "change", "subject", "what"), REFUSED, ids=str)

@@ -97,6 +97,11 @@ class GptSamples:
         self._epochs: OrderedDict[int, EpochIndex] = OrderedDict()
         self._lock = threading.Lock()
 
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens of a sample, without the one that it shares with the next."""
+        return self.seq_length
+
     def sample(self, n: int) -> npt.NDArray[np.int64]:
         """Tokens [seq_length + 1] of sample n, counted from the start of training, n >= 0."""
         tokens = np.empty(self.seq_length + 1, np.int64)

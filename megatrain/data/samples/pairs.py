@@ -6,6 +6,8 @@ all pairs in another order; a sample has as many pairs as fit a text on average.
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import numpy.typing as npt
 
@@ -37,6 +39,16 @@ class PairSamples:
         self.together = max(1, int(text_length / (mean + 3)))  # each with [CLS], [gMASK] and a start of piece
         self._order: tuple[int, Ids] = -1, np.zeros(0, np.int64)
         """The last epoch, and the order of its pairs: one value, since the loader's thread is not the only one that reads."""
+
+    @property
+    def samples_per_epoch(self) -> Fraction:
+        """Number of samples in which each pair is seen once."""
+        return Fraction(self.prompts.documents, self.together)
+
+    @property
+    def tokens_per_sample(self) -> Fraction:
+        """Tokens of prompts and answers that a sample has on average."""
+        return Fraction((self.prompts.tokens + self.answers.tokens) * self.together, self.prompts.documents)
 
     def pairs(self, n: int) -> list[tuple[Ids, Ids]]:
         """The (prompt, answer) pairs of sample n."""
