@@ -65,3 +65,28 @@ class CleanConfig:
         "cards, bank cards, public IP addresses.",
     )
     words: WordsConfig = field(default_factory=WordsConfig)
+    stop_words: str | None = knob(
+        None,
+        "File of words to remove, one a line: for data of classifiers that count words. It harms language models.",
+        path=True,
+        use="stop_words.txt",
+    )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Changed copies of documents, for small sets of labelled data. They harm language models, which learn from order and spelling."""
+
+    copies: int = knob(0, "Changed copies that follow each document; 0: none.", at_least=0, at_most=100)
+    sources: tuple[str, ...] = knob((), "Names of the sources whose documents get copies; empty: all but code.")
+    sentences: Literal["keep", "shuffle", "recombine"] = knob(
+        "shuffle", "Order of the sentences: kept, shuffled within each paragraph, or dealt out over all paragraphs."
+    )
+    synonyms: str | None = knob(
+        None,
+        "File of words that may stand for each other, a group a line, with commas: big, large.",
+        path=True,
+        use="synonyms.txt",
+    )
+    synonym_share: float = knob(0.2, "Share of the words of that file that are replaced.", at_least=0, at_most=1)
+    noise: float = knob(0.0, "Share of the letters that are dropped, doubled, swapped or replaced.", at_least=0, at_most=1)

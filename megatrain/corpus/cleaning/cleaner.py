@@ -1,7 +1,7 @@
 """The step that cleans documents. Its order is fixed:
 
     ends of lines -> mojibake -> markup -> controls -> Unicode form -> simplified Chinese -> blanks -> personal data
-    -> boilerplate lines -> tails of paragraphs -> words of lists
+    -> boilerplate lines -> tails of paragraphs -> words of lists -> stop words
 
 What it gives, it gives back unchanged: all is done once more as long as a part other than blanks and personal data finds something, since
 what is removed may show something else: `<<b>b>`, a zero-width blank within `&amp;`. A text that is not settled after four rounds is left
@@ -21,6 +21,7 @@ from megatrain.corpus.cleaning.remains import without_markup
 from megatrain.corpus.cleaning.sensitive import Sensitive
 from megatrain.corpus.cleaning.simplified import simplified
 from megatrain.corpus.cleaning.spacing import with_few_blanks, with_plain_blanks
+from megatrain.corpus.cleaning.stop_words import StopWords
 from megatrain.corpus.cleaning.tails import without_tails
 from megatrain.corpus.document import Document, Step, Tally
 
@@ -37,6 +38,7 @@ class Cleaner:
         self.settings = settings
         own = read_lines(settings.boilerplate_file) if settings.boilerplate_file is not None else ()
         self.boilerplate = Boilerplate(own) if settings.boilerplate else None
+        self.stop_words = StopWords(settings.stop_words) if settings.stop_words is not None else None
         self.sensitive = Sensitive(settings.words) if settings.words.lists else None
 
     def __call__(self, document: Document, tally: Tally) -> Collection[str]:
@@ -49,6 +51,8 @@ class Cleaner:
             before, refused = document.text, self.sensitive.apply(document, counts)
             if document.text != before:
                 document.text = settle(document.text, document.language, counts)
+        if self.stop_words is not None and document.kind != "code":
+            document.text = self.stop_words.without(document.text, counts)
         for name, number in counts.items():
             if number:
                 tally.count(f"clean.{name}", number)

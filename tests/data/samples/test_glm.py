@@ -11,6 +11,7 @@ from megatrain.data.draws import Draws
 from megatrain.data.indexed import TokenStore, TokenStoreError, TokenStoreWriter
 from megatrain.data.loader import batch_places
 from megatrain.data.samples.glm import KINDS, Drawn, GlmBatches, Plan, text_length
+from megatrain.data.samples.gpt import GptSamples
 from megatrain.data.samples.infilling import Sentinels
 from megatrain.data.samples.pairs import PairSamples
 
@@ -65,6 +66,23 @@ def test_every_batch_has_one_shape(kind, document):
         counted = np.flatnonzero(weights)
         assert counted.size and counted[0] >= sep and tokens[0] == IDS.cls
         assert (tokens[:sep] != IDS.sop).all() and tokens[sep] == IDS.sop
+
+
+def test_each_epoch_cuts_out_other_spans(tmp_path):
+    """The one document of a store, once an epoch: the same text, other blanks, again the same in another run."""
+    compose = batches(closed=True)
+    text = (np.arange(compose.plan.text_length - 1) * 13 % 90).astype(np.uint16)
+    with TokenStoreWriter(tmp_path / "one", np.uint16) as writer:
+        writer.write(text)
+        writer.end_documents(np.array([text.size]))
+    samples = GptSamples(TokenStore(tmp_path / "one"), text.size - 1, seed=3)
+    assert samples.samples_per_epoch == 1
+    epochs = [compose(samples, epoch, batch_places(1, 1, 0, 1)) for epoch in range(8)]
+    assert len({np.concatenate(compose.text(samples, epoch)).tobytes() for epoch in range(8)}) == 1
+    cut = [tuple(np.flatnonzero(batch.tokens[0, 0, : int(batch.prefix[0, 0])] == IDS.mask)) for batch in epochs]
+    assert len(set(cut)) == 8 and min(map(len, cut)) > 1
+    again = GptSamples(TokenStore(tmp_path / "one"), text.size - 1, seed=3)
+    assert np.array_equal(batches(closed=True)(again, 5, batch_places(1, 1, 0, 1)).tokens, epochs[5].tokens)
 
 
 def test_what_is_behind_the_text_is_zeros():
