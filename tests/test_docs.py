@@ -32,11 +32,8 @@ LEFT_OUT = 17
 """Commands that are not run, of all pages; a number that only falls."""
 BARE = (
     "README.md",
-<<<<<<< HEAD
     "blends.md",
-=======
     "cleaning.md",
->>>>>>> 2273550 (Documents are augmented by seed and place, stop words go where a classifier's data wants it, and a page says what cleaning does)
     "controls.md",
     "data.md",
     "memory.md",
