@@ -13,8 +13,6 @@ from megatrain.corpus.reading.file_reading import FileReading
 from megatrain.files import HEAD_BYTES, byte_order_mark, compression, not_text, opened_plain
 
 REPLACEMENT = "\ufffd"
-FEW_NULS, MOST_NULS = 8, 0.05
-"""NULs among a file's first bytes, and their share, from which it is no text."""
 PRESCAN_BYTES = 1024
 """The first bytes of a page, in which its declaration has to stand."""
 _DECLARED = re.compile(rb"<(?:meta|\?xml)[^>]*?(?:charset|encoding)\s*=\s*[\"']?\s*([A-Za-z0-9_:.\-]+)", re.IGNORECASE)
@@ -55,9 +53,8 @@ def no_text(head: bytes, encoding: str) -> str:
         return f"the file is compressed by {found[0]}, which its name does not say. Unpack it: {found[1]}"
     if encoding.startswith(("utf-16", "utf-32")):
         return ""
-    if said := not_text(head):
-        return f"{said}, or say in `encoding:` of its source how it is encoded."
-    return "the file is no text: it has many NULs." if head.count(0) > max(FEW_NULS, MOST_NULS * len(head)) else ""
+    said = not_text(head)
+    return f"{said}, or say in `encoding:` of its source how it is encoded." if said else ""
 
 
 def text_of(reading: FileReading, data: bytes, encoding: str, within: str = "") -> str | None:

@@ -109,7 +109,8 @@ class FileReading:
                     raise self._changed()
             self.ended = "whole"
         except PackedDamageError as error:
-            self._break("read.damaged", f"the file was cut short or is damaged ({error}); what comes before is kept.")
+            kept = "it is left out" if self.part.form in ("text", "html") else "what comes before is kept"
+            self._break("read.damaged", f"the file was cut short or is damaged ({error}); {kept}.")
         except UnpackError as error:
             self._break("read.bomb", f"the file {error}, or raise read.unpacked_ratio or read.unpacked_mib.")
         except OSError as error:

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from megatrain.corpus.document import Document
 from megatrain.corpus.reading.encoded import encoding_of, no_text, text_of
 from megatrain.corpus.reading.file_reading import FileReading
+from megatrain.files import HEAD_BYTES
+
+FEW_NULS, MOST_NULS = 8, 0.05
+"""NULs among a file's first bytes, and their share, from which it is no text."""
 
 
 def text_documents(reading: FileReading) -> Iterator[Document]:
@@ -19,6 +23,8 @@ def text_documents(reading: FileReading) -> Iterator[Document]:
     encoding = encoding_of(reading, data)
     if said := no_text(data, encoding):
         reading.refuse("read.no_text", "", said)
+    elif encoding == "utf-8" and data.count(0, 0, HEAD_BYTES) > max(FEW_NULS, MOST_NULS * min(len(data), HEAD_BYTES)):
+        reading.refuse("read.no_text", "", "the file is no text: it has many NULs.")
     elif (text := text_of(reading, data, encoding)) is not None:
         if text:
             yield reading.document(text, 0)

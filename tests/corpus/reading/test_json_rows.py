@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import zstandard
@@ -144,7 +146,6 @@ def test_files_that_are_no_text(read):
     for data, said in (
         ('{"text": "a"}\n'.encode("utf-16-le"), "this is UTF-16LE, not UTF-8. Convert it"),
         (gzip.compress(GOOD), "the file is compressed by gzip, which its name does not say. Unpack it: gzip -dc OLD > NEW"),
-        (b"\0\0\0\x07\1\2\3\4" * 50, "the file is no text: it has many NULs."),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "this is a Git LFS pointer"),
     ):
         texts, counts, places = read(data)
@@ -158,6 +159,28 @@ def test_a_long_line_is_passed_over(read):
         got = read(GOOD + long + GOOD, limits={"longest": 99}, unit_bytes=unit_bytes)
         assert got == (["good", "good"], {"too_long": 1}, [("line 2", said)])
     assert read(long, limits={"longest": 102})[0] == ["x" * 90]
+
+
+@pytest.mark.parametrize("size", [1 << 28, pytest.param(1 << 30, marks=pytest.mark.slow)])
+def test_a_huge_line_takes_little_memory(tmp_path, size):
+    file = tmp_path / "a.jsonl"
+    with file.open("wb") as out:
+        out.write(GOOD + b'{"text": "')
+        out.seek(size, os.SEEK_CUR)  # a hole, which takes no room on the disk
+        out.write(b'"}\n' + GOOD)
+    program = f"""
+from pathlib import Path
+from megatrain.corpus.document import Tally
+from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
+from megatrain.corpus.reading.documents import read_unit
+from megatrain.corpus.reading.units import cut_units
+config, tally = ReadConfig((SourceConfig("web", ({str(file)!r},)),)), Tally()
+documents = [document.at for unit in cut_units(config) for document in read_unit(unit, config, tally)]
+most = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+print(documents, dict(tally.counts), most < 150_000)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert printed == f"[0, {size + 30}] {{'read.documents': 2, 'read.too_long': 1}} True\n"
 
 
 def test_a_line_of_many_values_is_not_made_into_objects(read):
