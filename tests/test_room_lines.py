@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1100,
     "megatrain/config": 3350,
-    "megatrain/corpus": 10500,
+    "megatrain/corpus": 10550,
     "megatrain/data": 5700,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,

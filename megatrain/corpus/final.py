@@ -24,9 +24,11 @@ from typing import Any
 import yaml
 
 from megatrain.corpus import keeping, mapping, stores
+from megatrain.corpus.duplicates import outcome
 from megatrain.corpus.perplexity import read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.report.compose import write_report
+from megatrain.corpus.report.summary import AlarmLimits
 from megatrain.corpus.report.unit_audit import Audit
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Phase, Published
@@ -62,10 +64,14 @@ def report(results: Results, published: Published, folder: Path, progress: Calla
         for chore in phase.chores:
             audit.add(Audit.from_json(published.facts(phase, chore.name)["audit"]))
             progress(0)
+    found: list[str] = []
     if results.similar is not None:
-        for copies, number in results.similar.removals().sizes().items():
+        removals = results.similar.removals()
+        for copies, number in removals.sizes().items():
             audit.tally.count(f"cluster/near/{copies + 1}", number)
-    alarms = write_report(folder, audit, STAGES, cutoffs=_cutoffs(results, published))
+        found = outcome.alarms(removals, results.sources, results.config.dedup)
+    cutoffs, limits = _cutoffs(results, published), AlarmLimits(cluster=None)  # the alarms found say more of clusters
+    alarms = write_report(folder, audit, STAGES, found=found, cutoffs=cutoffs, limits=limits)
     progress(1)
     return {"alarms": alarms}
 
@@ -76,7 +82,7 @@ def _cutoffs(results: Results, published: Published) -> dict[str, tuple[float, f
         return {}
     path = published.file(results.thresholds, "all", keeping.THRESHOLDS)
     found = read_thresholds(path, results.config.perplexity)
-    return {language: (threshold.middle, threshold.tail) for language, threshold in found.items()}
+    return {language: (threshold.middle, threshold.tail) for language, threshold in found.items() if threshold.documents}
 
 
 def place(results: Results, published: Published) -> list[str]:

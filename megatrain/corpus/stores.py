@@ -47,6 +47,5 @@ def store(
         return tokens.report
 
     report, _ = encode_with(load_tokenizer(tokenizer()), tokenize.engine, write)
-    audit.tally.count(f"tokens/{source}", report.tokens)
-    audit.tally.count(f"tokenized/{source}", report.text_bytes)
+    audit.tokenized(source, report.text_bytes, report.tokens)
     return {"audit": audit.as_json(), "documents": report.documents, "tokens": report.tokens, "bytes": report.text_bytes}

@@ -185,7 +185,7 @@ def _stored(store: TokenStore, tokenizer: Tokenizer, audit: Audit) -> Iterator[D
         for number in range(store.documents):
             tokens = store.document(number)
             document = Document(decode(tokens.tolist()), Path(store.prefix).name, store.prefix, number)
-            audit.tokenized(document, len(tokens))
+            audit.tokenized(document.source, len(document.text.encode()), len(tokens))
             yield document
             advance(1)
 

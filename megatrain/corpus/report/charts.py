@@ -151,13 +151,14 @@ def _clusters(axes: Axes, summary: Summary) -> None:
         axes.plot(rising, [sizes[size] for size in rising], "o", color=color, markersize=5, label=_plain(kind))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    if max(max(sizes) for sizes in summary.clusters.values()) > summary.limits.cluster:
+    limit = summary.limits.cluster
+    if limit is not None and max(max(sizes) for sizes in summary.clusters.values()) > limit:
         axes.axvline(
-            summary.limits.cluster,
+            limit,
             color=_LIMIT,
             linewidth=1.8,
             linestyle=(0, (5, 3)),
-            label=f"alarm above {summary.limits.cluster:,}",
+            label=f"alarm above {limit:,}",
         )
     axes.set_xlabel("documents of a cluster of duplicates", color=_INK)
     axes.set_ylabel("clusters", color=_INK)
@@ -166,7 +167,7 @@ def _clusters(axes: Axes, summary: Summary) -> None:
 def _names(axes: Axes, names: list[str]) -> None:
     """Names beside the bars, the first on top."""
     axes.set_yticks(np.arange(len(names)), [_plain(name) for name in names])
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _plain(name: str) -> str:

@@ -20,13 +20,14 @@ def write_report(
     *,
     title: str = "Report of a preparation",
     note: str = "",
+    found: Sequence[str] = (),
     cutoffs: Mapping[str, tuple[float, float]] | None = None,
     limits: AlarmLimits = USUAL,
 ) -> list[str]:
     """Write the report of a merged audit and return its alarms; each file is replaced at once. Raises OSError.
 
-    stages: their names in order. note: a paragraph below the title. cutoffs: the perplexities where middle and tail begin, by
-    language. limits: when there is an alarm. The same audit gives the same bytes.
+    stages: their names in order. note: a paragraph below the title. found: alarms that others raise. cutoffs: the perplexities where
+    middle and tail begin, by language. limits: when there is an alarm. The same audit gives the same bytes.
     """
     make_folder(folder)
     summary = summary_of(audit.tally.counts, stages, limits)
@@ -36,9 +37,9 @@ def write_report(
         "removed.md": examples_page(audit.removed),
         "sheet.md": sheet_page(kept),
         "sheet.jsonl": sheet_lines(kept),
-        "REPORT.md": page(summary, audit.tally.places, title=title, note=note, pictures=pictures, cutoffs=cutoffs),
+        "REPORT.md": page(summary, audit.tally.places, title=title, note=note, found=found, pictures=pictures, cutoffs=cutoffs),
     }
     for name, text in files.items():
         with whole(folder / name, text=True) as file:
             file.write(text)
-    return alarms(summary)
+    return [*alarms(summary), *found]

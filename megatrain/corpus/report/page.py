@@ -21,20 +21,22 @@ def page(
     *,
     title: str,
     note: str = "",
+    found: Sequence[str] = (),
     linked: bool = True,
     pictures: Iterable[str] = (),
     cutoffs: Mapping[str, tuple[float, float]] | None = None,
 ) -> str:
     """REPORT.md as text.
 
-    places: of each problem, as in a tally. note: a paragraph below the title. linked: whether sheet.md and removed.md lie beside the
-    page. pictures: names of files beside it. cutoffs: the perplexities where middle and tail begin, by language.
+    places: of each problem, as in a tally. note: a paragraph below the title. found: alarms that others raise. linked: whether sheet.md
+    and removed.md lie beside the page. pictures: names of files beside it. cutoffs: the perplexities where middle and tail begin, by
+    language.
     """
     parts = [
         f"# {_cell(title)}",
         _cell(note),
         _whole(summary),
-        "## Alarms\n\n" + ("\n".join(f"- {_cell(line)}" for line in alarms(summary)) or "None."),
+        "## Alarms\n\n" + ("\n".join(f"- {_cell(line)}" for line in (*alarms(summary), *found)) or "None."),
         "To read: [documents that are kept](sheet.md), [what rules refuse](removed.md)." if linked else "",
         _stages(summary),
         *(f"![{name.removesuffix('.png')}]({name})" for name in pictures),
@@ -194,7 +196,11 @@ def _problems(summary: Summary, places: Mapping[str, Sequence[Sighting]]) -> str
 
 
 def _others(summary: Summary, places: Mapping[str, Any]) -> str:
-    rows = [[name, f"{number:,}"] for name, number in sorted(summary.others.items()) if name not in places]
+    rows = [
+        [name, f"{number:,}"]
+        for name, number in sorted(summary.others.items())
+        if name not in places and not name.startswith("language.")
+    ]
     return "## Other counts\n\n" + _table(["what", "number"], rows) if rows else ""
 
 

@@ -18,8 +18,8 @@ class AlarmLimits:
     """Share of its documents that a source loses on the whole way, above which."""
     removes: float = 0.5
     """Share of a source that one rule refuses, above which."""
-    cluster: int = 1000
-    """Documents of a cluster of duplicates, above which."""
+    cluster: int | None = 1000
+    """Documents of a cluster of duplicates, above which; None: no alarm."""
 
 
 USUAL = AlarmLimits()
@@ -161,12 +161,15 @@ def _removing(summary: Summary) -> list[str]:
 
 def _swallowing(summary: Summary) -> list[str]:
     """Clusters that are suspiciously large."""
+    limit = summary.limits.cluster
+    if limit is None:
+        return []
     found = []
     for kind, sizes in sorted(summary.clusters.items()):
-        large = {size: number for size, number in sizes.items() if size > summary.limits.cluster}
+        large = {size: number for size, number in sizes.items() if size > limit}
         if large:
             found.append(
-                f"clusters of {kind} duplicates with more than {summary.limits.cluster:,} documents: {sum(large.values()):,}, the "
+                f"clusters of {kind} duplicates with more than {limit:,} documents: {sum(large.values()):,}, the "
                 f"largest of {max(large):,}"
             )
     return found

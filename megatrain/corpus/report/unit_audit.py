@@ -53,10 +53,10 @@ class Audit:
             self._flow(stage, "out", document)
             self.tally.count(f"{stage}/language/{document.language or '?'}")
 
-    def tokenized(self, document: Document, tokens: int) -> None:
-        """Count the tokens of a document that is written."""
-        self.tally.count(f"tokens/{document.source}", tokens)
-        self.tally.count(f"tokenized/{document.source}", len(document.text.encode()))
+    def tokenized(self, source: str, size: int, tokens: int) -> None:
+        """Count the tokens that `size` bytes of a source's text became."""
+        self.tally.count(f"tokens/{source}", tokens)
+        self.tally.count(f"tokenized/{source}", size)
 
     def show(self, document: Document) -> None:
         """Offer a document that is kept to the sheet."""

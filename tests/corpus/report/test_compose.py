@@ -25,11 +25,10 @@ def audit():
 def test_a_report_is_the_same_bytes_again(tmp_path, audit):
     hashes = []
     for name in ("one", "two"):
-        said = write_report(tmp_path / name, audit, ["filter"], title="T", note="Nothing was removed.")
-        assert [line[:40] for line in said] == [
-            "source 书|<b> loses 75% of its documents ",
-            "rule c4.brace of filter refuses 75% of s",
-        ]
+        said = write_report(tmp_path / name, audit, ["filter"], title="T", note="Nothing was removed.", found=["more"])
+        starts = ["source 书|<b> loses 75% of its documents ", "rule c4.brace of filter refuses 75% of s", "more"]
+        assert [line[:40] for line in said] == starts
+        assert "\n- more\n" in (tmp_path / name / "REPORT.md").read_text()
         hashes.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / name).iterdir()})
     assert hashes[0] == hashes[1]
     assert sorted(hashes[0]) == [

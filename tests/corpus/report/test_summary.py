@@ -76,4 +76,5 @@ def test_alarms():
     assert alarms(summary_of(half, ["filter", "near"])) == []
     assert alarms(summary_of(Counter(), [])) == []
     assert alarms(summary_of(more, ["filter", "near"], AlarmLimits(0.6, 0.6, 5000))) == []
+    assert alarms(summary_of(more, ["filter", "near"], AlarmLimits(0.6, 0.6, None))) == []
     assert len(alarms(summary_of(more, ["filter", "near"], AlarmLimits(0.6, 0.6, 4999)))) == 1

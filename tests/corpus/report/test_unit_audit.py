@@ -23,7 +23,7 @@ def through(audit, number):
         audit.enter("near", page)
         audit.leave("near", page, ["near"] if number % 7 == 0 else [], said="near web.jsonl:1")
         if number % 7:
-            audit.tokenized(page, 2)
+            audit.tokenized(page.source, len(page.text), 2)
             audit.show(page)
 
 
@@ -85,7 +85,7 @@ def test_bytes_are_those_of_utf8_and_lengths_are_characters():
 
 def test_tokens_clusters_and_the_sheet():
     audit = Audit()
-    audit.tokenized(document(0, text="中"), 5)
+    audit.tokenized("web", 3, 5)
     audit.cluster("near", 3)
     audit.cluster("near", 3)
     audit.show(document(0, text="kept"))
