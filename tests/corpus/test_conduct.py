@@ -120,11 +120,8 @@ def test_what_is_made(done):
     assert blend["tokenizer"] == "bytes" and "out/web_valid" in blend["valid"]
     report = made["REPORT.md"].decode()
     assert "gopher.words.least" in report and "duplicates.exact" in report and "duplicates.near" in report
-<<<<<<< HEAD
     assert " tokens)." in report
-=======
     assert "tokens in" in report and "lost in dedup" in report
->>>>>>> 08a916e (The report of a preparation counts tokens, and has the alarms of copies that dedup.alarm_share and dedup.alarm_cluster set)
     assert b"someone@example.org" not in made["web.bin"] + made["web_valid.bin"]
 
 
