@@ -22,6 +22,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from megatrain.config.pieces import Weighting, as_written, end_of, pieces_of
@@ -94,6 +95,29 @@ class SampleStretch:
     before: tuple[int, ...]
     """Samples that each corpus has given before."""
 
+    @cached_property
+    def active(self) -> list[int]:
+        """The corpora that have a share."""
+        return [i for i, share in enumerate(self.shares) if share]
+
+    @cached_property
+    def blend(self) -> Blend:
+        """The blend of these."""
+        return Blend([self.shares[i] for i in self.active])
+
+    def place(self, n: int) -> tuple[int, int]:
+        """(corpus, sample of that corpus) of sample n."""
+        which, place = self.blend.place(n - self.first)
+        corpus = self.active[which]
+        return corpus, self.before[corpus] + place
+
+    def counts(self, n: int) -> tuple[int, ...]:
+        """Number of samples that each corpus has given before sample n."""
+        counts = list(self.before)
+        for corpus, count in zip(self.active, self.blend.counts(n - self.first), strict=True):
+            counts[corpus] += count
+        return tuple(counts)
+
 
 class Deal:
     """The corpus that sample n comes from, and its number there. Raises UsedUpError and NothingLeftError."""
@@ -102,28 +126,20 @@ class Deal:
         self.terms = terms
         self.stretches = tuple(_stretches(terms))
         self._firsts = [stretch.first for stretch in self.stretches]
-        self._active = [[i for i, share in enumerate(stretch.shares) if share] for stretch in self.stretches]
-        self._blends = [
-            Blend([stretch.shares[i] for i in active]) for stretch, active in zip(self.stretches, self._active, strict=True)
-        ]
 
     def place(self, n: int) -> tuple[int, int]:
         """(corpus, sample of that corpus) of sample n, from terms.first on. Raises ValueError for an earlier one."""
-        at = self._stretch(n)
-        which, place = self._blends[at].place(n - self._firsts[at])
-        corpus = self._active[at][which]
-        return corpus, self.stretches[at].before[corpus] + place
+        return self._stretch(n).place(n)
 
     def counts(self, n: int) -> tuple[int, ...]:
         """Number of samples that each corpus has given before sample n, n >= terms.first."""
-        at = self._stretch(n)
-        return _added(self.stretches[at].before, self._active[at], self._blends[at].counts(n - self._firsts[at]))
+        return self._stretch(n).counts(n)
 
-    def _stretch(self, n: int) -> int:
+    def _stretch(self, n: int) -> SampleStretch:
         at = bisect_right(self._firsts, n) - 1
         if at < 0:
             raise ValueError(f"sample {n} lies before sample {self.terms.first}, from which on the run has these terms")
-        return at
+        return self.stretches[at]
 
 
 def terms_of(
@@ -166,15 +182,14 @@ def _stretches(terms: Terms) -> Iterator[SampleStretch]:
     if taken >= 1 and first < terms.end and any(terms.weights(first)):
         raise NothingLeftError(taken)
     while any(shares := _shares(terms, first, given)):
-        yield SampleStretch(first, shares, given)
-        active = [i for i, share in enumerate(shares) if share]
-        blend = Blend([shares[i] for i in active])
-        lengths = [piece.first - first for piece in terms.pieces if piece.first > first][:1]
-        lengths += [_lasts(blend, at, most - given[i]) for at, i in enumerate(active) if (most := terms.most[i]) is not None]
-        if not lengths:
+        yield (stretch := SampleStretch(first, shares, given))
+        ends = [piece.first for piece in terms.pieces if piece.first > first][:1]
+        most = {i: most for i in stretch.active if (most := terms.most[i]) is not None}
+        ends += [_first_end(stretch, most)] if most else []
+        if not ends:
             return
-        given = _added(given, active, blend.counts(min(lengths)))
-        first += min(lengths)
+        first = min(ends)
+        given = stretch.counts(first)
     if first < terms.end:
         raise UsedUpError(first, given)
     shares = _shares(terms, terms.first, none)  # for samples beyond the end, where others were left out: whatever the epochs
@@ -200,18 +215,17 @@ def _constant(terms: Terms, n: int, given: Sequence[int]) -> list[Fraction]:
     return [Fraction(max(0, (most or 0) - had), ahead) if even else Fraction(0) for most, had, even in of]
 
 
-def _lasts(blend: Blend, at: int, left: int) -> int:
-    """The least number of samples of a blend of which its corpus `at` has given `left`, left > 0."""
+def _first_end(stretch: SampleStretch, most: Mapping[int, int]) -> int:
+    """The sample behind that by which the first corpus of a stretch has given all that it may. most: samples, by corpus."""
+
+    def ended(length: int) -> bool:
+        counts = stretch.counts(stretch.first + length)
+        return any(counts[i] >= bound for i, bound in most.items())
+
     high = 1
-    while blend.counts(high)[at] < left:
+    while not ended(high):
         high *= 2
-    return bisect_left(range(high), left, key=lambda n: blend.counts(n)[at])
-
-
-def _added(given: Sequence[int], active: Sequence[int], counts: Sequence[int]) -> tuple[int, ...]:
-    """Samples that each corpus has given, with the counts of those that are active."""
-    more = dict(zip(active, counts, strict=True))
-    return tuple(count + more.get(i, 0) for i, count in enumerate(given))
+    return stretch.first + bisect_left(range(high), True, lo=high // 2, key=ended)
 
 
 def state_of(terms: Terms, seq_length: int) -> dict[str, Any]:
