@@ -22,7 +22,9 @@ import jobs
 import pytest
 import yaml
 
-from megatrain.config.load import from_dict
+from megatrain.config.keys import fields_of
+from megatrain.config.load import from_dict, load_sections
+from megatrain.corpus.prepare_config import PrepareConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -138,10 +140,16 @@ def test_few_commands_are_left_out():
     assert total - run <= LEFT_OUT
 
 
-def test_parts_of_configs_have_keys_that_exist():
+def test_parts_of_configs_have_keys_that_exist(tmp_path):
+    """Sections of a training run, or of a preparation."""
     for block in BLOCKS:
         if block.language == "yaml":
-            from_dict(yaml.safe_load(block.text))
+            tree = yaml.safe_load(block.text)
+            if tree.keys() <= fields_of(PrepareConfig).keys():
+                (tmp_path / "part.yaml").write_text(block.text)
+                load_sections(PrepareConfig, tmp_path / "part.yaml")
+            else:
+                from_dict(tree)
 
 
 def test_a_new_block_cannot_escape(tmp_path):

@@ -13,7 +13,7 @@ from megatrain.corpus.document import Document, Step
 from megatrain.corpus.duplicates.normal import without
 from megatrain.corpus.mapping import DOCUMENTS
 from megatrain.corpus.ngram_choices import PerplexityConfig
-from megatrain.corpus.perplexity import fit, read_thresholds, sample_of, write_thresholds
+from megatrain.corpus.perplexity import PerplexityScorer, fit, read_thresholds, sample_of, write_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.report.unit_audit import Audit
 from megatrain.corpus.shards import documents_of, writing
@@ -99,7 +99,8 @@ def keep_unit(
     annotate, counts = config.filter.mode == "annotate", dict.fromkeys(FILES, 0)
     with ExitStack() as files:
         write = {split: files.enter_context(writing(folder / name)) for split, name in FILES.items()}
-        for document in staying(shard(), removed(), config, audit):
+        documents = staying(shard(), removed(), config, audit)
+        for document in documents if step is None else PerplexityScorer(config.perplexity).scored(documents):
             if step is not None:
                 audit.enter("perplexity", document)
                 refusals = tuple(step(document, audit.tally))
