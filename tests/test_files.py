@@ -19,7 +19,8 @@ from megatrain.data.identity import store_identity
 from megatrain.data.indexed import TokenStoreError, TokenStoreWriter
 from megatrain.data.prepare.read import ReadError, read_documents
 from megatrain.data.prepare.unpack import UnpackError
-from megatrain.data.tokenizer import TokenizerError, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizer import TokenizerError, load_tokenizer
+from megatrain.data.tokenizers.fitting import train_tokenizer
 from megatrain.files import brief, doing, head_of, opened_plain, whole
 from megatrain.huggingface.model_files import read_config
 from megatrain.ngram.arpa_in import ArpaError, read_arpa

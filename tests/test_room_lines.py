@@ -11,10 +11,10 @@ LINES = {
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
-    "megatrain/cli": 1100,
+    "megatrain/cli": 1150,
     "megatrain/config": 3350,
     "megatrain/corpus": 10550,
-    "megatrain/data": 5700,
+    "megatrain/data": 6000,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 51350,
+    "tests": 51500,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -49,8 +49,9 @@ def ways(work: Path, texts: list[str], args: argparse.Namespace) -> dict[str, Ca
     from tokenizers import Tokenizer
 
     from megatrain.data.prepare.tokenize import tokenize_files
-    from megatrain.data.tokenizer import JsonTokenizer, train_tokenizer
+    from megatrain.data.tokenizer import JsonTokenizer
     from megatrain.data.tokenizers.engine import FastTokenizer
+    from megatrain.data.tokenizers.fitting import train_tokenizer
 
     train_tokenizer([work / "corpus.jsonl"], args.vocab_size, work / "tokenizer.json")
     library = Tokenizer.from_file(str(work / "tokenizer.json"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatrain.cli.arguments import index, positive, text
 from megatrain.cli.label_agreement import add_data_agree
-from megatrain.cli.ngram import add_data_filter, add_lines, key_of
+from megatrain.cli.ngram import add_data_filter, add_lines, key_of, size
 from megatrain.cli.preparation import add_corpus
 from megatrain.cli.survey_verb import add_data_audit
 
+TOKENIZER_FILES = (".json", ".tiktoken", ".model")
 AddVerb = Callable[..., argparse.ArgumentParser]
 
 
@@ -24,6 +26,7 @@ def add_data(verbs: Any, add_verb: AddVerb, add_config: Callable[..., None], par
     _add_data_tokenize(stages, add_verb)
     _add_data_inspect(stages, add_verb)
     _add_data_blend(stages, add_verb, add_config)
+    _add_data_fertility(stages, add_verb)
     add_data_filter(stages, add_verb)
     add_data_audit(stages, add_verb)
     add_corpus(stages, add_verb)
@@ -31,9 +34,11 @@ def add_data(verbs: Any, add_verb: AddVerb, add_config: Callable[..., None], par
 
 
 def _data_tokenizer(arguments: argparse.Namespace) -> int:
-    from megatrain.data.tokenizer import train_tokenizer
+    from megatrain.data.tokenizers.fitting import train_tokenizer
 
-    train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=key_of(arguments))
+    train_tokenizer(
+        arguments.input, arguments.vocab_size, arguments.output, key_of(arguments), arguments.kind, arguments.sample
+    )
     return 0
 
 
@@ -57,12 +62,14 @@ def _data_tokenize(arguments: argparse.Namespace) -> int:
 
 def _data_inspect(arguments: argparse.Namespace) -> int:
     from megatrain.data.describing import describe_document, describe_token
-    from megatrain.data.store_record import describe
+    from megatrain.data.store_record import describe, describe_tokenizer
 
     if arguments.token is not None:
         print(describe_token(arguments.prefix, arguments.token))
     elif arguments.document is not None:
         print(describe_document(arguments.prefix, arguments.document))
+    elif arguments.prefix == "bytes" or (arguments.prefix.endswith(TOKENIZER_FILES) and Path(arguments.prefix).is_file()):
+        print(describe_tokenizer(arguments.prefix))
     else:
         print(describe(arguments.prefix))
     return 0
@@ -74,12 +81,23 @@ def _data_blend(arguments: argparse.Namespace) -> int:
     return blend(arguments.config, arguments.overrides)
 
 
+def _data_fertility(arguments: argparse.Namespace) -> int:
+    from megatrain.data.tokenizers.fertility import measure_fertility
+
+    sources = {file: [file] for file in arguments.input} | {name: files for name, *files in arguments.source}
+    print(measure_fertility(arguments.tokenizer, sources, key_of(arguments), arguments.sample))
+    return 0
+
+
 def _add_data_tokenizer(stages: Any, add_verb: AddVerb) -> None:
     example = "megatrain data tokenizer --input corpus.jsonl --vocab-size 8192 --output tokenizer.json"
-    parser = add_verb(stages, "tokenizer", _data_tokenizer, "train a byte-level BPE tokenizer on text", example)
+    parser = add_verb(stages, "tokenizer", _data_tokenizer, "train a byte-level tokenizer, BPE or Unigram, on text", example)
     _add_input(parser)
     parser.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, special tokens included")
     parser.add_argument("--output", required=True, metavar="TOKENIZER.json", help="the file to write")
+    parser.add_argument("--kind", choices=("bpe", "unigram"), default="bpe", help="what to train (default bpe)")
+    sample = "train on a sample of at most so much text, always the same one, which is held in memory (default: all)"
+    parser.add_argument("--sample", type=size, metavar="SIZE", help=sample)
 
 
 def _add_data_tokenize(stages: Any, add_verb: AddVerb) -> None:
@@ -116,8 +134,8 @@ def _add_data_tokenize(stages: Any, add_verb: AddVerb) -> None:
 
 def _add_data_inspect(stages: Any, add_verb: AddVerb) -> None:
     example = "megatrain data inspect data/train"
-    parser = add_verb(stages, "inspect", _data_inspect, "print what is in a token store", example)
-    parser.add_argument("prefix", metavar="PREFIX", help="of a .bin/.idx pair")
+    parser = add_verb(stages, "inspect", _data_inspect, "print what is in a token store, or a tokenizer", example)
+    parser.add_argument("prefix", metavar="PREFIX|TOKENIZER", help="of a .bin/.idx pair; or a file of a tokenizer")
     one = parser.add_mutually_exclusive_group()
     one.add_argument(
         "--token", type=index, metavar="N", help="say which document, file and row the token at place N comes from"
@@ -131,6 +149,19 @@ def _add_data_blend(stages: Any, add_verb: AddVerb, add_config: Callable[..., No
     example = "megatrain data blend run.yaml train.steps=2000"
     what = "print how often a run will see each document, and the shares of its corpora on the way; starts nothing"
     add_config(add_verb(stages, "blend", _data_blend, what, example))
+
+
+def _add_data_fertility(stages: Any, add_verb: AddVerb) -> None:
+    example = "megatrain data fertility --tokenizer bpe.json unigram.json --source en en.jsonl --source zh zh.jsonl"
+    what = "print tokens a word, bytes a token and the share of the vocabulary that is used, by source"
+    parser = add_verb(stages, "fertility", _data_fertility, what, example)
+    parser.add_argument("--tokenizer", nargs="+", required=True, metavar="TOKENIZER", help="`bytes`, or files; side by side")
+    parser.add_argument("--input", nargs="+", default=[], metavar="FILE", help="texts, each a source of its own")
+    parser.add_argument(
+        "--source", nargs="+", action="append", default=[], metavar="NAME FILE", help="a source of several files"
+    )
+    parser.add_argument("--sample", type=size, metavar="SIZE", help="of each source at most so much text (default: all)")
+    add_lines(parser)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:

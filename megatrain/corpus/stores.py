@@ -12,8 +12,9 @@ from megatrain.corpus.report.unit_audit import Audit
 from megatrain.corpus.shards import documents_of
 from megatrain.data.origins import origin_of
 from megatrain.data.prepare.text_store import TextStoreWriter, TokenizeReport
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.data.tokenizers.engine import encode_with
+from megatrain.data.tokenizers.fitting import train_tokenizer
 
 Progress = Callable[[int], None]
 TOKENIZER, STORE = "tokenizer.json", "store"

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, fields
 
 from megatrain.config.schema import DataConfig
 from megatrain.data import indexed
-from megatrain.data.boundaries import NONE, shown
+from megatrain.data.boundaries import NONE, TokenizerError, shown
 from megatrain.data.indexed import TokenStore, TokenStoreError, record_path
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.data.tokenizers.fitting import trained_on
 from megatrain.files import brief
 from megatrain.untrusted import parse_json, read_plain
 
@@ -93,7 +94,26 @@ def describe(prefix: str) -> str:
         for token, name in ((record.bos, record.bos_token), (record.eod, record.eod_token))
     )
     made = f"made with {record.tokenizer} ({record.vocab_size:,} tokens); each document begins with {begin}, ends in {end}"
-    return f"{said}\n  {made}"
+    trained = trained_on(record.tokenizer, record.identity)
+    return f"{said}\n  {made}" + (f"\n  tokenizer: {trained}" if trained is not None else "")
+
+
+def describe_tokenizer(name: str) -> str:
+    """A description of a tokenizer (`megatrain data inspect TOKENIZER.json`). Raises TokenizerError."""
+    tokenizer = load_tokenizer(name)
+    try:
+        end = "nothing" if tokenizer.eod is None else f"{shown(tokenizer, (tokenizer.eod,))}, by {tokenizer.ending.origin}"
+    except TokenizerError as error:
+        end = str(error)
+    trained = trained_on(name, tokenizer.identity)
+    rows = [
+        f"tokenizer {name}",
+        f"  vocabulary {tokenizer.vocab_size:,}",
+        f"  identity   {tokenizer.identity}",
+        f"  a document ends in {end}",
+        f"  {trained if trained is not None else 'what it was trained on is not known'}",
+    ]
+    return "\n".join(rows)
 
 
 def require_made_with(store: TokenStore, tokenizer: Tokenizer, data: DataConfig, eos: int | None = None) -> None:

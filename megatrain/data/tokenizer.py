@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes, or a `tokenizer.json` of the `tokenizers` library; and training one.
+"""Text to token ids and back: bytes, or a `tokenizer.json` of the `tokenizers` library.
 
 Text is taken literally. A document that contains the characters `<|endoftext|>` gets the ids of those characters, never the
 document separator, so text cannot forge a boundary, and decode(encode(text)) is the text.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatrain.data.boundaries import (
     END_OF_TEXT,
@@ -31,9 +29,8 @@ from megatrain.data.boundaries import (
     find_ending,
 )
 from megatrain.data.indexed import best_dtype
-from megatrain.data.prepare.read import Lines, read_pieces
 from megatrain.data.stream import REPLACEMENT
-from megatrain.files import HEAD_BYTES, brief, make_folder, not_text, whole
+from megatrain.files import HEAD_BYTES, brief, not_text
 from megatrain.untrusted import parse_json, read_plain
 
 BYTE_VALUES = 256
@@ -328,50 +325,3 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
     except BaseException as error:  # the library raises plain Exception, and where it panics, no Exception at all
         raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {brief(error)}") from None
     return JsonTokenizer(library, str(path), path.parent, eod, bos)
-
-
-def train_tokenizer(inputs: Sequence[str | Path], vocab_size: int, output: str | Path, key: str | Lines = "text") -> int:
-    """Trains a byte-level BPE on the documents of `inputs` and writes it to `output`, the whole file or nothing; returns its size.
-
-    The size is smaller than `vocab_size` if the text has too few words to merge. The same input gives the same file. Every
-    text survives encode and decode. Raises TokenizerError (vocab_size below 257, no text) and the errors of reading.
-    """
-    if vocab_size < SMALLEST_VOCAB:
-        raise TokenizerError(
-            f"vocab_size={vocab_size} is too small for a byte-level tokenizer: 256 bytes and {END_OF_TEXT} make 257. "
-            f"Common sizes are 4096 to 50257."
-        )
-    library = LibraryTokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=sys.stderr.isatty(),
-    )
-    seen = _Counter(piece.text for piece in read_pieces(inputs, key))  # words never reach across pieces
-    library.train_from_iterator(seen, trainer)
-    if not seen.characters:
-        raise TokenizerError(f"{', '.join(map(str, inputs)) or 'the list of inputs'}: no text to train a tokenizer on.")
-    path = Path(output)
-    make_folder(path.parent)
-    with whole(path, text=True) as file:
-        file.write(library.to_str(pretty=True))
-    return JsonTokenizer(library).vocab_size
-
-
-class _Counter:
-    """Passes texts on and counts their characters."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = iter(texts)
-        self.characters = 0
-
-    def __iter__(self) -> _Counter:
-        return self
-
-    def __next__(self) -> str:
-        text = next(self._texts)
-        self.characters += len(text)
-        return text

@@ -204,44 +204,21 @@ def test_the_data_verbs_pass_their_options(room, capsys):
         calls.append((given, named))
         return f"{len(calls)} calls"
 
-    room("megatrain.data.tokenizer", train_tokenizer=note, load_tokenizer=lambda *given: given, Tokenizer=None)
+    room("megatrain.data.tokenizers.fitting", train_tokenizer=note)
+    room("megatrain.data.tokenizer", load_tokenizer=lambda *given: given, Tokenizer=None)
     room("megatrain.data.prepare.tokenize", tokenize_files=note)
-    room("megatrain.data.store_record", describe=lambda prefix: f"store {prefix}", read_record=None)
+    room("megatrain.data.store_record", describe=lambda prefix: f"store {prefix}", describe_tokenizer=None, read_record=None)
     assert main(["data", "tokenizer", "--input", "a", "b", "--vocab-size", "300", "--output", "t.json"]) == 0
-    assert main(["data", "tokenizer", "--input", "a", "--vocab-size", "300", "--output", "t.json", "--key", "body"]) == 0
+    words = "data tokenizer --input a --vocab-size 300 --output t.json --key body --kind unigram --sample 1M"
+    assert main(words.split()) == 0
     assert main(["data", "tokenize", "--input", "a", "--tokenizer", "bytes", "--output", "p"]) == 0
-    assert (
-        main(
-            [
-                "data",
-                "tokenize",
-                "--input",
-                "a",
-                "b",
-                "--tokenizer",
-                "t.json",
-                "--output",
-                "p",
-                "--workers",
-                "2",
-                "--append-eod",
-                "--eod",
-                "</s>",
-                "--bos",
-                "1",
-                "--key",
-                "body",
-                "--max-line",
-                "64M",
-            ]
-        )
-        == 0
-    )
+    words = "data tokenize --input a b --tokenizer t.json --output p --workers 2 --append-eod --eod </s> --bos 1 --key body --max-line 64M"
+    assert main(words.split()) == 0
     assert main(["data", "inspect", "p"]) == 0
     longer = Lines("body", 64 << 20)
     assert calls == [
-        ((["a", "b"], 300, "t.json"), {"key": "text"}),
-        ((["a"], 300, "t.json"), {"key": "body"}),
+        ((["a", "b"], 300, "t.json", "text", "bpe", None), {}),
+        ((["a"], 300, "t.json", "body", "unigram", 1 << 20), {}),
         ((["a"], ("bytes", None, None), "p"), {"workers": 1, "append_eod": False, "key": "text", "engine": "auto"}),
         ((["a", "b"], ("t.json", "</s>", "1"), "p"), {"workers": 2, "append_eod": True, "key": longer, "engine": "auto"}),
     ]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from megatrain.data.prepare.read import ReadError, read_pieces
-from megatrain.data.tokenizer import ByteTokenizer, JsonTokenizer, TokenizerError, load_tokenizer, train_tokenizer
+from megatrain.data.tokenizer import ByteTokenizer, JsonTokenizer, TokenizerError, load_tokenizer
+from megatrain.data.tokenizers.fitting import train_tokenizer
 
 TEXT = "def main():\n    return 'the quick brown fox jumps over the lazy dog'  # 42 naïve 日本語 🙂\n" * 30
 
@@ -48,7 +49,7 @@ def test_a_trained_tokenizer_has_the_size_asked_for_and_a_separator(trained):
     assert tokenizer.decode([tokenizer.eod]) == "<|endoftext|>"
     assert tokenizer.divisible
     assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 1.5
-    assert sorted(path.name for path in directory.iterdir()) == ["a.txt", "tokenizer.json"]
+    assert sorted(path.name for path in directory.iterdir()) == ["a.txt", "tokenizer.json", "tokenizer.json.trained.json"]
 
 
 def test_the_same_input_gives_the_same_tokenizer(trained):
