@@ -9,18 +9,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+
+import xxhash
 
 from megatrain.config.load import load_sections
 from megatrain.config.source import ConfigError
-from megatrain.corpus.final import place
+from megatrain.corpus.final import place, placed
 from megatrain.corpus.on_ray import run_on_ray
 from megatrain.corpus.phases import Preparation, Verb
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.work.chores import LEASES, Phase
 from megatrain.corpus.work.leases import Leases
-from megatrain.corpus.work.pool import run_workers
+from megatrain.corpus.work.pool import ending_in_order, run_workers
 from megatrain.corpus.work.shift import work_on
 from megatrain.data.bar import bar
+from megatrain.files import whole
 from megatrain.stderr import note
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -53,23 +57,44 @@ def prepare(main: Callable[[list[str]], int], verb: Verb, path: str, overrides: 
     """Do all that a verb means with the workers that run.on names; what was made, as a line. main: the command line."""
     config = load_config(path, overrides)
     preparation = Preparation(config, verb)
-    words = ["data", verb, path, *overrides, "--worker"]
-    starts: dict[str, Start] = {"local": _run_here, "slurm": _run_in_job, "ray": partial(run_on_ray, main)}
-    with Onlooker(preparation) as watch:
-        starts[config.run.on](words, config.run.workers, watch.look)
-        watch.look()
-    for alarm in watch.alarms:
-        note(f"look at this: {alarm}")
-    return f"{config.output.dir}: {', '.join(dict.fromkeys(map(_short, _place(preparation))))}"
+    published = preparation.published
+    names = placed(Path(config.output.dir), published.root, preparation.key)
+    if names is None:
+        leases = Leases(published.root / LEASES, float("inf"), preparation.key)
+        leases.require_alone(leases.signs().values(), first=True)
+        leases.forgive()
+        words = ["data", verb, str(_frozen(path, published.root)), *overrides, "--worker"]
+        starts: dict[str, Start] = {"local": _run_here, "slurm": _run_in_job, "ray": partial(run_on_ray, main)}
+        with Onlooker(preparation) as watch:
+            starts[config.run.on](words, config.run.workers, watch.look)
+            watch.look()
+        for alarm in watch.alarms:
+            note(f"look at this: {alarm}")
+        names = place(preparation.made(), published, preparation.key)
+    if not config.output.keep_work:
+        published.clear()
+    return f"{config.output.dir}: {', '.join(dict.fromkeys(map(_short, names)))}"
 
 
 def work(verb: Verb, path: str, overrides: Sequence[str]) -> str:
     """Be one worker among others, until all is done: in job arrays, on other machines, and for `prepare`; nothing to say."""
     config = load_config(path, overrides)
     preparation = Preparation(config, verb)
-    work_on(preparation.phases(), preparation.published, config.run.stuck_seconds)
-    _place(preparation)
+    published, key = preparation.published, preparation.key
+    with ending_in_order():
+        if placed(Path(config.output.dir), published.root, key) is None:
+            work_on(preparation.phases(), published, config.run.stuck_seconds, key)
+            place(preparation.made(), published, key)
     return ""
+
+
+def _frozen(path: str, folder: Path) -> Path:
+    """A copy of a config, which workers read in its place: one that begins late must not find it edited."""
+    text = Path(path).read_bytes()
+    copy = folder / f"config-{xxhash.xxh3_64_hexdigest(text)}.yaml"
+    with whole(copy) as file:
+        file.write(text)
+    return copy
 
 
 def _run_here(words: Sequence[str], count: int | None, look: Callable[[], None]) -> None:
@@ -86,11 +111,6 @@ def _run_in_job(words: Sequence[str], count: int | None, look: Callable[[], None
         )
     tasks = ["--ntasks", str(count)] if count else []
     run_workers(["srun", *tasks, "--cpus-per-task", "1", sys.executable, "-m", "megatrain", *words], 1, look)
-
-
-def _place(preparation: Preparation) -> list[str]:
-    """The names of the results in the output folder, which are given to them."""
-    return place(preparation.made(), preparation.published)
 
 
 def _short(name: str) -> str:
@@ -120,7 +140,7 @@ class Onlooker:
 
     def look(self) -> None:
         """Tell what has been done since the last look."""
-        while self._phase is not None and all(self._published.is_done(self._phase, chore.name) for chore in self._phase.chores):
+        while self._phase is not None and self._published.done(self._phase) >= {chore.name for chore in self._phase.chores}:
             self._advance(self._total - self._shown)
             if self._phase.title == "report":
                 self.alarms = self._published.facts(self._phase, "all")["alarms"]
@@ -144,11 +164,10 @@ class Onlooker:
             )
 
     def _show(self, phase: Phase) -> None:
-        signs = self._leases.signs()
-        done = 0
+        signs, published, done = self._leases.signs(), self._published.done(phase), 0
         for chore in phase.chores:
             sign = signs.get(f"{phase.name}.{chore.name}")
-            done += chore.size if self._published.is_done(phase, chore.name) else min(sign.done, chore.size) if sign else 0
+            done += chore.size if chore.name in published else min(sign.done, chore.size) if sign else 0
         if done > self._shown:
             self._advance(done - self._shown)
             self._shown = done

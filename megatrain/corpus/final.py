@@ -7,16 +7,19 @@
     OUT/blend.yaml                 the stores with the weights of their sources, to put into a training config
     OUT/prepared.json              all of these; those that an earlier run has left and this one has not are removed
 
-They are links to the files of the phases, so they cost nothing, and each appears whole.
+They are links to the files of the phases, so they cost nothing, and each appears whole. Under a lock, since all workers come here at the
+end: one does it, and two preparations in one folder end with the results of one of them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Phase, Published
 from megatrain.files import make_folder, whole
 
-PREPARED, BLEND = "prepared.json", "blend.yaml"
+PREPARED, BLEND, PLACED = "prepared.json", "blend.yaml", "placed.json"
 STAGES = ("read", "clean", "filter", "dedup", "perplexity")
 
 
@@ -85,9 +88,31 @@ def _cutoffs(results: Results, published: Published) -> dict[str, tuple[float, f
     return {language: (threshold.middle, threshold.tail) for language, threshold in found.items() if threshold.documents}
 
 
-def place(results: Results, published: Published) -> list[str]:
-    """Give everything its name in the output folder, whoever has done so before; the names."""
-    target, links = Path(results.config.output.dir), dict(_links(results, published))
+def placed(target: Path, root: Path, run: str) -> list[str] | None:
+    """The names of the results in the output folder, where those of a run are all there; root: the folder of the work."""
+    try:
+        names: list[str] = json.loads((target / PREPARED).read_bytes())["files"]
+        same = json.loads((root / PLACED).read_bytes())["run"] == run
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return names if same and all((target / name).is_file() for name in names) else None
+
+
+def place(results: Results, published: Published, run: str) -> list[str]:
+    """Give everything its name in the output folder, unless another worker has; the names."""
+    target = Path(results.config.output.dir)
+    with _locked(published.root / PLACED) as mark:
+        names = placed(target, published.root, run)
+        if names is None:
+            mark.unlink(missing_ok=True)
+            names = _place(results, published, target)
+            with whole(mark, text=True) as file:
+                json.dump({"run": run}, file)
+    return names
+
+
+def _place(results: Results, published: Published, target: Path) -> list[str]:
+    links = dict(_links(results, published))
     for name, path in links.items():
         link(path, target / name)
     blend = _blend(results, published)
@@ -160,10 +185,22 @@ def link(path: Path, target: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[Path]:
+    """A file, alone among the workers on all machines; on a file system without locks, as if it were."""
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield path
+
+
 def _replace_list(target: Path, names: list[str]) -> None:
     """Write which files are the result, and remove those of the list before that are none any more."""
     path = target / PREPARED
-    before = json.loads(path.read_bytes())["files"] if path.is_file() else []
+    try:
+        before = json.loads(path.read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: nothing is known to be of an earlier run
+        before = []
     with whole(path, text=True) as file:
         json.dump({"files": names}, file, indent=1)
     for name in set(before) - set(names):

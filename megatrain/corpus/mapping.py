@@ -53,12 +53,22 @@ def map_unit(
         write = files.enter_context(writing(folder / DOCUMENTS))
         prints = files.enter_context(fingerprinting(folder / FINGERPRINTS, config.dedup))
         for document in staged(
-            read_unit(unit, config.read, audit.tally), stages, audit, annotate=config.filter.mode == "annotate"
+            _told(read_unit(unit, config.read, audit.tally), progress),
+            stages,
+            audit,
+            annotate=config.filter.mode == "annotate",
         ):
             write(document)
             prints.add(document.text)
-            progress(len(document.text))
     return {"audit": audit.as_json()}
+
+
+def _told(documents: Iterator[Document], progress: Callable[[int], None]) -> Iterator[Document]:
+    """Documents, each told when it has gone its way, whether it is kept or not."""
+    for document in documents:
+        letters = len(document.text)
+        yield document
+        progress(letters)
 
 
 def staged(documents: Iterator[Document], stages: Sequence[Stage], audit: Audit, *, annotate: bool) -> Iterator[Document]:

@@ -13,7 +13,7 @@ A phase is asked for when those before it are done, by each worker for itself: i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,8 @@ from megatrain.corpus import final, keeping, mapping, stores
 from megatrain.corpus.document import Step
 from megatrain.corpus.final import Results
 from megatrain.corpus.perplexity import hash_of, perplexity_step, read_thresholds
-from megatrain.corpus.prepare_config import PrepareConfig
-from megatrain.corpus.reading.units import cut_units
+from megatrain.corpus.prepare_config import PrepareConfig, RunConfig
+from megatrain.corpus.reading.units import WorkUnit, cut_units
 from megatrain.corpus.revision import files_in, revision
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Chore, Phase, Published, Work, key_of
@@ -49,10 +49,15 @@ class Preparation:
     def __init__(self, config: PrepareConfig, verb: Verb) -> None:
         """verb: the last stage. Raises ReadError for input that cannot be read."""
         self._config, self._verb = config, verb
-        self._units = list(cut_units(config.read))
+        self._units = list(cut_units(config.read, outside=config.output.dir))
         self._names = [f"unit_{number:06d}" for number in range(len(self._units))]
         self.sources = list(dict.fromkeys(unit.source for unit in self._units))
         self.published = Published(Path(config.output.dir) / WORK)
+        decides = replace(config, run=RunConfig(), output=replace(config.output, keep_work=True))
+        named = [files_in(part) for part in (config.clean, config.language, config.filter, config.dedup, config.perplexity)]
+        named.append({"tokenizer": _hash_of(config.tokenize.tokenizer)})
+        self.key = key_of(revision(), verb, asdict(decides), named, [unit.identity for unit in self._units])
+        """A hash of all that decides on what is made."""
         self._results: Results | None = None
 
     def phases(self) -> Iterator[Phase]:
@@ -121,7 +126,7 @@ class Preparation:
     def _each(self, title: str, key: str, works: Sequence[Work]) -> Phase:
         """A phase of a chore for each unit, or of none."""
         units = zip(self._names, self._units, works, strict=False)
-        return Phase(title, key, [Chore(name, unit.size, work) for name, unit, work in units])
+        return Phase(title, key, [Chore(name, unit.size, work, steady=True, about=_about(unit)) for name, unit, work in units])
 
     def _facts(self, phase: Phase, name: str) -> Iterator[Any]:
         """One of the facts of each chore of a phase."""
@@ -164,6 +169,12 @@ class Preparation:
             for name, unit in zip(self._names, self._units, strict=True)
             if source in (None, unit.source)
         ]
+
+
+def _about(unit: WorkUnit) -> str:
+    """The input of a unit, in words."""
+    first, more = unit.parts[0], f" and {len(unit.parts) - 1:,} more" if len(unit.parts) > 1 else ""
+    return f"{first.file}{f' from {first.start:,} to {first.stop:,}' if not more else ''}{more}"
 
 
 def _no_judge() -> None:

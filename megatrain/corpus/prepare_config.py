@@ -49,6 +49,11 @@ class OutputConfig:
     )
     examples: int = knob(20, "Documents shown of each rule that removed some.", at_least=0, at_most=1000)
     sheet: int = knob(100, "Kept documents on the sheet to read.", at_least=0, at_most=10_000)
+    keep_work: bool = knob(
+        True,
+        "Keep the folder `work` when all is done: about as much as the documents once more, and another config does again only what it "
+        "changes. false: it is removed, and the results stay.",
+    )
 
 
 @dataclass(frozen=True)

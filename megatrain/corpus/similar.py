@@ -33,7 +33,7 @@ class Similar:
     def phases(self) -> Iterator[Phase]:
         """The phases, in order; each may be asked for when those before it are done."""
         for chore in self._units.chores:
-            self._published.file(self._units, chore.name, FINGERPRINTS)
+            self._published.file(self._units, chore.name, FINGERPRINTS, whole=False)  # each worker would read all of them
         for found in self._passes.passes():
             phase = Phase(found.name, self.key, [Chore(task.name, 1, partial(_write, task)) for task in found.tasks])
             self._phases[found.name] = phase

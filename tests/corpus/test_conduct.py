@@ -291,6 +291,7 @@ def test_a_changed_shard_is_named(tmp_path, monkeypatch, capsys):
     (shard,) = (tmp_path / "out/work").glob(f"documents-*/unit_000000/{mapping.DOCUMENTS}")
     with shard.open("ab") as file:
         file.write(b"x")
+    (tmp_path / "out/REPORT.md").unlink()
     assert main(["data", "read", "prepare.yaml", "--worker"]) == 1
     assert "was changed after it was written. Remove " in capsys.readouterr().err
 

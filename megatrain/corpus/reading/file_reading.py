@@ -118,7 +118,9 @@ class FileReading:
 
     def _changed(self) -> ChangedError:
         """The error for a file that is not what it was."""
-        return ChangedError(f"{self.part.file} was written to while it was read.")
+        return ChangedError(
+            f"{self.part.file} was written to while it was read. Run the same command again when it is complete."
+        )
 
     def _is_same(self, found: os.stat_result) -> bool:
         """Whether a file has the size and time that it had when it was cut."""

@@ -91,13 +91,16 @@ class WorkUnit:
         return cls(source, tuple(FilePart(*part) for part in parts))
 
 
-def cut_units(settings: ReadConfig) -> list[WorkUnit]:
-    """The units of all sources, sorted by the source's name and by path. Raises ReadError for what no reader could read."""
+def cut_units(settings: ReadConfig, outside: str = "") -> list[WorkUnit]:
+    """The units of all sources, sorted by the source's name and by path; what lies in the folder `outside`, where results go, is no input.
+
+    Raises ReadError for what no reader could read.
+    """
     require_sources(settings)
     units: list[WorkUnit] = []
     taken: dict[str, tuple[str, str]] = {}
     for source in sorted(settings.sources, key=lambda source: source.name):
-        files = files_of(source)
+        files = files_of(source, outside)
         for real, file in files.items():
             if real in taken:
                 other, name = taken[real]
@@ -137,17 +140,25 @@ def _require_encoding(key: str, name: str) -> None:
         raise ReadError(f"{key} is no encoding of Python. Use for example utf-8, gb18030, shift_jis or windows-1252.")
 
 
-def files_of(source: SourceConfig) -> dict[str, str]:
-    """The files of a source: real path -> its smallest path among those that match. Raises ReadError."""
+def files_of(source: SourceConfig, outside: str = "") -> dict[str, str]:
+    """The files of a source: real path -> its smallest path among those that match, but for those in `outside`. Raises ReadError."""
+    own = os.path.join(os.path.realpath(outside), "") if outside else None  # noqa: PTH118  (compared as text)
     found: dict[str, str] = {}
     unknown = []
     for pattern in source.paths:
         files = [file for file in _matching(pattern) if not Path(file).is_dir()]
         if not files:
             raise ReadError(f"{source.name}: {pattern} {_nothing(pattern)}")
-        for file in files:
+        inputs = {file: os.path.realpath(file) for file in files}
+        if own is not None:
+            inputs = {file: real for file, real in inputs.items() if not real.startswith(own)}
+        if not inputs:
+            raise ReadError(
+                f"{source.name}: {pattern} has its files in output.dir={outside}, where results go. Set output.dir to a folder "
+                "without input."
+            )
+        for file, real in inputs.items():
             _require_file(source, file)
-            real = os.path.realpath(file)
             found[real] = min(found.get(real, file), file, key=os.fsencode)
             if form_of(source, file) is None:
                 unknown.append(file)

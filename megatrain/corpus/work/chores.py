@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ class Chore:
     size: int
     """Its share of the work, in bytes, for the bar."""
     run: Work
+    steady: bool = False
+    """It says how far it is again and again, so that one that is silent for long is stuck."""
+    about: str = ""
+    """Its input, for an error."""
 
 
 @dataclass(frozen=True)
@@ -79,33 +83,49 @@ class Published:
         """Whether a chore is published."""
         return (self.folder(phase, chore) / DONE).is_file()
 
+    def done(self, phase: Phase) -> set[str]:
+        """The chores of a phase that are published, by one look at its folder: a name in it appears with all that belongs to it."""
+        try:
+            with os.scandir(self.root / phase.name) as entries:
+                return {entry.name for entry in entries if not entry.name.startswith(".")}
+        except FileNotFoundError:
+            return set()
+
     def facts(self, phase: Phase, chore: str) -> dict[str, Any]:
         """The facts that a chore returned."""
-        facts: dict[str, Any] = self._done(self.folder(phase, chore))["facts"]
-        return facts
+        return self._done(self.folder(phase, chore))[1]
 
     def names(self, phase: Phase, chore: str) -> list[str]:
         """The names of the files of a chore."""
-        return sorted(self._done(self.folder(phase, chore))["files"])
+        return sorted(self._done(self.folder(phase, chore))[0])
 
-    def file(self, phase: Phase, chore: str, name: str) -> Path:
-        """A file of a chore. Raises WorkError if it is not the one that was written."""
+    def file(self, phase: Phase, chore: str, name: str, *, whole: bool = True) -> Path:
+        """A file of a chore. Raises WorkError if it is not the one that was written; whole: every byte is compared, else the size."""
         folder = self.folder(phase, chore)
         path = folder / name
         if path not in self._checked:
-            size, digest = self._done(folder)["files"][name]
-            if [size, digest] != _identity(path):
+            written = self._done(folder)[0].get(name)
+            if (
+                written is None
+                or not path.is_file()
+                or written != (_identity(path) if whole else [path.stat().st_size, written[1]])
+            ):
                 raise WorkError(f"{path} was changed after it was written. Remove {folder}, and it is made again.")
-            self._checked.add(path)
+            if whole:
+                self._checked.add(path)
         return path
 
-    def _done(self, folder: Path) -> dict[str, Any]:
+    def _done(self, folder: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+        """(files, facts) of a chore."""
         path = folder / DONE
         try:
-            found: dict[str, Any] = json.loads(path.read_bytes())
-        except ValueError:
-            raise WorkError(f"{path} is damaged. Remove {folder}, and it is made again.") from None
-        return found
+            found = json.loads(path.read_bytes())
+            files, facts = found["files"], found["facts"]
+            if not isinstance(files, dict) or not isinstance(facts, dict):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, FileNotFoundError):
+            raise WorkError(f"{path} is damaged or gone. Remove {folder}, and it is made again.") from None
+        return files, facts
 
     def publish(self, phase: Phase, chore: Chore, progress: Callable[[int], None]) -> None:
         """Run a chore and publish it, unless another worker was first. Raises what the chore does, and then leaves nothing behind."""
@@ -130,10 +150,11 @@ class Published:
         for path in (self.root / phase.name).glob(".*.part"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def outdated(self, phases: Iterable[Phase]) -> list[Path]:
-        """Folders of other configs."""
-        names = {phase.name for phase in phases}
-        return sorted(path for path in self.root.iterdir() if path.is_dir() and path.name not in names | {LEASES})
+    def clear(self) -> None:
+        """Remove the folders of all phases, of other configs too; their files stay where they have another name."""
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _identity(path: Path, flush: bool = False) -> list[Any]:

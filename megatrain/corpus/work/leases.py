@@ -10,12 +10,13 @@ would publish the same bytes, and one of them does (chores.py).
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ STALE_SECONDS, SIGN_SECONDS = 60.0, 2.0
 """Age of a lease that counts as left; time between signs of life."""
 MOST_TAKEN = 4
 """Workers that may begin a chore: when so many were lost at it, the chore is at fault."""
-WIDTH = 256
+WIDTH = 320
 """Bytes of a lease, so that it is rewritten in place."""
 STUCK = 70
 """Exit code of a process that ends itself."""
@@ -38,6 +39,10 @@ STUCK = 70
 
 class LostWorkersError(RuntimeError):
     """A chore at which one worker after the other was lost."""
+
+
+class OtherWorkError(RuntimeError):
+    """Workers of another config, or of files that have changed, are at work in the same folder."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,15 @@ class Sign:
     """Start time of the process, which tells it from a later one of the same number."""
     done: int
     """Bytes of the chore that were done by then."""
+    space: str = ""
+    """Where its process number counts: containers may have the name of their host in common."""
+    run: str = ""
+    """The preparation that its worker works for."""
 
     @property
     def left(self) -> bool:
         """Whether its worker is dead, or has given no sign for too long."""
-        if self.host == socket.gethostname() and not _lives(self.process, self.born):
+        if self.host == socket.gethostname() and self.space == _space() and not _lives(self.process, self.born):
             return True
         return self.age > STALE_SECONDS
 
@@ -69,13 +78,23 @@ def _lives(process: int, born: float) -> bool:
         return False
 
 
+@functools.cache
+def _space() -> str:
+    """The space of process numbers that this process is in; "" where the system has but one."""
+    try:
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115  (a link to nothing)
+    except OSError:
+        return ""
+
+
 class Leases:
     """The leases in a folder, as seen and taken by this process."""
 
-    def __init__(self, folder: Path, stuck_seconds: float) -> None:
-        """stuck_seconds: a process whose chore says nothing for so long ends itself, so that another worker takes over."""
+    def __init__(self, folder: Path, stuck_seconds: float, run: str = "") -> None:
+        """stuck_seconds: a process whose steady chore says nothing for so long ends itself, so that another worker takes over.
+        run: what it works for, which workers in one folder have in common."""
         make_folder(folder)
-        self._folder, self._stuck_seconds = folder, stuck_seconds
+        self._folder, self._stuck_seconds, self._run = folder, stuck_seconds, run
         self._born = psutil.Process().create_time()
 
     def signs(self) -> dict[str, Sign]:
@@ -96,8 +115,25 @@ class Leases:
                 about.get("process", 0),
                 about.get("born", 0.0),
                 about.get("done", 0),
+                about.get("space", _space()),
+                about.get("run", ""),
             )
         return newest
+
+    def require_alone(self, signs: Iterable[Sign], *, first: bool) -> None:
+        """Raise OtherWorkError where another run is at work here. first: this one has not begun; else one of two gives way."""
+        for sign in signs:
+            if sign.run and sign.run != self._run and (first or sign.run < self._run) and not sign.left:
+                raise OtherWorkError(
+                    f"{self._folder.parent} is being worked at for another config, or other files than there are now, by process "
+                    f"{sign.process} on {sign.host}. Wait until that has ended, or give this preparation an output.dir of its own."
+                )
+
+    def forgive(self) -> None:
+        """Remove the leases that were left: a new run tries again what an earlier one has lost workers at."""
+        for chore, sign in self.signs().items():
+            for number in range(1, sign.number + 1) if sign.left else ():
+                (self._folder / f"{chore}.{number}").unlink(missing_ok=True)
 
     def _now(self) -> float:
         """The time of the file system, which need not be that of this machine."""
@@ -106,16 +142,19 @@ class Leases:
         return probe.stat().st_mtime
 
     @contextmanager
-    def held(self, chore: str, over: Sign | None) -> Iterator[Lease | None]:
+    def held(self, chore: str, over: Sign | None, steady: bool = True, about: str = "") -> Iterator[Lease | None]:
         """The lease of a chore nobody has (over: its newest one, which was left); None if another worker was faster.
 
-        Raises LostWorkersError for a chore that has cost too many workers.
+        steady: the chore says again and again how far it is, and is stuck where it does not; about: what it reads. Raises
+        LostWorkersError for a chore that has cost too many workers.
         """
         number = 1 if over is None else over.number + 1
-        if number > MOST_TAKEN:
+        if over is not None and number > MOST_TAKEN:
+            what = f"{chore} ({about})" if about else chore
             raise LostWorkersError(
-                f"{chore}: {number - 1} workers were lost at it, the last was process {over.process if over else 0} on "
-                f"{over.host if over else ''}. Look at its memory (dmesg) and time limits; to try it again remove {self._folder}/{chore}.*"
+                f"{what}: {number - 1} workers were lost at it, the last was process {over.process} on {over.host}. Look at its memory "
+                f"(dmesg) and time limits. Another `megatrain data prepare` tries it again; a job array does when "
+                f"{self._folder}/{chore}.* are removed."
             )
         path = self._folder / f"{chore}.{number}"
         try:
@@ -124,8 +163,8 @@ class Leases:
         except FileExistsError:
             yield None
             return
-        about = {"host": socket.gethostname(), "process": os.getpid(), "born": self._born}
-        lease = Lease(chore, descriptor, about, self._stuck_seconds)
+        holder = {"host": socket.gethostname(), "space": _space(), "process": os.getpid(), "born": self._born, "run": self._run}
+        lease = Lease(chore, descriptor, holder, self._stuck_seconds if steady else float("inf"))
         try:
             yield lease
         finally:

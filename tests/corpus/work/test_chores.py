@@ -60,20 +60,39 @@ def test_a_changed_file_is_named(tmp_path):
     (tmp_path / work.name / "unit_0/out.txt").write_text("wards")
     with pytest.raises(WorkError, match=r"out.txt was changed after it was written\. Remove .*unit_0, and it is made again"):
         Published(tmp_path).file(work, "unit_0", "out.txt")
-    (tmp_path / work.name / "unit_0/done.json").write_text("{")
-    with pytest.raises(WorkError, match=r"done\.json is damaged"):
-        Published(tmp_path).facts(work, "unit_0")
+    for damage in ("{", "[]", "{}", '{"files": [], "facts": {}}'):
+        (tmp_path / work.name / "unit_0/done.json").write_text(damage)
+        with pytest.raises(WorkError, match=r"done\.json is damaged or gone\. Remove .*unit_0, and it is made again"):
+            Published(tmp_path).facts(work, "unit_0")
+    (tmp_path / work.name / "unit_0/done.json").unlink()
+    with pytest.raises(WorkError, match=r"done\.json is damaged or gone"):
+        Published(tmp_path).file(work, "unit_0", "out.txt")
+
+
+def test_a_size_is_compared_where_that_must_do(tmp_path):
+    work = phase("words")
+    Published(tmp_path).publish(work, work.chores[0], lambda _: None)
+    out = tmp_path / work.name / "unit_0/out.txt"
+    out.write_text("wards")
+    assert Published(tmp_path).file(work, "unit_0", "out.txt", whole=False) == out
+    out.write_text("word")
+    with pytest.raises(WorkError, match=r"out\.txt was changed"):
+        Published(tmp_path).file(work, "unit_0", "out.txt", whole=False)
+    out.unlink()
+    with pytest.raises(WorkError, match=r"out\.txt was changed"):
+        Published(tmp_path).file(work, "unit_0", "out.txt")
 
 
 def test_folders_of_other_keys_and_of_lost_workers(tmp_path):
     published, old, new = Published(tmp_path), phase("a", key="1" * 16), phase("b", key="2" * 16)
     for work in (old, new):
         published.publish(work, work.chores[0], lambda _: None)
-    (tmp_path / "leases").mkdir()
-    assert published.outdated([new]) == [tmp_path / old.name]
+    assert published.done(old) == published.done(new) == {"unit_0"}
     (tmp_path / new.name / ".unit_0.17.ab.part").mkdir()
     published.sweep(new)
     assert [path.name for path in (tmp_path / new.name).iterdir()] == ["unit_0"]
+    published.clear()
+    assert list(tmp_path.iterdir()) == [] and published.done(new) == set()
 
 
 def test_keys_are_the_same_for_ever():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatrain.corpus.work import leases
-from megatrain.corpus.work.leases import Leases, LostWorkersError, Sign
+from megatrain.corpus.work.leases import Leases, LostWorkersError, OtherWorkError, Sign
 
 
 @pytest.fixture
@@ -66,8 +66,13 @@ def test_silence_and_death_leave_a_lease(held, tmp_path):
 
 
 def test_a_task_that_costs_too_many_workers_is_at_fault(held):
-    lost = r"unit_3: 4 workers were lost at it, the last was process 7 on far"
-    with pytest.raises(LostWorkersError, match=lost), held.held("unit_3", Sign(4, 61.0, "far", 7, 0.0, 0)):
+    lost, sign = r"unit_3: 4 workers were lost at it, the last was process 7 on far", Sign(4, 61.0, "far", 7, 0.0, 0)
+    with pytest.raises(LostWorkersError, match=lost), held.held("unit_3", sign):
+        pass
+    with (
+        pytest.raises(LostWorkersError, match=r"unit_3 \(raw/a\.jsonl\): 4 workers"),
+        held.held("unit_3", sign, about="raw/a.jsonl"),
+    ):
         pass
 
 
@@ -82,3 +87,46 @@ def test_a_process_that_does_not_move_ends_itself(tmp_path):
     assert done.returncode == leases.STUCK
     assert "unit_3 has not moved for 0.2 s" in done.stderr and "time.sleep(60)" not in done.stdout
     assert 'File "<string>", line 6' in done.stderr
+
+
+def test_a_chore_that_cannot_say_how_far_it_is_may_be_silent(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "SIGN_SECONDS", 0.01)
+    with Leases(tmp_path, 0.02).held("report.all", None, steady=False) as lease:
+        time.sleep(0.2)  # a steady one has ended this process by now
+        assert lease is not None
+
+
+def test_process_numbers_of_another_container_say_nothing(held, tmp_path):
+    put(tmp_path, "same.1", host=leases.socket.gethostname(), process=os.getpid(), born=5.0)
+    put(tmp_path, "other.1", host=leases.socket.gethostname(), process=os.getpid(), born=5.0, space="pid:[1]")
+    assert {name: sign.left for name, sign in held.signs().items()} == {"same": True, "other": False}
+
+
+def test_a_new_run_forgives_what_was_left(held, tmp_path):
+    put(tmp_path, "lost.1", age=61.0)
+    put(tmp_path, "lost.2", age=61.0)
+    put(tmp_path, "at_work.1", age=61.0)
+    put(tmp_path, "at_work.2")
+    held.forgive()
+    held.leave()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at_work.1", "at_work.2"]
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path):
+    put(tmp_path, "a.1", run="5", process=70)
+    put(tmp_path, "b.1", run="1", age=61.0)
+    for run, first, fine in [
+        ("5", True, True),
+        ("9", True, False),
+        ("9", False, False),
+        ("3", True, False),
+        ("3", False, True),
+    ]:
+        own = Leases(tmp_path, 60.0, run)
+        if fine:
+            own.require_alone(own.signs().values(), first=first)
+        else:
+            with pytest.raises(
+                OtherWorkError, match=r"is being worked at for another config, .* process 70 on elsewhere\. Wait"
+            ):
+                own.require_alone(own.signs().values(), first=first)

@@ -1,0 +1,185 @@
+"""A preparation that is stopped, or meets what it cannot use: nothing is published half, an error says what to do, the next run goes on."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from megatrain.cli.main import main
+from megatrain.corpus import conduct
+from megatrain.corpus.work.leases import Leases
+
+
+def prepared(folder, **sections):
+    """A config of two sources without rules, and their files."""
+    raw = folder / "raw"
+    raw.mkdir()
+    for source in ("a", "b"):
+        rows = [json.dumps({"text": f"Row {number} of {source} " + "is here to be read. " * 40}) for number in range(60)]
+        (raw / f"{source}.jsonl").write_text("\n".join(rows) + "\n")
+    sources = [{"name": name, "paths": [f"raw/{name}.jsonl"], "language": "en", "rules": []} for name in ("a", "b")]
+    tree = {
+        "read": {"unit_bytes": 20_000, "sources": sources},
+        "dedup": {"near": False, "parts": 1},
+        "output": {"dir": "out"},
+        "tokenize": {"tokenizer": "bytes", "held_out": 0.1},
+    }
+    for name, section in sections.items():
+        tree.setdefault(name, {}).update(section)
+    (folder / "prepare.yaml").write_text(yaml.safe_dump(tree))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepared(tmp_path)
+    return tmp_path
+
+
+def made(folder):
+    """All files of the result."""
+    out = folder / "out"
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and "work" not in path.relative_to(out).parts
+    }
+
+
+def half(folder):
+    """What is left of writing that has not ended."""
+    return [str(path.relative_to(folder)) for path in folder.rglob("*.part")]
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Writing more to a file fails, as on a full disk, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_a_full_disk_publishes_nothing_half_and_the_next_run_goes_on(here, capsys):
+    for size in (300, 2_000, 20_000):  # a shard, the facts of a unit, a token store
+        with files_of_at_most(size):
+            assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 1
+        assert "File too large (while writing): 'out/work/" in capsys.readouterr().err
+        assert half(here) == [] and list((here / "out/work/leases").iterdir()) == []
+        assert set(made(here)) == set()
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert {"a.bin", "b.bin", "REPORT.md"} <= set(made(here))
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_is_told_to_stop_leaves_nothing_behind(here):
+    command = [sys.executable, "-m", "megatrain", "data", "prepare", "prepare.yaml", "run.workers=2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list((here / "out").glob("work/documents-*")):
+            assert process.poll() is None
+        workers = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said.endswith("megatrain: interrupted\n"), said
+    assert len(workers) == 2 and not any(worker.is_running() for worker in workers)
+    assert half(here) == [] and list((here / "out/work/leases").iterdir()) == [] and made(here) == {}
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+
+
+def test_workers_read_the_config_as_it_was_when_they_were_asked_for(here, monkeypatch):
+    def run(words, count, look):
+        (here / "prepare.yaml").write_text("read: nonsense")
+        assert main([*words]) == 0
+
+    monkeypatch.setattr(conduct, "_run_here", run)
+    assert main(["data", "prepare", "prepare.yaml", "tokenize.held_out=0"]) == 0
+    assert "a.bin" in made(here) and "a_valid.bin" not in made(here)
+
+
+def test_without_its_work_a_preparation_is_done_all_the_same(here, monkeypatch, capsys):
+    monkeypatch.setattr(conduct, "_run_here", lambda words, *_: main([*words]))
+    assert main(["data", "prepare", "prepare.yaml", "output.keep_work=false"]) == 0
+    before = made(here)
+    assert not [path for path in (here / "out/work").iterdir() if path.is_dir()]
+    monkeypatch.setattr(conduct, "_run_here", lambda *_: pytest.fail("nothing is left to do"))
+    assert main(["data", "prepare", "prepare.yaml"]) == 0  # nothing is left to do
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert made(here) == before
+    (here / "out/a.bin").unlink()
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert made(here) == before
+
+
+def test_what_a_run_writes_is_no_input_of_it(here, capsys):
+    (here / "prepare.yaml").write_text(
+        yaml.safe_dump(
+            {"read": {"sources": [{"name": "all", "paths": ["**/*.jsonl*"], "rules": []}]}, "output": {"dir": "raw/out"}}
+        )
+    )
+    assert main(["data", "read", "prepare.yaml", "--worker"]) == 0
+    assert main(["data", "read", "prepare.yaml", "output.sheet=7", "--worker"]) == 0
+    assert "120 documents" in (here / "raw/out/REPORT.md").read_text()
+    capsys.readouterr()
+    assert main(["data", "read", "prepare.yaml", "output.dir=.", "--worker"]) == 1
+    said = capsys.readouterr().err
+    assert "all: **/*.jsonl* has its files in output.dir=., where results go. Set output.dir to a folder without input." in said
+
+
+def test_a_folder_that_cannot_be_made_is_named(here, capsys):
+    assert main(["data", "prepare", "prepare.yaml", "output.dir=prepare.yaml/out"]) == 1
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_another_config_waits_for_its_turn(here, capsys):
+    with Leases(here / "out/work/leases", 60.0, "0" * 32).held("documents-0.unit_000000", None):
+        for words in (["--worker"], []):
+            assert main(["data", "prepare", "prepare.yaml", *words]) == 1
+            said = capsys.readouterr().err
+            assert (
+                f"out/work is being worked at for another config, or other files than there are now, by process {os.getpid()}"
+                in said
+            )
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+
+
+def test_a_unit_that_is_gone_is_made_again_and_a_damaged_one_is_named(here, capsys):
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    before = made(here)
+    (unit,) = here.glob("out/work/documents-*/unit_000000")
+    (here / "out/REPORT.md").unlink()
+    (unit / "done.json").write_text("{}")
+    for phase in ("report", "kept"):
+        for done in here.glob(f"out/work/{phase}-*/*"):
+            done.rename(here / f"{phase}-{done.name}")
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 1
+    assert f"{unit.relative_to(here)}/done.json is damaged or gone. Remove {unit.relative_to(here)}" in capsys.readouterr().err
+    for path in unit.iterdir():
+        path.unlink()
+    unit.rmdir()
+    assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert made(here) == before
+
+
+def test_sources_of_which_nothing_stays(here):
+    (here / "raw/a.jsonl").write_text("")
+    words = [
+        "tokenize.held_out=0",
+        "read.sources=[{name: a, paths: [raw/a.jsonl]}, {name: b, paths: [raw/b.jsonl], rules: [fineweb2_zh]}]",
+    ]
+    assert main(["data", "prepare", "prepare.yaml", *words, "--worker"]) == 0
+    names = set(made(here))
+    assert not any(name.endswith((".bin", ".idx")) or name == "blend.yaml" for name in names)
+    assert "60 documents" in (here / "out/REPORT.md").read_text()
+    assert Path("out/documents/a-000000.jsonl.zst").exists()
