@@ -21,7 +21,8 @@ from megatrain.corpus.document import Document, Tally
 from megatrain.corpus.report.bins import bin_of
 from megatrain.corpus.report.examples import MOST, Examples
 
-KEPT = "kept"
+KEPT, CLEAN = "kept", "clean"
+"""The name of examples on the sheet; the stage whose texts are shown as they leave it, with personal data masked."""
 SHEET, SHEET_LETTERS = 100, 4000
 """Documents of the sheet to read, and characters of each."""
 
@@ -34,15 +35,18 @@ class Audit:
         self.removed = Examples(seed, examples)
         """By `STAGE/RULE`."""
         self.sheet = Examples(seed, sheet, SHEET_LETTERS)
+        self._entered: dict[str, str] = {}
+        """By stage, the text of the document that entered last."""
 
     def enter(self, stage: str, document: Document) -> None:
         """Count a document into a stage, before a step changes it."""
         self._flow(stage, "in", document)
+        self._entered[stage] = document.text
 
     def leave(
         self, stage: str, document: Document, refusals: Collection[str] = (), *, keep: bool | None = None, said: str = ""
     ) -> None:
-        """Count a document out of a stage, and what refuses it, with examples.
+        """Count the document that entered last out of a stage, and what refuses it, with examples: bytes and text as they entered.
 
         keep: whether it goes on; None: if nothing refuses it. True with refusals where they are only noted (annotate, a dry run).
         said: a detail for its examples, such as what it is a duplicate of.
@@ -93,13 +97,14 @@ class Audit:
 
     def _refused(self, stage: str, document: Document, refusals: Collection[str], said: str) -> None:
         names = dict.fromkeys(map(_word, refusals))
-        size = len(document.text.encode())
+        text = self._entered.get(stage, document.text)
+        size = len(text.encode())
         for way in ("refused", "alone") if len(names) == 1 else ("refused",):
             for rule in names:
                 self.tally.count(f"{stage}/{way}/{rule}/documents/{document.source}")
                 self.tally.count(f"{stage}/{way}/{rule}/bytes/{document.source}", size)
         for rule in names:
-            self.removed.offer(f"{stage}/{rule}", document, said)
+            self.removed.offer(f"{stage}/{rule}", document, said, None if stage == CLEAN else text)
 
 
 def _word(name: str) -> str:

@@ -47,12 +47,10 @@ def test_every_division_adds_up_to_the_same():
 
 def test_the_counts_of_a_stage():
     audit = Audit()
-    for number in range(4):
+    refused = (["gopher.words", "list/x", "gopher.words"], ["list/x"], [], ["gopher.words"])
+    for number, rules in enumerate(refused):
         audit.enter("filter", document(number))
-    audit.leave("filter", document(0), ["gopher.words", "list/x", "gopher.words"])
-    audit.leave("filter", document(1), ["list/x"])
-    audit.leave("filter", document(2))
-    audit.leave("filter", document(3), ["gopher.words"], keep=True)  # noted, not removed
+        audit.leave("filter", document(number), rules, keep=True if number == 3 else None)  # the last is noted, not removed
     assert dict(audit.tally.counts) == {
         "filter/in/documents/web": 4,
         "filter/in/bytes/web": 70,
@@ -75,6 +73,19 @@ def test_the_counts_of_a_stage():
         "filter/language/en": 1,
     }
     assert audit.removed.names() == ["filter/gopher.words", "filter/list_x"]
+
+
+def test_what_a_rule_refuses_is_counted_and_shown_as_it_entered():
+    """A rule of lines may leave nothing of a document; cleaning shows what it has masked."""
+    audit = Audit()
+    for stage, text in (("clean", "me@x.org"), ("filter", "all of it")):
+        page = document(0, text=text)
+        audit.enter(stage, page)
+        page.text = "" if stage == "filter" else "<EMAIL>"
+        audit.leave(stage, page, ["rule"])
+    assert audit.tally.counts["filter/refused/rule/bytes/web"] == audit.tally.counts["filter/alone/rule/bytes/web"] == 9
+    shown = {name: [(row.text, row.letters) for row in audit.removed.of(name)] for name in audit.removed.names()}
+    assert shown == {"clean/rule": [("<EMAIL>", 7)], "filter/rule": [("all of it", 9)]}
 
 
 def test_bytes_are_those_of_utf8_and_lengths_are_characters():
