@@ -48,7 +48,7 @@ def staying(shard: Path, removed: Removed, config: PrepareConfig, audit: Audit) 
             audit.leave("dedup", document, (copy.reason,), said=f"{copy.agreement:.0%} of row {of} of unit {unit}")
             continue
         part = config.dedup.lines
-        if part != "off" and row in lines:
+        if part != "none" and row in lines:
             document.text = without(document.text, part, lines[row])
             audit.tally.count("dedup.lines", len(lines[row]))
         refusals = () if document.text.strip() else (LINES_GONE,)

@@ -59,7 +59,7 @@ def map_unit(
             annotate=config.filter.mode == "annotate",
         ):
             write(document)
-            prints.add(document.text)
+            prints.add(document.text, document.kind)
     return {"audit": audit.as_json()}
 
 

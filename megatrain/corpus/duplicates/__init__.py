@@ -5,7 +5,7 @@ that decides which copy stays: the first. Files of one pass are read by the task
 documents are divided into units, on the number of parts, or on who runs a task when.
 
     fingerprints    one file a unit, filled as its documents pass by:
-                        with fingerprinting(path, settings) as prints: prints.add(document.text)
+                        with fingerprinting(path, settings) as prints: prints.add(document.text, document.kind)
     comparing       Deduplication(units, where, settings, memory).passes() gives the tasks of each pass, which may run at once:
                         places     1                 count_places: how many documents and lines each unit has
                         compared   parts             exact_task: the same 128-bit hash

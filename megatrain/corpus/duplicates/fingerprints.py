@@ -2,7 +2,7 @@
 
     with fingerprinting(path, settings) as prints:
         for document in unit:
-            prints.add(document.text)            # the row of a document is the number of those added before it
+            prints.add(document.text, document.kind)            # the row of a document is the number of those added before it
 
 Columns of a block [documents n, parts m]; hashes ascend, so that a part of them is a range:
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatrain.corpus.duplicates.key_files import Column, KeyBlock, KeyFile, KeyFileError, KeyWriter, range_of, written
+from megatrain.corpus.duplicates.key_files import Column, KeyBlock, KeyFile, KeyFileError, KeyWriter, hashes_of, written
 from megatrain.corpus.duplicates.minhash import HASHES, band_keys, keys_of, signatures
 from megatrain.corpus.duplicates.normal import Hash128, hash_texts, parts_of
 from megatrain.corpus.duplicates.parameters import DedupConfig
@@ -43,7 +43,7 @@ def recipe(settings: DedupConfig) -> dict[str, Any]:
             "dedup.bands": settings.bands,
             "dedup.band_rows": settings.band_rows,
         }
-    if settings.lines != "off":
+    if settings.lines != "none":
         said["dedup.line_letters"] = settings.line_letters
     return said
 
@@ -60,13 +60,16 @@ class Fingerprints:
     def __init__(self, writer: KeyWriter, settings: DedupConfig) -> None:
         self._writer, self._settings = writer, settings
         self._texts: list[str] = []
+        self._prose: list[str] = []
+        """The same, with nothing in the place of code."""
         self._letters = self._documents = self._parts = 0
         self._found: dict[str, list[Column]] = {}
         writer.about = {"recipe": recipe(settings), "documents": 0, "lines": 0}
 
-    def add(self, text: str) -> None:
-        """Take in the next document."""
+    def add(self, text: str, kind: str = "text") -> None:
+        """Take in the next document. kind: "code" is compared to the letter, and its lines are not, as programs have many alike."""
         self._texts.append(text)
+        self._prose.append(text if kind != "code" else "")
         self._letters += len(text)
         self._documents += 1
         if self._letters >= _BATCH_LETTERS:
@@ -76,19 +79,20 @@ class Fingerprints:
 
     def _look(self) -> None:
         """Fingerprint the texts at hand."""
-        texts, self._texts, self._letters = self._texts, [], 0
+        texts, prose, self._texts, self._prose, self._letters = self._texts, self._prose, [], [], 0
         settings = self._settings
         found: dict[str, Column] = {}
         before = self._documents - len(texts)
         if settings.exact == "text":
             found["exact"], found["exact.rows"] = hash_texts(texts), np.arange(before, self._documents)
         elif settings.exact == "normal":
-            form = parts_of(texts, None, 1)
-            found["exact"], found["exact.rows"] = form.hashes, before + form.numbers
+            form, code = parts_of(prose, None, 1), [row for row, text in enumerate(prose) if text != texts[row]]
+            found["exact"] = np.concatenate([form.hashes, hash_texts([texts[row] for row in code])])
+            found["exact.rows"] = before + np.concatenate([form.numbers, np.array(code, np.int64)])
         if settings.near:
             found["signatures"], found["words"] = signatures(texts, settings.shingle_words)
-        if settings.lines != "off":
-            lines = parts_of(texts, settings.lines, settings.line_letters)
+        if settings.lines != "none":
+            lines = parts_of(prose, settings.lines, settings.line_letters)
             found["lines"], found["numbers"], found["counts"] = lines.hashes, self._parts + lines.numbers, lines.counts
             self._parts += int(lines.counts.sum())
         for name, column in found.items():
@@ -101,7 +105,7 @@ class Fingerprints:
         if not self._documents:
             return
         found, block, settings = {name: np.concatenate(columns) for name, columns in self._found.items()}, {}, self._settings
-        if settings.exact != "off":
+        if settings.exact != "none":
             block["exact.high"], block["exact.low"], block["exact.rows"] = by_hash(found["exact"], found["exact.rows"], "<u4")
         if settings.near:
             signed, rows = found["signatures"], np.flatnonzero(found["words"])
@@ -109,7 +113,7 @@ class Fingerprints:
             order = np.argsort(keys, kind="stable")
             block["near.signatures"], block["near.whole"] = signed, keys_of(signed)
             block["near.keys"], block["near.rows"] = np.take_along_axis(keys, order, 1), rows[order].astype("<u4")
-        if settings.lines != "off":
+        if settings.lines != "none":
             block["lines.high"], block["lines.low"], block["lines.numbers"] = by_hash(found["lines"], found["numbers"], "<u4")
             block["lines.counts"] = found["counts"].astype("<u4")
         block["size"] = np.array([self._documents, self._parts], "<u8")
@@ -145,15 +149,19 @@ class Stretch(NamedTuple):
 
         Raises KeyFileError where the hashes do not ascend or a number is too large.
         """
-        columns = [self.block.column(name) if band is None else self.block.column(name)[band] for name in names]
-        where = range_of(columns[0], part, parts)
-        found = [column[where] for column in columns]
+        path, columns = self.block.file.path, [self.block.column(name) for name in names]
+        if band is not None and all(len(column.shape) == 2 and len(column) > band for column in columns):
+            columns = [column.part(band) for column in columns]
+        if len({column.shape for column in columns}) > 1 or len(columns[0].shape) > 1:
+            raise KeyFileError.damaged(path, f"{' and '.join(names)} are not equally long")
+        where = columns[0].range_of(*hashes_of(part, parts))
+        found = [column.read(where.start, where.stop) for column in columns]
         found[-1] = found[-1].astype(np.int64)
         most = self.lines if names[-1].startswith("lines") else self.documents
         if len(found[-1]) and found[-1].max() >= most:
-            raise KeyFileError.damaged(self.block.file.path, f"{names[-1]} has number {found[-1].max():,} of {most:,}")
-        if (found[0][1:] < found[0][:-1]).any() or len({len(column) for column in columns}) > 1:
-            raise KeyFileError.damaged(self.block.file.path, f"{names[0]} does not ascend, or is not as long as {names[-1]}")
+            raise KeyFileError.damaged(path, f"{names[-1]} has number {found[-1].max():,} of {most:,}")
+        if (found[0][1:] < found[0][:-1]).any():
+            raise KeyFileError.damaged(path, f"{names[0]} does not ascend")
         return found
 
 
@@ -166,13 +174,24 @@ def stretches(units: Sequence[str | Path], settings: DedupConfig) -> Iterator[St
         file = KeyFile(path, KIND)
         require_recipe(file, settings)
         for block in file.blocks:
-            documents, lines = (int(size) for size in block.column("size"))
-            if settings.near and block.column("near.signatures").shape != (documents, HASHES):
-                raise KeyFileError.damaged(
-                    file.path, f"it has {block.rows('near.signatures'):,} signatures of {documents:,} documents"
-                )
+            documents, lines = _size(block)
+            if settings.near:
+                shapes = [block.column(name).shape for name in ("near.signatures", "near.whole")]
+                if shapes != [(documents, HASHES), (documents,)]:
+                    raise KeyFileError.damaged(
+                        file.path, f"its signatures and their hashes are {shapes}, of {documents:,} documents"
+                    )
             yield Stretch(block, document, documents, line, lines)
             document, line = document + documents, line + lines
+
+
+def _size(block: KeyBlock) -> tuple[int, int]:
+    """(documents, lines) of a block."""
+    column = block.column("size")
+    if column.shape != (2,):
+        raise KeyFileError.damaged(block.file.path, f"its size has {column.shape} numbers")
+    documents, lines = column.read().tolist()
+    return documents, lines
 
 
 def require_recipe(file: KeyFile, settings: DedupConfig) -> None:

@@ -11,23 +11,25 @@ table.
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from json import dumps
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatrain.files import OneLine, brief, opened_plain, whole
+from megatrain.files import OneLine, brief, doing, opened_plain, whole
 from megatrain.untrusted import parse_json
 
 MAGIC = b"megatrain keys 1\n"
 _TAIL, _ALIGNED, _LONGEST = 16, 64, 1 << 28
+_TAKEN, _SEARCHED = 1024, 512
+"""Rows that are read at a time where some of them are wanted, and where the last steps of a search are taken together."""
 _DTYPES = ("<u8", "<i8", "<u4", "<u2", "|u1")
 Column: TypeAlias = npt.NDArray[Any]
 
@@ -76,109 +78,140 @@ def written(path: str | Path, kind: str) -> Iterator[KeyWriter]:
         writer.end()
 
 
-class StoredColumn(NamedTuple):
-    """Where a column lies in its file."""
+class StoredColumn:
+    """A column of a file, or some rows of one, read where it is asked for."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    def __init__(self, path: Path, dtype: str, shape: Sequence[int], offset: int) -> None:
+        self.path, self.dtype, self.shape, self._offset = path, np.dtype(dtype), tuple(shape), offset
+        self._width = prod(self.shape[1:]) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
     @property
     def end(self) -> int:
-        """The byte behind it."""
-        return self.offset + prod(self.shape) * np.dtype(self.dtype).itemsize
+        """The byte of the file behind it."""
+        return self._offset + len(self) * self._width
+
+    def part(self, row: int) -> StoredColumn:
+        """One row of a table, as a column."""
+        return StoredColumn(self.path, self.dtype.str, self.shape[1:], self._offset + row * self._width)
+
+    def read(self, begin: int = 0, end: int | None = None) -> Column:
+        """Its rows from `begin` to `end`."""
+        with opened_plain(self.path) as file:
+            return self._read(file, begin, len(self) if end is None else end)
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Column:
+        """Some of its rows, in ascending order."""
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        pieces = np.searchsorted(rows, range(0, len(self) + _TAKEN, _TAKEN)).tolist()
+        with opened_plain(self.path) as file:
+            for begin, end in itertools.pairwise(pieces):
+                if begin < end:
+                    first = int(rows[begin])
+                    found[begin:end] = self._read(file, first, int(rows[end - 1]) + 1)[rows[begin:end] - first]
+        return found
+
+    def range_of(self, low: int, high: int) -> slice:
+        """Where the values from `low` to `high` lie, both included, in ascending ones."""
+        with opened_plain(self.path) as file:
+            return slice(self._place(file, low, "left"), self._place(file, high, "right"))
+
+    def _place(self, file: BinaryIO, value: int, side: Literal["left", "right"]) -> int:
+        """Where a value belongs, found by halves."""
+        low, high = 0, len(self)
+        while high - low > _SEARCHED:
+            middle = (low + high) // 2
+            found = int(self._read(file, middle, middle + 1)[0])
+            if found < value or (side == "right" and found == value):
+                low = middle + 1
+            else:
+                high = middle
+        return low + int(np.searchsorted(self._read(file, low, high), self.dtype.type(value), side))
+
+    def _read(self, file: BinaryIO, begin: int, end: int) -> Column:
+        found = np.empty((end - begin, *self.shape[1:]), self.dtype)
+        if found.size:
+            file.seek(self._offset + begin * self._width)
+            if (got := file.readinto(found.data.cast("B"))) != found.nbytes:  # type: ignore[attr-defined]
+                raise KeyFileError.damaged(self.path, f"of {found.nbytes:,} bytes of a column, {got:,} are there")
+        return found
 
 
 class KeyFile:
-    """A file of columns, mapped. Raises OSError, and KeyFileError for one that is damaged or of another kind."""
+    """A file of columns. Raises OSError, and KeyFileError for one that is damaged or of another kind.
+
+    Nothing of it is mapped: a file that is cut while it is read is an error, and its pages are no memory of the task.
+    """
 
     def __init__(self, path: str | Path, kind: str) -> None:
         self.path = Path(path)
-        with opened_plain(self.path) as file:
-            if file.seek(0, 2) < len(MAGIC) + _TAIL:
-                raise KeyFileError.damaged(self.path, f"it has {file.tell()} bytes")
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            footer = self._footer()
-            self.about: dict[str, Any] = footer["about"]
-            """Said of the file as a whole by its writer."""
-            self._blocks = [{name: self._entry(*entry) for name, entry in block.items()} for block in footer["blocks"]]
-            found = footer["kind"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise KeyFileError.damaged(self.path, error) from None
+        with doing("reading", path), opened_plain(self.path) as file:
+            size = file.seek(0, 2)
+            try:
+                footer = _footer(file, size)
+                self.about: dict[str, Any] = dict(footer["about"])
+                """Said of the file as a whole by its writer."""
+                self.blocks = [
+                    KeyBlock(self, {name: self._column(size, *entry) for name, entry in block.items()})
+                    for block in footer["blocks"]
+                ]
+                found = footer["kind"]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise KeyFileError.damaged(self.path, error) from None
         if found != kind:
             raise KeyFileError(
                 f"{self.path} holds {brief(found)}, where {kind} are wanted. Give the files of the pass that makes {kind}."
             )
 
-    def _footer(self) -> Any:
-        """The footer. Raises ValueError."""
-        if self._map[: len(MAGIC)] != MAGIC:
-            raise ValueError(f"it does not begin with {MAGIC.decode().strip()!r}")
-        size = len(self._map)
-        length = int.from_bytes(self._map[size - _TAIL : size - _TAIL + 8], "little")
-        begin = size - _TAIL - length
-        if length > _LONGEST or begin < len(MAGIC):
-            raise ValueError(f"its last 16 bytes ask for a footer of {length:,} bytes, and it has {size:,}")
-        text = self._map[begin : begin + length]
-        if xxhash.xxh3_64_digest(text) != self._map[size - 8 :]:
-            raise ValueError("its footer has another hash than it says")
-        return parse_json(text)
-
-    @property
-    def blocks(self) -> list[KeyBlock]:
-        """Its blocks, in order."""
-        return [KeyBlock(self, entries) for entries in self._blocks]
-
-    def column(self, name: str) -> Column:
-        """A column over all blocks: an array over the file where it has one block, else a copy."""
-        columns = [block.column(name) for block in self.blocks]
-        return columns[0] if len(columns) == 1 else np.concatenate(columns)
-
-    def view(self, entry: StoredColumn) -> Column:
-        """A column as an array over the file."""
-        return np.frombuffer(self._map, entry.dtype, prod(entry.shape), entry.offset).reshape(entry.shape)
-
-    def _entry(self, dtype: str, shape: list[int], offset: int) -> StoredColumn:
+    def _column(self, size: int, dtype: str, shape: list[int], offset: int) -> StoredColumn:
         """A column that the footer names. Raises ValueError if it does not lie in the file."""
-        sizes = [*shape, offset]
-        if dtype not in _DTYPES or not all(type(size) is int and 0 <= size <= len(self._map) for size in sizes):
+        if dtype not in _DTYPES or not shape or not all(type(one) is int and 0 <= one <= size for one in [*shape, offset]):
             raise ValueError(f"its footer has a column {[dtype, shape, offset]}")
-        entry = StoredColumn(dtype, tuple(shape), offset)
-        if entry.end > len(self._map):
-            raise ValueError(f"a column {list(entry)} does not lie in its {len(self._map):,} bytes")
-        return entry
+        column = StoredColumn(self.path, dtype, shape, offset)
+        if column.end > size:
+            raise ValueError(f"a column {[dtype, shape, offset]} does not lie in its {size:,} bytes")
+        return column
+
+    def read(self, name: str) -> Column:
+        """A column, over all blocks."""
+        return np.concatenate([block.column(name).read() for block in self.blocks])
 
 
 class KeyBlock(NamedTuple):
     """Some rows of a file."""
 
     file: KeyFile
-    entries: dict[str, StoredColumn]
+    columns: dict[str, StoredColumn]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
-
-    def rows(self, name: str) -> int:
-        """The length of a column, without reading it."""
-        return self._entry(name).shape[0]
-
-    def column(self, name: str) -> Column:
-        """A column, as an array over the file."""
-        return self.file.view(self._entry(name))
-
-    def _entry(self, name: str) -> StoredColumn:
-        if name not in self.entries:
+    def column(self, name: str) -> StoredColumn:
+        """A column. Raises KeyFileError if there is none."""
+        if name not in self.columns:
             raise KeyFileError.damaged(self.file.path, f"it has no column {name}")
-        return self.entries[name]
+        return self.columns[name]
 
 
-def split_at(part: int, parts: int) -> tuple[int, int]:
+def _footer(file: BinaryIO, size: int) -> Any:
+    """The footer of a file of so many bytes. Raises ValueError."""
+    if size < len(MAGIC) + _TAIL:
+        raise ValueError(f"it has {size:,} bytes")
+    file.seek(0)
+    if file.read(len(MAGIC)) != MAGIC:
+        raise ValueError(f"it does not begin with {MAGIC.decode().strip()!r}")
+    file.seek(size - _TAIL)
+    tail = file.read(_TAIL)
+    length = int.from_bytes(tail[:8], "little")
+    begin = size - _TAIL - length
+    if length > _LONGEST or begin < len(MAGIC):
+        raise ValueError(f"its last 16 bytes ask for a footer of {length:,} bytes, and it has {size:,}")
+    file.seek(begin)
+    text = file.read(length)
+    if xxhash.xxh3_64_digest(text) != tail[8:]:
+        raise ValueError("its footer has another hash than it says")
+    return parse_json(text)
+
+
+def hashes_of(part: int, parts: int) -> tuple[int, int]:
     """The least and the greatest 64-bit hash of a part, so that parts, 0 to parts - 1, hold about as many each."""
     return -(-(part << 64) // parts), -(-(part + 1 << 64) // parts) - 1
-
-
-def range_of(hashes: npt.NDArray[np.uint64], part: int, parts: int) -> slice:
-    """Where a part of ascending hashes lies [n]."""
-    low, high = split_at(part, parts)
-    return slice(int(np.searchsorted(hashes, np.uint64(low), "left")), int(np.searchsorted(hashes, np.uint64(high), "right")))

@@ -25,7 +25,7 @@ def lines_task(
     part: int, parts: int, units: Sequence[str | Path], removed: str | Path, settings: DedupConfig, output: str | Path
 ) -> None:
     """Write which lines of a part were there before. removed: what `merge` has written. Raises OSError and KeyFileError."""
-    gone = KeyFile(removed, REMOVED).column("document")
+    gone = KeyFile(removed, REMOVED).read("document")
     names, found = ("lines.high", "lines.low", "lines.numbers"), []
     for stretch in stretches(units, settings):
         high, low, numbers = stretch.part(names, part, parts)
@@ -41,7 +41,7 @@ def _staying(stretch: Stretch, gone: Column) -> Column:
     low, high = np.searchsorted(gone, [stretch.document, stretch.document + stretch.documents])
     stays = np.ones(stretch.documents, bool)
     stays[gone[low:high] - stretch.document] = False
-    counts = stretch.block.column("lines.counts")
+    counts = stretch.block.column("lines.counts").read()
     if counts.shape != stays.shape or int(counts.sum(dtype=np.int64)) != stretch.lines:
         raise KeyFileError.damaged(stretch.block.file.path, "its lines are not as many as it says")
     return np.repeat(stays, counts)
@@ -55,13 +55,15 @@ def lines_of(unit: str | Path, first: int, found: Sequence[str | Path]) -> dict[
     if not found:
         return {}
     file = KeyFile(unit, KIND)
-    counts = np.concatenate([np.zeros(0, np.int64), *(block.column("lines.counts").astype(np.int64) for block in file.blocks)])
+    counts = np.concatenate(
+        [np.zeros(0, np.int64), *(block.column("lines.counts").read().astype(np.int64) for block in file.blocks)]
+    )
     ends = np.cumsum(counts)
     pieces = []
     for path in found:
-        line = KeyFile(path, LINES).column("line")
-        low, high = np.searchsorted(line, [first, first + (int(ends[-1]) if len(ends) else 0)])
-        pieces.append(line[low:high] - first)
+        line = KeyFile(path, LINES).blocks[0].column("line")
+        where = line.range_of(first, first + int(counts.sum()) - 1)
+        pieces.append(line.read(where.start, where.stop) - first)
     lines = np.sort(np.concatenate([np.zeros(0, np.int64), *pieces]))
     rows = np.searchsorted(ends, lines, "right")
     removed: dict[int, list[int]] = {}

@@ -108,7 +108,7 @@ def _take(units: Sequence[str | Path], settings: DedupConfig, documents: Column,
     for stretch in stretches(units, settings):
         low, high = np.searchsorted(which, [stretch.document, stretch.document + stretch.documents])
         column = stretch.block.column(name)
-        found.append(column[which[low:high] - stretch.document])
+        found.append(column.take(which[low:high] - stretch.document))
     return np.concatenate(found)[back] if found else np.zeros(0, np.uint64)
 
 

@@ -39,34 +39,35 @@ class Removals:
     """The documents that are removed from the units of a corpus. Raises OSError and KeyFileError."""
 
     def __init__(self, places: str | Path, removed: str | Path) -> None:
-        self._places, file = UnitStarts.read(places), KeyFile(removed, REMOVED)
-        self._document, self._representative = file.column("document"), file.column("representative")
-        self._agree, self._exact = file.column("agree"), file.column("exact")
+        self._places, (self._block,) = UnitStarts.read(places), KeyFile(removed, REMOVED).blocks
 
     def of(self, unit: int) -> dict[int, Removal]:
         """The removed documents of a unit, by row, ascending."""
-        begin = int(self._places.documents[unit])
-        found = slice(*np.searchsorted(self._document, self._places.documents[unit : unit + 2]).tolist())
-        columns = (self._document[found], self._representative[found], self._agree[found], self._exact[found])
+        begin, end = self._places.documents[unit : unit + 2].tolist()
+        found = self._block.column("document").range_of(begin, end - 1)
+        columns = [
+            self._block.column(name).read(found.start, found.stop).tolist()
+            for name in ("document", "representative", "agree", "exact")
+        ]
         return {
             document - begin: Removal(EXACT if exact else NEAR, self._places.of(representative), agree / HASHES)
-            for document, representative, agree, exact in zip(*(column.tolist() for column in columns), strict=True)
+            for document, representative, agree, exact in zip(*columns, strict=True)
         }
 
     def counts(self) -> tuple[Column, Column]:
         """(documents, removed ones) of each unit [units]."""
-        bounds = np.searchsorted(self._document, self._places.documents)
+        bounds = np.searchsorted(self._block.column("document").read(), self._places.documents)
         return np.diff(self._places.documents), np.diff(bounds)
 
     def sizes(self) -> dict[int, int]:
         """How many clusters there are by the number of their copies, ascending."""
-        _, copies = np.unique(self._representative, return_counts=True)
+        _, copies = np.unique(self._block.column("representative").read(), return_counts=True)
         sizes, clusters = np.unique(copies, return_counts=True)
         return dict(zip(sizes.tolist(), clusters.tolist(), strict=True))
 
     def largest(self, most: int = 20) -> list[Cluster]:
         """The largest clusters, by size and place."""
-        found, copies = np.unique(self._representative, return_counts=True)
+        found, copies = np.unique(self._block.column("representative").read(), return_counts=True)
         order = np.lexsort((found, -copies))[:most]
         return [Cluster(self._places.of(int(found[i])), int(copies[i])) for i in order]
 

@@ -53,7 +53,7 @@ class LeakConfig:
 class DedupConfig:
     """Which documents and lines are removed as copies of earlier ones; the earliest stays."""
 
-    exact: Literal["off", "text", "normal"] = knob(
+    exact: Literal["none", "text", "normal"] = knob(
         "text",
         "Documents that are the same: to the letter, or in CCNet's normal form (without case and marks, all digits 0), which is for prose "
         "alone: it takes two tables of numbers, or two programs, for one.",
@@ -70,10 +70,10 @@ class DedupConfig:
     agreement: float = knob(
         0.7, "Share of the 120 hashes in which a document agrees with the earlier one to be removed.", above=0, at_most=1
     )
-    lines: Literal["off", "lines", "paragraphs"] = knob(
-        "off",
+    lines: Literal["none", "lines", "paragraphs"] = knob(
+        "none",
         "Remove lines, or paragraphs (between empty lines), that an earlier document or line has in normal form (CCNet, arXiv:1911.00359). "
-        "It cleans pages of menus and footers, and takes refrains and formulas out of books: so it is off.",
+        "It cleans pages of menus and footers, and takes refrains and formulas out of books: so it is not the default.",
     )
     line_letters: int = knob(12, "Letters in normal form, blanks included, that a line must have to be removed.", at_least=1)
     parts: int | None = knob(
@@ -90,8 +90,9 @@ class DedupConfig:
     leaks: LeakConfig = LeakConfig()
 
     def __post_init__(self) -> None:
-        if self.bands * self.band_rows > 120:
+        bands, rows = self.bands, self.band_rows
+        if bands * rows > 120:
             raise ValueError(
-                f"dedup.bands={self.bands} of dedup.band_rows={self.band_rows} hashes are {self.bands * self.band_rows}, "
-                f"and a signature has 120. Use bands=20 with band_rows=6, or bands={120 // self.band_rows} with band_rows={self.band_rows}."
+                f"dedup.bands={bands} of dedup.band_rows={rows} hashes are {bands * rows}, and a signature has 120. Use "
+                f"bands={120 // rows} with band_rows={rows}, or bands={bands} with band_rows={120 // bands}."
             )

@@ -75,7 +75,7 @@ class Deduplication:
 
     @property
     def _exact(self) -> range:
-        return range(0 if self.settings.exact == "off" else self.parts)
+        return range(0 if self.settings.exact == "none" else self.parts)
 
     @property
     def _near(self) -> range:
@@ -83,7 +83,7 @@ class Deduplication:
 
     @property
     def _lines(self) -> range:
-        return range(0 if self.settings.lines == "off" else self.parts)
+        return range(0 if self.settings.lines == "none" else self.parts)
 
     @staticmethod
     def _name(kind: str, number: int) -> str:

@@ -36,7 +36,7 @@ class UnitStarts(NamedTuple):
     def read(cls, path: str | Path) -> UnitStarts:
         """The places that `count_places` has written. Raises OSError and KeyFileError."""
         (block,) = KeyFile(path, _PLACES).blocks
-        return cls(block.column("documents"), block.column("lines"))
+        return cls(block.column("documents").read(), block.column("lines").read())
 
     def of(self, document: int) -> UnitRow:
         """The unit and row of a document."""

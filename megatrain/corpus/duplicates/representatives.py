@@ -28,8 +28,8 @@ REMOVED = "removed"
 """Kind of the file that `merge` writes: `document` [n], ascending, its `representative`, the numbers in which they `agree`, and
 `exact`, 1 for a copy.
 """
-_WINDOW = 1 << 21
-"""Pairs that are held at a time, about."""
+_WINDOW, _PAIR, _MEMBER = 1 << 26, 60, 600
+"""Bytes that are held at a time, about, and those of a pair, and of a document of a large group."""
 MOST_KEPT = 1000
 """Documents of a large group that stay and with which the others are compared."""
 
@@ -96,7 +96,7 @@ def merge(
 
 def _checked(file: KeyFile, total: int, *names: str) -> list[Column]:
     """Columns of numbers of documents. Raises KeyFileError where one is too large, or they are of different lengths."""
-    columns = [file.column(name) for name in names]
+    columns = [file.read(name) for name in names]
     if any(len(column) and (column.max() >= total or column.min() < 0) for column in columns):
         raise KeyFileError.damaged(file.path, f"{' or '.join(names)} is beyond the {total:,} documents")
     if len({len(column) for column in columns}) > 1:
@@ -125,13 +125,14 @@ def _near(units: Sequence[str | Path], near: Sequence[str | Path], state: tuple[
 
 
 def _windows(near: Sequence[str | Path], total: int) -> Iterator[tuple[int, int]]:
-    """Ranges of documents that have about so many pairs at the most (more only of few documents), and cover all pairs."""
+    """Ranges of documents that take about so much memory at the most (more only of few documents), and cover all pairs."""
     grid = np.unique(np.linspace(0, total, 4097).astype(np.int64))
     counts = np.zeros(len(grid) - 1, np.int64)
     for path in near:
         file = KeyFile(path, PAIRS)
-        for column in (*_checked(file, total, "document", "other"), *_checked(file, total, "member")):
-            counts += np.diff(np.searchsorted(column, grid))
+        document, _ = _checked(file, total, "document", "other")
+        (member,) = _checked(file, total, "member")
+        counts += _PAIR * np.diff(np.searchsorted(document, grid)) + _MEMBER * np.diff(np.searchsorted(member, grid))
     low, held = 0, 0
     for cell, count in enumerate(counts.tolist()):
         if held and held + count > _WINDOW:
@@ -148,9 +149,9 @@ def _rows(near: Sequence[str | Path], low: int, high: int, names: Sequence[str],
     """
     found = []
     for number, path in enumerate(near):
-        columns = [KeyFile(path, PAIRS).column(name) for name in names]
-        begin, end = np.searchsorted(columns[0], [low, high])
-        columns = [column[begin:end] for column in columns]
+        (block,) = KeyFile(path, PAIRS).blocks
+        where = block.column(names[0]).range_of(low, high - 1)
+        columns = [block.column(name).read(where.start, where.stop) for name in names]
         if groups is not None:
             columns[-1] = columns[-1] + groups[number]
         found.append(columns)

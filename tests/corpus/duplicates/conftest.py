@@ -33,7 +33,7 @@ def deduplicate(folder: Path, units: list[list[str]], settings: DedupConfig) -> 
         paths.append(folder / f"unit-{number}")
         with fingerprinting(paths[-1], settings) as prints:
             for text in texts:
-                prints.add(text)
+                prints.add(text, "code" if text.startswith("#!") else "text")
     job = Deduplication(paths, lambda name, task: folder / f"{name}-{task}", settings)
     for work in job.passes():
         for task in work.tasks:

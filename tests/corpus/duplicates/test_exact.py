@@ -41,4 +41,9 @@ def test_the_text_counts_to_the_letter_unless_its_normal_form_is_asked_for(dedup
     texts = ["Total: 12", "total 34", "Total: 12", "!!", "??", "other"]
     assert deduplicated([texts], EXACT).instead == {2: 0}
     assert deduplicated([texts], DedupConfig(near=False, exact="normal")).instead == {1: 0, 2: 0}  # marks alone are no form
-    assert deduplicated([texts], DedupConfig(near=False, exact="off")).instead == {}
+    assert deduplicated([texts], DedupConfig(near=False, exact="none")).instead == {}
+
+
+def test_code_is_compared_to_the_letter(deduplicated):
+    texts = ["#!a = 1", "#!a = 2", "a 3", "#!a = 2", "A: 4"]
+    assert deduplicated([texts], DedupConfig(near=False, exact="normal")).instead == {3: 1, 4: 2}

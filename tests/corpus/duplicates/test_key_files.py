@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatrain.corpus.duplicates.key_files import KeyFile, KeyFileError, range_of, written
+from megatrain.corpus.duplicates.key_files import KeyFile, KeyFileError, hashes_of, written
 
 
 def write(path, kind="fingerprints"):
@@ -18,10 +18,13 @@ def test_what_is_written_is_read(tmp_path):
     file = KeyFile(tmp_path / "keys", "fingerprints")
     assert file.about == {"documents": 3}
     first, second = file.blocks
-    assert (first.rows("b"), first.column("b").tolist()) == (2, [[1] * 5] * 2)
-    assert second.column("a").tolist() == []
-    assert file.column("a").tolist() == [0, 1, 2]
-    assert file.column("a").dtype == np.uint32
+    assert first.column("b").shape == (2, 5)
+    assert first.column("b").read(1).tolist() == [[1] * 5]
+    assert first.column("b").part(1).read(2).tolist() == [1] * 3
+    assert first.column("a").read(1, 2).tolist() == [1]
+    assert second.column("a").read().tolist() == []
+    assert file.read("a").tolist() == [0, 1, 2]
+    assert file.read("a").dtype == np.uint32
     assert [path.name for path in tmp_path.iterdir()] == ["keys"]
 
 
@@ -62,7 +65,7 @@ def test_a_column_that_lies_elsewhere_is_refused(tmp_path, shape):
     with written(path, "pairs") as writer:
         writer._blocks.append({"a": ["<u4", shape, 64]})
     with pytest.raises(KeyFileError, match="keys is damaged"):
-        KeyFile(path, "pairs").column("a")
+        KeyFile(path, "pairs").read("a")
 
 
 def test_a_column_or_kind_that_is_not_there(tmp_path):
@@ -76,9 +79,34 @@ def test_a_column_or_kind_that_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 16, 1000])
-def test_parts_cover_all_hashes_once(parts):
+def test_parts_cover_all_hashes_once(tmp_path, parts):
     edges = [0, 1, (1 << 64) // 3, (1 << 64) // 3 + 1, 1 << 63, (1 << 63) - 1, (1 << 64) - 1]
-    hashes = np.array(sorted({*edges, *(part * (1 << 64) // parts for part in range(parts))}), np.uint64)
-    ranges = [range_of(hashes, part, parts) for part in range(parts)]
+    hashes = sorted({*edges, *(part * (1 << 64) // parts for part in range(parts))})
+    with written(tmp_path / "keys", "pairs") as writer:
+        writer.block({"a": np.array(hashes, np.uint64)})
+    column = KeyFile(tmp_path / "keys", "pairs").blocks[0].column("a")
+    ranges = [column.range_of(*hashes_of(part, parts)) for part in range(parts)]
     assert [one.stop for one in ranges[:-1]] == [one.start for one in ranges[1:]]
     assert (ranges[0].start, ranges[-1].stop) == (0, len(hashes))
+
+
+def test_ranges_and_rows_are_those_of_the_whole_column(tmp_path):
+    draw = np.random.default_rng(3)
+    values, table = np.sort(draw.integers(0, 2000, 5000)), draw.integers(0, 1 << 32, (5000, 3)).astype(np.uint32)
+    with written(tmp_path / "keys", "pairs") as writer:
+        writer.block({"a": values, "b": table})
+    (block,) = KeyFile(tmp_path / "keys", "pairs").blocks
+    for low, high in ((-1, 0), (0, 0), (17, 17), (100, 1500), (1999, 2000), (3000, 4000)):
+        found = block.column("a").range_of(low, high)
+        assert found == slice(np.searchsorted(values, low, "left"), np.searchsorted(values, high, "right"))
+    for number in (0, 1, 40, 5000):
+        rows = np.sort(draw.permutation(5000)[:number])
+        assert (block.column("b").take(rows) == table[rows]).all()
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+    write(tmp_path / "keys")
+    column = KeyFile(tmp_path / "keys", "fingerprints").blocks[0].column("b")
+    (tmp_path / "keys").write_bytes((tmp_path / "keys").read_bytes()[:150])
+    with pytest.raises(KeyFileError, match="keys is damaged: of 80 bytes of a column, 22 are there"):
+        column.read()

@@ -35,7 +35,7 @@ def test_lines_of_any_units_and_parts_are_those_of_a_dictionary(deduplicated, pa
     assert len(expected) > 20
     for units in ([texts], [texts[:1], [], texts[1:70], texts[70:]]):
         for parts in (1, 3):
-            found = deduplicated(units, DedupConfig(exact="off", near=False, lines=part, line_letters=2, parts=parts))
+            found = deduplicated(units, DedupConfig(exact="none", near=False, lines=part, line_letters=2, parts=parts))
             assert found.lines == expected
             assert found.instead == {}
 
@@ -60,15 +60,19 @@ def test_short_lines_stay_and_lines_of_one_document_repeat(deduplicated):
     assert deduplicated([texts], DedupConfig(near=False, lines="lines")).lines == {0: [3], 1: [0]}
 
 
+def test_lines_of_code_stay(deduplicated):
+    line = "import of the same module"
+    found = deduplicated([[f"#!\n{line}\n{line}", line, f"#! {line}", f"x\n{line}"]], DedupConfig(near=False, lines="lines"))
+    assert found.lines == {3: [1]}
+
+
 def test_counts_that_are_not_those_of_the_lines_are_an_error(tmp_path, deduplicated):
     settings = DedupConfig(near=False, lines="lines")
     found = deduplicated([["a line of twelve letters\nb", "c"]], settings)
     unit = KeyFile(found.units[0], "fingerprints")
     with written(tmp_path / "bent", "fingerprints") as writer:
         writer.about = unit.about
-        writer.block(
-            {name: unit.column(name) for name in unit.blocks[0].entries} | {"lines.counts": np.array([9, 9], np.uint32)}
-        )
+        writer.block({name: unit.read(name) for name in unit.blocks[0].columns} | {"lines.counts": np.array([9, 9], np.uint32)})
     (tmp_path / "bent").replace(found.units[0])
     with pytest.raises(KeyFileError, match="unit-0 is damaged: its lines are not as many as it says"):
         lines_task(0, 1, found.units, found.removed, settings, tmp_path / "out")

@@ -12,7 +12,7 @@ from megatrain.corpus.duplicates.minhash import HASHES, agreeing, band_keys, sig
 from megatrain.corpus.duplicates.near import PAIRS, SMALL, near_task
 from megatrain.corpus.duplicates.parameters import DedupConfig
 
-NEAR = DedupConfig(exact="off")
+NEAR = DedupConfig(exact="none")
 CHINESE = [chr(code) for code in range(0x4E00, 0x4E00 + 2500)]
 
 
@@ -43,7 +43,7 @@ def planted(draw: random.Random, number: int) -> list[list[str]]:
     for _ in range(number):
         fresh = not texts or draw.random() < 0.4
         texts.append(
-            [draw.choice(vocabulary) for _ in range(draw.randrange(100, 400))] if fresh else edited(draw.choice(texts), draw)
+            [draw.choice(vocabulary) for _ in range(draw.randrange(80, 250))] if fresh else edited(draw.choice(texts), draw)
         )
     return texts
 
@@ -59,16 +59,16 @@ def first_independent_set(near: dict[int, set[int]], number: int) -> dict[int, i
 
 def test_removed_are_those_that_brute_force_finds(deduplicated):
     draw = random.Random(11)
-    texts = planted(draw, 160)
+    texts = planted(draw, 120)
     found = deduplicated([[" ".join(words) for words in texts]], NEAR)
     sets = [shingles(words) for words in texts]
-    similar = {(i, j): len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in combinations(range(160), 2)}
+    similar = {(i, j): len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in combinations(range(120), 2)}
     alike = {j for (i, j), value in similar.items() if value >= 0.8 and i not in found.instead}
-    closest = [max(similar[i, j] for i in range(j)) for j in range(1, 160)]
-    assert len(alike) > 30
+    closest = [max(similar[i, j] for i in range(j)) for j in range(1, 120)]
+    assert len(alike) > 25
     assert len(alike & found.instead.keys()) / len(alike) >= 0.98
     unlike = {j for j, value in enumerate(closest, 1) if value <= 0.6}
-    assert len(unlike) > 60
+    assert len(unlike) > 40
     assert unlike & found.instead.keys() == set()
     assert all(other not in found.instead for other in found.instead.values())
     assert min(found.agreement.values()) >= 0.7
@@ -89,7 +89,7 @@ def test_it_is_the_first_independent_set_of_all_pairs_that_share_a_band(deduplic
     assert len(expected) > 50
     for units in ([texts], [texts[:3], [], texts[3:120], texts[120:]]):
         for parts in (1, 3):
-            found = deduplicated(units, DedupConfig(exact="off", parts=parts))
+            found = deduplicated(units, DedupConfig(exact="none", parts=parts))
             assert found.instead == expected
             assert found.agreement == {j: agree[j, i] for j, i in expected.items()}
             assert set(found.reason.values()) == {"duplicates.near"}
@@ -146,12 +146,12 @@ def test_a_large_group_is_compared_with_those_that_stay(deduplicated, tmp_path):
     expected = first_independent_set(near, len(texts))
     assert set(expected.values()) > {0}  # some are near the first one, the others near one of themselves
     for units, parts in (([texts], 1), ([texts[:150], texts[150:]], 3)):
-        assert deduplicated(units, DedupConfig(exact="off", parts=parts)).instead == expected
+        assert deduplicated(units, DedupConfig(exact="none", parts=parts)).instead == expected
     found = deduplicated([texts], NEAR)
     near_task(3, 0, 1, found.units, NEAR, tmp_path / "pairs")
     file = KeyFile(tmp_path / "pairs", PAIRS)
     assert file.about["groups"] == 1
-    assert len(file.column("member")) > SMALL
+    assert len(file.read("member")) > SMALL
 
 
 @pytest.mark.parametrize(("agreement", "instead"), [(0.7, {1: 0}), (0.95, {})])
@@ -176,26 +176,30 @@ def test_agreeing_counts_equal_numbers():
 
 @pytest.mark.slow
 def test_shares_by_similarity():
-    """Of pairs by their true similarity: from 0.8 at least 0.98 are found, up to 0.6 under 0.01, up to 0.5 under 0.0001."""
+    """Of 20,000 pairs each by true similarity: from 0.8 at least 0.98 are found, up to 0.6 under 0.01, up to 0.5 under 0.0001."""
     draw = random.Random(17)
-    counts = {"0.8 .. 1": [0, 0], "0.5 .. 0.6": [0, 0], "0 .. 0.5": [0, 0]}
+    counts = {(0.8, 1.0): [0, 0], (0.5, 0.6): [0, 0], (0.0, 0.5): [0, 0]}
     while min(total for total, _ in counts.values()) < 20_000:
-        texts = [[f"{draw.randrange(10**6)}" for _ in range(draw.randrange(60, 200))] for _ in range(500)]
-        others = [edited(text, draw) for text in texts]
-        signed, _ = signatures([" ".join(text) for text in texts + others])
+        texts = [[str(draw.randrange(10**6)) for _ in range(120)] for _ in range(2000)]
+        others = [list(words) for words in texts]
+        for other in others:  # scattered words, or a block of them, so that each similarity comes about
+            length = draw.choice((1, 2, 30, 40))
+            for at in draw.sample(range(120 - length), draw.randrange(1, 10) if length < 3 else 1):
+                other[at : at + length] = [str(draw.randrange(10**6)) for _ in range(length)]
+        signed, _ = signatures([" ".join(words) for words in texts + others])
         keys = band_keys(signed, 20, 6)
-        for i in range(500):
-            value = jaccard(texts[i], others[i])
-            name = next((name for name in counts if float(name.split()[0]) <= value <= float(name.split()[2])), None)
-            if name:
-                shared = (keys[:, i] == keys[:, i + 500]).any()
-                counts[name][0] += 1
-                counts[name][1] += bool(shared and (signed[i] == signed[i + 500]).sum() >= 84)
-    shares = {name: found / total for name, (total, found) in counts.items()}
-    print(counts, shares)
-    assert shares["0.8 .. 1"] >= 0.98
-    assert shares["0.5 .. 0.6"] < 0.01
-    assert shares["0 .. 0.5"] < 0.0001
+        found = (keys[:, :2000] == keys[:, 2000:]).any(0) & ((signed[:2000] == signed[2000:]).sum(1) >= 84)
+        for i, (one, other) in enumerate(zip(texts, others, strict=True)):
+            value = jaccard(one, other)
+            for (low, high), count in counts.items():
+                if low <= value <= high:
+                    count[0] += 1
+                    count[1] += int(found[i])
+    shares = {bounds: removed / total for bounds, (total, removed) in counts.items()}
+    print(counts)
+    assert shares[0.8, 1.0] >= 0.98
+    assert shares[0.5, 0.6] < 0.01
+    assert shares[0.0, 0.5] < 0.0001
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def test_the_passes_have_the_tasks_that_are_switched_on(tmp_path):
 def test_nothing_to_compare(deduplicated):
     assert deduplicated([[], []], DedupConfig(lines="lines")).instead == {}
     assert deduplicated([], DedupConfig()).instead == {}
-    off = DedupConfig(exact="off", near=False)
+    off = DedupConfig(exact="none", near=False)
     assert deduplicated([["a b c d e", "a b c d e"]], off).instead == {}
 
 
@@ -69,10 +69,15 @@ def test_fingerprints_of_other_settings_are_refused(deduplicated, tmp_path, chan
 BROKEN = {
     "near.rows": (np.zeros((20, 3), np.uint32) + 7, "near.rows has number 7 of 3"),
     "near.keys": (np.arange(60, 0, -1).reshape(20, 3).astype(np.uint64), "near.keys does not ascend"),
-    "near.signatures": (np.zeros((2, 120), np.uint32), "it has 2 signatures of 3 documents"),
+    "near.whole": (np.zeros(1, np.uint64), r"its signatures and their hashes are \[\(3, 120\), \(1,\)\], of 3 documents"),
+    "size": (np.zeros(3, np.uint64), r"its size has \(3,\) numbers"),
+    "near.signatures": (
+        np.zeros((2, 120), np.uint32),
+        r"its signatures and their hashes are \[\(2, 120\), \(3,\)\], of 3 documents",
+    ),
     "exact.high": (np.array([3, 2, 1], np.uint64), "exact.high does not ascend"),
     "exact.rows": (np.array([0, 3, 1], np.uint32), "exact.rows has number 3 of 3"),
-    "exact.low": (np.array([0, 3], np.uint64), "exact.high does not ascend, or is not as long as exact.rows"),
+    "exact.low": (np.array([0, 3], np.uint64), "exact.high and exact.low and exact.rows are not equally long"),
 }
 
 
@@ -80,7 +85,7 @@ BROKEN = {
 def test_columns_that_cannot_be_are_named(deduplicated, tmp_path, name):
     found = deduplicated([["a b c d e", "f g h i j", "k l m n o"]], DedupConfig())
     unit, (column, said) = KeyFile(found.units[0], "fingerprints"), BROKEN[name]
-    columns = {of: np.array(unit.column(of)) for of in unit.blocks[0].entries}
+    columns = {of: unit.read(of) for of in unit.blocks[0].columns}
     with written(tmp_path / "bent", "fingerprints") as writer:
         writer.about = unit.about
         writer.block(columns | {name: column})
@@ -122,6 +127,7 @@ def test_the_report_has_sizes_and_alarms(deduplicated):
 
 def test_more_hashes_than_a_signature_has_are_refused():
     with pytest.raises(
-        ValueError, match=r"dedup.bands=30 of dedup.band_rows=6 hashes are 180, .* or bands=20 with band_rows=6"
+        ValueError,
+        match=r"dedup.bands=30 of dedup.band_rows=6 hashes are 180, .* Use bands=20 with band_rows=6, or bands=30 with band_rows=4",
     ):
         DedupConfig(bands=30)

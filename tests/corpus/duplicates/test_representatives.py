@@ -29,7 +29,7 @@ def test_the_result_does_not_depend_on_what_is_held_at_a_time(deduplicated, monk
     monkeypatch.setattr(fingerprints, "_BATCH_LETTERS", 1000)
     monkeypatch.setattr(fingerprints, "_BLOCK_DOCUMENTS", 11)
     monkeypatch.setattr(near, "_BATCH", 20)
-    monkeypatch.setattr(representatives, "_WINDOW", 50)
+    monkeypatch.setattr(representatives, "_WINDOW", 3000)
     found = deduplicated([texts[:31], texts[31:]], lines)
     assert (found.instead, found.agreement, found.lines) == (expected.instead, expected.agreement, expected.lines)
 
