@@ -39,7 +39,7 @@ _BROKEN = re.compile("\ufffd")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
 _PRIVATE = re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")
 _FROM_1252 = str.maketrans({bytes([byte]).decode("cp1252", "ignore") or chr(byte): chr(byte) for byte in range(0x80, 0xA0)})
-"""What windows-1252 makes of the bytes 0x80 to 0x9f -> what Latin-1 makes of them."""
+"""Characters of the bytes 0x80 to 0x9f in windows-1252 -> in Latin-1."""
 _MISREAD = re.compile("[\xc2-\xf4][\x80-\xbf" + "".join(map(chr, _FROM_1252)) + "]+")
 _USUAL = re.compile("[\u00a0-\u017f\u0391-\u03c9\u0400-\u045f\u0620-\u064a\u0800-\U0010ffff]")
 """Characters that text has: of those of two bytes only the most usual, since two characters in a row are often meant."""
