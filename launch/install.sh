@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment that the other scripts use, and installs megatrain with pinned packages into it.
 #
-#   bash launch/install.sh          what quickstart.sh needs
+#   bash launch/install.sh          what quickstart.sh needs: megatrain[data]
 #   bash launch/install.sh test     with the test tools
 #
 # The environment is .venv in the repository, or $MEGATRAIN_VENV; the interpreter is $PYTHON, or the first of python3, python3.13 ...
@@ -110,7 +110,7 @@ pins=()
 if "$venv/bin/python" -c "import torch; raise SystemExit('+cpu' not in torch.__version__)" >/dev/null 2>&1; then
     pins=(-c "$root/launch/constraints-cpu.txt")
 fi
-pip_install_or_fail --no-build-isolation ${pins[@]+"${pins[@]}"} -e "$root${extra:+[$extra]}"
+pip_install_or_fail --no-build-isolation ${pins[@]+"${pins[@]}"} -e "$root[${extra:-data}]"
 printf '%s\n' "$wanted" >"$stamp"
 if [ -n "$extra" ]; then
     printf '%s\n' "$wanted" >"$venv/megatrain-installed" # the extras include the rest

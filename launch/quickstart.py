@@ -54,6 +54,7 @@ EVALUATIONS = 4
 MAX_EPOCHS = 8
 """More passes over a small text than this would only learn it by heart."""
 REDUCED_STEPS = 30
+CORPUS = "launch/configs/prepare_quickstart.yaml"
 MODELS = {"gpt": "launch/configs/quickstart.yaml", "glm": "launch/configs/glm_tiny.yaml"}
 PROMPTS = ("def ", "class Queue", "Return the ")
 
@@ -175,9 +176,20 @@ def prepare(options: argparse.Namespace, config: Config) -> Path:
     once(data / "corpus.done", "the text, a share of it held out", lambda: build_corpus(data, options.text))
     words: list[object] = ["data", "tokenizer", "--input", texts["train"], "--vocab-size", vocabulary, "--output", tokenizer]
     once(data / "tokenizer.done", f"a tokenizer of {vocabulary} entries", partial(verb, *words))
-    for name, text in texts.items():
-        words = ["data", "tokenize", "--input", text, "--tokenizer", tokenizer, "--output", data / name, "--workers", 2]
-        once(data / f"{name}.done", f"the {name} tokens", partial(verb, *words, "--append-eod"))
+    kind = "text" if options.text else "code"
+    sources = [{"name": name, "paths": [str(text)], "kind": kind, "rules": []} for name, text in texts.items()]
+    words = [
+        "data",
+        "prepare",
+        ROOT / CORPUS,
+        f"read.sources={json.dumps(sources)}",
+        f"tokenize.tokenizer={tokenizer}",
+        f"output.dir={data}",
+    ]
+    once(data / "prepared.done", "its tokens, of cleaned text without copies", partial(verb, *words))
+    missing = [name for name in texts if not (data / f"{name}.idx").exists()]
+    if missing:
+        raise Failed(f"all documents of {texts[missing[0]]} were removed, as {data / 'REPORT.md'} says. Give more text.")
     counts = {name: TokenStore(data / name).tokens for name in texts}
     say(f"{counts['train']:,} tokens to train on, {counts['valid']:,} held out: {data}")
     return data

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatrain.config.keys import Knob, choices, fields_of, knobs, show, type_name
@@ -53,34 +54,34 @@ TABLE = "| key | values | default | what it does |\n| --- | --- | --- | --- |\n"
 
 def reference() -> str:
     """The whole page: one table per section of the schema."""
-    parts = [HEAD]
-    section = None
-    for knob in knobs():
-        if knob.section != section:
-            if section == "data":
-                parts += map(_element, ELEMENTS)
-            section = knob.section
-            parts.append(f"\n## {section}\n\n{_purpose(section)}\n\n{TABLE}")
-        does = f"{knob.doc}{_effect(knob)}{_later(knob)}".replace("|", r"\|")  # a bare one would end the cell
-        parts.append(f"| `{knob.name}` | {_values(knob.kind, knob.range)} | `{show(knob.default)}` | {does} |\n")
+    return HEAD + tables(Config, {"data": [(f"\n{above}\n\n", cls) for cls, above in ELEMENTS.items()]})
+
+
+def tables(schema: Any, elements: Mapping[str, Sequence[tuple[str, Any]]]) -> str:
+    """A table for each section of a schema, and behind it one for each class of mappings that its lists hold.
+
+    elements: (what stands above its table, class) by section.
+    """
+    parts: list[str] = []
+    for section, cls in fields_of(schema).items():
+        parts.append(f"\n## {section}\n\n{str(cls.__doc__).partition(chr(10))[0]}\n\n{TABLE}")
+        for knob in knobs(schema):
+            if knob.section == section:
+                does = f"{knob.doc}{_effect(knob)}{_later(knob)}".replace("|", r"\|")  # a bare one would end the cell
+                parts.append(f"| `{knob.name}` | {_values(knob.kind, knob.range)} | `{show(knob.default)}` | {does} |\n")
+        parts += [_elements(above, of) for above, of in elements.get(section, ())]
     return "".join(parts)
 
 
-def _element(kind: Any) -> str:
-    """The table of the keys of an element of a list."""
-    kinds, rows = fields_of(kind), []
-    for item in dataclasses.fields(kind):
+def _elements(above: str, cls: Any) -> str:
+    """The table of the keys of a mapping in a list."""
+    kinds, rows = fields_of(cls), []
+    for item in dataclasses.fields(cls):
         default = "" if item.default in ("", ()) else f"`{show(item.default)}`"
         rows.append(
             f"| `{item.name}` | {_values(kinds[item.name], item.metadata['range'])} | {default} | {item.metadata['doc']} |\n"
         )
-    return f"\n{ELEMENTS[kind]}\n\n{TABLE}{''.join(rows)}"
-
-
-def _purpose(section: str) -> str:
-    """The first line of the docstring of the section's class."""
-    cls: Any = type(getattr(Config(), section))
-    return str(cls.__doc__).partition("\n")[0]
+    return f"{above}{TABLE}{''.join(rows)}"
 
 
 def _values(kind: Any, within: Range) -> str:

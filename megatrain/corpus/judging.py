@@ -13,8 +13,9 @@ AUTO = "auto"
 SETS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("text", "en"): ("gopher", "c4", "fineweb"),
     ("text", "zh"): ("fineweb2_zh",),
+    ("code", ""): ("code",),
 }
-"""Sets of rules by kind and language; others have none (docs/rules.md)."""
+"""Sets of rules by kind and language, "" standing for any; others have none (docs/rules.md)."""
 
 
 class RulesByKind:
@@ -35,7 +36,7 @@ class RulesByKind:
         key = (kind, language) if AUTO in self._source.rules else ("", "")
         if key not in self._steps:
             own = tuple(name for name in self._source.rules if name != AUTO)
-            names = (*SETS.get(key, ()), *own)
+            names = (*SETS.get(key, SETS.get((kind, ""), ())), *own)
             words = None if self._settings.words == "auto" else self._settings.words
             thresholds = (
                 _those_of(names, dict(self._source.thresholds)) if AUTO in self._source.rules else dict(self._source.thresholds)
