@@ -6,14 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "docs/benchmarks": 4350,
+    "docs/benchmarks": 4500,
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
-    "megatrain/corpus": 11000,
+    "megatrain/corpus": 11250,
     "megatrain/data": 6000,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 52050,
+    "tests": 52200,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -62,7 +62,11 @@ def stop_words(found: list[str], wanted: str) -> dict[str, float]:
 
 def seen_before(parts: list[str]) -> tuple[int, int]:
     """(how many parts were there before, their letters)."""
-    again = [part for i, part in enumerate(parts) if part in set(parts[:i])]
+    known, again = set(), []
+    for part in parts:
+        if part in known:
+            again.append(part)
+        known.add(part)
     return len(again), sum(map(len, again))
 
 
@@ -233,3 +237,42 @@ def code(text: str) -> dict[str, float]:
         "encoded_run": max(runs, default=0),
         "xml": "<?xml version=" in text[:100],
     }
+
+
+def chinese_lines(text: str, wudao: bool) -> tuple[str, dict[str, float]]:
+    """The lines that stay by WuDao's rule (10 Chinese characters), or by MAP-NEO's."""
+    kept = []
+    for line in map(str.strip, text.splitlines()):
+        low, found = line.lower(), [word for word in words(line, "han") if not all(map(is_mark, word))]
+        good = line.endswith(tuple(".?!…。！？")) and len(found) >= 3 and "javascript" not in low and "lorem ipsum" not in low
+        if sum(map(is_han, line)) >= 10 if wudao else good:
+            kept.append(line)
+    return "\n".join(kept).strip(), {}
+
+
+ENGLISH, CHINESE = "the be to of and that have with", "的 年 在 月 是 和 日 了 於 · 為 有 被 人 中 为 他 與 後 也 而 由"
+ENDINGS = set(".!?。！？．｡؟।‼⁇")
+"""Those of the marks which end sentences that the documents of the tests have, and some."""
+
+
+def signals(text: str, measure: str, table: str) -> dict[str, float]:
+    """The signals of a measure by its name in megatrain/corpus/rules/judge.py."""
+    found = words(text, table)
+    if measure == "web_text":
+        traditional = [letter for letter in text if is_han(letter) and b"" < letter.encode("big5", "ignore") < b"\xc6\xa1"]
+        return web_text(text) | {"traditional": sum(not letter.encode("gb2312", "ignore") for letter in traditional)}
+    made = {
+        "quality": lambda: quality(text, found),
+        "lines": lambda: lines(text),
+        "stop_words_en": lambda: stop_words(found, ENGLISH),
+        "stop_words_zh": lambda: stop_words(found, CHINESE),
+        "parts": lambda: parts(text),
+        "grams": lambda: grams(text, found),
+        "fineweb": lambda: fineweb(text, found, ENDINGS),
+        "mc4": lambda: mc4(text),
+        "map_neo": lambda: map_neo(text),
+        "letters": lambda: letters(text),
+        "roots": lambda: roots(text, table),
+        "code": lambda: code(text),
+    }
+    return made[measure]()

@@ -47,7 +47,9 @@ class SourceConfig:
         ("auto",), "Rule sets that its documents go through; `auto`: that of their language and kind; []: none.", not_empty=True
     )
     thresholds: tuple[tuple[str, float | bool], ...] = knob(
-        (), "Thresholds of single rules, as {rule: number}; false switches a rule off.", use=(("gopher.mean_length", 12.0),)
+        (),
+        "Thresholds of single rules, as {rule: number}; false switches a rule off.",
+        use=(("gopher.mean_length.most", 12.0),),
     )
 
 

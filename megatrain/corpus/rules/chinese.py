@@ -31,7 +31,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.corpus.letters import DIGIT, HAN, LETTER, MARK, NUMBER, SPACE
-from megatrain.corpus.rules.repetition import GRAMS, Hashes
+from megatrain.corpus.rules.hashed import Hashes
+from megatrain.corpus.rules.repetition import GRAMS
 from megatrain.corpus.rules.scripts import forms
 from megatrain.corpus.rules.view import View, Words
 from megatrain.corpus.words import Text

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 
 from megatrain.corpus.letters import ENDING, SPACE
-from megatrain.corpus.rules.repetition import Numbers, Where
-from megatrain.corpus.rules.view import Letters, View, Words, hashes_of
+from megatrain.corpus.rules.hashed import Letters, Numbers, Where, hashes_of
+from megatrain.corpus.rules.view import View, Words
 from megatrain.corpus.words import Extents, jit
 
 SHORT = 30

@@ -21,8 +21,9 @@ from functools import cache
 import numpy as np
 
 from megatrain.corpus.letters import LETTER, MARK, SPACE
-from megatrain.corpus.rules.repetition import GRAMS, PARTS, Hashes, Numbers, Where
-from megatrain.corpus.rules.view import Codes, Letters, View, Words, hashes_of, hashes_of_words
+from megatrain.corpus.rules.hashed import Codes, Hashes, Letters, Numbers, Where, hashes_of, hashes_of_words
+from megatrain.corpus.rules.repetition import GRAMS, PARTS
+from megatrain.corpus.rules.view import View, Words
 from megatrain.corpus.words import jit
 
 STOP_WORDS = {

@@ -15,7 +15,8 @@ and those of a document, counted in the lines that are left when their turn come
     lorem_ipsum, curly_bracket   how often it has them
     sentences                    how many there are, in the lines that stay
 
-A text of any length is looked at in pieces, cut between lines; memory is bounded but for one line.
+A text of any length is looked at in pieces, cut between lines, so memory is bounded. Of a line longer than LONGEST, the beginning and the
+end are looked at.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megatrain.corpus.letters import HAN, MARK, SPACE
-from megatrain.corpus.rules.repetition import Where
+from megatrain.corpus.rules.hashed import Codes, Letters, Where
 from megatrain.corpus.rules.rulebook import TextRule
-from megatrain.corpus.rules.view import LONGEST, Codes, Letters
+from megatrain.corpus.rules.view import LONGEST
 from megatrain.corpus.words import Text, jit
 
 CITATIONS = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
@@ -38,6 +39,10 @@ PHRASES = {
     "javascript": ("javascript",),
     "policy": ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"),
 }
+BREAK = re.compile("\r\n|[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+"""The end of a line, as str.splitlines has it."""
+TAIL = 1000
+"""Letters at the end of a longer line than LONGEST that are looked at, with its beginning."""
 ORDER = ("long_word", "line_end", "line_words", "line_han", "lorem_ipsum", "javascript", "curly_bracket", "policy")
 """The turns of the rules, as in C4's own program."""
 POINT, CURLY = np.uint32(ord(".")), np.uint32(ord("{"))
@@ -112,12 +117,17 @@ def _measure(
 
 
 def pieces(text: str, size: int = LONGEST) -> Iterator[str]:
-    """A text in pieces of about so many letters, cut behind line feeds; a line is never cut."""
+    """A text in pieces of whole lines, of at most so many letters; a longer line is a piece of its own."""
     begin = 0
     while begin < len(text):
-        end = len(text)
-        if end - begin > size:
-            end = text.rfind("\n", begin, begin + size) + 1 or text.find("\n", begin + size) + 1 or end
+        end = begin + size
+        if end < len(text):
+            lines = text[begin:end].splitlines(keepends=True)
+            if len(lines) > 1:
+                end -= len(lines[-1])
+            else:
+                found = BREAK.search(text, end - 1)
+                end = found.end() if found else len(text)
         yield text[begin:end]
         begin = end
 
@@ -172,7 +182,8 @@ class LineEditor:
         if "citations" in self._rules and "[" in part:
             part, citations = CITATIONS.subn("", part)
             removed["citations"] += citations
-        arrays = Text.of(part)
+        seen = part if len(part) <= LONGEST else part[: LONGEST - TAIL] + part[-TAIL:]
+        arrays = Text.of(seen)
         starts, ends = arrays.lines()
         out = np.zeros((8, len(starts)), np.int64)
         _measure(arrays.codes, arrays.letters, starts, ends, self._alone, self._final, self._c4, out)
@@ -183,7 +194,7 @@ class LineEditor:
             rule = self._rules.get(name)
             if rule is None and name not in left:
                 continue
-            values = _found(part, PHRASES[name], starts) if name in PHRASES else signals[name]
+            values = _found(seen, PHRASES[name], starts) if name in PHRASES else signals[name]
             if rule is None:
                 left[name] += int(values[alive].sum())
                 continue
@@ -191,5 +202,8 @@ class LineEditor:
             removed[name] += int((alive & ~holds).sum())
             alive &= holds
         left["sentences"] += int(sentences[alive].sum())
-        kept += [part[a:b] for a, b in zip(begin[alive].tolist(), end[alive].tolist(), strict=True)]
+        if seen is part:
+            kept += [part[a:b] for a, b in zip(begin[alive].tolist(), end[alive].tolist(), strict=True)]
+        elif alive.all():
+            kept.append(part.strip())
         return len(starts)

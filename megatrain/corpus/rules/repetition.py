@@ -11,18 +11,13 @@ Parts and n-grams are compared by 64-bit hashes of their letters and words, so "
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from megatrain.corpus.rules.hashed import Hashes, Numbers, Slots, Where
 from megatrain.corpus.words import jit, mixed
 
 PARTS = ("lines", "line_letters", "paragraphs", "paragraph_letters")
 GRAMS = (*(f"top_{n}" for n in (2, 3, 4)), *(f"again_{n}" for n in range(5, 11)))
 BASE = np.uint64(0x9E3779B97F4A7C15)
-
-Hashes = npt.NDArray[np.uint64]
-Where = npt.NDArray[np.int64]
-Numbers = npt.NDArray[np.float64]
-Slots = npt.NDArray[np.int32]
 
 
 @jit

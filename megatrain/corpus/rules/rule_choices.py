@@ -35,8 +35,9 @@ class FilterConfig:
         "`filter`: documents that break a rule go. `annotate`: all stay as they are, with the signals of the rules and the names of those "
         "that they break.",
     )
-    words: Literal["auto", "blanks", "marks", "han", "jieba"] = knob(
+    words: Literal["auto", "blanks", "marks", "han", "spacy", "jieba"] = knob(
         "auto",
-        "A word is what lies between blanks; each mark by itself too (`marks`); each Chinese character by itself too (`han`); or what the "
-        "package jieba finds, of the extra chinese. `auto`: what each rule's source says.",
+        "Words: between blanks; each mark by itself too (`marks`); each Chinese character by itself too (`han`); "
+        "nearly what spaCy finds in English (`spacy`); or what the package jieba finds, of the extra chinese. `auto`: what each rule's "
+        "source says.",
     )

@@ -10,41 +10,20 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from megatrain.corpus.letters import SPACE
-from megatrain.corpus.rules.repetition import Hashes, Repeats, Where
-from megatrain.corpus.words import Extents, Text, hash_of, jit
+from megatrain.corpus.rules.affixes import spacy_words
+from megatrain.corpus.rules.hashed import Hashes, hashes_of
+from megatrain.corpus.rules.repetition import Repeats
+from megatrain.corpus.words import Extents, Text
 
 LONGEST = 1 << 21
 """Letters of a text that rules look at; the rest of a longer one has no say. A book of 300,000 words is shorter."""
 
-Words = Literal["blanks", "marks", "han", "jieba"]
-"""A table of words: one of megatrain.corpus.words, or the words that jieba finds in Chinese."""
-Codes = npt.NDArray[np.uint32]
-Letters = npt.NDArray[np.uint16]
+Words = Literal["blanks", "marks", "han", "spacy", "jieba"]
+"""A table of words: one of megatrain.corpus.words, those of affixes.py, or the words that jieba finds in Chinese."""
 Cut = Callable[[str], list[str]]
 """Cuts a text into words, blanks among them, that are the text when joined."""
-
-
-@jit
-def hash_all(codes: Codes, starts: Where, ends: Where, hashes: Hashes) -> None:
-    """Fill in the hash of each part of a text."""
-    for i in range(len(starts)):
-        hashes[i] = hash_of(codes, starts[i], ends[i])
-
-
-def hashes_of(codes: Codes, spans: Extents) -> Hashes:
-    """The hashes of some parts of a text [parts]."""
-    hashes = np.empty(len(spans.starts), np.uint64)
-    hash_all(codes, spans.starts, spans.ends, hashes)
-    return hashes
-
-
-def hashes_of_words(words: tuple[str, ...]) -> Hashes:
-    """The hashes of single words [words]."""
-    ends = np.cumsum([len(word) for word in words])
-    return hashes_of(Text.of("".join(words)).codes, Extents(np.concatenate([[0], ends[:-1]]), ends))
 
 
 class View:
@@ -82,8 +61,13 @@ class View:
     def words(self, table: Words) -> Extents:
         """The words of a table."""
         if table not in self._words:
-            self._words[table] = self._cut_words() if table == "jieba" else self.arrays.words(table)
+            self._words[table] = self._find(table)
         return self._words[table]
+
+    def _find(self, table: Words) -> Extents:
+        if table == "jieba":
+            return self._cut_words()
+        return spacy_words(self.arrays) if table == "spacy" else self.arrays.words(table)
 
     def hashes(self, table: Words) -> Hashes:
         """The hashes of the words of a table [words]."""

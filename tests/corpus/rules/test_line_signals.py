@@ -64,11 +64,22 @@ def test_without_rules_of_lines_the_text_stays_as_it_is() -> None:
     assert found.signals["sentences"] == 3
 
 
-def test_pieces_are_cut_behind_line_feeds() -> None:
+def test_pieces_are_whole_lines() -> None:
     assert list(pieces("ab\ncd\r\nefghijklm\nn\no", 4)) == ["ab\n", "cd\r\n", "efghijklm\n", "n\no"]
     assert list(pieces("", 4)) == []
-    text = "".join(np.random.default_rng(3).choice(list("ab\n"), 1000))
-    assert "".join(pieces(text, 10)) == text
+    text = "".join(np.random.default_rng(3).choice(list("ab\n\r\u2028"), 1000))
+    for size in (1, 2, 3, 10):
+        parts = list(pieces(text, size))
+        assert [line for part in parts for line in part.splitlines(keepends=True)] == text.splitlines(keepends=True)
+        assert all(len(part) <= size or len(part.splitlines()) == 1 for part in parts)
+
+
+def test_of_a_very_long_line_the_beginning_and_the_end_are_looked_at() -> None:
+    text = "A word. " * 300_000
+    found = edited(f"Before it stood this.\n {text}\n{text}x\nAfter it stood that.")
+    assert found.text == f"Before it stood this.\n{text.strip()}\nAfter it stood that."
+    assert found.removed == {"c4.line_end": 1}
+    assert edited("x" * 3_000_000 + ".").removed == {"c4.long_word": 1}
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from megatrain.corpus.rules.hashed import hashes_of, hashes_of_words
 from megatrain.corpus.rules.repetition import Repeats
-from megatrain.corpus.rules.view import LONGEST, View, hashes_of, hashes_of_words
+from megatrain.corpus.rules.view import LONGEST, View
 
 
 def test_of_a_long_text_the_beginning_is_looked_at() -> None:
