@@ -192,9 +192,15 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _filter(arguments: argparse.Namespace) -> int:
+    needed = ("input", "output", "ngram", "keep")
+    given = [f"--{name}" for name in needed if getattr(arguments, name) is not None]
     if arguments.config is not None:
+        if given:
+            raise WrongUseError(
+                f"data filter takes a CONFIG.yaml ({arguments.config}) or {given[0]}, not both: leave one of them out."
+            )
         return run_prepare("filter", arguments)
-    if missing := [f"--{name}" for name in ("input", "output", "ngram", "keep") if getattr(arguments, name) is None]:
+    if missing := [f"--{name}" for name in needed if f"--{name}" not in given]:
         raise WrongUseError(f"data filter without a CONFIG.yaml needs {', '.join(missing)}. See megatrain data filter --help.")
     from megatrain.ngram.buckets import Cutoffs, chosen
     from megatrain.ngram.filter import filter_files

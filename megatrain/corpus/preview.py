@@ -38,7 +38,7 @@ def preview(verb: Verb, path: str, overrides: Sequence[str]) -> str:
         "nothing is written."
     )
     summary = summary_of(audit.tally.counts, STAGES)
-    return page(summary, audit.tally.places, title="What the rules would remove", note=note, pictures=())
+    return page(summary, audit.tally.places, title="What the rules would remove", note=note, linked=False)
 
 
 def _spread(units: list[WorkUnit]) -> list[WorkUnit]:

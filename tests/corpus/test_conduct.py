@@ -188,6 +188,7 @@ def test_a_dry_run_says_what_each_rule_would_remove_and_writes_nothing(done, tmp
     assert main(["data", "prepare", "prepare.yaml", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("# What the rules would remove") and "A dry run over the beginnings of" in said
+    assert "](" not in said  # no file lies beside it
     assert "| gopher.words.least | 1 | 0.5% |" in said
     monkeypatch.setattr(preview, "SAMPLE_LETTERS", 3)
     assert main(["data", "read", "prepare.yaml", "--dry-run"]) == 0
@@ -281,6 +282,8 @@ def test_configs_that_cannot_be_meant(tmp_path, monkeypatch, capsys, words, said
 def test_filter_without_a_config_needs_its_options(capsys):
     assert main(["data", "filter", "--keep", "head"]) == 2
     assert "data filter without a CONFIG.yaml needs --input, --output, --ngram." in capsys.readouterr().err
+    assert main(["data", "filter", "c.yaml", "--ngram", "m.bin"]) == 2
+    assert "data filter takes a CONFIG.yaml (c.yaml) or --ngram, not both: leave one of them out." in capsys.readouterr().err
 
 
 def test_a_changed_shard_is_named(tmp_path, monkeypatch, capsys):
