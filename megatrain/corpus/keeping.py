@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import xxhash
 
+from megatrain.corpus.cleaning.augment import augmenting
 from megatrain.corpus.document import Document, Step
 from megatrain.corpus.duplicates.normal import without
 from megatrain.corpus.mapping import DOCUMENTS
@@ -90,11 +91,11 @@ def keep_unit(
     folder: Path,
     progress: Progress,
 ) -> Mapping[str, Any]:
-    """Write what stays of a unit, each split to a file; the audit, and how many documents each has.
+    """Write what stays of a unit, each split to a file, with changed copies of what is trained on; the audit, and how many each has.
 
     judge: makes the step of the stage `perplexity`, if there is one.
     """
-    step = judge()
+    step, grow = judge(), augmenting(config.augment, config.output.seed)
     audit = Audit(config.output.seed, config.output.examples, config.output.sheet)
     annotate, counts = config.filter.mode == "annotate", dict.fromkeys(FILES, 0)
     with ExitStack() as files:
@@ -109,8 +110,9 @@ def keep_unit(
                 if not keep:
                     continue
             split: Split = "valid" if is_held_out(document, config.output.seed, config.tokenize.held_out) else "train"
-            counts[split] += 1
             audit.show(document)
-            write[split](document)
+            for one in grow(document, audit.tally) if split == "train" else (document,):
+                counts[split] += 1
+                write[split](one)
             progress(len(document.text))
     return {"audit": audit.as_json(), "documents": counts}

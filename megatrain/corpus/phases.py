@@ -113,7 +113,7 @@ class Preparation:
             )
             yield results.thresholds
             judge = partial(self._judge, results.thresholds)
-        key = key_of(key, config.tokenize.held_out)
+        key = key_of(key, config.tokenize.held_out, asdict(config.augment), files_in(config.augment))
         results.documents = self._each("kept", key, [partial(keeping.keep_unit, *part, judge, config) for part in parts])
         results.audited.append(results.documents)
         yield results.documents

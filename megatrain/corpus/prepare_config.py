@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatrain.config.knob import knob
-from megatrain.corpus.cleaning.choices import CleanConfig
+from megatrain.corpus.cleaning.choices import AugmentConfig, CleanConfig
 from megatrain.corpus.duplicates.parameters import DedupConfig
 from megatrain.corpus.ngram_choices import PerplexityConfig
 from megatrain.corpus.reading.choices import ReadConfig
@@ -78,6 +78,7 @@ class PrepareConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     run: RunConfig = field(default_factory=RunConfig)

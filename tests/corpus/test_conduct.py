@@ -316,3 +316,22 @@ def test_passages_of_an_evaluation_set_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "filter", "prepare.yaml", "dedup.leaks.sets=[{name: quiz, files: [leak.txt]}]", "--worker"]) == 0
     assert "| leaks.quiz | 1 |" in (tmp_path / "out/REPORT.md").read_text()
+
+
+def test_changed_copies_are_trained_on_and_not_held_out(tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(
+            ["data", "dedup", "prepare.yaml", "augment.copies=2", "augment.sources=[web]", "tokenize.held_out=0.1", "--worker"]
+        )
+        == 0
+    )
+    kept = [document for path in sorted((tmp_path / "out/documents").iterdir()) for document in documents_of(path)]
+    held_out = [document for path in sorted((tmp_path / "out/held_out").iterdir()) for document in documents_of(path)]
+    web = [document for document in kept if document.source == "web"]
+    assert len(web) == 3 * len({document.name for document in web}) and all(
+        "augmented" not in document.marks for document in held_out
+    )
+    assert [document.marks.get("augmented") for document in web[:3]] == [None, 1, 2]
