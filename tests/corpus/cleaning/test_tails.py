@@ -29,5 +29,5 @@ def test_tails(text):
 
 def test_time_is_linear_on_hostile_text():
     for piece in (".", "!", "a.", "“.", "。x", ".”"):
-        without_tails(piece * 60_000, Counter())
-        without_tails(piece * 60_000 + "x", Counter())
+        without_tails(piece * 20_000, Counter())
+        without_tails(piece * 20_000 + "x", Counter())
