@@ -1,7 +1,8 @@
 """Files kept beside the checkpoints of a run, so that text can be generated and models exported when the originals are gone.
 
 checkpoints/step_00000200/   ...
-checkpoints/tokenizer/       the run's tokenizer (data.tokenizer) as tokenizer.json, and the other tokenizer files beside it
+checkpoints/tokenizer/       the run's tokenizer (data.tokenizer) as tokenizer.json, and the other tokenizer files beside it; a model of
+                             SentencePiece has that name too, as files are told by their contents
 checkpoints/hf/              config.json and tokenizer files of the Hugging Face directory that the weights came from
 """
 
@@ -15,7 +16,10 @@ from pathlib import Path
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import Config, DataConfig
 from megatrain.data.boundaries import GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG
-from megatrain.files import require_own
+from megatrain.data.tokenizer import JsonTokenizer, load_tokenizer
+from megatrain.data.tokenizers.fitting import trained_path
+from megatrain.data.tokenizers.rank_file import is_rank_file
+from megatrain.files import head_of, require_own, whole
 from megatrain.huggingface.model_files import COMPANION_FOLDER, copy_files
 from megatrain.untrusted import leads_out
 
@@ -33,6 +37,13 @@ def keep_tokenizer(config: Config) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # an earlier tokenizer, which the config no longer names
     copy_files(Path(source).parent, folder, BESIDE)
     copy_files(Path(source).parent, folder, (Path(source).name,), TOKENIZER)
+    copy_files(Path(source).parent, folder, (trained_path(Path(source).name).name,), trained_path(TOKENIZER).name)
+    kept = folder / TOKENIZER
+    if kept.is_file() and is_rank_file(head_of(kept)):  # what words are follows from its name, and files beside that
+        tokenizer = load_tokenizer(source)
+        if isinstance(tokenizer, JsonTokenizer):
+            with whole(kept, text=True) as file:
+                file.write(tokenizer.to_json())
 
 
 def take_along(source: Path, target: Path) -> None:

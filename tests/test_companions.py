@@ -1,5 +1,6 @@
 """Files kept beside checkpoints: a tokenizer and those beside it, but none that a link fetches from elsewhere."""
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -10,6 +11,8 @@ from megatrain.checkpoint.together import ContentError
 from megatrain.companions import keep_tokenizer, take_along
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.data.tokenizers.fitting import train_tokenizer, trained_on
 from megatrain.huggingface.families import FAMILIES
 from megatrain.huggingface.model_files import COMPANIONS, Weights, copy_files, keep_companions, model_keys
 from megatrain.init_from import config_of_hf, shapes_of
@@ -135,3 +138,21 @@ def test_no_link_in_the_checkpoint_directory_is_written_through(tmp_path):
     with pytest.raises(OSError, match=f"{target}/hf/config.json is a link, to {foreign}/tokenizer.json"):
         keep_companions(model, target)
     assert (foreign / "tokenizer.json").read_text() == "precious" and len(list(foreign.iterdir())) == 1
+
+
+def test_a_rank_file_is_kept_as_a_tokenizer_json_with_the_same_ids(tmp_path):
+    source = tmp_path / "model/cl100k_base.tiktoken"
+    source.parent.mkdir()
+    tokens = [*(bytes((value,)) for value in range(256)), b"th"]
+    source.write_bytes(b"".join(base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)))
+    keep_tokenizer(config_for(source, tmp_path / "checkpoints"))
+    kept, own = load_tokenizer(tmp_path / "checkpoints/tokenizer/tokenizer.json"), load_tokenizer(source)
+    assert (kept.identity, kept.eod, kept.encode("th<|endoftext|>")) == (own.identity, 100257, own.encode("th<|endoftext|>"))
+
+
+def test_a_trained_tokenizer_is_kept_with_what_it_was_trained_on(tmp_path):
+    (tmp_path / "a.txt").write_text("some words")
+    train_tokenizer([tmp_path / "a.txt"], 260, tmp_path / "own.json")
+    keep_tokenizer(config_for(tmp_path / "own.json", tmp_path / "checkpoints"))
+    kept = tmp_path / "checkpoints/tokenizer/tokenizer.json"
+    assert trained_on(kept, load_tokenizer(kept).identity).documents == 1

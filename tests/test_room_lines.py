@@ -14,7 +14,7 @@ LINES = {
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
     "megatrain/corpus": 11250,
-    "megatrain/data": 6000,
+    "megatrain/data": 6300,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 52250,
+    "tests": 52550,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -106,7 +106,12 @@ def _add_data_tokenize(stages: Any, add_verb: AddVerb) -> None:
     )
     parser = add_verb(stages, "tokenize", _data_tokenize, "write text as a token store (PREFIX.bin, PREFIX.idx)", example)
     _add_input(parser)
-    parser.add_argument("--tokenizer", required=True, metavar="bytes|TOKENIZER.json", help="`bytes`, or a file of `tokenizers`")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="bytes|TOKENIZER",
+        help="`bytes`, or a file of `tokenizers`, tiktoken or SentencePiece",
+    )
     parser.add_argument("--output", required=True, metavar="PREFIX", help="of the two files to write")
     parser.add_argument("--workers", type=positive, default=1, metavar="N", help="processes; any number writes the same bytes")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")

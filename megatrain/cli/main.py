@@ -257,7 +257,7 @@ def _add_generate(verbs: _Verbs) -> None:
     )
     parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default 64)")
     parser.add_argument("--seed", type=seed, default=1234, metavar="N", help="seed of the samples (default 1234)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json or `bytes` (default: the one of the run)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's file or `bytes` (default: the one of the run)")
     parser.add_argument("--eod", type=text, metavar="TOKEN", help="ends the text; a name, an id or `none` (default: the run's)")
     parser.add_argument("--bos", type=text, metavar="TOKEN", help="goes before the prompt; likewise (default: the run's)")
     how = parser.add_argument_group("how the next token is chosen")

@@ -178,7 +178,12 @@ class DataConfig:
         "`glm` say.",
     )
     glm: GlmConfig = field(default_factory=GlmConfig)
-    tokenizer: str | None = knob(None, "File tokenizer.json of the `tokenizers` library, or `bytes`.", path=True, use="bytes")
+    tokenizer: str | None = knob(
+        None,
+        "A tokenizer.json of the `tokenizers` library, a rank file of tiktoken, a model of SentencePiece, or `bytes`.",
+        path=True,
+        use="bytes",
+    )
     eod: int | str | None = knob(
         None,
         "Token that ends a document, by name or id, or `none`; null: found in the files beside the tokenizer, or by its name.",

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from megatrain.data.boundaries import (
@@ -30,6 +29,9 @@ from megatrain.data.boundaries import (
 )
 from megatrain.data.indexed import best_dtype
 from megatrain.data.stream import REPLACEMENT
+from megatrain.data.tokenizers import rank_file
+from megatrain.data.tokenizers.piece_model import PieceTokenizer, is_model
+from megatrain.data.tokenizers.token_ids import EncodedTexts
 from megatrain.files import HEAD_BYTES, brief, not_text
 from megatrain.untrusted import parse_json, read_plain
 
@@ -44,15 +46,6 @@ SMALLEST_VOCAB = BYTE_VALUES + 1
 
 PROBE = " Hello World's  42,000\n\tx+=1; \u00c9t\u00e9 \u4f60\u597d \U0001f642"
 """A text that tokenizers with the same vocabulary but other rules encode differently."""
-
-
-class EncodedTexts(NamedTuple):
-    """Token ids of several texts."""
-
-    ids: npt.NDArray[np.integer]
-    """[sum of lengths], back to back."""
-    lengths: npt.NDArray[np.int64]
-    """[texts]"""
 
 
 class Tokenizer(Protocol):
@@ -291,9 +284,9 @@ def _divisible(description: dict[str, Any]) -> bool:
 
 
 def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest = None) -> Tokenizer:
-    """Load `bytes`, or the tokenizer.json at a path. eod, bos: tokens that end and begin a document; None: to be found.
+    """Load `bytes`, or the file at a path: a tokenizer.json, a rank file of tiktoken, or a model of SentencePiece, told by its contents.
 
-    Raises TokenizerError.
+    eod, bos: tokens that end and begin a document; None: to be found. Raises TokenizerError.
     """
     if str(name) == "bytes":
         return ByteTokenizer(eod, bos)
@@ -307,6 +300,15 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
             f"the tokenizer {path} cannot be read ({error.strerror}). Give `bytes` or the path of a tokenizer.json; "
             f"`megatrain data tokenizer --input FILE... --vocab-size 8192 --output {path}` trains one."
         ) from None
+    if rank_file.is_rank_file(data):
+        return JsonTokenizer(rank_file.library_of(data, path), str(path), path.parent, eod, bos)
+    if is_model(data):
+        return PieceTokenizer(data, path, eod, bos)
+    return JsonTokenizer(_library_of(data, path), str(path), path.parent, eod, bos)
+
+
+def _library_of(data: bytes, path: Path) -> LibraryTokenizer:
+    """The tokenizer of a tokenizer.json. Raises TokenizerError."""
     if problem := not_text(data[:HEAD_BYTES]):
         raise TokenizerError(f"{path} is not a tokenizer.json: {problem}")
     try:
@@ -324,4 +326,4 @@ def load_tokenizer(name: str | Path, eod: TokenRequest = None, bos: TokenRequest
         raise
     except BaseException as error:  # the library raises plain Exception, and where it panics, no Exception at all
         raise TokenizerError(f"{path} is JSON, but not a tokenizer of the `tokenizers` library: {brief(error)}") from None
-    return JsonTokenizer(library, str(path), path.parent, eod, bos)
+    return library

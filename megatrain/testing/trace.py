@@ -19,7 +19,7 @@ from megatrain.data.draws import hash64, hash64_each
 from megatrain.data.loader import Compose, Loader
 from megatrain.data.samples.sentinels import NAMES
 from megatrain.data.sources import source_of
-from megatrain.data.tokenizer import EncodedTexts
+from megatrain.data.tokenizers.token_ids import EncodedTexts
 from megatrain.models.batch import Objective
 from megatrain.models.gpt import MakeBlock, gpt_block
 from megatrain.parallel.mesh import MeshShape, ParallelContext

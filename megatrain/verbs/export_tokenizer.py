@@ -29,7 +29,8 @@ from megatrain.data.boundaries import (
     Ending,
     TokenizerError,
 )
-from megatrain.data.tokenizer import BYTE_VALUES, JsonTokenizer, load_tokenizer
+from megatrain.data.tokenizer import JsonTokenizer, load_tokenizer
+from megatrain.data.tokenizers.rank_file import byte_letters
 from megatrain.untrusted import parse_json, read_beside
 
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|endoftext|>")
@@ -50,7 +51,10 @@ def files_of(data: DataConfig, positions: int) -> TokenizerFiles:
     name = str(data.tokenizer)
     own = byte_level(data) if name == "bytes" else load_tokenizer(name, data.eod, data.bos)
     if not isinstance(own, JsonTokenizer):
-        raise TokenizerError(f"{name} is no tokenizer.json")
+        raise TokenizerError(
+            f"{name} is a model of SentencePiece, which has no tokenizer.json to export. Put the tokenizer.json of the same model in its "
+            "place (transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes it)."
+        )
     beside = {} if name == "bytes" else _other_files(Path(name).parent)
     ending = _ending(own)
     tokens = {"eos_token": ending.eod, "bos_token": own.beginning.bos, "pad_token": _pad(own, ending)}
@@ -78,19 +82,12 @@ def files_of(data: DataConfig, positions: int) -> TokenizerFiles:
 
 def byte_level(data: DataConfig) -> JsonTokenizer:
     """The `bytes` tokenizer as a tokenizer.json: a BPE of 256 tokens without merges, and an end-of-document token."""
-    vocab = {letter: value for value, letter in enumerate(_letters())}
+    vocab = {letter: value for value, letter in enumerate(byte_letters())}
     library = LibraryTokenizer(models.BPE(vocab, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([END_OF_TEXT])
     return JsonTokenizer(library, "bytes", None, data.eod, data.bos)
-
-
-def _letters() -> list[str]:
-    """The letter for each byte in byte-level vocabularies (GPT-2's encoder.py): the byte's own character if it is printable."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), ord("\u00ff") + 1)]
-    unseen = [value for value in range(BYTE_VALUES) if value not in seen]
-    return [chr(value) if value in seen else chr(BYTE_VALUES + unseen.index(value)) for value in range(BYTE_VALUES)]
 
 
 def _other_files(folder: Path) -> dict[str, str]:

@@ -28,8 +28,9 @@ from megatrain.data.indexed import TokenStoreWriter, best_dtype
 from megatrain.data.origins import FilePlace, OriginsWriter
 from megatrain.data.prepare.read import TextPiece, pieces_of
 from megatrain.data.store_record import record_of
-from megatrain.data.tokenizer import EncodedTexts, Tokenizer
+from megatrain.data.tokenizer import Tokenizer
 from megatrain.data.tokenizers.engine import EngineDiffersError, FastTokenizer
+from megatrain.data.tokenizers.token_ids import EncodedTexts
 
 BATCH_CHARACTERS = 1 << 18
 BATCHES_PER_WORKER = 3

@@ -21,7 +21,8 @@ import psutil
 
 from megatrain.data.boundaries import Beginning, Ending
 from megatrain.data.indexed import best_dtype
-from megatrain.data.tokenizer import PROBE, EncodedTexts, JsonTokenizer, Tokenizer
+from megatrain.data.tokenizer import PROBE, JsonTokenizer, Tokenizer
+from megatrain.data.tokenizers.token_ids import EncodedTexts
 from megatrain.files import OneLine, brief
 from megatrain.stderr import note
 

@@ -16,8 +16,9 @@ from megatrain.data.prepare import read, text_store
 from megatrain.data.prepare.read import ReadError
 from megatrain.data.prepare.text_store import TextStoreWriter
 from megatrain.data.prepare.tokenize import tokenize_documents, tokenize_files
-from megatrain.data.tokenizer import ByteTokenizer, EncodedTexts, TokenizerError, load_tokenizer
+from megatrain.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer
 from megatrain.data.tokenizers.fitting import train_tokenizer
+from megatrain.data.tokenizers.token_ids import EncodedTexts
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,105 @@
+"""SentencePiece's models (`tokenizer.model`: LLaMA 2, T5, Gemma), BPE and Unigram, encoded by its own library (extra `sentencepiece`).
+
+Normalisation, the blank before the first word, and bytes for unknown characters are those of the model, so decode(encode(text)) is the
+text that the model sees, not always the one that was given. Control tokens in text stay text; user-defined ones are found in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatrain.data.boundaries import Beginning, Ending, TokenizerError, TokenRequest, find_beginning, find_ending
+from megatrain.data.indexed import best_dtype
+from megatrain.data.tokenizers.token_ids import EncodedTexts
+from megatrain.files import brief
+
+
+def is_model(data: bytes) -> bool:
+    """Whether a file begins with a piece, as a model does; a line end begins a text as well."""
+    return data.startswith(b"\x0a") and not data.lstrip().startswith(b"{")
+
+
+class PieceTokenizer:
+    """A model of SentencePiece as a tokenizer."""
+
+    divisible = False
+
+    def __init__(self, data: bytes, path: Path, eod: TokenRequest = None, bos: TokenRequest = None) -> None:
+        """data: the file. eod, bos: the tokens asked for. Raises TokenizerError."""
+        self._model = _loaded(data, path)
+        self.vocab_size = int(self._model.get_piece_size())
+        self.label, self._folder, self._asked = str(path), path.parent, (eod, bos)
+        self.identity = f"sentencepiece {hashlib.sha256(data).hexdigest()}"
+        self._dtype = best_dtype(self.vocab_size)
+        _ = eod is not None and self.ending, bos is not None and self.beginning
+
+    @cached_property
+    def ending(self) -> Ending:
+        """The tokens that end a document. Raises TokenizerError if several are possible."""
+        return find_ending(self, self._folder, self._asked[0])
+
+    @cached_property
+    def beginning(self) -> Beginning:
+        """The tokens that begin a document. Raises TokenizerError."""
+        return find_beginning(self, self._folder, self._asked[1])
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the token that ends a document."""
+        return self.ending.eod
+
+    def special_id(self, name: str) -> int | None:
+        """Id of a control token of the model; None if it has none of this name."""
+        found = self.id_of(name)
+        return found if found is not None and self._model.is_control(found) else None
+
+    def id_of(self, name: str) -> int | None:
+        """Id of a token of the model; None if it has none of this name."""
+        found = int(self._model.piece_to_id(name))
+        return found if self._model.id_to_piece(found) == name else None
+
+    def name_of(self, token: int) -> str:
+        """The token of this id, as in the model."""
+        return str(self._model.id_to_piece(token)) if 0 <= token < self.vocab_size else "None"
+
+    def template(self) -> tuple[int, ...]:
+        """No tokens: a model adds none by itself."""
+        return ()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return list(self._model.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
+        """Ids of texts."""
+        arrays = [np.array(ids, self._dtype) for ids in self._model.encode(list(texts), num_threads=1)]
+        return EncodedTexts(np.concatenate(arrays), np.array([array.size for array in arrays], np.int64))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, names of control tokens included; ids that the model lacks become nothing."""
+        known = [token for token in map(int, ids) if 0 <= token < self.vocab_size]
+        runs = groupby(known, self._model.is_control)
+        return "".join("".join(map(self.name_of, run)) if control else self._model.decode(list(run)) for control, run in runs)
+
+
+def _loaded(data: bytes, path: Path) -> Any:
+    try:
+        from sentencepiece import SentencePieceProcessor  # noqa: PLC0415  an extra
+    except ImportError:
+        raise TokenizerError(
+            f"{path} is a model of SentencePiece, which needs it: pip install 'megatrain[sentencepiece]'"
+        ) from None
+    model = SentencePieceProcessor()
+    try:
+        model.LoadFromSerializedProto(data)
+        model.encode("a")  # some can only be loaded
+    except Exception as error:  # the library raises RuntimeError, and others
+        raise TokenizerError(f"{path} is not a model of SentencePiece: {brief(error)}.") from None
+    return model
