@@ -38,18 +38,20 @@ def leaks_step(settings: LeakConfig) -> Step:
     long: list[tuple[Hash64, int, int, int]] = []
     short: list[tuple[Hash64, int, int, int]] = []
     for number, one in enumerate(settings.sets):
-        before = len(long) + len(short)
+        found = 0
         for text in examples(one):
             example = Worded.of(text, lengths)
             if example.length >= lengths.passage:
                 long.append((example.passages(lengths.passage), number, 0, 0))
-            elif example.length >= lengths.shortest:
-                beginning = example.passages(lengths.shortest)[:1]
-                short.append((beginning, number, len(example.hashes), example.whole))
-        if len(long) + len(short) == before:
+                found += len(long[-1][0])
+            elif example.length >= lengths.shortest and example.says_something:
+                short.append((example.beginning(lengths.shortest), number, len(example.hashes), example.whole))
+                found += 1
+        if not found:
             raise LeakError(
-                f"the set {one.name} of dedup.leaks.sets has no text of {settings.shortest} words and more in {', '.join(one.files)}: "
-                f"nothing could be found. Look at its files and fields, or take dedup.leaks.shortest=4"
+                f"the set {one.name} of dedup.leaks.sets has no text of {settings.shortest} words and more, half of them "
+                f"different ones with a letter, in {', '.join(one.files)}: nothing could be found. Look at its files and "
+                "fields, or take dedup.leaks.shortest=4"
             )
     return _Leaks(settings, lengths, Passages.made(long), Passages.made(short))
 

@@ -4,23 +4,25 @@ A text is compared in NFKC and lower case, without marks: a word is a run of let
 Chinese character is a word of its own. A passage begins at every word and is as long as 13 words or 20 Chinese characters are, or any
 mixture: a word counts 20, a character 13, and a passage 260 or little more. So the same text has the same passages wherever it stands.
 
-An example that is shorter than a passage is found by its first 8 words, and then compared as a whole.
+An example that is shorter than a passage is found by its first 8 words, and then compared as a whole. Passages of which not half
+are different words with a letter say nothing (rows of numbers, of zeros, one word again and again) and are not looked for.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from megatrain.corpus.duplicates.minhash import Codes, Hash64, Where
-from megatrain.corpus.letters import HAN, MARK, SPACE, classes, code_points
+from megatrain.corpus.letters import HAN, LETTER, MARK, SPACE, classes, code_points
 from megatrain.corpus.words import MIX, PRIME, SEED, jit, mixed
 
-Short = npt.NDArray[np.int32]
+Short: TypeAlias = npt.NDArray[np.int32]
+Flags: TypeAlias = npt.NDArray[np.bool_]
 _FOLD = np.uint64(31)
 
 
@@ -39,8 +41,11 @@ class Lengths(NamedTuple):
 
 
 @jit
-def _find(codes: Codes, table: npt.NDArray[np.uint16], word: int, character: int, hashes: Hash64, sizes: Short) -> int:
-    """Fill in the hash of each word and what it counts; their number."""
+def _find(
+    codes: Codes, table: npt.NDArray[np.uint16], counts: tuple[int, int], hashes: Hash64, sizes: Short, lettered: Flags
+) -> int:
+    """Fill in the hash of each word, what it counts, and whether it has a letter; their number."""
+    word, character = counts
     count, inside, h = 0, False, SEED
     for code in codes:
         of = table[code]
@@ -50,11 +55,12 @@ def _find(codes: Codes, table: npt.NDArray[np.uint16], word: int, character: int
                 count += 1
                 inside = False
             if of & HAN:
-                hashes[count], sizes[count] = mixed((SEED ^ np.uint64(code)) * PRIME), character
+                hashes[count], sizes[count], lettered[count] = mixed((SEED ^ np.uint64(code)) * PRIME), character, True
                 count += 1
         else:
             if not inside:
-                h, inside, sizes[count] = SEED, True, word
+                h, inside, sizes[count], lettered[count] = SEED, True, word, False
+            lettered[count] |= (of & LETTER) != 0
             h = (h ^ np.uint64(code)) * PRIME
     if inside:
         hashes[count] = mixed(h)
@@ -73,38 +79,63 @@ def _joined(hashes: Hash64, begin: int, end: int) -> np.uint64:
 
 
 @jit
-def _cut(hashes: Hash64, sizes: Short, length: int, out: Hash64) -> int:
-    """Fill in the hashes of all passages of a length; their number."""
-    end, held = 0, 0
+def _says_something(hashes: Hash64, lettered: Flags) -> bool:
+    """Whether at least half of some words are different ones with a letter."""
+    count = 0
+    for i in range(len(hashes)):
+        fresh = lettered[i]
+        for j in range(i):
+            fresh = fresh and hashes[j] != hashes[i]
+        count += fresh
+    return 2 * count >= len(hashes)
+
+
+@jit
+def _cut(hashes: Hash64, sizes: Short, lettered: Flags, length: int, out: Hash64) -> int:
+    """Fill in the hashes of the passages of a length that say something; their number."""
+    end, held, count = 0, 0, 0
     for begin in range(len(hashes)):
         while end < len(hashes) and held < length:
             held += sizes[end]
             end += 1
         if held < length:
-            return begin
-        out[begin] = _joined(hashes, begin, end)
+            break
+        if _says_something(hashes[begin:end], lettered[begin:end]):
+            out[count] = _joined(hashes, begin, end)
+            count += 1
         held -= sizes[begin]
-    return len(hashes)
+    return count
 
 
 class Worded(NamedTuple):
-    """A text as the hashes of its words [n] and what they count [n]."""
+    """A text as the hashes of its words [n], what they count, and whether they have a letter."""
 
     hashes: Hash64
     sizes: Short
+    lettered: Flags
 
     @classmethod
     def of(cls, text: str, lengths: Lengths) -> Worded:
         """The words of a text without lone surrogates."""
         codes = code_points((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
-        hashes, sizes = np.empty(len(codes), np.uint64), np.empty(len(codes), np.int32)
-        count = _find(codes, classes(), lengths.word, lengths.character, hashes, sizes)
-        return cls(hashes[:count], sizes[:count])
+        hashes, sizes, lettered = (np.empty(len(codes), dtype) for dtype in (np.uint64, np.int32, np.bool_))
+        count = _find(codes, classes(), (lengths.word, lengths.character), hashes, sizes, lettered)
+        return cls(hashes[:count], sizes[:count], lettered[:count])
 
     def passages(self, length: int) -> Hash64:
-        """The hashes of its passages of a length, one for each word that begins one."""
+        """The hashes of its passages of a length that say something, in order."""
         out = np.empty(len(self.hashes), np.uint64)
-        return out[: _cut(self.hashes, self.sizes, length, out)]
+        return out[: _cut(self.hashes, self.sizes, self.lettered, length, out)]
+
+    def beginning(self, length: int) -> Hash64:
+        """The hash of its first words, so many as have a length [1]."""
+        end = int(np.searchsorted(np.cumsum(self.sizes), length)) + 1
+        return np.array([_joined(self.hashes, 0, end)], np.uint64)
+
+    @property
+    def says_something(self) -> bool:
+        """Whether at least half of its words are different ones with a letter."""
+        return bool(_says_something(self.hashes, self.lettered))
 
     @property
     def length(self) -> int:

@@ -56,7 +56,9 @@ def test_short_examples_are_compared_as_a_whole(tmp_path):
     assert refused(step, "x " + SHORT + " y")[0] == ["leaks.math"]
     assert refused(step, SHORT.replace("April", "May"))[0] == []  # its first 8 words alone
     assert refused(step_of(tmp_path, [{"question": SHORT}], shortest=9), SHORT)[0] == ["leaks.math"]
-    with pytest.raises(LeakError, match=r"math of dedup.leaks.sets has no text of 10 words and more in .*set.jsonl"):
+    with pytest.raises(
+        LeakError, match=r"math of dedup.leaks.sets has no text of 10 words and more, .* in .*set.jsonl: nothing"
+    ):
         step_of(tmp_path, [{"question": SHORT}], shortest=10)
 
 
@@ -67,6 +69,14 @@ def test_how_much_makes_a_leak(tmp_path):
     assert refused(step_of(tmp_path, [QUESTION], share=0.08), text)[0] == ["leaks.math"]
     assert refused(step_of(tmp_path, [QUESTION], share=0.09), text)[0] == []
     assert refused(step_of(tmp_path, [QUESTION], share=1.0), QUESTION)[0] == ["leaks.math"]
+
+
+def test_rows_of_numbers_and_repeated_words_are_no_passages(tmp_path):
+    rows = [QUESTION, "0 " * 40, "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", "one two " * 20, "no no no no no no no no", "一" * 30]
+    step = step_of(tmp_path, rows)
+    assert [refused(step, row)[0] for row in rows] == [["leaks.math"], [], [], [], [], []]
+    with pytest.raises(LeakError, match="half of them different ones with a letter"):
+        step_of(tmp_path, rows[1:])
 
 
 def test_sets_are_told_apart_and_fields_chosen(tmp_path):

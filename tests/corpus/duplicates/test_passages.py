@@ -10,7 +10,7 @@ from megatrain.corpus.duplicates.passages import Lengths, Passages, Worded
 from megatrain.corpus.letters import HAN, classes
 
 LENGTHS = Lengths.of(words=3, characters=5, shortest=2)
-TEXTS = st.text(st.sampled_from("abAb  ,.\n汉字文ａ"), max_size=30)
+TEXTS = st.text(st.sampled_from("abAb 1 ,.\n汉字文ａ"), max_size=30)
 PINNED = (3, [574365869655210070], 5550146748339348447)
 
 
@@ -37,12 +37,16 @@ def passages_of(text: str, length: int) -> list[tuple[str, ...]]:
     return found
 
 
+def says_something(passage: tuple[str, ...]) -> bool:
+    return 2 * len({word for word in passage if any(letter.isalpha() for letter in word)}) >= len(passage)
+
+
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, TEXTS)
 def test_passages_are_those_of_plain_python(one, other):
     for length in (10, 15):
         mine, theirs = (Worded.of(text, LENGTHS).passages(length) for text in (one, other))
-        by_hand, others = passages_of(one, length), passages_of(other, length)
+        by_hand, others = (list(filter(says_something, passages_of(text, length))) for text in (one, other))
         assert len(mine) == len(by_hand)
         for i, passage in enumerate(by_hand):
             assert [bool(key == mine[i]) for key in theirs] == [passage == another for another in others]
@@ -55,7 +59,10 @@ def test_counts_are_those_of_plain_python(sets, text):
     matches = np.zeros(len(sets), np.int64)
     of_text = passages_of(text, 15)
     assert table.add_matches(Worded.of(text, LENGTHS), 15, matches) == len(of_text)
-    assert matches.tolist() == [sum(passage in passages_of(one, 15) for passage in of_text) for one in sets]
+    found = [[passage for passage in of_text if says_something(passage)] for one in sets]
+    assert matches.tolist() == [
+        sum(passage in passages_of(one, 15) for passage in of_one) for one, of_one in zip(sets, found, strict=True)
+    ]
 
 
 def test_hashes_are_the_same_for_ever():
