@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
-    "megatrain/corpus": 11300,
+    "megatrain/corpus": 11350,
     "megatrain/data": 6300,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 52550,
+    "tests": 52600,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

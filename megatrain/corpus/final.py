@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.report.compose import write_report
 from megatrain.corpus.report.summary import AlarmLimits
 from megatrain.corpus.report.unit_audit import Audit
+from megatrain.corpus.row_places import places_of, told_by_place
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Phase, Published
 from megatrain.files import make_folder, whole
@@ -73,10 +75,25 @@ def report(results: Results, published: Published, folder: Path, progress: Calla
         for copies, number in removals.sizes().items():
             audit.tally.count(f"cluster/near/{copies + 1}", number)
         found = outcome.alarms(removals, results.sources, results.config.dedup)
+        found = _by_place(audit, found, results.audited[0], published)
     cutoffs, limits = _cutoffs(results, published), AlarmLimits(cluster=None)  # the alarms found say more of clusters
     alarms = write_report(folder, audit, STAGES, found=found, cutoffs=cutoffs, limits=limits)
     progress(1)
     return {"alarms": alarms}
+
+
+def _by_place(audit: Audit, alarms: list[str], documents: Phase, published: Published) -> list[str]:
+    """The alarms, with files and places where they tell of rows of units; so do the examples of the audit then.
+
+    documents: the phase whose rows they are.
+    """
+
+    def shard(unit: int) -> Path:
+        return published.file(documents, documents.chores[unit].name, mapping.DOCUMENTS)
+
+    places = places_of([*audit.removed.said(), *alarms], shard)
+    audit.removed.retell(partial(told_by_place, places=places))
+    return [told_by_place(alarm, places) for alarm in alarms]
 
 
 def _cutoffs(results: Results, published: Published) -> dict[str, tuple[float, float]]:

@@ -17,6 +17,7 @@ from megatrain.corpus.ngram_choices import PerplexityConfig
 from megatrain.corpus.perplexity import PerplexityScorer, fit, read_thresholds, sample_of, write_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.report.unit_audit import Audit
+from megatrain.corpus.row_places import row_told
 from megatrain.corpus.shards import documents_of, writing
 from megatrain.corpus.similar import Removed
 
@@ -46,7 +47,7 @@ def staying(shard: Path, removed: Removed, config: PrepareConfig, audit: Audit) 
         copy = copies.get(row)
         if copy is not None:
             unit, of = copy.representative
-            audit.leave("dedup", document, (copy.reason,), said=f"{copy.agreement:.0%} of row {of} of unit {unit}")
+            audit.leave("dedup", document, (copy.reason,), said=f"{copy.agreement:.0%} of {row_told(unit, of)}")
             continue
         part = config.dedup.lines
         if part != "none" and row in lines:

@@ -122,6 +122,9 @@ def test_what_is_made(done):
     assert "gopher.words.least" in report and "duplicates.exact" in report and "duplicates.near" in report
     assert " tokens)." in report
     assert "tokens in" in report and "lost in dedup" in report
+    assert re.search(
+        r"\([89]\d% of raw/a\.jsonl:\d+\)", made["removed.md"].decode()
+    )  # the document that a near copy is near to
     assert b"someone@example.org" not in made["web.bin"] + made["web_valid.bin"]
 
 

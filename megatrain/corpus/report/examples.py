@@ -7,8 +7,8 @@ ranks, so those of two workers merge by keeping the smallest of both (a bottom-k
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import xxhash
@@ -96,6 +96,15 @@ class Examples:
     def of(self, name: str) -> tuple[Example, ...]:
         """The examples of a name by rank; none for an unknown one."""
         return tuple(self._of.get(name, ()))
+
+    def said(self) -> list[str]:
+        """The details of all examples."""
+        return [row.said for name in self.names() for row in self._of[name]]
+
+    def retell(self, change: Callable[[str], str]) -> None:
+        """Put every detail in other words."""
+        for name, rows in self._of.items():
+            self._of[name] = [replace(row, said=change(row.said)) for row in rows]
 
     def as_json(self) -> dict[str, Any]:
         """The collection as values for JSON, in an order of its own."""

@@ -67,6 +67,14 @@ def test_a_document_seen_twice_counts_once():
     assert again.as_json() == once.as_json()
 
 
+def test_details_are_put_in_other_words():
+    found = gathered(PAGES, most=2)
+    before = found.said()
+    found.retell(str.upper)
+    assert found.said() == [said.upper() for said in before] and "0 WORDS" in found.said()[-1]
+    assert [row.text for row in found.of("c4.brace")] == [row.text for row in gathered(PAGES, most=2).of("c4.brace")]
+
+
 def test_json_and_back():
     found = gathered(PAGES, seed=3, most=2)
     assert Examples.from_json(json.loads(json.dumps(found.as_json()))).as_json() == found.as_json()
