@@ -118,7 +118,8 @@ class Worded(NamedTuple):
     def of(cls, text: str, lengths: Lengths) -> Worded:
         """The words of a text without lone surrogates."""
         codes = code_points((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
-        hashes, sizes, lettered = (np.empty(len(codes), dtype) for dtype in (np.uint64, np.int32, np.bool_))
+        hashes, sizes = np.empty(len(codes), np.uint64), np.empty(len(codes), np.int32)
+        lettered = np.empty(len(codes), np.bool_)
         count = _find(codes, classes(), (lengths.word, lengths.character), hashes, sizes, lettered)
         return cls(hashes[:count], sizes[:count], lettered[:count])
 
