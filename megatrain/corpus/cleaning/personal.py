@@ -29,6 +29,7 @@ ALPHANUMERIC = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 LOCAL = f"{ALPHANUMERIC}._%+-"
 """Letters that may stand there."""
 MIDDLE = re.compile(r"@(?<=[A-Za-z0-9._%+-]@)(?=[A-Za-z0-9-]{1,63}\.)")
+START = re.compile("(?<![A-Za-z0-9])[A-Za-z0-9]")
 DOMAIN = re.compile(
     r"(?:[A-Za-z0-9-]{1,63}\.){1,8}"
     r"(?!(?i:png|jpe?g|gif|svg|webp|ico|bmp|css|js|json|html?|php|xml|txt|pdf|t?gz|exe|dll|whl|deb|rpm|ya?ml|toml|lock)(?![A-Za-z0-9]))"
@@ -169,9 +170,10 @@ def _masked_mails(text: str, placeholder: Callable[[str], str]) -> str:
         at = found.start()
         domain = DOMAIN.match(text, at + 1)
         if domain is not None:
-            before = text[max(done, at - LONGEST_LOCAL - 1) : at]
-            begin = at - len(before) + len(before.rstrip(LOCAL))
-            if 0 < at - begin <= LONGEST_LOCAL and text[begin:at] != "git":
+            before = text[max(done, at - LONGEST_LOCAL) : at]
+            local = START.search(text, at - len(before) + len(before.rstrip(LOCAL)), at)
+            if local is not None and text[local.start() : at] != "git":
+                begin = local.start()
                 parts += [text[done:begin], placeholder("email")]
                 done = domain.end()
         found = MIDDLE.search(text, max(at + 1, done))

@@ -1,7 +1,11 @@
 """The step that cleans: what each part does, in which order, and that cleaning twice changes nothing."""
 
+import random
+import sysconfig
 from functools import cache
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,3 +169,15 @@ def test_a_text_that_never_settles_is_counted():
     assert cleaned("<" * 3 + "img>" * 3 + "x") == ("x", {"tags": 3}, ())
     text, counts, _ = cleaned("<" * 9 + "img>" * 9 + "x")
     assert text == "<" * 5 + "img>" * 5 + "x" and counts == {"tags": 5, "unsettled": 1}
+
+
+@pytest.mark.slow
+def test_cleaning_2000_documents_twice_changes_nothing():
+    library = Path(sysconfig.get_path("stdlib"))
+    files = [
+        path for path in sorted(library.rglob("*")) if path.suffix in (".py", ".txt", ".rst", ".md", ".html") and path.is_file()
+    ]
+    texts = [path.read_text("utf-8", "replace") for path in random.Random(1).sample(files, 2000)]
+    for text in texts:
+        once, counts, _ = cleaned(text)
+        assert cleaned(once)[0] == once or counts["unsettled"] == 1
