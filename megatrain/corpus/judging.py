@@ -8,6 +8,7 @@ from megatrain.corpus.document import Document, Step, Tally
 from megatrain.corpus.reading.choices import SourceConfig
 from megatrain.corpus.rules.judge import rules_step
 from megatrain.corpus.rules.rule_choices import FilterConfig
+from megatrain.corpus.rules.rulebook import named
 
 AUTO = "auto"
 SETS: Mapping[tuple[str, str], tuple[str, ...]] = {
@@ -25,6 +26,8 @@ class RulesByKind:
         """Raises ValueError for a rule or threshold that there is none of."""
         self._source, self._settings = source, settings
         self._steps: dict[tuple[str, str], Step] = {}
+        for rule, _ in source.thresholds:
+            named(rule)
         if source.rules != (AUTO,) or source.language != AUTO:
             self._step(source.kind, "" if source.language == AUTO else source.language)
 

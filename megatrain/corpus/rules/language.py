@@ -11,9 +11,12 @@ from collections.abc import Collection
 from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from megatrain.corpus.document import Document, Step, Tally
 from megatrain.corpus.extras import need
-from megatrain.corpus.letters import code_points
+from megatrain.corpus.letters import LETTER, UPPER, classes, code_points
 from megatrain.corpus.rules.rule_choices import LanguageConfig
 from megatrain.corpus.rules.scripts import ALONE, DENSE, NAMES, counts, forms
 
@@ -41,9 +44,10 @@ def _model() -> Any:
     return package.LangDetector(package.LangDetectConfig(max_input_length=None, normalize_input=False, model="lite"))
 
 
-def _by_model(part: str) -> tuple[str, float]:
+def _by_model(part: str, codes: npt.NDArray[np.uint32]) -> tuple[str, float]:
     """(code of the language, its probability) that the model says. Capitals mislead it."""
-    capitals = sum(map(str.isupper, part)) * 2 > sum(map(str.isalpha, part))
+    letters = classes()[codes]
+    capitals = 2 * np.count_nonzero(letters & UPPER) > np.count_nonzero(letters & LETTER)
     best = _model().detect(part.lower() if capitals else part, model="lite")[0]
     return str(best["lang"]), float(best["score"])
 
@@ -73,7 +77,7 @@ def detect(text: str, letters: int = LanguageConfig().letters) -> tuple[str, dic
         return "zh", {"language.probability": share, **more}
     if script in ALONE:
         return ALONE[script], {"language.probability": share}
-    language, probability = _by_model(part)
+    language, probability = _by_model(part, codes)
     return language, {"language.probability": round(probability, DIGITS)}
 
 

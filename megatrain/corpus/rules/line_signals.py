@@ -132,9 +132,9 @@ def pieces(text: str, size: int = LONGEST) -> Iterator[str]:
         begin = end
 
 
-def _found(text: str, phrases: Sequence[str], starts: Where) -> Where:
-    """How often some phrases are in each line, in any case [lines]."""
-    low, at = text.replace("İ", "ı").lower(), []  # the one letter whose small form is two
+def _found(low: str, phrases: Sequence[str], starts: Where) -> Where:
+    """How often some phrases are in each line of a text in small letters [lines]."""
+    at = []
     for phrase in phrases:
         found = low.find(phrase)
         while found >= 0:
@@ -189,12 +189,13 @@ class LineEditor:
         _measure(arrays.codes, arrays.letters, starts, ends, self._alone, self._final, self._c4, out)
         begin, end, long_word, words, ended, curly, han, sentences = out
         signals = {"long_word": long_word, "line_words": words, "line_end": ended, "curly_bracket": curly, "line_han": han}
+        low = seen.replace("İ", "ı").lower()  # the one letter whose small form is two
         alive = np.ones(len(starts), bool)
         for name in ORDER:
             rule = self._rules.get(name)
             if rule is None and name not in left:
                 continue
-            values = _found(seen, PHRASES[name], starts) if name in PHRASES else signals[name]
+            values = _found(low, PHRASES[name], starts) if name in PHRASES else signals[name]
             if rule is None:
                 left[name] += int(values[alive].sum())
                 continue

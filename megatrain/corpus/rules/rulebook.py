@@ -278,10 +278,10 @@ def chosen(names: Iterable[str], thresholds: Mapping[str, float | str | bool], w
     thresholds: a number by rule, or "off" (which YAML reads as false) by rule or beginning of names.
     Raises ValueError: nothing has that name; a number for more than one rule; anything else.
     """
-    wanted = [(asked, name) for asked in names for name in _named(asked)]
+    wanted = [(asked, name) for asked in names for name in named(asked)]
     found = {name: RULES[name] for asked, name in wanted if words == "jieba" or RULES[name].words != "jieba" or "." in asked}
     for asked, value in thresholds.items():
-        those = _named(asked)
+        those = named(asked)
         if value is False or value == "off":
             for name in those:
                 found.pop(name, None)
@@ -298,8 +298,8 @@ def chosen(names: Iterable[str], thresholds: Mapping[str, float | str | bool], w
     return [replace(rule, words=words) if words and rule.words != "jieba" else rule for rule in found.values()]
 
 
-def _named(asked: str) -> list[str]:
-    """The names of the rules that a name or a beginning stands for."""
+def named(asked: str) -> list[str]:
+    """The names of the rules that a name or a beginning stands for. Raises ValueError if there are none."""
     those = [name for name in RULES if name == asked or name.startswith(f"{asked}.")]
     if those:
         return those
