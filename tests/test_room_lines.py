@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
-    "megatrain/corpus": 11350,
+    "megatrain/corpus": 11400,
     "megatrain/data": 6300,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,

@@ -45,6 +45,12 @@ def load_config(path: str, overrides: Sequence[str]) -> PrepareConfig:
                 f"read.sources[{number}].name={source.name!r} becomes a name of files: letters, digits, `.`, `_` and `-`, not first, "
                 f"not with _valid at the end, and none of {', '.join(RESERVED)}. Use for example web_en."
             )
+    names = [source.name for source in config.read.sources]
+    unknown = [name for name in config.augment.sources if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"augment.sources has {unknown[0]!r}, which is none of read.sources: {', '.join(names)}. Use one of these."
+        )
     if config.tokenize.tokenizer is not None and config.tokenize.vocab_size is not None:
         raise ConfigError(
             f"tokenize.tokenizer={config.tokenize.tokenizer!r} and tokenize.vocab_size={config.tokenize.vocab_size}: a tokenizer is either "

@@ -268,6 +268,15 @@ def test_a_changed_rule_is_another_preparation_and_what_is_no_more_goes(tmp_path
             ["run.on=slurm"],
             "run.on=slurm, and this is no SLURM job. Submit one (sbatch --array 0-63 launch/prepare.sbatch CONFIG.yaml)",
         ),
+        (
+            ["clean.words.mask=x"],
+            "clean.words.mask=x has no effect: it has one when clean.words.lists is given, and clean.words.action is mask",
+        ),
+        (["augment.noise=0.1"], "augment.noise=0.1 has no effect: it has one when augment.copies is above 0"),
+        (
+            ["augment.copies=1", "augment.sources=[wob]"],
+            "augment.sources has 'wob', which is none of read.sources: web, packed, code. Use one of these.",
+        ),
         (["dedup.agrement=0.5"], "Did you mean dedup.agreement?"),
         (["read.sources=[{name: web, paths: [none/*.jsonl]}]"], "none/*.jsonl matches no file"),
         (["read.sources=[{name: web, paths: [raw/a.jsonl], rules: [gophre]}]", "--worker"], "there is no rule 'gophre'"),

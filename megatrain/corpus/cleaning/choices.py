@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatrain.config.effects import above, given, where
 from megatrain.config.knob import knob
+
+LISTS = given("clean.words.lists")
+REMOVES, MASKS = LISTS & where("clean.words.action", "remove"), LISTS & where("clean.words.action", "mask")
+COPIES = above("augment.copies", 0)
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,13 @@ class WordsConfig:
     action: Literal["score", "mask", "remove"] = knob(
         "score",
         "Keep their share of the letters as score clean.words; also mask them; or remove each line or document that has more.",
+        LISTS,
     )
-    per: Literal["line", "document"] = knob("document", "Part that is removed.")
+    per: Literal["line", "document"] = knob("document", "Part that is removed.", REMOVES)
     threshold: float = knob(
-        0.0, "Share of the letters of the part, blanks not counted, above which it is removed.", at_least=0, at_most=1
+        0.0, "Share of the letters of the part, blanks not counted, above which it is removed.", REMOVES, at_least=0, at_most=1
     )
-    mask: str = knob("*", "Mark for each letter that is masked.", not_empty=True)
+    mask: str = knob("*", "Mark for each letter that is masked.", MASKS, not_empty=True)
 
 
 @dataclass(frozen=True)
@@ -47,14 +53,6 @@ class CleanConfig:
     chinese: Literal["keep", "simplified"] = knob(
         "keep", "Simplified letters for traditional ones (`opencc`), but in texts that are Japanese or Korean."
     )
-    boilerplate: bool = knob(True, "Remove lines of menus, banners and buttons, English and Chinese.")
-    boilerplate_file: str | None = knob(
-        None,
-        "File of further such lines, one a line; `*` at its end: all lines that begin so.",
-        path=True,
-        use="boilerplate.txt",
-    )
-    tails: bool = knob(False, "Cut what stands behind the last end of a sentence of a paragraph that has one.")
     blanks: bool = knob(
         True,
         "One blank for several, one empty line for several, none at the ends of lines; not within code, nor before a line.",
@@ -64,6 +62,15 @@ class CleanConfig:
         "Personal data that is masked as <EMAIL>, <PHONE>, <ID>, <CARD>, <IP>: mail addresses, mobile phones of China, its identity "
         "cards, bank cards, public IP addresses.",
     )
+    boilerplate: bool = knob(True, "Remove lines of menus, banners and buttons, English and Chinese.")
+    boilerplate_file: str | None = knob(
+        None,
+        "File of further such lines, one a line; `*` at its end: all lines that begin so.",
+        where("clean.boilerplate", True),
+        path=True,
+        use="boilerplate.txt",
+    )
+    tails: bool = knob(False, "Cut what stands behind the last end of a sentence of a paragraph that has one.")
     words: WordsConfig = field(default_factory=WordsConfig)
     stop_words: str | None = knob(
         None,
@@ -78,15 +85,22 @@ class AugmentConfig:
     """Changed copies of documents, for small sets of labelled data. They harm language models, which learn from order and spelling."""
 
     copies: int = knob(0, "Changed copies that follow each document; 0: none.", at_least=0, at_most=100)
-    sources: tuple[str, ...] = knob((), "Names of the sources whose documents get copies; empty: all but code.")
+    sources: tuple[str, ...] = knob(
+        (), "Names of the sources whose documents get copies; empty: all but code.", COPIES, not_empty=True, use=("labelled",)
+    )
     sentences: Literal["keep", "shuffle", "recombine"] = knob(
-        "shuffle", "Order of the sentences: kept, shuffled within each paragraph, or dealt out over all paragraphs."
+        "shuffle", "Order of the sentences: kept, shuffled within each paragraph, or dealt out over all paragraphs.", COPIES
     )
     synonyms: str | None = knob(
         None,
         "File of words that may stand for each other, a group a line, with commas: big, large.",
+        COPIES,
         path=True,
         use="synonyms.txt",
     )
-    synonym_share: float = knob(0.2, "Share of the words of that file that are replaced.", at_least=0, at_most=1)
-    noise: float = knob(0.0, "Share of the letters that are dropped, doubled, swapped or replaced.", at_least=0, at_most=1)
+    synonym_share: float = knob(
+        0.2, "Share of the words of that file that are replaced.", COPIES & given("augment.synonyms"), at_least=0, at_most=1
+    )
+    noise: float = knob(
+        0.0, "Share of the letters that are dropped, doubled, swapped or replaced.", COPIES, at_least=0, at_most=1
+    )
