@@ -24,14 +24,16 @@ from megatrain.corpus.document import Document, Step, Tally
 from megatrain.corpus.ngram_choices import LanguageModelConfig, PerplexityConfig
 from megatrain.corpus.report.bins import bin_of
 from megatrain.files import OneLine, brief, opened, whole
+from megatrain.ngram.binary import MAGIC
 from megatrain.ngram.buckets import Cutoffs, cutoffs_of, perplexities, sound
 from megatrain.ngram.model import NgramModel
 from megatrain.ngram.reading import load
+from megatrain.ngram.units import CHARACTERS, WORDS
 
 SCORE = "perplexity"
 PART = "perplexity_part"
 """The mark of a document that says its part: head, middle or tail."""
-CODE = "code"
+CODE, BYTES = "code", "bytes"
 TOGETHER, TOGETHER_LETTERS = 256, 1 << 20
 """Documents, and their characters, that are scored at once: three times as fast as one by one."""
 
@@ -156,7 +158,7 @@ class Threshold:
     documents: int
     """Documents of the sample; without any there are no parts, and all documents of the language are kept."""
     model: str
-    """Hash of the model's file."""
+    """Hash of the model's file (`identity_of`)."""
     units: str
 
     @property
@@ -177,7 +179,7 @@ def fit(samples: Iterable[Mapping[str, Sequence[Sequence[Any]]]], settings: Perp
         rows = sample.get(model.language, [])
         values = np.array([value for _, value in rows], np.float64)
         cutoffs = cutoffs_of(values, settings.percentiles) if rows else Cutoffs(0.0, 0.0)
-        found[model.language] = Threshold(cutoffs.middle, cutoffs.tail, len(rows), hash_of(model.path), model.units)
+        found[model.language] = Threshold(cutoffs.middle, cutoffs.tail, len(rows), identity_of(model), model.units)
     return found
 
 
@@ -239,17 +241,35 @@ def _require_same(path: str | Path, threshold: Threshold | None, model: Language
         what = f"has no thresholds of language {model.language}"
     elif threshold.units != model.units:
         what = f"was found with units {brief(threshold.units)} for {model.language}, not {model.units}"
-    elif threshold.model != hash_of(model.path):
+    elif threshold.model != identity_of(model):
         what = f"was found with another model of {model.language} than {model.path}"
     else:
         return
     raise ThresholdsError(f"{path} {what}. Leave perplexity.thresholds out, and they are found anew, or give that model.")
 
 
+def identities(settings: PerplexityConfig) -> list[str]:
+    """Hashes of all files that scores and thresholds depend on. Raises OSError."""
+    return [*map(identity_of, settings.models), *([] if settings.thresholds is None else [hash_of(settings.thresholds)])]
+
+
+def identity_of(model: LanguageModelConfig) -> str:
+    """A hash of a model, and of the tokenizer whose tokens are its words, if they are. Raises OSError."""
+    return hash_of(model.path) + (hash_of(model.units) if model.units not in (WORDS, CHARACTERS, BYTES) else "")
+
+
 def hash_of(path: str | Path) -> str:
-    """A hash of a file, 32 hexadecimal digits. Raises OSError."""
+    """A hash of a file, 32 hexadecimal digits. Raises OSError.
+
+    That of a compiled model is of its header alone, which has the checksum of all the rest.
+    """
     hashed = xxhash.xxh3_128()
     with opened(Path(path)) as file:
-        while data := file.read(1 << 22):
-            hashed.update(data)
+        head = file.read(len(MAGIC) + 4)
+        hashed.update(head)
+        if head.startswith(MAGIC):
+            hashed.update(file.read(int.from_bytes(head[len(MAGIC) :], "little")))
+        else:
+            while data := file.read(1 << 22):
+                hashed.update(data)
     return hashed.hexdigest()

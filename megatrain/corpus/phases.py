@@ -23,7 +23,7 @@ import xxhash
 from megatrain.corpus import final, keeping, mapping, stores
 from megatrain.corpus.document import Step
 from megatrain.corpus.final import Results
-from megatrain.corpus.perplexity import hash_of, perplexity_step, read_thresholds
+from megatrain.corpus.perplexity import identities, perplexity_step, read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig, RunConfig
 from megatrain.corpus.reading.units import WorkUnit, cut_units
 from megatrain.corpus.revision import files_in, revision
@@ -54,9 +54,10 @@ class Preparation:
         self.sources = list(dict.fromkeys(unit.source for unit in self._units))
         self.published = Published(Path(config.output.dir) / WORK)
         decides = replace(config, run=RunConfig(), output=replace(config.output, keep_work=True))
-        named = [files_in(part) for part in (config.clean, config.language, config.filter, config.dedup, config.perplexity)]
+        named = [files_in(part) for part in (config.clean, config.language, config.filter, config.dedup)]
         named.append({"tokenizer": _hash_of(config.tokenize.tokenizer)})
-        self.key = key_of(revision(), verb, asdict(decides), named, [unit.identity for unit in self._units])
+        judged = identities(config.perplexity)
+        self.key = key_of(revision(), verb, asdict(decides), named, judged, [unit.identity for unit in self._units])
         """A hash of all that decides on what is made."""
         self._results: Results | None = None
 
@@ -102,8 +103,7 @@ class Preparation:
         judge: Callable[[], Step | None] = _no_judge
         key = similar.key
         if settings.models:
-            models = [hash_of(model.path) for model in settings.models]
-            key = key_of(key, asdict(settings), models, hash_of(settings.thresholds) if settings.thresholds else "")
+            key = key_of(key, asdict(settings), identities(settings))
             works = [partial(keeping.sample_unit, *part, config) for part in parts] if settings.thresholds is None else []
             sampled = self._each("sampled", key, works)
             yield sampled

@@ -17,6 +17,8 @@ from megatrain.corpus.perplexity import (
     Threshold,
     ThresholdsError,
     fit,
+    identities,
+    identity_of,
     merged,
     perplexity_step,
     read_thresholds,
@@ -182,6 +184,27 @@ def test_thresholds_of_other_models_are_refused(tmp_path, folder, settings):
     write_thresholds(path, falling)
     with pytest.raises(ThresholdsError, match="cutoffs 9 and 3 must rise from 0"):
         read_thresholds(path, settings)
+
+
+def test_a_compiled_model_is_known_by_its_header_and_by_its_tokenizer(tmp_path, folder):
+    """The header has a checksum of all checksums; nothing else of a large model is read."""
+    compiled, tokenizer = tmp_path / "en.bin", tmp_path / "tokenizer.json"
+    assert main(["ngram", "compile", str(folder / "en.arpa"), str(compiled)]) == 0
+    model = LanguageModelConfig("en", str(compiled))
+    known = identity_of(model)
+    data = bytearray(compiled.read_bytes())
+    data[-1] ^= 1
+    compiled.write_bytes(data)
+    assert identity_of(model) == known
+    data[40] ^= 1
+    compiled.write_bytes(data)
+    assert identity_of(model) != known
+    tokenizer.write_text("{}")
+    counted = [identity_of(LanguageModelConfig("en", str(compiled), units)) for units in ("words", "bytes", str(tokenizer))]
+    assert len(set(counted)) == 2
+    tokenizer.write_text("{ }")
+    settings = PerplexityConfig((LanguageModelConfig("en", str(compiled), str(tokenizer)),), thresholds=str(tokenizer))
+    assert identities(settings)[0] not in counted and len(identities(settings)) == 2
 
 
 def test_wrong_settings_are_said(folder):
