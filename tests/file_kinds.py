@@ -324,6 +324,41 @@ def _read_text(folder: Path) -> Any:
             len(piece.text)
 
 
+# --- the corpus pipeline ------------------------------------------------------------------------------------------------------
+
+
+def _corpus_rows(folder: Path) -> None:
+    _jsonl(folder)
+    _packed("gz", folder)
+    _packed("zst", folder)
+
+
+def _change_corpus(data: bytes, draw: random.Random) -> bytes:
+    kind = {b"\x1f\x8b": "gz", b"\x28\xb5": "zst"}.get(data[:2])
+    return mutations.of_lines(data, draw) if kind is None else _change_packed(kind, data, draw)
+
+
+def _warc(folder: Path) -> None:
+    body = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(TEXT)
+    record = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n%b\r\n\r\n" % (len(body), body)
+    (folder / "a.warc").write_bytes(record * 3)
+
+
+def _read_corpus(folder: Path) -> Any:
+    """Reads what can be read, and then stops at what cannot."""
+    from megatrain.corpus.document import Tally
+    from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
+    from megatrain.corpus.reading.documents import read_unit
+    from megatrain.corpus.reading.units import cut_units
+
+    for on_error in ("skip", "stop"):
+        config = ReadConfig((SourceConfig("all", (f"{folder}/*",), keep=("id", "more")),), on_error=on_error, unit_bytes=1000)
+        for unit in cut_units(config):
+            for document in read_unit(unit, config, Tally()):
+                document.text.encode()
+                json.dumps(document.marks)
+
+
 # --- stores, configs -----------------------------------------------------------------------------------------------------------
 
 
@@ -375,6 +410,8 @@ KINDS = {
     "jsonl": FileKind(_jsonl, _read_text, {"*": mutations.of_lines}),
     "gz": FileKind(partial(_packed, "gz"), _read_text, {"*": partial(_change_packed, "gz")}),
     "zst": FileKind(partial(_packed, "zst"), _read_text, {"*": partial(_change_packed, "zst")}),
+    "corpus": FileKind(_corpus_rows, _read_corpus, {"*": _change_corpus}),
+    "warc": FileKind(_warc, _read_corpus, {"*": mutations.of_bytes}),
     "store": FileKind(
         _store, _read_store, {"*.idx": mutations.of_bytes, "*.bin": mutations.of_bytes, "*.json": mutations.of_json}
     ),

@@ -41,5 +41,5 @@ _READERS: dict[Form, Callable[[Iterable[FileReading], ReadConfig], Iterator[Docu
     "lines": _each(row_documents),
     "html": page_documents,
     "warc": warc_documents,
-    "parquet": _each(table_documents),
+    "parquet": table_documents,
 }

@@ -104,6 +104,10 @@ class FileReading:
                     self.refuse("read.changed", "", "the file was written to after the run began, and is left out.")
                     self.ended = "broken"
                     return
+                if not self.part.size:
+                    self.note("read.empty_file", "", "the file is empty.")
+                    self.ended = "whole"
+                    return
                 yield from read(file)
                 if not self._is_same(os.fstat(file.fileno())):
                     raise self._changed()

@@ -6,28 +6,21 @@ is tried a second time by itself, unless it took too long, since what came befor
 
 from __future__ import annotations
 
-import os
-import select
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from megatrain.corpus.document import Document
 from megatrain.corpus.reading.choices import ReadConfig
 from megatrain.corpus.reading.encoded import page_in_utf8
-from megatrain.corpus.reading.extracting import COUNT, FAILED, NO_MEMORY, READY, REPLY, SIZE
+from megatrain.corpus.reading.extracting import DONE, NO_MEMORY, REPLY
 from megatrain.corpus.reading.file_reading import FileReading
+from megatrain.corpus.reading.isolation import SIZE, DiedError, Isolated
 from megatrain.corpus.reading.texts import whole_file
 from megatrain.files import brief
 
 BATCH_BYTES, BATCH_PAGES = 4 << 20, 256
-PATIENCE = 6.0
+PATIENCE = 15.0
 """Times page_seconds, by the clock, after which a process is ended that its own limit has not."""
-START_SECONDS = 60.0
 
 
 class Page(NamedTuple):
@@ -99,127 +92,54 @@ def _batches(pages: Iterable[Page | Document]) -> Iterator[list[Page | Document]
         yield batch
 
 
-class _DiedError(Exception):
-    """The process has ended, or had to be."""
+class Extractor(Isolated):
+    """The process that takes text out of pages."""
 
-    def __init__(self, problem: str, said: str) -> None:
-        super().__init__(said)
-        self.outcome = Extracted(problem=problem, said=said)
-
-
-class Extractor:
-    """The process, started for the first page; `with` ends it."""
-
-    def __init__(self, settings: ReadConfig, module: str = "megatrain.corpus.reading.extracting") -> None:
-        """module: what is run, with extractor, seconds and MiB."""
+    def __init__(self, settings: ReadConfig) -> None:
         self._seconds, self._mib = settings.page_seconds, settings.page_memory_mib
-        self._command = [sys.executable, "-m", module, settings.extractor, str(self._seconds), str(self._mib)]
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Extractor:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._end()
+        words = (settings.extractor, str(self._seconds), str(self._mib))
+        super().__init__("megatrain.corpus.reading.extracting", *words)
 
     def extract(self, pages: Sequence[bytes]) -> list[Extracted]:
         """Text and title of pages in UTF-8, or why there are none. Raises ImportError where the extractor is not installed."""
         done: list[Extracted] = []
         while len(done) < len(pages):
-            try:
-                self._answers(pages[len(done) :], done.append)
-            except _DiedError as died:
-                again = died.outcome.problem != "read.page_time"
-                done.append(self._alone(pages[len(done)]) if again else died.outcome)
+            failed = self._answers(pages[len(done) :], done.append)
+            if failed is not None:
+                again = failed.problem != "read.page_time"
+                done.append(self._alone(pages[len(done)]) if again else failed)
         return done
 
     def _alone(self, page: bytes) -> Extracted:
         found: list[Extracted] = []
-        try:
-            self._answers([page], found.append)
-        except _DiedError as died:
-            return died.outcome
-        return found[0]
+        return self._answers([page], found.append) or found[0]
 
-    def _answers(self, pages: Sequence[bytes], give: Callable[[Extracted], None]) -> None:
-        """Give the answer for each page, in order. Raises _DiedError at the one that the process does not survive, which is ended then."""
-        process = self._process or self._start()
+    def _answers(self, pages: Sequence[bytes], give: Callable[[Extracted], None]) -> Extracted | None:
+        """Give the text of each page, in order, up to one without: its outcome, after which the process has ended. None: all have one."""
         sizes = b"".join(SIZE.pack(len(page)) for page in pages)
         patience = PATIENCE * self._seconds + 1
-        self._send(process, b"".join((COUNT.pack(len(pages)), sizes, *pages)), patience)
-        for _ in pages:
-            status, *lengths = REPLY.unpack(self._receive(process, REPLY.size, patience))
-            title, text = (self._receive(process, length, patience).decode() for length in lengths)
-            if status == NO_MEMORY:
-                raise self._died("read.page_memory", f"the page needs more than {self._mib:,} MiB (read.page_memory_mib).")
-            if status == FAILED:
-                raise self._died("read.page_error", f"the extractor fails on the page ({brief(text)}).")
-            give(Extracted(text, title))
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        """Start the process, with pipes that never block. Raises ImportError."""
-        pipe = subprocess.PIPE
-        self._process = process = subprocess.Popen(
-            self._command, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        for file in (process.stdin, process.stdout):
-            assert file is not None  # noqa: S101  both are pipes
-            os.set_blocking(file.fileno(), False)
         try:
-            ready = self._receive(process, len(READY), START_SECONDS)
-            if ready != READY:  # it says what is not installed
-                size = SIZE.unpack(self._receive(process, SIZE.size, START_SECONDS))[0]
-                raise ImportError(self._receive(process, size, START_SECONDS).decode())
-        except _DiedError as died:
-            raise ImportError(f"the process that reads HTML does not start: {' '.join(self._command)}") from died
-        return process
+            self.send(b"".join((SIZE.pack(len(pages)), sizes, *pages)), patience)
+            for _ in pages:
+                status, *lengths = REPLY.unpack(self.receive(REPLY.size, patience))
+                title, text = (self.receive(length, patience).decode() for length in lengths)
+                if status != DONE:
+                    self.end()
+                    return self._failed(status, text)
+                give(Extracted(text, title))
+        except DiedError as died:
+            if died.code is None:
+                return Extracted(problem="read.page_time", said=f"no answer within {patience:g} s.")
+            if died.took_too_long:
+                return Extracted(
+                    problem="read.page_time", said=f"the page takes more than {self._seconds:g} s (read.page_seconds)."
+                )
+            return Extracted(problem="read.page_crash", said=f"the extractor breaks down on the page ({died.how}).")
+        return None
 
-    def _end(self) -> int:
-        """End the process; its exit code, or minus the number of the signal that has ended it."""
-        process, self._process = self._process, None
-        if process is None:
-            return 0
-        process.kill()
-        with process:
-            return process.wait()
-
-    def _send(self, process: subprocess.Popen[bytes], data: bytes, patience: float) -> None:
-        """Write all of `data`. Raises _DiedError."""
-        assert process.stdin is not None  # noqa: S101
-        view, deadline = memoryview(data), time.monotonic() + patience
-        while view:
-            if not select.select([], [process.stdin], [], max(0.0, deadline - time.monotonic()))[1]:
-                raise self._given_up()
-            try:
-                view = view[os.write(process.stdin.fileno(), view) :]
-            except BrokenPipeError:
-                raise self._ended(process) from None
-
-    def _receive(self, process: subprocess.Popen[bytes], size: int, patience: float) -> bytes:
-        """Read `size` bytes. Raises _DiedError."""
-        assert process.stdout is not None  # noqa: S101
-        parts, deadline = [], time.monotonic() + patience
-        while size:
-            if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise self._given_up()
-            part = os.read(process.stdout.fileno(), size)
-            if not part:
-                raise self._ended(process)
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
-
-    def _given_up(self) -> _DiedError:
-        return self._died("read.page_time", f"no answer within {PATIENCE * self._seconds + 1:g} s.")
-
-    def _ended(self, process: subprocess.Popen[bytes]) -> _DiedError:
-        """The error for a process that has ended by itself."""
-        code = process.wait()
-        if code == -signal.SIGPROF:
-            return self._died("read.page_time", f"the page takes more than {self._seconds:g} s (read.page_seconds).")
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        return self._died("read.page_crash", f"the extractor breaks down on the page ({how}).")
-
-    def _died(self, problem: str, said: str) -> _DiedError:
-        self._end()
-        return _DiedError(problem, said)
+    def _failed(self, status: int, said: str) -> Extracted:
+        """The outcome for a page whose extractor gives up."""
+        if status == NO_MEMORY:
+            said = f"the page needs more than {self._mib:,} MiB (read.page_memory_mib)."
+            return Extracted(problem="read.page_memory", said=said)
+        return Extracted(problem="read.page_error", said=f"the extractor fails on the page ({brief(said)}).")

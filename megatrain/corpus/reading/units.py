@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from megatrain.corpus.extras import need
 from megatrain.corpus.reading.choices import Form, ReadConfig, SourceConfig
+from megatrain.corpus.reading.parquet_answers import ParquetReader, row_groups
 from megatrain.data.prepare.read import COMPRESSIONS, TEXT_SUFFIXES, ReadError
 from megatrain.files import HEAD_BYTES, opened_plain, wide_encoding
 
@@ -58,6 +58,8 @@ class FilePart(NamedTuple):
     """Bytes of the file."""
     time: int
     """When the file was last written to, in nanoseconds."""
+    share: int
+    """Bytes of the file that belong to this part."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class WorkUnit:
 
     @property
     def size(self) -> int:
-        """Bytes that it reads, as files have them, for progress; of a parquet file its share of rows."""
-        return sum(part.size if part.form == "parquet" else part.stop - part.start for part in self.parts)
+        """Bytes of files that it reads, packed as they are."""
+        return sum(part.share for part in self.parts)
 
     def as_json(self) -> list[Any]:
         """The unit as plain values."""
@@ -99,17 +101,18 @@ def cut_units(settings: ReadConfig, outside: str = "") -> list[WorkUnit]:
     require_sources(settings)
     units: list[WorkUnit] = []
     taken: dict[str, tuple[str, str]] = {}
-    for source in sorted(settings.sources, key=lambda source: source.name):
-        files = files_of(source, outside)
-        for real, file in files.items():
-            if real in taken:
-                other, name = taken[real]
-                raise ReadError(
-                    f"read.sources: {file} belongs to {source.name}, and as {name} to {other}. Its documents would count twice: leave it "
-                    "out of the paths of one of them."
-                )
-            taken[real] = (source.name, file)
-        units += _cut(source, sorted(files.values(), key=os.fsencode), settings.unit_bytes)
+    with ParquetReader() as tables:
+        for source in sorted(settings.sources, key=lambda source: source.name):
+            files = files_of(source, outside)
+            for real, file in files.items():
+                if real in taken:
+                    other, name = taken[real]
+                    raise ReadError(
+                        f"read.sources: {file} belongs to {source.name}, and as {name} to {other}. Its documents would count twice: leave "
+                        "it out of the paths of one of them."
+                    )
+                taken[real] = (source.name, file)
+            units += _cut(source, sorted(files.values(), key=os.fsencode), settings.unit_bytes, tables)
     return units
 
 
@@ -219,12 +222,12 @@ def _require_file(source: SourceConfig, file: str) -> None:
 # --- cutting ------------------------------------------------------------------------------------------------------------------
 
 
-def _cut(source: SourceConfig, files: list[str], unit_bytes: int) -> Iterator[WorkUnit]:
+def _cut(source: SourceConfig, files: list[str], unit_bytes: int, tables: ParquetReader) -> Iterator[WorkUnit]:
     """The units of a source: a large file has its own, neighbours that are small share one."""
     group: list[FilePart] = []
     held = 0
     for file in files:
-        parts = _parts(source, file, unit_bytes)
+        parts = _parts(source, file, unit_bytes, tables)
         size = parts[0].size * (PACKED_AS if compression_of(file) else 1)
         if group and (held + size > unit_bytes or len(group) == MOST_FILES):
             yield WorkUnit(source.name, tuple(group))
@@ -238,7 +241,7 @@ def _cut(source: SourceConfig, files: list[str], unit_bytes: int) -> Iterator[Wo
         yield WorkUnit(source.name, tuple(group))
 
 
-def _parts(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
+def _parts(source: SourceConfig, file: str, unit_bytes: int, tables: ParquetReader) -> list[FilePart]:
     """The parts of one file: at least one. Raises ReadError."""
     form = form_of(source, file)
     assert form is not None  # noqa: S101  files_of has refused it
@@ -248,7 +251,7 @@ def _parts(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
             raise ReadError(f"{source.name}: {file} is no plain file any more.")
         size = found.st_size
         if form == "parquet":
-            ends = _row_groups(file, unit_bytes)
+            ends = _row_group_ends(row_groups(tables, file), unit_bytes)
         elif form == "lines" and size > unit_bytes and _is_divisible(source, file):
             number = -(-size // unit_bytes)
             ends = [size * (i + 1) // number for i in range(number)]
@@ -256,18 +259,15 @@ def _parts(source: SourceConfig, file: str, unit_bytes: int) -> list[FilePart]:
             ends = [size]
     except OSError as error:
         raise ReadError(f"{source.name}: {file} cannot be read: {error.strerror or error}.") from None
-    return [FilePart(file, form, start, stop, size, found.st_mtime_ns) for start, stop in zip([0, *ends], ends, strict=False)]
+    bounds = [size * end // (ends[-1] or 1) for end in (0, *ends)]
+    return [
+        FilePart(file, form, start, stop, size, found.st_mtime_ns, upto - after)
+        for start, stop, after, upto in zip([0, *ends], ends, bounds, bounds[1:], strict=False)
+    ]
 
 
-def _row_groups(file: str, unit_bytes: int) -> list[int]:
-    """Ends of parts of a parquet file: row groups of `unit_bytes` together. One that is broken has one part, whose reader tells why."""
-    parquet = need("pyarrow.parquet", "reading .parquet", "parquet")
-    try:
-        with opened_plain(file) as opened:
-            found = parquet.ParquetFile(opened).metadata
-            sizes = [found.row_group(i).total_byte_size for i in range(found.num_row_groups)]
-    except (ValueError, OSError):
-        return [0]
+def _row_group_ends(sizes: list[int], unit_bytes: int) -> list[int]:
+    """Ends of parts of a parquet file: row groups of `unit_bytes` together. One without any has one part, whose reader tells why."""
     ends, held = [], 0
     for i, size in enumerate(sizes):
         if held and held + size > unit_bytes:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+_NOT_EMPTY = re.compile(rb"[^\n]+")
+"""Lines of a chunk; of empty ones, which a bomb has millions of, only the number counts."""
 
 
 class Line(NamedTuple):
@@ -22,35 +26,30 @@ def lines_of(chunks: Iterable[bytes], longest: int) -> Iterator[Line]:
 
     A line that is too long comes as soon as that is clear, and what follows of it is read without being kept.
     """
-    number, begin = 0, 0
-    rest: list[bytes] = []
-    held, over = 0, False  # of the line that has begun: its bytes, and whether it was too long
+    number, begin, read = 0, 0, 0
+    held: list[bytes] = []
+    size = 0  # of the line that has begun
     for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        held += len(first)
-        if not over and first:
-            if over := held > longest:
+        at = 0
+        for part in _NOT_EMPTY.finditer(chunk):
+            start, end = part.span()
+            if start > at:  # all between are line ends
+                if held:
+                    yield Line(number, begin, b"".join(held))
+                    held.clear()
+                number, begin, size = number + start - at, read + start, 0
+            size += end - start
+            if size <= longest:
+                held.append(part.group())
+            elif size - (end - start) <= longest:
+                held.clear()
                 yield Line(number, begin, None)
-                rest.clear()
-            else:
-                rest.append(first)
-        if not others:
-            continue
-        if rest:
-            yield Line(number, begin, b"".join(rest))
-            rest.clear()
-        begin += held + 1
-        number += 1
-        last = others.pop()
-        for part in others:
-            if part:
-                yield Line(number, begin, part if len(part) <= longest else None)
-            begin += len(part) + 1
-            number += 1
-        held, over = len(last), len(last) > longest
-        if over:
-            yield Line(number, begin, None)
-        elif last:
-            rest.append(last)
-    if rest:
-        yield Line(number, begin, b"".join(rest))
+            at = end
+        if at < len(chunk):
+            if held:
+                yield Line(number, begin, b"".join(held))
+                held.clear()
+            number, begin, size = number + len(chunk) - at, read + len(chunk), 0
+        read += len(chunk)
+    if held:
+        yield Line(number, begin, b"".join(held))

@@ -220,7 +220,7 @@ def test_of_a_compressed_file_cut_short_what_came_before_is_kept(read, kind):
     assert counts == {"damaged": 1} and places[0][1].startswith("the file was cut short or is damaged (")
     with pytest.raises(ReadError, match="cut short or is damaged"):
         read(packed[: len(packed) // 2], f"a.jsonl{kind}", limits={"on_error": "stop"})
-    assert read(b"", f"a.jsonl{kind}") == ([], {}, [])
+    assert read(b"", f"a.jsonl{kind}") == ([], {"empty_file": 1}, [("", "the file is empty.")])
     assert read(b"plain text", f"a.jsonl{kind}")[1] == {"damaged": 1}
     assert read(PACK[kind](GOOD) * 2, f"a.JSONL{kind.upper()}")[0] == ["good", "good"]
 

@@ -73,7 +73,7 @@ def test_encodings_as_browsers_take_them(tmp_path):
 def test_pages_that_break_the_extractor(tmp_path, monkeypatch):
     config = ReadConfig(page_seconds=0.3, page_memory_mib=64)
     with Extractor(config) as extractor:
-        extractor._command[1:3] = [BROKEN]
+        extractor.command[1:3] = [BROKEN]
         names = ["a", "segfault", "b", "loop", "memory", "raise", "exit", "c"]
         died = "the extractor breaks down on the page"
         assert extractor.extract([name.encode() for name in names]) == [
@@ -98,9 +98,9 @@ import os, sys
 from megatrain.corpus.reading.choices import ReadConfig
 from megatrain.corpus.reading.pages import Extractor
 extractor = Extractor(ReadConfig(page_seconds=1.0))
-extractor._command[1:3] = [{BROKEN!r}]
+extractor.command[1:3] = [{BROKEN!r}]
 print(extractor.extract([b"pid"])[0].text, flush=True)
-os.dup2(extractor._process.stdin.fileno(), 100)
+os.dup2(extractor.process.stdin.fileno(), 100)
 if os.fork() == 0:
     os.setsid(); sys.stdin.read(); os._exit(0)  # holds the pipe open
 extractor.extract([b"loop"] if sys.argv[1] == "busy" else [])
@@ -173,7 +173,7 @@ def test_an_extractor_that_is_not_installed_is_told_of(tmp_path, monkeypatch):
         with pytest.raises(ImportError) as error:
             extractor.extract([b"<p>text"])
         assert str(error.value) == "read.extractor=trafilatura needs trafilatura: pip install 'megatrain[html]'"
-        extractor._command[:] = [sys.executable, "-c", "1/0"]
-        with pytest.raises(ImportError, match="the process that reads HTML does not start: "):
+        extractor.command[:] = [sys.executable, "-c", "1/0"]
+        with pytest.raises(ImportError, match="the process that reads files does not start: "):
             extractor.extract([b"<p>text"])
     assert signal.getsignal(signal.SIGPROF) == signal.SIG_DFL

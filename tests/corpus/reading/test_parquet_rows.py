@@ -1,7 +1,8 @@
-"""Rows of parquet files."""
+"""Rows of parquet files, which megatrain.corpus.reading.parquet_process reads."""
 
 import datetime
 import json
+import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,6 +12,8 @@ from megatrain.corpus.document import Tally
 from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
 from megatrain.corpus.reading.documents import read_unit
 from megatrain.corpus.reading.file_reading import ChangedError
+from megatrain.corpus.reading.isolation import DiedError
+from megatrain.corpus.reading.parquet_answers import ParquetReader
 from megatrain.corpus.reading.units import cut_units
 
 
@@ -41,15 +44,16 @@ def test_rows_of_any_kind_of_text(read, kind):
     assert read(table) == ([(0, "one", {}), (1, "漢", {}), (2, "one", {})], {}, [])
 
 
-def test_row_groups_are_units_and_rows_are_numbered_in_the_file(read):
+def test_row_groups_are_units_and_rows_are_numbered_in_the_file(read, tmp_path):
     table = pa.table({"text": [f"row {n} " + "x" * n for n in range(250)]})
-    whole = read(table, rows=20)
+    whole = read(table, rows=50)
     assert whole == ([(n, f"row {n} " + "x" * n, {}) for n in range(250)], {}, [])
     assert len(read.units) == 1
-    for unit_bytes, units in ((6000, 9), (1, 13)):
-        assert read(table, rows=20, unit_bytes=unit_bytes) == whole
+    for unit_bytes, units in ((30_000, 2), (1, 5)):
+        assert read(table, rows=50, unit_bytes=unit_bytes) == whole
         assert len(read.units) == units
-    assert [(part.start, part.stop) for unit in read.units for part in unit.parts] == [(n, n + 1) for n in range(13)]
+        assert sum(unit.size for unit in read.units) == (tmp_path / "a.parquet").stat().st_size
+    assert [(part.start, part.stop) for unit in read.units for part in unit.parts] == [(n, n + 1) for n in range(5)]
 
 
 def test_fields_that_are_kept(read):
@@ -89,7 +93,11 @@ def test_bad_files(read, tmp_path):
     assert read(pa.table({"text": pa.array([], pa.string())})) == ([], {}, [])
     for data in (b"", b"no parquet", b"PAR1" + bytes(60) + b"PAR1"):
         rows, counts, _ = read(data)
-        assert (rows, sum(counts.values())) == ([], 1) and counts.keys() <= {"read.damaged", "read.unreadable"}
+        assert (rows, sum(counts.values())) == ([], 1) and counts.keys() <= {
+            "read.damaged",
+            "read.unreadable",
+            "read.empty_file",
+        }
     read(pa.table({"text": [f"{n} text" for n in range(5000)]}), rows=500)
     data = (tmp_path / "a.parquet").read_bytes()
     rows, counts, _ = read(data[: len(data) // 2] + bytes(1000) + data[len(data) // 2 + 1000 :])
@@ -104,6 +112,20 @@ def test_a_bomb_costs_its_file(read):
     rows, counts, places = read(table, limits={"unpacked_mib": 1, "unpacked_ratio": 1})
     assert rows == [] and counts == {"read.bomb": 1}
     assert places[0][2].endswith("If it is meant, make smaller ones, or raise read.unpacked_ratio or read.unpacked_mib.")
+
+
+def test_a_file_that_ends_what_reads_it_costs_itself(read, monkeypatch):
+    def dies(_):
+        raise DiedError(-signal.SIGABRT)
+
+    monkeypatch.setattr(ParquetReader, "_bytes", dies)
+    said = "the file was cut short or is damaged (what reads it breaks down, SIGABRT); what comes before is kept."
+    assert read(pa.table({"text": ["a"]})) == ([], {"read.damaged": 1}, [("read.damaged", "", said)])
+
+
+def test_row_groups_that_could_not_be_counted_are_read(read, monkeypatch):
+    monkeypatch.setattr("megatrain.corpus.reading.units.row_groups", lambda _tables, _file: [])
+    assert read(pa.table({"text": ["a"] * 9}), rows=2)[0][-1] == (8, "a", {})
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):

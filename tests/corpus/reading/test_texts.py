@@ -41,7 +41,9 @@ def test_encodings_and_line_ends(read):
         assert read(data, encoding=encoding) == (["A 漢\n"], one, [])
         assert read(gzip.compress(data), "a.MD.gz", encoding=encoding) == (["A 漢\n"], one, [])
     assert read(b"a\r\nb\rc\r\n") == (["a\nb\rc\n"], {"read.crlf": 1, **one}, [])
-    assert read(b"") == read(b"\xef\xbb\xbf") == ([], {"read.empty": 1}, [])
+    assert read(b"\xef\xbb\xbf") == ([], {"read.empty": 1}, [])
+    counts = {"read.empty_file": 1, "read.empty": 1}
+    assert read(b"") == ([], counts, [("read.empty_file", "", "the file is empty.")])
 
 
 def test_what_is_broken_is_told_by_line(read):

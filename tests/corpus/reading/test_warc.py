@@ -81,7 +81,7 @@ def test_pages_and_texts(read):
         (1, "two 漢字"),
     ]
     assert read(zstandard.compress(data), "a.warc.zst")[0] == texts
-    assert read(b"") == ([], {}, [], [])
+    assert read(b"")[1] == {"read.empty_file": 1}
 
 
 @pytest.mark.parametrize("lying", [False, True])
@@ -171,7 +171,7 @@ def test_broken_text_is_told_by_record_and_line(read):
 def test_records_are_the_same_in_whatever_chunks_they_come(bodies, cuts, blank):
     bodies = [body.replace(b"WARC/1.", b"") for body in bodies]
     data = b"".join(record("resource", body) + b"\r\n" * blank for body in bodies)
-    reading = FileReading(SourceConfig("web"), FilePart("a.warc", "warc", 0, 1, 1, 0), ReadConfig(), Tally())
+    reading = FileReading(SourceConfig("web"), FilePart("a.warc", "warc", 0, 1, 1, 0, 1), ReadConfig(), Tally())
     chunks, at = [], 0
     for size in cuts:
         chunks += [data[at : at + size]] if data[at : at + size] else []
