@@ -347,3 +347,24 @@ def test_changed_copies_are_trained_on_and_not_held_out(tmp_path, monkeypatch):
         "augmented" not in document.marks for document in held_out
     )
     assert [document.marks.get("augmented") for document in web[:3]] == [None, 1, 2]
+
+
+def test_documents_are_judged_by_an_n_gram_model(tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("\n".join(text(seed) for seed in range(30)))
+    fit = ["ngram", "fit", "--order", "2", "--input", "text", "--arpa", "en.arpa", "--discount-fallback", "--memory", "64M"]
+    assert main([*fit, "--workers", "1"]) == 0
+    models = "perplexity.models=[{language: en, path: en.arpa}]"
+    assert main(["data", "dedup", "prepare.yaml", models, "perplexity.keep=[head]", "--worker"]) == 0
+    thresholds = json.loads((tmp_path / "out/thresholds.json").read_text())["languages"]
+    assert thresholds.keys() == {"en"} and thresholds["en"]["documents"] == 171  # text of web and packed
+    kept = [document for path in (tmp_path / "out/documents").iterdir() for document in documents_of(path)]
+    kept += [document for path in (tmp_path / "out/held_out").iterdir() for document in documents_of(path)]
+    judged = [document for document in kept if document.kind == "text"]
+    assert len(judged) == round(0.3 * 171) and {document.marks["perplexity_part"] for document in judged} == {"head"}
+    assert all(document.scores["perplexity"] < thresholds["en"]["middle"] for document in judged)
+    assert sum(document.kind == "code" for document in kept) == 5  # no model: they stay
+    report = (tmp_path / "out/REPORT.md").read_text()
+    assert "## Rules of perplexity" in report and "perplexities.png" in report
