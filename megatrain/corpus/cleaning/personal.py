@@ -4,7 +4,7 @@
     phone   a Chinese mobile number: 11 digits, 1 then 3 to 9; its country code and one separator after the third and seventh digit too
     id      a Chinese identity card: 17 digits and a check digit or X (GB 11643, ISO 7064 MOD 11-2)
     card    a bank card: 13 to 19 digits, alone or in the groups that cards show, that Luhn's sum (ISO 7812) allows
-    ip      an IPv4 or IPv6 address that is routed publicly (RFC 6890); not a version, not the number of a section
+    ip      an IPv4 or IPv6 address that is not private, local, of documentation (RFC 6890) or a netmask; no version, no section's number
 
 Numbers are bounded by digits, not by words: a Chinese letter is a letter to `\\b`. Decimals, factors and hexadecimal words hold none. All
 patterns are bounded and each place is looked at a bounded number of times, so time is linear in the text, whatever it is.
@@ -97,11 +97,13 @@ RESERVED = tuple(
             "198.18.0.0/15",
             "198.51.100.0/24",
             "203.0.113.0/24",
-            "224.0.0.0/3",
+            "224.0.0.0/24",
+            "239.0.0.0/8",
+            "255.0.0.0/8",
         ),
     )
 )
-"""IPv4 networks of no single host on the internet (RFC 6890, multicast); Python's own list differs from release to release."""
+"""IPv4 networks that say nothing of anybody (RFC 6890): private, local, of documentation, netmasks; Python's list changes."""
 GLOBAL_6 = ipaddress.IPv6Network("2000::/3")
 RESERVED_6 = [ipaddress.IPv6Network(network) for network in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")]
 SMALL, LEAST = 32, 100
@@ -118,11 +120,11 @@ def is_card(digits: str) -> bool:
     """Whether Luhn's sum of some digits is right, they are not all the same, and they are no time (1700000000000, 20261127154500)."""
     total = sum(map(int, digits[-1::-2])) + sum(map(int, digits[-2::-2].translate(DOUBLED)))
     time = (len(digits) == 13 and digits[0] == "1") or (len(digits) == 14 and digits[:2] in ("19", "20"))
-    return total % 10 == 0 and digits[0] != "0" and len(set(digits)) > 1 and not time
+    return total % 10 == 0 and len(set(digits)) > 1 and not time
 
 
 def is_public(address: str) -> bool:
-    """Whether an IPv4 or IPv6 address is one host's that the internet can reach."""
+    """Whether an IPv4 or IPv6 address may be of a host on the internet."""
     try:
         number = ipaddress.ip_address(address)
     except ValueError:
