@@ -34,7 +34,7 @@ def preview(verb: Verb, path: str, overrides: Sequence[str]) -> str:
             _look(unit, config, LAST[verb], share, audit)
             advance(1)
     note = (
-        f"A dry run over the beginnings of {len(units)} units of work, some {share:,} characters of each; copies are not looked for, and "
+        f"A dry run over the beginnings of units of work ({len(units)}), some {share:,} characters of each; copies are not looked for, and "
         "nothing is written."
     )
     summary = summary_of(audit.tally.counts, STAGES)
