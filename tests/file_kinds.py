@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
+import io
 import json
 import random
 import zlib
@@ -168,7 +170,10 @@ def _read_config(folder: Path) -> Any:
 
 
 def _tokenizers(folder: Path) -> None:
+    from sentencepiece import SentencePieceTrainer
     from tokenizer_models import byte_level, sentencepiece
+
+    from megatrain.data.tokenizers.fitting import train_tokenizer
 
     byte_level().save(str(folder / "a.json"))
     (folder / "b").mkdir()
@@ -178,12 +183,26 @@ def _tokenizers(folder: Path) -> None:
     )
     (folder / "b/generation_config.json").write_text(json.dumps({"eos_token_id": [2], "bos_token_id": 1}))
     (folder / "b/special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
+    tokens = [*(bytes((value,)) for value in range(256)), b"on", b"ce", b"once", b"\xc3\xa9"]
+    rows = (base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens))
+    (folder / "own.tiktoken").write_bytes(b"".join(rows))
+    (folder / "own.tiktoken.json").write_text(json.dumps({"pattern": "cl100k_base", "special_tokens": {"<|endoftext|>": 300}}))
+    model = io.BytesIO()
+    texts = iter(["once upon a time"] * 20)
+    options = {"vocab_size": 280, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **options)
+    (folder / "own.model").write_bytes(model.getvalue())
+    (folder / "a.txt").write_text("once upon a time")
+    train_tokenizer([folder / "a.txt"], 260, folder / "c.json")
+    (folder / "a.txt").unlink()
 
 
 def _read_tokenizers(folder: Path) -> Any:
+    from megatrain.data.store_record import describe_tokenizer
     from megatrain.data.tokenizer import load_tokenizer
 
-    for name in ("a.json", "b/tokenizer.json"):
+    for name in ("a.json", "b/tokenizer.json", "own.tiktoken", "own.model", "c.json"):
+        describe_tokenizer(str(folder / name))
         tokenizer = load_tokenizer(folder / name)
         ids, _ = tokenizer.encode_batch(["once upon a time é"])
         tokenizer.decode(ids.tolist())
@@ -371,6 +390,7 @@ def _store(folder: Path) -> None:
 
 
 def _read_store(folder: Path) -> Any:
+    from megatrain.data.describing import describe_token
     from megatrain.data.indexed import TokenStore
     from megatrain.data.store_record import describe, read_record
 
@@ -378,6 +398,7 @@ def _read_store(folder: Path) -> Any:
     store.verify_ids(257)
     read_record(store)
     describe(str(folder / "s"))
+    describe_token(str(folder / "s"), store.tokens - 1)
     return sum(int(store.document(i).sum()) for i in range(store.documents)) + int(store.document_lengths().sum())
 
 
@@ -403,7 +424,11 @@ KINDS = {
     "manifest": FileKind(_checkpoint, _read_manifest, {"step_*/manifest.json": _signed}),
     "safetensors": FileKind(_safetensors, _read_safetensors, {"*.safetensors": _change_header}),
     "config.json": FileKind(_config, _read_config, {"**/config.json": mutations.of_json}),
-    "tokenizer.json": FileKind(_tokenizers, _read_tokenizers, {"**/*.json": mutations.of_json}),
+    "tokenizer": FileKind(
+        _tokenizers,
+        _read_tokenizers,
+        {"**/*.json": mutations.of_json, "*.tiktoken": mutations.of_lines, "*.model": mutations.of_bytes},
+    ),
     "arpa": FileKind(_arpa, _score, {"*.arpa": mutations.of_lines, "m.[gxbz]*": mutations.of_bytes}),
     "ngram": FileKind(_binary, _score, {"*": mutations.of_bytes}, sealed=True),
     "ngram_forged": FileKind(_binary, _score, {"*": _change_model}),
@@ -413,7 +438,9 @@ KINDS = {
     "corpus": FileKind(_corpus_rows, _read_corpus, {"*": _change_corpus}),
     "warc": FileKind(_warc, _read_corpus, {"*": mutations.of_bytes}),
     "store": FileKind(
-        _store, _read_store, {"*.idx": mutations.of_bytes, "*.bin": mutations.of_bytes, "*.json": mutations.of_json}
+        _store,
+        _read_store,
+        {**dict.fromkeys(("*.idx", "*.bin", "*.documents"), mutations.of_bytes), "*.json": mutations.of_json},
     ),
     "yaml": FileKind(_yaml, _read_yaml, {"*": mutations.of_yaml}),
 }

@@ -43,6 +43,7 @@ BARE = (
     "ngram.md",
     "report.md",
     "testing.md",
+    "tokenizers.md",
     "verify.md",
 )
 """Pages whose reader needs no more than a text."""

@@ -33,7 +33,7 @@ class PieceTokenizer:
 
     def __init__(self, data: bytes, path: Path, eod: TokenRequest = None, bos: TokenRequest = None) -> None:
         """data: the file. eod, bos: the tokens asked for. Raises TokenizerError."""
-        self._model = _loaded(data, path)
+        self._model, self._ids = _loaded(data, path)
         self.vocab_size = int(self._model.get_piece_size())
         self.label, self._folder, self._asked = str(path), path.parent, (eod, bos)
         self.identity = f"sentencepiece {hashlib.sha256(data).hexdigest()}"
@@ -62,8 +62,7 @@ class PieceTokenizer:
 
     def id_of(self, name: str) -> int | None:
         """Id of a token of the model; None if it has none of this name."""
-        found = int(self._model.piece_to_id(name))
-        return found if self._model.id_to_piece(found) == name else None
+        return self._ids.get(name)
 
     def name_of(self, token: int) -> str:
         """The token of this id, as in the model."""
@@ -89,7 +88,8 @@ class PieceTokenizer:
         return "".join("".join(map(self.name_of, run)) if control else self._model.decode(list(run)) for control, run in runs)
 
 
-def _loaded(data: bytes, path: Path) -> Any:
+def _loaded(data: bytes, path: Path) -> tuple[Any, dict[str, int]]:
+    """(the model, its pieces and their ids). Raises TokenizerError."""
     try:
         from sentencepiece import SentencePieceProcessor  # noqa: PLC0415  an extra
     except ImportError:
@@ -99,7 +99,11 @@ def _loaded(data: bytes, path: Path) -> Any:
     model = SentencePieceProcessor()
     try:
         model.LoadFromSerializedProto(data)
-        model.encode("a")  # some can only be loaded
+        model.encode("a \u4f60\U0010fffd")  # some can only be loaded
+        model.decode(list(range(model.get_piece_size())))
+        if not 0 <= model.unk_id() < model.get_piece_size():
+            raise ValueError("it has no token for unknown characters")
+        names = {model.id_to_piece(token): token for token in range(model.get_piece_size())}  # some pieces are not UTF-8
     except Exception as error:  # the library raises RuntimeError, and others
         raise TokenizerError(f"{path} is not a model of SentencePiece: {brief(error)}.") from None
-    return model
+    return model, names

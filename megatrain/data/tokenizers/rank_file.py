@@ -160,7 +160,8 @@ def _rules(path: Path) -> RankRules:
     try:
         found = parse_json(read_beside(beside, LARGEST_COMPANION))
         pattern, special = found["pattern"], found.get("special_tokens", {})
-        if type(pattern) is not str or not all(type(id) is int and 0 <= id < 1 << 31 for id in special.values()):
+        "".join((pattern, *special)).encode()  # half of a surrogate pair is no text
+        if not all(special) or not all(type(id) is int and 0 <= id < 1 << 31 for id in special.values()):
             raise ValueError("pattern is a text, and special_tokens an object of ids")
         return RankRules(PATTERNS.get(pattern, pattern), special)
     except FileNotFoundError:

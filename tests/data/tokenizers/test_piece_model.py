@@ -96,7 +96,7 @@ def test_a_store_is_made_with_it(folder, tmp_path, monkeypatch, capsys):
 
 def test_a_damaged_model_is_one_clear_error(folder, tmp_path):
     data = (folder / "bpe.model").read_bytes()
-    for damaged in (data[:100], b"\x0a" + b"\xff" * 50, b"\x0a\x00"):
+    for damaged in (data[:100], b"\x0a" + b"\xff" * 50, b"\x0a\x00", data.replace(b"<user>", b"<us\xffr>", 1)):
         (tmp_path / "t.model").write_bytes(damaged)
         with pytest.raises(TokenizerError, match=r"t\.model is not a model of SentencePiece: ") as caught:
             load_tokenizer(tmp_path / "t.model")

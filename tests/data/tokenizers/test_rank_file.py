@@ -120,7 +120,9 @@ def test_a_file_beside_it_says_what_words_are(tmp_path, ranks):
     assert load_tokenizer(path).encode("the") == [116, 104, 101]
     for content, said in (
         ("[]", "says what words are, cannot be read"),
-        ('{"pattern": 5}', "cannot be read (pattern is a text"),
+        ('{"pattern": 5}', "says what words are, cannot be read"),
+        ('{"pattern": "gpt2", "special_tokens": {"\\ud800": 300}}', "cannot be read ('utf-8' codec can't encode"),
+        ('{"pattern": "gpt2", "special_tokens": {"": 300}}', "cannot be read (pattern is a text, and special_tokens an object"),
         ('{"pattern": "gpt2", "special_tokens": {"<s>": "1"}}', "special_tokens an object of ids"),
         ('{"pattern": "("}', "its pattern is no regular expression"),
         ('{"pattern": "gpt2", "special_tokens": {"<s>": 256}}', "the special token <s> (256) is one of the ranks already"),
