@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
-    "megatrain/corpus": 11600,
+    "megatrain/corpus": 11650,
     "megatrain/data": 6300,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,

@@ -39,12 +39,14 @@ Found = dict[tuple[str, Words], Mapping[str, float]]
 
 @cache
 def _cutter() -> Cut:
-    """The words of jieba's own dictionary."""
+    """The words of jieba's own dictionary, which is read anew: jieba would keep a copy where anybody can write, and believe it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports what setuptools will drop
         jieba = need("jieba", "the table of words jieba", "chinese")
-    jieba.setLogLevel("ERROR")
-    cut: Cut = jieba.Tokenizer().lcut
+    tokenizer = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    cut: Cut = tokenizer.lcut
     return cut
 
 

@@ -10,6 +10,8 @@ Parts and n-grams are compared by 64-bit hashes of their letters and words, so "
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from megatrain.corpus.rules.hashed import Hashes, Numbers, Slots, Where
@@ -103,6 +105,15 @@ def _often(hashes: Hashes, n: int, keys: Hashes, used: Slots, first: Slots, mark
     return count
 
 
+class Table(NamedTuple):
+    """Part of the working memory, a power of two of places; what is there under another mark is nothing."""
+
+    keys: Hashes
+    used: Slots
+    counts: Slots
+    first: Slots
+
+
 class Repeats:
     """Working memory of the repetition signals, which grows with the longest text. What it says of a text depends on that text alone."""
 
@@ -114,27 +125,28 @@ class Repeats:
         self._keys, self._used = np.empty(size, np.uint64), np.zeros(size, np.int32)
         self._counts, self._first = np.empty(size, np.int32), np.empty(size, np.int32)
 
-    def _room(self, parts: int, marks: int) -> int:
-        """Make room for so many parts; the first of so many marks that nothing in the table has."""
-        if 2 * parts > len(self._keys) or self._mark > 1 << 30:
+    def _room(self, parts: int, marks: int) -> tuple[Table, int]:
+        """(room for so many parts and little more, which stays in the processor's memory; the first of so many marks that it has not)."""
+        size = 1 << max(4, 2 * parts - 1).bit_length()
+        if size > len(self._keys) or self._mark > 1 << 30:
             self._mark = 0
-            self._make(max(len(self._keys), 1 << max(0, 2 * parts - 1).bit_length()))
+            self._make(max(len(self._keys), size))
         self._mark += marks
-        return self._mark - marks + 1
+        return Table(self._keys[:size], self._used[:size], self._counts[:size], self._first[:size]), self._mark - marks + 1
 
     def again(self, hashes: Hashes, sizes: Where) -> tuple[int, int]:
         """(how many parts were there before, their letters)."""
-        mark = self._room(len(hashes), 1)
-        parts, length = _again(hashes, sizes, self._keys, self._used, mark)
+        table, mark = self._room(len(hashes), 1)
+        parts, length = _again(hashes, sizes, table.keys, table.used, mark)
         return int(parts), int(length)
 
     def grams(self, hashes: Hashes, sizes: Where) -> Numbers:
         """Letters of top_2 .. top_4 and again_5 .. again_10 [9]."""
-        mark, out = self._room(len(hashes), len(GRAMS)), np.zeros(len(GRAMS))
-        _grams(hashes, sizes, self._keys, self._used, self._counts, self._first, mark, out)
+        (table, mark), out = self._room(len(hashes), len(GRAMS)), np.zeros(len(GRAMS))
+        _grams(hashes, sizes, *table, mark, out)
         return out
 
     def often(self, hashes: Hashes, n: int) -> Where:
         """How often each different n-gram is there [different ones]."""
-        mark, times = self._room(len(hashes), 1), np.empty(len(hashes), np.int64)
-        return times[: _often(hashes, n, self._keys, self._used, self._first, mark, times)]
+        (table, mark), times = self._room(len(hashes), 1), np.empty(len(hashes), np.int64)
+        return times[: _often(hashes, n, table.keys, table.used, table.first, mark, times)]

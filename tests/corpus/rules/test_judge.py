@@ -1,6 +1,8 @@
 """Documents judged by rules."""
 
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -69,10 +71,13 @@ def test_a_probability_that_was_not_found_breaks_no_rule() -> None:
     assert step(document, Tally()) == ["fineweb2_zh.probability"]
 
 
-def test_words_are_those_that_jieba_finds() -> None:
+def test_words_are_those_that_jieba_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    judge._cutter.cache_clear()
     broken, document = judged("我们 今天，去公园玩。\n" * 2, ["map_neo.mean_length", "gopher.words.least"])
     assert broken == ["gopher.words.least"]
     assert document.scores == {"map_neo.mean_length": 8 / 5, "gopher.words": 4}  # 我们 今天 去 公园 玩
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_jieba_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
