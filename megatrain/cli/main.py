@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable()  # SIGBUS (a mapped file was cut, a disk fails) and SIGSEGV are told with all stacks
     if argv is None and words[:1] in (["train"], ["bench"]):
         _begin_program(words[0])
-    arguments.ends_process = argv is None
+    arguments.ends_process, arguments.main = argv is None, main  # verbs that start others of their kind
     try:
         code = int(arguments.run(arguments))
         sys.stdout.flush()

@@ -44,12 +44,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(verb: Any, arguments: argparse.Namespace) -> int:
     """Do what a verb means by its arguments."""
-    from megatrain.cli.main import main
     from megatrain.corpus.conduct import prepare, work
     from megatrain.corpus.preview import preview
 
     overrides = [*arguments.overrides, *([f"run.on={arguments.on}"] if arguments.on else [])]
-    run = preview if arguments.dry_run else work if arguments.worker else partial(prepare, main)
+    run = preview if arguments.dry_run else work if arguments.worker else partial(prepare, arguments.main)
     if said := run(verb, arguments.config, overrides):
         print(said)
     return 0
