@@ -57,10 +57,10 @@ class CleanConfig:
         True,
         "One blank for several, one empty line for several, none at the ends of lines; not within code, nor before a line.",
     )
-    personal: tuple[Literal["email", "phone", "id", "card", "ip"], ...] = knob(
-        ("email", "phone", "id", "card", "ip"),
-        "Personal data that is masked as <EMAIL>, <PHONE>, <ID>, <CARD>, <IP>: mail addresses, mobile phones of China, its identity "
-        "cards, bank cards, public IP addresses.",
+    personal: tuple[Literal["email", "phone", "abroad", "id", "card", "ip"], ...] = knob(
+        ("email", "phone", "abroad", "id", "card", "ip"),
+        "Personal data that is masked as <EMAIL>, <PHONE>, <ID>, <CARD>, <IP>: mail addresses, mobile phones of China, numbers with + and "
+        "another country's code (`abroad`), identity cards of China, bank cards, IP addresses.",
     )
     boilerplate: bool = knob(True, "Remove lines of menus, banners and buttons, English and Chinese.")
     boilerplate_file: str | None = knob(

@@ -2,6 +2,7 @@
 
     email   a mail address, looked for around each `@` alone; not `icon@2x.png`, not `git@host`
     phone   a Chinese mobile number: 11 digits, 1 then 3 to 9; its country code and one separator after the third and seventh digit too
+    abroad  a number with + and another country's code, 8 to 15 digits (E.164); it becomes <PHONE> too
     id      a Chinese identity card: 17 digits and a check digit or X (GB 11643, ISO 7064 MOD 11-2)
     card    a bank card: 13 to 19 digits, alone or in the groups that cards show, that Luhn's sum (ISO 7812) allows
     ip      an IPv4 or IPv6 address that is not private, local, of documentation (RFC 6890) or a netmask; no version, no section's number
@@ -18,8 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Literal
 
-Kind = Literal["email", "phone", "id", "card", "ip"]
-KINDS: tuple[Kind, ...] = ("email", "phone", "id", "card", "ip")
+Kind = Literal["email", "phone", "abroad", "id", "card", "ip"]
+KINDS: tuple[Kind, ...] = ("email", "phone", "abroad", "id", "card", "ip")
+PLACEHOLDERS: dict[str, str] = {kind: "<PHONE>" if kind == "abroad" else f"<{kind.upper()}>" for kind in KINDS}
 
 ROUNDS = 4
 """How often a text is looked through, at most."""
@@ -57,6 +59,16 @@ WORD = 64
 """Letters around a number that are looked at, each way, to see whether it is a part of a digest."""
 LITERAL = re.compile(r"(?=[0-9]*[a-fA-F])[0-9a-fA-F]+|0[xXoObB][0-9a-zA-Z]+")
 """A digest or a number in hexadecimal, octal or binary."""
+CODES = (
+    r"1[ .(-]{0,2}[2-9]|7|2(?:[07]|1[12368]|[2346]\d|5[0-8]|9[01789])|3(?:[0-469]|5\d|7[0-8]|8[0-35-79])|4(?:[013-9]|2[013])"
+    r"|5(?:[1-8]|[09]\d)|6(?:[0-6]|7[02-9]|8[0-35-9]|9[0-2])|8(?:[124]|0[08]|5[02356]|7[08]|8[0-368])|9(?:[0-58]|6[0-8]|7[0-79]|9[2-68])"
+)
+"""Countries' codes but China's (ITU-T E.164); none of North America's areas begins with 0 or 1."""
+ABROAD = re.compile(rf"\+(?<![A-Za-z0-9_)+]\+)(?=(?:{CODES})[0-9 .(-])[0-9 .()-]{{7,23}}", re.ASCII)
+"""A plus sign and what may be a number behind it, and a blank or more that are not."""
+PART = re.compile(r"[0-9]+|\([0-9]+\)")
+LEAST_DIGITS, USUAL_DIGITS, MOST_DIGITS = 8, 10, 15
+"""Digits of a number with its country's code."""
 WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 DOUBLED = str.maketrans("0123456789", "0246813579")
 """The sum of the digits of twice a digit."""
@@ -149,12 +161,14 @@ def _masked_once(text: str, kinds: Collection[Kind], found: Counter[str]) -> str
 
     def placeholder(kind: str) -> str:
         found[kind] += 1
-        return f"<{kind.upper()}>"
+        return PLACEHOLDERS[kind]
 
     if "email" in kinds:
         text = _masked_mails(text, placeholder)
     if {"phone", "id", "card"} & set(kinds):
         text = _masked_numbers(text, kinds, placeholder)
+    if "abroad" in kinds:
+        text = ABROAD.sub(lambda match: _without_number_abroad(match, placeholder), text)
     if "ip" in kinds:
         text = _masked_addresses(text, placeholder)
         if COLONS.search(text):
@@ -223,6 +237,20 @@ def _in_arithmetic(text: str, begin: int, end: int) -> bool:
         return True
     head, tail = before[len(before.rstrip(ALPHANUMERIC)) :], behind[: len(behind) - len(behind.lstrip(ALPHANUMERIC))]
     return bool(head or tail) and LITERAL.fullmatch(f"{head}{text[begin:end]}{tail}") is not None
+
+
+def _without_number_abroad(match: re.Match[str], placeholder: Callable[[str], str]) -> str:
+    """What stands behind a plus sign, without the number that it begins: as few groups of digits as usual numbers have."""
+    said, digits, end = match[0], 0, 0
+    for part in PART.finditer(said):
+        digits, end = digits + len(part[0].strip("()")), part.end()
+        if digits >= USUAL_DIGITS:
+            break
+    behind = match.string[match.start() + end : match.start() + end + 2]
+    if behind[:1].isalnum() or (behind[:1] == "." and behind[1:].isdecimal()):  # it goes on, or is 4.0614962j
+        return said
+    least = USUAL_DIGITS if "." in said[:end] else LEAST_DIGITS  # +4.061496 is none, +1.8005550100 is one
+    return placeholder("abroad") + said[end:] if least <= digits <= MOST_DIGITS else said
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatrain.corpus.cleaning.personal import KINDS, is_card, is_identity, mask
+from megatrain.corpus.cleaning.personal import KINDS, PLACEHOLDERS, is_card, is_identity, mask
 
 IDENTITY, CARD = "11010519491231002X", "4111111111111111"
 
@@ -29,6 +29,10 @@ CASES = {
     "0o17777777777 0X1p123456789123456789 [-1, -408149959306781352, -13577625587] 编号-13800138000": (
         "0o17777777777 0X1p123456789123456789 [-1, -408149959306781352, -13577625587] 编号-<PHONE>"
     ),
+    "+44 20 7946 0958, +1 (212) 555-0123; +33 1 23 45 67 89 and +12125550123 2024-01-01. 拨+852 1234 5678": (
+        "<PHONE>, <PHONE>; <PHONE> and <PHONE> 2024-01-01. 拨<PHONE>"
+    ),
+    "a+12345678901 f(1)+12345678901 +1234567 +4.0614962 +50609263E157 +4.06149623j +1234567890123456 + 1 212 555 0123": None,
     "93.184.216.34:80 地址8.8.8.8 ip=8.8.4.4": "<IP>:80 地址<IP> ip=<IP>",
     "v1.2.3.4567 v93.184.216.34 1.2.3.4 §91.104.12.3 section 91.104.12.3 pkg==91.104.12.3 91.104.12.3.7": None,
     "7.1.4.34 1.2.3.42 1.0.0.127.in-addr.arpa": None,
@@ -46,10 +50,10 @@ def test_what_is_masked(text):
 
 
 def test_only_what_is_asked_for():
-    text = f"a@b.com 13800138000 {IDENTITY} {CARD} 93.184.216.34"
+    text = f"a@b.com 13800138000 +12125550123 {IDENTITY} {CARD} 93.184.216.34"
     for kind in KINDS:
         masked, found = mask(text, (kind,))
-        assert dict(found) == {kind: 1} and masked.count("<") == 1 and f"<{kind.upper()}>" in masked
+        assert dict(found) == {kind: 1} and masked.count("<") == 1 and PLACEHOLDERS[kind] in masked
     assert mask(text, ()) == (text, {})
 
 
@@ -154,7 +158,9 @@ def test_equal_to_plain_patterns_on_100_000_texts():
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
-        st.sampled_from([*GROUPS, "a@b.com", "@", "a", "*", "93.184.216.34", "ip ", "8.8.8.8", ":", "2001:4860::8"]),
+        st.sampled_from(
+            [*GROUPS, "a@b.com", "@", "a", "*", "+44 20 7946 0958", "93.184.216.34", "ip ", "8.8.8.8", ":", "2001:4860::8"]
+        ),
         max_size=14,
     )
 )
@@ -189,6 +195,8 @@ def planted(draw):
             f"{draw.choice(['li.wei', 'anna', 'x_1', 'bob+news'])}@{draw.choice(['qq.com', 'mail.example.org', 'corp.cn'])}",
             kind,
         )
+    if kind == "abroad":
+        return f"+{draw.choice(['1', '44', '852'])}{draw.choice('- .')}{digits[:3]} {digits[3:6]}-{digits[6:10]}", kind
     if kind == "phone":
         number = f"1{draw.choice('3456789')}{digits[:9]}"
         return draw.choice([number, f"+86 {number}", f"{number[:3]}-{number[3:7]}-{number[7:]}"]), kind
@@ -206,7 +214,7 @@ def test_planted_data_is_caught():
     for _ in range(total):
         data, kind = planted(draw)
         before, after = draw.choice([("请联系", "，谢谢"), ("call ", " now"), ("(", ")"), ("编号：", "\n"), ("", "")])
-        caught += mask(f"{before}{data}{after}")[0] == f"{before}<{kind.upper()}>{after}"
+        caught += mask(f"{before}{data}{after}")[0] == f"{before}{PLACEHOLDERS[kind]}{after}"
     assert caught >= 0.99 * total
 
 
@@ -216,5 +224,5 @@ def test_numbers_of_code_are_none():
     files = [path for path in sorted(library.rglob("*.py")) if "site-packages" not in path.parts][::2]
     texts = [path.read_text("utf-8", "replace") for path in files]
     assert len(texts) > 500
-    assert sum(bool(mask(text, ("phone", "id", "card"))[1]) for text in texts) <= 0.005 * len(texts)
+    assert sum(bool(mask(text, ("phone", "abroad", "id", "card"))[1]) for text in texts) <= 0.005 * len(texts)
     assert sum(bool(mask(text, ("ip",))[1]) for text in texts) <= 0.01 * len(texts)
