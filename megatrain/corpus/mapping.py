@@ -53,7 +53,7 @@ def map_unit(
         write = files.enter_context(writing(folder / DOCUMENTS))
         prints = files.enter_context(fingerprinting(folder / FINGERPRINTS, config.dedup))
         for document in staged(
-            _told(read_unit(unit, config.read, audit.tally), progress),
+            _told(read_unit(unit, config.read, audit.tally, lambda: progress(0)), progress),
             stages,
             audit,
             annotate=config.filter.mode == "annotate",

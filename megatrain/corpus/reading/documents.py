@@ -16,15 +16,19 @@ from megatrain.corpus.reading.units import WorkUnit
 from megatrain.corpus.reading.warc import warc_documents
 
 
-def read_unit(unit: WorkUnit, settings: ReadConfig, tally: Tally) -> Iterator[Document]:
+def read_unit(
+    unit: WorkUnit, settings: ReadConfig, tally: Tally, moves: Callable[[], None] = lambda: None
+) -> Iterator[Document]:
     """The documents of a unit, in order; what cannot be read is counted, as `read.no_json`, with its file and line.
 
     Counts `read.documents` too. Raises ReadError with on_error=stop, and ChangedError in any case where a file changes while it is read:
-    the unit has to be done again then, and what came of it is void. ImportError where a package is not installed.
+    what came of the unit is void then. ImportError where a package is not installed.
+
+    moves: is called now and then, also where there are no documents for long, as among many pages that take their time
     """
     source = settings.source(unit.source)
     for form, parts in itertools.groupby(unit.parts, lambda part: part.form):
-        readings = (FileReading(source, part, settings, tally) for part in parts)
+        readings = (FileReading(source, part, settings, tally, moves) for part in parts)
         for document in _READERS[form](readings, settings):
             tally.count("read.documents")
             yield document

@@ -31,8 +31,11 @@ class ChangedError(ReadError):
 class FileReading:
     """A part of a file that is being read, and where its problems go."""
 
-    def __init__(self, source: SourceConfig, part: FilePart, settings: ReadConfig, tally: Tally) -> None:
-        self.source, self.part, self.settings, self._tally = source, part, settings, tally
+    def __init__(
+        self, source: SourceConfig, part: FilePart, settings: ReadConfig, tally: Tally, moves: Callable[[], None] = lambda: None
+    ) -> None:
+        """moves: is called now and then while the part is read, also where it gives no documents for long."""
+        self.source, self.part, self.settings, self._tally, self._moves = source, part, settings, tally, moves
         self.before = max(part.start - 1, 0)
         """First byte that is read: the one before a range tells whether a line begins there."""
         self.ended: Literal["", "whole", "broken"] = ""
@@ -42,6 +45,7 @@ class FileReading:
 
     def note(self, name: str, where: str | Callable[[], str], said: str) -> None:
         """Count a problem that has been mended. where: `line 7`, or what finds it, which is asked where it will be shown."""
+        self._moves()
         if callable(where):
             where = where() if len(self._tally.places.get(name, ())) < PLACES else ""
         self._tally.problem(name, self.part.file, where, said)
@@ -90,7 +94,9 @@ class FileReading:
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the part, unpacked, in chunks, as `guarded` reads them."""
-        return self.guarded(self._unpacked)
+        for chunk in self.guarded(self._unpacked):
+            self._moves()
+            yield chunk
 
     def guarded(self, read: Callable[[BinaryIO], Iterator[T]]) -> Iterator[T]:
         """Read the open file; `ended` says afterwards how that ended.

@@ -6,7 +6,7 @@ is tried a second time by itself, unless it took too long, since what came befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from megatrain.corpus.document import Document
@@ -53,7 +53,7 @@ def extracted_documents(pages: Iterable[Page | Document], settings: ReadConfig) 
     """The documents of pages; what is a document already passes through. Raises ReadError with on_error=stop."""
     with Extractor(settings) as extractor:
         for batch in _batches(pages):
-            answers = iter(extractor.extract([item.data for item in batch if isinstance(item, Page)]))
+            answers = extractor.extract([item.data for item in batch if isinstance(item, Page)])
             for item in batch:
                 if isinstance(item, Document):
                     yield item
@@ -100,22 +100,17 @@ class Extractor(Isolated):
         words = (settings.extractor, str(self._seconds), str(self._mib))
         super().__init__("megatrain.corpus.reading.extracting", *words)
 
-    def extract(self, pages: Sequence[bytes]) -> list[Extracted]:
-        """Text and title of pages in UTF-8, or why there are none. Raises ImportError where the extractor is not installed."""
-        done: list[Extracted] = []
-        while len(done) < len(pages):
-            failed = self._answers(pages[len(done) :], done.append)
-            if failed is not None:
-                again = failed.problem != "read.page_time"
-                done.append(self._alone(pages[len(done)]) if again else failed)
-        return done
+    def extract(self, pages: Sequence[bytes]) -> Iterator[Extracted]:
+        """Text and title of pages in UTF-8, or why there are none, as they come. Raises ImportError without the extractor."""
+        done = 0
+        while done < len(pages):
+            for answer in self._answers(pages[done:]):
+                again = answer.problem not in ("", "read.page_time")
+                yield next(self._answers([pages[done]])) if again else answer
+                done += 1
 
-    def _alone(self, page: bytes) -> Extracted:
-        found: list[Extracted] = []
-        return self._answers([page], found.append) or found[0]
-
-    def _answers(self, pages: Sequence[bytes], give: Callable[[Extracted], None]) -> Extracted | None:
-        """Give the text of each page, in order, up to one without: its outcome, after which the process has ended. None: all have one."""
+    def _answers(self, pages: Sequence[bytes]) -> Iterator[Extracted]:
+        """The outcome for each page, in order, up to one without a text, after which the process has ended."""
         sizes = b"".join(SIZE.pack(len(page)) for page in pages)
         patience = PATIENCE * self._seconds + 1
         try:
@@ -125,17 +120,21 @@ class Extractor(Isolated):
                 title, text = (self.receive(length, patience).decode() for length in lengths)
                 if status != DONE:
                     self.end()
-                    return self._failed(status, text)
-                give(Extracted(text, title))
+                    yield self._failed(status, text)
+                    return
+                yield Extracted(text, title)
         except DiedError as died:
-            if died.code is None:
-                return Extracted(problem="read.page_time", said=f"no answer within {patience:g} s.")
-            if died.took_too_long:
-                return Extracted(
-                    problem="read.page_time", said=f"the page takes more than {self._seconds:g} s (read.page_seconds)."
-                )
-            return Extracted(problem="read.page_crash", said=f"the extractor breaks down on the page ({died.how}).")
-        return None
+            yield self._ended(died, patience)
+
+    def _ended(self, died: DiedError, patience: float) -> Extracted:
+        """The outcome for a page that the process does not survive."""
+        if died.code is None:
+            return Extracted(problem="read.page_time", said=f"no answer within {patience:g} s.")
+        if died.took_too_long:
+            return Extracted(
+                problem="read.page_time", said=f"the page takes more than {self._seconds:g} s (read.page_seconds)."
+            )
+        return Extracted(problem="read.page_crash", said=f"the extractor breaks down on the page ({died.how}).")
 
     def _failed(self, status: int, said: str) -> Extracted:
         """The outcome for a page whose extractor gives up."""

@@ -76,7 +76,7 @@ def test_pages_that_break_the_extractor(tmp_path, monkeypatch):
         extractor.command[1:3] = [BROKEN]
         names = ["a", "segfault", "b", "loop", "memory", "raise", "exit", "c"]
         died = "the extractor breaks down on the page"
-        assert extractor.extract([name.encode() for name in names]) == [
+        assert list(extractor.extract([name.encode() for name in names])) == [
             Extracted("A", "title of a"),
             Extracted(problem="read.page_crash", said=f"{died} (SIGSEGV)."),
             Extracted("B", "title of b"),
@@ -89,7 +89,7 @@ def test_pages_that_break_the_extractor(tmp_path, monkeypatch):
         answers = extractor.extract([b"leak%d" % n for n in range(5)])  # the second is refused memory for the first's sake
         assert [answer.text for answer in answers] == [f"LEAK{n}" for n in range(5)]
         monkeypatch.setattr(pages_module, "PATIENCE", 1.0)
-        assert extractor.extract([b"sleep"])[0] == Extracted(problem="read.page_time", said="no answer within 1.3 s.")
+        assert next(extractor.extract([b"sleep"])) == Extracted(problem="read.page_time", said="no answer within 1.3 s.")
 
 
 def test_the_process_ends_with_its_parent(tmp_path):
@@ -99,11 +99,11 @@ from megatrain.corpus.reading.choices import ReadConfig
 from megatrain.corpus.reading.pages import Extractor
 extractor = Extractor(ReadConfig(page_seconds=1.0))
 extractor.command[1:3] = [{BROKEN!r}]
-print(extractor.extract([b"pid"])[0].text, flush=True)
+print(next(extractor.extract([b"pid"])).text, flush=True)
 os.dup2(extractor.process.stdin.fileno(), 100)
 if os.fork() == 0:
     os.setsid(); sys.stdin.read(); os._exit(0)  # holds the pipe open
-extractor.extract([b"loop"] if sys.argv[1] == "busy" else [])
+list(extractor.extract([b"loop"] if sys.argv[1] == "busy" else []))
 sys.stdin.read()
 """
     for how in ("idle", "busy"):
@@ -151,6 +151,15 @@ def test_a_hostile_page_is_named(tmp_path):
         read(tmp_path, {}, page_seconds=0.2, on_error="stop")
 
 
+def test_a_reader_says_that_it_moves_where_it_gives_nothing(tmp_path):
+    (tmp_path / "a.html").write_text("")
+    (tmp_path / "b.jsonl").write_bytes(b"bad\n" * 7 + b" " * (3 << 20))
+    config, moves = ReadConfig((SourceConfig("web", (f"{tmp_path}/*",)),), longest=99), []
+    (unit,) = cut_units(config)
+    assert list(read_unit(unit, config, Tally(), lambda: moves.append(1))) == []
+    assert len(moves) == 1 + 7 + 4 + 1  # an empty file, bad rows, chunks, a long line
+
+
 def test_pages_that_do_not_go_there(tmp_path):
     files = {"1.html": b"x" * 99, "2.html": page("a\0b\xe9").encode("latin-1"), "3.html": page("Good")}
     documents, counts, places = read(tmp_path, files, page_bytes=98)
@@ -171,9 +180,9 @@ def test_an_extractor_that_is_not_installed_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with Extractor(ReadConfig(extractor="trafilatura")) as extractor:
         with pytest.raises(ImportError) as error:
-            extractor.extract([b"<p>text"])
+            next(extractor.extract([b"<p>text"]))
         assert str(error.value) == "read.extractor=trafilatura needs trafilatura: pip install 'megatrain[html]'"
         extractor.command[:] = [sys.executable, "-c", "1/0"]
         with pytest.raises(ImportError, match="the process that reads files does not start: "):
-            extractor.extract([b"<p>text"])
+            next(extractor.extract([b"<p>text"]))
     assert signal.getsignal(signal.SIGPROF) == signal.SIG_DFL
