@@ -105,7 +105,7 @@ def _often(hashes: Hashes, n: int, keys: Hashes, used: Slots, first: Slots, mark
     return count
 
 
-class Table(NamedTuple):
+class Scratch(NamedTuple):
     """Part of the working memory, a power of two of places; what is there under another mark is nothing."""
 
     keys: Hashes
@@ -125,14 +125,14 @@ class Repeats:
         self._keys, self._used = np.empty(size, np.uint64), np.zeros(size, np.int32)
         self._counts, self._first = np.empty(size, np.int32), np.empty(size, np.int32)
 
-    def _room(self, parts: int, marks: int) -> tuple[Table, int]:
+    def _room(self, parts: int, marks: int) -> tuple[Scratch, int]:
         """(room for so many parts and little more, which stays in the processor's memory; the first of so many marks that it has not)."""
         size = 1 << max(4, 2 * parts - 1).bit_length()
         if size > len(self._keys) or self._mark > 1 << 30:
             self._mark = 0
             self._make(max(len(self._keys), size))
         self._mark += marks
-        return Table(self._keys[:size], self._used[:size], self._counts[:size], self._first[:size]), self._mark - marks + 1
+        return Scratch(self._keys[:size], self._used[:size], self._counts[:size], self._first[:size]), self._mark - marks + 1
 
     def again(self, hashes: Hashes, sizes: Where) -> tuple[int, int]:
         """(how many parts were there before, their letters)."""
