@@ -36,14 +36,14 @@ class RulesByKind:
         return self._step(document.kind, document.language)(document, tally)
 
     def _step(self, kind: str, language: str) -> Step:
-        key = (kind, language) if AUTO in self._source.rules else ("", "")
+        auto = AUTO in self._source.rules
+        key = (kind, language) if auto else ("", "")
         if key not in self._steps:
-            own = tuple(name for name in self._source.rules if name != AUTO)
-            names = (*SETS.get(key, SETS.get((kind, ""), ())), *own)
+            usual = SETS.get(key, SETS.get((kind, ""), ())) if auto else ()
+            names = (*usual, *(name for name in self._source.rules if name != AUTO))
             words = None if self._settings.words == "auto" else self._settings.words
-            thresholds = (
-                _those_of(names, dict(self._source.thresholds)) if AUTO in self._source.rules else dict(self._source.thresholds)
-            )
+            thresholds = dict(self._source.thresholds)
+            thresholds = _those_of(names, thresholds) if auto else thresholds
             self._steps[key] = rules_step(names, thresholds, words, edits=self._settings.mode == "filter")
         return self._steps[key]
 

@@ -22,6 +22,13 @@ def test_auto_stands_for_the_sets_of_a_kind_and_language() -> None:
     assert scores(source, kind="code", language="fr") == {"code"}
 
 
+@pytest.mark.parametrize(
+    ("rules", "expected"), [((), set()), (("gopher",), {"gopher"}), (("auto", "gopher"), {"code", "gopher"})]
+)
+def test_code_goes_through_the_rules_that_are_named_alone(rules: tuple[str, ...], expected: set[str]) -> None:
+    assert scores(SourceConfig(kind="code", rules=rules), kind="code", language="en") == expected
+
+
 @pytest.mark.parametrize("rules", [("auto",), ("gopher",)])
 def test_a_threshold_of_no_rule_is_refused(rules: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=r"there is no rule 'gopher\.wrods'; the nearest is gopher\.words"):
