@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "docs/benchmarks": 4500,
+    "docs/benchmarks": 4900,
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
