@@ -54,7 +54,9 @@ class FileReading:
         """Count a problem that costs a document. Raises ReadError with on_error=stop."""
         if self.settings.on_error == "stop":
             place = where() if callable(where) else where
-            raise ReadError(f"{self.part.file}{', ' if place else ''}{place}: {said}")
+            raise ReadError(
+                f"{self.part.file}{', ' if place else ''}{place}: {said} With read.on_error=skip it is left out and counted."
+            )
         self.note(name, where, said)
 
     def may_mend(self, name: str, where: str | Callable[[], str], said: str) -> bool:
