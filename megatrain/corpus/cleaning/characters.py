@@ -55,9 +55,10 @@ def mended(text: str, counts: Counter[str]) -> str:
         return text
     lines = []
     for line in text.split("\n"):
-        found: str | None = line
-        if chinese and not line.isascii():
-            found = _mended_chinese(line)
+        if line.isascii():
+            lines.append(line)
+            continue
+        found: str | None = _mended_chinese(line) if chinese else line
         if doubtful and found and MISREAD.search(found):
             found = need("ftfy", "clean.mojibake", "data").fix_encoding(found)
         if found is None:

@@ -240,7 +240,7 @@ def _in_arithmetic(text: str, begin: int, end: int) -> bool:
 
 
 def _without_number_abroad(match: re.Match[str], placeholder: Callable[[str], str]) -> str:
-    """What stands behind a plus sign, without the number that it begins: as few groups of digits as usual numbers have."""
+    """The text behind a plus sign, without the number that it begins: as few groups of digits as usual numbers have."""
     said, digits, end = match[0], 0, 0
     for part in PART.finditer(said):
         digits, end = digits + len(part[0].strip("()")), part.end()

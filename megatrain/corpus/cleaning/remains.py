@@ -57,8 +57,8 @@ class Code:
         """Begin and end of the lines between fences."""
         lines = self.text.split("\n")
         fenced = fenced_lines(self.text, lines)
-        ends = list(accumulate(len(line) + 1 for line in lines)) if fenced else []
-        return [(ends[number] - len(lines[number]) - 1, ends[number]) for number in sorted(fenced)]
+        ends = list(accumulate(map(len, lines))) if fenced else []  # without the ends of lines
+        return [(ends[number] - len(lines[number]) + number, ends[number] + number) for number in sorted(fenced)]
 
     def holds(self, at: int) -> bool:
         """Whether a letter may be code."""
