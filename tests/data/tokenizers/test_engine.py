@@ -240,3 +240,14 @@ def test_the_sample_is_a_part_of_each_file_and_of_each_batch():
     assert 1 / 1100 < sum(map(len, parts)) / len(words) < 1 / 900
     assert len({words.index(part) * 10 // len(words) for part in parts}) == 10  # from everywhere
     assert sample_of([words]) == parts
+
+
+def test_a_part_of_every_file_is_compared(corpus, monkeypatch):
+    names = [f"file{number:02}.txt" for number in range(40)]
+    for name in names:
+        Path(name).write_text(f"this is {name}")
+    compared = []
+    real = FastTokenizer._compare
+    monkeypatch.setattr(FastTokenizer, "_compare", lambda self, texts: compared.extend(texts) or real(self, texts))
+    tokenize_files(names, "t.json", "s", engine="gigatoken")
+    assert [name for name in names if f"this is {name}" not in compared] == []
