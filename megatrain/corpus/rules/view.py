@@ -20,6 +20,9 @@ from megatrain.corpus.words import Extents, Text
 LONGEST = 1 << 21
 """Letters of a text that rules look at; the rest of a longer one has no say. A book of 300,000 words is shorter."""
 
+LONGEST_ROW = 50_000
+"""Letters of a line that are cut into words by jieba at once, since it takes 400 bytes for each; a longer line is cut there too."""
+
 Words = Literal["blanks", "marks", "han", "spacy", "jieba"]
 """A table of words: one of megatrain.corpus.words, those of affixes.py, or the words that jieba finds in Chinese."""
 Cut = Callable[[str], list[str]]
@@ -78,7 +81,9 @@ class View:
     def _cut_words(self) -> Extents:
         if self._cut is None:
             raise ValueError("a view without a cutter has no words of the table jieba")
-        parts = self._cut(self.text)
+        lines = self.text.splitlines(keepends=True)
+        rows = (line[at : at + LONGEST_ROW] for line in lines for at in range(0, len(line), LONGEST_ROW))
+        parts = [word for row in rows for word in self._cut(row)]
         ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
         full = np.fromiter((not part.isspace() for part in parts), bool, len(parts))
         return Extents(np.concatenate([[0], ends[:-1]])[: len(parts)][full], ends[full])
