@@ -6,14 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "docs/benchmarks": 4900,
+    "docs/benchmarks": 5050,
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
-    "megatrain/corpus": 11650,
+    "megatrain/corpus": 11700,
     "megatrain/data": 6300,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 52850,
+    "tests": 53200,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -352,3 +352,41 @@ def test_the_doctor_sees_both_nodes(submit, house, script):
     (line,) = [line for line in job.said().splitlines() if line.startswith("{")]
     said = json.loads(line)
     assert said["ok"] and [rank["rank"] for rank in said["ranks"]] == [0, 1, 2, 3]
+
+
+def test_an_array_prepares_text_though_a_task_is_cancelled(tmp_path):
+    """The tasks share a folder and nothing else; the bytes are those of one worker that is no job."""
+    rows = [json.dumps({"text": f"Row {number} of many rows that are here to be read and counted."}) for number in range(4000)]
+    (tmp_path / "raw.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "prepare.yaml").write_text(
+        "read: {unit_bytes: 20000, sources: [{name: text, paths: [raw.jsonl], language: en, rules: []}]}\n"
+        "dedup: {near: false, parts: 1}\ntokenize: {tokenizer: bytes}\n"
+    )
+    env = os.environ | {"PYTHON": sys.executable, "MEGATRAIN_ROOT": str(ROOT)}
+
+    def begin(*command):
+        return subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=200
+        ).stdout.strip()
+
+    script = [str(ROOT / "launch/prepare.sbatch"), "prepare.yaml", "output.dir=array"]
+    number = begin("sbatch", "--parsable", "--array", "0-2", "--output", str(tmp_path / "task-%a.txt"), *script)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "array/work").glob("documents-*/unit_*")):
+        assert time.monotonic() < deadline, [path.read_text() for path in tmp_path.glob("task-*")]
+        time.sleep(0.05)
+    slurm("scancel", f"{number}_0")
+    while slurm("squeue", "--noheader", "--jobs", number):
+        assert time.monotonic() < deadline, slurm("squeue")
+        time.sleep(0.3)
+    begin(sys.executable, "-m", "megatrain", "data", "prepare", "prepare.yaml", "output.dir=local", "--worker")
+    made = [
+        {
+            str(path.relative_to(out)): path.read_bytes().replace(b"array/", b"local/")
+            for path in sorted(out.rglob("*"))
+            if path.is_file() and "work" not in path.relative_to(out).parts
+        }
+        for out in (tmp_path / "array", tmp_path / "local")
+    ]
+    assert made[0] == made[1] and {"text.bin", "REPORT.md"} <= set(made[0])
+    assert not list((tmp_path / "array").rglob("*.part")) and not list((tmp_path / "array/work/leases").iterdir())

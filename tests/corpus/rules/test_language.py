@@ -89,3 +89,11 @@ def test_languages_that_are_not_wanted_are_refused() -> None:
     assert step_says(LanguageConfig(keep=("en", "zh")), "")[1] == ["language.keep"]
     assert step_says(LanguageConfig(keep=("en", "fr")), "")[1] == []
     assert step_says(LanguageConfig(keep=("en", "zh")), "de")[1] == ["language.keep"]
+
+
+def test_the_model_sees_more_where_it_is_not_sure(monkeypatch):
+    seen, said = [], iter([("en", 0.8), ("en", 0.79), ("de", 0.6)])
+    monkeypatch.setattr(language, "_by_model", lambda part, _codes: seen.append(len(part)) or next(said))
+    assert detect("word " * 600) == ("en", {"language.probability": 0.8})
+    assert detect("word " * 600) == ("de", {"language.probability": 0.6})
+    assert seen == [252, 252, 1002]  # with line ends between beginning, middle and end
