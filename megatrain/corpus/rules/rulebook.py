@@ -234,8 +234,8 @@ STARRED: tuple[Row, ...] = (
     ("encoded", "code.encoded", _most(0.5), "share of base64, and of bytes and letters by number"),
     ("encoded_run", "code.encoded_run", _most(1024), "letters of the longest such data"),
 )
-LANGUAGE: tuple[Row, ...] = (
-    ("probability", "scores.language.probability", {"least": 0.65}, PROBABILITY),
+LANGUAGE: tuple[Row, ...] = (("probability", "scores.language.probability", {"least": 0.65}, PROBABILITY),)
+OTHER_LANGUAGE: tuple[Row, ...] = (
     (
         "other",
         "scores.language.other",
@@ -249,6 +249,7 @@ def _table() -> dict[str, TextRule]:
     """Every rule by its name, in the order in which they are told."""
     sources = (
         _rules("language", "blanks", "FineWeb, arXiv:2406.17557, section 3.3", LANGUAGE),
+        _rules("language", "blanks", "megatrain", OTHER_LANGUAGE),
         _rules("gopher", "blanks", GOPHER, QUALITY),
         _rules("gopher", "blanks", TABLE_A1, REPETITION),
         _rules("c4", "blanks", C4, LINES_OF_C4),
