@@ -136,8 +136,8 @@ class Preparation:
         """The phases that make token stores, where a tokenizer is named or to be trained."""
         settings, kept = self._config.tokenize, results.documents
         if settings.vocab_size is not None:
-            learn = partial(stores.learn, partial(self._shards, kept, "train"), settings.vocab_size)
-            vocabulary = Phase("vocabulary", key_of(kept.key, settings.vocab_size), [Chore("all", 1, learn)])
+            learn = partial(stores.learn, partial(self._shards, kept, "train"), settings.vocab_size, settings.sample)
+            vocabulary = Phase("vocabulary", key_of(kept.key, settings.vocab_size, settings.sample), [Chore("all", 1, learn)])
             yield vocabulary
             tokenizer: Callable[[], Path | str] = partial(self._trained, vocabulary)
             results.vocabulary = vocabulary

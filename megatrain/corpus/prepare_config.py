@@ -29,6 +29,12 @@ class TokenizeConfig:
         at_least=257,
         use=32_000,
     )
+    sample: int = knob(
+        1 << 26,
+        "Bytes of text that such a BPE is trained on, of all sources alike, chosen by a fixed seed and held in memory. A worker trains "
+        "alone: 64 MiB take it some 20 s.",
+        at_least=1,
+    )
     append_eod: bool = knob(True, "End each document with the tokenizer's end-of-document token.")
     held_out: float = knob(
         0.005, "Share of documents that goes to stores of its own, for validation; chosen by hash.", at_least=0, below=1

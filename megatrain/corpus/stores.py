@@ -21,9 +21,9 @@ TOKENIZER, STORE = "tokenizer.json", "store"
 """Files of the two passes; the second is a prefix."""
 
 
-def learn(shards: Callable[[], Iterable[Path]], size: int, folder: Path, progress: Progress) -> Mapping[str, Any]:
-    """Train a tokenizer of `size` entries on documents."""
-    entries = train_tokenizer(list(shards()), size, folder / TOKENIZER)
+def learn(shards: Callable[[], Iterable[Path]], size: int, sample: int, folder: Path, progress: Progress) -> Mapping[str, Any]:
+    """Train a tokenizer of `size` entries on at most `sample` bytes of documents."""
+    entries = train_tokenizer(list(shards()), size, folder / TOKENIZER, sample=sample)
     progress(1)
     return {"entries": entries}
 
