@@ -235,9 +235,9 @@ def test_the_sample_is_a_part_of_each_file_and_of_each_batch():
     texts = ["a" * 50, "b" * 40_000, "c" * 10, "d" * 100_000]
     sample = sample_of(texts, files=[0, 2])
     assert {part: number for part, number in sample.items() if len(part) <= 32} == {"a" * 32: 0, "c" * 10: 2}
-    words = " ".join(f"word{n}" for n in range(100_000))
+    words = " ".join(f"word{n}" for n in range(600_000))
     parts = sample_of([words])
-    assert 1 / 1100 < sum(map(len, parts)) / len(words) < 1 / 900
+    assert 1 / 2200 < sum(map(len, parts)) / len(words) < 1 / 1800
     assert len({words.index(part) * 10 // len(words) for part in parts}) == 10  # from everywhere
     assert sample_of([words]) == parts
 
