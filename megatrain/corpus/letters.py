@@ -8,6 +8,8 @@ Text with lone surrogates has none: whoever reads text replaces or refuses them.
 
 from __future__ import annotations
 
+import re
+import sys
 import unicodedata
 from functools import cache
 
@@ -71,3 +73,26 @@ def classes() -> npt.NDArray[np.uint16]:
         found[int(first, 16) : int(last or first, 16) + 1] |= ENDING
     found.flags.writeable = False
     return found
+
+
+MOST_MARKS = 30
+"""Combining marks in a row that any script has need of (UAX #15, 13, stream-safe text); Unicode forms take quadratic time in more."""
+
+
+@cache
+def _piles() -> re.Pattern[str]:
+    """Finds more combining marks in a row than MOST_MARKS."""
+    combining = [chr(code) for code in range(0x300, sys.maxunicode + 1) if unicodedata.combining(chr(code))]
+    return re.compile(f"[{''.join(combining)}]{{{MOST_MARKS + 1},}}")
+
+
+@cache
+def _combining() -> re.Pattern[str]:
+    return re.compile(_piles().pattern.partition("{")[0])
+
+
+def without_piles(text: str) -> str:
+    """A text with at most MOST_MARKS combining marks in a row: the first ones."""
+    if text.isascii() or _combining().search(text[:: MOST_MARKS + 1]) is None:  # more would meet one of every so many letters
+        return text
+    return _piles().sub(lambda pile: pile[0][:MOST_MARKS], text)

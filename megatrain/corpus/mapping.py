@@ -79,6 +79,8 @@ def staged(documents: Iterator[Document], stages: Sequence[Stage], audit: Audit,
         for name, steps in stages:
             audit.enter(name, document)
             refusals = tuple(refused_by(steps, document, audit.tally))
+            if not refusals and not document.text.strip():  # a rule of lines has taken the last one
+                refusals = (f"{name}.empty",)
             keep = not refusals or (annotate and name == "filter")
             audit.leave(name, document, refusals, keep=keep)
             if not keep:

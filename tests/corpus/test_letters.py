@@ -1,11 +1,25 @@
 """Classes of characters say what Python's own methods say of them."""
 
 import sys
+import time
 import unicodedata
 
 import numpy as np
 
-from megatrain.corpus.letters import ASSIGNED, BREAK, DIGIT, ENDING, HAN, LETTER, MARK, SPACE, UPPER, classes, code_points
+from megatrain.corpus.letters import (
+    ASSIGNED,
+    BREAK,
+    DIGIT,
+    ENDING,
+    HAN,
+    LETTER,
+    MARK,
+    SPACE,
+    UPPER,
+    classes,
+    code_points,
+    without_piles,
+)
 
 
 def test_code_points():
@@ -32,3 +46,17 @@ def test_marks_han_and_endings():
     han = np.flatnonzero(classes() & HAN)
     names = [unicodedata.name(chr(code), "") for code in han if code < 0x20000]
     assert sum(name.startswith("CJK") for name in names) > 28_000
+
+
+def test_a_pile_of_marks_is_cut_at_thirty():
+    for text in ("", "abc", "汉字", "e\u0301" * 1000, "a" + "\u0301" * 30, "q\u0307\u0323" * 40):
+        assert without_piles(text) is text
+    assert without_piles("x" * 7 + "a" + "\u0301\u0327" * 20 + "b\u0301") == "x" * 7 + "a" + "\u0301\u0327" * 15 + "b\u0301"
+    began = time.process_time()
+    assert len(without_piles("a" + "\u0301\u0327" * 1_000_000)) == 31
+    assert time.process_time() - began < 2
+
+
+def test_real_texts_are_left_as_they_are():
+    for text in ("Tiê\u0301ng Viê\u0323t", "שָׁלוֹם", "नमस्ते", "ก็ที่นี่"):
+        assert without_piles(text) is text

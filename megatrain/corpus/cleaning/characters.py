@@ -12,6 +12,7 @@ from functools import cache
 from typing import Literal
 
 from megatrain.corpus.extras import need
+from megatrain.corpus.letters import without_piles
 
 PLAIN = bytes([9, 10, *range(32, 127)])
 """Tabs, line feeds and what ASCII shows."""
@@ -100,8 +101,10 @@ UNSEEN = re.compile("[\xad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U0
 
 
 def in_form(text: str, form: Literal["NFC", "NFKC"], counts: Counter[str]) -> str:
-    """A text in a Unicode form."""
+    """A text in a Unicode form, with at most 30 combining marks on a letter."""
+    before, text = text, without_piles(text)
     if text.isascii() or unicodedata.is_normalized(form, text):
+        counts["form"] += text is not before
         return text
     counts["form"] += 1
     return unicodedata.normalize(form, text)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.corpus.duplicates.minhash import Codes, Hash64, Where
-from megatrain.corpus.letters import HAN, LETTER, MARK, SPACE, classes, code_points
+from megatrain.corpus.letters import HAN, LETTER, MARK, SPACE, classes, code_points, without_piles
 from megatrain.corpus.words import MIX, PRIME, SEED, jit, mixed
 
 Short: TypeAlias = npt.NDArray[np.int32]
@@ -117,7 +117,7 @@ class Worded(NamedTuple):
     @classmethod
     def of(cls, text: str, lengths: Lengths) -> Worded:
         """The words of a text without lone surrogates."""
-        codes = code_points((text if text.isascii() else unicodedata.normalize("NFKC", text)).lower())
+        codes = code_points((text if text.isascii() else unicodedata.normalize("NFKC", without_piles(text))).lower())
         hashes, sizes = np.empty(len(codes), np.uint64), np.empty(len(codes), np.int32)
         lettered = np.empty(len(codes), np.bool_)
         count = _find(codes, classes(), (lengths.word, lengths.character), hashes, sizes, lettered)
