@@ -14,7 +14,7 @@ LINES = {
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
     "megatrain/corpus": 11700,
-    "megatrain/data": 6300,
+    "megatrain/data": 6350,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,

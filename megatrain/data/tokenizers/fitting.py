@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -33,6 +34,10 @@ _DIGITS, _STEP, _STEPS = 5, 1e-4, 300
 _END = b"\xff"
 """Ends a document in the hash; UTF-8 has no such byte."""
 _LARGEST = 1 << 16
+LONGEST_WORD = 1024
+"""Letters of a word that is trained on whole. The library takes the square of a word's length, hours for a megabyte without a blank."""
+_LONG = re.compile(rf"(?<![^\W_])[^\W_]{{{LONGEST_WORD},}}|(?<![\W_])[\W_]{{{LONGEST_WORD},}}")
+"""Runs of letters and digits, or of all else, within which every longer word lies. Each is looked at from its beginning alone."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,13 @@ def sampled_pieces(pieces: Iterable[TextPiece], most: int, seed: int = SAMPLE_SE
     yield from (piece for _, _, _, piece in sorted(kept, key=lambda row: row[1]))
 
 
-def _trained(texts: Iterator[str], vocab_size: int, kind: str) -> LibraryTokenizer:
+def in_words(text: str) -> list[str]:
+    """A text, cut within words of more than LONGEST_WORD letters."""
+    cuts = [at for run in _LONG.finditer(text) for at in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD)]
+    return [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def _trained(texts: Iterator[list[str]], vocab_size: int, kind: str) -> LibraryTokenizer:
     library = LibraryTokenizer(models.BPE() if kind == BPE else models.Unigram())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -166,7 +177,7 @@ def settle(library: LibraryTokenizer) -> None:
 
 
 class _Hashed:
-    """Passes the texts of pieces on, and keeps the hash and size of all."""
+    """Passes the texts of pieces on, in words that can be trained on, and keeps the hash and size of all."""
 
     def __init__(self, pieces: Iterable[TextPiece]) -> None:
         self._pieces = iter(pieces)
@@ -176,7 +187,7 @@ class _Hashed:
     def __iter__(self) -> _Hashed:
         return self
 
-    def __next__(self) -> str:
+    def __next__(self) -> list[str]:
         piece = next(self._pieces)
         data = piece.text.encode()
         self._digest.update(data)
@@ -184,7 +195,7 @@ class _Hashed:
         if piece.last:
             self._digest.update(_END)
             self.documents += 1
-        return piece.text
+        return in_words(piece.text)
 
     def hash(self) -> str:
         """The hash of all texts so far, as 32 digits."""

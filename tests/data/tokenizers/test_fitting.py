@@ -15,7 +15,7 @@ from megatrain.data.origins import FilePlace
 from megatrain.data.prepare.read import TextPiece
 from megatrain.data.prepare.tokenize import tokenize_files
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.data.tokenizers.fitting import sampled_pieces, train_tokenizer, trained_on
+from megatrain.data.tokenizers.fitting import in_words, sampled_pieces, train_tokenizer, trained_on
 
 _DRAW = random.Random(2)
 _WORDS = ["".join(_DRAW.choices("abdegiklmnorstu", k=_DRAW.randint(2, 8))) for _ in range(200)]
@@ -134,3 +134,11 @@ def test_a_sample_is_what_is_trained_on(folder, tmp_path):
         train_tokenizer([folder / "a.jsonl"], 300, tmp_path / "t.json", sample=0)
     with pytest.raises(TokenizerError, match="--kind words: use one of bpe, unigram"):
         train_tokenizer([folder / "a.jsonl"], 300, tmp_path / "t.json", kind="words")
+
+
+def test_a_word_without_end_is_trained_on_in_parts(tmp_path):
+    assert in_words("") == [""] and in_words("of words " * 500) == ["of words " * 500]
+    assert [len(part) for part in in_words("a " + "b7" * 1500 + "\u0301" * 1025 + "c")] == [2 + 1024, 1024, 952 + 1024, 2]
+    (tmp_path / "a.txt").write_text("a" * 100_000 + "\u4e00" * 100_000 + "!" * 100_000)  # whole: a minute
+    assert train_tokenizer([tmp_path / "a.txt"], 272, tmp_path / "bpe.json") == 272
+    assert len(load_tokenizer(tmp_path / "bpe.json").encode("a" * 1024)) == 64
