@@ -4,7 +4,8 @@
     places, exact, near, removals, lines        which documents are copies (similar.py)
     kept         a chore for each unit: what stays, in two splits
     vocabulary   one chore, where a tokenizer is to be trained
-    tokens       a chore for each source and split: a token store
+    encoded      a chore for each unit: its token stores
+    tokens       a chore for each source and split: the stores of its units as one
     report       one chore: the report, and all that users look for under its name
 
 A phase is asked for when those before it are done, by each worker for itself: it depends on the config and the input alone.
@@ -145,14 +146,18 @@ class Preparation:
             tokenizer = partial(str, settings.tokenizer)
         else:
             return
+        key, works = key_of(kept.key, asdict(settings), _hash_of(settings.tokenizer)), []
+        for name in self._names:
+            shards = {split: partial(self.published.file, kept, name, file) for split, file in keeping.FILES.items()}
+            works.append(partial(stores.encode, shards, tokenizer, settings))
+        encoded = self._each("encoded", key, works)
+        yield encoded
         chores = []
         for number, source in enumerate(self.sources):
             for split in keeping.FILES:
-                work = partial(
-                    stores.store, source, partial(self._shards, kept, split, source), tokenizer, (settings, self._config.output)
-                )
+                work = partial(stores.store, source, partial(self._encoded, encoded, split, source), self._config.output)
                 chores.append(Chore(f"source_{number:04d}_{split}", 1, work))
-        results.tokens = Phase("tokens", key_of(kept.key, asdict(settings), _hash_of(settings.tokenizer)), chores)
+        results.tokens = Phase("tokens", key, chores)
         results.audited.append(results.tokens)
         yield results.tokens
 
@@ -161,6 +166,16 @@ class Preparation:
         path = Path(self._config.output.dir) / stores.TOKENIZER
         final.link(self.published.file(vocabulary, "all", stores.TOKENIZER), path)
         return path
+
+    def _encoded(self, encoded: Phase, split: keeping.Split, source: str) -> list[tuple[Path | None, Mapping[str, int]]]:
+        """The stores of a split of the units of a source: prefixes, None for none, and how much is in them."""
+        found: list[tuple[Path | None, Mapping[str, int]]] = []
+        for name, unit in zip(self._names, self._units, strict=True):
+            if unit.source == source:
+                files = [file for file in self.published.names(encoded, name) if file.partition(".")[0] == split]
+                paths = [self.published.file(encoded, name, file) for file in files]
+                found.append((paths[0].with_name(split) if paths else None, self.published.facts(encoded, name)[split]))
+        return found
 
     def _shards(self, kept: Phase, split: keeping.Split, source: str | None = None) -> list[Path]:
         """The shards of a split, of one source or all."""

@@ -85,6 +85,24 @@ class OriginsWriter:
         self._numbers.append(number)
         self._at.append(origin.at)
 
+    def add_store(self, store: TokenStore) -> None:
+        """The places of all documents of another store, which come next. Raises TokenStoreError for a file that is not as written."""
+        path = origins_path(store.prefix)
+        with opened_plain(path) as file:
+            data = file.read()
+        begin = HEADER.size + DIGEST_BYTES
+        digest = xxhash.xxh3_128(data[: HEADER.size])
+        digest.update(data[begin:])
+        if not data.startswith(MAGIC) or digest.digest() != data[HEADER.size : begin]:
+            raise TokenStoreError(f"{path} was changed after it was written. Make the store again.")
+        _, documents, _, length = HEADER.unpack(data[: HEADER.size])
+        said = json.loads(data[begin : begin + length])
+        keys = zip(said["files"], said["units"], strict=True)
+        known = np.array([self._files.setdefault(key, len(self._files)) for key in keys], np.uint32)
+        numbers = np.frombuffer(data, "<u4", documents, begin + length)
+        self._numbers.frombytes(known[numbers].tobytes())
+        self._at.frombytes(np.frombuffer(data, "<i8", documents, begin + length + 4 * documents).astype("q").tobytes())
+
     def contents(self, tokens: int) -> Iterator[bytes]:
         """The file of a store of `tokens` tokens, in parts."""
         said = {"files": [file for file, _ in self._files], "units": [unit for _, unit in self._files]}
