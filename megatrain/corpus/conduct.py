@@ -16,6 +16,7 @@ import xxhash
 from megatrain.config.load import load_sections
 from megatrain.config.source import ConfigError
 from megatrain.corpus.final import place, placed
+from megatrain.corpus.foresight import require_files, require_languages, require_models, require_rules
 from megatrain.corpus.on_ray import run_on_ray
 from megatrain.corpus.phases import Preparation, Verb
 from megatrain.corpus.prepare_config import PrepareConfig
@@ -36,8 +37,8 @@ Start = Callable[[Sequence[str], int | None, Callable[[], None]], None]
 """Runs workers by their words, so many or as many as fit, and looks now and then, until all have ended."""
 
 
-def load_config(path: str, overrides: Sequence[str]) -> PrepareConfig:
-    """The config of a preparation. Raises ConfigError."""
+def load_config(path: str, overrides: Sequence[str], verb: Verb = "prepare") -> PrepareConfig:
+    """The config of a preparation up to a stage. Raises ConfigError, and ValueError for a tokenizer or thresholds that do not fit."""
     config: PrepareConfig = load_sections(PrepareConfig, path, overrides)
     for number, source in enumerate(config.read.sources):
         if not NAME.fullmatch(source.name) or source.name in RESERVED or source.name.endswith("_valid"):
@@ -56,12 +57,17 @@ def load_config(path: str, overrides: Sequence[str]) -> PrepareConfig:
             f"tokenize.tokenizer={config.tokenize.tokenizer!r} and tokenize.vocab_size={config.tokenize.vocab_size}: a tokenizer is either "
             "given or trained. Leave one of them out."
         )
+    require_languages(config)
+    require_rules(config)
+    require_files(config)
+    if verb == "prepare":
+        require_models(config)
     return config
 
 
 def prepare(main: Callable[[list[str]], int], verb: Verb, path: str, overrides: Sequence[str]) -> str:
     """Do all that a verb means with the workers that run.on names; what was made, as a line. main: the command line."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, verb)
     preparation = Preparation(config, verb)
     published = preparation.published
     names = placed(Path(config.output.dir), published.root, preparation.key)
@@ -84,7 +90,7 @@ def prepare(main: Callable[[list[str]], int], verb: Verb, path: str, overrides: 
 
 def work(verb: Verb, path: str, overrides: Sequence[str]) -> str:
     """Be one worker among others, until all is done: in job arrays, on other machines, and for `prepare`; nothing to say."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, verb)
     preparation = Preparation(config, verb)
     published, key = preparation.published, preparation.key
     with ending_in_order():

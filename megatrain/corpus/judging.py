@@ -43,7 +43,8 @@ class RulesByKind:
             names = (*usual, *(name for name in self._source.rules if name != AUTO))
             words = None if self._settings.words == "auto" else self._settings.words
             thresholds = dict(self._source.thresholds)
-            thresholds = _those_of(names, thresholds) if auto else thresholds
+            if auto and language != self._source.language:
+                thresholds = _those_of(names, thresholds)
             self._steps[key] = rules_step(names, thresholds, words, edits=self._settings.mode == "filter")
         return self._steps[key]
 

@@ -25,7 +25,7 @@ PLACES = 8
 
 def preview(verb: Verb, path: str, overrides: Sequence[str]) -> str:
     """The report of a sample, the beginnings of units spread over each source. Copies are not looked for."""
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, verb)
     units = _spread(list(cut_units(config.read, outside=config.output.dir)))
     share = SAMPLE_LETTERS // max(1, len(units))
     audit = Audit(config.output.seed, config.output.examples, sheet=0)

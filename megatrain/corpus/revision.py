@@ -41,18 +41,19 @@ def revision() -> str:
 
 def files_in(section: Any) -> dict[str, str]:
     """Path -> hash of each file that a section of the config names, in the order of its knobs. Raises OSError."""
-    return {path: _hash_of(Path(path)) for path in _paths(section)}
+    return {path: _hash_of(Path(path)) for _, path in paths_in(section)}
 
 
-def _paths(section: Any) -> Iterator[str]:
-    """The values of a section, and of all within it, that are paths."""
+def paths_in(section: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value) of each value of a section, and of all within it, that is a path. key: the section's."""
     for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        for part in value if isinstance(value, tuple) else (value,):
+        value, name = getattr(section, item.name), f"{key}.{item.name}"
+        several = isinstance(value, tuple)
+        for number, part in enumerate(value if several else (value,)):
             if dataclasses.is_dataclass(part):
-                yield from _paths(part)
+                yield from paths_in(part, f"{name}[{number}]" if several else name)
             elif isinstance(part, str) and item.metadata["range"].path:
-                yield part
+                yield name, part
 
 
 def _hash_of(path: Path) -> str:

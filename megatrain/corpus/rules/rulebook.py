@@ -277,7 +277,7 @@ def chosen(names: Iterable[str], thresholds: Mapping[str, float | str | bool], w
 
     Rules that make sense of jieba's words alone are in a set where words is "jieba"; by their own name they are always there.
     thresholds: a number by rule, or "off" (which YAML reads as false) by rule or beginning of names.
-    Raises ValueError: nothing has that name; a number for more than one rule; anything else.
+    Raises ValueError: nothing has that name; a number for more than one rule; bounds that nothing meets; anything else.
     """
     wanted = [(asked, name) for asked in names for name in named(asked)]
     found = {name: RULES[name] for asked, name in wanted if words == "jieba" or RULES[name].words != "jieba" or "." in asked}
@@ -296,6 +296,12 @@ def chosen(names: Iterable[str], thresholds: Mapping[str, float | str | bool], w
             found[those[0]] = replace(found[those[0]], threshold=float(value))
         else:
             raise ValueError(f"there is a threshold for the rule {those[0]}, which is not asked for: add it to the rules")
+    for name, rule in found.items():
+        most = found.get(f"{rule.score}.most")
+        if rule.bound == "least" and most is not None and rule.threshold > most.threshold:
+            raise ValueError(
+                f"no document can meet {name}={rule.threshold:g} and {most.name}={most.threshold:g}: give both, the first one smaller"
+            )
     return [replace(rule, words=words) if words and rule.words != "jieba" else rule for rule in found.values()]
 
 
