@@ -85,7 +85,7 @@ def main() -> int:
         run, steps = train(options, config, layout, data)
         if config.data.objective == "glm":
             quickstart_glm.compare(run)
-            quickstart_glm.sample(run, None if options.text is None else data / "valid.jsonl")
+            quickstart_glm.sample(run, None if options.text is None else raw(data) / "valid.jsonl")
         else:
             compare(config, data, run, steps)
             sample(options, data, run)
@@ -171,9 +171,10 @@ def prepare(options: argparse.Namespace, config: Config) -> Path:
     """The folder of tokenizer.json and of the token stores train and valid; each step only where its result is missing."""
     data = options.dir / f"data_{text_key(options.text, config)}"
     data.mkdir(parents=True, exist_ok=True)
-    texts = {name: data / f"{name}.jsonl" for name in ("train", "valid")}
+    raw(data).mkdir(exist_ok=True)
+    texts = {name: raw(data) / f"{name}.jsonl" for name in ("train", "valid")}
     vocabulary, tokenizer = str(quickstart_glm.tokenizer_size(config)), data / "tokenizer.json"
-    once(data / "corpus.done", "the text, a share of it held out", lambda: build_corpus(data, options.text))
+    once(data / "corpus.done", "the text, a share of it held out", lambda: build_corpus(raw(data), options.text))
     words: list[object] = ["data", "tokenizer", "--input", texts["train"], "--vocab-size", vocabulary, "--output", tokenizer]
     once(data / "tokenizer.done", f"a tokenizer of {vocabulary} entries", partial(verb, *words))
     kind = "text" if options.text else "code"
@@ -193,6 +194,11 @@ def prepare(options: argparse.Namespace, config: Config) -> Path:
     counts = {name: TokenStore(data / name).tokens for name in texts}
     say(f"{counts['train']:,} tokens to train on, {counts['valid']:,} held out: {data}")
     return data
+
+
+def raw(data: Path) -> Path:
+    """The folder of the text of which a folder of token stores is made."""
+    return data.with_name(data.name.replace("data_", "text_"))
 
 
 def text_key(paths: Sequence[Path] | None, config: Config) -> str:
@@ -353,7 +359,7 @@ def compare(config: Config, data: Path, run: Path, steps: int) -> None:
 def sample(options: argparse.Namespace, data: Path, run: Path) -> None:
     """What the model writes, after beginnings that fit the text it has read."""
     step("what it writes")
-    for prompt in PROMPTS if options.text is None else beginnings(data / "valid.jsonl", len(PROMPTS)):
+    for prompt in PROMPTS if options.text is None else beginnings(raw(data) / "valid.jsonl", len(PROMPTS)):
         words: list[object] = ["generate", run / "checkpoints", "--prompt", prompt]
         words += ["--max-tokens", 60, "--temperature", 0.8, "--top-k", 40]
         verb(*words)
