@@ -30,7 +30,7 @@ from megatrain.corpus.duplicates.parameters import DedupConfig
 from megatrain.files import brief
 
 KIND = "fingerprints"
-_BATCH_LETTERS, _BLOCK_DOCUMENTS, _BLOCK_PARTS = 1 << 19, 1 << 16, 1 << 21
+_BATCH_LETTERS, _BLOCK_DOCUMENTS, _BLOCK_PARTS = 1 << 19, 1 << 15, 1 << 19
 """Characters that are looked at together (more only of one document); documents and lines of a block, about."""
 
 
