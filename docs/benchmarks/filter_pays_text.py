@@ -1,7 +1,7 @@
 """Real text of this machine as a crawl would have it, for filter_pays.py: some 330 MB, which nobody has cleaned.
 
 crawl.jsonl     packages' documentation, changelogs, licences and copyrights under /usr/share/doc and node's modules; man pages in 30
-                languages, of which two thirds are of one program and one template; texts, metadata, tables, JSON, scripts and styles
+                languages, of which four fifths are of one program and one template; texts, metadata, tables, JSON, scripts and styles
                 of Python packages; definitions of locales. A file is a document and ends after 1 MiB, as in Common Crawl; copies are
                 kept. CRAWLED are pages of HTML, which the reader extracts.
 code.jsonl      the interpreter's library, and every twelfth source of the installed packages.
