@@ -32,7 +32,7 @@ from megatrain.corpus.duplicates import outcome
 from megatrain.corpus.perplexity import read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.report.compose import write_report
-from megatrain.corpus.report.summary import AlarmLimits
+from megatrain.corpus.report.summary import AlarmLimits, summary_of
 from megatrain.corpus.report.unit_audit import Audit
 from megatrain.corpus.row_places import places_of, told_by_place
 from megatrain.corpus.similar import Similar
@@ -76,10 +76,21 @@ def report(results: Results, published: Published, folder: Path, progress: Calla
             audit.tally.count(f"cluster/near/{copies + 1}", number)
         found = outcome.alarms(removals, results.sources, results.config.dedup)
         found = _by_place(audit, found, results.audited[0], published)
+    found += _silent(audit, results.sources)
     cutoffs, limits = _cutoffs(results, published), AlarmLimits(cluster=None)  # the alarms found say more of clusters
     alarms = write_report(folder, audit, STAGES, found=found, cutoffs=cutoffs, limits=limits)
     progress(1)
     return {"alarms": alarms}
+
+
+def _silent(audit: Audit, sources: Sequence[str]) -> list[str]:
+    """Alarms for sources of which nothing was read, which tables do not show."""
+    stages = summary_of(audit.tally.counts, STAGES).stages[:1]
+    read = {source for stage in stages for source in stage.into.documents}
+    return [
+        f"source {source} has no document that can be read: look at the problems below, and at its key"
+        for source in sorted({*sources} - read)
+    ]
 
 
 def _by_place(audit: Audit, alarms: list[str], documents: Phase, published: Published) -> list[str]:

@@ -137,6 +137,8 @@ class Preparation:
         """The phases that make token stores, where a tokenizer is named or to be trained."""
         settings, kept = self._config.tokenize, results.documents
         if settings.vocab_size is not None:
+            if not any(facts["train"] for facts in self._facts(kept, "documents")):
+                return  # nothing to learn from; the report says what has refused it
             learn = partial(stores.learn, partial(self._shards, kept, "train"), settings.vocab_size, settings.sample)
             vocabulary = Phase("vocabulary", key_of(kept.key, settings.vocab_size, settings.sample), [Chore("all", 1, learn)])
             yield vocabulary

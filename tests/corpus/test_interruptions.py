@@ -181,5 +181,21 @@ def test_sources_of_which_nothing_stays(here):
     assert main(["data", "prepare", "prepare.yaml", *words, "--worker"]) == 0
     names = set(made(here))
     assert not any(name.endswith((".bin", ".idx")) or name == "blend.yaml" for name in names)
-    assert "60 documents" in (here / "out/REPORT.md").read_text()
+    report = (here / "out/REPORT.md").read_text()
+    assert "60 documents" in report and "- source a has no document that can be read" in report
+    assert "- source b loses 100% of its documents (60 of 60), most of them in filter (60)" in report
     assert Path("out/documents/a-000000.jsonl.zst").exists()
+
+
+def test_a_tokenizer_is_not_trained_on_nothing_and_the_report_says_why_there_is_nothing(here):
+    (here / "raw/a.jsonl").write_text('{"text": "One document."}\n')
+    words = [
+        "tokenize.tokenizer=null",
+        "tokenize.vocab_size=300",
+        "read.sources=[{name: a, paths: [raw/a.jsonl], language: en}, {name: b, paths: [raw/b.jsonl], key: body}]",
+    ]
+    assert main(["data", "prepare", "prepare.yaml", *words, "--worker"]) == 0
+    report = (here / "out/REPORT.md").read_text()
+    assert "1 documents (13 B) became 0 (0.0%" in report and "- source b has no document that can be read" in report
+    assert "- source a loses 100% of its documents (1 of 1), most of them in filter (1)" in report
+    assert not Path("out/tokenizer.json").exists()

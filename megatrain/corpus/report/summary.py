@@ -133,7 +133,7 @@ def _losing(summary: Summary) -> list[str]:
     first, last = summary.stages[0].into.documents, summary.stages[-1].out.documents
     for source, before in sorted(first.items()):
         lost = before - last[source]
-        if before < FEW or lost <= summary.limits.loses * before:
+        if not lost or (last[source] and (before < FEW or lost <= summary.limits.loses * before)):
             continue
         worst = max(summary.stages, key=lambda stage: stage.into.documents[source] - stage.out.documents[source])
         there = worst.into.documents[source] - worst.out.documents[source]

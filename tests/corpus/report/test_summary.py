@@ -60,19 +60,20 @@ def test_stages_that_nobody_named_come_last():
 
 
 def test_alarms():
-    """A source that loses more than 30%, a rule that refuses more than half of a source, a cluster above 1,000; none for 19 documents."""
+    """A source that loses more than 30%, a rule that refuses more than half of a source, a cluster above 1,000; none for 19 documents, unless all are lost."""
     assert alarms(summary_of(COUNTS, ["filter", "near"])) == [
         "source books loses 52% of its documents (26 of 50), most of them in filter (26)",
+        "source few loses 100% of its documents (19 of 19), most of them in filter (19)",
         "rule c4.brace of filter refuses 52% of source books (26 of 50 documents)",
     ]
-    more = {**COUNTS, **flow("near", "out", web=69, books=24), "cluster/near/1001": 2, "cluster/near/5000": 1}
+    more = {**COUNTS, **flow("near", "out", web=69, books=24, few=1), "cluster/near/1001": 2, "cluster/near/5000": 1}
     assert alarms(summary_of(more, ["filter", "near"])) == [
         "source books loses 52% of its documents (26 of 50), most of them in filter (26)",
         "source web loses 31% of its documents (31 of 100), most of them in near (21)",
         "rule c4.brace of filter refuses 52% of source books (26 of 50 documents)",
         "clusters of near duplicates with more than 1,000 documents: 3, the largest of 5,000",
     ]
-    half = {**COUNTS, **flow("filter", "refused/c4.brace", books=25), **flow("near", "out", web=70, books=35)}
+    half = {**COUNTS, **flow("filter", "refused/c4.brace", books=25), **flow("near", "out", web=70, books=35, few=1)}
     assert alarms(summary_of(half, ["filter", "near"])) == []
     assert alarms(summary_of(Counter(), [])) == []
     assert alarms(summary_of(more, ["filter", "near"], AlarmLimits(0.6, 0.6, 5000))) == []
