@@ -60,9 +60,7 @@ def test_stages_that_nobody_named_come_last():
 
 
 def test_alarms():
-    """A source that loses more than 30%, a rule that refuses more than half of a source, a cluster above 1,000; none for 19 documents, if one
-    is left.
-    """
+    """A source that loses more than 30%, a rule that refuses more than half of a source, a cluster above 1,000; few lost ones are none."""
     assert alarms(summary_of(COUNTS, ["filter", "near"])) == [
         "source books loses 52% of its documents (26 of 50), most of them in filter (26)",
         "source few loses 100% of its documents (19 of 19), most of them in filter (19)",
