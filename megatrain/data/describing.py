@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from megatrain.data.boundaries import TokenizerError
 from megatrain.data.indexed import TokenStore, TokenStoreError, origins_path
-from megatrain.data.origins import read_origin
+from megatrain.data.origins import FilePlace, read_origin
+from megatrain.data.prepare.read import CHUNK_BYTES
 from megatrain.data.store_record import read_record
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.files import opened_plain
 
 SHOWN = 64
 """Tokens shown of a document."""
+FARTHEST = 1 << 32
+"""Bytes of a file before a document that are read to tell its line."""
 
 
 def describe_token(prefix: str, token: int) -> str:
@@ -39,9 +43,27 @@ def describe_document(prefix: str, document: int) -> str:
 def _document_rows(store: TokenStore, document: int) -> list[str]:
     first, end = store.document_bounds(document)
     place = read_origin(store, document)
-    source = f"from {place}" if place is not None else f"from where is not known: there is no {origins_path(store.prefix)}"
+    source = (
+        f"from {place}{_line(place)}"
+        if place is not None
+        else f"from where is not known: there is no {origins_path(store.prefix)}"
+    )
     tokens = f"tokens {first:,} to {end - 1:,} ({end - first:,})" if end > first else "no tokens"
     return [f"document {document:,} of {store.prefix}: {tokens}", f"  {source}"]
+
+
+def _line(place: FilePlace) -> str:
+    """The line of a byte in words, where the file is at hand, not packed, and a line begins there."""
+    if place.unit != "byte" or place.at > FARTHEST or place.file.lower().endswith((".gz", ".zst")):
+        return ""
+    number, left, last = 1, place.at, b""
+    try:
+        with opened_plain(place.file) as file:
+            while left and (chunk := file.read(min(left, CHUNK_BYTES))):
+                number, left, last = number + chunk.count(b"\n"), left - len(chunk), chunk[-1:]
+    except OSError:
+        return ""
+    return f", line {number:,}" if not left and last in (b"", b"\n") else ""
 
 
 def _shown(store: TokenStore, tokenizer: Tokenizer | None, first: int, end: int) -> str:

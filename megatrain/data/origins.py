@@ -37,7 +37,7 @@ DIGEST_BYTES = 16
 UNITS = ("", "line", "byte", "row", "record")
 LARGEST_NAMES = 1 << 30
 """Bytes of all names: of ten million files."""
-_UNIT_OF = {".jsonl": "byte", ".json": "byte", ".parquet": "row", ".warc": "record"}
+_UNIT_OF = {".jsonl": "byte", ".json": "byte", ".ndjson": "byte", ".parquet": "row", ".warc": "record"}
 _PACKED = (".gz", ".zst")
 _CHUNK = 1 << 20
 
@@ -55,11 +55,13 @@ class FilePlace(NamedTuple):
 
 
 def origin_of(file: str, at: int) -> FilePlace:
-    """The place of a document of the data factory: `at` counts bytes in a .jsonl, rows in a .parquet, records in a .warc."""
+    """The place of a document of the data factory: `at` counts bytes in a .jsonl, rows in a .parquet, records in a .warc; and bytes in
+    what has another name, of which all but lines of JSON begin at 0.
+    """
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in _PACKED:
         suffixes.pop()
-    return FilePlace(file, at, _UNIT_OF.get(suffixes[-1] if suffixes else "", ""))
+    return FilePlace(file, at, _UNIT_OF.get(suffixes[-1] if suffixes else "", "byte" if at else ""))
 
 
 class OriginsWriter:

@@ -5,8 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from megatrain.cli.main import main
+from megatrain.data.describing import describe_document
 from megatrain.data.indexed import TokenStoreWriter
+from megatrain.data.origins import FilePlace
+from megatrain.data.prepare.text_store import TextStoreWriter
 from megatrain.data.prepare.tokenize import tokenize_files
+from megatrain.data.tokenizer import load_tokenizer
 
 
 def test_inspect_goes_back_from_a_token_to_file_and_line(tmp_path, monkeypatch, capsys):
@@ -45,3 +49,22 @@ def test_inspect_shows_ids_where_the_tokenizer_is_gone(tmp_path, monkeypatch, ca
         "  token 1 of the store, 0 of the document: 2",
         "  ids [2, 3]",
     ]
+
+
+def test_a_byte_has_its_line_where_the_file_is_at_hand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("{}\n{}\n\n{}\n")
+    Path("a.gz").write_bytes(b"..\n")
+    rows = {
+        FilePlace("a.jsonl", 0, "byte"): "from a.jsonl, byte 0, line 1",
+        FilePlace("a.jsonl", 7, "byte"): "from a.jsonl, byte 7, line 4",
+        FilePlace("a.jsonl", 4, "byte"): "from a.jsonl, byte 4",  # another file by now
+        FilePlace("a.jsonl", 11, "byte"): "from a.jsonl, byte 11",
+        FilePlace("a.gz", 3, "byte"): "from a.gz, byte 3",
+        FilePlace("gone.jsonl", 3, "byte"): "from gone.jsonl, byte 3",
+        FilePlace("a.parquet", 3, "row"): "from a.parquet, row 3",
+    }
+    with TextStoreWriter("s", load_tokenizer("bytes")) as store:
+        for place in rows:
+            store.add_document("x", place)
+    assert [describe_document("s", number).splitlines()[1].strip() for number in range(len(rows))] == list(rows.values())

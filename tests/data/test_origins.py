@@ -40,9 +40,10 @@ def test_the_file_is_small(store):
 
 
 def test_the_unit_follows_from_the_name_of_the_file():
-    assert [origin_of(name, 5).unit for name in ("a.jsonl", "a.JSON.zst", "a.parquet", "a.warc.gz", "a.txt", "gz")] == [
-        "byte", "byte", "row", "record", "", "",
+    assert [origin_of(name, 5).unit for name in ("a.jsonl", "a.JSON.zst", "a.ndjson", "a.parquet", "a.warc.gz", "a.txt")] == [
+        "byte", "byte", "byte", "row", "record", "byte",
     ]  # fmt: skip
+    assert (origin_of("a.txt", 0).unit, origin_of("gz", 0).unit) == ("", "")
 
 
 @pytest.mark.parametrize(
