@@ -27,6 +27,8 @@ from megatrain.corpus.shards import writing
 from megatrain.corpus.similar import FINGERPRINTS
 
 DOCUMENTS = "documents.jsonl.zst"
+BREAKS = "breaks"
+"""The mark of a document that stays with rules that it breaks: their names."""
 Stage = tuple[str, Sequence[Step]]
 Last = Literal["read", "clean", "filter"]
 """The last stage of the phase."""
@@ -72,7 +74,9 @@ def _told(documents: Iterator[Document], progress: Callable[[int], None]) -> Ite
 
 
 def staged(documents: Iterator[Document], stages: Sequence[Stage], audit: Audit, *, annotate: bool) -> Iterator[Document]:
-    """The documents that all stages keep, counted into and out of each; annotate: rules are counted and refuse nothing."""
+    """The documents that all stages keep, counted into and out of each; annotate: rules are counted, named with
+    the document, and refuse nothing.
+    """
     for document in documents:
         audit.enter("read", document)
         audit.leave("read", document)
@@ -85,5 +89,7 @@ def staged(documents: Iterator[Document], stages: Sequence[Stage], audit: Audit,
             audit.leave(name, document, refusals, keep=keep)
             if not keep:
                 break
+            if refusals:
+                document.marks[BREAKS] = list(refusals)
         else:
             yield document

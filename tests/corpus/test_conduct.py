@@ -245,6 +245,7 @@ def test_annotating_keeps_all_with_their_scores(tmp_path, monkeypatch):
     assert len(kept) == 155
     short = next(document for document in kept if document.text == "too short")
     assert short.scores["gopher.words"] == 2.0 and short.marks["url"] == "http://x/153"
+    assert "gopher.words.least" in short.marks["breaks"] and "breaks" not in kept[0].marks
 
 
 def test_a_changed_rule_is_another_preparation_and_what_is_no_more_goes(tmp_path, monkeypatch):

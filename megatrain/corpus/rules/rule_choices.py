@@ -32,8 +32,8 @@ class FilterConfig:
 
     mode: Literal["filter", "annotate"] = knob(
         "filter",
-        "`filter`: documents that break a rule go. `annotate`: all stay as they are, with the signals of the rules and the names of those "
-        "that they break.",
+        "`filter`: documents that break a rule go. `annotate`: all stay as they are, with the signals of the rules as scores, and the "
+        "names of those that they break as the mark `breaks`.",
     )
     words: Literal["auto", "blanks", "marks", "han", "spacy", "jieba"] = knob(
         "auto",
