@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1150,
     "megatrain/config": 3350,
-    "megatrain/corpus": 11850,
+    "megatrain/corpus": 11900,
     "megatrain/data": 6400,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,

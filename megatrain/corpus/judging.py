@@ -18,6 +18,9 @@ SETS: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 """Sets of rules by kind and language, "" standing for any; others have none (docs/rules.md)."""
 
+OFF: Mapping[str, bool] = {"c4.line_end": False}
+"""Rules that `auto` leaves off unless a source gives a threshold: this one takes text apart that is wrapped at a fixed width (as FineWeb does)."""
+
 
 class RulesByKind:
     """Judges documents of one source."""
@@ -42,7 +45,7 @@ class RulesByKind:
             usual = SETS.get(key, SETS.get((kind, ""), ())) if auto else ()
             names = (*usual, *(name for name in self._source.rules if name != AUTO))
             words = None if self._settings.words == "auto" else self._settings.words
-            thresholds = dict(self._source.thresholds)
+            thresholds = {**(OFF if auto else {}), **dict(self._source.thresholds)}
             if auto and language != self._source.language:
                 thresholds = _those_of(names, thresholds)
             self._steps[key] = rules_step(names, thresholds, words, edits=self._settings.mode == "filter")

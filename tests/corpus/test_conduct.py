@@ -212,6 +212,9 @@ def test_what_says_auto_takes_the_rules_of_kind_and_language(tmp_path):
     document, tally = Document("Too short.", "web", "raw/a.jsonl", 0, "text", "en"), Tally()
     refused = set(refused_by(stages[1][1], document, tally))
     assert {"gopher.words.least", "c4.sentences"} <= refused
+    wrapped = Document("A long line that is wrapped\nat a fixed width it is.", "web", "raw/a.jsonl", 0, "text", "en")
+    list(refused_by(stages[1][1], wrapped, tally))
+    assert wrapped.text == "A long line that is wrapped\nat a fixed width it is."
     chinese = Document("太短。", "web", "raw/a.jsonl", 0, "text", "zh")
     assert any(name.startswith("fineweb2_zh.") for name in refused_by(stages[1][1], chinese, tally))
 
