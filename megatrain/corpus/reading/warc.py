@@ -55,6 +55,9 @@ def _items(reading: FileReading) -> Iterator[Page | Document]:
             )
             continue
         fields, body = _answer(record.body) if kind == "response" else (record.fields, record.body)
+        if not fields and body.startswith(b"HTTP/"):
+            reading.refuse("read.http_body", where, "the record ends within the fields of the answer, or they have no end.")
+            continue
         status = fields.get("status", "200")
         if not status.startswith("2"):
             reading.count("read.http_status")

@@ -121,6 +121,13 @@ def test_bodies_that_are_in_chunks_cut_or_too_large(read):
     assert counts == {"read.documents": 1, "read.http_body": 2, "read.too_long": 1}
 
 
+def test_an_answer_that_ends_within_its_fields_is_no_text(read):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n"
+    texts, counts, places, _ = read(record("response", head) + record("response", head + b"\r\n" + PAGE.format("one").encode()))
+    assert texts == [(1, "one 漢字")] and counts == {"read.documents": 1, "read.http_body": 1}
+    assert places == [("read.http_body", "record 0", "the record ends within the fields of the answer, or they have no end.")]
+
+
 BROKEN = "no record begins here: it is left out, up to the next line that begins one."
 
 
