@@ -19,7 +19,7 @@ SETS: Mapping[tuple[str, str], tuple[str, ...]] = {
 """Sets of rules by kind and language, "" standing for any; others have none (docs/rules.md)."""
 
 OFF: Mapping[str, bool] = {"c4.line_end": False}
-"""Rules that `auto` leaves off unless a source gives a threshold: this one takes text apart that is wrapped at a fixed width (as FineWeb does)."""
+"""Rules that `auto` leaves off, as FineWeb does, unless a source gives a threshold: it takes wrapped text apart."""
 
 
 class RulesByKind:
