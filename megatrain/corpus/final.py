@@ -196,7 +196,8 @@ def _blend(results: Results, published: Published) -> dict[str, Any]:
     ]
     valid = [str(output / prefix) for prefix in prefixes if prefix.endswith("_valid")]
     tokenizer = str(output / stores.TOKENIZER) if results.vocabulary is not None else results.config.tokenize.tokenizer
-    return {"data": {"train": train, **({"valid": valid} if valid else {}), "tokenizer": tokenizer}}
+    asked = {name: token for name in ("eod", "bos") if (token := getattr(results.config.tokenize, name)) is not None}
+    return {"data": {"train": train, **({"valid": valid} if valid else {}), "tokenizer": tokenizer, **asked}}
 
 
 def link(path: Path, target: Path) -> None:

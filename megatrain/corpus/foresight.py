@@ -80,4 +80,6 @@ def require_models(config: PrepareConfig) -> None:
     if config.perplexity.thresholds is not None:
         read_thresholds(config.perplexity.thresholds, config.perplexity)
     if config.tokenize.tokenizer is not None:
-        tokens_around(load_tokenizer(config.tokenize.tokenizer), config.tokenize.append_eod)
+        tokens_around(
+            load_tokenizer(config.tokenize.tokenizer, config.tokenize.eod, config.tokenize.bos), config.tokenize.append_eod
+        )

@@ -35,6 +35,20 @@ class TokenizeConfig:
         "alone: 64 MiB take it some 20 s.",
         at_least=1,
     )
+    eod: int | str | None = knob(
+        None,
+        "Token that ends a document: its name or id; null: as files beside the tokenizer say, or one with a known name (docs/data.md).",
+        at_least=0,
+        not_empty=True,
+        use="</s>",
+    )
+    bos: int | str | None = knob(
+        None,
+        "Token that begins a document: its name or id, or `none`; null: what the tokenizer puts first, if anything.",
+        at_least=0,
+        not_empty=True,
+        use="none",
+    )
     append_eod: bool = knob(True, "End each document with the tokenizer's end-of-document token.")
     held_out: float = knob(
         0.005, "Share of documents that goes to stores of its own, for validation; chosen by hash.", at_least=0, below=1

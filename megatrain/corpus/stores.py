@@ -40,7 +40,7 @@ def encode(
     progress: Progress,
 ) -> Mapping[str, Any]:
     """Write the token stores of a unit, one for each split, under its name; how much is in them. Without documents there is none."""
-    encoder = load_tokenizer(tokenizer())
+    encoder = load_tokenizer(tokenizer(), tokenize.eod, tokenize.bos)
     facts: dict[str, Any] = {}
     for split, shard in shards.items():
         report, _ = encode_with(encoder, tokenize.engine, partial(_write, shard(), folder / split, tokenize, progress))

@@ -372,3 +372,17 @@ def test_documents_are_judged_by_an_n_gram_model(tmp_path, monkeypatch):
     assert sum(document.kind == "code" for document in kept) == 5  # no model: they stay
     report = (tmp_path / "out/REPORT.md").read_text()
     assert "## Rules of perplexity" in report and "perplexities.png" in report
+
+
+def test_the_tokens_around_documents_are_those_of_the_config(tmp_path, monkeypatch, capsys):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["data", "prepare", "prepare.yaml", "tokenize.eod=10", "tokenize.bos=33", "tokenize.held_out=0", "--worker"]) == 0
+    )
+    tokens = TokenStore(tmp_path / "out/code").document(0)
+    assert (tokens[0], tokens[-1]) == (33, 10)
+    assert yaml.safe_load((tmp_path / "out/blend.yaml").read_text())["data"]["eod"] == 10
+    assert main(["data", "prepare", "prepare.yaml", "tokenize.eod=999", "--worker"]) == 1
+    assert "999" in capsys.readouterr().err
