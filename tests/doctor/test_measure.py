@@ -106,6 +106,7 @@ def test_others_are_not_blamed_where_rank_0_cannot_write(tmp_path, monkeypatch):
     assert [bool(report.directory_problem) for report in reports] == [True, False] and reports[1].sees_token
 
 
+@pytest.mark.alone  # links are timed
 def test_a_node_with_a_slow_link_is_named(tmp_path, monkeypatch):
     """Two ranks a node on four nodes; all messages of node 2 take 50 ms more, there and back."""
     nodes = [f"node{n // 2}" for n in range(8)]

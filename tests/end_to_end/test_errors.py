@@ -166,10 +166,17 @@ def test_data_missing_on_one_rank(house, tmp_path):
 def test_under_torchrun_the_message_comes_from_every_rank(house, tmp_path):
     """The real launcher, its output as a person sees it."""
     _, *words = line_of(house, "torchrun", ["train.global_batch_size=6"])
-    with jobs.torchrun(tmp_path, 2, *words) as job:
-        (ended,) = job.finish()
-    assert ended.code == 1
-    assert ended.err.count("megatrain: error: train.global_batch_size=6 is not a multiple") == 2, ended.err
+    for turn in range(
+        4
+    ):  # torchrun ends the others a tenth of a second after the first: on a busy machine one may not have begun to speak
+        with jobs.torchrun(tmp_path / str(turn), 2, *words) as job:
+            (ended,) = job.finish()
+        assert ended.code == 1
+        said = ended.err.count("megatrain: error: train.global_batch_size=6 is not a multiple")
+        if said == 2:
+            break
+        assert said == 1 and "closing signal SIGTERM" in ended.err, ended.err
+    assert said == 2, ended.err
 
 
 @pytest.mark.parametrize(
