@@ -57,6 +57,10 @@ def load_config(path: str, overrides: Sequence[str], verb: Verb = "prepare") -> 
             f"tokenize.tokenizer={config.tokenize.tokenizer!r} and tokenize.vocab_size={config.tokenize.vocab_size}: a tokenizer is either "
             "given or trained. Leave one of them out."
         )
+    if config.tokenize.eod is not None and not config.tokenize.append_eod:
+        raise ConfigError(
+            f"tokenize.eod={config.tokenize.eod!r} has no effect with tokenize.append_eod=false, which ends no document. Leave one out."
+        )
     require_languages(config)
     require_rules(config)
     require_files(config)
@@ -139,7 +143,6 @@ class Onlooker:
         self._leases = Leases(self._published.root / LEASES, float("inf"))
         self._phase: Phase | None = None
         self._bar = ExitStack()
-        self._began = time.monotonic()
         self.alarms: list[str] = []
         self._next()
 

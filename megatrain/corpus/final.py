@@ -18,12 +18,13 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -37,9 +38,11 @@ from megatrain.corpus.report.unit_audit import Audit
 from megatrain.corpus.row_places import places_of, told_by_place
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Phase, Published
-from megatrain.files import make_folder, whole
+from megatrain.files import doing, make_folder, whole
 
 PREPARED, BLEND, PLACED = "prepared.json", "blend.yaml", "placed.json"
+LOCK_SECONDS = 60.0
+"""How long a worker waits for another one to give the results their names."""
 STAGES = ("read", "clean", "filter", "dedup", "perplexity")
 
 
@@ -208,7 +211,8 @@ def link(path: Path, target: Path) -> None:
         try:
             os.link(path, part)
         except OSError:
-            shutil.copyfile(path, part)
+            with doing("writing", target):
+                shutil.copyfile(path, part)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -216,11 +220,24 @@ def link(path: Path, target: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
-    """A file, alone among the workers on all machines; on a file system without locks, as if it were."""
+    """A file, alone among the workers on all machines. On a file system without locks, and where another one holds it for longer than
+    LOCK_SECONDS, as if it were: that one may be frozen, and both would do the same.
+    """
     with path.with_name(f".{path.name}.lock").open("w") as lock:
+        deadline = time.monotonic() + LOCK_SECONDS
         with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _is_locked(lock) and time.monotonic() < deadline:
+                time.sleep(0.1)
         yield path
+
+
+def _is_locked(lock: TextIO) -> bool:
+    """Whether this process has a lock now. Raises OSError where there are none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _replace_list(target: Path, names: list[str]) -> None:

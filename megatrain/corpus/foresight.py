@@ -17,7 +17,6 @@ from megatrain.corpus.ngram_choices import LanguageModelConfig
 from megatrain.corpus.perplexity import CODE, PerplexityScorer, read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.revision import paths_in
-from megatrain.data.prepare.text_store import tokens_around
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.files import opened_plain
 
@@ -80,6 +79,9 @@ def require_models(config: PrepareConfig) -> None:
     if config.perplexity.thresholds is not None:
         read_thresholds(config.perplexity.thresholds, config.perplexity)
     if config.tokenize.tokenizer is not None:
-        tokens_around(
-            load_tokenizer(config.tokenize.tokenizer, config.tokenize.eod, config.tokenize.bos), config.tokenize.append_eod
-        )
+        encoder = load_tokenizer(config.tokenize.tokenizer, config.tokenize.eod, config.tokenize.bos)
+        if config.tokenize.append_eod and encoder.eod is None:
+            raise ConfigError(
+                f"tokenize.append_eod=true, and no token of {encoder.label} is known to end a document. Name one "
+                f"(tokenize.eod=TOKEN, or an id out of 0..{encoder.vocab_size - 1}), or set tokenize.append_eod=false."
+            )

@@ -19,7 +19,7 @@ SETS: Mapping[tuple[str, str], tuple[str, ...]] = {
 """Sets of rules by kind and language, "" standing for any; others have none (docs/rules.md)."""
 
 OFF: Mapping[str, bool] = {"c4.line_end": False}
-"""Rules that `auto` leaves off, as FineWeb does, unless a source gives a threshold: it takes wrapped text apart."""
+"""Rules that `auto` leaves off, as FineWeb does, unless a source names them or gives a threshold: it takes wrapped text apart."""
 
 
 class RulesByKind:
@@ -43,9 +43,10 @@ class RulesByKind:
         key = (kind, language) if auto else ("", "")
         if key not in self._steps:
             usual = SETS.get(key, SETS.get((kind, ""), ())) if auto else ()
-            names = (*usual, *(name for name in self._source.rules if name != AUTO))
+            own = tuple(name for name in self._source.rules if name != AUTO)
+            off = {rule: value for rule, value in OFF.items() if auto and not _those_of(own, {rule: value})}
             words = None if self._settings.words == "auto" else self._settings.words
-            thresholds = {**(OFF if auto else {}), **dict(self._source.thresholds)}
+            names, thresholds = (*usual, *own), {**off, **dict(self._source.thresholds)}
             if auto and language != self._source.language:
                 thresholds = _those_of(names, thresholds)
             self._steps[key] = rules_step(names, thresholds, words, edits=self._settings.mode == "filter")

@@ -1,7 +1,8 @@
 """The phases of a preparation, from files to stores, each a set of chores that need nothing of each other.
 
     documents    a chore for each unit of input: read, clean, judge
-    places, exact, near, removals, lines        which documents are copies (similar.py)
+    places, compared, decided, lines            which documents are copies (similar.py)
+    sampled, thresholds                         where perplexities part head, middle and tail, where there are models
     kept         a chore for each unit: what stays, in two splits
     vocabulary   one chore, where a tokenizer is to be trained
     encoded      a chore for each unit: its token stores
@@ -19,17 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import xxhash
-
 from megatrain.corpus import final, keeping, mapping, stores
 from megatrain.corpus.document import Step
 from megatrain.corpus.final import Results
 from megatrain.corpus.perplexity import identities, perplexity_step, read_thresholds
-from megatrain.corpus.prepare_config import PrepareConfig, RunConfig
+from megatrain.corpus.prepare_config import PrepareConfig, RunConfig, TokenizeConfig
 from megatrain.corpus.reading.units import WorkUnit, cut_units
 from megatrain.corpus.revision import files_in, revision
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Chore, Phase, Published, Work, key_of
+from megatrain.data.prepare.text_store import tokens_around
+from megatrain.data.tokenizer import load_tokenizer
 
 Verb = Literal["read", "clean", "filter", "dedup", "prepare"]
 LAST: Mapping[Verb, mapping.Last] = {
@@ -52,13 +53,17 @@ class Preparation:
         self._config, self._verb = config, verb
         self._units = list(cut_units(config.read, outside=config.output.dir))
         self._names = [f"unit_{number:06d}" for number in range(len(self._units))]
-        self.sources = list(dict.fromkeys(unit.source for unit in self._units))
+        self._sources = list(dict.fromkeys(unit.source for unit in self._units))
         self.published = Published(Path(config.output.dir) / WORK)
         decides = replace(config, run=RunConfig(), output=replace(config.output, keep_work=True))
-        named = [files_in(part) for part in (config.clean, config.language, config.filter, config.dedup)]
-        named.append({"tokenizer": _hash_of(config.tokenize.tokenizer)})
-        judged = identities(config.perplexity)
-        self.key = key_of(revision(), verb, asdict(decides), named, judged, [unit.identity for unit in self._units])
+        self._input = [unit.identity for unit in self._units]
+        judging = (config.clean, config.language, config.filter, config.dedup)
+        self._judging = [(asdict(part), files_in(part)) for part in judging]
+        """Sections that the first phase depends on, with hashes of the files that they name."""
+        self._models = identities(config.perplexity)
+        self._tokenizer = _tokenizer_of(config.tokenize) if verb == "prepare" else None
+        named = [files for _, files in self._judging]
+        self.key = key_of(revision(), verb, asdict(decides), named, self._models, self._tokenizer, self._input)
         """A hash of all that decides on what is made."""
         self._results: Results | None = None
 
@@ -88,10 +93,8 @@ class Preparation:
 
     def _documents(self) -> Phase:
         config, last = self._config, LAST[self._verb]
-        decisive = (config.clean, config.language, config.filter, config.dedup)
-        sections = [asdict(config.read), *((asdict(part), files_in(part)) for part in decisive)]
         shown = (config.output.seed, config.output.examples, config.output.sheet)
-        key = key_of(revision(), last, sections, shown, [unit.identity for unit in self._units])
+        key = key_of(revision(), last, asdict(config.read), self._judging, shown, self._input)
         return self._each("documents", key, [partial(mapping.map_unit, unit, config, last) for unit in self._units])
 
     def _kept(self, documents: Phase, similar: Similar, results: Results) -> Iterator[Phase]:
@@ -104,7 +107,7 @@ class Preparation:
         judge: Callable[[], Step | None] = _no_judge
         key = similar.key
         if settings.models:
-            key = key_of(key, asdict(settings), identities(settings))
+            key = key_of(key, asdict(settings), self._models)
             works = [partial(keeping.sample_unit, *part, config) for part in parts] if settings.thresholds is None else []
             sampled = self._each("sampled", key, works)
             yield sampled
@@ -139,7 +142,7 @@ class Preparation:
         if settings.vocab_size is not None:
             if not any(facts["train"] for facts in self._facts(kept, "documents")):
                 return  # nothing to learn from; the report says what has refused it
-            learn = partial(stores.learn, partial(self._shards, kept, "train"), settings.vocab_size, settings.sample)
+            learn = partial(stores.learn, partial(self._shards, kept), settings.vocab_size, settings.sample)
             vocabulary = Phase("vocabulary", key_of(kept.key, settings.vocab_size, settings.sample), [Chore("all", 1, learn)])
             yield vocabulary
             tokenizer: Callable[[], Path | str] = partial(self._trained, vocabulary)
@@ -148,14 +151,14 @@ class Preparation:
             tokenizer = partial(str, settings.tokenizer)
         else:
             return
-        key, works = key_of(kept.key, asdict(settings), _hash_of(settings.tokenizer)), []
+        key, works = key_of(kept.key, asdict(settings), self._tokenizer), []
         for name in self._names:
             shards = {split: partial(self.published.file, kept, name, file) for split, file in keeping.FILES.items()}
             works.append(partial(stores.encode, shards, tokenizer, settings))
         encoded = self._each("encoded", key, works)
         yield encoded
         chores = []
-        for number, source in enumerate(self.sources):
+        for number, source in enumerate(self._sources):
             for split in keeping.FILES:
                 work = partial(stores.store, source, partial(self._encoded, encoded, split, source), self._config.output)
                 chores.append(Chore(f"source_{number:04d}_{split}", 1, work))
@@ -179,13 +182,9 @@ class Preparation:
                 found.append((paths[0].with_name(split) if paths else None, self.published.facts(encoded, name)[split]))
         return found
 
-    def _shards(self, kept: Phase, split: keeping.Split, source: str | None = None) -> list[Path]:
-        """The shards of a split, of one source or all."""
-        return [
-            self.published.file(kept, name, keeping.FILES[split])
-            for name, unit in zip(self._names, self._units, strict=True)
-            if source in (None, unit.source)
-        ]
+    def _shards(self, kept: Phase) -> list[Path]:
+        """The shards of what is trained on, of all units."""
+        return [self.published.file(kept, name, keeping.FILES["train"]) for name in self._names]
 
 
 def _about(unit: WorkUnit) -> str:
@@ -198,7 +197,10 @@ def _no_judge() -> None:
     """No perplexities are judged."""
 
 
-def _hash_of(tokenizer: str | None) -> str:
-    """A hash of a tokenizer's file; "" for none, and for a name that is no file."""
-    path = Path(tokenizer or "")
-    return xxhash.xxh3_128_hexdigest(path.read_bytes()) if path.is_file() else ""
+def _tokenizer_of(settings: TokenizeConfig) -> list[Any] | None:
+    """All that decides on the ids of a store by the tokenizer that is named, files beside it included; None without one."""
+    if settings.tokenizer is None:
+        return None
+    encoder = load_tokenizer(settings.tokenizer, settings.eod, settings.bos)
+    around = tokens_around(encoder, settings.append_eod)
+    return [encoder.identity, around.begin, around.end]

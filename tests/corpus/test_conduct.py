@@ -1,5 +1,6 @@
 """A preparation from raw files to stores: the same bytes whoever does the work, and whatever happens to them."""
 
+import fcntl
 import gzip
 import json
 import os
@@ -17,12 +18,13 @@ import yaml
 
 from megatrain.cli.main import main
 from megatrain.cli.preparation import VERBS
-from megatrain.corpus import conduct, mapping, phases, preview
+from megatrain.corpus import conduct, final, mapping, phases, preview
 from megatrain.corpus.document import Document, Tally, refused_by
 from megatrain.corpus.duplicates.parameters import DedupConfig, LeakConfig, LeakSet
 from megatrain.corpus.revision import files_in
 from megatrain.corpus.shards import documents_of
 from megatrain.data.indexed import TokenStore
+from megatrain.data.tokenizers.fitting import train_tokenizer
 
 PROSE = "the house and garden of a town that have been with us to be seen by people in every season of its long years"
 WORDS = PROSE.split()
@@ -386,3 +388,38 @@ def test_the_tokens_around_documents_are_those_of_the_config(tmp_path, monkeypat
     assert yaml.safe_load((tmp_path / "out/blend.yaml").read_text())["data"]["eod"] == 10
     assert main(["data", "prepare", "prepare.yaml", "tokenize.eod=999", "--worker"]) == 1
     assert "999" in capsys.readouterr().err
+
+
+def test_a_rule_that_auto_leaves_off_is_on_where_it_is_named(tmp_path):
+    corpus(tmp_path / "raw")
+    text = "A long line that is wrapped\nat a fixed width it is."
+    for rules, left in (("[auto]", text), ("[auto, c4]", "at a fixed width it is.")):
+        source = f"read.sources=[{{name: web, paths: [raw/a.jsonl], language: en, rules: {rules}}}]"
+        told = conduct.load_config(str(config(tmp_path, "raw")), [source])
+        document = Document(text, "web", "raw/a.jsonl", 0, "text", "en")
+        list(refused_by(mapping.stages_of(told, told.read.sources[0], "filter")[1][1], document, Tally()))
+        assert document.text == left
+
+
+def test_files_beside_the_tokenizer_decide_too(tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    path = str(config(tmp_path, "raw"))
+    monkeypatch.chdir(tmp_path)
+    train_tokenizer(["raw/c0.py"], 300, tmp_path / "tokenizer.json")
+    words = ["tokenize.tokenizer=tokenizer.json"]
+    keys = []
+    for end in ("<|endoftext|>", "a"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        keys.append(phases.Preparation(conduct.load_config(path, words), "prepare").key)
+    assert keys[0] != keys[1]
+
+
+def test_a_worker_that_is_frozen_while_it_names_results_holds_nobody_up(done, monkeypatch):
+    folder, made = done
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(final, "LOCK_SECONDS", 0.3)
+    (folder / "out/REPORT.md").unlink()
+    with (folder / "out/work/.placed.json.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
+    assert result(folder) == made

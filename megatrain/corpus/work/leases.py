@@ -164,11 +164,15 @@ class Leases:
             yield None
             return
         holder = {"host": socket.gethostname(), "space": _space(), "process": os.getpid(), "born": self._born, "run": self._run}
-        lease = Lease(chore, descriptor, holder, self._stuck_seconds if steady else float("inf"))
         try:
-            yield lease
+            with doing("writing", path):
+                lease = Lease(chore, descriptor, holder, self._stuck_seconds if steady else float("inf"))
+            try:
+                yield lease
+            finally:
+                lease.end()
         finally:
-            lease.end()
+            os.close(descriptor)
             path.unlink(missing_ok=True)
 
     def forget(self, chore: str) -> None:
@@ -185,7 +189,7 @@ class Lease:
     """A lease that this process holds: a thread gives signs of life while the work goes on."""
 
     def __init__(self, chore: str, descriptor: int, about: dict[str, Any], stuck_seconds: float) -> None:
-        self._task, self._descriptor, self._about, self._stuck_seconds = chore, descriptor, about, stuck_seconds
+        self._chore, self._descriptor, self._about, self._stuck_seconds = chore, descriptor, about, stuck_seconds
         self._done, self._said = 0, time.monotonic()
         self._ended = threading.Event()
         self._sign()
@@ -201,7 +205,6 @@ class Lease:
         """Stop giving signs."""
         self._ended.set()
         self._thread.join()
-        os.close(self._descriptor)
 
     def _sign(self) -> None:
         line = json.dumps({**self._about, "done": self._done})
@@ -213,7 +216,7 @@ class Lease:
                 self._sign()
             if time.monotonic() - self._said > self._stuck_seconds:
                 note(
-                    f"megatrain: {self._task} has not moved for {self._stuck_seconds:g} s (run.stuck_seconds); its process ends here:"
+                    f"megatrain: {self._chore} has not moved for {self._stuck_seconds:g} s (run.stuck_seconds); its process ends here:"
                 )
                 faulthandler.dump_traceback()
                 os._exit(STUCK)
