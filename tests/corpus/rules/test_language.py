@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatrain.corpus.document import Document, Tally
-from megatrain.corpus.rules import language
+from megatrain.corpus.rules import language, language_model
 from megatrain.corpus.rules.language import detect, language_step, sample
 from megatrain.corpus.rules.rule_choices import LanguageConfig
 
@@ -53,7 +53,7 @@ def test_nothing_is_asked_of_the_network(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("a socket")
 
     monkeypatch.setattr(socket, "socket", refuse)
-    language._model.cache_clear()
+    language_model._model.cache_clear()
     assert detect("Hello, how are you doing today?")[0] == "en"
 
 
