@@ -128,7 +128,7 @@ def printable(text: str) -> str:
 
 def brief(said: object) -> str:
     """A library's message, or one with values of a file in it, as a part of one line: no line breaks, no terminal codes, not all of it."""
-    text = str(said)
+    text = f"the key {said} is missing" if isinstance(said, KeyError) else str(said)
     shown = printable(text[:_MOST_SHOWN])
     return shown if len(text) <= _MOST_SHOWN else f"{shown} ... ({len(text):,} characters)"
 

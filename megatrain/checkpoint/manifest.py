@@ -179,10 +179,11 @@ class Manifest:
             raise ValueError(f"its checksum is {hasher.hexdigest()}, and it says {match.group(1).decode()}")
         body = parse_json(data, _MOST_BRACKETS)
         if body["format"] != FORMAT:
-            raise ValueError(f"format is {body['format']!r}, not {FORMAT!r}")
+            raise ValueError(f"format is {brief(repr(body['format']))}, not {FORMAT!r}")
         if body["version"] != VERSION:
             raise ContentError(
-                f"checkpoint format version {body['version']!r} was written by another release of megatrain; this one reads {VERSION}"
+                f"checkpoint format version {brief(repr(body['version']))} was written by another release of megatrain; "
+                f"this one reads {VERSION}"
             )
         for key, of, most in (("config", str, _LONGEST_CONFIG), ("progress", dict, 1000), ("versions", dict, 1000)):
             if not isinstance(body[key], of) or len(body[key]) > most:

@@ -15,11 +15,11 @@ from megatrain.transport.consensus import broadcast_text, gather_texts, lowest
 from megatrain.transport.group import name_ranks
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OneLine, RuntimeError):
     """A checkpoint could not be saved or loaded; raised on every rank of the world at once."""
 
 
-class DamagedCheckpointError(OneLine, CheckpointError):
+class DamagedCheckpointError(CheckpointError):
     """Files of a checkpoint are missing, truncated, changed or not as the manifest says; the message names the file."""
 
 

@@ -350,6 +350,29 @@ def test_another_version_says_so_and_is_not_passed_over(tmp_path, state, version
             read()
 
 
+@pytest.mark.parametrize("error", [CheckpointError, ContentError, DamagedCheckpointError])
+def test_errors_of_a_checkpoint_are_one_line_of_bounded_length(error):
+    said = str(error("a" * 10_000 + "\n\x1b[31m"))
+    assert len(said) < 3100 and said.isprintable()
+
+
+def test_a_version_of_any_size_is_cut_in_the_message(tmp_path, state):
+    path = state.save(ParallelContext.single(), tmp_path)
+    rewritten(path, put("version", [[]] * 100_000))
+    with pytest.raises(
+        ContentError, match=r"\.\.\. \(400,000 characters\) was written by another release of megatrain"
+    ) as caught:
+        read_manifest(path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_missing_key_is_called_that(tmp_path, state):
+    path = state.save(ParallelContext.single(), tmp_path)
+    rewritten(path, lambda body: body.pop("step"))
+    with pytest.raises(DamagedCheckpointError, match=r"manifest\.json cannot be used: the key 'step' is missing"):
+        read_manifest(path)
+
+
 def test_a_key_that_appears_twice_is_refused(tmp_path, state):
     path = state.save(ParallelContext.single(), tmp_path)
     data = (path / "manifest.json").read_bytes().replace(b'"step": 200,', b'"step": 200, "step": 300,', 1)
