@@ -1,7 +1,6 @@
 """A preparation from raw files to stores: the same bytes whoever does the work, and whatever happens to them."""
 
 import fcntl
-import gzip
 import json
 import os
 import random
@@ -10,11 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
+from forked import Forked
+from small_corpus import config, corpus, text
+from small_corpus import made as made_of
 
 from megatrain.cli.main import main
 from megatrain.cli.preparation import VERBS
@@ -26,62 +29,10 @@ from megatrain.corpus.shards import documents_of
 from megatrain.data.indexed import TokenStore
 from megatrain.data.tokenizers.fitting import train_tokenizer
 
-PROSE = "the house and garden of a town that have been with us to be seen by people in every season of its long years"
-WORDS = PROSE.split()
-
-
-def text(seed, words=120):
-    draw = random.Random(seed)
-    return ". ".join(" ".join(draw.choices(WORDS, k=12)).capitalize() for _ in range(words // 12)) + "."
-
-
-def corpus(folder):
-    """Three sources: rows with copies, near copies and broken lines; packed rows; code."""
-    folder.mkdir()
-    rows = [text(seed) for seed in range(150)]
-    rows += [rows[3], rows[4], rows[5] + " Again.", "too short", "mail me: someone@example.org. " + text(1000)]
-    lines = [json.dumps({"text": row, "url": f"http://x/{number}"}) for number, row in enumerate(rows)]
-    lines[20:20] = ["{broken", '{"no": "text"}', '{"text": 5}']
-    (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
-    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": text(seed)}) + "\n" for seed in range(140, 170))
-    for number in range(5):
-        (folder / f"c{number}.py").write_text(f"def f{number}(a):\n    return {number} * a\n" * 10)
-    return folder
-
-
-def config(folder, raw):
-    tree = {
-        "read": {
-            "unit_bytes": 20_000,
-            "sources": [
-                {"name": "web", "paths": [f"{raw}/a.jsonl"], "language": "en", "rules": ["gopher"], "keep": ["url"]},
-                {"name": "packed", "paths": [f"{raw}/b.jsonl.gz"], "language": "en", "rules": ["gopher"], "weight": 0.5},
-                {"name": "code", "paths": [f"{raw}/*.py"], "kind": "code", "language": "en", "rules": []},
-            ],
-        },
-        "dedup": {"parts": 1},
-        "tokenize": {"tokenizer": "bytes", "held_out": 0.1},
-        "output": {"dir": "out"},
-    }
-    path = folder / "prepare.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def result(folder):
-    """Every file that users see, by name."""
-    out = folder / "out"
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and "work" not in path.relative_to(out).parts
-    }
-
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """(folder, result) of a preparation by one worker in this process."""
+    """(folder, files that users see) of a preparation by one worker in this process."""
     folder = tmp_path_factory.mktemp("prepared")
     corpus(folder / "raw")
     config(folder, "raw")
@@ -91,7 +42,7 @@ def done(tmp_path_factory):
         assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
     finally:
         os.chdir(before)
-    return folder, result(folder)
+    return folder, made_of(folder)
 
 
 def test_what_is_made(done):
@@ -138,7 +89,7 @@ def test_a_second_run_has_nothing_to_do_and_gives_names_again(done, monkeypatch,
     work = sorted((folder / "out/work").rglob("done.json"))
     times = [path.stat().st_mtime_ns for path in work]
     assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
-    assert result(folder) == made
+    assert made_of(folder) == made
     assert [path.stat().st_mtime_ns for path in work] == times
 
 
@@ -150,13 +101,79 @@ def test_any_number_of_workers_and_any_order_of_files_give_the_same_bytes(done, 
         path.unlink()
         (tmp_path / "moved").rename(path)
     config(tmp_path, "raw")
-    run(tmp_path, "run.workers=3")
-    assert result(tmp_path) == made
+    run(tmp_path, "run.workers=4")
+    assert made_of(tmp_path) == made
 
 
 def run(folder, *words):
     command = [sys.executable, "-m", "megatrain", "data", "prepare", "prepare.yaml", *words]
     return subprocess.run(command, cwd=folder, check=True, timeout=120, capture_output=True, text=True)
+
+
+COUNTING = """
+import os, signal, sys
+from pathlib import Path
+from megatrain.cli.main import main
+from megatrain.corpus.work.chores import Published
+
+log, last, publish = Path("begun.txt"), int(sys.argv[1]), Published.publish
+
+def counted(self, phase, chore, progress):
+    with log.open("a") as file:
+        file.write(f"{phase.title} {chore.name}\\n")
+    begun = log.read_text().count("\\n")
+    publish(self, phase, chore, progress if begun != last else lambda count: os.kill(os.getpid(), signal.SIGKILL))
+
+Published.publish = counted
+sys.exit(main(["data", "prepare", "prepare.yaml", "--worker"]))
+"""
+"""A worker that writes down which chores it begins, and is killed in the midst of one of them, by its number among all that were begun."""
+
+
+def forked_workers(folder, *last):
+    """Workers at the same time, each killed in the chore of its number, 0: not at all; their exit codes."""
+    (folder / "worker.py").write_text(COUNTING)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    names = [folder / f"worker_{number}.txt" for number in range(len(last))]
+    workers = [
+        Forked([str(folder / "worker.py"), str(number)], environment, name, name)
+        for number, name in zip(last, names, strict=True)
+    ]
+    return [worker.wait(120) for worker in workers]
+
+
+def begun_in(folder):
+    """How often each chore was begun."""
+    return Counter((folder / "begun.txt").read_text().splitlines())
+
+
+@pytest.mark.timeout(200)
+def test_two_workers_do_each_chore_once(done, tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    assert forked_workers(tmp_path, 0, 0) == [0, 0]
+    begun = begun_in(tmp_path)
+    assert set(begun.values()) == {1} and {"documents unit_000000", "report all"} <= set(begun)
+    assert made_of(tmp_path) == done[1]
+
+
+@pytest.mark.timeout(200)
+def test_each_of_three_kills_costs_the_chore_that_it_fell_into(done, tmp_path, monkeypatch):
+    corpus(tmp_path / "raw")
+    config(tmp_path, "raw")
+    monkeypatch.chdir(tmp_path)
+    moments = (3, 22, 40)
+    for moment in moments:
+        assert forked_workers(tmp_path, moment) == [-signal.SIGKILL]
+        assert made_of(tmp_path) == {}
+    order = (tmp_path / "begun.txt").read_text().splitlines()
+    killed = [order[moment - 1] for moment in moments]
+    assert forked_workers(tmp_path, 0, 0) == [0, 0]
+    begun = begun_in(tmp_path)
+    assert begun == Counter(dict.fromkeys(begun, 1)) + Counter(killed)
+    assert [chore.split()[0] for chore in killed] == ["documents", "compared", "encoded"]
+    assert made_of(tmp_path) == done[1]
 
 
 @pytest.mark.timeout(200)
@@ -183,7 +200,7 @@ def test_killed_workers_change_nothing(done, tmp_path, measured):
                     killed += 1
         said = process.communicate()[1]
     assert process.returncode == 0 and killed > 0, said
-    assert result(tmp_path) == made
+    assert made_of(tmp_path) == made
 
 
 def test_a_dry_run_says_what_each_rule_would_remove_and_writes_nothing(done, tmp_path, monkeypatch, capsys):
@@ -422,4 +439,4 @@ def test_a_worker_that_is_frozen_while_it_names_results_holds_nobody_up(done, mo
     with (folder / "out/work/.placed.json.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0
-    assert result(folder) == made
+    assert made_of(folder) == made

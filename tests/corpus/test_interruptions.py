@@ -1,6 +1,5 @@
 """A preparation that is stopped, or meets what it cannot use: nothing is published half, an error says what to do, the next run goes on."""
 
-import json
 import os
 import resource
 import signal
@@ -12,46 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from small_corpus import made, rows_alone
 
 from megatrain.cli.main import main
 from megatrain.corpus import conduct
 from megatrain.corpus.work.leases import Leases
 
 
-def prepared(folder, **sections):
-    """A config of two sources without rules, and their files."""
-    raw = folder / "raw"
-    raw.mkdir()
-    for source in ("a", "b"):
-        rows = [json.dumps({"text": f"Row {number} of {source} " + "is here to be read. " * 40}) for number in range(60)]
-        (raw / f"{source}.jsonl").write_text("\n".join(rows) + "\n")
-    sources = [{"name": name, "paths": [f"raw/{name}.jsonl"], "language": "en", "rules": []} for name in ("a", "b")]
-    tree = {
-        "read": {"unit_bytes": 20_000, "sources": sources},
-        "dedup": {"near": False, "parts": 1},
-        "output": {"dir": "out"},
-        "tokenize": {"tokenizer": "bytes", "held_out": 0.1},
-    }
-    for name, section in sections.items():
-        tree.setdefault(name, {}).update(section)
-    (folder / "prepare.yaml").write_text(yaml.safe_dump(tree))
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prepared(tmp_path)
+    rows_alone(tmp_path)
     return tmp_path
-
-
-def made(folder):
-    """All files of the result."""
-    out = folder / "out"
-    return {
-        str(path.relative_to(out)): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and "work" not in path.relative_to(out).parts
-    }
 
 
 def half(folder):
