@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from megatrain.corpus.extras import need
 from megatrain.corpus.reading.isolation import SIZE, Requests, packages
+from megatrain.corpus.reading.parquet_values import texts_of, values_of
 from megatrain.data.prepare.unpack import FREE_BYTES
 
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 1024
@@ -100,35 +101,11 @@ def _sizes(group: Any, columns: list[str]) -> tuple[int, int]:
 
 def _batch(arrow: Any, batch: Any, wanted: dict[str, Any]) -> Part:
     """Rows as a part of an answer. Of a text that is too long its bytes are told and not sent."""
-    texts = _values(batch.column(wanted["key"]), arrow)
-    sizes = [len(text) if isinstance(text, bytes) else type(text).__name__ for text in texts]
-    kept = {
-        name: list(map(_plain, _values(batch.column(name), arrow))) for name in wanted["keep"] if name in batch.schema.names
-    }
+    texts = texts_of(batch.column(wanted["key"]), arrow)
+    sizes = [len(text) if isinstance(text, bytes) else text for text in texts]
+    kept = {name: values_of(batch.column(name), arrow) for name in wanted["keep"] if name in batch.schema.names}
     body = b"".join(text for text in texts if isinstance(text, bytes) and len(text) <= wanted["longest"])
     return {"rows": sizes, "kept": kept}, body
-
-
-def _values(column: Any, arrow: Any) -> list[Any]:
-    """The values of a column, text as bytes: a file may hold in it what is no UTF-8."""
-    kinds = arrow.types
-    if kinds.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if kinds.is_string(column.type) or kinds.is_large_string(column.type) or kinds.is_string_view(column.type):
-        column = column.cast(arrow.large_binary())
-    values: list[Any] = column.to_pylist()
-    return values
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; of other kinds its text."""
-    if isinstance(value, bytes):
-        return value.decode(errors="replace")
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 if __name__ == "__main__":

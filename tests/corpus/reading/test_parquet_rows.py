@@ -1,9 +1,11 @@
 """Rows of parquet files, which megatrain.corpus.reading.parquet_process reads."""
 
 import datetime
+import decimal
 import json
 import signal
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -66,6 +68,51 @@ def test_fields_that_are_kept(read):
     json.dumps(marks)
 
 
+KEPT = [
+    (pa.array([1], pa.timestamp("ns")), "1970-01-01T00:00:00.000000001"),
+    (pa.array([1], pa.timestamp("us", "Europe/Berlin")), "1970-01-01T00:00:00.000001Z"),
+    (pa.array([86400], pa.timestamp("s")).dictionary_encode(), "1970-01-02T00:00:00.000"),
+    (pa.array([10**15], pa.timestamp("ms")), "<value out of range: 1000000000000000>"),
+    (pa.array([2**62], pa.timestamp("us")), "<value out of range: 4611686018427387904>"),
+    (pa.array([2**30], pa.date32()), "<value out of range: 1073741824>"),
+    (pa.array([3 * 86_400_000], pa.date64()), "1970-01-04"),
+    (pa.array([123_456_789_123], pa.time64("ns")), "00:02:03.456789123"),
+    (pa.array([1], pa.time32("s")), "00:00:01.000"),
+    (pa.array([-1_000_000_001], pa.duration("ns")), "-PT1.000000001S"),
+    (pa.array([10**15], pa.duration("s")), "PT1000000000000000S"),
+    (pa.array([decimal.Decimal("1.50")]), "1.50"),
+    (pa.array([2**64 - 1], pa.uint64()), 2**64 - 1),
+    (pa.array([1.5], pa.float32()).cast(pa.float16()), 1.5),
+    (pa.array([True]), True),
+    (pa.array([b"a\xff"], pa.binary(2)), "a\ufffd"),
+    (pa.array([b"\xff"], pa.binary()).view(pa.string()), "\ufffd"),
+    (pa.array([[None, 1]], pa.list_(pa.timestamp("ns"))), [None, "1970-01-01T00:00:00.000000001"]),
+    (pa.array([["a", "b"]], pa.list_(pa.string(), 2)), ["a", "b"]),
+    (
+        pa.array([{"t": 1, "n": None}], pa.struct([("t", pa.time64("ns")), ("n", pa.int8())])),
+        {"t": "00:00:00.000000001", "n": None},
+    ),
+    (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.duration("ms"))), [{"key": "a", "value": "PT0.001S"}]),
+    (pa.array([b"0123456789abcdef"], pa.uuid()), "0123456789abcdef"),
+]
+"""Columns of one value, and what is kept of it; parquet has no seconds, but milliseconds."""
+
+
+def test_what_json_cannot_hold_is_kept_as_text(read):
+    def behind_nulls(column):
+        return pa.concat_arrays([pa.nulls(1, column.type), column]) if isinstance(column, pa.Array) else column
+
+    names = [f"x{number}" for number in range(len(KEPT))]
+    columns = {name: behind_nulls(column) for name, (column, _) in zip(names, KEPT, strict=True)}
+    rows, counts, _ = read(pa.table({"text": ["a", "b"], **columns}), keep=tuple(names))
+    assert [marks for _, _, marks in rows] == [
+        dict.fromkeys(names),
+        dict(zip(names, (value for _, value in KEPT), strict=True)),
+    ]
+    assert counts == {}
+    orjson.dumps([marks for _, _, marks in rows])
+
+
 def test_bad_rows(read):
     text = pa.array([b"good", b"caf\xe9", None, b"", b"a\0b", b"x" * 50, b"good"], pa.binary())
     table = pa.table({"text": pa.Array.from_buffers(pa.string(), len(text), text.buffers())})
@@ -79,6 +126,10 @@ def test_bad_rows(read):
         ("read.too_long", "row 6"),
     ]
     assert [row[0] for row in read(table, limits={"broken_text": "refuse"})[0]] == [0, 5, 6]
+    assert (
+        read(pa.table({"text": pa.array([1], pa.timestamp("ns"))}))[2][0][2]
+        == "the value of 'text' is timestamp[ns], not a string."
+    )
     assert read(pa.table({"text": [1]}))[2] == [("read.no_string", "row 1", "the value of 'text' is int, not a string.")]
 
 
