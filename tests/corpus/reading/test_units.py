@@ -134,7 +134,8 @@ def test_sources_that_cannot_be_read_are_told_of(tmp_path):
     assert refused(read_config(source("a", encoding="utf-9"))) == (
         "read.sources[0].encoding='utf-9' is no encoding of Python. Use for example utf-8, gb18030, shift_jis or windows-1252."
     )
-    assert refused(read_config(source("a", encoding="rot13"))).startswith("read.sources[0].encoding='rot13' is no encoding")
+    for name in ("rot13", "hex", "zlib", "idna", "punycode", "undefined", "utf\0"):
+        assert refused(read_config(source("a", encoding=name))).startswith(f"read.sources[0].encoding={name!r} is no encoding")
     assert refused(read_config(source(tmp_path / "*.zip"))) == (
         f"web: {tmp_path}/*.zip matches no file (relative paths start at {here})."
     )
