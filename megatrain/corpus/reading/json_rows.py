@@ -7,6 +7,7 @@ surrogate pairs, NULs, a byte-order mark within the file (of files put together)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from megatrain.files import brief
 
 Where = Callable[[], str]
 _NOTHING = object()
+DEEPEST = 100
+"""Lists and objects within each other that a field may have: what writes documents takes 250."""
 
 
 def row_documents(reading: FileReading) -> Iterator[Document]:
@@ -53,6 +56,7 @@ class _Rows:
         self._key = reading.source.key
         self._keys = (self._key, *reading.source.keep)
         self._quoted = [json.dumps(key, ensure_ascii=False).encode(encoding, "replace") for key in self._keys]
+        self._escaped = [re.compile(_escaped(key, encoding)) for key in self._keys]
         self._loads = need("orjson", "reading .jsonl", "data").loads
 
     def row(self, line: bytes, where: Where) -> dict[str, Any] | None:
@@ -71,10 +75,31 @@ class _Rows:
             said = f"a JSON {type(row).__name__}, not an object. {one_a_line(line, self._key)}"
             reading.refuse("read.no_object", where, said)
             return None
-        if any(line.count(key) > 1 for key in self._quoted) and (twice := self._twice(line)):
+        return row if self._is_usable(row, line, where) else None
+
+    def _is_usable(self, row: dict[str, Any], line: bytes, where: Where) -> bool:
+        """Whether the keys of interest are there once and not too deep; counts what is not."""
+        reading = self._reading
+        if deep := next((key for key in self._keys if _is_deep(row.get(key))), None):
+            said = f"the value of {deep!r} has more than {DEEPEST} lists and objects within each other."
+            reading.refuse("read.deep_value", where, said)
+            return False
+        try:
+            twice = self._twice(line) if self._may_be_twice(line) else None
+        except RecursionError:  # orjson reads what is deeper
+            said = "more lists and objects within each other than can be looked through for a key that is there twice."
+            reading.refuse("read.deep_value", where, said)
+            return False
+        if twice is not None:
             reading.refuse("read.duplicate_key", where, f"the key {twice!r} is there twice. Which of them counts?")
-            return None
-        return row
+            return False
+        return True
+
+    def _may_be_twice(self, line: bytes) -> bool:
+        """Whether the name of a key of interest is in a line twice, as it is or with escapes (\\u0074ext)."""
+        return any(line.count(key) > 1 for key in self._quoted) or (
+            b"\\" in line and any(len(key.findall(line)) > 1 for key in self._escaped)
+        )
 
     def text(self, row: dict[str, Any], where: Where) -> str | None:
         """The text of a row, None where there is none, which is counted."""
@@ -114,7 +139,8 @@ class _Rows:
         except (ValueError, RecursionError) as error:
             reading.refuse("read.no_json", where, f"not JSON ({brief(error)}). {one_a_line(line, self._key)}")
             return _NOTHING
-        if isinstance(row, dict) and has_halves(kept := {key: row[key] for key in self._keys if key in row}):
+        kept = {key: row[key] for key in self._keys if key in row} if isinstance(row, dict) else {}
+        if not any(map(_is_deep, kept.values())) and has_halves(kept):
             said = "half of a surrogate pair (\\ud800..\\udfff), which is not a character."
             if not reading.may_mend("read.lone_surrogate", where, said):
                 return _NOTHING
@@ -122,7 +148,7 @@ class _Rows:
         return row
 
     def _twice(self, line: bytes) -> str | None:
-        """A key of interest that the object of a line has twice."""
+        """A key of interest that the object of a line has twice. Raises RecursionError."""
         keys: list[str] = []
 
         def hook(pairs: list[tuple[str, Any]]) -> None:
@@ -135,6 +161,34 @@ class _Rows:
     def marks(self, row: dict[str, Any]) -> dict[str, Any]:
         """The further fields that go with the document."""
         return {key: row[key] for key in self._keys[1:] if key in row}
+
+
+def _escaped(key: str, encoding: str) -> bytes:
+    """A regular expression for a key between quotes, any letter of which may be escaped."""
+    letters = []
+    for letter in key:
+        units = letter.encode("utf-16-be", "surrogatepass")
+        numbers = b"".join(rb"\\u(?i:%04x)" % int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2))
+        plain = re.escape(json.dumps(letter, ensure_ascii=False)[1:-1].encode(encoding, "replace"))
+        letters.append(b"(?:%s|%s%s)" % (plain, numbers, rb"|\\/" if letter == "/" else b""))
+    return b'"' + b"".join(letters) + b'"'
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether lists and objects are within each other more than DEEPEST times."""
+    if not isinstance(value, (dict, list)):
+        return False
+    layer = [value]
+    for _ in range(DEEPEST):
+        layer = [
+            part
+            for outer in layer
+            if isinstance(outer, (dict, list))
+            for part in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not layer:
+            return False
+    return any(isinstance(part, (dict, list)) for part in layer)
 
 
 def _number(digits: str) -> int | float:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import orjson
 import pytest
 import zstandard
 
@@ -90,6 +91,17 @@ REFUSED = [
     (b'{"text": "a", "text": "b"}', "duplicate_key", "the key 'text' is there twice. Which of them counts?"),
     (b'{"text": "a\\ud800", "text": "b"}', "duplicate_key", "the key 'text' is there twice. Which of them counts?"),
     (b'{"text": "a", "url": 1, "url": 2}', "duplicate_key", "the key 'url' is there twice. Which of them counts?"),
+    (b'{"text": "a", "\\u0074ext": "b"}', "duplicate_key", "the key 'text' is there twice. Which of them counts?"),
+    (b'{"te\\u0078t": "a", "tex\\u0074" :"b"}', "duplicate_key", "the key 'text' is there twice. Which of them counts?"),
+    (b'{"\\u0075\\u0072\\u006C": 1, "text": "a", "ur\\u006c": 2}', "duplicate_key", None),
+    (
+        b'{"text": "a", "url": ' + b"[" * 101 + b"]" * 101 + b"}",
+        "deep_value",
+        "the value of 'url' has more than 100 lists and objects within each other.",
+    ),
+    (b'{"text": "a", "url": ' + b"[" * 900 + b"NaN" + b"]" * 900 + b"}", "deep_value", None),
+    (b'{"text": ' + b'{"a":' * 600 + b'"\\ud800"' + b"}" * 600 + b"}", "deep_value", None),
+    (b'{"x": ' + b"[" * 1015 + b"]" * 1015 + b', "text": "a", "text": "b"}', "deep_value", None),
 ]
 
 
@@ -113,10 +125,25 @@ def test_a_bad_row_costs_a_row(read, row, name, said):
         b'{"meta": {"text": 1, "url": [{"text": 5}]}, "text": "a\\tb"}',
         b'{"other": "\\ud800", "text": "a\\tb"}',
         b'{"other": 1, "other": 2, "text": "a\\tb", "quoted": "\\"text\\" and \\"text\\""}',
+        b'{"other": {"\\u0074ext": 1}, "te\\u0078t": "a\\tb", "quoted": "\\"\\u0074ext\\""}',
     ],
 )
 def test_what_does_no_harm_is_read(read, row):
     assert read(row + b"\n" + b"  \t\r\n" + row) == (["a\tb", "a\tb"], {}, [])
+
+
+def test_a_field_may_be_as_deep_as_what_is_written_takes(read):
+    assert read(b'{"text": "a", "url": ' + b'{"a":' * 50 + b"[" * 50 + b"]" * 50 + b"}" * 50 + b"}", keep=("url",))[0] == ["a"]
+    orjson.dumps(read.documents[0].marks)
+
+
+def test_an_escaped_key_of_any_letters_is_known(read):
+    escaped = "".join(rf"\u{unit:04X}" for unit in (0x6F22, 0x2F, 0xD83D, 0xDE00))
+    row = f'{{"漢/😀": "a", "{escaped}": "b"}}'
+    for encoding in ("utf-8", "utf-16", "gb18030"):
+        found = read(row.encode(encoding), key="漢/😀", encoding=encoding)[1]
+        assert found == {"duplicate_key": 1}
+    assert read('{"漢\\/": "a", "漢/": "b"}'.encode(), key="漢/")[1] == {"duplicate_key": 1}
 
 
 def test_fields_that_are_kept_and_documents_are_as_their_source_says(read):
