@@ -1,15 +1,17 @@
 """Documents of WARC files (ISO 28500): pages and texts that a crawler has kept, each a record.
 
 Records are told apart here, since fastwarc ends a file at the first record that is broken and does not tell one that is cut short. After a
-broken one reading goes on at the next line that begins a record.
+broken one reading goes on at the next line that begins a record; so it does within one whose length reaches over such a line, behind a
+blank one, and does not end where another record or the file does.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import zstandard
 
@@ -21,9 +23,18 @@ from megatrain.corpus.reading.file_reading import FileReading
 from megatrain.corpus.reading.pages import Page, extracted_documents
 
 BEGIN = b"WARC/1."
+_NEXT = re.compile(rb"\n\r?\n(?=WARC/1\.)")
+"""What stands before a record within another one."""
+_BORDER = len(b"\n\r\nWARC/1.") - 1
+MOST_BLANK = 1 << 16
+"""Blank lines between records, in bytes, behind which another one is looked for."""
 LONGEST_HEAD = 1 << 16
 """Bytes of the fields of a record, or of an answer of HTTP."""
 HTML = ("text/html", "application/xhtml+xml")
+
+
+End = Literal["well", "lies", "short"]
+"""How a record ends: as its length says; its length reaches over another record; the file ends within it."""
 
 
 class Record(NamedTuple):
@@ -106,13 +117,18 @@ def records_of(reading: FileReading) -> Iterator[Record]:
             stream.seek_line(BEGIN)
             continue
         long = int(length) > reading.settings.page_bytes
-        body = stream.take(int(length), keep=not long)
-        if body is None:
+        body = None if long else stream.take(int(length))
+        ended = stream.pass_over(int(length)) if body is None else stream.end_of(body, int(length))
+        if ended == "lies":
+            said = f"its length, {int(length):,} bytes, reaches over the beginning of another record, where reading goes on."
+            reading.refuse("read.warc_record", where, said)
+        elif ended == "short":
             if reading.ended == "whole":
                 reading.refuse("read.warc_record", where, f"the file ends within the record, which has {int(length):,} bytes.")
             return
-        yield Record(number, fields, None if long else body)
-        number += 1
+        else:
+            yield Record(number, fields, body)
+            number += 1
 
 
 def _fields(head: bytes) -> dict[str, str]:
@@ -168,18 +184,49 @@ class _Stream:
             if len(window) == LONGEST_HEAD or not self._more():
                 return None
 
-    def take(self, size: int, keep: bool) -> bytes | None:
-        """The next bytes, b"" where they are not to be kept; None where there are fewer."""
+    def take(self, size: int) -> bytes:
+        """The next bytes, all that there are where those are fewer."""
         parts = []
-        while size:
-            if self._at == len(self._data) and not self._more():
-                return None
+        while size and (self._at < len(self._data) or self._more()):
             part = self._data[self._at : self._at + size]
             self._at += len(part)
             size -= len(part)
-            if keep:
-                parts.append(part)
+            parts.append(part)
         return b"".join(parts)
+
+    def end_of(self, body: bytes, size: int) -> End:
+        """How a body of so many bytes ends, which were just taken; where its length lies the next bytes are those of the next record."""
+        short = len(body) < size
+        found = _NEXT.search(body) if short or not self._is_at_record() else None
+        if found is None:
+            return "short" if short else "well"
+        self._data, self._at = body[found.end() :] + self._data[self._at :], 0
+        return "lies"
+
+    def pass_over(self, size: int) -> End:
+        """Go over so many bytes, or to the next record that begins within them."""
+        while size:
+            if self._at == len(self._data) and not self._more():
+                return "short"
+            part = self._data[self._at : self._at + size]
+            if found := _NEXT.search(part):
+                self._at += found.end()
+                return "lies"
+            step = len(part) if len(part) == size else max(len(part) - _BORDER, 0)
+            self._at, size = self._at + step, size - step
+            if size and not self._more():
+                self._at = len(self._data)
+                return "short"
+        return "well"
+
+    def _is_at_record(self) -> bool:
+        """Whether a record begins behind the blank lines that come next, if any, or nothing does."""
+        for blank in range(MOST_BLANK):
+            if not self._have(blank + 1):
+                return True
+            if self._data[self._at + blank] not in b"\r\n":
+                return self._have(blank + len(BEGIN)) and self._data.startswith(BEGIN, self._at + blank)
+        return True
 
     def rest(self) -> bytes:
         """The bytes that come next of those that have come."""

@@ -160,6 +160,23 @@ def test_a_record_that_does_not_end(read):
     assert texts == [(0, "one 漢字")] and list(counts) == ["read.damaged", "read.documents"]
 
 
+@pytest.mark.parametrize("most", [1 << 24, 300])
+@pytest.mark.parametrize("more", [30, 200, 10**6])
+def test_a_length_that_reaches_into_other_records_costs_its_record(read, more, most):
+    lying = record("resource", b"x" * 400, "Content-Type: text/plain", length=400 + more)
+    texts, counts, places, _ = read(page() + lying + page("two") + page("three"), page_bytes=most)
+    assert texts == [(0, "one 漢字"), (1, "two 漢字"), (2, "three 漢字")]
+    said = f"its length, {400 + more:,} bytes, reaches over the beginning of another record, where reading goes on."
+    assert places == [("read.warc_record", "record 1", said)] and counts == {"read.documents": 3, "read.warc_record": 1}
+
+
+def test_a_record_within_another_is_its_text(read):
+    inner = record("resource", b"inner", "Content-Type: text/plain")
+    outer = record("resource", b"outer\r\n\r\n" + inner, "Content-Type: text/plain")
+    assert read(outer + b"\r\n" * 9 + page())[0] == [(0, f"outer\n\n{inner.decode()}".replace("\r\n", "\n")), (1, "one 漢字")]
+    assert [text for _, text in read(outer[:-9])[0]] == []  # the inner one is cut short too
+
+
 def test_broken_text_is_told_by_record_and_line(read):
     data = page() + answer(b"a\nb\xe9", kind="text/plain") + answer(b"<p>a\n\n\xe9\0")
     _, _, places, _ = read(data)
