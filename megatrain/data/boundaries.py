@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -229,3 +230,30 @@ def _json_object(folder: Path | None, file: str) -> dict[str, Any]:
             f"{folder / file}, which says what begins and ends a document, cannot be read ({error}). Mend it or take it away."
         ) from None
     return found if isinstance(found, dict) else {}
+
+
+class FromFile:
+    """A tokenizer of a file, beside which other files may tell what ends and begins a document: looked for when it is first asked for,
+    since it may be ambiguous, and is not always needed.
+    """
+
+    def __init__(self, folder: Path | None, eod: TokenRequest, bos: TokenRequest) -> None:
+        """folder: directory of the files. eod, bos: the tokens asked for, which must exist. Raises TokenizerError."""
+        self._folder, self._asked = folder, (eod, bos)
+        _ = eod is not None and self.ending, bos is not None and self.beginning
+
+    @cached_property
+    def ending(self: Any) -> Ending:
+        """The tokens that end a document. Raises TokenizerError if several are possible."""
+        return find_ending(self, self._folder, self._asked[0])
+
+    @cached_property
+    def beginning(self: Any) -> Beginning:
+        """The tokens that begin a document. Raises TokenizerError."""
+        return find_beginning(self, self._folder, self._asked[1])
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the token that ends a document."""
+        ending: Ending = self.ending
+        return ending.eod

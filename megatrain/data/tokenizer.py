@@ -22,6 +22,7 @@ from megatrain.data.boundaries import (
     LARGEST_TOKENIZER,
     Beginning,
     Ending,
+    FromFile,
     TokenizerError,
     TokenRequest,
     find_beginning,
@@ -136,7 +137,7 @@ class ByteTokenizer:
         return b"".join(parts).decode(errors="replace")
 
 
-class JsonTokenizer:
+class JsonTokenizer(FromFile):
     """A tokenizer of the `tokenizers` library. Truncation, padding and the tokens that the file adds to texts are switched off; tokens
     around documents are `beginning` and `ending`."""
 
@@ -162,33 +163,17 @@ class JsonTokenizer:
             raise TokenizerError(
                 f"{label} has {len(ids):,} tokens, and the id {self.vocab_size - 1:,}: no model has so many rows."
             )
-        self.label, self._folder, self._asked = label, folder, (eod, bos)
+        self.label = label
         description = self.description()
         self.divisible = _divisible(description)
         self._dtype = best_dtype(self.vocab_size)
         self._byte_tokens = _byte_tokens(description)
         self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
-        # Tokens asked for must exist: checked now. Those to be found may be ambiguous, and are not always needed: found on first use.
-        _ = eod is not None and self.ending, bos is not None and self.beginning
+        super().__init__(folder, eod, bos)
 
     def description(self) -> dict[str, Any]:
         """The tokenizer.json, made anew: of a large vocabulary it takes a hundred megabytes."""
         return dict(json.loads(self._library.to_str()))
-
-    @cached_property
-    def ending(self) -> Ending:
-        """The tokens that end a document. Raises TokenizerError if several are possible."""
-        return find_ending(self, self._folder, self._asked[0])
-
-    @cached_property
-    def beginning(self) -> Beginning:
-        """The tokens that begin a document. Raises TokenizerError."""
-        return find_beginning(self, self._folder, self._asked[1])
-
-    @property
-    def eod(self) -> int | None:
-        """Id of the token that ends a document."""
-        return self.ending.eod
 
     @cached_property
     def identity(self) -> str:

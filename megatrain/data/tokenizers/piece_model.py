@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatrain.data.boundaries import Beginning, Ending, TokenizerError, TokenRequest, find_beginning, find_ending
+from megatrain.data.boundaries import FromFile, TokenizerError, TokenRequest
 from megatrain.data.indexed import best_dtype
 from megatrain.data.tokenizers.token_ids import EncodedTexts
 from megatrain.files import brief
@@ -26,7 +25,7 @@ def is_model(data: bytes) -> bool:
     return data.startswith(b"\x0a") and not data.lstrip().startswith(b"{")
 
 
-class PieceTokenizer:
+class PieceTokenizer(FromFile):
     """A model of SentencePiece as a tokenizer."""
 
     divisible = False
@@ -35,25 +34,10 @@ class PieceTokenizer:
         """data: the file. eod, bos: the tokens asked for. Raises TokenizerError."""
         self._model, self._ids = _loaded(data, path)
         self.vocab_size = int(self._model.get_piece_size())
-        self.label, self._folder, self._asked = str(path), path.parent, (eod, bos)
+        self.label = str(path)
         self.identity = f"sentencepiece {hashlib.sha256(data).hexdigest()}"
         self._dtype = best_dtype(self.vocab_size)
-        _ = eod is not None and self.ending, bos is not None and self.beginning
-
-    @cached_property
-    def ending(self) -> Ending:
-        """The tokens that end a document. Raises TokenizerError if several are possible."""
-        return find_ending(self, self._folder, self._asked[0])
-
-    @cached_property
-    def beginning(self) -> Beginning:
-        """The tokens that begin a document. Raises TokenizerError."""
-        return find_beginning(self, self._folder, self._asked[1])
-
-    @property
-    def eod(self) -> int | None:
-        """Id of the token that ends a document."""
-        return self.ending.eod
+        super().__init__(path.parent, eod, bos)
 
     def special_id(self, name: str) -> int | None:
         """Id of a control token of the model; None if it has none of this name."""
