@@ -200,6 +200,9 @@ def _filter(arguments: argparse.Namespace) -> int:
                 f"data filter takes a CONFIG.yaml ({arguments.config}) or {given[0]}, not both: leave one of them out."
             )
         return run_prepare("filter", arguments)
+    if arguments.worker or arguments.on or arguments.dry_run:
+        option = "--worker" if arguments.worker else "--dry-run" if arguments.dry_run else f"--on {arguments.on}"
+        raise WrongUseError(f"data filter {option} needs a CONFIG.yaml: megatrain data filter prepare.yaml {option}")
     if missing := [f"--{name}" for name in needed if f"--{name}" not in given]:
         raise WrongUseError(f"data filter without a CONFIG.yaml needs {', '.join(missing)}. See megatrain data filter --help.")
     from megatrain.ngram.buckets import Cutoffs, chosen
