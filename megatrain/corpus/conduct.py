@@ -16,7 +16,7 @@ import xxhash
 from megatrain.config.load import load_sections
 from megatrain.config.source import ConfigError
 from megatrain.corpus.final import place, placed
-from megatrain.corpus.foresight import require_files, require_languages, require_models, require_rules
+from megatrain.corpus.foresight import Ids, require_files, require_languages, require_models, require_rules
 from megatrain.corpus.on_ray import run_on_ray
 from megatrain.corpus.phases import Preparation, Verb
 from megatrain.corpus.prepare_config import PrepareConfig
@@ -39,6 +39,16 @@ Start = Callable[[Sequence[str], int | None, Callable[[], None]], None]
 
 def load_config(path: str, overrides: Sequence[str], verb: Verb = "prepare") -> PrepareConfig:
     """The config of a preparation up to a stage. Raises ConfigError, and ValueError for a tokenizer or thresholds that do not fit."""
+    return _loaded(path, overrides, verb)[0]
+
+
+def preparation_of(path: str, overrides: Sequence[str], verb: Verb) -> tuple[PrepareConfig, Preparation]:
+    """The config, and what is to be done by it. Raises what `load_config` does, and ReadError for input that cannot be read."""
+    config, ids = _loaded(path, overrides, verb)
+    return config, Preparation(config, verb, ids)
+
+
+def _loaded(path: str, overrides: Sequence[str], verb: Verb) -> tuple[PrepareConfig, Ids]:
     config: PrepareConfig = load_sections(PrepareConfig, path, overrides)
     for number, source in enumerate(config.read.sources):
         if not NAME.fullmatch(source.name) or source.name in RESERVED or source.name.endswith("_valid"):
@@ -64,15 +74,12 @@ def load_config(path: str, overrides: Sequence[str], verb: Verb = "prepare") -> 
     require_languages(config)
     require_rules(config)
     require_files(config)
-    if verb == "prepare":
-        require_models(config)
-    return config
+    return config, require_models(config) if verb == "prepare" else None
 
 
 def prepare(main: Callable[[list[str]], int], verb: Verb, path: str, overrides: Sequence[str]) -> str:
     """Do all that a verb means with the workers that run.on names; what was made, as a line. main: the command line."""
-    config = load_config(path, overrides, verb)
-    preparation = Preparation(config, verb)
+    config, preparation = preparation_of(path, overrides, verb)
     published = preparation.published
     names = placed(Path(config.output.dir), published.root, preparation.key)
     if names is None:
@@ -94,8 +101,7 @@ def prepare(main: Callable[[list[str]], int], verb: Verb, path: str, overrides: 
 
 def work(verb: Verb, path: str, overrides: Sequence[str]) -> str:
     """Be one worker among others, until all is done: in job arrays, on other machines, and for `prepare`; nothing to say."""
-    config = load_config(path, overrides, verb)
-    preparation = Preparation(config, verb)
+    config, preparation = preparation_of(path, overrides, verb)
     published, key = preparation.published, preparation.key
     with ending_in_order():
         if placed(Path(config.output.dir), published.root, key) is None:

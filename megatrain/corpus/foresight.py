@@ -17,9 +17,12 @@ from megatrain.corpus.ngram_choices import LanguageModelConfig
 from megatrain.corpus.perplexity import CODE, PerplexityScorer, read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.revision import paths_in
+from megatrain.data.prepare.text_store import tokens_around
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.files import opened_plain
 
+Ids = list[Any] | None
+"""What decides on ids, as values for JSON; None without a tokenizer."""
 LANGUAGE = re.compile(r"[a-z]{2,3}")
 """A code of ISO 639: two letters, or three of a language that has no two."""
 
@@ -73,15 +76,20 @@ def require_files(config: PrepareConfig) -> None:
             ) from None
 
 
-def require_models(config: PrepareConfig) -> None:
-    """Open the tokenizer that is named, and thresholds of perplexity. Raises ValueError for what does not fit."""
+def require_models(config: PrepareConfig) -> Ids:
+    """Open the tokenizer that is named, and thresholds of perplexity; all that decides on the ids of a store by that tokenizer, files
+    beside it included. Raises ValueError for what does not fit.
+    """
     PerplexityScorer(config.perplexity)
     if config.perplexity.thresholds is not None:
         read_thresholds(config.perplexity.thresholds, config.perplexity)
-    if config.tokenize.tokenizer is not None:
-        encoder = load_tokenizer(config.tokenize.tokenizer, config.tokenize.eod, config.tokenize.bos)
-        if config.tokenize.append_eod and encoder.eod is None:
-            raise ConfigError(
-                f"tokenize.append_eod=true, and no token of {encoder.label} is known to end a document. Name one "
-                f"(tokenize.eod=TOKEN, or an id out of 0..{encoder.vocab_size - 1}), or set tokenize.append_eod=false."
-            )
+    if config.tokenize.tokenizer is None:
+        return None
+    encoder = load_tokenizer(config.tokenize.tokenizer, config.tokenize.eod, config.tokenize.bos)
+    if config.tokenize.append_eod and encoder.eod is None:
+        raise ConfigError(
+            f"tokenize.append_eod=true, and no token of {encoder.label} is known to end a document. Name one "
+            f"(tokenize.eod=TOKEN, or an id out of 0..{encoder.vocab_size - 1}), or set tokenize.append_eod=false."
+        )
+    around = tokens_around(encoder, config.tokenize.append_eod)
+    return [encoder.identity, around.begin, around.end]

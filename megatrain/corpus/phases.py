@@ -23,14 +23,13 @@ from typing import Any, Literal
 from megatrain.corpus import final, keeping, mapping, stores
 from megatrain.corpus.document import Step
 from megatrain.corpus.final import Results
+from megatrain.corpus.foresight import Ids
 from megatrain.corpus.perplexity import identities, perplexity_step, read_thresholds
-from megatrain.corpus.prepare_config import PrepareConfig, RunConfig, TokenizeConfig
+from megatrain.corpus.prepare_config import PrepareConfig, RunConfig
 from megatrain.corpus.reading.units import WorkUnit, cut_units
 from megatrain.corpus.revision import files_in, revision
 from megatrain.corpus.similar import Similar
 from megatrain.corpus.work.chores import Chore, Phase, Published, Work, key_of
-from megatrain.data.prepare.text_store import tokens_around
-from megatrain.data.tokenizer import load_tokenizer
 
 Verb = Literal["read", "clean", "filter", "dedup", "prepare"]
 LAST: Mapping[Verb, mapping.Last] = {
@@ -48,8 +47,10 @@ WORK = "work"
 class Preparation:
     """One preparation: what is to be done, by whichever workers."""
 
-    def __init__(self, config: PrepareConfig, verb: Verb) -> None:
-        """verb: the last stage. Raises ReadError for input that cannot be read."""
+    def __init__(self, config: PrepareConfig, verb: Verb, ids: Ids) -> None:
+        """verb: the last stage. ids: what decides on those of the tokenizer that is named (foresight.py). Raises ReadError for input that
+        cannot be read.
+        """
         self._config, self._verb = config, verb
         self._units = list(cut_units(config.read, outside=config.output.dir))
         self._names = [f"unit_{number:06d}" for number in range(len(self._units))]
@@ -61,9 +62,9 @@ class Preparation:
         self._judging = [(asdict(part), files_in(part)) for part in judging]
         """Sections that the first phase depends on, with hashes of the files that they name."""
         self._models = identities(config.perplexity)
-        self._tokenizer = _tokenizer_of(config.tokenize) if verb == "prepare" else None
+        self._ids = ids
         named = [files for _, files in self._judging]
-        self.key = key_of(revision(), verb, asdict(decides), named, self._models, self._tokenizer, self._input)
+        self.key = key_of(revision(), verb, asdict(decides), named, self._models, self._ids, self._input)
         """A hash of all that decides on what is made."""
         self._results: Results | None = None
 
@@ -151,7 +152,7 @@ class Preparation:
             tokenizer = partial(str, settings.tokenizer)
         else:
             return
-        key, works = key_of(kept.key, asdict(settings), self._tokenizer), []
+        key, works = key_of(kept.key, asdict(settings), self._ids), []
         for name in self._names:
             shards = {split: partial(self.published.file, kept, name, file) for split, file in keeping.FILES.items()}
             works.append(partial(stores.encode, shards, tokenizer, settings))
@@ -195,12 +196,3 @@ def _about(unit: WorkUnit) -> str:
 
 def _no_judge() -> None:
     """No perplexities are judged."""
-
-
-def _tokenizer_of(settings: TokenizeConfig) -> list[Any] | None:
-    """All that decides on the ids of a store by the tokenizer that is named, files beside it included; None without one."""
-    if settings.tokenizer is None:
-        return None
-    encoder = load_tokenizer(settings.tokenizer, settings.eod, settings.bos)
-    around = tokens_around(encoder, settings.append_eod)
-    return [encoder.identity, around.begin, around.end]
