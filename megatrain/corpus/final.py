@@ -30,6 +30,7 @@ import yaml
 
 from megatrain.corpus import keeping, mapping, stores
 from megatrain.corpus.duplicates import outcome
+from megatrain.corpus.duplicates.leaks import LEAKS
 from megatrain.corpus.perplexity import read_thresholds
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.report.compose import write_report
@@ -80,6 +81,8 @@ def report(results: Results, published: Published, folder: Path, progress: Calla
         found = outcome.alarms(removals, results.sources, results.config.dedup)
         found = _by_place(audit, found, results.audited[0], published)
     found += _silent(audit, results.sources)
+    if results.config.filter.mode == "annotate":
+        found += _leaking(audit)
     cutoffs, limits = _cutoffs(results, published), AlarmLimits(cluster=None)  # the alarms found say more of clusters
     alarms = write_report(folder, audit, STAGES, found=found, cutoffs=cutoffs, limits=limits)
     progress(1)
@@ -93,6 +96,21 @@ def _silent(audit: Audit, sources: Sequence[str]) -> list[str]:
     return [
         f"source {source} has no document that can be read: look at the problems below, and at its key"
         for source in sorted({*sources} - read)
+    ]
+
+
+def _leaking(audit: Audit) -> list[str]:
+    """Alarms for documents with passages of evaluation sets, where they stay."""
+    rules = {
+        name: rule.refused.documents
+        for stage in summary_of(audit.tally.counts, STAGES).stages
+        for name, rule in stage.rules.items()
+        if name.startswith(LEAKS)
+    }
+    return [
+        f"{count.total():,} documents have passages of the evaluation set {name.removeprefix(LEAKS)} and stay with filter.mode=annotate "
+        f"({', '.join(f'{source} {number:,}' for source, number in sorted(count.items()))}): leave out those whose mark `breaks` has {name}"
+        for name, count in sorted(rules.items())
     ]
 
 

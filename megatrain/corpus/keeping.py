@@ -12,6 +12,7 @@ import xxhash
 from megatrain.corpus.cleaning.augment import augmenting
 from megatrain.corpus.document import Document, Step
 from megatrain.corpus.duplicates.normal import without
+from megatrain.corpus.duplicates.outcome import NEAR
 from megatrain.corpus.mapping import DOCUMENTS
 from megatrain.corpus.ngram_choices import PerplexityConfig
 from megatrain.corpus.perplexity import PerplexityScorer, fit, read_thresholds, sample_of, write_thresholds
@@ -47,7 +48,8 @@ def staying(shard: Path, removed: Removed, config: PrepareConfig, audit: Audit) 
         copy = copies.get(row)
         if copy is not None:
             unit, of = copy.representative
-            audit.leave("dedup", document, (copy.reason,), said=f"{copy.agreement:.0%} of {row_told(unit, of)}")
+            like = f"{copy.agreement:.0%} of " if copy.reason == NEAR else "in its place: "
+            audit.leave("dedup", document, (copy.reason,), said=f"{like}{row_told(unit, of)}")
             continue
         part = config.dedup.lines
         if part != "none" and row in lines:
@@ -114,6 +116,8 @@ def keep_unit(
             audit.show(document)
             for one in grow(document, audit.tally) if split == "train" else (document,):
                 counts[split] += 1
+                if one is not document:
+                    audit.copied(one)
                 write[split](one)
             progress(len(document.text))
     return {"audit": audit.as_json(), "documents": counts}

@@ -21,12 +21,13 @@ from small_corpus import made as made_of
 
 from megatrain.cli.main import main
 from megatrain.cli.preparation import VERBS
-from megatrain.corpus import conduct, final, mapping, phases, preview
+from megatrain.corpus import conduct, final, foresight, mapping, phases, preview
 from megatrain.corpus.document import Document, Tally, refused_by
 from megatrain.corpus.duplicates.parameters import DedupConfig, LeakConfig, LeakSet
 from megatrain.corpus.revision import files_in
 from megatrain.corpus.shards import documents_of
 from megatrain.data.indexed import TokenStore
+from megatrain.data.tokenizer import load_tokenizer
 from megatrain.data.tokenizers.fitting import train_tokenizer
 
 
@@ -75,6 +76,7 @@ def test_what_is_made(done):
     assert "gopher.words.least" in report and "duplicates.exact" in report and "duplicates.near" in report
     assert " tokens)." in report
     assert "tokens in" in report and "lost in dedup" in report
+    assert "(in its place: raw/" in made["removed.md"].decode()  # the document that a copy is a copy of
     assert re.search(
         r"\([89]\d% of raw/a\.jsonl:\d+\)", made["removed.md"].decode()
     )  # the document that a near copy is near to
@@ -317,8 +319,20 @@ def test_configs_that_cannot_be_meant(tmp_path, monkeypatch, capsys, words, said
 def test_filter_without_a_config_needs_its_options(capsys):
     assert main(["data", "filter", "--keep", "head"]) == 2
     assert "data filter without a CONFIG.yaml needs --input, --output, --ngram." in capsys.readouterr().err
+    for option in (["--worker"], ["--on", "slurm"], ["--dry-run"]):
+        assert main(["data", "filter", *option]) == 2
+        named = " ".join(option)
+        assert f"data filter {named} needs a CONFIG.yaml: megatrain data filter prepare.yaml {named}" in capsys.readouterr().err
     assert main(["data", "filter", "c.yaml", "--ngram", "m.bin"]) == 2
     assert "data filter takes a CONFIG.yaml (c.yaml) or --ngram, not both: leave one of them out." in capsys.readouterr().err
+
+
+def test_a_job_array_without_a_config_is_told_so():
+    script = [str(Path(__file__).parents[2] / "launch/prepare.sbatch"), "filter"]
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "MEGATRAIN_ROOT": str(Path(__file__).parents[2])}
+    found = subprocess.run(["bash", *script], check=False, env=environment, capture_output=True, text=True, timeout=60)
+    said = "prepare.sbatch: filter of what? Name a CONFIG.yaml: sbatch --array 0-N launch/prepare.sbatch filter CONFIG.yaml\n"
+    assert (found.returncode, found.stderr) == (2, said)
 
 
 def test_a_changed_shard_is_named(tmp_path, monkeypatch, capsys):
@@ -351,6 +365,10 @@ def test_passages_of_an_evaluation_set_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "filter", "prepare.yaml", "dedup.leaks.sets=[{name: quiz, files: [leak.txt]}]", "--worker"]) == 0
     assert "| leaks.quiz | 1 |" in (tmp_path / "out/REPORT.md").read_text()
+    words = ["dedup.leaks.sets=[{name: quiz, files: [leak.txt]}]", "filter.mode=annotate", "--worker"]
+    assert main(["data", "filter", "prepare.yaml", *words]) == 0
+    said = "- 1 documents have passages of the evaluation set quiz and stay with filter.mode=annotate (web 1): leave out those whose mark"
+    assert said in (tmp_path / "out/REPORT.md").read_text()
 
 
 def test_changed_copies_are_trained_on_and_not_held_out(tmp_path, monkeypatch):
@@ -370,6 +388,9 @@ def test_changed_copies_are_trained_on_and_not_held_out(tmp_path, monkeypatch):
         "augmented" not in document.marks for document in held_out
     )
     assert [document.marks.get("augmented") for document in web[:3]] == [None, 1, 2]
+    size = sum(len(document.text.encode()) for document in web if "augmented" in document.marks)
+    told = f"{2 * len(web) // 3:,} changed copies ({size / 1000:.2f} kB)"
+    assert f" Beside them stand {told}: web {told.replace(' changed copies', '')}." in (tmp_path / "out/REPORT.md").read_text()
 
 
 def test_documents_are_judged_by_an_n_gram_model(tmp_path, monkeypatch):
@@ -427,8 +448,12 @@ def test_files_beside_the_tokenizer_decide_too(tmp_path, monkeypatch):
     keys = []
     for end in ("<|endoftext|>", "a"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
-        keys.append(phases.Preparation(conduct.load_config(path, words), "prepare").key)
+        keys.append(conduct.preparation_of(path, words, "prepare")[1].key)
     assert keys[0] != keys[1]
+    loads = []
+    monkeypatch.setattr(foresight, "load_tokenizer", lambda *asked: loads.append(asked) or load_tokenizer(*asked))
+    conduct.preparation_of(path, words, "prepare")
+    assert loads == [("tokenizer.json", None, None)]  # once: a large vocabulary takes seconds
 
 
 def test_a_worker_that_is_frozen_while_it_names_results_holds_nobody_up(done, monkeypatch):

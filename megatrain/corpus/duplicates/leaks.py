@@ -18,6 +18,8 @@ from megatrain.untrusted import parse_json
 
 MOST_BYTES = 1 << 30
 """Most bytes of a file of an evaluation set."""
+LEAKS = "leaks."
+"""What the names of the rules begin with."""
 _LINES = (".jsonl", ".ndjson", ".json")
 _PACKED = {".gz": "gz", ".zst": "zst"}
 
@@ -61,7 +63,7 @@ class _Leaks:
 
     def __init__(self, settings: LeakConfig, lengths: Lengths, long: Passages, short: Passages) -> None:
         self._settings, self._lengths, self._long, self._short = settings, lengths, long, short
-        self._rules = [f"leaks.{one.name}" for one in settings.sets]
+        self._rules = [f"{LEAKS}{one.name}" for one in settings.sets]
 
     def __call__(self, document: Document, tally: Tally) -> Collection[str]:
         matches = np.zeros(len(self._rules), np.int64)

@@ -73,7 +73,21 @@ def _whole(summary: Summary) -> str:
     before, after = into.documents.total(), out.documents.total()
     return (
         f"{before:,} documents ({_size(into.bytes.total())}) became {after:,} ({_share(after, before)}; "
-        f"{_size(out.bytes.total())}, {_share(out.bytes.total(), into.bytes.total())} of the bytes{tokens})."
+        f"{_size(out.bytes.total())}, {_share(out.bytes.total(), into.bytes.total())} of the bytes{tokens}).{_copies(summary)}"
+    )
+
+
+def _copies(summary: Summary) -> str:
+    """The changed copies of documents, if there are any."""
+    copies = summary.copies
+    each = ", ".join(
+        f"{source} {number:,} ({_size(copies.bytes[source])})" for source, number in sorted(copies.documents.items())
+    )
+    also = ", which the tokens count too" if summary.tokens else ""
+    return (
+        f" Beside them stand {copies.documents.total():,} changed copies ({_size(copies.bytes.total())}){also}: {each}."
+        if each
+        else ""
     )
 
 

@@ -61,6 +61,8 @@ class Summary:
     stages: list[StageCount]
     tokens: Counter[str] = field(default_factory=Counter)
     tokenized: Counter[str] = field(default_factory=Counter)
+    copies: Flow = field(default_factory=Flow)
+    """Changed copies, which the tokens count too, and documents and bytes of stages do not."""
     perplexities: dict[str, Counter[int]] = field(default_factory=dict)
     """Documents by bin of their perplexity, by language."""
     clusters: dict[str, Counter[int]] = field(default_factory=dict)
@@ -94,6 +96,8 @@ def summary_of(counts: Mapping[str, int], stages: Sequence[str], limits: AlarmLi
     for head, parts, number in rest:
         if head in ("tokens", "tokenized") and parts:
             (summary.tokens if head == "tokens" else summary.tokenized)["/".join(parts)] += number
+        elif head == "copies" and parts:
+            (summary.copies.documents if parts[0] == "documents" else summary.copies.bytes)["/".join(parts[1:])] += number
         elif head in ("perplexity", "cluster") and len(parts) == 2:
             group = summary.perplexities if head == "perplexity" else summary.clusters
             group.setdefault(parts[0], Counter())[int(parts[1])] += number

@@ -8,6 +8,7 @@ number of workers. The counts have these names, in the unit's tally:
     STAGE/alone/RULE/documents/SOURCE   .../bytes/SOURCE           named by this rule and no other: what the rule removes by itself
     STAGE/language/CODE                                            documents that leave, by language; `?`: unknown
     tokens/SOURCE, tokenized/SOURCE                                tokens, and bytes of text they are of
+    copies/documents/SOURCE        copies/bytes/SOURCE             changed copies, which are tokenized too
     perplexity/LANGUAGE/BIN                                        documents by perplexity (perplexity.py)
     cluster/KIND/SIZE                                              clusters of duplicates by number of documents
 """
@@ -61,6 +62,11 @@ class Audit:
         """Count the tokens that `size` bytes of a source's text became."""
         self.tally.count(f"tokens/{source}", tokens)
         self.tally.count(f"tokenized/{source}", size)
+
+    def copied(self, document: Document) -> None:
+        """Count a changed copy of a document that is kept."""
+        self.tally.count(f"copies/documents/{document.source}")
+        self.tally.count(f"copies/bytes/{document.source}", len(document.text.encode()))
 
     def show(self, document: Document) -> None:
         """Offer a document that is kept to the sheet."""
