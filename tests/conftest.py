@@ -1,3 +1,4 @@
+import importlib
 import os
 import tempfile
 from pathlib import Path
@@ -9,8 +10,10 @@ if not torch.cuda.is_available():
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir(), f"megatrain-tests-{os.getuid()}")))  # workers share it
 
 import fuzzing
+import jobs
 import promises
 import pytest
+from forked import PIPE, Forked
 from room import Room
 
 try:
@@ -23,6 +26,7 @@ except ImportError:  # a GPU machine runs the tests marked `gpu`, which draw not
     pass
 
 ROOM = pytest.StashKey[Room]()
+WORKER = Path(__file__).resolve().parents[1] / "megatrain/testing/worker.py"
 
 
 def pytest_configure(config):
@@ -51,6 +55,28 @@ def pytest_runtest_protocol(item):
         return (yield)
     with item.config.stash[ROOM].taken(alone=item.get_closest_marker("alone") is not None):
         return (yield)
+
+
+def forked_worker(pipe, words, environment):
+    """A process of `spawn` that has everything imported, with this process's output."""
+    return Forked([str(WORKER), PIPE, *words], environment, 1, 2, pipe)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pools_are_forked():
+    """`spawn` starts up to eight processes that import torch, for two seconds of a core each: here as forks of one that has."""
+    with pytest.MonkeyPatch.context() as patch:
+        if jobs.FORKS:
+            patch.setattr(importlib.import_module("megatrain.testing.spawn"), "start_worker", forked_worker)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pictures_are_not_drawn():
+    """A run that a test trains in its own process ends without matplotlib, which takes longer than eight small steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatrain.records.log.RunLog._draw", lambda log, references: None)
+        yield
 
 
 def defaults():

@@ -21,6 +21,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+PIPE = "PIPE"
+"""The word in whose place a process finds the number of the pipe that it inherits."""
+_MOST_GIVEN = 3
+"""Descriptors: output, errors and a pipe."""
+
 _started: list[tuple[subprocess.Popen[bytes], str]] = []
 """The template of this process, once there is one, and the address of its socket."""
 
@@ -28,12 +33,18 @@ _started: list[tuple[subprocess.Popen[bytes], str]] = []
 class Forked:
     """One such process, with what `subprocess.Popen` has."""
 
-    def __init__(self, words: Sequence[str], env: Mapping[str, str], out: Path, err: Path) -> None:
-        """words: after `megatrain`, or the name of a file of Python and its arguments."""
+    def __init__(self, words: Sequence[str], env: Mapping[str, str], out: Path | int, err: Path | int, *pipe: int) -> None:
+        """words: after `megatrain`, or the name of a file of Python and its arguments.
+
+        out, err: files, or descriptors of this process. pipe: one more descriptor, which it inherits.
+        """
         self.args, self.returncode, self._said = list(words), None, b""
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(_template(env))
-        request = {"words": self.args, "env": dict(env), "out": str(out), "err": str(err), "cwd": str(Path.cwd())}
+        with contextlib.ExitStack() as files:
+            given = [w if isinstance(w, int) else files.enter_context(w.open("wb")).fileno() for w in (out, err)]
+            socket.send_fds(self._socket, [b"."], [*given, *pipe])
+        request = {"words": self.args, "env": dict(env), "cwd": str(Path.cwd())}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         self.pid = int(self._line(None))
 
@@ -137,10 +148,17 @@ def _between(connection: socket.socket) -> list[str]:
     """Fork once more, wait for that process and tell its exit code; returns in the second fork alone, which tells its number."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     connection.settimeout(None)
+    _, given, _, _ = socket.recv_fds(connection, 1, _MOST_GIVEN)
     with connection.makefile("r") as lines:
         request = json.loads(lines.readline())
     child = os.fork()
     if child:
+        for number in given:
+            os.close(number)
+        end = os.pidfd_open(child)
+        ready, _, _ = select.select([end, connection], [], [])
+        if end not in ready:  # whoever has asked has gone, and nobody else would end it
+            os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         with contextlib.suppress(OSError):  # whoever has asked may be gone
             connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
@@ -151,11 +169,10 @@ def _between(connection: socket.socket) -> list[str]:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    for number, path in ((1, request["out"]), (2, request["err"])):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for number, file in enumerate(given[:2], 1):
         os.dup2(file, number)
         os.close(file)
-    words: list[str] = request["words"]
+    words: list[str] = [str(given[2]) if word == PIPE else word for word in request["words"]]
     sys.argv = ["megatrain", *words]
     sys.orig_argv = [sys.executable, "-m", "megatrain", *words]
     return words
@@ -163,9 +180,17 @@ def _between(connection: socket.socket) -> list[str]:
 
 def _main() -> None:
     """The template, and each process that it has become."""
+    import pytest  # noqa: F401  (the tests whose functions a pool runs)
+
     import megatrain.cli.main
     import megatrain.program
-    import megatrain.records.plot  # noqa: F401  (what every run draws with)
+    import megatrain.testing  # noqa: F401  (what a pool's functions take)
+    from megatrain.records.plot import draw_loss
+
+    with tempfile.TemporaryDirectory() as folder:  # a first picture reads the fonts
+        Path(folder, "metrics.jsonl").touch()
+        draw_loss(Path(folder, "metrics.jsonl"), Path(folder, "loss.png"))
+    tempfile.tempdir = None  # each process finds its own
 
     words = _serve(sys.argv[1])
     if words[0].endswith(".py"):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -84,6 +84,12 @@ def spawn(shape: int | MeshShape, fn: Callable[..., Any], *args: Any, timeout_se
     return [pickle.loads(answer.result) for answer in answers]
 
 
+def start_worker(pipe: int, words: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start the process behind one rank, which inherits the descriptor `pipe`; words: what follows that on its command line."""
+    command = [sys.executable, "-m", "megatrain.testing.worker", str(pipe), *words]
+    return subprocess.Popen(command, pass_fds=[pipe], env=dict(environment), stdin=subprocess.DEVNULL)
+
+
 class _Pool:
     """The worker processes; a world takes the first of them."""
 
@@ -101,8 +107,7 @@ class _Pool:
         for rank in range(known, size):
             mine, theirs = Pipe()
             number = theirs.fileno()
-            command = [sys.executable, "-m", "megatrain.testing.worker", str(number), str(rank), str(self._stacks(rank))]
-            self._processes.append(subprocess.Popen(command, pass_fds=[number], env=environment, stdin=subprocess.DEVNULL))
+            self._processes.append(start_worker(number, [str(rank), str(self._stacks(rank))], environment))
             theirs.close()
             self._pipes.append(mine)
         deadline = time.monotonic() + _START_SECONDS

@@ -1,5 +1,6 @@
 """Ranks as real processes (megatrain.testing.worker): results in order, errors, hangs, replacement."""
 
+import importlib
 import os
 import threading
 import time
@@ -10,7 +11,12 @@ import torch
 
 from megatrain.parallel.mesh import MeshShape
 from megatrain.testing import RankFailed, RankTraceback, spawn
+from megatrain.testing.spawn import close_pools
 from megatrain.transport.group import TransportError
+
+SPAWN = importlib.import_module("megatrain.testing.spawn")
+START = SPAWN.start_worker
+"""As users have it; in tests processes are forks (conftest.py)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,15 @@ def test_results_come_in_rank_order_and_classes_of_test_files_travel():
     assert [(r.rank, r.tp, r.tensor.tolist()) for r in results] == [(0, 0, [2.0, 2.0]), (1, 1, [2.0, 2.0])]
     assert all(isinstance(result, Place) for result in results)
     assert spawn(1, place, Place(0, 0, torch.ones(1)))[0].tensor.tolist() == [1.0]
+
+
+def test_processes_start_by_themselves(monkeypatch):
+    monkeypatch.setattr(SPAWN, "start_worker", START)
+    close_pools()
+    try:
+        assert [place.rank for place in spawn(2, place, Place(0, 0, torch.ones(2)))] == [0, 1]
+    finally:
+        close_pools()
 
 
 def test_processes_live_on_and_have_one_thread_each():
