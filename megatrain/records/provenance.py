@@ -33,6 +33,7 @@ KEPT = re.compile(
 """Names of the variables that are kept: they change how a run computes, communicates or is placed."""
 _SPOKEN = re.compile(r"EXPORT_ENV|COMMENT|EXTRA")
 """Names of variables that hold other variables, or what a user has said; they are left out, as are names of secrets."""
+_FIELD = re.compile(r"^(Name|Version): *(.*?) *$", re.MULTILINE)
 
 
 def keep(run: Path, config: Path | None, env: Mapping[str, str], command: list[str]) -> Path:
@@ -72,8 +73,13 @@ def _listed(env: Mapping[str, str]) -> str:
 
 
 def _packages() -> list[str]:
-    """Name and version of every installed package."""
-    named = {str(one.metadata["Name"]): one.version for one in importlib.metadata.distributions() if one.metadata["Name"]}
+    """Name and version of every installed package; read here, since importlib.metadata parses each one's whole description twice."""
+    named: dict[str, str] = {}
+    for one in importlib.metadata.distributions():
+        head = (one.read_text("METADATA") or one.read_text("PKG-INFO") or "").partition("\n\n")[0]
+        fields = dict(_FIELD.findall(head))
+        if "Name" in fields:
+            named[fields["Name"]] = fields.get("Version", "")
     return [f"{name}=={version}" for name, version in sorted(named.items(), key=lambda item: item[0].lower())]
 
 
