@@ -189,12 +189,13 @@ Point = TypeVar("Point", bound=tuple[Any, ...])
 def covering(points: Sequence[Point], strength: int = 3) -> list[Point]:
     """A greedy subset of `points` in which every combination of values of every `strength` columns still occurs."""
     columns = list(combinations(range(len(points[0])), strength))
-    wanted = {(c, tuple(p[i] for i in c)) for p in points for c in columns}
+    held = [{(c, tuple(p[i] for i in c)) for c in columns} for p in points]
+    wanted = {combination for one in held for combination in one}
     chosen: list[Point] = []
     while wanted:
-        best = max(points, key=lambda p: sum((c, tuple(p[i] for i in c)) in wanted for c in columns))
-        chosen.append(best)
-        wanted -= {(c, tuple(best[i] for i in c)) for c in columns}
+        best = max(range(len(points)), key=lambda i: len(wanted & held[i]))
+        chosen.append(points[best])
+        wanted -= held[best]
     return chosen
 
 

@@ -29,10 +29,14 @@ def test_simulated_pipelines_agree_with_one_process(point):
     compare(simulate(shape_of(point), trace_run, config_of(point), STEPS), point)
 
 
+REST = [point for point in POINTS if point not in SIMULATED]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [point for point in POINTS if point not in SIMULATED], ids=name)
-def test_simulated_pipelines_agree_with_one_process_in_the_rest_of_the_grid(point):
-    compare(simulate(shape_of(point), trace_run, config_of(point), STEPS), point)
+@pytest.mark.parametrize("part", range(60))  # a test for each point would take every session seconds to collect
+def test_simulated_pipelines_agree_with_one_process_in_the_rest_of_the_grid(part):
+    for point in REST[part::60]:
+        compare(simulate(shape_of(point), trace_run, config_of(point), STEPS), point)
 
 
 @pytest.mark.parametrize("point", GLOO, ids=name)
@@ -45,9 +49,9 @@ def test_pipelines_agree_in_float32_too(point):
     compare(simulate(shape_of(point), trace_run, config_of(point, "fp32"), STEPS), point, "fp32")
 
 
-def test_the_covering_set_holds_every_triple():
-    assert len(set(COVERING)) == len(COVERING) < 120 and len(GLOO) == 20
-    for columns in combinations(range(len(POINTS[0])), 3):
+def test_the_covering_set_holds_every_pair():
+    assert len(set(COVERING)) == len(COVERING) < 40 and len({point[0] for point in GLOO}) == 5
+    for columns in combinations(range(len(POINTS[0])), 2):
         wanted = {tuple(point[c] for c in columns) for point in POINTS}
         assert {tuple(point[c] for c in columns) for point in COVERING} == wanted
 
@@ -116,4 +120,4 @@ def test_a_failure_on_one_stage_ends_all_ranks_with_its_error_first(run):
     began = time.monotonic()
     with pytest.raises(ZeroDivisionError, match="layer 5 divides by zero"):
         run(shape_of(UNEVEN), fail_in_layer_5, config_of(UNEVEN))
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50  # and not until the limit of 60 s

@@ -20,11 +20,11 @@ SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb_h1", 1), ("zb_v
 POINTS = list(
     product(SCHEDULES, (1, 2, 4), (1, 2, 3, 4, 8), (True, False), (8, 11), ((1, False), (2, False), (2, True)), (1, 2))
 )
-COVERING = covering(POINTS)
-"""Every triple of values."""
-GLOO = [point for point in COVERING if point[1] > 1 and point[1] * point[5][0] * point[6] <= 8][::2][:20]
-"""Enough of them for real processes."""
-FLOAT32 = [point for point in COVERING if point[1] > 1][::5]
+COVERING = covering(POINTS, strength=2)
+"""Every pair of values."""
+GLOO = [point for point in COVERING if point[1] > 1 and point[1] * point[5][0] * point[6] <= 8]
+"""Those that real processes run."""
+FLOAT32 = [point for point in COVERING if point[1] > 1][::2]
 
 
 def config_of(point: tuple, precision: str = "fp64") -> Config:
