@@ -23,16 +23,25 @@ CONFIG = {
     "data": {"train": "x"},
     "parallel": {"device": "cpu"},
 }
-SLOW_PRODUCTS = {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "MKL_CBWR": "COMPATIBLE"}
-"""Keeps the libraries of matrix products from this processor's wide instructions, however busy it is: a fifth of the speed."""
-
 LATE_PRODUCTS = """
 import time
 from megatrain.doctor import measure
 product = measure.matmul
 measure.matmul = lambda a, b: (time.sleep(0.5), product(a, b))[1]
 """
-"""Where four ranks share two cores that others use too, a fifth is not seen for sure: half a second more for each product is."""
+"""A rank whose products take half a second more each, which is seen however busy the machine is."""
+
+SHORT_PATIENCE = "from megatrain.transport import store; store.ANSWER_SECONDS = 2.0"
+"""A port that is in use and answers nothing is given up after two seconds, not ten."""
+
+OWN_MACHINE = """
+import ctypes, socket, subprocess
+if ctypes.CDLL(None, use_errno=True).unshare(0x00020000 | 0x04000000):  # CLONE_NEWNS, CLONE_NEWUTS
+    raise OSError(ctypes.get_errno(), "unshare")
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+"""
+"""From here on the process has mounts and a host name of its own."""
+MOUNTED = 'subprocess.run(["mount", "-t", "tmpfs", "-o", "size={}", "tmpfs", "{}"], check=True)'
 
 TWICE = """
 import os, sys
@@ -54,8 +63,8 @@ class Plant:
 
     env: Mapping[str, str] = field(default_factory=dict)
     words: Sequence[str] = ()
-    shell: str = ""
-    """A command before the program: `ulimit`, or one of root in namespaces of its own (mounts, host name)."""
+    before: str = ""
+    """Lines of Python before the program."""
     text_alone: bool = False
     """Whether it is not run again for the JSON."""
 
@@ -100,47 +109,28 @@ def doctor(
     plants: Mapping[int, Plant] | None = None,
     ranks: Sequence[int] | None = None,
     ports: Sequence[int] | None = None,
-    seconds: float = 40.0,
+    seconds: float = jobs.SECONDS,
     **sections: Mapping[str, object],
 ) -> Said:
-    """Run both forms. ranks: those that are started; ports: where each form meets.
-
-    The processes are forks, unless one of them needs a start of its own: so all take the same time to come.
-    """
+    """Run both forms. ranks: those that are started; ports: where each form meets."""
     tree = {**CONFIG, "checkpoint": {"dir": str(tmp_path / "checkpoints")}, **sections}
     config = jobs.write_config(tmp_path / "c.yaml", tree)
     ports = [jobs.free_port(), jobs.free_port()] if ports is None else ports
     twice = tmp_path / "twice.py"
     twice.write_text(TWICE)
-    planted = (plants or {}).values()
-    from_start = any(plant.shell or plant.env.keys() & {"PYTHONPATH", *SLOW_PRODUCTS} for plant in planted)
     text, objects = [], []
     with jobs.Job(tmp_path / "job") as job:
         for rank in range(size) if ranks is None else ranks:
             plant = (plants or {}).get(rank, Plant())
             forms = "1" if plant.text_alone else "2"
             program = [str(twice), ",".join(map(str, ports)), forms, str(config), *words, *plant.words]
-            env = {**by_hand(rank, size, ports[0]), **plant.env}
-            if plant.shell:
-                inside = [] if plant.shell.startswith("ulimit") else ["unshare", "--mount", "--uts"]
-                job.start([*inside, "sh", "-c", f'{plant.shell} && exec "$@"', "sh", sys.executable, *program], env)
-            elif from_start:
-                job.start([sys.executable, *program], env)
-            else:
-                job.fork(program, env)
+            job.fork(program, {**by_hand(rank, size, ports[0]), **plant.env, "PLANTED": plant.before})
         for ended in job.finish(seconds):
             assert ended.code == 0, ended
             out = ended.out.split("\f")
             text.append(jobs.Ended(int(out[1]), out[0], ended.err))
             objects += [jobs.Ended(int(out[3]), out[2], ended.err)] if len(out) > 3 else []
     return Said(text, objects)
-
-
-def on_path(folder: Path, name: str, text: str) -> dict[str, str]:
-    """An environment that has a file in front of what is installed."""
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text)
-    return {"PYTHONPATH": str(folder)}
 
 
 def need_namespaces() -> None:
@@ -199,7 +189,7 @@ def test_a_port_in_use(tmp_path):
     """Rank 0 names it, the process and a port that is free; the other rank does not wait for a store that will not come."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         ports = [one.getsockname()[1], two.getsockname()[1]]
-        said = doctor(tmp_path, plants={1: Plant(text_alone=True)}, ports=ports, seconds=30.0)
+        said = doctor(tmp_path, plants={1: Plant(before=SHORT_PATIENCE, text_alone=True)}, ports=ports)
     assert said.codes == {1}
     message = said.finding("fail", [0], "in use by process")
     assert message.startswith(f"rank 0 on {NODE}: port {ports[1]}, where the ranks are to meet, is in use by process ")
@@ -220,7 +210,7 @@ def test_a_port_that_is_asked_for(tmp_path):
 
 def test_an_interface_that_does_not_exist(tmp_path):
     """On one rank alone, which could not join: the other is told, and does not wait for it."""
-    said = doctor(tmp_path, plants={1: Plant({"GLOO_SOCKET_IFNAME": "nope0"})}, seconds=30.0)
+    said = doctor(tmp_path, plants={1: Plant({"GLOO_SOCKET_IFNAME": "nope0"})})
     assert said.codes == {1}
     message = said.finding("fail", [1], "GLOO_SOCKET_IFNAME=nope0 names no interface")
     assert message.startswith(f"rank 1 on {NODE}: ") and "there are lo" in message
@@ -263,7 +253,7 @@ def test_a_full_disk(tmp_path):
     need_namespaces()
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    said = doctor(tmp_path, plants={1: Plant(shell=f"mount -t tmpfs -o size=16m tmpfs {folder}")})
+    said = doctor(tmp_path, plants={1: Plant(before=OWN_MACHINE + MOUNTED.format("16m", folder))})
     assert said.codes == {1}
     message = said.finding("fail", [1], "cannot write checkpoint.dir")
     assert message.startswith(f"rank 1 on {NODE}: cannot write checkpoint.dir: No space left on device")
@@ -274,7 +264,7 @@ def test_a_disk_too_small_for_two_checkpoints(tmp_path):
     need_namespaces()
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    plants = {0: Plant(shell=f"mount -t tmpfs -o size=200m tmpfs {folder}")}
+    plants = {0: Plant(before=OWN_MACHINE + MOUNTED.format("200m", folder))}
     model = {**CONFIG["model"], "hidden_size": 1024}
     said = doctor(tmp_path, "train.precision=fp32", size=1, plants=plants, model=model)
     assert said.codes == {1}
@@ -284,7 +274,8 @@ def test_a_disk_too_small_for_two_checkpoints(tmp_path):
 
 def test_a_file_that_cannot_grow(tmp_path):
     """A limit on the size of files, as a quota would be: needs no root."""
-    said = doctor(tmp_path, size=1, plants={0: Plant(shell="ulimit -f 4096")})
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 21, 1 << 21))"
+    said = doctor(tmp_path, size=1, plants={0: Plant(before=limit)})
     assert said.codes == {1}
     message = said.finding("fail", [0], "cannot write checkpoint.dir")
     assert message.startswith(f"rank 0 on {NODE}: cannot write checkpoint.dir: File too large")
@@ -294,16 +285,19 @@ def test_a_file_that_cannot_grow(tmp_path):
 
 
 def test_two_versions_and_a_directory_that_is_not_shared(tmp_path):
-    env = on_path(tmp_path / "old", "numpy-1.0.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: numpy\nVersion: 1.0.0\n")
-    said = doctor(tmp_path, plants={1: Plant(env, [f"checkpoint.dir={tmp_path}/own"])})
+    old = tmp_path / "old/numpy-1.0.0.dist-info/METADATA"
+    old.parent.mkdir(parents=True)
+    old.write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0.0\n")
+    first = f"import sys; sys.path.insert(0, {str(tmp_path / 'old')!r})"
+    said = doctor(tmp_path, plants={1: Plant(words=[f"checkpoint.dir={tmp_path}/own"], before=first)})
     assert said.codes == {1}
     assert said.finding("fail", [1], ": numpy 1.0.0, the others").startswith(f"rank 1 on {NODE}: numpy 1.0.0")
     assert said.finding("fail", [1], "not the same directory").startswith(f"rank 1 on {NODE}: what rank 0")
 
 
 def test_a_slow_rank_whose_clock_is_wrong(tmp_path):
-    clock = "import time; right = time.time; time.time = lambda: right() + 30"
-    said = doctor(tmp_path, plants={1: Plant({**SLOW_PRODUCTS, "PLANTED": clock})})
+    clock = "right = time.time; time.time = lambda: right() + 30"
+    said = doctor(tmp_path, plants={1: Plant(before=LATE_PRODUCTS + clock)})
     assert said.codes == {0} and said.json["ok"], said.json
     said.finding("warn", [1], f"rank 1 on {NODE}: slow: matrix products")
     said.finding("warn", [1], f"rank 1 on {NODE}: the clock is +")
@@ -316,10 +310,10 @@ def test_a_slow_node(tmp_path):
     need_namespaces()
     nodes = ["node0", "node0", "node1", "node1"]
     plants = {
-        rank: Plant({"PLANTED": LATE_PRODUCTS} if node == "node1" else {}, shell=f"echo {node} > /proc/sys/kernel/hostname")
+        rank: Plant(before=f"{OWN_MACHINE}socket.sethostname({node!r})\n{LATE_PRODUCTS * (node == 'node1')}")
         for rank, node in enumerate(nodes)
     }
-    said = doctor(tmp_path, size=4, plants=plants, seconds=60.0)
+    said = doctor(tmp_path, size=4, plants=plants)
     assert said.codes == {0}
     said.finding("warn", [2, 3], "node1 (all 2 ranks): slow: matrix products")  # a busy machine may slow others too
     assert [list(row["links_mb_per_second"]) for row in said.json["ranks"]] == [["2"], ["3"], ["0"], ["1"]]
