@@ -28,8 +28,15 @@ def test_without_one_a_session_has_a_seed_of_its_own_and_keeps_it(fresh, monkeyp
     assert first != fuzzing.seed()
 
 
+def test_more_follow_until_they_are_enough():
+    seen = []
+    for name, _ in fuzzing.cases(0.0, "config", lambda: len(seen) == 3):
+        seen.append(name)
+    assert len(seen) == 3
+
+
 def test_how_long(monkeypatch):
     monkeypatch.delenv(fuzzing.SECONDS, raising=False)
-    assert (fuzzing.seconds(), fuzzing.seconds(slow=True)) == (15.0, 300.0)
+    assert (fuzzing.seconds(), fuzzing.seconds(slow=True)) == (6.0, 300.0)
     monkeypatch.setenv(fuzzing.SECONDS, "3")
     assert (fuzzing.seconds(), fuzzing.seconds(slow=True)) == (3.0, 3.0)
