@@ -1,4 +1,4 @@
-"""What loading takes beside what a rank holds: 60 million parameters with two moments on four ranks, under another layout."""
+"""What loading takes beside what a rank holds: 20 million parameters with two moments on four ranks, under another layout."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ from megatrain.parallel.param import ParamSpec, Split
 from megatrain.parallel.portion import Partition, Portion, TensorElements
 from megatrain.testing import spawn
 
-MILLIONS = int(os.environ.get("MEGATRAIN_MEMORY_MILLIONS", "60"))
+MILLIONS = int(os.environ.get("MEGATRAIN_MEMORY_MILLIONS", "20"))
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 
 

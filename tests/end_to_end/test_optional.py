@@ -13,17 +13,18 @@ import numpy, torch, tokenizers, safetensors.torch  # what no run does without; 
 from pathlib import Path
 
 class Missing:
-    def __init__(self, package):
-        self.package = package
+    def __init__(self, packages):
+        self.packages = packages
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == self.package:
+        if name.partition(".")[0] in self.packages:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 def verbs(package, words):
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+    packages = package.split(",")
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
-    sys.meta_path.insert(0, Missing(package))
+    sys.meta_path.insert(0, Missing(packages))
     torch.set_num_threads(1)
     from megatrain.cli.main import main
     config, run = words[1], Path(words[2], package)
@@ -58,12 +59,13 @@ LOST = {
     ],
     "matplotlib": ["warning: no loss.png, since matplotlib cannot be imported (pip install matplotlib); training goes on"],
 }
+ALL = ",".join(LOST)
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """Package that is missing -> what train, bench and generate said, one after the other."""
-    house = tmp_path_factory.mktemp("optional")
+@pytest.fixture
+def said(tmp_path, request):
+    """What train, bench and generate said, one after the other, without packages."""
+    house, without = tmp_path, request.param
     data = {"train": str(jobs.write_store(house / "store")), "tokenizer": "bytes"}
     config = jobs.write_config(
         house / "config.yaml", jobs.tiny(data, house, model={"vocab_size": 257}, train={"steps": 2}, optim={"warmup_steps": 1})
@@ -71,7 +73,7 @@ def said(tmp_path_factory):
     script = house / "worker.py"
     script.write_text(WORKER)
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(script), str(config), str(house / "runs"), *LOST],
+        [sys.executable, "-W", "error", str(script), str(config), str(house / "runs"), *without],
         capture_output=True,
         text=True,
         timeout=200,
@@ -82,12 +84,15 @@ def said(tmp_path_factory):
     return {part.split("\n", 1)[0]: part.split("\n", 1)[1] for part in parts}
 
 
-@pytest.mark.parametrize("package", sorted(LOST))
-def test_a_run_goes_on_without(said, package):
-    assert "CODES [0, 0, 0]" in said[package], said[package]
-    assert [line for line in said[package].splitlines() if line.startswith("warning")] == LOST[package]
-    bench = next(json.loads(line) for line in said[package].splitlines() if line.startswith('{"'))
-    assert bench["tokens_per_second"] > 0
+@pytest.mark.parametrize("said", [[ALL], pytest.param([*LOST], marks=pytest.mark.slow)], ids=["all", "each"], indirect=True)
+def test_a_run_goes_on_without(said):
+    """Without all of them at once; `slow`, without each, as that takes seven times three verbs that import anew."""
+    for package, text in said.items():
+        assert "CODES [0, 0, 0]" in text, text
+        lost = [line for name in package.split(",") for line in LOST[name]]
+        assert sorted(line for line in text.splitlines() if line.startswith("warning")) == sorted(lost)
+        bench = next(json.loads(line) for line in text.splitlines() if line.startswith('{"'))
+        assert bench["tokens_per_second"] > 0
 
 
 def test_a_verb_that_needs_a_package_says_which(capsys, monkeypatch):

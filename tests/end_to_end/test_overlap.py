@@ -16,7 +16,7 @@ CONFIG = Config(
 )
 
 
-def measure(stage, overlap, delay, steps=3):
+def measure(stage, overlap, delay, steps=2):
     config = replace(CONFIG, parallel=replace(CONFIG.parallel, zero_stage=stage, overlap=overlap))
     return spawn(2, measured_overlap, config, steps, delay)
 
@@ -26,14 +26,6 @@ def test_on_a_slow_network_a_step_with_overlap_is_faster(stage, delay):
     """Every call takes so many seconds longer, more where calls are few, so that a busy machine shows it too: 1.2 at least."""
     beside, after = measure(stage, True, delay), measure(stage, False, delay)
     for with_overlap, without in zip(beside, after, strict=True):
-        assert with_overlap.first_reduction < 0.5
+        assert with_overlap.first_reduction < 0.5 and (stage > 1 or without.first_reduction > 1)
         assert with_overlap.exposed_seconds < without.exposed_seconds
         assert without.step_seconds > 1.2 * with_overlap.step_seconds
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_the_first_reduction_begins_before_the_last_backward_is_half_over(stage):
-    for with_overlap in measure(stage, True, 0.0):
-        assert with_overlap.first_reduction < 0.5
-    for without in measure(stage, False, 0.0):
-        assert without.first_reduction > 1
