@@ -62,7 +62,7 @@ def tiny(data: Path | Mapping[str, str], run: Path, **sections: Mapping[str, Any
             "micro_batch_size": 4,
             "precision": "fp32",
             "eval_every": 0,
-            "hang_timeout_seconds": 20.0,
+            "hang_timeout_seconds": 50.0,
             "start_timeout_seconds": 60.0,
         },
         "log": {"dir": str(run), "to": [], "peak_tflops": 1.0},
