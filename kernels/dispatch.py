@@ -31,25 +31,27 @@ def _lacking(library: str, packages: str, extra: str, error: Exception) -> str:
     return f"{library} cannot be imported ({said}): pip uninstall -y {packages} && {install}"
 
 
-TRITON_LACKS = ""
-"""Why Triton serves nowhere; empty where it is there."""
-try:
-    import triton
-    import triton.language as tl
-except Exception as error:  # a broken installation raises anything, and auto does without it
-    triton = tl = None
-    TRITON_LACKS = _lacking("Triton", "triton", "gpu", error)
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs kernels in Python; the variable must be set before megatrain is imported."""
 
+TRITON_LACKS = ""
+"""Why Triton serves nowhere; empty where it is there, or a PyTorch for CPUs alone has no use for it."""
+if INTERPRETED or torch.version.cuda or torch.version.hip or "triton" in sys.modules:
+    try:
+        import triton
+        import triton.language as tl
+    except Exception as error:  # a broken installation raises anything, and auto does without it
+        triton = tl = None
+        TRITON_LACKS = _lacking("Triton", "triton", "gpu", error)
+else:  # a tenth of the start of every process
+    triton = tl = None
 
 LEAST = 1 << 14
 """Fewest elements of a tensor for which numba's kernels are used: for fewer, the call takes longer than the work."""
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """A Triton kernel; the function itself where Triton is not installed."""
+    """A Triton kernel; the function itself where Triton is not there."""
     return function if triton is None else triton.jit(function)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatrain.cli.arguments import positive
+from megatrain.cli.imports import imports
 
 
 def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -31,7 +32,8 @@ def add_doctor(verbs: Any, add_verb: Callable[..., argparse.ArgumentParser]) -> 
 def _doctor(arguments: argparse.Namespace) -> int:
     # Before torch is imported: C++ stacks logged by its store would bury the one line that matters.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from megatrain.doctor.examine import main as doctor
+    with imports():
+        from megatrain.doctor.examine import main as doctor
 
     if arguments.config is not None and "=" in arguments.config:
         raise ValueError(f"{arguments.config}: an override needs a CONFIG.yaml before it")

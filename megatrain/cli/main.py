@@ -21,6 +21,7 @@ import megatrain
 from megatrain.cli.arguments import finite, positive, probability, seed, temperature, text
 from megatrain.cli.data import add_data
 from megatrain.cli.doctor import add_doctor
+from megatrain.cli.imports import imports
 from megatrain.cli.ngram import add_ngram
 from megatrain.cli.train import add_train
 from megatrain.cli.weights import add_exchange
@@ -148,21 +149,24 @@ def _generate(arguments: argparse.Namespace) -> int:
         return _complain(f"error: {said}", WRONG_USE)
     arguments.length_penalty = 0.0 if arguments.length_penalty is None else arguments.length_penalty
     arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
-    from megatrain.verbs.generate import main as generate
+    with imports():
+        from megatrain.verbs.generate import main as generate
 
     return generate(arguments)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.plan import main as plan
+    with imports():
+        from megatrain.verbs.plan import main as plan
 
     png = None if arguments.timeline is None else Path(arguments.timeline)
     return plan(arguments.config, arguments.overrides, arguments.devices, png)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.verify import VerifyOptions
-    from megatrain.verbs.verify import main as verify
+    with imports():
+        from megatrain.verbs.verify import VerifyOptions
+        from megatrain.verbs.verify import main as verify
 
     report = None if arguments.json is None else Path(arguments.json)
     switches = arguments.processes, arguments.shrink, arguments.resume
@@ -171,13 +175,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.bench import main as bench
+    with imports():
+        from megatrain.verbs.bench import main as bench
 
     return bench(arguments.config, arguments.overrides, arguments.steps, arguments.warmup, arguments.profile)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.eval import main as evaluate
+    with imports():
+        from megatrain.verbs.eval import main as evaluate
 
     return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatrain.cli.imports import imports
+
 
 def add_train(
     verbs: Any, add_verb: Callable[..., argparse.ArgumentParser], add_config: Callable[[argparse.ArgumentParser], None]
@@ -48,8 +50,9 @@ def _train(arguments: argparse.Namespace) -> int:
     with StopRequest(marker, launch) as stop:
         end_with_launcher(launch)
         reply_listening(launch)
-        from megatrain.lifecycle.spikes import Diverged
-        from megatrain.program import main as train
+        with imports():
+            from megatrain.lifecycle.spikes import Diverged
+            from megatrain.program import main as train
 
         try:
             return reply(launch, train(arguments.config, arguments.overrides, stop, monitor))

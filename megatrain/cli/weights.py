@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatrain.cli.imports import imports
+
 AddVerb = Callable[..., argparse.ArgumentParser]
 
 
@@ -46,30 +48,35 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.exchange import import_hf
+    with imports():
+        from megatrain.verbs.exchange import import_hf
 
     return import_hf(arguments.source, arguments.out)
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.exchange import export_hf
+    with imports():
+        from megatrain.verbs.exchange import export_hf
 
     return export_hf(arguments.checkpoint, arguments.out, arguments.like, arguments.dtype)
 
 
 def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.exchange import inspect
+    with imports():
+        from megatrain.verbs.exchange import inspect
 
     return inspect(arguments.checkpoint, arguments.json)
 
 
 def _checkpoint_verify(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.exchange import verify_all
+    with imports():
+        from megatrain.verbs.exchange import verify_all
 
     return verify_all(arguments.checkpoint)
 
 
 def _checkpoint_convert(arguments: argparse.Namespace) -> int:
-    from megatrain.verbs.exchange import convert
+    with imports():
+        from megatrain.verbs.exchange import convert
 
     return convert(arguments.checkpoint, arguments.out, arguments.weights_only, arguments.dtype)

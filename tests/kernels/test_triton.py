@@ -1,5 +1,9 @@
 """Triton's kernels against their references in float64: values, gradients, odd shapes, strided inputs; interpreted without a GPU."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -289,6 +293,19 @@ def test_cross_entropy(columns, padding, with_sum, dtype):
         assert (x[:, columns:] == 0).all()
         sides.append((*found, x))
     close(*sides, dtype)
+
+
+def test_a_pytorch_for_cpus_alone_does_without_triton():
+    """Its import is a tenth of the start of every rank."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = (
+        "import sys, megatrain.kernels.dispatch as d; print('triton' in sys.modules, d.triton is None, repr(d.TRITON_LACKS))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    of_a_gpu = bool(torch.version.cuda or torch.version.hip)
+    assert said.split() == [str(of_a_gpu), str(not of_a_gpu), "''"]
 
 
 def test_asking_for_what_cannot_be(monkeypatch):

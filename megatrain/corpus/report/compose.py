@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatrain.corpus.report.charts import draw
 from megatrain.corpus.report.page import examples_page, page
 from megatrain.corpus.report.sheet import sheet_lines, sheet_page
 from megatrain.corpus.report.summary import USUAL, AlarmLimits, alarms, summary_of
@@ -29,6 +28,8 @@ def write_report(
     stages: their names in order. note: a paragraph below the title. found: alarms that others raise. cutoffs: the perplexities where
     middle and tail begin, by language. limits: when there is an alarm. The same audit gives the same bytes.
     """
+    from megatrain.corpus.report.charts import draw  # noqa: PLC0415  matplotlib, half a second that no worker need spend
+
     make_folder(folder)
     summary = summary_of(audit.tally.counts, stages, limits)
     pictures = draw(summary, folder, cutoffs)
