@@ -21,7 +21,9 @@ export PATH="$PATH:/usr/sbin:/sbin"
 [ "$(id -u)" -eq 0 ] || cannot "this needs root: sudo bash launch/network_checks.sh"
 if ! command -v ip >/dev/null; then
     command -v apt-get >/dev/null || cannot "there is no ip command, and no apt-get to install iproute2 with."
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends iproute2; } >/dev/null 2>&1 || cannot "iproute2 could not be installed."
+    # virtual_cluster.sh may install at the same time, and apt-get would not wait.
+    flock /var/lib/apt sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends iproute2' >/dev/null 2>&1 ||
+        cannot "iproute2 could not be installed."
 fi
 { ip netns add "megatrain-$$" && ip netns del "megatrain-$$"; } 2>/dev/null || cannot "this machine forbids network namespaces."
 

@@ -23,9 +23,9 @@ install_slurm() {
     local as=()
     [ "$(id -u)" -eq 0 ] || as=(sudo -n)
     echo "installing slurm-wlm and munge" >&2
-    { ${as[@]+"${as[@]}"} apt-get update -qq &&
-        ${as[@]+"${as[@]}"} env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge; } \
-        >"$folder/install.log" 2>&1 || fail "slurm-wlm and munge could not be installed: $(tail -n 1 "$folder/install.log")" 77
+    # network_checks.sh may install at the same time, and apt-get would not wait.
+    flock /var/lib/apt ${as[@]+"${as[@]}"} env DEBIAN_FRONTEND=noninteractive \
+        sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge' >"$folder/install.log" 2>&1 || fail "slurm-wlm and munge could not be installed: $(tail -n 1 "$folder/install.log")" 77
 }
 
 # Three ports in a row at which nobody listens.

@@ -38,7 +38,9 @@ class Host:
 
     def run(self, output, words, **env):
         """Start launch/multinode.sh here, in the background."""
-        clean = {key: value for key, value in jobs.environment().items() if key != "GLOO_SOCKET_IFNAME"}
+        clean = {
+            key: value for key, value in jobs.environment().items() if key not in ("GLOO_SOCKET_IFNAME", "TRITON_INTERPRET")
+        }
         env = {**clean, "PYTHON": sys.executable, "NPROC_PER_NODE": "2", "MASTER_ADDR": "10.77.0.1", **env}
         inside = f'hostname {self.name}; exec bash "$@"'
         command = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c", inside, "sh", *words]

@@ -94,7 +94,7 @@ def submit(house, tmp_path):
 
     def submit(script, *options, words=(), run=None, **variables):
         run = tmp_path / "run" if run is None else run
-        env = {key: value for key, value in os.environ.items() if not key.startswith(jobs.LAUNCHERS)}
+        env = {key: value for key, value in os.environ.items() if not key.startswith((*jobs.LAUNCHERS, "TRITON_"))}
         env["SLURM_CONF"] = os.environ["SLURM_CONF"]
         env.update(PYTHON=sys.executable, MEGATRAIN_ROOT=str(ROOT), NPROC_PER_NODE="2", OMP_NUM_THREADS="1", **variables)
         output = tmp_path / "output.txt"
