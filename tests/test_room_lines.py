@@ -13,7 +13,7 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1200,
     "megatrain/config": 3350,
-    "megatrain/corpus": 12500,
+    "megatrain/corpus": 12600,
     "megatrain/data": 6400,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 53800,
+    "tests": 53850,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -150,12 +150,6 @@ class Text(NamedTuple):
         count = find_lines(self.codes, self.letters, starts, ends)
         return Extents(starts[:count], ends[:count])
 
-    def parts(self, feeds: int) -> Extents:
-        """The parts between runs of at least so many line feeds; empty ones at the ends count, as in re.split."""
-        starts, ends = np.empty(len(self.codes) + 1, np.int64), np.empty(len(self.codes) + 1, np.int64)
-        count = find_parts(self.codes, feeds, starts, ends)
-        return Extents(starts[:count], ends[:count])
-
     def between_feeds(self) -> Extents:
         """The lines between line feeds alone, as str.split("\n"): empty ones too."""
         feeds = np.flatnonzero(self.codes == 10)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.corpus.letters import HAN, classes
-from megatrain.corpus.words import Extents, Text, hash_of
+from megatrain.corpus.words import Extents, Text, find_parts, hash_of
 
 HASHES = [14585125116377331563, 4884131794686829111, 3054765579133728182]
 TEXTS = st.text(st.sampled_from("ab A1.,;#…-•\t \n\r\x0b\x85\u2028 汉字。，あ🙂é\u0301"), max_size=60) | st.text(
@@ -40,7 +40,9 @@ def test_words_and_lines_are_those_of_python(text):
     assert parts(text, found.words("han")) == words_by_hand(text, han=True)
     assert parts(text, found.lines()) == text.splitlines()
     assert parts(text, found.between_feeds()) == text.split("\n")
-    assert parts(text, found.parts(2)) == re.split(r"\n{2,}", text)
+    starts, ends = np.empty((2, len(text) + 1), np.int64)
+    count = find_parts(found.codes, 2, starts, ends)
+    assert parts(text, Extents(starts[:count], ends[:count])) == re.split(r"\n{2,}", text)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ class Audit:
         self.sheet = Examples(seed, sheet, SHEET_LETTERS)
         self._entered: dict[str, str] = {}
         """By stage, the text of the document that entered last."""
+        self._sized = ("", 0, bin_of(0))
+        """The text whose size was asked for last, its bytes, the bin of its letters."""
 
     def enter(self, stage: str, document: Document) -> None:
         """Count a document into a stage, before a step changes it."""
@@ -96,15 +98,22 @@ class Audit:
         return made
 
     def _flow(self, stage: str, way: str, document: Document) -> None:
-        count, text, source = self.tally.count, document.text, document.source
-        count(f"{stage}/{way}/documents/{source}")
-        count(f"{stage}/{way}/bytes/{source}", len(text.encode()))
-        count(f"{stage}/{way}/letters/{bin_of(len(text))}")
+        counts, source = self.tally.counts, document.source
+        _, size, letters = self._size(document.text)
+        counts[f"{stage}/{way}/documents/{source}"] += 1
+        counts[f"{stage}/{way}/bytes/{source}"] += size
+        counts[f"{stage}/{way}/letters/{letters}"] += 1
+
+    def _size(self, text: str) -> tuple[str, int, int]:
+        """(a text, its bytes, the bin of its letters); most stages hand on the text that they were given."""
+        if text is not self._sized[0]:
+            self._sized = text, len(text) if text.isascii() else len(text.encode()), bin_of(len(text))
+        return self._sized
 
     def _refused(self, stage: str, document: Document, refusals: Collection[str], said: str) -> None:
         names = dict.fromkeys(map(_word, refusals))
         text = self._entered.get(stage, document.text)
-        size = len(text.encode())
+        size = self._size(text)[1]
         for way in ("refused", "alone") if len(names) == 1 else ("refused",):
             for rule in names:
                 self.tally.count(f"{stage}/{way}/{rule}/documents/{document.source}")

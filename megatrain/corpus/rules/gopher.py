@@ -21,10 +21,10 @@ from functools import cache
 import numpy as np
 
 from megatrain.corpus.letters import LETTER, MARK, SPACE
-from megatrain.corpus.rules.hashed import Codes, Hashes, Letters, Numbers, Where, hashes_of, hashes_of_words
+from megatrain.corpus.rules.hashed import Codes, Hashes, Letters, Numbers, Where, hash_all, hashes_of_words
 from megatrain.corpus.rules.repetition import GRAMS, PARTS
 from megatrain.corpus.rules.view import View, Words
-from megatrain.corpus.words import jit
+from megatrain.corpus.words import find_parts, jit
 
 STOP_WORDS = {
     "en": ("the", "be", "to", "of", "and", "that", "have", "with"),
@@ -77,6 +77,17 @@ def _lines(codes: Codes, letters: Letters, starts: Where, ends: Where) -> tuple[
 
 
 @jit
+def _hash_parts(codes: Codes, feeds: int, hashes: Hashes, sizes: Where) -> int:
+    """Fill in hashes and letters of the parts between runs of at least so many line feeds; their number."""
+    starts = np.empty(len(codes) + 1, np.int64)
+    count = find_parts(codes, feeds, starts, sizes)
+    hash_all(codes, starts[:count], sizes[:count], hashes)
+    for i in range(count):
+        sizes[i] -= starts[i]
+    return count
+
+
+@jit
 def _stop_words(hashes: Hashes, stops: Hashes) -> int:
     """How many different ones of at most 63 stop words there are."""
     seen = np.int64(0)
@@ -126,11 +137,12 @@ def stop_words(language: str, view: View, table: Words) -> dict[str, float]:
 
 def parts(view: View, table: Words) -> dict[str, float]:
     """Repetition of lines and paragraphs, of a text without the blanks at its ends."""
-    whole, found = max(len(view.text), 1), []
+    whole, found, codes = max(len(view.text), 1), [], view.stripped.codes
+    hashes, sizes = np.empty(len(codes) + 1, np.uint64), np.empty(len(codes) + 1, np.int64)
     for feeds in (1, 2):
-        spans = view.stripped.parts(feeds)
-        again, length = view.repeats.again(hashes_of(view.stripped.codes, spans), spans.ends - spans.starts)
-        found += [again / len(spans.starts), length / whole]
+        count = _hash_parts(codes, feeds, hashes, sizes)
+        again, length = view.repeats.again(hashes[:count], sizes[:count])
+        found += [again / count, length / whole]
     return dict(zip(PARTS, found, strict=True))
 
 

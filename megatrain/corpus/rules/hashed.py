@@ -12,6 +12,7 @@ Letters = npt.NDArray[np.uint16]
 Hashes = npt.NDArray[np.uint64]
 Where = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 Slots = npt.NDArray[np.int32]
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
+from typing import NamedTuple
 
 from megatrain.corpus.document import Document, Step, Tally
 from megatrain.corpus.extras import need
 from megatrain.corpus.rules import chinese, fineweb, gopher, source_code
 from megatrain.corpus.rules.line_signals import LineEditor
 from megatrain.corpus.rules.repetition import Repeats
-from megatrain.corpus.rules.rulebook import TextRule, chosen
+from megatrain.corpus.rules.rulebook import MEETS, TextRule, chosen
 from megatrain.corpus.rules.view import Cut, View, Words
 
 Measure = Callable[[View, Words], dict[str, float]]
@@ -35,6 +36,38 @@ MEASURES: Mapping[str, Measure] = {
 }
 Found = dict[tuple[str, Words], Mapping[str, float]]
 """Signals by measure and table of words."""
+
+
+class Turn(NamedTuple):
+    """A rule, as far as each document asks for it."""
+
+    name: str
+    score: str
+    signal: str
+    """Within its measure."""
+    meets: Callable[[float, float], bool] | None
+    """Whether a signal meets a threshold; None for rules of lines."""
+    threshold: float
+
+    def holds(self, value: float) -> bool:
+        """Whether a signal meets the rule."""
+        return self.meets is None or self.meets(value, self.threshold)
+
+
+Group = tuple[tuple[str, Words], Sequence[Turn]]
+"""Rules of one measure and table of words that follow each other."""
+
+
+def _groups(rules: Sequence[TextRule]) -> list[Group]:
+    """The rules of a set in their order."""
+    found: list[tuple[tuple[str, Words], list[Turn]]] = []
+    for rule in rules:
+        measure, _, signal = rule.signal.partition(".")
+        if not found or found[-1][0] != (measure, rule.words):
+            found.append(((measure, rule.words), []))
+        meets = MEETS[rule.bound] if rule.acts == "document" else None
+        found[-1][1].append(Turn(rule.name, rule.score, signal, meets, rule.threshold))
+    return [*found]
 
 
 @cache
@@ -60,6 +93,7 @@ class Referee:
         self._sets: dict[str, list[TextRule]] = {}
         for rule in rules:
             self._sets.setdefault(rule.of, []).append(rule)
+        self._groups = {name: _groups(those) for name, those in self._sets.items()}
         self._editors = {
             name: LineEditor(those)
             for name, those in self._sets.items()
@@ -73,32 +107,32 @@ class Referee:
         text = document.text
         for name, rules in self._sets.items():
             if name in self._editors:
-                edited = self._editors[name](text)
+                edited = self._editors[name](text, view)
                 for rule, lines in edited.removed.items():
                     tally.count(f"lines.{rule}", lines)
                 if edited.text != text:
                     text = edited.text
                     view, found = view.of(text), Found()
                 found |= {(kind, rule.words): edited.signals for kind in ("line", "left") for rule in rules}
-            broken += self._broken(rules, document, view, found)
+            broken += self._broken(self._groups[name], document, view, found)
         if self._edits:
             document.text = text
         return broken
 
-    def _broken(self, rules: Sequence[TextRule], document: Document, view: View, found: Found) -> Iterator[str]:
+    def _broken(self, groups: Sequence[Group], document: Document, view: View, found: Found) -> Iterator[str]:
         """Keep the signals of the rules of a set; the names of those that the document breaks."""
-        for rule in rules:
-            measure, _, signal = rule.signal.partition(".")
-            if measure == "scores":
-                value = document.scores.get(signal)
-                if value is not None and not rule.holds(value):
-                    yield rule.name
+        scores = document.scores
+        for key, turns in groups:
+            if key[0] == "scores":
+                yield from (turn.name for turn in turns if turn.signal in scores and not turn.holds(scores[turn.signal]))
                 continue
-            if (measure, rule.words) not in found:
-                found[measure, rule.words] = MEASURES[measure](view, rule.words)
-            value = document.scores[rule.score] = found[measure, rule.words][signal]
-            if rule.acts == "document" and not rule.holds(value):
-                yield rule.name
+            known = found.get(key)
+            if known is None:
+                known = found[key] = MEASURES[key[0]](view, key[1])
+            for name, score, signal, meets, threshold in turns:
+                value = scores[score] = known[signal]
+                if meets is not None and not meets(value, threshold):
+                    yield name
 
 
 def rules_step(

@@ -55,7 +55,7 @@ class LanguageArrays(NamedTuple):
     """The model as arrays. Tables of hashes have 2^BITS slots, -1 in empty ones."""
 
     rows: Reals
-    """Of words, then of letters in a row [n, 16]."""
+    """Rows of words, then those of letters in a row [n, 16]."""
     words: Bytes
     """All words, one after the other."""
     ends: Ints
@@ -65,7 +65,7 @@ class LanguageArrays(NamedTuple):
     letters_at: Ints
     """Buckets of letters in a row, and their rows [2^BITS, 2]."""
     nodes: Reals
-    """Of each inner node of the tree [labels - 1, 16]."""
+    """Numbers of each inner node of the tree [labels - 1, 16]."""
     children: Ints
     """Its two nodes; those below `labels` are labels [labels - 1, 2]."""
 

@@ -28,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 
 from megatrain.corpus.letters import HAN, MARK, SPACE
-from megatrain.corpus.rules.hashed import Codes, Letters, Where
-from megatrain.corpus.rules.rulebook import TextRule
-from megatrain.corpus.rules.view import LONGEST
+from megatrain.corpus.rules.hashed import Codes, Flags, Letters, Where
+from megatrain.corpus.rules.rulebook import MEETS, TextRule
+from megatrain.corpus.rules.view import LONGEST, View
 from megatrain.corpus.words import Text, jit
 
 CITATIONS = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
@@ -45,6 +45,7 @@ TAIL = 1000
 """Letters at the end of a longer line than LONGEST that are looked at, with its beginning."""
 ORDER = ("long_word", "line_end", "line_words", "line_han", "lorem_ipsum", "javascript", "curly_bracket", "policy")
 """The turns of the rules, as in C4's own program."""
+BOUNDS = tuple(MEETS)
 POINT, CURLY = np.uint32(ord(".")), np.uint32(ord("{"))
 STOPS = np.array([ord(mark) for mark in ".!?"], np.uint32)
 CLOSERS = np.array([ord(mark) for mark in "\"')]’”"], np.uint32)
@@ -132,17 +133,44 @@ def pieces(text: str, size: int = LONGEST) -> Iterator[str]:
         begin = end
 
 
-def _found(low: str, phrases: Sequence[str], starts: Where) -> Where:
-    """How often some phrases are in each line of a text in small letters [lines]."""
+@jit
+def _sum(values: Where, alive: Flags) -> int:
+    """The sum over the lines that are left."""
+    total = 0
+    for line in range(len(alive)):
+        total += values[line] if alive[line] else 0
+    return total
+
+
+@jit
+def _take(values: Where, bound: int, threshold: float, alive: Flags) -> int:
+    """Take out of the lines that are left those that do not meet a bound, by its place in BOUNDS; their number."""
+    taken = 0
+    for line in range(len(alive)):
+        value = values[line]
+        holds = (
+            value >= threshold
+            if bound == 0
+            else value <= threshold
+            if bound == 1
+            else value > threshold
+            if bound == 2
+            else value < threshold
+        )
+        taken += alive[line] and not holds
+        alive[line] = alive[line] and holds
+    return taken
+
+
+def _found(low: str, phrases: Sequence[str], starts: Where) -> Where | None:
+    """How often some phrases are in each line of a text in small letters [lines]; None where none of them is."""
     at = []
     for phrase in phrases:
         found = low.find(phrase)
         while found >= 0:
             at.append(found)
             found = low.find(phrase, found + len(phrase))
-    return (
-        np.bincount(np.searchsorted(starts, at, "right") - 1, minlength=len(starts)) if at else np.zeros(len(starts), np.int64)
-    )
+    return np.bincount(np.searchsorted(starts, at, "right") - 1, minlength=len(starts)) if at else None
 
 
 class Edited(NamedTuple):
@@ -164,28 +192,29 @@ class LineEditor:
         self._alone = np.uint16(0) if self._c4 else MARK | HAN
         self._rules = {rule.signal.partition(".")[2]: rule for rule in rules if rule.acts == "line"}
 
-    def __call__(self, text: str) -> Edited:
-        """The lines that stay, and what was found."""
+    def __call__(self, text: str, view: View | None = None) -> Edited:
+        """The lines that stay, and what was found. view: of the same text, for what was found of it before."""
         kept: list[str] = []
         removed = dict.fromkeys(self._rules, 0)
         left = dict.fromkeys(("lorem_ipsum", "curly_bracket", "sentences"), 0)
         lines = 0
         for part in pieces(text):
-            lines += self._edit(part, kept, removed, left)
+            lines += self._edit(part, kept, removed, left, view)
         signals = {name: number / max(lines, 1) for name, number in removed.items()}
         names = {self._rules[name].name: number for name, number in removed.items() if number}
         signals |= {name: float(count) for name, count in left.items() if name not in signals}
         return Edited("\n".join(kept).strip() if self._rules else text, names, signals)
 
-    def _edit(self, part: str, kept: list[str], removed: dict[str, int], left: dict[str, int]) -> int:
+    def _edit(self, part: str, kept: list[str], removed: dict[str, int], left: dict[str, int], view: View | None) -> int:
         """Add what stays of a piece, and the counts; its lines."""
         if "citations" in self._rules and "[" in part:
             part, citations = CITATIONS.subn("", part)
             removed["citations"] += citations
         seen = part if len(part) <= LONGEST else part[: LONGEST - TAIL] + part[-TAIL:]
-        arrays = Text.of(seen)
-        starts, ends = arrays.lines()
-        out = np.zeros((8, len(starts)), np.int64)
+        known = view is not None and view.text == seen
+        arrays = view.arrays if view is not None and known else Text.of(seen)
+        starts, ends = view.lines if view is not None and known else arrays.lines()
+        out = np.empty((8, len(starts)), np.int64)
         _measure(arrays.codes, arrays.letters, starts, ends, self._alone, self._final, self._c4, out)
         begin, end, long_word, words, ended, curly, han, sentences = out
         signals = {"long_word": long_word, "line_words": words, "line_end": ended, "curly_bracket": curly, "line_han": han}
@@ -197,12 +226,11 @@ class LineEditor:
                 continue
             values = _found(low, PHRASES[name], starts) if name in PHRASES else signals[name]
             if rule is None:
-                left[name] += int(values[alive].sum())
-                continue
-            holds = rule.met(values)
-            removed[name] += int((alive & ~holds).sum())
-            alive &= holds
-        left["sentences"] += int(sentences[alive].sum())
+                left[name] += _sum(values, alive) if values is not None else 0
+            elif values is not None or not rule.holds(0):
+                values = np.zeros(len(starts), np.int64) if values is None else values
+                removed[name] += _take(values, BOUNDS.index(rule.bound), rule.threshold, alive)
+        left["sentences"] += _sum(sentences, alive)
         if seen is part:
             kept += [part[a:b] for a, b in zip(begin[alive].tolist(), end[alive].tolist(), strict=True)]
         elif alive.all():

@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-import numpy.typing as npt
-
 from megatrain.corpus.rules.view import Words
 
 Bound = Literal["least", "most", "above", "below"]
@@ -59,11 +57,6 @@ class TextRule:
     def holds(self, value: float) -> bool:
         """Whether a signal meets the rule."""
         return bool(MEETS[self.bound](value, self.threshold))
-
-    def met(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Which of many signals meet the rule [n]."""
-        found: npt.NDArray[Any] = MEETS[self.bound](values, self.threshold)
-        return found
 
 
 Bounds = Mapping[Bound, float]

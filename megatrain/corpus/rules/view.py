@@ -13,9 +13,9 @@ import numpy as np
 
 from megatrain.corpus.letters import SPACE
 from megatrain.corpus.rules.affixes import spacy_words
-from megatrain.corpus.rules.hashed import Hashes, hashes_of
+from megatrain.corpus.rules.hashed import Hashes, Letters, hashes_of
 from megatrain.corpus.rules.repetition import Repeats
-from megatrain.corpus.words import Extents, Text
+from megatrain.corpus.words import Extents, Text, jit
 
 LONGEST = 1 << 21
 """Letters of a text that rules look at; the rest of a longer one has no say. A book of 300,000 words is shorter."""
@@ -27,6 +27,17 @@ Words = Literal["blanks", "marks", "han", "spacy", "jieba"]
 """A table of words: one of megatrain.corpus.words, those of affixes.py, or the words that jieba finds in Chinese."""
 Cut = Callable[[str], list[str]]
 """Cuts a text into words, blanks among them, that are the text when joined."""
+
+
+@jit
+def _inside(letters: Letters) -> tuple[int, int]:
+    """Where a text begins and ends without the blanks at its ends."""
+    begin, end = 0, len(letters)
+    while end > 0 and letters[end - 1] & SPACE:
+        end -= 1
+    while begin < end and letters[begin] & SPACE:
+        begin += 1
+    return begin, end
 
 
 class View:
@@ -57,8 +68,7 @@ class View:
     def stripped(self) -> Text:
         """The text without blanks at its ends, as str.strip has it."""
         codes, letters = self.arrays
-        inside = np.flatnonzero(letters & SPACE == 0)
-        begin, end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+        begin, end = _inside(letters)
         return Text(codes[begin:end], letters[begin:end])
 
     def words(self, table: Words) -> Extents:

@@ -8,8 +8,10 @@ import reference_rules as reference
 from hypothesis import given, settings
 from rule_texts import texts
 
-from megatrain.corpus.rules.line_signals import Edited, LineEditor, pieces
+from megatrain.corpus.rules.line_signals import BOUNDS, Edited, LineEditor, _take, pieces
+from megatrain.corpus.rules.repetition import Repeats
 from megatrain.corpus.rules.rulebook import chosen
+from megatrain.corpus.rules.view import View
 
 
 def edited(text: str, thresholds: Mapping[str, float | str | bool] | None = None) -> Edited:
@@ -90,3 +92,16 @@ def test_the_lines_that_stay_are_those_written_plainly(text: str) -> None:
         left, numbers = reference.c4(text, keep_unended=off)
         assert found.text == left
         assert {name: found.signals[name] for name in numbers} == numbers
+
+
+@pytest.mark.parametrize(("bound", "left"), [("least", [2, 3]), ("most", [1, 2]), ("above", [3]), ("below", [1])])
+def test_lines_that_do_not_meet_a_bound_are_taken_once(bound, left):
+    values, alive = np.array([1, 2, 3, 2]), np.array([True, True, True, False])
+    assert _take(values, BOUNDS.index(bound), 2.0, alive) == 3 - len(left)
+    assert values[alive].tolist() == left
+
+
+@pytest.mark.parametrize("text", ["One. \nTwo words [1] here.\n", "No mark\n{ lorem ipsum }\nIt uses cookies."])
+def test_what_was_found_of_the_text_before_changes_nothing(text):
+    editor = LineEditor(chosen(["c4"], {}))
+    assert editor(text, View(text, Repeats())) == editor(text, View("another text", Repeats())) == editor(text)
