@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_NOT_EMPTY = re.compile(rb"[^\n]+")
-"""Lines of a chunk; of empty ones, which a bomb has millions of, only the number counts."""
+_ENDS = re.compile(rb"\n+")
+"""Ends of lines; of empty ones, which a bomb has millions of, only the number counts."""
 
 
 class Line(NamedTuple):
@@ -31,25 +31,23 @@ def lines_of(chunks: Iterable[bytes], longest: int) -> Iterator[Line]:
     size = 0  # of the line that has begun
     for chunk in chunks:
         at = 0
-        for part in _NOT_EMPTY.finditer(chunk):
-            start, end = part.span()
-            if start > at:  # all between are line ends
+        while at < len(chunk):
+            ends = _ENDS.match(chunk, at)
+            if ends is not None:
                 if held:
                     yield Line(number, begin, b"".join(held))
                     held.clear()
-                number, begin, size = number + start - at, read + start, 0
-            size += end - start
+                number, begin, size, at = number + ends.end() - at, read + ends.end(), 0, ends.end()
+                continue
+            end = chunk.find(b"\n", at)  # ten times as fast as a pattern
+            end = len(chunk) if end < 0 else end
+            size += end - at
             if size <= longest:
-                held.append(part.group())
-            elif size - (end - start) <= longest:
+                held.append(chunk[at:end])
+            elif size - (end - at) <= longest:
                 held.clear()
                 yield Line(number, begin, None)
             at = end
-        if at < len(chunk):
-            if held:
-                yield Line(number, begin, b"".join(held))
-                held.clear()
-            number, begin, size = number + len(chunk) - at, read + len(chunk), 0
         read += len(chunk)
     if held:
         yield Line(number, begin, b"".join(held))
