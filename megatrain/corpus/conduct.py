@@ -15,9 +15,12 @@ import xxhash
 
 from megatrain.config.load import load_sections
 from megatrain.config.source import ConfigError
+from megatrain.corpus.cleaning.augment import MARK
 from megatrain.corpus.final import place, placed
 from megatrain.corpus.foresight import Ids, require_files, require_languages, require_models, require_rules
+from megatrain.corpus.mapping import BREAKS
 from megatrain.corpus.on_ray import run_on_ray
+from megatrain.corpus.perplexity import PART
 from megatrain.corpus.phases import Preparation, Verb
 from megatrain.corpus.prepare_config import PrepareConfig
 from megatrain.corpus.work.chores import LEASES, Phase
@@ -55,6 +58,11 @@ def _loaded(path: str, overrides: Sequence[str], verb: Verb) -> tuple[PrepareCon
             raise ConfigError(
                 f"read.sources[{number}].name={source.name!r} becomes a name of files: letters, digits, `.`, `_` and `-`, not first, "
                 f"not with _valid at the end, and none of {', '.join(RESERVED)}. Use for example web_en."
+            )
+        if own := sorted({BREAKS, MARK, PART} & {*source.keep}):
+            raise ConfigError(
+                f"read.sources[{number}].keep has {own[0]!r}, which is the name of a mark that a preparation sets itself, so that the "
+                "field would be lost. Rename it in the files, or leave it out."
             )
     names = [source.name for source in config.read.sources]
     unknown = [name for name in config.augment.sources if name not in names]

@@ -288,6 +288,10 @@ def test_a_changed_rule_is_another_preparation_and_what_is_no_more_goes(tmp_path
     [
         (["read.sources=[{name: a/b, paths: [x]}]"], r"read.sources[0].name='a/b' becomes a name of files"),
         (["read.sources=[{name: web_valid, paths: [x]}]"], "not with _valid at the end"),
+        (
+            ["read.sources=[{name: web, paths: [raw/a.jsonl], keep: [url, breaks]}]"],
+            "read.sources[0].keep has 'breaks', which is the name of a mark that a preparation sets itself",
+        ),
         (["tokenize.vocab_size=300"], "a tokenizer is either given or trained"),
         (
             ["run.on=slurm"],

@@ -188,17 +188,38 @@ def test_broken_text_is_told_by_record_and_line(read):
     assert len(read(data, broken_text="refuse")[0]) == 1
 
 
-@settings(max_examples=30)
-@given(
-    bodies=st.lists(st.binary(max_size=30), max_size=6), cuts=st.lists(st.integers(1, 40), max_size=40), blank=st.integers(0, 3)
-)
-def test_records_are_the_same_in_whatever_chunks_they_come(bodies, cuts, blank):
-    bodies = [body.replace(b"WARC/1.", b"") for body in bodies]
-    data = b"".join(record("resource", body) + b"\r\n" * blank for body in bodies)
-    reading = FileReading(SourceConfig("web"), FilePart("a.warc", "warc", 0, 1, 1, 0, 1), ReadConfig(), Tally())
+def found_in(data, cuts, most=1 << 24):
+    """(records, counts) of bytes that come in chunks."""
+    tally = Tally()
+    reading = FileReading(SourceConfig("web"), FilePart("a.warc", "warc", 0, 1, 1, 0, 1), ReadConfig(page_bytes=most), tally)
     chunks, at = [], 0
     for size in cuts:
         chunks += [data[at : at + size]] if data[at : at + size] else []
         at += size
     reading.chunks = lambda: iter([*chunks, data[at:]] if data[at:] else chunks)
-    assert [(found.number, found.body) for found in records_of(reading)] == list(enumerate(bodies))
+    reading.ended = "whole"
+    return [(found.number, found.body) for found in records_of(reading)], tally.counts
+
+
+CUTS = st.lists(st.integers(1, 40), max_size=40)
+
+
+@settings(max_examples=30)
+@given(bodies=st.lists(st.binary(max_size=30), max_size=6), cuts=CUTS, blank=st.integers(0, 3))
+def test_records_are_the_same_in_whatever_chunks_they_come(bodies, cuts, blank):
+    bodies = [body.replace(b"WARC/1.", b"") for body in bodies]
+    data = b"".join(record("resource", body) + b"\r\n" * blank for body in bodies)
+    assert found_in(data, cuts) == (list(enumerate(bodies)), {})
+
+
+@settings(max_examples=60)
+@given(
+    lies=st.lists(st.integers(-20, 300), max_size=6), cuts=CUTS, most=st.sampled_from([10, 70, 1 << 24]), cut=st.integers(0, 30)
+)
+def test_lengths_that_lie_cost_the_same_in_whatever_chunks_they_come(lies, cuts, most, cut):
+    records = [record("resource", b"body %d\n\n" % lie, length=max(0, 8 + lie)) for lie in lies]
+    data = b"".join([*records, record("resource", b"last")])
+    data = data[: len(data) - cut]
+    found, counts = found_in(data, cuts, most)
+    assert (found, counts) == found_in(data, [], most)
+    assert cut > 4 or b"last" in [body for _, body in found]
