@@ -3,11 +3,11 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import jobs
 import psutil
 import pytest
 import yaml
@@ -56,14 +56,16 @@ def test_a_full_disk_publishes_nothing_half_and_the_next_run_goes_on(here, capsy
 
 @pytest.mark.timeout(120)
 def test_a_run_that_is_told_to_stop_leaves_nothing_behind(here):
-    command = [sys.executable, "-m", "megatrain", "data", "prepare", "prepare.yaml", "run.workers=2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with jobs.Job(here / "job") as job:
+        job.fork(["data", "prepare", "prepare.yaml", "run.workers=2"], jobs.environment())
+        (process,) = job.processes
         while not list((here / "out").glob("work/documents-*")):
             assert process.poll() is None
+            time.sleep(0.01)
         workers = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and said.endswith("megatrain: interrupted\n"), said
+        (ended,) = job.finish()
+    assert ended.code == 130 and ended.err.endswith("megatrain: interrupted\n"), ended
     assert len(workers) == 2 and not any(worker.is_running() for worker in workers)
     assert half(here) == [] and list((here / "out/work/leases").iterdir()) == [] and made(here) == {}
     assert main(["data", "prepare", "prepare.yaml", "--worker"]) == 0

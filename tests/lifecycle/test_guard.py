@@ -139,18 +139,12 @@ def run_ranks(tmp_path, size, what, victim):
     port = jobs.free_port()
     shared = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = time.monotonic()
-    processes = []
-    for rank in range(size):
-        env = {**clean_environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), what, str(victim), str(TIMEOUT)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    try:
-        outputs = [process.communicate(timeout=100)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [process.returncode for process in processes], outputs, time.monotonic() - started
+    with jobs.Job(tmp_path / "job") as job:
+        for rank in range(size):
+            env = {**clean_environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            job.fork([str(script), what, str(victim), str(TIMEOUT)], env)
+        ended = job.finish(100)
+    return [end.code for end in ended], [end.out + end.err for end in ended], time.monotonic() - started
 
 
 def test_a_stranger_at_the_store_ends_kills_and_prints_nothing(tmp_path):
@@ -166,14 +160,14 @@ def test_a_stranger_at_the_store_ends_kills_and_prints_nothing(tmp_path):
         "HOME": str(tmp_path),
     }
     envs = [{**clean_environment(), **shared, "RANK": f"{n}", "LOCAL_RANK": f"{n}", "OMP_NUM_THREADS": "1"} for n in range(2)]
-    command = [sys.executable, str(script), "go on", "0", "30"]
-    bystander = subprocess.Popen(["sleep", "100"])
-    ranks = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
-        for env in envs
-    ]
-    try:
-        began = [rank.stdout.readline() for rank in ranks]
+    with jobs.Job(tmp_path / "job") as job, jobs.Job(tmp_path / "other") as other:
+        other.start(["sleep", "100"], os.environ)
+        (bystander,) = other.processes
+        for env in envs:
+            job.fork([str(script), "go on", "0", "30"], env)
+        deadline = time.monotonic() + 60
+        while any(job.ended(n).out != "RUNNING\n" for n in range(2)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         names = f"guard/{Launch.from_environment(envs[0]).store_prefix}"
         store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
         victim = replace(Identity.own(1), pid=bystander.pid, born=process(bystander.pid)[1])
@@ -192,16 +186,11 @@ def test_a_stranger_at_the_store_ends_kills_and_prints_nothing(tmp_path):
                 board.write(f"wake/{rank}", "alarm")
         store.set(f"{names}/wake/1", "alarm")
         time.sleep(2.0)
-        assert [rank.poll() for rank in ranks] == [None, None]
-        ranks[0].terminate()
-        rest = [rank.communicate(timeout=60)[0] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0, 0], rest
-        assert began == ["RUNNING\n"] * 2 and rest == ["STOPPED\nDONE\n"] * 2
+        assert [rank.poll() for rank in job.processes] == [None, None]
+        job.processes[0].terminate()
+        ended = job.finish()
+        assert [(end.code, end.out, end.err) for end in ended] == [(0, "RUNNING\nSTOPPED\nDONE\n", "")] * 2
         assert bystander.poll() is None
-    finally:
-        for each in (*ranks, bystander):
-            each.kill()
-            each.wait()
 
 
 CASES = [

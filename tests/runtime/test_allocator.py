@@ -12,12 +12,17 @@ from megatrain.runtime.allocator import better_allocator_environment, loaded_all
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
 
 FAULTS = """
-import resource, torch
+import ctypes, resource
 from megatrain.runtime.allocator import tune_allocator
 TUNE
-torch.set_num_threads(1)
+libc, size = ctypes.CDLL(None), 48 * 2**20
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
 def step():
-    return sum(float(torch.ones(12 * 2**20)[0]) for _ in range(3))   # 48 MiB each
+    for _ in range(3):  # tensors
+        place = libc.malloc(size)
+        libc.memset(place, 1, size)
+        libc.free(place)
 for _ in range(6): step()   # until each has found its place
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step(); step()

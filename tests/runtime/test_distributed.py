@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 from threading import Thread
 
@@ -248,35 +246,41 @@ def test_many_ranks_are_named_as_eight():
     assert named(range(3, 20)) == "ranks 3, 4, 5, 6, 7, 8, 9, 10 and 9 more"
 
 
-def connect_in_process(env):
-    code = (
-        "import os; from megatrain.runtime.distributed import *; from megatrain.runtime.launch import *; "
-        "s = connect(Launch.from_environment(os.environ), ParallelConfig(device='cpu'), 20.0); print(s.describe()); s.close()"
-    )
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMP_"))}
-    return subprocess.Popen([sys.executable, "-c", code], env={**clean, **env}, stdout=-1, stderr=-1, text=True)
+CONNECT = """
+import os
+from megatrain.config.schema import ParallelConfig
+from megatrain.runtime.distributed import connect
+from megatrain.runtime.launch import Launch
+session = connect(Launch.from_environment(os.environ), ParallelConfig(device="cpu"), 20.0)
+print(session.describe())
+session.close()
+"""
 
 
-def two_ranks(port, **env):
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
-    return [connect_in_process({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+def ranks_of_two(folder, port, ranks=(0, 1)):
+    """A job of these ranks, which connect and say to what."""
+    (folder / "connect.py").write_text(CONNECT)
+    job = jobs.Job(folder / "job")
+    for rank in ranks:
+        env = {key: value for key, value in jobs.environment(rank, 2, port).items() if not key.startswith("OMP_")}
+        job.fork([str(folder / "connect.py")], env)
+    return job
 
 
-def test_two_processes_connect_and_share_the_cores():
-    lines = [process.communicate(timeout=60) for process in two_ranks(jobs.free_port())]
+def test_two_processes_connect_and_share_the_cores(tmp_path):
+    with ranks_of_two(tmp_path, jobs.free_port()) as job:
+        ended = job.finish()
     share = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else None
-    for line, error in lines:
-        assert "2 ranks (2 on this node) by torchrun on cpu over gloo" in line, error
-        assert share is None or f"CPU threads of a rank: {share} of" in line
+    for end in ended:
+        assert "2 ranks (2 on this node) by torchrun on cpu over gloo" in end.out, end.err
+        assert share is None or f"CPU threads of a rank: {share} of" in end.out
 
 
-def test_a_port_in_use_is_an_immediate_error():
+def test_a_port_in_use_is_an_immediate_error(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        server, client = two_ranks(taken.getsockname()[1])
-        _, error = server.communicate(timeout=60)
-        client.kill()
-        client.communicate(timeout=60)
-    assert server.returncode == 1
-    assert "is in use" in error
+        with ranks_of_two(tmp_path, taken.getsockname()[1], ranks=[0]) as job:
+            (server,) = job.finish()
+    assert server.code == 1
+    assert "is in use" in server.err
