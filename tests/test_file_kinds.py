@@ -1,6 +1,6 @@
 """Changed files of every kind that the program reads: no crash, no hang, no memory without bound, our own errors in one line.
 
-Nor is a checkpoint or a compiled model taken that was changed. Each kind has a second here, twenty in `launch/fuzz.sh` (so in CI) and ten
+Nor is a checkpoint or a compiled model taken that was changed. Each kind has a moment here, twenty in `launch/fuzz.sh` (so in CI) and ten
 minutes in `launch/test.sh --all`, or MEGATRAIN_FUZZ_SECONDS. A process of its own reads them (fuzz_worker.py), and may crash.
 """
 
@@ -55,7 +55,7 @@ def fuzz(kind, seconds, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_changed_files(kind, tmp_path):
-    assert sum(fuzz(kind, fuzzing.seconds(short=1.0), tmp_path).values())
+    assert sum(fuzz(kind, fuzzing.seconds(short=0.4), tmp_path).values())
 
 
 @pytest.mark.fault(

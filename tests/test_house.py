@@ -5,6 +5,7 @@ import configparser
 import re
 import subprocess
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ CODE = [
 PACKAGE = [path for path in CODE if path.relative_to(ROOT).parts[0] in ("megatrain", "kernels")]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file's syntax, of which parsing is most of the work here."""
+    return ast.parse(path.read_text())
 
 
 def name(path: Path) -> str:
@@ -53,7 +60,7 @@ def test_functions_are_short() -> None:
     long = {
         f"{name(path)}: {node.name}": node.end_lineno - node.lineno + 1
         for path in CODE
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= LONGEST_FUNCTION
     }
     assert long.keys() == {
@@ -96,7 +103,7 @@ def imported_names(tree: ast.AST) -> set[str]:
 
 
 def test_only_the_transport_and_the_launchers_agent_name_torch_distributed() -> None:
-    imports = {name(path): imported_names(ast.parse(path.read_text())) for path in PACKAGE}
+    imports = {name(path): imported_names(tree(path)) for path in PACKAGE}
     users = {file for file, names in imports.items() if any(used.startswith("torch.distributed") for used in names)}
     assert {user for user in users if not user.startswith(("megatrain/transport/", "megatrain/lifecycle/agent"))} == set()
 
@@ -105,7 +112,7 @@ def test_only_runtime_launch_and_the_agent_know_the_launcher_variables() -> None
     variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"}
     readers = set()
     for path in PACKAGE:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in variables:
                 readers.add(name(path))
     assert readers <= {"megatrain/runtime/launch.py", "megatrain/lifecycle/agent_logs.py"}  # the second is the launcher
@@ -147,7 +154,7 @@ def test_names_of_modules_and_classes_are_given_once() -> None:
     for path in PACKAGE:
         module = path.parent if path.stem == "__init__" else path
         places.setdefault(module.stem, []).append(name(module))
-        for node in ast.parse(path.read_text()).body:
+        for node in tree(path).body:
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, []).append(name(path))
     assert {module: sorted(paths) for module, paths in places.items() if len(paths) > 1} == SAME_NAMES
@@ -182,7 +189,7 @@ def replaced_methods(tree: ast.AST, methods: set[str]) -> list[str]:
 def test_no_module_replaces_a_method_of_another_object() -> None:
     bad = "loader.batch = f\nsetattr(run, name, f)\nself.batch = 1\nrun.x.__class__ = Seen\nloader.size = 2"
     assert replaced_methods(ast.parse(bad), {"batch"}) == ["loader.batch", "setattr(run, name, f)", "run.x.__class__"]
-    trees = {name(path): ast.parse(path.read_text()) for path in PACKAGE}
+    trees = {name(path): tree(path) for path in PACKAGE}
     methods = methods_of(trees.values())
     assert {"batch", "reduce", "restart"} <= methods
     assert {file: found for file, tree in trees.items() if (found := replaced_methods(tree, methods))} == {}
@@ -262,5 +269,5 @@ def docstrings(tree: ast.AST) -> list[str]:
 def test_docstrings_name_their_subject() -> None:
     assert docstrings(ast.parse('"""Of it."""\nx = 1\n"""What it is."""')) == ["Of it.", "What it is."]
     begins = re.compile(r"\s*(Of|What|Whatever|Those|That)\b")
-    found = {name(path): [text for text in docstrings(ast.parse(path.read_text())) if begins.match(text)] for path in PACKAGE}
+    found = {name(path): [text for text in docstrings(tree(path)) if begins.match(text)] for path in PACKAGE}
     assert {file: texts for file, texts in found.items() if texts} == {}

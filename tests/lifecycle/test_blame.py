@@ -193,6 +193,7 @@ class CountedGuard(Guard):
 
 def test_the_first_that_was_told_in_vain_says_where_all_are(monkeypatch, capfd):
     monkeypatch.setattr("megatrain.lifecycle.guard.STATES_SECONDS", 0.1)
+    monkeypatch.setattr("megatrain.lifecycle.guard.STORE_SECONDS", 0.1)  # which its end waits for the thread that listens
     events, busy = [], State(6, "busy", "save at /disk/w", seconds=25.0)
     with CountedGuard(8) as guard:
         guard.meet()

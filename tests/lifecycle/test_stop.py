@@ -29,13 +29,15 @@ with StopRequest(Path(sys.argv[1]), Launch(job="a job")) as stop:
         mutex, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
         libc.pthread_mutex_lock(mutex)
         libc.pthread_mutex_lock(mutex)  # waits in C for ever: no handler in Python is run
-    time.sleep(6)
+    time.sleep(float(sys.argv[3]))
     print(stop.signal.name, flush=True)
 """
 
 
-def start(marker, phase):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(marker), phase], stdout=-1, stderr=-1, text=True)
+def start(marker, phase, seconds=60.0):
+    """The program, which stays in its phase for some seconds."""
+    command = [sys.executable, "-c", PROGRAM, str(marker), phase, str(seconds)]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -98,7 +100,7 @@ def test_interrupted_twice_it_ends_at_once(tmp_path):
 
 
 def test_a_remembered_signal_waits_for_the_main_thread(tmp_path):
-    process = start(tmp_path / PREEMPTED, "training")
+    process = start(tmp_path / PREEMPTED, "training", seconds=0.5)
     process.send_signal(signal.SIGUSR2)
     assert process.communicate(timeout=20)[0] == "SIGUSR2\n" and not (tmp_path / PREEMPTED).exists()
 
