@@ -276,18 +276,37 @@ def everything():
     return [*outputs, *leaves, top, total, logits, weights, low, moments, of_keys, *rows]
 
 
-def test_the_bits_are_the_same_on_more_threads(monkeypatch):
-    from megatrain.kernels import cpu, cpu_adamw, cpu_gated, cpu_heads, cpu_norm, cpu_softmax
+def of_a_norm():
+    """What a norm computes: rows, and sums over them."""
+    x, weight = numbers(30, 64), numbers(64, seed=3)
+    y = norm(x, weight, None, 1e-5, rms=True, kernels="numba")
+    y.backward(numbers(30, 64, seed=7).detach())
+    return [y, x.grad, weight.grad]
 
-    alone = everything()
+
+def same_on_two_threads(monkeypatch, compute):
+    from megatrain.kernels import cpu
+
+    alone = compute()
     monkeypatch.setattr(cpu, "SPLIT", 1)
     torch.set_num_threads(2)
     try:
-        together = everything()
+        together = compute()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     assert [torch.equal(a, b) for a, b in zip(alone, together, strict=True)] == [True] * len(alone)
+
+
+def test_the_bits_are_the_same_on_more_threads(monkeypatch):
+    same_on_two_threads(monkeypatch, of_a_norm)
+
+
+@pytest.mark.slow  # numba compiles each kernel again for threads: 15 seconds of a core
+def test_the_bits_of_every_kernel_are_the_same_on_more_threads(monkeypatch):
+    from megatrain.kernels import cpu, cpu_adamw, cpu_gated, cpu_heads, cpu_norm, cpu_softmax
+
+    same_on_two_threads(monkeypatch, everything)
     modules = (cpu_adamw, cpu_gated, cpu_heads, cpu_norm, cpu_softmax)
     kernels = {name: made for module in modules for name, made in vars(module).items() if isinstance(made, cpu.Kernel)}
     assert len(kernels) > 9 and [name for name, made in kernels.items() if not made.split.signatures] == []

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from thinned import thinned
 
 from megatrain.kernels import dispatch
 from megatrain.kernels.beside import beside, together
@@ -67,9 +68,11 @@ def place(n):
     return torch.zeros(n, device=DEVICE, requires_grad=True)
 
 
-@pytest.mark.parametrize("dtype", BANDS, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 33), (70, 1, 256), (5, 7, 1000), (3, 1, 9001)], ids=str)
-@pytest.mark.parametrize("rms", [True, False], ids=["rmsnorm", "layernorm"])
+@pytest.mark.parametrize(
+    ("rms", "shape", "dtype"),
+    thinned([True, False], [(1, 1, 8), (3, 2, 33), (70, 1, 256), (5, 7, 1000), (3, 1, 9001)], BANDS),
+    ids=str,
+)
 def test_norm(rms, shape, dtype):
     x, weight, bias = (
         numbers(*shape, dtype=dtype),
@@ -235,9 +238,7 @@ def test_gated(width, kind, dtype):
     compare(lambda x, kernels: gated(*x.chunk(2, 0), kind, kernels=kernels), (both,), dtype)
 
 
-@pytest.mark.parametrize("dtype", BANDS, ids=str)
-@pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("width", [1, 33, 1500])
+@pytest.mark.parametrize(("width", "kind", "dtype"), thinned([1, 33, 1500], PLAIN, BANDS), ids=str)
 def test_activated(width, kind, dtype):
     x = numbers(4, 3, 2 * width, dtype=dtype)
     compare(lambda x, kernels: activated(x[..., width:], kind, kernels=kernels), (x,), dtype)
@@ -271,12 +272,14 @@ def test_gradients_of_gate_and_up_lie_beside_one_another():
         assert beside(parts).data_ptr() == parts[0].data_ptr() and beside(parts).shape == (4, 3, 20)
 
 
-@pytest.mark.parametrize("dtype", BANDS, ids=str)
-@pytest.mark.parametrize("with_sum", [False, True], ids=["", "smoothed"])
-@pytest.mark.parametrize(("columns", "padding"), [(1, 0), (1, 1), (29, 0), (29, 3), (5000, 120), (4097, 4000)])
-def test_cross_entropy(columns, padding, with_sum, dtype):
+@pytest.mark.parametrize(
+    ("sizes", "with_sum", "dtype"),
+    thinned([(1, 0), (1, 1), (29, 0), (29, 3), (5000, 120), (4097, 4000)], [False, True], BANDS),
+    ids=str,
+)
+def test_cross_entropy(sizes, with_sum, dtype):
     """What lies in the padding, which could be anything, is not read; its gradient is zero."""
-    rows = 9
+    rows, (columns, padding) = 9, sizes
     logits = numbers(rows, columns + padding, dtype=dtype).detach() * 3
     logits[:, columns:] = torch.inf
     local = torch.arange(rows, device=DEVICE) % columns

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from thinned import thinned
 
 from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatrain.kernels import matmul as kernel
@@ -53,9 +54,7 @@ def config_of(layout, recompute, precision="fp32", **model):
     )
 
 
-@pytest.mark.parametrize("model", MODELS, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("layout", "model", "precision"), thinned(LAYOUTS, MODELS, ["fp32", "bf16"]), ids=str)
 def test_losses_gradients_and_weights_are_the_same_bits(layout, model, precision):
     shape = MeshShape(tp=layout[3], pp=layout[1])
     traces = [simulate(shape, trace_run, config_of(layout, r, precision, **model), 2)[0] for r in ("none", "selective", "full")]

@@ -3,6 +3,7 @@
 import gzip
 import math
 from concurrent.futures.process import BrokenProcessPool
+from itertools import product
 
 import numpy as np
 import pytest
@@ -115,8 +116,11 @@ def test_random_texts(tmp_path_factory, text, order, prune, unigrams, pad, worke
         assert sum(model.score(history, w) for w in kept) == pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4, 5, 10])
-@pytest.mark.parametrize("prune", [(), (0, 0, 1), (1, 2)])
+SOME = [(1, ()), (2, (1, 2)), (3, (0, 0, 1)), (4, ()), (5, (1, 2)), (10, (0, 0, 1))]
+REST = [pair for pair in product([1, 2, 3, 4, 5, 10], [(), (0, 0, 1), (1, 2)]) if pair not in SOME]
+
+
+@pytest.mark.parametrize(("order", "prune"), [*SOME, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)])
 def test_a_larger_text(tmp_path, monkeypatch, order, prune):
     """Many parts, several stretches of text, several ranges of contexts, two processes; estimated discounts."""
     prune = prune[:order]

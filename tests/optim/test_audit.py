@@ -40,8 +40,14 @@ def parameter(run, name):
     return next(p for p in run.flat.parameters if p.spec.name == name)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("master", "schedule"), [("fp32", ("zb_h1", 1, 2)), ("split", ("1f1b", 1, 1))], ids=str)
+PIPELINE, ALONE = ("fp32", ("zb_h1", 1, 2)), ("split", ("1f1b", 1, 1))
+COPIES = [(0, *ALONE), (1, *PIPELINE), (2, *ALONE), (3, *PIPELINE)]
+MORE_COPIES = [(0, *PIPELINE), (1, *ALONE), (2, *PIPELINE), (3, *ALONE)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "master", "schedule"), [*COPIES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE_COPIES)], ids=str
+)
 def test_equal_copies_pass(stage, master, schedule):
     audited(point(stage, schedule), master=master)
 

@@ -94,7 +94,7 @@ def test_copies_stay_equal_under_hard_clipping(stage, master):
 
     def rank(ctx):
         def steps(run):
-            for _ in range(4):
+            for _ in range(2):
                 report = train_step(run)
                 audit(run.flat, run.optimizer, ctx)
             assert report.grad_norm > 1e-2

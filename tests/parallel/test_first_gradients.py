@@ -27,10 +27,18 @@ def poison(monkeypatch):
     monkeypatch.setattr(FlatParameters, "_forget", poisoned)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+CASES = [
+    (0, ("1f1b", 1, 1), True, "bf16"),
+    (1, ("1f1b", 1, 2), True, "fp32"),
+    (2, ("zb_v", 2, 2), False, "bf16"),
+    (3, ("gpipe", 1, 2), True, "fp32"),
+]
+OTHERS = [(*case, "fp32" if precision == "bf16" else "bf16") for *case, precision in CASES]
+
+
 @pytest.mark.parametrize(
-    ("stage", "schedule", "tied"),
-    [(0, ("1f1b", 1, 1), True), (1, ("1f1b", 1, 2), True), (2, ("zb_v", 2, 2), False), (3, ("gpipe", 1, 2), True)],
+    ("stage", "schedule", "tied", "precision"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
 )
 def test_what_the_buffers_held_before_is_never_read(monkeypatch, stage, schedule, tied, precision):
     point = (stage, schedule, (2, True), 2, 3, tied, "none", 500)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from thinned import thinned
 from torch import nn
 from zero_grid import config_of, shape_of
 
@@ -90,11 +91,10 @@ def kept_tensors(run):
         yield from states.values()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("master", ["fp32", "split"])
-@pytest.mark.parametrize("dp", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer", "master", "dp"),
+    thinned((0, 1, 2, 3), ("bf16", "fp32"), ("adamw", "sgd"), ("fp32", "split"), (1, 2, 4), strength=3),
+)
 def test_bytes_are_those_of_the_formula(stage, precision, optimizer, master, dp):
     config = config_of(point(stage, dp=dp), precision, master)
     model = replace(config.model, hidden_size=256, num_layers=1, vocab_size=256, num_query_groups=None)  # nothing to align
