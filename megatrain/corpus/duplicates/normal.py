@@ -136,8 +136,9 @@ def as_halves(digests: list[bytes]) -> Hash128:
 
 def without(text: str, part: Part, removed: Collection[int]) -> str:
     """A text without some of its parts, by number; a part goes with the line feeds behind it, the last one with those before."""
+    gone = frozenset(removed)
     if part == "lines":
-        return "\n".join(line for number, line in enumerate(text.split("\n")) if number not in removed)
+        return "\n".join(line for number, line in enumerate(text.split("\n")) if number not in gone)
     pieces = re.split(r"(\n{2,})", text)
-    kept = [number for number in range(0, len(pieces), 2) if number // 2 not in removed]
+    kept = [number for number in range(0, len(pieces), 2) if number // 2 not in gone]
     return "".join(pieces[number] + (pieces[number + 1] if number != kept[-1] else "") for number in kept)
