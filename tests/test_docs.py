@@ -17,6 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jobs
 import pytest
@@ -184,7 +185,9 @@ def test_marks_leave_out_and_reduce(tmp_path):
 
 def run(house: Path, part: str, language: str, page: str) -> None:
     """A part of a page at the root of a copy, with the reader's home and this environment's programs."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith((*jobs.LAUNCHERS, "OMP_", "PYTEST_"))}
+    env = {
+        key: value for key, value in os.environ.items() if not key.startswith((*jobs.LAUNCHERS, "OMP_", "PYTEST_", "TRITON_"))
+    }
     bin_folder = Path(sys.executable).parent
     env |= {
         "PATH": f"{bin_folder}:{env['PATH']}",
@@ -199,13 +202,11 @@ def run(house: Path, part: str, language: str, page: str) -> None:
     assert done.returncode == 0, f"{page}: {part}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree with a small text (corpus.jsonl, corpus.txt, other.txt, crawl.jsonl) and labels (ann.jsonl, bob.jsonl)."""
-    shutil.copytree(
-        ROOT, tmp_path / "house", ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "runs", "build")
-    )
-    house = tmp_path / "house"
+    house = tmp_path_factory.mktemp("bare") / "house"
+    shutil.copytree(ROOT, house, ignore=shutil.ignore_patterns(".git", ".venv", ".*_cache", "runs", "build"))
     texts = [path.read_text() for path in sorted(ROOT.glob("megatrain/parallel/*.py"))]
     for name in ("corpus.jsonl", "crawl.jsonl"):
         (house / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -218,22 +219,37 @@ def house(tmp_path: Path) -> Path:
     return house
 
 
-def furnish(house: Path, page: str) -> None:
-    """What a reader of a page other than the README has by then: a tokenizer, stores, a config, a run."""
-    for command in (
-        "megatrain data tokenizer --input corpus.jsonl --vocab-size 1000 --output tokenizer.json",
-        "megatrain data tokenize --input corpus.jsonl --tokenizer tokenizer.json --output data/train --append-eod",
-        "megatrain data tokenize --input corpus.jsonl --tokenizer bytes --output runs/docs",
-        "megatrain data tokenize --input corpus.jsonl --tokenizer bytes --output runs/pipeline/train",
-    ):
-        run(house, command, "bash", page)
-    tree = {
+def config() -> dict[str, dict[str, Any]]:
+    """The config of a reader, run.yaml."""
+    return {
         "model": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "seq_length": 16},
         "data": {"train": "data/train", "tokenizer": "tokenizer.json"},
         "optim": {"warmup_steps": 2},
         "train": {"steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
         "log": {"dir": "runs/demo"},
     }
+
+
+@pytest.fixture(scope="module")
+def furnished(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a reader of a page other than those of BARE has by then: a tokenizer, stores, a config, a run."""
+    house = tmp_path_factory.mktemp("furnished") / "house"
+    shutil.copytree(bare, house)
+    for command in (
+        "megatrain data tokenizer --input corpus.jsonl --vocab-size 1000 --output tokenizer.json",
+        "megatrain data tokenize --input corpus.jsonl --tokenizer tokenizer.json --output data/train --append-eod",
+        "megatrain data tokenize --input corpus.jsonl --tokenizer bytes --output runs/docs",
+        "megatrain data tokenize --input corpus.jsonl --tokenizer bytes --output runs/pipeline/train",
+    ):
+        run(house, command, "bash", "furnished")
+    jobs.write_config(house / "run.yaml", config())
+    run(house, "megatrain train run.yaml", "bash", "furnished")
+    return house
+
+
+def refurnish(house: Path, page: str) -> None:
+    """Replaces and adds what readers of some pages have in another way."""
+    tree = config()
     if page == "benchmarks.md":  # as the quickstart leaves its data
         folder = house / "runs/quickstart/data_small"
         folder.mkdir(parents=True)
@@ -249,8 +265,10 @@ def furnish(house: Path, page: str) -> None:
         tree["model"] |= {"seq_length": 64}
         qwen3(house / "home/models/qwen3-0.6b")
         shutil.copy(house / "tokenizer.json", house / "home/models/qwen3-0.6b/tokenizer.json")
-    jobs.write_config(house / "run.yaml", tree)
-    run(house, "megatrain train run.yaml", "bash", page)
+    if tree != config():
+        shutil.rmtree(house / "runs/demo")
+        jobs.write_config(house / "run.yaml", tree)
+        run(house, "megatrain train run.yaml", "bash", page)
     if page == "huggingface.md":  # the reader's config has the shapes of the model that it starts from
         tree["model"] = {"seq_length": 16}
         jobs.write_config(house / "run.yaml", {**tree, "log": {"dir": "runs/from_hf"}})
@@ -268,9 +286,10 @@ def qwen3(folder: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({block.page for block in RUNNABLE if block.to_run()}))
-def test_a_page_as_it_is_written(page, house):
+def test_a_page_as_it_is_written(page, request, tmp_path):
     parts = [(part, block.language) for block in RUNNABLE if block.page == page for part in block.to_run()]
-    if page not in BARE:
-        furnish(house, page)
+    house = tmp_path / "house"
+    shutil.copytree(request.getfixturevalue("bare" if page in BARE else "furnished"), house)
+    refurnish(house, page)
     for part, language in parts:
         run(house, part, language, page)

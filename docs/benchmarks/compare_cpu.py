@@ -39,9 +39,10 @@ from pathlib import Path
 WORKERS = ("plain", "transformers", "ours", "shared", "staged", "replica", "ddp", "fsdp2")
 SHAPES = {
     "8x512": {"num_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "seq_length": 512, "vocab_size": 8192},
+    "2x64": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "seq_length": 64, "vocab_size": 512},
     "124m": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 1024, "vocab_size": 50304},
 }
-"""Models by name; 124m is GPT-2's smallest, its vocabulary padded to a multiple of 128."""
+"""Models by name; 2x64 only shows that a command works, 124m is GPT-2's smallest, its vocabulary padded to a multiple of 128."""
 
 
 class Side:

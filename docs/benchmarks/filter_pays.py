@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filter_pays_text import CRAWLED, gather, prose_of
+from filter_pays_text import crawled, gather, prose_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -79,11 +79,11 @@ def megatrain(*words: str, into: Path) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - begin, 1), "cpu_seconds": round(used, 1)}
 
 
-def prepare(work: Path, arm: str, workers: int) -> dict[str, float]:
+def prepare(work: Path, arm: str, workers: int, every: int) -> dict[str, float]:
     """Token stores of an arm."""
     raw = arm == "raw"
     sources = [
-        {"name": "crawl", "paths": [str(work / "crawl.jsonl"), *CRAWLED]},
+        {"name": "crawl", "paths": [str(work / "crawl.jsonl"), *crawled(every)]},
         {"name": "code", "paths": [str(work / "code.jsonl")], "kind": "code", "language": "en"},
         {"name": "chinese", "paths": [str(work / "chinese.jsonl")], "language": "zh"},
     ]
@@ -186,6 +186,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--workers", type=int, default=1, help="of a preparation; and runs at a time, of one thread each")
+    parser.add_argument(
+        "--every", type=int, default=1, metavar="N", help="of the text each N-th document alone: to try all of it out"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/filter_pays.png"))
     args = parser.parse_args()
     work = args.work.resolve()
@@ -198,14 +201,14 @@ def main() -> None:
         state.write_text(json.dumps(done, indent=1))
 
     if "text" not in done:
-        keep(text=gather(work))
+        keep(text=gather(work, args.every))
     if "tokenizer" not in done:
         inputs = ["--input", *(str(work / f"{name}.jsonl") for name in WEIGHTS), "--output", str(work / "tokenizer.json")]
         sample = ["--vocab-size", str(VOCABULARY), "--sample", str(SAMPLE)]
         keep(tokenizer=megatrain("data", "tokenizer", *inputs, *sample, into=work / "tokenizer.log"))
     for arm in ARMS:
         if arm not in done:
-            keep(**{arm: prepare(work, arm, args.workers)})
+            keep(**{arm: prepare(work, arm, args.workers, args.every)})
     if "held_out" not in done:
         keep(held_out=hold_out(work))
     had = {(run["arm"], run["seed"], run["steps"]) for run in done["runs"]}

@@ -32,7 +32,7 @@ def train(precision: str, data: Path, steps: int, folder: Path) -> dict[int, flo
     words = [f"data.train={data / 'train'}", f"data.valid={data / 'valid'}", f"data.tokenizer={data / 'tokenizer.json'}"]
     words += [f"log.dir={run}", "log.to=[]", "log.every=500", f"train.steps={steps}", f"train.precision={precision}"]
     words += ["parallel.tensor_parallel_size=1", "parallel.sequence_parallel=false", "checkpoint.save_every=0"]
-    words += [f"train.eval_every={max(1, steps // 20)}", "train.eval_batches=64"]
+    words += [f"optim.warmup_steps={min(60, steps // 10)}", f"train.eval_every={max(1, steps // 20)}", "train.eval_batches=64"]
     command = [sys.executable, "-m", "megatrain", "train", str(ROOT / "launch/configs/quickstart.yaml"), *words, *SMALL]
     subprocess.run(command, check=True, stdout=sys.stderr)
     return {row["step"]: row["valid_loss"] for row in read_metrics(run / "metrics.jsonl")[1]}

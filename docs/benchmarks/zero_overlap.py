@@ -30,13 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="of a round")
+    parser.add_argument("--hidden", type=int, default=256, help="the model's width")
     args = parser.parse_args()
+    model = replace(CONFIG.model, hidden_size=args.hidden)
     for delay in (0.0, 0.02):
         for stage in (0, 1, 2, 3):
             seen = {True: [], False: []}
             for _ in range(args.rounds):
                 for overlap, rounds in seen.items():
-                    config = replace(CONFIG, parallel=replace(CONFIG.parallel, zero_stage=stage, overlap=overlap))
+                    config = replace(CONFIG, model=model, parallel=replace(CONFIG.parallel, zero_stage=stage, overlap=overlap))
                     rounds.append(spawn(2, measured_overlap, config, args.steps, delay)[0])
             row = {"zero_stage": stage, "delay_ms": 1000 * delay}
             for overlap, rounds in seen.items():

@@ -20,7 +20,7 @@ HEAD = """# Configuration
 
 A run is one YAML file and any number of overrides:
 
-<!-- run `optim.lr=1e-3` as `optim.lr=1e-3 train.steps=30`: minutes -->
+<!-- run `optim.lr=1e-3` as `optim.lr=1e-3 train.steps=4 optim.warmup_steps=2`: minutes -->
 ```
 megatrain train launch/configs/gpt_tiny.yaml data.train=data/train data.tokenizer=tokenizer.json optim.lr=1e-3
 ```
