@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 90
+STEPS = 60
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 TARGETS = ("script", "torchrun", "worker")
+AGENT = ["--standalone", "--nproc-per-node", "2", "-m", "megatrain", "train"]
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +37,18 @@ def undisturbed(house):
 
 
 def start(house, run, target, *more):
-    """Two ranks, by the script or by plain torchrun."""
+    """Two ranks: by plain torchrun, by the script, or (`agent`) by what the script becomes, without its start."""
     words = [str(house / "config.yaml"), f"log.dir={run}", *more]
     folder = house / f"job_{time.monotonic_ns()}"
     if target == "torchrun":
         return jobs.torchrun(folder, 2, *words)
     job = jobs.Job(folder)
     (folder / "tmp").mkdir(parents=True)
-    env = {**jobs.environment(), "PYTHON": sys.executable, "TMPDIR": str(folder / "tmp")}
-    job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], env)
+    env = {**jobs.environment(), "PYTHON": sys.executable, "TMPDIR": str(folder / "tmp"), "GLOO_SOCKET_IFNAME": "lo"}
+    if target == "agent":
+        job.fork([str(ROOT / "megatrain/lifecycle/agent.py"), str(run), *AGENT, *words], env)
+    else:
+        job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], env)
     return job
 
 
@@ -106,12 +110,16 @@ def check_end(run, target, number, ended, before=""):
 
 def check_result(house, run, undisturbed):
     """Started until it is done, it is the undisturbed run."""
-    with start(house, run, "script") as job:
-        (ended,) = job.finish()
-    assert list((job.folder / "tmp").iterdir()) == []
-    assert ended.code == 0, ended.err
+    go_on(house, run)
     assert jobs.row_count(run) == STEPS, "a step was lost and repeated"
     jobs.same(run, undisturbed, STEPS)
+
+
+def go_on(house, run):
+    """Train what is left, without a launcher."""
+    words = [str(house / "config.yaml"), f"log.dir={run}"]
+    ended = jobs.train(house / f"job_{time.monotonic_ns()}", *words, size=2, seconds=2 * jobs.SECONDS)
+    assert [end.code for end in ended] == [0, 0], ended
 
 
 @pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2))])
@@ -120,7 +128,7 @@ def test_each_signal_in_mid_run(house, undisturbed, turn):
     run = house / f"mid_{turn}"
     for count, number in enumerate(SIGNALS, 1):
         target = TARGETS[(count + turn) % 3]
-        ended = strike(house, run, target, number, lambda job, rows=10 * count: jobs.wait_for_rows(job, run, rows))
+        ended = strike(house, run, target, number, lambda job, rows=8 * count: jobs.wait_for_rows(job, run, rows))
         assert (run / "preempted").exists(), ended
         check_end(run, target, number, ended)
         assert ended.code == 75 or target == "torchrun"
@@ -151,25 +159,31 @@ def test_twenty_random_moments(house, undisturbed, number):
     print("exit codes", ends)
 
 
-def test_a_run_that_stops_is_not_started_again(house, undisturbed):
-    """torchrun's --max-restarts takes 75 for a failure; the workers that it starts again end at once."""
+def test_a_killed_rank_is_started_again_and_a_run_that_stops_is_not(house, undisturbed):
+    """MAX_RESTARTS: from the newest checkpoint. torchrun takes 75 for a failure too; the workers that it starts again end at once."""
     run = house / "restarts"
-    job = jobs.Job(house / "job_restarts")
+    words = [str(house / "config.yaml"), f"log.dir={run}", "checkpoint.save_every=8"]
     env = {**jobs.environment(), "PYTHON": sys.executable, "MAX_RESTARTS": "2"}
-    with job:
-        job.start(["bash", str(ROOT / "launch/local.sh"), "2", str(house / "config.yaml"), f"log.dir={run}"], env)
-        assert jobs.wait_for_rows(job, run, 10)
+    with jobs.Job(house / "job_restarts") as job:
+        job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], env)
+        assert jobs.wait_for_rows(job, run, 12)
+        workers(run)[1].kill()
+        assert jobs.wait_for_rows(job, run, jobs.row_count(run) + 10)
         workers(run)[1].send_signal(signal.SIGUSR2)
         (ended,) = job.finish()
     assert ended.code == 75, ended.err
-    assert [event["event"] for event in jobs.events(run)] == ["start", "save", "signal"]
     assert of_run(run) == []
+    events = [event for event in jobs.events(run) if event["event"] in ("start", "resume", "signal")]
+    assert [event["event"] for event in events] == ["start", "resume", "signal"]
+    assert events[1]["step"] in (8, 16)
+    go_on(house, run)
+    jobs.same(run, undisturbed, STEPS)
 
 
 def test_a_run_that_cannot_save_has_failed(house):
     """Told to stop, and the directory of checkpoints has gone: the next start would lose work, so nothing must start it by itself."""
     run = house / "unsaved"
-    with start(house, run, "script", "checkpoint.give_up_after=2") as job:
+    with start(house, run, "agent", "checkpoint.give_up_after=2") as job:
         assert jobs.wait_for_rows(job, run, 10)
         shutil.rmtree(run / "checkpoints")
         (run / "checkpoints").write_text("")
@@ -193,18 +207,3 @@ def test_ctrl_c_again_ends_at_once(house):
         frozen.resume()
         (ended,) = job.finish(15)
     assert ended.code == 130 and of_run(run) == [], ended
-
-
-def test_a_killed_rank_is_started_again(house, undisturbed):
-    """MAX_RESTARTS: without a checkpoint from the beginning, with one from there."""
-    run = house / "killed"
-    words = [str(house / "config.yaml"), f"log.dir={run}", "checkpoint.save_every=8"]
-    env = {**jobs.environment(), "PYTHON": sys.executable, "MAX_RESTARTS": "1"}
-    with jobs.Job(house / "job_killed") as job:
-        job.start(["bash", str(ROOT / "launch/local.sh"), "2", *words], env)
-        assert jobs.wait_for_rows(job, run, 20)
-        workers(run)[1].kill()
-        (ended,) = job.finish()
-    assert ended.code == 0, ended.err
-    assert [event["step"] for event in jobs.events(run) if event["event"] == "resume"] in ([8], [16])
-    jobs.same(run, undisturbed, STEPS)
