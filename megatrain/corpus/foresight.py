@@ -22,7 +22,7 @@ from megatrain.data.tokenizer import load_tokenizer
 from megatrain.files import opened_plain
 
 Ids = list[Any] | None
-"""What decides on ids, as values for JSON; None without a tokenizer."""
+"""Values for JSON that decide on ids; None without a tokenizer."""
 LANGUAGE = re.compile(r"[a-z]{2,3}")
 """A code of ISO 639: two letters, or three of a language that has no two."""
 

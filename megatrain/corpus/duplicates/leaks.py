@@ -19,7 +19,7 @@ from megatrain.untrusted import parse_json
 MOST_BYTES = 1 << 30
 """Most bytes of a file of an evaluation set."""
 LEAKS = "leaks."
-"""What the names of the rules begin with."""
+"""Beginning of the names of the rules."""
 _LINES = (".jsonl", ".ndjson", ".json")
 _PACKED = {".gz": "gz", ".zst": "zst"}
 

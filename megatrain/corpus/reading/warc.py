@@ -24,7 +24,7 @@ from megatrain.corpus.reading.pages import Page, extracted_documents
 
 BEGIN = b"WARC/1."
 _NEXT = re.compile(rb"\n\r?\n(?=WARC/1\.)")
-"""What stands before a record within another one."""
+"""The end of a line and a blank one, before a record within another one."""
 _BORDER = len(b"\n\r\nWARC/1.") - 1
 MOST_BLANK = 1 << 16
 """Blank lines between records, in bytes, behind which another one is looked for."""
