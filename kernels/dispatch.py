@@ -43,7 +43,7 @@ if INTERPRETED or torch.version.cuda or torch.version.hip or "triton" in sys.mod
     except Exception as error:  # a broken installation raises anything, and auto does without it
         triton = tl = None
         TRITON_LACKS = _lacking("Triton", "triton", "gpu", error)
-else:  # a tenth of the start of every process
+else:  # nothing would use it, and its import takes time
     triton = tl = None
 
 LEAST = 1 << 14

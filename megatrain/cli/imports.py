@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Imports within it look for no garbage: they make none, and looking through all of torch again and again is a seventh of the start."""
+    """Imports within it look for no garbage: they make none, and looking through all of torch again and again takes time."""
     looked = gc.isenabled()
     gc.disable()
     try:

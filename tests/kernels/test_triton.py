@@ -299,7 +299,7 @@ def test_cross_entropy(sizes, with_sum, dtype):
 
 
 def test_a_pytorch_for_cpus_alone_does_without_triton():
-    """Its import is a tenth of the start of every rank."""
+    """Every rank would wait for its import."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = (
         "import sys, megatrain.kernels.dispatch as d; print('triton' in sys.modules, d.triton is None, repr(d.TRITON_LACKS))"
