@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from megatrain.corpus.document import Document, Step, Tally
+
 PROSE = "the house and garden of a town that have been with us to be seen by people in every season of its long years"
 WORDS = PROSE.split()
 
@@ -17,6 +19,11 @@ def text(seed: int, words: int = 120) -> str:
     """Sentences that the rules of English keep."""
     draw = random.Random(seed)
     return ". ".join(" ".join(draw.choices(WORDS, k=12)).capitalize() for _ in range(words // 12)) + "."
+
+
+def refused_by(steps: Sequence[Step], document: Document, tally: Tally) -> list[str]:
+    """The rules of all steps, taken in order, that refuse a document."""
+    return [rule for step in steps for rule in step(document, tally)]
 
 
 def corpus(folder: Path) -> Path:

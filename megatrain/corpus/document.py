@@ -7,7 +7,7 @@ process or time: so the same bytes come out for any number of workers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -93,9 +93,3 @@ class Tally:
 
 Step = Callable[[Document, Tally], Collection[str]]
 """Changes a document in place; the names of the rules that refuse it, none where it is kept."""
-
-
-def refused_by(steps: Iterable[Step], document: Document, tally: Tally) -> Iterator[str]:
-    """The rules of all steps, taken in order, that refuse a document."""
-    for step in steps:
-        yield from step(document, tally)

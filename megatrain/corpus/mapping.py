@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatrain.corpus.cleaning.cleaner import clean_step
-from megatrain.corpus.document import Document, Step, refused_by
+from megatrain.corpus.document import Document, Step
 from megatrain.corpus.duplicates.fingerprints import fingerprinting
 from megatrain.corpus.duplicates.leaks import leaks_step
 from megatrain.corpus.judging import RulesByKind
@@ -29,6 +29,8 @@ from megatrain.corpus.similar import FINGERPRINTS
 DOCUMENTS = "documents.jsonl.zst"
 BREAKS = "breaks"
 """The mark of a document that stays with rules that it breaks: their names."""
+FEW, LETTERS = 64, 1 << 17
+"""Documents that go through a step one after the other, and letters of them, about."""
 Stage = tuple[str, Sequence[Step]]
 Last = Literal["read", "clean", "filter"]
 """The last stage of the phase."""
@@ -75,21 +77,49 @@ def _told(documents: Iterator[Document], progress: Callable[[int], None]) -> Ite
 
 def staged(documents: Iterator[Document], stages: Sequence[Stage], audit: Audit, *, annotate: bool) -> Iterator[Document]:
     """The documents that all stages keep, counted into and out of each; annotate: rules are counted, named with
-    the document, and refuse nothing.
+    the document, and refuse nothing. A few short documents go through a step before the next one, whose tables would push its own out of
+    the processor's caches.
     """
-    for document in documents:
-        audit.enter("read", document)
-        audit.leave("read", document)
+    for few in _few(documents):
+        left = few
+        for document in left:
+            audit.enter("read", document)
+            audit.leave("read", document)
         for name, steps in stages:
-            audit.enter(name, document)
-            refusals = tuple(refused_by(steps, document, audit.tally))
-            if not refusals and not document.text.strip():  # a rule of lines has taken the last one
-                refusals = (f"{name}.empty",)
-            keep = not refusals or (annotate and name == "filter")
-            audit.leave(name, document, refusals, keep=keep)
-            if not keep:
-                break
-            if refusals:
-                document.marks[BREAKS] = list(refusals)
-        else:
+            left = list(_kept(left, name, steps, audit, annotate=annotate))
+        yield from left
+
+
+def _few(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of at most FEW, and hardly more than LETTERS letters or one document."""
+    few, letters = list[Document](), 0
+    for document in documents:
+        few.append(document)
+        letters += len(document.text)
+        if len(few) == FEW or letters >= LETTERS:
+            yield few
+            few, letters = [], 0
+    if few:
+        yield few
+
+
+def _kept(
+    documents: Sequence[Document], name: str, steps: Sequence[Step], audit: Audit, *, annotate: bool
+) -> Iterator[Document]:
+    """The documents that a stage keeps."""
+    entered = [document.text for document in documents]
+    for document in documents:
+        audit.enter(name, document)
+    refused: list[list[str]] = [[] for _ in documents]
+    for step in steps:
+        for document, rules in zip(documents, refused, strict=True):
+            rules.extend(step(document, audit.tally))
+    for document, text, rules in zip(documents, entered, refused, strict=True):
+        if not rules and not document.text.strip():  # a rule of lines has taken the last one
+            rules.append(f"{name}.empty")
+        keep = not rules or (annotate and name == "filter")
+        audit.leave(name, document, rules, keep=keep, entered=text)
+        if keep:
+            if rules:
+                document.marks[BREAKS] = rules
             yield document

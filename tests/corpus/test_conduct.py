@@ -16,13 +16,13 @@ import psutil
 import pytest
 import yaml
 from forked import Forked
-from small_corpus import config, corpus, text
+from small_corpus import config, corpus, refused_by, text
 from small_corpus import made as made_of
 
 from megatrain.cli.main import main
 from megatrain.cli.preparation import VERBS
 from megatrain.corpus import conduct, final, foresight, mapping, phases, preview
-from megatrain.corpus.document import Document, Tally, refused_by
+from megatrain.corpus.document import Document, Tally
 from megatrain.corpus.duplicates.parameters import DedupConfig, LeakConfig, LeakSet
 from megatrain.corpus.revision import files_in
 from megatrain.corpus.shards import documents_of
@@ -234,7 +234,7 @@ def test_what_says_auto_takes_the_rules_of_kind_and_language(tmp_path):
     refused = set(refused_by(stages[1][1], document, tally))
     assert {"gopher.words.least", "c4.sentences"} <= refused
     wrapped = Document("A long line that is wrapped\nat a fixed width it is.", "web", "raw/a.jsonl", 0, "text", "en")
-    list(refused_by(stages[1][1], wrapped, tally))
+    refused_by(stages[1][1], wrapped, tally)
     assert wrapped.text == "A long line that is wrapped\nat a fixed width it is."
     chinese = Document("太短。", "web", "raw/a.jsonl", 0, "text", "zh")
     assert any(name.startswith("fineweb2_zh.") for name in refused_by(stages[1][1], chinese, tally))
@@ -439,7 +439,7 @@ def test_a_rule_that_auto_leaves_off_is_on_where_it_is_named(tmp_path):
         source = f"read.sources=[{{name: web, paths: [raw/a.jsonl], language: en, rules: {rules}}}]"
         told = conduct.load_config(str(config(tmp_path, "raw")), [source])
         document = Document(text, "web", "raw/a.jsonl", 0, "text", "en")
-        list(refused_by(mapping.stages_of(told, told.read.sources[0], "filter")[1][1], document, Tally()))
+        refused_by(mapping.stages_of(told, told.read.sources[0], "filter")[1][1], document, Tally())
         assert document.text == left
 
 

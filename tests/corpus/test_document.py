@@ -1,6 +1,6 @@
 """A document's name, and tallies that add up whatever the units were."""
 
-from megatrain.corpus.document import PLACES, Document, Sighting, Tally, refused_by
+from megatrain.corpus.document import PLACES, Document, Sighting, Tally
 
 
 def tally(*problems: str) -> Tally:
@@ -23,17 +23,3 @@ def test_all_problems_count_and_the_first_places_are_kept():
     again = Tally.of_json(whole.as_json())
     assert again.counts == whole.counts and again.places == whole.places
     assert again.places["read.bad"][0] == Sighting("a.jsonl", "line 7", "0")
-
-
-def test_every_step_is_asked_in_order():
-    def shout(document: Document, tally: Tally) -> tuple[str, ...]:
-        document.text = document.text.upper()
-        tally.count("shouted")
-        return ("loud",)
-
-    def short(document: Document, _tally: Tally) -> tuple[str, ...]:
-        return ("short",) if document.text == "A" else ()
-
-    document, counted = Document("a", "web", "a.txt", 0), Tally()
-    assert list(refused_by((shout, short), document, counted)) == ["loud", "short"]
-    assert (document.text, counted.counts) == ("A", {"shouted": 1})

@@ -47,15 +47,25 @@ class Audit:
         self._entered[stage] = document.text
 
     def leave(
-        self, stage: str, document: Document, refusals: Collection[str] = (), *, keep: bool | None = None, said: str = ""
+        self,
+        stage: str,
+        document: Document,
+        refusals: Collection[str] = (),
+        *,
+        keep: bool | None = None,
+        said: str = "",
+        entered: str | None = None,
     ) -> None:
         """Count the document that entered last out of a stage, and what refuses it, with examples: bytes and text as they entered.
 
         keep: whether it goes on; None: if nothing refuses it. True with refusals where they are only noted (annotate, a dry run).
         said: a detail for its examples, such as what it is a duplicate of.
+        entered: its text as it did, where another one has entered since.
         """
         if refusals:
-            self._refused(stage, document, refusals, said)
+            self._refused(
+                stage, document, refusals, said, self._entered.get(stage, document.text) if entered is None else entered
+            )
         if keep if keep is not None else not refusals:
             self._flow(stage, "out", document)
             self.tally.count(f"{stage}/language/{document.language or '?'}")
@@ -110,9 +120,8 @@ class Audit:
             self._sized = text, len(text) if text.isascii() else len(text.encode()), bin_of(len(text))
         return self._sized
 
-    def _refused(self, stage: str, document: Document, refusals: Collection[str], said: str) -> None:
+    def _refused(self, stage: str, document: Document, refusals: Collection[str], said: str, text: str) -> None:
         names = dict.fromkeys(map(_word, refusals))
-        text = self._entered.get(stage, document.text)
         size = self._size(text)[1]
         for way in ("refused", "alone") if len(names) == 1 else ("refused",):
             for rule in names:

@@ -1,4 +1,4 @@
-"""Rows of parquet files, which megatrain.corpus.reading.parquet_process reads."""
+"""Rows of parquet files, which megatrain.corpus.reading.parquet_process reads, with values by megatrain.corpus.reading.parquet_values."""
 
 import datetime
 import decimal
