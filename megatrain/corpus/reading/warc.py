@@ -26,6 +26,8 @@ BEGIN = b"WARC/1."
 _NEXT = re.compile(rb"\n\r?\n(?=WARC/1\.)")
 """The end of a line and a blank one, before a record within another one."""
 _BORDER = len(b"\n\r\nWARC/1.") - 1
+_BEGUN = len(BEGIN) - 1
+"""Bytes behind a record that show whether its last ones begin another."""
 MOST_BLANK = 1 << 16
 """Blank lines between records, in bytes, behind which another one is looked for."""
 LONGEST_HEAD = 1 << 16
@@ -197,7 +199,10 @@ class _Stream:
     def end_of(self, body: bytes, size: int) -> End:
         """How a body of so many bytes ends, which were just taken; where its length lies the next bytes are those of the next record."""
         short = len(body) < size
-        found = _NEXT.search(body) if short or not self._is_at_record() else None
+        if not short and self._is_at_record():
+            return "well"
+        self._have(_BEGUN)
+        found = _NEXT.search(body + self._data[self._at : self._at + _BEGUN])
         if found is None:
             return "short" if short else "well"
         self._data, self._at = body[found.end() :] + self._data[self._at :], 0
@@ -205,19 +210,22 @@ class _Stream:
 
     def pass_over(self, size: int) -> End:
         """Go over so many bytes, or to the next record that begins within them."""
-        while size:
-            if self._at == len(self._data) and not self._more():
-                return "short"
-            part = self._data[self._at : self._at + size]
-            if found := _NEXT.search(part):
-                self._at += found.end()
+        while True:
+            end = self._at + size
+            found = _NEXT.search(self._data, self._at, end + _BEGUN)
+            if found and found.end() < end:
+                self._at = found.end()
                 return "lies"
-            step = len(part) if len(part) == size else max(len(part) - _BORDER, 0)
+            there = len(self._data) - self._at
+            if there >= size + _BEGUN:
+                self._at = end
+                return "well"
+            step = max(there - _BORDER, 0)
             self._at, size = self._at + step, size - step
-            if size and not self._more():
-                self._at = len(self._data)
-                return "short"
-        return "well"
+            if not self._more():
+                whole = len(self._data) - self._at >= size
+                self._at = self._at + size if whole else len(self._data)
+                return "well" if whole else "short"
 
     def _is_at_record(self) -> bool:
         """Whether a record begins behind the blank lines that come next, if any, or nothing does."""

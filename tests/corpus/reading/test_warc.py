@@ -212,6 +212,16 @@ def test_records_are_the_same_in_whatever_chunks_they_come(bodies, cuts, blank):
     assert found_in(data, cuts) == (list(enumerate(bodies)), {})
 
 
+@pytest.mark.parametrize("most", [10, 1 << 24])
+@pytest.mark.parametrize("lie", range(13))
+def test_a_length_that_ends_within_the_next_record_s_beginning_costs_itself(most, lie):
+    data = record("resource", b"body 5\n\n", length=8 + lie) + record("resource", b"last")
+    for cuts in ([], [1] * len(data)):
+        found, counts = found_in(data, cuts, most)
+        assert [body for _, body in found][-1] == b"last"
+        assert counts == ({} if lie < 5 else {"read.warc_record": 1})
+
+
 @settings(max_examples=60)
 @given(
     lies=st.lists(st.integers(-20, 300), max_size=6), cuts=CUTS, most=st.sampled_from([10, 70, 1 << 24]), cut=st.integers(0, 30)
