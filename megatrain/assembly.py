@@ -140,6 +140,17 @@ def check_whole(chunks: list[GPT], config: Config, vocab_size: int, ctx: Paralle
         )
 
 
+def work_of_stages(config: Config, vocab_size: int) -> list[float]:
+    """FLOPs of a token's forward pass on each pipeline stage."""
+    block, head = forward_flops(config.model, vocab_size)
+    pieces, homes = layer_pieces(config, vocab_size)
+    work = [0.0] * config.parallel.pipeline_parallel_size
+    for layers, home in zip(pieces, homes, strict=True):
+        work[home] += len(layers) * block
+    work[homes[-1]] += head
+    return work
+
+
 def split_layers(homes: Sequence[int], num_layers: int, layer_cost: float, first_cost: float, last_cost: float) -> list[int]:
     """Layers of each virtual stage, in order, each at least one, so that the slowest rank has as little to do as possible.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from megatrain.assembly import DTYPES, kernels_of
+from megatrain.assembly import DTYPES, kernels_of, work_of_stages
 from megatrain.checkpoint.directory import latest
 from megatrain.checkpoint.retries import Retries
 from megatrain.checkpoint.save import Contents, Saver
@@ -46,7 +46,7 @@ from megatrain.transport.consensus import broadcast_text, gather_texts
 
 SUSPECTS = 16
 """Most documents that an event lists."""
-OF_PEERS, OF_PAST = "its peers", "what its stage took before"
+OF_PEERS, OF_PAST, OF_WORK = "its peers", "what its stage took before", "what the other stages take"
 
 
 class Watch:
@@ -68,7 +68,8 @@ class Watch:
         """Norms of parts in steps that are not reported yet."""
         ranks, of_stage = job.ctx.world.size, job.ctx.world.size // job.ctx.pp.size  # a stage's ranks are neighbours (mesh.py)
         logs = self.config.log
-        self.comparison = Comparison([rank // of_stage for rank in range(ranks)], logs.slow_ratio, logs.slow_intervals)
+        work = work_of_stages(self.config, job.chunks[0].build.vocab_size)
+        self.comparison = Comparison([rank // of_stage for rank in range(ranks)], logs.slow_ratio, logs.slow_intervals, work)
         every = logs.stragglers_every if ranks > 1 else 0  # one rank has nobody to be compared with
         self.stopwatch = Stopwatch(job.ctx, job.session.recorder, every, self._compare)
         checkpoint = self.config.checkpoint
@@ -198,7 +199,7 @@ class Watch:
         host = self.hosts[pace.slowest]
         self.log.compute(ComputeRow(step, pace.least, pace.median, pace.most, pace.slowest, host, pace.ratio))
         for rank, ratio in pace.slow:
-            beside = OF_PAST if rank in pace.of_stage else OF_PEERS
+            beside = OF_PAST if rank in pace.of_stage else OF_WORK if rank in pace.of_work else OF_PEERS
             message = slow_note(rank, self.hosts[rank], ratio, beside, seconds[rank], self.config.log)
             self.log.event("slow", step, rank, host=self.hosts[rank], ratio=ratio, seconds=seconds[rank], message=message)
             self.log.say(message)

@@ -3,6 +3,9 @@
 Stages do different work, so that their times say nothing of each other. But what makes a step longer makes it longer for all: a stage that
 takes twice its usual time while the others take theirs is held up. A stage's growth is that of its fastest rank, since one of several is
 told by its peers.
+
+A stage that was slow from the first step on has a slow past. It is told where it takes much longer than the others, and as much longer
+for its FLOPs.
 """
 
 from __future__ import annotations
@@ -40,6 +43,18 @@ class OwnPast:
         grown = logs - np.median(np.array(self._past), 0)
         stages = np.array([grown[members].min() for members in self._members])
         return np.asarray(stages - np.maximum(medians_of_others(stages), 0.0))
+
+    def excess(self, logs: Array, work: Array) -> Array | None:
+        """By logarithms of the ranks' times and of the stages' work, how much longer each stage takes than the others usually do, or for
+        its work, whichever is less: more work excuses a stage, and so does a time that does not follow the work.
+
+        None where the work is not known, or for one stage.
+        """
+        if len(self._members) < 2 or len(work) != len(self._members):
+            return None
+        stages = np.array([logs[members].min() for members in self._members])
+        beside, for_its_work = (values - medians_of_others(values) for values in (stages, stages - work))
+        return np.asarray(np.minimum(beside, for_its_work))
 
     def add(self, logs: Array, slow: bool) -> None:
         """Remember an interval; one in which a stage is slow, and those that told it, say nothing of what is usual."""

@@ -2,7 +2,8 @@
 
 A step ends on all ranks at once, so its time says nothing of who was slow; what each spent on its own work does. Each rank measures
 that (`Stopwatch`; `transport/stalls.py`), all gather it once an interval, and rank 0 judges (`Comparison`). The peers of a rank are the
-others of its pipeline stage, which do the same work; stages do different work, and each is compared with its own past (own_past.py).
+others of its pipeline stage, which do the same work; stages do different work, and each is compared with its own past, and
+with what the others take for theirs (own_past.py).
 
     step        1   2   3   4   5 | 6   7            8                  9
     with 5:     measured ......   |     the gather   the gather ends;   a GPU's numbers
@@ -35,6 +36,8 @@ PLAIN = 2.0
 """A rank that takes this much longer than its peers is slow, however noisy the machine."""
 NOISE = 3.0
 """A smaller ratio must lie this many standard deviations of all ranks' ratios above 1; their spread is that of the last intervals."""
+MANY = 3.0
+"""A stage that takes so many times as long as the others usually do, and so many times as long for its work, is slow, whatever its past."""
 LEAST_INTERVALS, MOST_INTERVALS = 10, 40
 """Intervals by which the spread is measured: before there are so many, only PLAIN counts; older ones are forgotten."""
 SPREAD = 1.4826
@@ -59,6 +62,8 @@ class Pace:
     """Ranks that were, and are no more."""
     of_stage: frozenset[int] = frozenset()
     """The slow ranks that are by their stage's own past, and whose peers are as slow."""
+    of_work: frozenset[int] = frozenset()
+    """The slow ranks that are beside the other stages, by what each has to do."""
 
 
 class Steadily:
@@ -93,16 +98,19 @@ class Steadily:
 
 
 class Comparison:
-    """Says which ranks are slow beside the median of their peers, or, where all of a stage are, beside its own past."""
+    """Says which ranks are slow beside the median of their peers, or, where all of a stage are, beside its own past or the other stages."""
 
-    def __init__(self, stages: Sequence[int], ratio: float, intervals: int) -> None:
-        """stages: the pipeline stage of each rank. ratio, intervals: as of `Steadily`."""
+    def __init__(self, stages: Sequence[int], ratio: float, intervals: int, work: Sequence[float] = ()) -> None:
+        """stages: the pipeline stage of each rank. ratio, intervals: as of `Steadily`. work: FLOPs of each stage; where they are not known,
+        a stage is compared with its own past alone.
+        """
         numbers = np.asarray(stages)
         self._groups = [found for stage in np.unique(numbers) if len(found := np.flatnonzero(numbers == stage)) > 1]
         self._grouped = np.concatenate([np.empty(0, dtype=np.intp), *self._groups])
         self._ratio = math.log(ratio)
         self._past = OwnPast(stages, intervals)
         self._peers, self._stages = Steadily(ratio, intervals), Steadily(ratio, intervals)
+        self._work, self._unlike = np.log(np.asarray(work)), Steadily(max(MANY, ratio), intervals)
         self._slow = np.zeros(len(numbers), dtype=bool)
 
     def __call__(self, seconds: Sequence[float]) -> Pace | None:
@@ -114,14 +122,19 @@ class Comparison:
         logs, beside = np.log(times), np.full(len(times), math.nan)
         for members in self._groups:
             beside[members] = logs[members] - np.log(medians_of_others(times[members]))
-        slow, of_stage = np.zeros_like(self._slow), np.zeros_like(self._slow)
+        slow, by_past, of_work = (np.zeros_like(self._slow) for _ in range(3))
         slow[self._grouped] = self._peers(beside[self._grouped])
+        excess = self._past.excess(logs, self._work)
+        if excess is not None:
+            unlike = self._unlike(excess)
+            of_work = unlike[self._past.stage_of] & ~slow
+            beside = np.fmax(beside, np.where(unlike, excess, math.nan)[self._past.stage_of])
         growth = self._past.growth(logs)
         if growth is not None:
-            of_stage = self._stages(growth)[self._past.stage_of] & ~slow
+            by_past = self._stages(growth)[self._past.stage_of] & ~slow
             beside = np.fmax(beside, growth[self._past.stage_of])
-        self._past.add(logs, bool(of_stage.any()))
-        slow |= of_stage
+        self._past.add(logs, bool(by_past.any()))
+        slow |= by_past | of_work
         new, recovered = np.flatnonzero(slow & ~self._slow), np.flatnonzero(self._slow & ~slow)
         self._slow = slow
         stands_out = np.nan_to_num(beside, nan=-math.inf)
@@ -134,7 +147,8 @@ class Comparison:
             math.exp(beside[slowest]),
             tuple((int(rank), math.exp(beside[rank])) for rank in new),
             tuple(recovered.tolist()),
-            frozenset(np.flatnonzero(of_stage).tolist()),
+            frozenset(np.flatnonzero(by_past & ~of_work).tolist()),
+            frozenset(np.flatnonzero(of_work).tolist()),
         )
 
 

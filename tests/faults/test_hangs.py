@@ -176,10 +176,10 @@ def test_a_port_that_is_taken(house, measured, limit):
     promise="event `slow` with rank and ratio within 10 steps; the result is the undisturbed run's, to the bit",
     layout="{layout}",
 )
-@pytest.mark.parametrize(("layout", "victim", "at"), [(MAIN, 3, 2), ("dp 2", 1, 2), ("pp 2", 1, 12)])
+@pytest.mark.parametrize(("layout", "victim", "at"), [(MAIN, 3, 2), ("dp 2", 1, 2), ("pp 2", 1, 2), ("pp 2", 1, 12)])
 def test_a_slow_rank(house, measured, layout, victim, at):
-    """Without peers a rank is told by its own past, so that it must have one."""
-    name = f"slow_{layout}".replace(" ", "_")
+    """Without peers a rank is told by the other stages, or by its own past where it has one."""
+    name = f"slow_{layout}_{at}".replace(" ", "_")
     act = {"what": "slow", "at": at, "ranks": [victim], "seconds": 0.15}
     with house.start(layout, name, "log.stragglers_every=2", act=act) as job:
         ended = job.finish()

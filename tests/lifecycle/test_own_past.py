@@ -70,3 +70,39 @@ def test_noise_raises_nothing_and_hides_no_stage(stages, noise):
     rows[8:, [n for n, stage in enumerate(stages) if stage == 1]] *= 5
     found = told(Comparison(stages, 1.15, 3), rows[:12])[0]
     assert found == [(10, rank) for rank, stage in enumerate(stages) if stage == 1]
+
+
+@pytest.mark.parametrize(("stages", "victim"), [([0, 1], 0), ([0, 1], 1), ([0, 1, 2, 3], 2), ([0, 0, 1, 1], 1)])
+def test_a_stage_that_is_five_times_slower_from_the_first_step_on_is_told_by_the_others(stages, victim):
+    """Of stages that do about the same; it is told well once it is."""
+    ranks = [rank for rank, stage in enumerate(stages) if stage == victim]
+    usual = [0.030 + 0.002 * stage for stage in stages]
+    slow = [5 * seconds if rank in ranks else seconds for rank, seconds in enumerate(usual)]
+    judge = Comparison(stages, 1.15, 3, [2.0 + stage / 10 for stage in range(max(stages) + 1)])
+    paces = [judge(row) for row in [slow] * 30 + [usual] * 9]
+    assert [(i, rank) for i, pace in enumerate(paces) for rank, _ in pace.slow] == [(2, rank) for rank in ranks]
+    assert [(i, rank) for i, pace in enumerate(paces) for rank in pace.recovered] == [(30, rank) for rank in ranks]
+    assert paces[2].of_work == set(ranks) and paces[2].of_stage == set() and paces[2].slowest in ranks
+    assert paces[2].ratio == pytest.approx(5.0, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "work"),
+    [
+        ([1.0, 9.0, 1.0], [1.0, 9.0, 1.0]),  # more to do
+        ([1.0, 9.0, 1.0], [1.0, 4.0, 1.0]),
+        ([1.0, 1.1, 1.0], [1.0, 9.0, 1.0]),  # time that does not follow the work
+        ([1.0, 1.1], [9.0, 1.0]),
+        ([1.0, 2.7], [1.0, 1.0]),
+        ([1.0, 9.0, 1.0], []),
+    ],
+)
+def test_more_work_or_a_time_that_does_not_follow_it_excuses_a_stage(seconds, work):
+    judge = Comparison(range(len(seconds)), 1.15, 3, work)
+    assert told(judge, [seconds] * 50) == ([], [])
+
+
+def test_a_stage_that_becomes_slow_is_held_against_its_past_as_long_as_it_is():
+    judge = Comparison([0, 1], 1.15, 3, [1.0, 1.0])
+    rows = [[1.0, 1.0]] * 9 + [[1.0, 5.0]] * 200 + [[1.0, 2.5]] * 200
+    assert told(judge, rows) == ([(11, 1)], [])

@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatrain.assembly import ranges_of, split_layers
+from megatrain.assembly import ranges_of, split_layers, work_of_stages
+from megatrain.config.load import from_dict
 from megatrain.parallel.schedules import Schedule
+from megatrain.runtime.flops import forward_flops
 
 
 def homes_of(name, stages, chunks):
@@ -51,3 +53,18 @@ def test_every_layer_lies_somewhere_and_ranks_are_even(shape, stages, more, firs
 def test_too_few_layers_are_refused():
     with pytest.raises(ValueError, match="3 layers cannot be split over 4 virtual stages"):
         split_layers([0, 1, 2, 3], 3, 1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "layers"), [("1f1b", 1, [3, 2]), ("interleaved", 2, [3, 2]), ("zb_v", 2, [2, 3])]
+)
+def test_the_work_of_a_stage_is_its_layers_and_at_one_the_head(schedule, chunks, layers):
+    config = from_dict(
+        {
+            "model": {"num_layers": 5, "hidden_size": 16, "num_attention_heads": 2, "seq_length": 8, "vocab_size": 101},
+            "parallel": {"pipeline_parallel_size": 2, "virtual_pipeline_size": chunks, "schedule": schedule},
+        }
+    )
+    block, head = forward_flops(config.model, 101)
+    heads = [0, 1] if schedule != "zb_v" else [1, 0]
+    assert work_of_stages(config, 101) == [block * n + head * own for n, own in zip(layers, heads, strict=True)]
