@@ -23,6 +23,8 @@ HEAD_BYTES = 4096
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST_SHOWN, _MOST_LINE = 600, 3000
 """Characters of a part of a line, and of a line."""
+MOST_LETTERS = 20_000
+"""Length of a text of several lines that is not ours."""
 _CONVERT = "this is {}, not UTF-8. Convert it: iconv -f {} -t utf-8 OLD > NEW"
 
 
@@ -110,10 +112,10 @@ class OneLine(Exception):
     """An error whose message is one printable line of bounded length, whatever the file that it tells of has put into it."""
 
     def __init__(self, *said: object) -> None:
-        super().__init__(*(_line(part) if isinstance(part, str) else part for part in said))
+        super().__init__(*(one_line(part) if isinstance(part, str) else part for part in said))
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """A text as one line; of a long one the beginning, which names the file, and the end, which says what to do."""
     text = printable(text)
     if len(text) <= _MOST_LINE:
@@ -124,6 +126,16 @@ def _line(text: str) -> str:
 def printable(text: str) -> str:
     """A text with line breaks, terminal codes and the like written out."""
     return text if text.isprintable() else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def shown(text: str, most: int = MOST_LETTERS) -> str:
+    """A text that is not ours, perhaps of several lines, as it may be printed: control characters but line ends and tabs written out, and
+    `most` letters of it.
+    """
+    kept = text[:most]
+    if not kept.isprintable():
+        kept = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "replace").decode() for c in kept)
+    return kept + (f" ... and {len(text) - most} letters more" if len(text) > most else "")
 
 
 def brief(said: object) -> str:

@@ -10,6 +10,8 @@ import sys
 import threading
 from contextlib import suppress
 
+from megatrain.files import shown
+
 SECONDS = 2.0
 """How long a process that ends waits for its words to be taken; they are on offer until it has ended."""
 
@@ -27,9 +29,9 @@ def say(text: str, seconds: float = SECONDS) -> None:
 
 
 def note(text: str) -> None:
-    """Print lines where nothing ends, as `print` does, but go on where that fails."""
+    """Print lines where nothing ends, as `print` does, without terminal codes, and go on where that fails."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(shown(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _write(lines: bytes) -> None:

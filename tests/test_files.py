@@ -15,13 +15,15 @@ from megatrain import files
 from megatrain.checkpoint.directory import write_file
 from megatrain.checkpoint.together import CheckpointError, DamagedCheckpointError
 from megatrain.config.source import ConfigError, read_file
+from megatrain.corpus.work.chores import WorkError
+from megatrain.corpus.work.leases import LostWorkersError, OtherWorkError
 from megatrain.data.identity import store_identity
 from megatrain.data.indexed import TokenStoreError, TokenStoreWriter
 from megatrain.data.prepare.read import ReadError, read_documents
 from megatrain.data.prepare.unpack import UnpackError
 from megatrain.data.tokenizer import TokenizerError, load_tokenizer
 from megatrain.data.tokenizers.fitting import train_tokenizer
-from megatrain.files import brief, doing, head_of, opened_plain, whole
+from megatrain.files import brief, doing, head_of, opened_plain, shown, whole
 from megatrain.huggingface.model_files import read_config
 from megatrain.ngram.arpa_in import ArpaError, read_arpa
 from megatrain.ngram.binary import is_binary
@@ -29,8 +31,12 @@ from megatrain.ngram.column import Column
 from megatrain.ngram.fit import Settings, fit
 from megatrain.ngram.lazy import BinaryError
 from megatrain.ngram.reading import load
+from megatrain.ngram.table import TableError
 from megatrain.ngram.text import TextError
 from megatrain.records.rows import read_metrics
+from megatrain.runtime.distributed import RemoteError
+from megatrain.runtime.launch import LaunchError
+from megatrain.runtime.secret import SecretError
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n"
 TEXT = '{"text": "what is written here"}\n' * 3
@@ -190,6 +196,12 @@ def test_what_a_file_says_is_shown_briefly():
     assert brief("x" * 601) == "x" * 600 + " ... (601 characters)"
 
 
+def test_what_is_shown_cannot_move_the_cursor_and_has_an_end():
+    assert shown("one\ttab\nline, é and 漢") == "one\ttab\nline, é and 漢"
+    assert shown("\x1b[2Jgone\r\x07\x9b\u202e\u2028\udc80") == r"\x1b[2Jgone\r\x07\x9b\u202e\u2028\udc80"
+    assert shown("x" * 25, 20) == "x" * 20 + " ... and 5 letters more"
+
+
 def test_what_is_no_plain_file_is_refused_before_it_is_waited_for(tmp_path):
     fifo, ends = tmp_path / "y.yaml", os.pipe()
     os.mkfifo(fifo)
@@ -217,7 +229,25 @@ def test_what_is_no_plain_file_is_refused_before_it_is_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [DamagedCheckpointError, TokenStoreError, TokenizerError, ReadError, UnpackError, ArpaError, TextError, BinaryError]
+    "kind",
+    [
+        DamagedCheckpointError,
+        TokenStoreError,
+        TokenizerError,
+        ReadError,
+        UnpackError,
+        ArpaError,
+        TextError,
+        BinaryError,
+        TableError,
+        ConfigError,
+        LaunchError,
+        SecretError,
+        RemoteError,
+        WorkError,
+        LostWorkersError,
+        OtherWorkError,
+    ],
 )
 def test_what_a_file_says_stays_on_its_line(kind):
     error = kind("weights.safetensors has no a\nb\x1b[2J\u2028é中")

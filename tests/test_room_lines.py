@@ -13,14 +13,14 @@ LINES = {
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1200,
     "megatrain/config": 3350,
-    "megatrain/corpus": 12600,
+    "megatrain/corpus": 12650,
     "megatrain/data": 6400,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 700,
     "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
-    "megatrain/ngram": 2500,
+    "megatrain/ngram": 2550,
     "megatrain/optim": 750,
     "megatrain/parallel": 3400,
     "megatrain/plan": 300,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 54050,
+    "tests": 54250,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -14,7 +14,7 @@ began = time.monotonic()
 say("told: ä", float(sys.argv[1]))
 took = time.monotonic() - began
 if sys.argv[2] == "note":
-    note("noted")
+    note("noted \\x1b[2J")
 print(took < 5.0, flush=True)
 sys.stdin.readline()
 sys.exit(76)
@@ -28,7 +28,7 @@ def start(seconds, stderr, more=""):
 
 def test_lines_are_written_before_it_goes_on():
     with start(100, subprocess.PIPE, "note") as process:
-        assert process.communicate(b"\n", timeout=30) == (b"True\n", "told: ä\nnoted\n".encode())
+        assert process.communicate(b"\n", timeout=30) == (b"True\n", "told: ä\nnoted \\x1b[2J\n".encode())
         assert process.returncode == 76
 
 

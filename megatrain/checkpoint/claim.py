@@ -25,7 +25,7 @@ from megatrain.files import doing, open_own
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.transport.consensus import broadcast_text
 from megatrain.transport.owner import Owner, own
-from megatrain.untrusted import read_plain
+from megatrain.untrusted import parse_json, read_plain
 
 Key = Literal["checkpoint.dir", "log.dir"]
 LOCK = ".lock"
@@ -200,7 +200,7 @@ def _text(lock: int) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     """The JSON object in a lock file; empty if it holds none."""
     with suppress(ValueError):
-        said = json.loads(text)
+        said = parse_json(text)
         return said if isinstance(said, dict) else {}
     return {}
 
@@ -210,7 +210,7 @@ def _owner(text: str) -> Owner | None:
     said = _parsed(text)
     try:
         return Owner(str(said["machine"]), int(said["pid"]), str(said["born"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):  # an infinite number, too
         return None
 
 

@@ -36,6 +36,7 @@ from megatrain.parallel.portion import Portions
 from megatrain.transport.consensus import gather_texts
 from megatrain.transport.group import TransportError
 from megatrain.transport.handover import Handover, Parcel
+from megatrain.transport.leftovers import require_private
 
 
 class Peers(NamedTuple):
@@ -77,6 +78,7 @@ class Copies:
         with together(self.ctx):
             if self._leads:
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                require_private(self.folder)
                 for left in self.folder.glob(f"{SAVING}*"):
                     shutil.rmtree(left)
                 work.mkdir()

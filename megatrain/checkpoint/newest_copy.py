@@ -24,6 +24,7 @@ from megatrain.parallel.portion import Portions
 from megatrain.transport.consensus import broadcast_text, gather_texts
 from megatrain.transport.group import TransportError
 from megatrain.transport.handover import Handover, Parcel
+from megatrain.transport.leftovers import is_private, require_private
 
 _SHOWN = 4
 """Most damaged files that a note lists."""
@@ -108,8 +109,8 @@ def deliveries(needed: Sequence[frozenset[int]], held: Sequence[frozenset[int]],
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """The copies in a folder."""
-    return [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    """The copies in a folder; none where it is not this user's alone."""
+    return [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if is_private(folder) else []
 
 
 def newest_copy(folder: Path, ctx: ParallelContext, machines: Machines) -> tuple[Copy | None, str]:
@@ -232,3 +233,4 @@ def _make(path: Path) -> None:
     """Make the directory of a copy, for this user alone."""
     for one in (path.parent, path):
         one.mkdir(mode=0o700, exist_ok=True)
+    require_private(path.parent)

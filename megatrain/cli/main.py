@@ -25,7 +25,7 @@ from megatrain.cli.imports import imports
 from megatrain.cli.ngram import add_ngram
 from megatrain.cli.train import add_train
 from megatrain.cli.weights import add_exchange
-from megatrain.files import lost_output
+from megatrain.files import lost_output, one_line, shown
 
 _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest)"
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.traceback or not _expected(error):
             raise
-        return _complain(f"error: {lost_output(error) or error}", getattr(error, "exit_code", FAILED))
+        said = lost_output(error) or str(error)
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, TimeoutError):  # that has stacks
+            said = one_line(said)
+        return _complain(f"error: {said}", getattr(error, "exit_code", FAILED))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -122,7 +125,6 @@ def _say(text: str) -> None:
     """Print on stderr; under the launch scripts leave it to them, which print it once for all ranks."""
     from megatrain.lifecycle.stop import leave_error
     from megatrain.stderr import note
-    from megatrain.transport.seal import shown
 
     text = shown(text)
     if not leave_error(text, os.environ):

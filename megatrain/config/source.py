@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatrain.files import HEAD_BYTES, not_text, opened_plain
+from megatrain.files import HEAD_BYTES, OneLine, not_text, opened_plain
 
 LARGEST_FILE = 1 << 18
 """Bytes. A config has a few thousand; the limit keeps a checkpoint or corpus given by mistake from being read."""
@@ -27,7 +27,7 @@ Path = tuple[str | int, ...]
 """Keys and list indices from the root: ("data", "train", 0, "path")."""
 
 
-class ConfigError(ValueError):
+class ConfigError(OneLine, ValueError):
     """A config that cannot be used. The message says what is wrong, where, and which value would work."""
 
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatrain.files import HEAD_BYTES, OneLine, not_text
+from megatrain.files import HEAD_BYTES, OneLine, brief, not_text
 from megatrain.untrusted import parse_json, read_beside
 
 END_OF_TEXT = "<|endoftext|>"
@@ -130,7 +130,7 @@ def token_of(vocabulary: Vocabulary, asked: int | str) -> int | None:
 
 def shown(names: Names, tokens: Sequence[int]) -> str:
     """Tokens as text for messages: '<s>' (1)."""
-    return ", ".join(f"'{names.name_of(token)}' ({token})" for token in tokens)
+    return ", ".join(f"'{brief(names.name_of(token))}' ({token})" for token in tokens)
 
 
 def _requested(vocabulary: Vocabulary, role: str, asked: int | str) -> tuple[int | None, str]:

@@ -90,12 +90,14 @@ def describe(prefix: str) -> str:
     if record is None:
         return said
     begin, end = (
-        "nothing" if token is None else f"'{name}' ({token})"
+        "nothing" if token is None else f"'{brief(name)}' ({token})"
         for token, name in ((record.bos, record.bos_token), (record.eod, record.eod_token))
     )
-    made = f"made with {record.tokenizer} ({record.vocab_size:,} tokens); each document begins with {begin}, ends in {end}"
+    made = (
+        f"made with {brief(record.tokenizer)} ({record.vocab_size:,} tokens); each document begins with {begin}, ends in {end}"
+    )
     trained = trained_on(record.tokenizer, record.identity)
-    return f"{said}\n  {made}" + (f"\n  tokenizer: {trained}" if trained is not None else "")
+    return f"{said}\n  {made}" + (f"\n  tokenizer: {brief(trained)}" if trained is not None else "")
 
 
 def describe_tokenizer(name: str) -> str:
@@ -111,7 +113,7 @@ def describe_tokenizer(name: str) -> str:
         f"  vocabulary {tokenizer.vocab_size:,}",
         f"  identity   {tokenizer.identity}",
         f"  a document ends in {end}",
-        f"  {trained if trained is not None else 'what it was trained on is not known'}",
+        f"  {brief(trained) if trained is not None else 'what it was trained on is not known'}",
     ]
     return "\n".join(rows)
 

@@ -22,6 +22,7 @@ from megatrain.config.load import from_dict, load
 from megatrain.config.schema import Config
 from megatrain.doctor.measure import MESSAGE_NUMBERS, Report, look, measure
 from megatrain.doctor.rules import Finding, as_json, judge, judge_apart, judge_missing, name_wrong_interfaces, short
+from megatrain.files import shown
 from megatrain.init_from import shapes_of
 from megatrain.kernels.dispatch import require
 from megatrain.plan.memory import state_bytes
@@ -214,7 +215,7 @@ def _end(inputs: Inputs, reports: Sequence[Report], missing: Sequence[Finding] =
     if inputs.json_too:
         sys.stdout.write(json.dumps(as_json(reports, findings)) + "\n")
     else:
-        sys.stdout.write("\n".join(_lines(reports, findings)) + "\n")
+        sys.stdout.write(shown("\n".join(_lines(reports, findings))) + "\n")  # what other machines have said
     sys.stdout.flush()
     return int(any(finding.level == "fail" for finding in findings))
 

@@ -59,6 +59,7 @@ from torch.distributed.launcher.api import elastic_launch  # noqa: E402
 from torch.distributed.run import config_from_args, parse_args  # noqa: E402
 
 from megatrain.checkpoint.claim import taken  # noqa: E402
+from megatrain.files import shown  # noqa: E402
 from megatrain.lifecycle.agent_logs import RankLogs  # noqa: E402
 from megatrain.lifecycle.agent_nodes import join_seconds, meet_at, watch_membership  # noqa: E402
 from megatrain.lifecycle.agent_store import LOOPBACK  # noqa: E402
@@ -181,7 +182,7 @@ def tell_workers(number: int) -> None:
 
 def complain(message: str) -> int:
     """Print an error; returns 1, the exit code of a failure."""
-    say(f"megatrain: {message}")
+    say(shown(f"megatrain: {message}"))
     return 1
 
 

@@ -26,7 +26,7 @@ from megatrain.lifecycle.agent_logs import RankLogs
 from megatrain.lifecycle.agent_store import rendezvous
 from megatrain.runtime import ports
 from megatrain.runtime.interface import VARIABLE, Interface, check_names, choose, interfaces, reached
-from megatrain.runtime.launch import LaunchError
+from megatrain.runtime.launch import LaunchError, require_host
 from megatrain.runtime.secret import VARIABLE as SECRET
 from megatrain.runtime.slurm import address_of
 from megatrain.runtime.variables import number_in
@@ -43,6 +43,7 @@ def meet_at(config: LaunchConfig) -> None:
     """Give torchrun's rendezvous the addresses that it would otherwise guess from host names. Raises LaunchError."""
     host, _, port = config.rdzv_endpoint.rpartition(":")
     host, present = address_of(host), interfaces()
+    require_host(host)
     check_names(os.environ, [one.name for one in present])
     if config.max_nodes > 1:
         host = reached(host, os.environ)

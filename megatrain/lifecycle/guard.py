@@ -34,6 +34,7 @@ from typing import Literal, NoReturn
 
 from megatrain import transport
 from megatrain.data.ahead import Ahead
+from megatrain.files import shown
 from megatrain.lifecycle.blame import SHOWN, Identity, State, Verdict, judge, places, stacks, written_out
 from megatrain.lifecycle.monitor import DUMP_SECONDS, DUMP_SIGNAL, Monitor, begin_monitor
 from megatrain.lifecycle.roll import Roll, call_roll
@@ -43,7 +44,6 @@ from megatrain.runtime.launch import Launch
 from megatrain.stderr import say
 from megatrain.transport.board import STORE, Board
 from megatrain.transport.group import TransportError
-from megatrain.transport.seal import shown
 from megatrain.transport.store import within
 from megatrain.transport.wrappers import Call, Recorder
 

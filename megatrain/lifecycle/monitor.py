@@ -99,7 +99,7 @@ def begin_monitor(rank: int, seconds: float) -> Monitor | None:
 def _state(pid: int) -> str:
     """The state letter of a process in /proc; empty if that is not known."""
     try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123  (pathlib takes as long to import as all the rest)
+        with open(f"/proc/{pid}/stat", errors="replace") as file:  # noqa: PTH123  (pathlib takes as long to import as all the rest)
             return file.read().rpartition(")")[2].split()[0]
     except OSError:
         return ""

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatrain.files import OneLine
+
 EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 MISSING = np.uint32(0xFFFFFFFF)
 LOAD = 0.6
@@ -32,7 +34,7 @@ def _home(keys: Keys, slots: int) -> npt.NDArray[np.int64]:
     return ((mixed ^ (mixed >> np.uint64(31))) & np.uint64(slots - 1)).astype(np.int64)
 
 
-class TableError(ValueError):
+class TableError(OneLine, ValueError):
     """A table without free slots, which ends no search."""
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from megatrain.files import open_own, require_own, whole
+from megatrain.files import open_own, require_own, shown, whole
 from megatrain.records.progress import StepBar, person_watching
 from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
 from megatrain.stderr import note
@@ -223,9 +223,10 @@ class RunLog:
         self._append(self._events, {**record, **fields})
 
     def say(self, text: str) -> None:
-        """Print lines on stdout, above the progress bar if there is one; rank 0 only."""
+        """Print lines on stdout, above the progress bar if there is one, without terminal codes; rank 0 only."""
         if self._rank != 0:
             return
+        text = shown(text)  # a checkpoint or another host may have said what stands there
         if self._bar is not None and sys.stdout.isatty():
             self._bar.print(text)
         else:

@@ -107,7 +107,7 @@ def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str,
             try:
                 row = json.loads(line)
                 step = int(row["step"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
             if "valid_loss" in row:
                 evaluations[step] = row

@@ -39,8 +39,11 @@ from megatrain.transport.consensus import broadcast_text, gather_texts
 from megatrain.transport.group import TransportError
 from megatrain.transport.handover import Handover
 from megatrain.transport.owner import Owner
+from megatrain.untrusted import parse_json, read_plain
 
 ALIVE = "alive"
+_LARGEST_ALIVE = 4096
+"""Bytes; it has some fifty."""
 
 
 def folder_of(config: Config, launch: Launch) -> Path | None:
@@ -120,8 +123,9 @@ class Restart:
     def before(cls, folder: Path, ctx: ParallelContext) -> Restart | None:
         """The traces of the start before this one, on whatever machine they are (collective); None where there was none."""
         mine = "[-1, 0.0]"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            said = json.loads((folder / ALIVE).read_text())
+        with suppress(OSError, ValueError, KeyError, TypeError, ArithmeticError):
+            leftovers.require_private(folder)
+            said = parse_json(read_plain(folder / ALIVE, _LARGEST_ALIVE, follow=False))
             mine = json.dumps([int(said["step"]), time.monotonic() - float(said["ended"])])
         step, ago = max(json.loads(text) for text in gather_texts(mine, ctx.world.group, ctx.device))
         return None if step < 0 else cls(step, time.monotonic() - ago)
@@ -190,7 +194,7 @@ class Keeper:
             self._restart = None
             source = self._job.resumed_from
             self._tell(max(0, before.last_step - self._from), now - before.ended, "" if source is None else str(source))
-        if self.copies is not None and self.copies.folder.is_dir():
+        if self.copies is not None and leftovers.is_private(self.copies.folder):
             with suppress(OSError):
                 (self.copies.folder / ALIVE).write_text(json.dumps({"step": step, "ended": now}))
 

@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 
 from megatrain.config.schema import ParallelConfig
+from megatrain.files import OneLine
 from megatrain.runtime.interface import Interface, use
 from megatrain.runtime.launch import Launch, LaunchError
 from megatrain.runtime.waiting import has_policy
@@ -34,7 +35,7 @@ BACKEND_MARGIN_SECONDS = 45.0
 most 30 s after the limit, before NCCL's watchdog ends the process."""
 
 
-class RemoteError(RuntimeError):
+class RemoteError(OneLine, RuntimeError):
     """Another rank failed; the message names the rank, what it did, and its error."""
 
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megatrain.files import OneLine
 from megatrain.runtime.secret import VARIABLE, SecretError, shared_secret
 from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks, port_of_job
 from megatrain.runtime.variables import cut, number_in
@@ -28,7 +29,7 @@ MOST_RANKS = 1 << 20
 LOCAL_NAMES = ("localhost", "ip6-localhost", "::1")
 
 
-class LaunchError(RuntimeError):
+class LaunchError(OneLine, RuntimeError):
     """The environment does not tell which rank this process is, or asks for something that this machine lacks."""
 
 
@@ -143,12 +144,24 @@ class Launch:
                 f"{self.launcher}: local rank {self.local_rank} of {self.local_world_size} on this node does not fit "
                 f"rank {self.rank} of {self.world_size}."
             )
+        require_host(self.master_addr or "localhost")
         local = self.master_addr in LOCAL_NAMES or (self.master_addr or "").startswith("127.")
         if local and self.is_spread and not self.launcher_serves:
             raise LaunchError(
                 f"MASTER_ADDR={self.master_addr}, but only {self.local_world_size} of the {self.world_size} ranks are here: "
                 "they cannot meet at localhost. Set MASTER_ADDR to the name or address of the first node."
             )
+
+
+def require_host(host: str) -> None:
+    """Raise LaunchError for a MASTER_ADDR that no host can have, before Python tells of it without its name."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise LaunchError(
+            f"MASTER_ADDR={cut(host)} is no name or address of a host: the parts of a name have 1 to 63 letters each, with dots between "
+            "them. Set it to the name or address of the first node."
+        ) from None
 
 
 def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:

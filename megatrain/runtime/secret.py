@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from megatrain.files import OneLine
+
 VARIABLE = "MEGATRAIN_SECRET"
 FILE = ".cache/megatrain/secret"
 """Under the user's home."""
@@ -24,7 +26,7 @@ SHORTEST = 16
 _AGAIN = f"Remove it: the next start makes a new one. Or set {VARIABLE}."
 
 
-class SecretError(ValueError):
+class SecretError(OneLine, ValueError):
     """A secret that is none."""
 
 

@@ -64,7 +64,7 @@ def address_of(node: str) -> str:
     try:
         socket.getaddrinfo(node, None)
         return node
-    except OSError:
+    except (OSError, UnicodeError):  # a part of more than 63 letters
         said = re.search(r"\bNodeAddr=(\S+)", _ask_controller("show", "node", "--oneliner", node))
         return node if said is None else said[1]
 

@@ -31,9 +31,10 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
+from megatrain.files import shown
 from megatrain.transport.consensus import gather_texts
 from megatrain.transport.group import Group, TransportError
-from megatrain.transport.seal import SEAL_LETTERS, Seal, shown
+from megatrain.transport.seal import SEAL_LETTERS, Seal
 
 IDLE_SECONDS = 20.0
 """How long either side waits for the next bytes of the other."""

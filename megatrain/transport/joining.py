@@ -11,9 +11,9 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
+from megatrain.files import brief, shown
 from megatrain.transport.board import POLL_SECONDS, Board, parts
 from megatrain.transport.group import TransportError
-from megatrain.transport.seal import shown
 from megatrain.transport.store import ATTEMPT_SECONDS, answer_seconds, headline, other_port, within
 
 _AGAIN = "again"
@@ -40,7 +40,7 @@ def require_own(board: Board, rank: int, size: int, job: str, port: int) -> None
     theirs = within(seconds + ATTEMPT_SECONDS, lambda: board.wait("job", seconds), what)
     if theirs not in (mine, None):  # None: nobody has the same secret here, and `meet_all` says who does not come
         raise TransportError(
-            f"rank {rank}: another job uses this port (MASTER_PORT={port}): {shown(theirs or '')}; this one is {mine}. "
+            f"rank {rank}: another job uses this port (MASTER_PORT={port}): {brief(theirs)}; this one is {mine}. "
             f"{other_port(port)} Or, if they are to be one job, give all its ranks the same config and number of ranks."
         )
 
@@ -162,7 +162,7 @@ def _missing(board: Board, rank: int, size: int) -> str:
             return said
         told = board.wait(place, answer_seconds(size))
         if told is not None:
-            return shown(told)
+            return brief(told)
     return "some"
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,25 @@ _NAME = re.compile(r"megatrain-(\d+)-(\d+)-(\d+)-.+")
 def name_of(owner: Owner, suffix: str) -> str:
     """The name of a file or directory of a process of this machine."""
     return f"megatrain-{_numbering()}-{owner.pid}-{owner.born or 0}-{suffix}"
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a path is a folder, not a link to one, of this user, in which nobody else can make files: any user may have made what has its
+    name in FOLDER.
+    """
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def require_private(folder: Path) -> None:
+    """Raise OSError unless a folder `is_private`."""
+    if not is_private(folder):
+        raise OSError(
+            f"{folder} is no folder of this user's alone, so that others could read or change what it holds. Remove it"
+        )
 
 
 def leftovers(folder: Path | None = None) -> list[Path]:

@@ -43,7 +43,7 @@ def own() -> Owner:
 def process(pid: int) -> tuple[str, str]:
     """State letter and start time (clock ticks since boot) of a process; empty if it does not exist."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return "", ""
     return fields[0], fields[19]

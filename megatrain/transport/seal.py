@@ -11,8 +11,6 @@ import hashlib
 import hmac
 
 SEAL_LETTERS = 64
-MOST_LETTERS = 20_000
-"""Longest text of another process that is shown."""
 
 
 class Seal:
@@ -47,11 +45,3 @@ def derived(secret: str, *what: object) -> str:
     """64 hexadecimal digits that only those who know the secret can tell, for one use of it; empty for an empty secret."""
     words = "\0".join(map(str, what)).encode()
     return hmac.digest(secret.encode(errors="replace"), words, hashlib.sha256).hex() if secret else ""
-
-
-def shown(text: str, most: int = MOST_LETTERS) -> str:
-    """A text of another process as it may be printed: control characters but line ends and tabs written out, `most` letters of it."""
-    kept = text[:most]
-    if not kept.isprintable():
-        kept = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "replace").decode() for c in kept)
-    return kept + (f" ... and {len(text) - most} letters more" if len(text) > most else "")

@@ -120,7 +120,12 @@ def test_a_directory_that_was_removed_is_taken_again_unless_another_run_was_fast
     claim_log(folder, SINGLE).release()
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", "[1]", '{"pid": "x"}', '{"machine": "m", "pid": null, "born": ""}'])
+ENDLESS = '{"machine": "m", "pid": 1e999, "born": ""}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", "[1]", '{"pid": "x"}', '{"machine": "m", "pid": null, "born": ""}', "[" * 4000, ENDLESS]
+)
 def test_a_lock_file_with_any_text_is_no_obstacle(tmp_path, text):
     (tmp_path / ".lock").write_text(text)
     held = claim(tmp_path, SINGLE)

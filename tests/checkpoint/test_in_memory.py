@@ -251,3 +251,18 @@ def test_without_room_it_is_an_error_on_every_rank(tmp_path, state, monkeypatch)
 
     monkeypatch.setattr(in_memory.shutil, "disk_usage", lambda folder: type("", (), {"free": 0}))
     simulate(LAYOUT, run)
+
+
+def test_a_folder_that_others_can_write_to_neither_gets_a_copy_nor_gives_one(tmp_path, state):
+    def refused(ctx):
+        with pytest.raises(CheckpointError, match=r"rank 0: OSError: .*/machine_0 is no folder of this user's alone"):
+            keep(ctx, tmp_path, state, (5,))
+
+    def run(ctx):
+        keep(ctx, tmp_path, state, (5,))
+        machine(tmp_path, ctx)[0].chmod(0o777)
+        ctx.world.group.barrier()
+        return newest_copy(machine(tmp_path, ctx)[0], ctx, MACHINES)
+
+    assert simulate(LAYOUT, run) == [(None, "")] * 4
+    simulate(LAYOUT, refused)

@@ -257,6 +257,19 @@ def test_expected_errors_are_one_line(room, capsys, error, module):
         main(["train", "c.yaml", "--traceback"])
 
 
+def test_what_a_file_says_in_a_plain_error_stays_on_one_line(room, capsys):
+    long = "a.yaml: \x1b[2J\n" + "[], " * 100_000 + "Copy it again."
+    for error in (ValueError(long), OSError(long)):
+        room("megatrain.program", main=raised_in("megatrain.data.indexed", error))
+        assert main(["train", "c.yaml"]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(r"megatrain: error: a.yaml: \x1b[2J\n[], [], ") and said.endswith("[], Copy it again.\n")
+        assert said.count("\n") == 1 and len(said) < 3000
+    room("megatrain.program", main=raised_in("megatrain.testing.spawn", TimeoutError("2 ranks ran\nrank 1 was in:")))
+    assert main(["train", "c.yaml"]) == 1
+    assert capsys.readouterr().err == "megatrain: error: 2 ranks ran\nrank 1 was in:\n"
+
+
 @pytest.mark.parametrize(
     "error, module",
     [

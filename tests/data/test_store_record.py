@@ -69,6 +69,12 @@ def test_what_was_taken_is_kept_and_shown(folder):
     assert describe(str(folder / "store")).endswith(
         f"  made with {folder / 'tokenizer.json'} (289 tokens); each document begins with '<s>' (1), ends in '</s>' (2)"
     )
+    forged = {"tokenizer": "t\x1b[2J\n", "eod_token": "e" * 1000, "bos_token": "\r"}
+    (folder / "store.meta.json").write_text(json.dumps({**record, **forged}))
+    assert describe(str(folder / "store")).endswith(
+        r"  made with t\x1b[2J\n (289 tokens); each document begins with '\r' (1), ends in "
+        + f"'{'e' * 600} ... (1,000 characters)' (2)"
+    )
     with TokenStoreWriter(folder / "store", "<u2") as writer:  # a store of another maker in its place
         writer.add_document([1])
     assert not (folder / "store.meta.json").exists() and "made with" not in describe(str(folder / "store"))

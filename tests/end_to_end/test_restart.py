@@ -119,10 +119,17 @@ def test_traces_of_the_start_before_are_found_on_whatever_machine_they_are(tmp_p
     def run(ctx):
         folder = tmp_path / f"machine_{ctx.world.rank}"
         if ctx.world.rank:  # the first machine is new
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             (folder / ALIVE).write_text(json.dumps({"step": 4 + ctx.world.rank, "ended": time.monotonic() - 10}))
         found = Restart.before(folder, ctx)
         return found.last_step, round(time.monotonic() - found.ended)
 
     assert simulate(3, run) == [(6, 10)] * 3
     assert simulate(1, lambda ctx: Restart.before(tmp_path / "none", ctx)) == [None]
+    folder = tmp_path / "machine_2"
+    for text in ('{"step": 1e999, "ended": 0.0}', "[" * 4000, "[1]", "9" * 5000):
+        (folder / ALIVE).write_text(text)
+        assert simulate(1, lambda ctx: Restart.before(folder, ctx)) == [None]
+    (folder / ALIVE).write_text('{"step": 4, "ended": 0.0}')
+    folder.chmod(0o777)  # anybody may have written it
+    assert simulate(1, lambda ctx: Restart.before(folder, ctx)) == [None]

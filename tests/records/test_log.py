@@ -149,7 +149,7 @@ def test_last_row_of_a_step_counts_and_a_resume_takes_back_what_follows(tmp_path
     first.append({"step": 6, "valid_loss": 1.0})
     again = [{"step": s, "loss": 2.0} for s in (4, 5)]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(json.dumps(r) for r in first + again) + "\nno json\n[]\n")
+    path.write_text("\n".join(json.dumps(r) for r in first + again) + f'\nno json\n[]\n{{"step": 1e999}}\n{"[" * 100_000}\n')
     steps, evaluations = read_metrics(path)
     assert [(r["step"], r["loss"]) for r in steps] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)]
     assert [r["step"] for r in evaluations] == [2]
@@ -374,3 +374,12 @@ def test_a_link_put_in_the_place_of_a_log_during_the_run_costs_a_warning(tmp_pat
         log.write("summary.json", {"a": 1})
     assert (tmp_path / "victim").read_text() == "precious"
     assert f"{tmp_path}/summary.json is a link, to {tmp_path}/victim" in capsys.readouterr().err
+
+
+def test_what_a_checkpoint_or_another_host_says_moves_no_cursor(tmp_path, capsys):
+    with RunLog(tmp_path, LogDisplay(writers=()), total_steps=1, sequence_length=8) as log:
+        log.say("changed since then: torch: 2.13\x1b[2J\r -> 2.14\nnext, 中")
+        log.say("x" * 30_000)
+    said = capsys.readouterr().out
+    assert said.startswith("changed since then: torch: 2.13\\x1b[2J\\r -> 2.14\nnext, 中\n")
+    assert len(said) < 20_200 and said.endswith("x ... and 10000 letters more\n")

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from runtime.test_launch_slurm import JOB, LONE_STEP, STEP, TASK_0, TORCHRUN
 
+from megatrain.lifecycle.agent_nodes import meet_at
 from megatrain.runtime import launch
 from megatrain.runtime.launch import Launch, LaunchError
-from megatrain.runtime.slurm import expand_nodes, expand_tasks
+from megatrain.runtime.slurm import address_of, expand_nodes, expand_tasks
 from megatrain.runtime.variables import cut, number_in
 
 DIGITS = "9" * 5000
@@ -96,6 +97,20 @@ def test_numbers_of_ranks_nodes_and_cores_that_cannot_be():
     with pytest.raises(LaunchError, match="SLURM_NODEID=-1 is not among the 2 nodes"):
         Launch.from_environment({**JOB, **STEP, "SLURM_NODEID": "-1"})
     assert Launch.from_environment({**JOB, **LONE_STEP, "SLURM_CPUS_PER_TASK": "-4"}).cores is None
+
+
+@pytest.mark.parametrize(
+    "host", ["node1..cluster", "n" * 64, f"{'n' * 64}.cluster", "n" * 5000, ".cluster", "n\udcff"], ids=len
+)
+def test_a_name_that_no_host_can_have_is_told(host):
+    message = r"MASTER_ADDR='.{,60} is no name or address of a host: .* have 1 to 63 letters each"
+    with pytest.raises(LaunchError, match=message) as error:
+        Launch.from_environment({**TORCHRUN, "MASTER_ADDR": host})
+    assert len(str(error.value)) < 300
+    config = SimpleNamespace(rdzv_endpoint=f"{host}:29400", max_nodes=2)
+    with pytest.raises(LaunchError, match=message):
+        meet_at(config)
+    assert address_of(host) == host
 
 
 def test_a_controller_that_does_not_answer_leaves_the_list_to_be_read_here(monkeypatch):

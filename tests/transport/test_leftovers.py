@@ -73,3 +73,20 @@ def test_a_link_is_removed_itself_and_not_what_it_leads_to(tmp_path, dead):
     (tmp_path / "shm" / name_of(dead, "link")).symlink_to(tmp_path / "home")
     assert remove_leftovers(tmp_path / "shm") != ""
     assert (tmp_path / "home/file").read_text() == "mine" and list((tmp_path / "shm").iterdir()) == []
+
+
+def test_what_another_user_may_have_made_or_can_write_to_is_not_private(tmp_path, monkeypatch):
+    own, open_to_all, link = tmp_path / "own", tmp_path / "open", tmp_path / "link"
+    own.mkdir(mode=0o700)
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    link.symlink_to(own)
+    (tmp_path / "file").touch(mode=0o600)
+    found = {name: leftovers.is_private(tmp_path / name) for name in ("own", "open", "link", "file", "none")}
+    assert found == {"own": True, "open": False, "link": False, "file": False, "none": False}
+    leftovers.require_private(own)
+    monkeypatch.setattr(leftovers.os, "getuid", lambda: os.geteuid() + 1)
+    with pytest.raises(
+        OSError, match=r"/own is no folder of this user's alone, so that others could read or change what it holds"
+    ):
+        leftovers.require_private(own)

@@ -1,10 +1,12 @@
 """A process is told from a later one of the same number, and from one of another machine."""
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,13 @@ def test_the_condition_of_a_process():
         child.kill()
         child.wait()
     assert sleeping.condition() == "gone" and process(child.pid) == ("", "")
+
+
+def test_a_process_may_have_any_name():
+    libc, set_name = ctypes.CDLL(None), 15
+    before = Path("/proc/self/comm").read_bytes().strip()
+    libc.prctl(set_name, b"\xff) \xe9\x1b", 0, 0, 0)
+    try:
+        assert process(os.getpid())[0] in "RS" and own().condition() == "running"
+    finally:
+        libc.prctl(set_name, before, 0, 0, 0)

@@ -96,7 +96,7 @@ class Boilerplate:
         for line in own:
             if not key(line):
                 raise ValueError(
-                    f"the boilerplate line {line!r} has no letter or digit, so it would stand for any line of marks. Remove it"
+                    f"the boilerplate line {line[:40]!r} has no letter or digit, so it would stand for any line of marks. Remove it"
                 )
         started = [line[:-1] for line in own if line.endswith("*")]
         self.alone = frozenset(key(line) for line in (*words_of(ALONE), *own) if not line.endswith("*"))

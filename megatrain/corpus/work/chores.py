@@ -21,13 +21,13 @@ from typing import Any
 
 import xxhash
 
-from megatrain.files import doing, make_folder, opened_plain, whole
+from megatrain.files import OneLine, doing, make_folder, opened_plain, whole
 
 DONE, LEASES = "done.json", "leases"
 BLOCK = 1 << 20
 
 
-class WorkError(ValueError):
+class WorkError(OneLine, ValueError):
     """A published file that is not what its chore has written."""
 
 
@@ -123,7 +123,7 @@ class Published:
             files, facts = found["files"], found["facts"]
             if not isinstance(files, dict) or not isinstance(facts, dict):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, FileNotFoundError):
+        except (ValueError, KeyError, TypeError, FileNotFoundError, RecursionError):
             raise WorkError(f"{path} is damaged or gone. Remove {folder}, and it is made again.") from None
         return files, facts
 

@@ -24,8 +24,9 @@ from typing import Any
 
 import psutil
 
-from megatrain.files import doing, make_folder
+from megatrain.files import OneLine, doing, make_folder
 from megatrain.stderr import note
+from megatrain.untrusted import parse_json, read_plain
 
 STALE_SECONDS, SIGN_SECONDS = 60.0, 2.0
 """Age of a lease that counts as left; time between signs of life."""
@@ -33,15 +34,17 @@ MOST_TAKEN = 4
 """Workers that may begin a chore: when so many were lost at it, the chore is at fault."""
 WIDTH = 320
 """Bytes of a lease, so that it is rewritten in place."""
+_LARGEST, _DIGITS = 4096, 3
+"""Bytes of a file, and digits of a number, beyond which it is no lease."""
 STUCK = 70
 """Exit code of a process that ends itself."""
 
 
-class LostWorkersError(RuntimeError):
+class LostWorkersError(OneLine, RuntimeError):
     """A chore at which one worker after the other was lost."""
 
 
-class OtherWorkError(RuntimeError):
+class OtherWorkError(OneLine, RuntimeError):
     """Workers of another config, or of files that have changed, are at work in the same folder."""
 
 
@@ -74,7 +77,7 @@ class Sign:
 def _lives(process: int, born: float) -> bool:
     try:
         return abs(psutil.Process(process).create_time() - born) < 1.0
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # a number that no process can have, too
         return False
 
 
@@ -85,6 +88,20 @@ def _space() -> str:
         return os.readlink("/proc/self/ns/pid")  # noqa: PTH115  (a link to nothing)
     except OSError:
         return ""
+
+
+_UNKNOWN: dict[str, Any] = {"host": "", "process": 0, "born": 0.0, "done": 0, "space": "", "run": ""}
+"""Contents of a lease before it is written."""
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """The contents of a lease; nothing where it is none, or not yet written. Raises OSError."""
+    try:
+        about = parse_json(read_plain(path, _LARGEST, follow=False))
+    except ValueError:
+        return {}
+    fits = isinstance(about, dict) and all(type(value) is type(_UNKNOWN.get(name)) for name, value in about.items())
+    return about if fits else {}
 
 
 class Leases:
@@ -102,22 +119,14 @@ class Leases:
         now, newest = self._now(), dict[str, Sign]()
         for path in self._folder.iterdir():
             chore, _, number = path.name.rpartition(".")
-            if not number.isdecimal() or (chore in newest and newest[chore].number > int(number)):
+            if not number.isdecimal() or len(number) > _DIGITS or (chore in newest and newest[chore].number > int(number)):
                 continue
-            try:
-                about, moved = json.loads(path.read_bytes() or b"{}"), path.stat().st_mtime
-            except (OSError, ValueError):  # gone meanwhile, or not yet written
-                about, moved = {}, now
-            newest[chore] = Sign(
-                int(number),
-                now - moved,
-                about.get("host", ""),
-                about.get("process", 0),
-                about.get("born", 0.0),
-                about.get("done", 0),
-                about.get("space", _space()),
-                about.get("run", ""),
-            )
+            about: dict[str, Any] = {}
+            moved = now
+            with suppress(OSError):  # gone meanwhile
+                moved = path.lstat().st_mtime
+                about = _said(path)
+            newest[chore] = Sign(number=int(number), age=now - moved, **{**_UNKNOWN, "space": _space(), **about})
         return newest
 
     def require_alone(self, signs: Iterable[Sign], *, first: bool) -> None:

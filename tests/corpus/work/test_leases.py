@@ -130,3 +130,24 @@ def test_two_runs_do_not_work_in_one_folder(tmp_path):
                 OtherWorkError, match=r"is being worked at for another config, .* process 70 on elsewhere\. Wait"
             ):
                 own.require_alone(own.signs().values(), first=first)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "7", "[" * 4000, "9" * 4000, "x" * 5000, '{"process": "7"}', '{"more": 1}', '{"born": 1}']
+)
+def test_what_is_no_lease_says_nothing_and_grows_old(held, tmp_path, text):
+    (tmp_path / "a.1").write_text(text)
+    os.utime(tmp_path / "a.1", (time.time() - 61.0,) * 2)
+    assert (held.signs()["a"].number, held.signs()["a"].host, held.signs()["a"].left) == (1, "", True)
+
+
+def test_a_pipe_a_link_and_a_number_that_no_worker_has_reached_are_no_leases(held, tmp_path):
+    os.mkfifo(tmp_path / "a.1")
+    (tmp_path / "b.1").symlink_to("/dev/zero")
+    put(tmp_path, "c.9999999999")
+    put(tmp_path, "d.1", host=leases.socket.gethostname(), process=-7)
+    put(tmp_path, "e.1", host=leases.socket.gethostname(), process=10**30)
+    signs = held.signs()
+    assert {name: sign.host for name, sign in signs.items() if name in "abc"} == {"a": "", "b": ""}
+    assert signs["d"].left and signs["e"].left
+    held.forgive()
