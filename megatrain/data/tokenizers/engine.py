@@ -34,7 +34,7 @@ LONG = 300
 """Characters of a text on average from which on a call for each is cheaper than one for all, whose ids come in an array of `awkward`."""
 CHECK_CHARACTERS = 1 << 21
 """Characters of text after which memory is looked at."""
-CACHE_BYTES = 48 << 20
+CACHE_BYTES = 128 << 20
 """gigatoken keeps every word that it has met; when the process has grown by so much, it begins again."""
 HARD_TEXTS = 400
 _SHOWN = 24
