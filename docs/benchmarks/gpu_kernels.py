@@ -35,68 +35,79 @@ class Case:
     """Bytes that must be read and written."""
 
 
-def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Callable[[], Case]]:
-    """What makes each case, one after the other, so that one alone is in memory."""
-    bf16 = {"dtype": torch.bfloat16, "device": device}
-    row = 2 * tokens * h
-    stretch = compiled.compiled
+def back(results: Any, *inputs: torch.Tensor) -> None:
+    results = [results] if isinstance(results, torch.Tensor) else list(results)
+    torch.autograd.grad(results, inputs, [torch.empty_like(y) for y in results])
 
-    def back(results: Any, *inputs: torch.Tensor) -> None:
-        results = [results] if isinstance(results, torch.Tensor) else list(results)
-        torch.autograd.grad(results, inputs, [torch.empty_like(y) for y in results])
 
-    def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, **bf16).requires_grad_()
+@dataclass(frozen=True)
+class Cases:
+    """Makes each case, of so many tokens of width h."""
 
-    def norms(rms: bool, added: bool) -> Case:
-        x, residual, weight = leaf(tokens, 1, h), leaf(tokens, 1, h), leaf(h)
-        bias = None if rms else leaf(h)
+    device: torch.device
+    tokens: int
+    h: int
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device=self.device)
+
+    def leaf(self, *shape: int) -> torch.Tensor:
+        return self.random(*shape).requires_grad_()
+
+    @property
+    def row(self) -> int:
+        """Bytes of one activation."""
+        return 2 * self.tokens * self.h
+
+    def norms(self, rms: bool, added: bool) -> Case:
+        x, residual, weight = self.leaf(self.tokens, 1, self.h), self.leaf(self.tokens, 1, self.h), self.leaf(self.h)
+        bias = None if rms else self.leaf(self.h)
         ends = [weight] if rms else [weight, bias]
         given = {"eps": 1e-5, "rms": rms}
         if added:
-            graph = stretch(compiled.add_norm, "checks", **given)
+            graph = compiled.compiled(compiled.add_norm, "checks", **given)
             return Case(
                 lambda k: back(add_norm(x, residual, weight, bias, kernels=k, **given), x, residual, *ends),
                 lambda: back(graph(x, residual, weight, bias), x, residual, *ends),
-                8 * row,
+                8 * self.row,
             )
-        graph = stretch(compiled.norm, "checks", **given)
+        graph = compiled.compiled(compiled.norm, "checks", **given)
         return Case(
             lambda k: back(norm(x, weight, bias, kernels=k, **given), x, *ends),
             lambda: back(graph(x, weight, bias), x, *ends),
-            5 * row,
+            5 * self.row,
         )
 
-    def turned(interleaved: bool) -> Case:
-        d = min(h, 128)
-        x, angles = leaf(tokens, 1, h // d, d), torch.randn(tokens, 1, d // 2, device=device)
+    def turned(self, interleaved: bool) -> Case:
+        d = min(self.h, 128)
+        x, angles = self.leaf(self.tokens, 1, self.h // d, d), torch.randn(self.tokens, 1, d // 2, device=self.device)
         cos, sin = angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
-        graph = stretch(compiled.rotary, "checks", interleaved=interleaved)
+        graph = compiled.compiled(compiled.rotary, "checks", interleaved=interleaved)
         return Case(
             lambda k: back(rotary(x, cos, sin, interleaved=interleaved, kernels=k), x),
             lambda: back(graph(x, cos, sin), x),
-            4 * row,
+            4 * self.row,
         )
 
-    def gates(kind: str) -> Case:
-        both = leaf(tokens, 1, 2 * h)
-        graph = stretch(compiled.activation, "checks", kind=kind)
+    def gates(self, kind: str) -> Case:
+        both = self.leaf(self.tokens, 1, 2 * self.h)
+        graph = compiled.compiled(compiled.activation, "checks", kind=kind)
         return Case(
             lambda k: back(gated(*both.chunk(2, -1), kind, kernels=k), both),
             lambda: back(graph(*both.chunk(2, -1)), both),
-            8 * row,
+            8 * self.row,
         )
 
-    def dropped() -> Case:
-        x, key, samples = leaf(tokens // 4, 4, h), rng.key(1), torch.arange(4, device=device)
+    def dropped(self) -> Case:
+        x, key, samples = self.leaf(self.tokens // 4, 4, self.h), rng.key(1), torch.arange(4, device=self.device)
         graph = torch.compile(lambda x: dropout(x, 0.1), fullgraph=True, dynamic=False)
-        return Case(lambda k: back(rng.dropout(x, 0.1, key, samples, kernels=k), x), lambda: back(graph(x), x), 4 * row)
+        return Case(lambda k: back(rng.dropout(x, 0.1, key, samples, kernels=k), x), lambda: back(graph(x), x), 4 * self.row)
 
-    def attended(d: int) -> Case:
+    def attended(self, d: int) -> Case:
         """Causal, a tenth of the weights dropped; torch's own kernel drops others."""
-        b, heads, key = 16, max(1, min(h, 768) // d), rng.key(1)
-        q, k, v = (leaf(tokens // b, b, heads, d) for _ in range(3))
-        samples = torch.arange(b, device=device)
+        b, heads, key = 16, max(1, min(self.h, 768) // d), rng.key(1)
+        q, k, v = (self.leaf(self.tokens // b, b, heads, d) for _ in range(3))
+        samples = torch.arange(b, device=self.device)
 
         def ours(kernels: Kernels) -> None:
             dropped = rng.weight_dropout(0.1, key, samples, 0, triton=kernels == "triton")
@@ -109,11 +120,11 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
         graph = torch.compile(theirs, fullgraph=True, dynamic=False)
         return Case(ours, lambda: back(graph(q, k, v), q, k, v), 16 * q.nbytes)
 
-    def losses(ids: int) -> Case:
+    def losses(self, vocab: int, ids: int) -> Case:
         """ids: the rest of the vocabulary is padding, which a graph of PyTorch would not have."""
-        logits = torch.randn(tokens // 4, vocab, **bf16)
+        logits = self.random(self.tokens // 4, vocab)
         local, here = logits.new_zeros(len(logits), dtype=torch.int64), logits.new_ones(len(logits), dtype=torch.bool)
-        one, wanted = torch.ones(len(logits), device=device), logits[:, :ids].clone().requires_grad_()
+        one, wanted = torch.ones(len(logits), device=self.device), logits[:, :ids].clone().requires_grad_()
         graph = torch.compile(lambda x: cross_entropy(x.float(), local, reduction="sum"), fullgraph=True, dynamic=False)
 
         def ours(kernels: Kernels) -> None:
@@ -122,10 +133,11 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
 
         return Case(ours, lambda: torch.autograd.grad(graph(wanted), wanted), 3 * logits.nbytes)
 
-    def update(n: int) -> Case:
-        parameters, masters = torch.randn(n, **bf16), torch.randn(n, device=device)
-        grads, first, second = (torch.rand(n, device=device) for _ in range(3))
-        one, zero = torch.ones((), device=device), torch.zeros((), device=device)
+    def update(self) -> Case:
+        n = self.tokens * self.h
+        parameters, masters = self.random(n), torch.randn(n, device=self.device)
+        grads, first, second = (torch.rand(n, device=self.device) for _ in range(3))
+        one, zero = torch.ones((), device=self.device), torch.zeros((), device=self.device)
         rates = Update(1e-4, (0.9, 0.95), 1e-8, 0.0, one, one, zero)
 
         def ours(kernels: Kernels) -> None:
@@ -145,21 +157,24 @@ def cases(device: torch.device, tokens: int, h: int, vocab: int) -> dict[str, Ca
         graph = torch.compile(written_out, fullgraph=True, dynamic=False)
         return Case(ours, lambda: graph(parameters, masters, first, second), 30 * n)
 
+
+def cases(of: Cases, vocab: int) -> dict[str, Callable[[], Case]]:
+    """What makes each case, one after the other, so that one alone is in memory."""
     return {
-        "adamw, masters": lambda: update(tokens * h),
-        "rmsnorm": lambda: norms(True, False),
-        "add + rmsnorm": lambda: norms(True, True),
-        "layernorm": lambda: norms(False, False),
-        "add + layernorm": lambda: norms(False, True),
-        "rotary, halves": lambda: turned(False),
-        "rotary, pairs": lambda: turned(True),
-        "swiglu": lambda: gates("swiglu"),
-        "geglu": lambda: gates("geglu"),
-        "dropout": dropped,
-        "attention with dropout, 64": lambda: attended(64),
-        "attention with dropout, 128": lambda: attended(128),
-        f"cross-entropy {vocab}": lambda: losses(vocab),
-        f"cross-entropy {vocab - 47} of {vocab}": lambda: losses(vocab - 47),
+        "adamw, masters": of.update,
+        "rmsnorm": lambda: of.norms(True, False),
+        "add + rmsnorm": lambda: of.norms(True, True),
+        "layernorm": lambda: of.norms(False, False),
+        "add + layernorm": lambda: of.norms(False, True),
+        "rotary, halves": lambda: of.turned(False),
+        "rotary, pairs": lambda: of.turned(True),
+        "swiglu": lambda: of.gates("swiglu"),
+        "geglu": lambda: of.gates("geglu"),
+        "dropout": of.dropped,
+        "attention with dropout, 64": lambda: of.attended(64),
+        "attention with dropout, 128": lambda: of.attended(128),
+        f"cross-entropy {vocab}": lambda: of.losses(vocab, vocab),
+        f"cross-entropy {vocab - 47} of {vocab}": lambda: of.losses(vocab, vocab - 47),
     }
 
 
@@ -170,7 +185,7 @@ def kernels_beside_others(note: Note, smoke: bool) -> None:
     copy = copy_speed(device, 1 << (16 if smoke else 28))
     serves: Kernels = "triton" if use_triton("auto", device) else "reference"
     rounds = 2 if smoke else 20
-    made, rows = cases(device, tokens, h, vocab), {}
+    made, rows = cases(Cases(device, tokens, h), vocab), {}
     for name, make in made.items():
         rows[name] = tried(lambda make=make: _row(make(), serves, copy, device, rounds)) | {"by": serves}
         note(rows)

@@ -83,62 +83,28 @@ def measured(kernel: Any) -> dict[str, int]:
     }
 
 
-def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+Call = tuple[str, Callable[[], object]]
+
+
+def calls() -> Iterator[Call]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
+    yield from updates()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for of_kind in (norms, activations, rotations, heads_apart, attentions, dropouts, entropies):
+            yield from of_kind(dtype, str(dtype).removeprefix("torch."))
+
+
+def some(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype).requires_grad_(grad)
+
+
+def differentiate(*outputs: torch.Tensor) -> None:
+    torch.autograd.backward([y for y in outputs if y.requires_grad], [torch.ones_like(y) for y in outputs if y.requires_grad])
+
+
+def updates() -> Iterator[Call]:
     from megatrain.kernels.adamw import adam_triton
-    from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
-    from megatrain.kernels.attention_mask import AttentionMask
-    from megatrain.kernels.cross_entropy import gradient_of, statistics_of
-    from megatrain.kernels.dropout import dropout_triton
-    from megatrain.kernels.gated import activated, gated
-    from megatrain.kernels.norm import add_biased_norm, add_norm, norm
-    from megatrain.kernels.rotary import Turns, heads, rotary
     from megatrain.kernels.update import Update
-
-    def some(*shape: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype).requires_grad_(grad)
-
-    def differentiate(*outputs: torch.Tensor) -> None:
-        torch.autograd.backward(
-            [y for y in outputs if y.requires_grad], [torch.ones_like(y) for y in outputs if y.requires_grad]
-        )
-
-    def normed(n: int, dtype: torch.dtype, rms: bool, add: bool, before: bool) -> None:
-        x, weight = some(ROWS, n, dtype=dtype), some(n, dtype=dtype)
-        bias = None if rms else some(n, dtype=dtype)
-        if before:
-            place = some(n, dtype=torch.float32)
-            differentiate(*add_biased_norm(x, some(ROWS, n, dtype=dtype), weight, bias, place, 1e-5, rms=rms, kernels="triton"))
-        elif add:
-            differentiate(*add_norm(x, some(ROWS, n, dtype=dtype), weight, bias, 1e-5, rms=rms, kernels="triton"))
-        else:
-            differentiate(norm(x, weight, bias, 1e-5, rms=rms, kernels="triton"))
-
-    def gate(kind: str, columns: int, dtype: torch.dtype, whole: int, biased: bool) -> None:
-        both, bias = some(MANY, whole, dtype=dtype), some(2 * columns, dtype=torch.float32) if biased else None
-        differentiate(gated(both[:, :columns], both[:, whole - columns :], kind, bias=bias, kernels="triton"))
-
-    def act(kind: str, columns: int, dtype: torch.dtype, biased: bool) -> None:
-        bias = some(columns, dtype=torch.float32) if biased else None
-        differentiate(activated(some(MANY, columns, dtype=dtype), kind, bias=bias, kernels="triton"))
-
-    def rotated(heads: int, d: int, turned: int, interleaved: bool, dtype: torch.dtype, fused: int) -> None:
-        x = some(ROWS, 1, heads * d * fused, dtype=dtype)[..., : heads * d].view(ROWS, 1, heads, d)
-        table = some(ROWS, 1, turned // 2, dtype=dtype, grad=False)
-        differentiate(rotary(x, table, table, interleaved=interleaved, kernels="triton"))
-
-    def apart(d: int, turned: int, groups: int, interleaved: bool, biased: bool, dtype: torch.dtype) -> None:
-        whole, table = some(MANY // 4, 4, 6 * groups * d, dtype=dtype), some(99, turned // 2, dtype=dtype, grad=False)
-        turns = Turns(table, table, (torch.zeros(MANY // 4, 4, dtype=torch.long),), interleaved) if turned else None
-        parts = whole.split([4 * groups * d, groups * d, groups * d], -1)
-        bias = some(6 * groups * d, dtype=torch.float32) if biased else None
-        differentiate(*heads(*parts, d, turns, bias=bias, kernels="triton"))
-
-    def entropy(columns: int, ids: int, dtype: torch.dtype, more: bool) -> None:
-        logits = some(ROWS, columns, dtype=dtype, grad=False)
-        local, here = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
-        top, total, label, _ = statistics_of(logits, local, here, ids=ids, with_sum=more, kernels="triton")
-        gradient_of(logits, top, total, total if more else None, local, here, label, ids=ids, kernels="triton")
 
     def updated(n: int, dtype: torch.dtype, halves: bool, decoupled: bool) -> None:
         one = torch.ones(())
@@ -149,26 +115,6 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             rates, 0.1, torch.zeros(n, dtype=dtype), masters if apart else None, low, grads, *states, decoupled=decoupled
         )
 
-    def dropped(h: int, dtype: torch.dtype) -> None:
-        x, samples = some(ROWS // 3, 3, h, dtype=dtype, grad=False), torch.zeros(3, dtype=torch.int64)
-        dropout_triton(x, samples, 1, (-5, 16), (1, 2), -3, 1.25)
-
-    words = Words((-5, 16), (1, 2), -3, 1.25, torch.zeros(2, dtype=torch.int64), 1)
-
-    documents = torch.zeros(ROWS, 2, dtype=torch.int64)
-    masks = {
-        "": AttentionMask(),
-        " prefix": AttentionMask(prefix=torch.zeros(2, dtype=torch.int64)),
-        " all masks": AttentionMask(window=5, documents=documents, prefix=documents),
-    }
-
-    def attended(heads: int, groups: int, d: int, mask: str, dtype: torch.dtype) -> None:
-        parts = some(ROWS, 2, (heads + 2 * groups) * d, dtype=dtype).split((heads * d, groups * d, groups * d), -1)
-        differentiate(tiled(*(x.unflatten(-1, (-1, d)) for x in parts), words, masks[mask]))
-
-    def weighed(columns: int, dtype: torch.dtype) -> None:
-        drop_weights(some(4, 6, columns, dtype=dtype, grad=False), words, 0, 2, 3, 1, [slice(0, columns)])
-
     for n in (1 << 20, 1001):
         for decoupled in (True, False):
             name = f"adam n={n} decoupled={decoupled:d}"
@@ -176,44 +122,131 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 short = str(dtype).removeprefix("torch.")
                 yield f"{name} {short}", lambda n=n, y=dtype, d=decoupled: updated(n, y, False, d)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        short = str(dtype).removeprefix("torch.")
-        for n in (768, 1000, 1600, 2048, 4096, 5120, 8192, 12288):
-            for rms, add, before in (
-                (r, a, b) for r in (True, False) for a, b in ((False, False), (True, False), (True, True))
-            ):
+
+
+def norms(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.norm import add_biased_norm, add_norm, norm
+
+    def normed(n: int, rms: bool, add: bool, before: bool) -> None:
+        x, weight = some(ROWS, n, dtype=dtype), some(n, dtype=dtype)
+        bias = None if rms else some(n, dtype=dtype)
+        if before:
+            place = some(n, dtype=torch.float32)
+            differentiate(*add_biased_norm(x, some(ROWS, n, dtype=dtype), weight, bias, place, 1e-5, rms=rms, kernels="triton"))
+        elif add:
+            differentiate(*add_norm(x, some(ROWS, n, dtype=dtype), weight, bias, 1e-5, rms=rms, kernels="triton"))
+        else:
+            differentiate(norm(x, weight, bias, 1e-5, rms=rms, kernels="triton"))
+
+    for n in (768, 1000, 1600, 2048, 4096, 5120, 8192, 12288):
+        for rms in (True, False):
+            for add, before in ((False, False), (True, False), (True, True)):
                 name = f"norm n={n} rms={rms:d} add={add:d} before={before:d} {short}"
-                yield name, lambda n=n, dtype=dtype, rms=rms, a=add, b=before: normed(n, dtype, rms, a, b)
-        for columns, whole in ((11008, 22016), (4096, 8192), (1001, 2002), (8, 24)):
-            for kind, biased in (("swiglu", False), ("geglu", False), ("geglu", True)):
-                name = f"gate {kind} {columns} of {whole} bias={biased:d} {short}"
-                yield name, lambda k=kind, c=columns, d=dtype, w=whole, b=biased: gate(k, c, d, w, b)
-        for columns in (3072, 8192, 1001):
-            for kind in ("gelu", "gelu_tanh", "relu"):
-                for biased in (False, True):
-                    name = f"act {kind} {columns} bias={biased:d} {short}"
-                    yield name, lambda k=kind, c=columns, d=dtype, b=biased: act(k, c, d, b)
-        heads_of = (32, 128, 128, 1), (8, 128, 128, 3), (12, 64, 64, 3), (25, 64, 64, 1), (12, 64, 32, 1), (1, 21, 16, 1)
-        for number, d, turned, fused in heads_of:
-            for interleaved in (False, True):
-                name = f"rotary {number}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
-                yield name, lambda h=number, d=d, t=turned, i=interleaved, y=dtype, f=fused: rotated(h, d, t, i, y, f)
-        for columns in (1024, 101):
-            yield f"weights n={columns} {short}", lambda c=columns, d=dtype: weighed(c, d)
-        for number, groups, d in ((12, 12, 64), (32, 8, 128), (4, 4, 80), (3, 1, 21)) if dtype != torch.float32 else ():
-            for mask in masks:
-                name = f"attention {number} of {groups} x {d}{mask} {short}"
-                yield name, lambda a=number, g=groups, n=d, m=mask, y=dtype: attended(a, g, n, m, y)
-        for h in (768, 1600, 4096, 101):
-            yield f"dropout h={h} {short}", lambda h=h, d=dtype: dropped(h, d)
-        for head, turned, groups in ((64, 0, 12), (128, 128, 8), (64, 32, 1), (21, 16, 1), (80, 40, 2)):
-            for biased, interleaved in ((False, False), (True, False), (True, True)):
-                name = f"heads {head} of {turned} groups={groups} interleaved={interleaved:d} bias={biased:d} {short}"
-                yield name, lambda h=head, t=turned, g=groups, i=interleaved, b=biased, y=dtype: apart(h, t, g, i, b, y)
-        for columns, ids in ((50304, 50257), (50304, 50304), (128256, 128256), (16384, 16384), (101, 101)):
-            for more in (False, True):
-                name = f"entropy v={ids} of {columns} more={more:d} {short}"
-                yield name, lambda c=columns, v=ids, d=dtype, m=more: entropy(c, v, d, m)
+                yield name, lambda n=n, rms=rms, a=add, b=before: normed(n, rms, a, b)
+
+
+def activations(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.gated import activated, gated
+
+    def gate(kind: str, columns: int, whole: int, biased: bool) -> None:
+        both, bias = some(MANY, whole, dtype=dtype), some(2 * columns, dtype=torch.float32) if biased else None
+        differentiate(gated(both[:, :columns], both[:, whole - columns :], kind, bias=bias, kernels="triton"))
+
+    def act(kind: str, columns: int, biased: bool) -> None:
+        bias = some(columns, dtype=torch.float32) if biased else None
+        differentiate(activated(some(MANY, columns, dtype=dtype), kind, bias=bias, kernels="triton"))
+
+    for columns, whole in ((11008, 22016), (4096, 8192), (1001, 2002), (8, 24)):
+        for kind, biased in (("swiglu", False), ("geglu", False), ("geglu", True)):
+            name = f"gate {kind} {columns} of {whole} bias={biased:d} {short}"
+            yield name, lambda k=kind, c=columns, w=whole, b=biased: gate(k, c, w, b)
+    for columns in (3072, 8192, 1001):
+        for kind in ("gelu", "gelu_tanh", "relu"):
+            for biased in (False, True):
+                yield f"act {kind} {columns} bias={biased:d} {short}", lambda k=kind, c=columns, b=biased: act(k, c, b)
+
+
+def rotations(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.rotary import rotary
+
+    def rotated(heads: int, d: int, turned: int, interleaved: bool, fused: int) -> None:
+        x = some(ROWS, 1, heads * d * fused, dtype=dtype)[..., : heads * d].view(ROWS, 1, heads, d)
+        table = some(ROWS, 1, turned // 2, dtype=dtype, grad=False)
+        differentiate(rotary(x, table, table, interleaved=interleaved, kernels="triton"))
+
+    heads_of = (32, 128, 128, 1), (8, 128, 128, 3), (12, 64, 64, 3), (25, 64, 64, 1), (12, 64, 32, 1), (1, 21, 16, 1)
+    for number, d, turned, fused in heads_of:
+        for interleaved in (False, True):
+            name = f"rotary {number}x{d} of {turned} interleaved={interleaved:d} x{fused} {short}"
+            yield name, lambda h=number, d=d, t=turned, i=interleaved, f=fused: rotated(h, d, t, i, f)
+
+
+def heads_apart(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.rotary import Turns, heads
+
+    def apart(d: int, turned: int, groups: int, interleaved: bool, biased: bool) -> None:
+        whole, table = some(MANY // 4, 4, 6 * groups * d, dtype=dtype), some(99, turned // 2, dtype=dtype, grad=False)
+        turns = Turns(table, table, (torch.zeros(MANY // 4, 4, dtype=torch.long),), interleaved) if turned else None
+        parts = whole.split([4 * groups * d, groups * d, groups * d], -1)
+        bias = some(6 * groups * d, dtype=torch.float32) if biased else None
+        differentiate(*heads(*parts, d, turns, bias=bias, kernels="triton"))
+
+    for head, turned, groups in ((64, 0, 12), (128, 128, 8), (64, 32, 1), (21, 16, 1), (80, 40, 2)):
+        for biased, interleaved in ((False, False), (True, False), (True, True)):
+            name = f"heads {head} of {turned} groups={groups} interleaved={interleaved:d} bias={biased:d} {short}"
+            yield name, lambda h=head, t=turned, g=groups, i=interleaved, b=biased: apart(h, t, g, i, b)
+
+
+def attentions(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.attention_dropout import Words, drop_weights, tiled
+    from megatrain.kernels.attention_mask import AttentionMask
+
+    words = Words((-5, 16), (1, 2), -3, 1.25, torch.zeros(2, dtype=torch.int64), 1)
+    documents = torch.zeros(ROWS, 2, dtype=torch.int64)
+    masks = {
+        "": AttentionMask(),
+        " prefix": AttentionMask(prefix=torch.zeros(2, dtype=torch.int64)),
+        " all masks": AttentionMask(window=5, documents=documents, prefix=documents),
+    }
+
+    def attended(heads: int, groups: int, d: int, mask: str) -> None:
+        parts = some(ROWS, 2, (heads + 2 * groups) * d, dtype=dtype).split((heads * d, groups * d, groups * d), -1)
+        differentiate(tiled(*(x.unflatten(-1, (-1, d)) for x in parts), words, masks[mask]))
+
+    def weighed(columns: int) -> None:
+        drop_weights(some(4, 6, columns, dtype=dtype, grad=False), words, 0, 2, 3, 1, [slice(0, columns)])
+
+    for columns in (1024, 101):
+        yield f"weights n={columns} {short}", lambda c=columns: weighed(c)
+    for number, groups, d in ((12, 12, 64), (32, 8, 128), (4, 4, 80), (3, 1, 21)) if dtype != torch.float32 else ():
+        for mask in masks:
+            name = f"attention {number} of {groups} x {d}{mask} {short}"
+            yield name, lambda a=number, g=groups, n=d, m=mask: attended(a, g, n, m)
+
+
+def dropouts(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.dropout import dropout_triton
+
+    def dropped(h: int) -> None:
+        x, samples = some(ROWS // 3, 3, h, dtype=dtype, grad=False), torch.zeros(3, dtype=torch.int64)
+        dropout_triton(x, samples, 1, (-5, 16), (1, 2), -3, 1.25)
+
+    for h in (768, 1600, 4096, 101):
+        yield f"dropout h={h} {short}", lambda h=h: dropped(h)
+
+
+def entropies(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.cross_entropy import gradient_of, statistics_of
+
+    def entropy(columns: int, ids: int, more: bool) -> None:
+        logits = some(ROWS, columns, dtype=dtype, grad=False)
+        local, here = torch.zeros(ROWS, dtype=torch.int64), torch.ones(ROWS, dtype=torch.bool)
+        top, total, label, _ = statistics_of(logits, local, here, ids=ids, with_sum=more, kernels="triton")
+        gradient_of(logits, top, total, total if more else None, local, here, label, ids=ids, kernels="triton")
+
+    for columns, ids in ((50304, 50257), (50304, 50304), (128256, 128256), (16384, 16384), (101, 101)):
+        for more in (False, True):
+            yield f"entropy v={ids} of {columns} more={more:d} {short}", lambda c=columns, v=ids, m=more: entropy(c, v, m)
 
 
 def main(patterns: list[str]) -> None:

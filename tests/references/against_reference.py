@@ -1,13 +1,14 @@
 """Training by our single process and by the independent plain-PyTorch GPT, from the same weights and batches."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference_gpt import ReferenceBatch, ReferenceGPT, ReferenceRun, Sight, make_rope, reference_train
+from reference_gpt import Masks, ReferenceBatch, ReferenceGPT, ReferenceRun, Rope, Sight, make_rope, reference_train
 from reference_schedules import reference_rates
 
 from megatrain.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from megatrain.data.loader import Loader
+from megatrain.data.loader import Batch, Loader
 from megatrain.parallel import rng
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.agree import Trace, agree
@@ -34,13 +35,40 @@ def config_of(model: ModelConfig, optim: OptimConfig, precision: str, micro_batc
 def reference_of(config: Config) -> ReferenceRun:
     """The same training by the independent model, from the same weights, on the same batches with the same masks."""
     m, t, o = config.model, config.train, config.optim
-    dtype = {"fp32": torch.float32, "fp64": torch.float64}[t.precision]
     start = {}
 
     def keep(run):
         start.update({p.spec.name: p.detach().clone() for p in run.flat.parameters})
 
     trace_run(ParallelContext.single(), config, 0, prepare=keep)
+    model = model_of(config)
+    model.load_logical(start)
+    samples, compose = random_source(config, m.vocab_size)
+    loader = Loader(samples, t.global_batch_size, t.micro_batch_size, 0, 1, compose=compose)
+    batches = [loader.build(step * t.global_batch_size) for step in range(t.steps)]
+    return reference_train(
+        model,
+        [micro_batches_of(batch) for batch in batches],
+        rates=reference_rates(o.lr_schedule, t.steps, o.lr, o.min_lr, o.warmup_steps, o.decay_fraction),
+        optimizer=o.name,
+        weight_decay=o.weight_decay,
+        betas=o.betas,
+        eps=o.eps,
+        momentum=o.momentum,
+        clip_grad=o.clip_grad,
+        masks=masks_of(config, batches),
+        label_smoothing=t.label_smoothing,
+        z_loss=t.z_loss,
+    )
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    return {"fp32": torch.float32, "fp64": torch.float64}[config.train.precision]
+
+
+def model_of(config: Config) -> ReferenceGPT:
+    """The independent model of a config."""
+    m = config.model
     model = ReferenceGPT(
         num_layers=m.num_layers,
         hidden_size=m.hidden_size,
@@ -61,36 +89,40 @@ def reference_of(config: Config) -> ReferenceRun:
         qk_norm=m.qk_norm,
         embedding_norm=m.embedding_norm,
         logit_softcap=m.logit_softcap,
-        rope=make_rope(
-            m.head_size,
-            m.rope_theta,
-            m.rope_fraction,
-            m.rope_interleaved,
-            m.rope_scaling,
-            m.rope_factor,
-            m.rope_original_length or m.seq_length / m.rope_factor,
-            (m.rope_low_freq_factor, m.rope_high_freq_factor),
-            (m.rope_beta_slow, m.rope_beta_fast),
-        )
-        if m.position == "rope"
-        else None,
+        rope=rope_of(m) if m.position == "rope" else None,
         sights=[Sight(window, m.sparse, m.position == "alibi") for window in m.windows],
         norm_placement=m.norm_placement,
-    ).to(dtype)
-    model.load_logical(start)
-    samples, compose = random_source(config, m.vocab_size)
-    loader = Loader(samples, t.global_batch_size, t.micro_batch_size, 0, 1, compose=compose)
-    batches = [loader.build(step * t.global_batch_size) for step in range(t.steps)]
-    steps = [
-        [
-            ReferenceBatch(
-                *(torch.from_numpy(a[i]) for a in (b.tokens, b.labels, b.loss_weights, b.positions)),
-                None if b.documents is None else torch.from_numpy(b.documents[i]),
-            )
-            for i in range(b.tokens.shape[0])
-        ]
-        for b in batches
+    )
+    return model.to(dtype_of(config))
+
+
+def rope_of(m: ModelConfig) -> Rope:
+    return make_rope(
+        m.head_size,
+        m.rope_theta,
+        m.rope_fraction,
+        m.rope_interleaved,
+        m.rope_scaling,
+        m.rope_factor,
+        m.rope_original_length or m.seq_length / m.rope_factor,
+        (m.rope_low_freq_factor, m.rope_high_freq_factor),
+        (m.rope_beta_slow, m.rope_beta_fast),
+    )
+
+
+def micro_batches_of(batch: Batch) -> list[ReferenceBatch]:
+    return [
+        ReferenceBatch(
+            *(torch.from_numpy(a[i]) for a in (batch.tokens, batch.labels, batch.loss_weights, batch.positions)),
+            None if batch.documents is None else torch.from_numpy(batch.documents[i]),
+        )
+        for i in range(batch.tokens.shape[0])
     ]
+
+
+def masks_of(config: Config, batches: list[Batch]) -> Callable[[int, int], Masks]:
+    """(step, micro-batch) -> the dropout masks of its sites."""
+    m, t = config.model, config.train
 
     def weights_mask(step, name, samples):
         key, places = rng.key(t.seed, "attention dropout", step, name), torch.arange(m.seq_length)
@@ -104,25 +136,12 @@ def reference_of(config: Config) -> ReferenceRun:
             if site.endswith(".weights"):
                 return weights_mask(step, site.removesuffix(".weights"), samples)
             where = ("embedding",) if site == "embedding" else (int(site.split(".")[1]), site.split(".")[2])
-            ones = torch.ones(m.seq_length, len(samples), m.hidden_size, dtype=dtype)
+            ones = torch.ones(m.seq_length, len(samples), m.hidden_size, dtype=dtype_of(config))
             return rng.dropout(ones, m.dropout, rng.key(t.seed, "dropout", step, *where), samples).transpose(0, 1)
 
         return mask
 
-    return reference_train(
-        model,
-        steps,
-        rates=reference_rates(o.lr_schedule, t.steps, o.lr, o.min_lr, o.warmup_steps, o.decay_fraction),
-        optimizer=o.name,
-        weight_decay=o.weight_decay,
-        betas=o.betas,
-        eps=o.eps,
-        momentum=o.momentum,
-        clip_grad=o.clip_grad,
-        masks=masks,
-        label_smoothing=t.label_smoothing,
-        z_loss=t.z_loss,
-    )
+    return masks
 
 
 def trace_of(config: Config, run: ReferenceRun) -> Trace:

@@ -266,16 +266,7 @@ class ReferenceGPT(nn.Module):
             Block(
                 make_norm,
                 Attention(
-                    hidden_size,
-                    num_attention_heads,
-                    groups,
-                    bias,
-                    rope,
-                    explicit_softmax,
-                    sight,
-                    head_dim,
-                    qkv_bias,
-                    head_norm,
+                    hidden_size, num_attention_heads, groups, bias, rope, explicit_softmax, sight, head_dim, qkv_bias, head_norm
                 ),
                 MLP(hidden_size, ffn_hidden_size, activation, bias),
                 norm_placement,
