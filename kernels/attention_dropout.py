@@ -209,8 +209,8 @@ def _queries_met(
     if DOCUMENTS:
         here = tl.load(documents + start.to(tl.int64) * d_s).to(tl.int32)
         first = tl.maximum(first, _before(documents, d_s, here, s, 256))
-        there = tl.load(documents + tl.minimum(start + N, s).to(tl.int64) * d_s - d_s).to(tl.int32)
-        last = tl.minimum(last, _before(documents, d_s, there + 1, s, 256))
+        latest = tl.load(documents + tl.minimum(start + N, s).to(tl.int64) * d_s - d_s).to(tl.int32)
+        last = tl.minimum(last, _before(documents, d_s, latest + 1, s, 256))
     return first // M * M, last
 
 

@@ -235,9 +235,9 @@ def _turn_kernel(
         total1 += y1
         total2 += y2
         if REST > 1:
-            there = live & (after < d)[None, :]
-            x = tl.load(line + after[None, :], mask=there, other=0.0)
-            tl.store(target + after[None, :], x, mask=there)
+            unturned = live & (after < d)[None, :]
+            x = tl.load(line + after[None, :], mask=unturned, other=0.0)
+            tl.store(target + after[None, :], x, mask=unturned)
             total_rest += x.to(tl.float32)
     if BIAS:
         tl.store(sums + (2 * pair if INTERLEAVED else pair), tl.sum(total1, 0), mask=pair < pairs)

@@ -41,7 +41,7 @@ class Duty:
 
     act: Callable[[Pause], None]
     every: int = 0
-    """After each so many steps; 0: not by their number."""
+    """Steps from one time to the next; 0: the number of steps is no reason."""
     when: Callable[[Pause], bool] = lambda pause: False
     """A further reason. May be collective, and is asked at most twice in a pause."""
     waits: bool = True

@@ -72,7 +72,7 @@ class StoredTensor(NamedTuple):
     partition: Partition
     """How the replicas divide a slice's elements to write them."""
     ep: int = 0
-    """Place along ep that has it, of a tensor with replicas along edp that is not split over ep."""
+    """Place along ep of the ranks that have it, if its replicas lie along edp and it is not split over ep; else 0."""
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,9 @@ class Copy(NamedTuple):
     """A copy that the machines hold between them."""
 
     path: Path
-    """On this machine, where it may not be yet."""
+    """Its directory on this machine, which may not exist yet."""
     text: str
-    """Its manifest, as it is in the file."""
+    """The manifest as it is in its file."""
     manifest: Manifest
     held: tuple[frozenset[int], ...]
     """Machine -> numbers of the files that it has."""

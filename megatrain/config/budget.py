@@ -121,11 +121,11 @@ class Position:
     """Where a run's schedules are before an update: in updates with train.steps, in tokens with train.tokens."""
 
     done: float
-    """Before the update."""
+    """Done before the update."""
     total: float
-    """At the end of the run."""
+    """Done at the end of the run."""
     warmup: float
-    """At the end of the warm-up."""
+    """Done at the end of the warm-up."""
     first: float = 1
     """Size of the first update, in that unit."""
     full: float = 1

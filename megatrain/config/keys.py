@@ -29,7 +29,7 @@ class Knob:
     effect: Effect | None
     """When the value has an effect; None: always."""
     range: Range
-    """The values that it takes, beside its type."""
+    """Those values of its type that it may have."""
     use: Any
     """A value in range, which errors advise."""
     deferred: Deferred | None

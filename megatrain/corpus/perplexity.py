@@ -168,7 +168,7 @@ class Threshold:
 
 
 Thresholds = dict[str, Threshold]
-"""By language."""
+"""Thresholds by language."""
 
 
 def fit(samples: Iterable[Mapping[str, Sequence[Sequence[Any]]]], settings: PerplexityConfig) -> Thresholds:

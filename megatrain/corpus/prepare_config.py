@@ -61,7 +61,7 @@ class TokenizeConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where everything goes."""
+    """Where the results of a preparation go, and what is shown of them."""
 
     dir: str = knob("prepared", "Folder of the stores, the documents, the report, and of the work under way.", path=True)
     seed: int = knob(

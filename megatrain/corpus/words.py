@@ -118,7 +118,7 @@ def find_parts(codes: npt.NDArray[np.uint32], feeds: int, starts: npt.NDArray[np
 
 
 class Extents(NamedTuple):
-    """Where some parts of a text begin and end [n] each."""
+    """Places of parts of a text: that of the first letter of each and the one behind its last [n] each."""
 
     starts: npt.NDArray[np.int64]
     ends: npt.NDArray[np.int64]
@@ -130,7 +130,7 @@ class Text(NamedTuple):
     codes: npt.NDArray[np.uint32]
     """Code points [n]."""
     letters: npt.NDArray[np.uint16]
-    """Their classes [n]."""
+    """Classes of the code points [n]."""
 
     @classmethod
     def of(cls, text: str) -> Text:

@@ -38,9 +38,9 @@ from megatrain.untrusted import parse_json, read_plain
 
 BYTE_VALUES = 256
 _MOST_BRACKETS = 1 << 21
-"""Merges and pieces are lists of two."""
+"""Most brackets of a tokenizer.json, in which each merge and each piece is a list of two."""
 _MOST_GAPS = 1 << 20
-"""Ids that no token has."""
+"""Most ids below the largest that no token has."""
 SMALLEST_VOCAB = BYTE_VALUES + 1
 """Smallest vocabulary: every byte, so that any text can be encoded, and the document separator."""
 

@@ -101,11 +101,11 @@ class Suspensions:
         self._known: deque[tuple[float, float]] = deque(maxlen=1000)
 
     def add(self, ended: float, seconds: float) -> None:
-        """One that lasted for `seconds`, until `ended`."""
+        """Take note of a suspension that lasted for `seconds`, until `ended`."""
         self._known.append((ended, seconds))
 
     def since(self, begin: float) -> float:
-        """Seconds of them after `begin`."""
+        """Seconds after `begin` in which the job was suspended."""
         return sum(min(seconds, ended - begin) for ended, seconds in self._known if ended > begin)
 
 

@@ -123,14 +123,14 @@ class Bad(NamedTuple):
     """Steps that went wrong, after which the run must go back or end."""
 
     first: int
-    """Number of the first of them."""
+    """Number of the first step that went wrong."""
     last: int
     consumed: int
     """Samples consumed up to the last, included."""
     samples: int
     """Samples of the last."""
     why: str
-    """As text, to follow `step 12: `."""
+    """The reason as text, to follow `step 12: `."""
 
 
 class Spikes:

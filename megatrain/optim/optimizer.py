@@ -57,13 +57,13 @@ class Rule:
     """How a bucket's weights follow from its gradients, and the states that this takes."""
 
     states: tuple[str, ...]
-    """Their names, each of the size of the masters."""
+    """Names of the states, each a tensor of the size of the masters."""
     apply: Callable[..., None]
     """(update, weight decay, weights, gradients, *states): changes masters and states [n] in place."""
     fused: Callable[..., None] | None = None
-    """The same in one Triton kernel: (update, weight decay, parameters, masters, low halves, gradients, *states)."""
+    """`apply` as one Triton kernel: (update, weight decay, parameters, masters, low halves, gradients, *states)."""
     on_cpu: Callable[..., None] | None = None
-    """The same of BF16 parameters in one numba kernel."""
+    """`fused` as one numba kernel, for BF16 parameters on a CPU."""
     elementwise: bool = True
     """Whether `apply` may be given any part of a bucket; else all that this rank owns, with ranges=[ParameterRange, ...] of it."""
 

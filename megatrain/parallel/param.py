@@ -26,7 +26,7 @@ Part = Literal["embedding", "attention", "mlp", "norm", "head", "other"]
 """The parts of a model, as reports and optimizer rules tell them apart; biases belong to their matrices' part."""
 
 AverageOver = Literal["dp_cp", "edp"]
-"""Axes whose ranks hold replicas: dp x cp, or of what differs along ep (experts) its other factor."""
+"""Axes whose ranks hold replicas of a parameter: dp x cp; for an expert, which differs along ep, the other factor of dp x cp."""
 
 TILE = 128
 """Rows of a matrix that one block of a GPU's matmul works on (NVIDIA, Matrix Multiplication Background, "tile quantization")."""
@@ -324,9 +324,9 @@ def _accumulate(
     if not any(p.requires_grad for p in parameters):
         return [None] * len(parameters)
     claims = [claim(p) for p in parameters]
-    there = [buffer for buffer, _ in claims if buffer is not None]
+    present = [buffer for buffer, _ in claims if buffer is not None]
     firsts = {first for _, first in claims}
-    view = _view_over(there) if len(there) == len(parameters) and len(firsts) == 1 else None
+    view = _view_over(present) if len(present) == len(parameters) and len(firsts) == 1 else None
     if view is not None:
         add(view, firsts.pop())
         return [None] * len(parameters)

@@ -17,7 +17,7 @@ POLICY = "OMP_WAIT_POLICY"
 CHOICES = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables by which users choose: OpenMP's own, GNU's, LLVM's and Intel's."""
 CHOSEN = {POLICY: "PASSIVE", "GOMP_SPINCOUNT": "1000"}
-"""GNU's OpenMP reads the number of spins, others read the policy, to sleep."""
+"""Values set where the user has chosen none: GNU's OpenMP reads how often to spin before it sleeps, the others the policy."""
 
 
 def wait_asleep(env: MutableMapping[str, str], loaded: Container[str] = sys.modules) -> None:

@@ -73,7 +73,7 @@ class TimedGroup(Wrapper):
         return handle
 
     def barrier(self) -> None:
-        """As the inner group's."""
+        """Wait in the inner group's barrier."""
         self.inner.barrier()
 
     def _spent(self, seconds: float) -> None:

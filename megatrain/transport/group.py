@@ -155,7 +155,7 @@ class Group(ABC):
         return Reading(tensor)
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same copy, waited for."""
+        """A copy in host memory of a tensor that a call of this group wrote; the host waits for it."""
         return self.start_to_host(tensor).wait()
 
     def close(self) -> None:  # noqa: B027 - nothing to release is the usual case

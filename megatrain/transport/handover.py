@@ -55,7 +55,7 @@ class Parcel(NamedTuple):
 
     path: Path
     size: int
-    """In bytes."""
+    """Bytes of the file."""
     blocks: tuple[str, ...]
     """XXH3-128 of each block, as 32 hex digits."""
 
@@ -162,7 +162,7 @@ class Handover:
             self._start(partial(self._serve, line))
 
     def _serve(self, line: socket.socket) -> None:
-        """One caller, who may be anybody."""
+        """Take in the files of one caller, who may be anybody and so has to prove who it is first."""
         with closing(line), suppress(OSError, ValueError, TypeError), self._held(line):
             try:
                 place = self._proved(line)
@@ -279,7 +279,7 @@ def _blocks(size: int, block_bytes: int) -> Iterator[tuple[int, int]]:
 
 
 def _read(line: socket.socket, length: int) -> bytes:
-    """So many bytes. Raises OSError."""
+    """The next `length` bytes of a connection. Raises OSError."""
     data = bytearray(length)
     _fill(line, memoryview(data))
     return bytes(data)

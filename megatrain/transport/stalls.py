@@ -44,20 +44,20 @@ class HostStalls(Stalls):
         self._thread, self._seconds = 0, 0.0
 
     def open(self) -> None:
-        """As the base class says."""
+        """Count the waits of this thread from now on."""
         self._thread, self._seconds = threading.get_ident(), 0.0
 
     def close(self) -> Callable[[], float]:
-        """As the base class says."""
+        """End the count, which is known at once."""
         seconds, self._thread = self._seconds, 0
         return lambda: seconds
 
     def begin(self) -> float:
-        """As the base class says."""
+        """The time on the host's clock."""
         return time.perf_counter()
 
     def end(self, began: float) -> None:
-        """As the base class says."""
+        """Add the wait, if it was in the thread that trains."""
         if threading.get_ident() == self._thread:
             self._seconds += time.perf_counter() - began
 
@@ -70,20 +70,20 @@ class StreamStalls(Stalls):
         self._waits: list[tuple[Moment, Moment]] = []
 
     def open(self) -> None:
-        """As the base class says."""
+        """Let moments be put into streams from now on."""
         self._open = True
 
     def close(self) -> Callable[[], float]:
-        """As the base class says."""
+        """Put no more moments into streams; those that are in them are read once they have come."""
         waits, self._waits, self._open = self._waits, [], False
         return lambda: sum(end.seconds_since(begin) for begin, end in waits)
 
     def begin(self) -> Moment | None:
-        """As the base class says."""
+        """A moment in the stream; None outside of a step."""
         return Moment(self._device) if self._open else None
 
     def end(self, began: Moment | None) -> None:
-        """As the base class says."""
+        """Keep the moment before the wait and the one after it."""
         if began is not None:
             self._waits.append((began, Moment(self._device)))
 

@@ -140,7 +140,7 @@ class Wrapper(Group):
         self.inner = inner
 
     def named(self, name: str) -> Group:
-        """As the inner group's, wrapped."""
+        """The inner group under another name, wrapped alike."""
         other = copy.copy(self)
         other.name, other.inner = name, self.inner.named(name)
         return other
@@ -173,7 +173,7 @@ class Wrapper(Group):
         return self._around("recv", output, partial(self.inner._recv, output, source, False), blocking)
 
     def start_to_host(self, tensor: torch.Tensor) -> Reading:
-        """As the inner group's."""
+        """The inner group's copy to the host."""
         return self.inner.start_to_host(tensor)
 
     def close(self) -> None:
@@ -194,11 +194,11 @@ class RecordedGroup(Wrapper):
         return RecordedGroup(self.inner.named(name), self._recorder)
 
     def barrier(self) -> None:
-        """As the inner group's."""
+        """Wait in the inner group's barrier, and record the wait."""
         self._recorder.wait(self._counted("barrier", None), self.inner.barrier)
 
     def start_to_host(self, tensor: torch.Tensor) -> Reading:
-        """As the inner group's."""
+        """The inner group's copy to the host, whose wait is recorded."""
         call = self, "read", max(0, self._calls - 1), tensor
         return _RecordedReading(self.inner.start_to_host(tensor), self._recorder, call)
 

@@ -88,7 +88,7 @@ def _mended_chinese(line: str) -> str | None:
 FORM_FEEDS = re.compile("[\x0b\x0c\x85\u2028\u2029]")
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufff9-\ufffc\ufffe\uffff\ufdd0-\ufdef]")
 CONTROLS_OF_CODE = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
-"""Form feeds part sections of a source; the rest of Unicode may be a part of a string."""
+"""Removed from source code: form feeds are not, since they part its sections, nor what a string may hold of the rest of Unicode."""
 JOINED = "\u0600-\u1fff\u20e3\u2190-\u2bff\ua800-\uabff\ufe0f\U00010a00-\U00011fff\U0001f000-\U0001faff"
 """Letters of scripts, and pictures, whose look a joiner behind them changes."""
 INVISIBLE = re.compile(

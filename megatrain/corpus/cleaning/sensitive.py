@@ -22,7 +22,7 @@ from megatrain.corpus.words import jit
 LONGEST = 64
 """Letters of a word, at most."""
 SPACED = 0xE00
-"""Letters below are of scripts that write blanks between words."""
+"""The scripts of the code points below it write blanks between words."""
 
 
 @cache

@@ -61,7 +61,7 @@ class Fingerprints:
         self._writer, self._settings = writer, settings
         self._texts: list[str] = []
         self._prose: list[str] = []
-        """The same, with nothing in the place of code."""
+        """The texts, each empty where it is code."""
         self._letters = self._documents = self._parts = 0
         self._found: dict[str, list[Column]] = {}
         writer.about = {"recipe": recipe(settings), "documents": 0, "lines": 0}

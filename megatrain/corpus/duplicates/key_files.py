@@ -90,20 +90,20 @@ class StoredColumn:
 
     @property
     def end(self) -> int:
-        """The byte of the file behind it."""
+        """Number of the byte behind the column in its file."""
         return self._offset + len(self) * self._width
 
     def part(self, row: int) -> StoredColumn:
-        """One row of a table, as a column."""
+        """One row of a column that is a table, as a column of its own."""
         return StoredColumn(self.path, self.dtype.str, self.shape[1:], self._offset + row * self._width)
 
     def read(self, begin: int = 0, end: int | None = None) -> Column:
-        """Its rows from `begin` to `end`."""
+        """Rows `begin` to `end` - 1 of the column, by default to its last."""
         with opened_plain(self.path) as file:
             return self._read(file, begin, len(self) if end is None else end)
 
     def take(self, rows: npt.NDArray[np.int64]) -> Column:
-        """Some of its rows, in ascending order."""
+        """The rows of the column with these numbers, which ascend."""
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         pieces = np.searchsorted(rows, range(0, len(self) + _TAKEN, _TAKEN)).tolist()
         with opened_plain(self.path) as file:
@@ -119,7 +119,7 @@ class StoredColumn:
             return slice(self._place(file, low, "left"), self._place(file, high, "right"))
 
     def _place(self, file: BinaryIO, value: int, side: Literal["left", "right"]) -> int:
-        """Where a value belongs, found by halves."""
+        """Number of the row before which a value belongs in an ascending column, found by bisection."""
         low, high = 0, len(self)
         while high - low > _SEARCHED:
             middle = (low + high) // 2
@@ -175,7 +175,7 @@ class KeyFile:
         return column
 
     def read(self, name: str) -> Column:
-        """A column, over all blocks."""
+        """A column, with the rows of all blocks behind one another."""
         return np.concatenate([block.column(name).read() for block in self.blocks])
 
 

@@ -116,8 +116,8 @@ class _Rows:
         elif key in row:
             reading.refuse("read.no_string", where, f"the value of {key!r} is {type(text).__name__}, not a string.")
         else:
-            there = brief(", ".join(map(repr, list(row)[:8])) or "none")
-            said = f"there is no key {key!r}; the row has {there}. Say in `key:` of {reading.source.name} which is the text."
+            listed = brief(", ".join(map(repr, list(row)[:8])) or "none")
+            said = f"there is no key {key!r}; the row has {listed}. Say in `key:` of {reading.source.name} which is the text."
             reading.refuse("read.no_key", where, said)
         return None
 

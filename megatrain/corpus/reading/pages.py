@@ -30,7 +30,7 @@ class Page(NamedTuple):
     at: int
     where: str
     data: bytes
-    """In UTF-8."""
+    """The page, in UTF-8."""
     marks: dict[str, Any]
 
 

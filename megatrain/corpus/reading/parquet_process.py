@@ -32,14 +32,14 @@ Part = tuple[dict[str, Any], bytes]
 
 
 class Arrow(NamedTuple):
-    """The packages."""
+    """The modules pyarrow and pyarrow.parquet."""
 
     arrow: Any
     parquet: Any
 
 
 def arrow_packages() -> Arrow:
-    """The packages. Raises ImportError."""
+    """Import pyarrow, which is to take its memory from the system. Raises ImportError."""
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # its own allocator reserves a GiB of the bounded address space
     return Arrow(*(need(name, "reading .parquet", "parquet") for name in ("pyarrow", "pyarrow.parquet")))
 
@@ -77,8 +77,8 @@ def _rows(found: Arrow, table: Any, wanted: dict[str, Any]) -> Iterator[Part]:
     if twice := next((name for name in (key, *wanted["keep"]) if names.count(name) > 1), None):
         yield {"problem": "duplicate_key", "said": f"the column {twice!r} is there twice. Which of them counts?"}, b""
     elif key not in names:
-        there = ", ".join(map(repr, names[:8])) or "none"
-        yield {"problem": "no_key", "said": f"there is no column {key!r}; the file has {there}"}, b""
+        listed = ", ".join(map(repr, names[:8])) or "none"
+        yield {"problem": "no_key", "said": f"there is no column {key!r}; the file has {listed}"}, b""
     else:
         columns = [name for name in (key, *wanted["keep"]) if name in names]
         yield {"before": sum(table.metadata.row_group(i).num_rows for i in range(wanted["start"]))}, b""

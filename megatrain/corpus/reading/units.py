@@ -220,8 +220,8 @@ def _require_file(source: SourceConfig, file: str) -> None:
         ) from None
     path = Path(file)
     if not path.is_file():
-        there = "is no plain file: write what it gives to a file, and name that" if path.exists() else "is a link to nothing"
-        raise ReadError(f"{source.name}: {file} {there}.")
+        fault = "is no plain file: write what it gives to a file, and name that" if path.exists() else "is a link to nothing"
+        raise ReadError(f"{source.name}: {file} {fault}.")
 
 
 # --- cutting ------------------------------------------------------------------------------------------------------------------

@@ -44,9 +44,9 @@ class Record(NamedTuple):
 
     number: int
     fields: Mapping[str, str]
-    """By names in small letters."""
+    """The fields of its header, by their names in small letters."""
     body: bytes | None
-    """None: it has more bytes than it may."""
+    """Its contents; None: they are more bytes than they may be."""
 
 
 def warc_documents(readings: Iterable[FileReading], settings: ReadConfig) -> Iterator[Document]:

@@ -49,14 +49,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Labels as an array."""
+    """Labels of items by raters, as an array."""
 
     items: tuple[str, ...]
     raters: tuple[str, ...]
     labels: tuple[str, ...]
     """In order: of their values, or of the alphabet."""
     values: Floats
-    """[k] the labels as numbers; their places where they are none."""
+    """[k] the labels as numbers; where they are no numbers, their places in that order."""
     codes: Codes
     """[items, raters] index of the label, MISSING for none."""
 
@@ -70,7 +70,7 @@ class LabelRow(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The place in messages."""
+        """File and line, as messages name them."""
         return f"{self.path}:{self.line}"
 
 

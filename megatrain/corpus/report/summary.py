@@ -140,10 +140,10 @@ def _losing(summary: Summary) -> list[str]:
         if not lost or (last[source] and (before < FEW or lost <= summary.limits.loses * before)):
             continue
         worst = max(summary.stages, key=lambda stage: stage.into.documents[source] - stage.out.documents[source])
-        there = worst.into.documents[source] - worst.out.documents[source]
+        most = worst.into.documents[source] - worst.out.documents[source]
         found.append(
             f"source {source} loses {_percent(lost, before)} of its documents ({lost:,} of {before:,}), most of them in "
-            f"{worst.name} ({there:,})"
+            f"{worst.name} ({most:,})"
         )
     return found
 

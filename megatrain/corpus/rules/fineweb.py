@@ -56,6 +56,6 @@ def fineweb(view: View, table: Words) -> dict[str, float]:
 
 
 def mc4(view: View, table: Words) -> dict[str, float]:
-    """The signal of mC4."""
+    """The signal of mC4: letters of the third longest line, 0 where there are fewer than three."""
     starts, ends = view.arrays.between_feeds()
     return {"third_line": float(np.partition(ends - starts, -3)[-3]) if len(starts) > 2 else 0.0}

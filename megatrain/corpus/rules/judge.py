@@ -16,7 +16,7 @@ from megatrain.corpus.rules import chinese, fineweb, gopher, source_code
 from megatrain.corpus.rules.line_signals import LineEditor
 from megatrain.corpus.rules.repetition import Repeats
 from megatrain.corpus.rules.rulebook import MEETS, TextRule, chosen
-from megatrain.corpus.rules.view import Cut, View, Words
+from megatrain.corpus.rules.view import Segmenter, View, Words
 
 Measure = Callable[[View, Words], dict[str, float]]
 MEASURES: Mapping[str, Measure] = {
@@ -44,7 +44,7 @@ class Turn(NamedTuple):
     name: str
     score: str
     signal: str
-    """Within its measure."""
+    """Name of the signal, among those of its measure."""
     meets: Callable[[float, float], bool] | None
     """Whether a signal meets a threshold; None for rules of lines."""
     threshold: float
@@ -71,16 +71,16 @@ def _groups(rules: Sequence[TextRule]) -> list[Group]:
 
 
 @cache
-def _cutter() -> Cut:
-    """The words of jieba's own dictionary, which is read anew: jieba would keep a copy where anybody can write, and believe it."""
+def _segmenter() -> Segmenter:
+    """jieba with its own dictionary, which is read anew: jieba would keep a copy where anybody can write, and believe it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports what setuptools will drop
         jieba = need("jieba", "the table of words jieba", "chinese")
     tokenizer = jieba.Tokenizer()
     tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
     tokenizer.initialized = True
-    cut: Cut = tokenizer.lcut
-    return cut
+    segmenter: Segmenter = tokenizer.lcut
+    return segmenter
 
 
 class Referee:
@@ -89,7 +89,7 @@ class Referee:
     def __init__(self, rules: Sequence[TextRule], edits: bool = True) -> None:
         self._edits = edits
         self._repeats = Repeats()
-        self._cut = _cutter() if any(rule.words == "jieba" for rule in rules) else None
+        self._segmenter = _segmenter() if any(rule.words == "jieba" for rule in rules) else None
         self._sets: dict[str, list[TextRule]] = {}
         for rule in rules:
             self._sets.setdefault(rule.of, []).append(rule)
@@ -103,7 +103,7 @@ class Referee:
     def __call__(self, document: Document, tally: Tally) -> Collection[str]:
         """Keep the signals of the rules with the document; the names of those that it breaks."""
         broken: list[str] = []
-        view, found = View(document.text, self._repeats, self._cut), Found()
+        view, found = View(document.text, self._repeats, self._segmenter), Found()
         text = document.text
         for name, rules in self._sets.items():
             if name in self._editors:

@@ -59,7 +59,7 @@ class LanguageArrays(NamedTuple):
     words: Bytes
     """All words, one after the other."""
     ends: Ints
-    """Where each of them ends [words]."""
+    """Byte behind the end of each word [words]."""
     word_at: Ints
     """Numbers of words by hash [2^BITS]."""
     letters_at: Ints
@@ -67,7 +67,7 @@ class LanguageArrays(NamedTuple):
     nodes: Reals
     """Numbers of each inner node of the tree [labels - 1, 16]."""
     children: Ints
-    """Its two nodes; those below `labels` are labels [labels - 1, 2]."""
+    """The two nodes below each inner node; those with numbers below `labels` are labels [labels - 1, 2]."""
 
 
 @jit
@@ -167,7 +167,7 @@ def _mean(text: Bytes, rows: Reals, words: Bytes, ends: Ints, word_at: Ints, let
 
 @jit
 def _log(x: np.float32) -> np.float32:
-    """As fastText has it, which never takes that of 0."""
+    """The logarithm as fastText takes it, a little above the true one so that 0 has one too."""
     return np.float32(math.log(np.float64(x) + 1e-5))
 
 

@@ -46,7 +46,7 @@ class TextRule:
 
     @property
     def of(self) -> str:
-        """The set that it belongs to."""
+        """Name of the set of rules that it belongs to."""
         return self.name.partition(".")[0]
 
     @property

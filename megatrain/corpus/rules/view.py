@@ -25,7 +25,7 @@ LONGEST_ROW = 50_000
 
 Words = Literal["blanks", "marks", "han", "spacy", "jieba"]
 """A table of words: one of megatrain.corpus.words, those of affixes.py, or the words that jieba finds in Chinese."""
-Cut = Callable[[str], list[str]]
+Segmenter = Callable[[str], list[str]]
 """Cuts a text into words, blanks among them, that are the text when joined."""
 
 
@@ -41,18 +41,18 @@ def _inside(letters: Letters) -> tuple[int, int]:
 
 
 class View:
-    """A text, as arrays. repeats: working memory, in which nothing of this text stays; cut: for the table `jieba`."""
+    """A text, as arrays. repeats: working memory, in which nothing of this text stays; segmenter: for the table `jieba`."""
 
-    def __init__(self, text: str, repeats: Repeats, cut: Cut | None = None) -> None:
+    def __init__(self, text: str, repeats: Repeats, segmenter: Segmenter | None = None) -> None:
         self.text = text[:LONGEST]
         self.repeats = repeats
-        self._cut = cut
+        self._segmenter = segmenter
         self._words: dict[Words, Extents] = {}
         self._hashes: dict[Words, Hashes] = {}
 
     def of(self, text: str) -> View:
         """Another text, seen with the same tools."""
-        return View(text, self.repeats, self._cut)
+        return View(text, self.repeats, self._segmenter)
 
     @cached_property
     def arrays(self) -> Text:
@@ -79,7 +79,7 @@ class View:
 
     def _find(self, table: Words) -> Extents:
         if table == "jieba":
-            return self._cut_words()
+            return self._segmented()
         return spacy_words(self.arrays) if table == "spacy" else self.arrays.words(table)
 
     def hashes(self, table: Words) -> Hashes:
@@ -88,12 +88,12 @@ class View:
             self._hashes[table] = hashes_of(self.arrays.codes, self.words(table))
         return self._hashes[table]
 
-    def _cut_words(self) -> Extents:
-        if self._cut is None:
-            raise ValueError("a view without a cutter has no words of the table jieba")
+    def _segmented(self) -> Extents:
+        if self._segmenter is None:
+            raise ValueError("a view without a segmenter has no words of the table jieba")
         lines = self.text.splitlines(keepends=True)
         rows = (line[at : at + LONGEST_ROW] for line in lines for at in range(0, len(line), LONGEST_ROW))
-        parts = [word for row in rows for word in self._cut(row)]
+        parts = [word for row in rows for word in self._segmenter(row)]
         ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
         full = np.fromiter((not part.isspace() for part in parts), bool, len(parts))
         return Extents(np.concatenate([[0], ends[:-1]])[: len(parts)][full], ends[full])

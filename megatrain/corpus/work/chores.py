@@ -41,12 +41,12 @@ class Chore:
 
     name: str
     size: int
-    """Its share of the work, in bytes, for the bar."""
+    """Bytes by which the progress bar counts it."""
     run: Work
     steady: bool = False
     """It says how far it is again and again, so that one that is silent for long is stuck."""
     about: str = ""
-    """Its input, for an error."""
+    """Its input, as errors name it."""
 
 
 @dataclass(frozen=True)

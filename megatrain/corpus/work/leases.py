@@ -206,7 +206,7 @@ class Lease:
         self._thread.start()
 
     def progress(self, count: int) -> None:
-        """So many bytes more are done."""
+        """Count bytes that have been done since the last call, which is a sign of life too."""
         self._done += count
         self._said = time.monotonic()
 

@@ -132,9 +132,9 @@ def total_bytes(paths: Iterable[str | Path]) -> int:
     for path in map(Path, paths):
         _is_lines(path)
         if not path.is_file():
-            there = "is no plain file: write what it gives to a file, and name that" if path.exists() else "does not exist"
-            kind = "is a directory; name its files" if path.is_dir() else there
-            raise ReadError(f"{path} {kind}.")
+            fault = "is no plain file: write what it gives to a file, and name that" if path.exists() else "does not exist"
+            fault = "is a directory; name its files" if path.is_dir() else fault
+            raise ReadError(f"{path} {fault}.")
         total += path.stat().st_size
     return total
 

@@ -222,7 +222,7 @@ class TextStoreWriter:
             self._write(self._flying.popleft().result())
 
     def _drop(self) -> None:
-        """After an error the waiting batches are dropped."""
+        """Drop the batches that wait, after an error."""
         for future in self._flying:
             future.cancel()
 

@@ -20,11 +20,11 @@ CHUNK_BYTES = 1 << 20
 MOST_WINDOW = 1 << 27
 """Bytes that a Zstandard or xz file may ask to be kept for references backwards, as the zstd command allows, or twice the file's size."""
 MOST_RATIO = 250
-"""Text shrinks by 3 to 10, logs and tables by up to 100."""
+"""Most bytes that may be made of one byte of a compressed file: text shrinks by 3 to 10, logs and tables by up to 100."""
 FREE_BYTES = 1 << 26
-"""A file may become as many, whatever its ratio."""
+"""Bytes that a compressed file may become, however small it is."""
 _FEED = 1 << 10
-"""Bytes given to Zstandard at a time, which has no other bound of what they become: 4 of them are 128 KiB at most."""
+"""Bytes given to Zstandard at a time, which nothing else keeps from making too much at once: of 4 of them it makes up to 128 KiB."""
 _COMMANDS = {"gz": "gzip -dc", "zst": "zstd -dc --long=31", "xz": "xz -dc", "bz2": "bzip2 -dc"}
 
 
@@ -32,9 +32,9 @@ class UnpackLimits(NamedTuple):
     """Bounds of what a compressed file becomes and takes, beyond which it is refused."""
 
     ratio: int = MOST_RATIO
-    """Times its size, beyond FREE_BYTES."""
+    """Bytes that may be made of each byte of the file, beside FREE_BYTES in all."""
     made: int = 1 << 62
-    """Bytes."""
+    """Bytes that its contents may have."""
     window: int | None = None
     """Bytes kept for references backwards; None: MOST_WINDOW or, if that is more, twice the file's size."""
 
@@ -57,7 +57,7 @@ class _Counted:
         self._file, self.taken = file, 0
 
     def read(self, size: int = -1) -> bytes:
-        """As of the file."""
+        """Read from the file."""
         data = self._file.read(size)
         self.taken += len(data)
         return data
@@ -91,7 +91,7 @@ def unpacked(file: BinaryIO, kind: str, limits: UnpackLimits = DEFAULT_LIMITS) -
 
 
 def _gunzip(file: _Counted, _window: int) -> Iterator[bytes]:
-    """Where the file is cut short, what comes before is given before the error; of what is damaged, nothing of the same piece."""
+    """Unpack gzip. All that precedes the end of a file cut short is given before the error; of a piece with damage in it, nothing."""
     with gzip.GzipFile(fileobj=cast(Any, file)) as stream:
         parts: list[bytes] = []
         held = 0

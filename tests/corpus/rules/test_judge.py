@@ -73,7 +73,7 @@ def test_a_probability_that_was_not_found_breaks_no_rule() -> None:
 
 def test_words_are_those_that_jieba_finds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    judge._cutter.cache_clear()
+    judge._segmenter.cache_clear()
     broken, document = judged("我们 今天，去公园玩。\n" * 2, ["map_neo.mean_length", "gopher.words.least"])
     assert broken == ["gopher.words.least"]
     assert document.scores == {"map_neo.mean_length": 8 / 5, "gopher.words": 4}  # 我们 今天 去 公园 玩
@@ -81,7 +81,7 @@ def test_words_are_those_that_jieba_finds(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_jieba_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    judge._cutter.cache_clear()
+    judge._segmenter.cache_clear()
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ImportError, match=r"the table of words jieba needs jieba: pip install 'megatrain\[chinese\]'"):
         rules_step(["gopher"], {}, "jieba")

@@ -20,14 +20,14 @@ def test_a_word_has_the_same_hash_wherever_it_stands() -> None:
     assert len(np.unique(hashes_of_words(("a b", "ab", "a", "b", "ba")))) == 5
 
 
-def test_the_words_of_a_cutter_are_those_with_letters() -> None:
+def test_the_words_of_a_segmenter_are_those_with_letters() -> None:
     words = View("我们 在\n这里", Repeats(), lambda row: re.findall("我们|这里|.|\n", row)).words("jieba")
     assert list(zip(words.starts.tolist(), words.ends.tolist(), strict=True)) == [(0, 2), (3, 4), (5, 7)]
-    with pytest.raises(ValueError, match="without a cutter"):
+    with pytest.raises(ValueError, match="without a segmenter"):
         View("我们", Repeats()).words("jieba")
 
 
-def test_a_cutter_is_given_a_line_at_a_time_and_no_long_ones() -> None:
+def test_a_segmenter_is_given_a_line_at_a_time_and_no_long_ones() -> None:
     rows: list[str] = []
 
     def cut(row: str) -> list[str]:
