@@ -311,9 +311,9 @@ def _targets(manifest: Manifest, portions: Portions, ctx: ParallelContext) -> li
     return [_target(manifest, kind, name, portion, ctx) for kind, name, portion in given]
 
 
-def table_hint(name: str, have: Sequence[int], give: Sequence[int]) -> str:
+def table_hint(have: Sequence[int], give: Sequence[int]) -> str:
     """Advice where two shapes of a table of learned positions differ in rows only; "" elsewhere."""
-    if name not in ("embedding.positions", "embedding.block_positions") or tuple(have[1:]) != tuple(give[1:]):
+    if tuple(have[1:]) != tuple(give[1:]):
         return ""
     return f" (in training: model.max_positions={have[0]}, whatever model.seq_length is)"
 
@@ -323,7 +323,9 @@ def _misfit(manifest: Manifest, kind: str, name: str, portion: Portion) -> str:
     stored = manifest.tensors[name]
     if stored.spec.shape != portion.spec.shape:
         have, give = stored.spec.shape, portion.spec.shape
-        return f"{name}: the checkpoint has {list(have)}, the config gives {list(give)}{table_hint(name, have, give)}"
+        positions = portion.spec.part == "embedding" and portion.spec.split is None  # the matrix of tokens is split
+        hint = table_hint(have, give) if positions else ""
+        return f"{name}: the checkpoint has {list(have)}, the config gives {list(give)}{hint}"
     kept, want = dtype_of(stored.dtypes[kind]), portion.elements.dtype
     if kept != want and not (kept.is_floating_point and want.is_floating_point):
         return f"{kind} of {name}: the checkpoint has {kept}, this run {want}"

@@ -148,9 +148,19 @@ def told_by_name(source):
     return found
 
 
+def compared_with_a_name(source):
+    """Lines that compare anything with the logical name of a parameter, alone or among others."""
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    texts = [(node.lineno, n.value) for node in compared for n in ast.walk(node) if isinstance(n, ast.Constant)]
+    return [line for line, text in texts if re.match(r"(embedding|layers|head)\.|final_norm", str(text))]
+
+
 def test_nobody_tells_a_parameter_by_its_name():
     """`ParamSpec.part` says it; tables of Hugging Face's names alone translate names, and read no spec's for that."""
     wrong = 'a = p.spec.name.endswith("bias")\nb = "norm" in spec.name\nc = spec.name == "embedding.tokens"\nd = spec.name == other.name\n'
     assert told_by_name(wrong) == [1, 2, 3]
     package = Path(megatrain.__file__).parent
     assert {path.name: lines for path in package.rglob("*.py") if (lines := told_by_name(path.read_text()))} == {}
+    assert compared_with_a_name('a = name in ("embedding.positions", "x")\nb = {"head.weight": 1}\nc = n == "final_norm"') == [1, 3]
+    others = [path for path in package.rglob("*.py") if path.parent.name != "huggingface"]
+    assert {path.name: lines for path in others if (lines := compared_with_a_name(path.read_text()))} == {}
