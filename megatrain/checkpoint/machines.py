@@ -33,12 +33,12 @@ class Machines:
 
     @classmethod
     def meet(cls, label: object, ctx: ParallelContext) -> Machines:
-        """By the label of this rank's machine (collective over the world)."""
+        """The machines of all ranks, each by the label that its ranks give it (collective over the world)."""
         return cls.of(gather_texts(str(label), ctx.world.group, ctx.device))
 
     @property
     def number(self) -> int:
-        """How many there are."""
+        """Number of machines."""
         return len(self.ranks)
 
     def machine(self, rank: int) -> int:

@@ -20,7 +20,7 @@ class Document:
     """One text with its origin and what is known of it."""
 
     text: str
-    """Without lone surrogates."""
+    """The text, without lone surrogates."""
     source: str
     """Name of its source in the config."""
     file: str

@@ -30,10 +30,10 @@ DOCUMENTS = "documents.jsonl.zst"
 BREAKS = "breaks"
 """The mark of a document that stays with rules that it breaks: their names."""
 FEW, LETTERS = 64, 1 << 17
-"""Documents that go through a step one after the other, and letters of them, about."""
+"""Documents that go through a step at a time, at most, and about how many letters of them."""
 Stage = tuple[str, Sequence[Step]]
 Last = Literal["read", "clean", "filter"]
-"""The last stage of the phase."""
+"""The last stage that a unit goes through."""
 
 
 def stages_of(config: PrepareConfig, source: SourceConfig, last: Last) -> list[Stage]:

@@ -34,7 +34,7 @@ class SealedBackend(C10dRendezvousBackend):
         super().__init__(store, run_id)
 
     def set_state(self, state: bytes, token: Token | None = None) -> tuple[bytes, Token, bool] | None:
-        """See the base class."""
+        """Set the state, sealed; returns what is there then, and whether it is this one."""
         found = super().set_state(self._seal.close_bytes(self._key, state), token)
         return None if found is None else (found[0], found[1], found[0] == state)
 

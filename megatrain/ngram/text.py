@@ -41,7 +41,7 @@ class TextWords:
     """The words and line ends of a piece of text, in order."""
 
     words: Any
-    """pyarrow binary array."""
+    """The words, as a binary array of pyarrow."""
     line_ends: npt.NDArray[np.bool_]
     """[words + line ends] True for a line end, False for a word."""
 

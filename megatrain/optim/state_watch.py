@@ -50,7 +50,7 @@ class StateWatch:
         self._whole = [local.weights for local in self._replicated if local.weights is not None]
         """The weights of the buckets of which replicas have all, too; they lie in one place for good."""
         self._remembered = [torch.zeros_like(row_sums(weights)) for weights in self._whole]
-        """Number of each row of them."""
+        """For each row of these weights a number made of its sums before all updates so far, in which replicas differ if a row ever did."""
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +117,7 @@ def _width(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def row_count(tensor: torch.Tensor) -> int:
-    """Rows that a tensor has."""
+    """Number of rows that a tensor is summed in."""
     words, width = _width(tensor)
     return -(-words // width)
 

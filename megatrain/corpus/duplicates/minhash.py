@@ -37,9 +37,9 @@ class JoinedTexts(NamedTuple):
     """Some texts as one array, so that short ones cost no call each."""
 
     codes: Codes
-    """Code points of all."""
+    """Code points of all texts, one text behind the other."""
     bounds: Where
-    """Where each begins, and the end [texts + 1]."""
+    """First code point of each text, and the number of all [texts + 1]."""
 
     @classmethod
     def of(cls, texts: list[str]) -> JoinedTexts:

@@ -13,9 +13,9 @@ from megatrain.corpus.rules.rulebook import RULES, TextRule
 
 HEAD = "<!-- What follows is made by `python -m megatrain.corpus.rules.rule_page docs/rules.md` from corpus/rules/rulebook.py. -->\n"
 WORD_MEASURES = {"quality", "grams", "stop_words_en", "stop_words_zh"}
-"""Measures all of whose signals hang on what a word is."""
+"""Measures all of whose signals depend on the table of words."""
 WORD_SIGNALS = {"fineweb.feeds", "roots.words_5", "line.line_words"}
-"""Further signals that do."""
+"""Signals of other measures that depend on the table of words."""
 SIGNS = {"least": "≥", "most": "≤", "above": ">", "below": "<"}
 
 

@@ -12,6 +12,6 @@ class EncodedTexts(NamedTuple):
     """Token ids of several texts."""
 
     ids: npt.NDArray[np.integer]
-    """[sum of lengths], back to back."""
+    """[sum of lengths] ids of all texts, one text behind the other."""
     lengths: npt.NDArray[np.int64]
-    """[texts]"""
+    """[texts] number of ids of each text."""
