@@ -161,6 +161,9 @@ def test_nobody_tells_a_parameter_by_its_name():
     assert told_by_name(wrong) == [1, 2, 3]
     package = Path(megatrain.__file__).parent
     assert {path.name: lines for path in package.rglob("*.py") if (lines := told_by_name(path.read_text()))} == {}
-    assert compared_with_a_name('a = name in ("embedding.positions", "x")\nb = {"head.weight": 1}\nc = n == "final_norm"') == [1, 3]
+    assert compared_with_a_name('a = name in ("embedding.positions", "x")\nb = {"head.weight": 1}\nc = n == "final_norm"') == [
+        1,
+        3,
+    ]
     others = [path for path in package.rglob("*.py") if path.parent.name != "huggingface"]
     assert {path.name: lines for path in others if (lines := compared_with_a_name(path.read_text()))} == {}
