@@ -29,7 +29,7 @@ class Knob:
     effect: Effect | None
     """When the value has an effect; None: always."""
     range: Range
-    """Those values of its type that it may have."""
+    """Bounds within its type."""
     use: Any
     """A value in range, which errors advise."""
     deferred: Deferred | None
