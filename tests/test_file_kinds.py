@@ -31,7 +31,10 @@ def fuzz(kind, seconds, folder):
         pytest.skip("memory is measured by /proc of Linux")
     environment = {**os.environ, fuzzing.SEED: str(fuzzing.seed())}
     with Job(folder / "job") as job:
-        job.fork([str(Path(__file__).with_name("fuzz_worker.py")), kind, str(seconds), str(folder / "files")], environment)
+        job.fork(
+            [str(Path(__file__).with_name("harness") / "fuzz_worker.py"), kind, str(seconds), str(folder / "files")],
+            environment,
+        )
         out, size, moved = folder / "job" / "out_0", -1, time.monotonic()
         while job.processes[0].poll() is None and time.monotonic() - moved < LONGEST + STARTING:
             now = out.stat().st_size if out.exists() else -1  # the process makes it

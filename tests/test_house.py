@@ -76,6 +76,9 @@ def test_package_list_is_the_folders(setup: configparser.ConfigParser) -> None:
 
 def test_no_grab_bags_and_no_packages_in_tests() -> None:
     assert [name(path) for path in CODE if path.stem in ("utils", "util", "common", "helpers", "misc")] == []
+    rooms = [ROOT / "tests" / room for room in ("harness", "references", "grids", "faults")]
+    beside = [path for path in (ROOT / "tests").rglob("*.py") if not path.name.startswith("test_") and path.parent not in rooms]
+    assert [name(path) for path in beside if path.name != "conftest.py"] == []
     assert [name(path) for path in ROOT.glob("tests/**/__init__.py")] == []
 
 

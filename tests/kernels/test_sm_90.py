@@ -32,7 +32,7 @@ EACH_KIND = [
 def compiled(tmp_path, *patterns):
     """What the compiler made of the calls that match, a row for each kernel."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).with_name("sm_90.py")), *patterns]
+    command = [sys.executable, str(Path(__file__).parents[1] / "harness/sm_90.py"), *patterns]
     done = subprocess.run(
         command, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, timeout=1200, check=False
     )

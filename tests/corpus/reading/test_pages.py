@@ -17,7 +17,7 @@ from megatrain.corpus.reading.pages import Extracted, Extractor
 from megatrain.corpus.reading.units import cut_units
 from megatrain.data.prepare.read import ReadError
 
-BROKEN = str(Path(__file__).with_name("broken_extractor.py"))
+BROKEN = str(Path(__file__).parents[2] / "harness/broken_extractor.py")
 
 
 def page(body, head="<title>A title</title>"):

@@ -1,6 +1,6 @@
 """Runs on text with a poisoned document: one token, again and again, whose loss counts two hundred times.
 
-python tests/poisoned.py CONFIG.yaml       trains in the world that the environment describes; exit code as of `megatrain train`
+python tests/harness/poisoned.py CONFIG.yaml       trains in the world that the environment describes; exit code as of `megatrain train`
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for sm_90 as their own callers call them, without a GPU: a line of JSON for each.
 
-    python tests/kernels/sm_90.py PATTERN...     (TRITON_INTERPRET must not be set)
+    python tests/harness/sm_90.py PATTERN...     (TRITON_INTERPRET must not be set)
 
 The callers run on CPU tensors; in the place of each launch the kernel is compiled for those very arguments (their dtypes, their
 divisibility by 16, their strides of 1), and what ptxas made of it is read from the binary: registers, bytes that were spilled, and the

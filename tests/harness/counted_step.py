@@ -1,6 +1,6 @@
 """Launches and bytes of the real training step on a GPU, counted on the meta device: nothing is computed, every shape is the real one.
 
-    python tests/counted_step.py        (prints the table of docs/benchmarks.md)
+    python tests/harness/counted_step.py        (prints the table of docs/benchmarks.md)
 
 Counted is what a GPU would run: every operation of torch that is no view (its operands read, its results written, each once), a launch
 of a Triton kernel (its arguments, once, or twice where it reads and writes), torch's flash attention forward and backward. Steps of

@@ -1,6 +1,6 @@
 """A process that reads changed files of one kind, and says before and behind each what it does.
 
-    python tests/fuzz_worker.py KIND SECONDS FOLDER
+    python tests/harness/fuzz_worker.py KIND SECONDS FOLDER
 
 A line of JSON each on standard output: {"begin": name of the case}, then {"end": verdict, "seconds": of a core, "bytes": of memory beyond
 what was there before, "file": name, "size": bytes}. The verdict is `refused` with the message, `taken`, or what is wrong.
@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "references")]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "references")]
 
 import fuzzing  # noqa: E402
 from file_kinds import KINDS, changed_file, digest, snapshot  # noqa: E402
