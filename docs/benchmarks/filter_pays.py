@@ -10,7 +10,7 @@ held out  paragraphs of prose from documents that were set aside by hash before,
           13 words (20 Chinese characters);
 train     `megatrain train` on one thread, a run for each arm and seed; curves as a PNG, all figures in WORK/filter_pays.json.
 
-What is in WORK already is not done again, but for the picture.
+What is in WORK already is not done again, but for the picture. Where the machine has no Chinese text, English alone is compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,11 @@ def megatrain(*words: str, into: Path) -> dict[str, float]:
     return {"seconds": round(time.monotonic() - begin, 1), "cpu_seconds": round(used, 1)}
 
 
+def weights_of(work: Path) -> dict[str, float]:
+    """The weights of the sources that this machine has text for."""
+    return {name: weight for name, weight in WEIGHTS.items() if (work / f"{name}.jsonl").stat().st_size}
+
+
 def prepare(work: Path, arm: str, workers: int, every: int) -> dict[str, float]:
     """Token stores of an arm."""
     raw = arm == "raw"
@@ -87,7 +92,12 @@ def prepare(work: Path, arm: str, workers: int, every: int) -> dict[str, float]:
         {"name": "code", "paths": [str(work / "code.jsonl")], "kind": "code", "language": "en"},
         {"name": "chinese", "paths": [str(work / "chinese.jsonl")], "language": "zh"},
     ]
-    sources = [source | {"weight": WEIGHTS[source["name"]]} | ({"rules": []} if raw else {}) for source in sources]
+    weights = weights_of(work)
+    sources = [
+        source | {"weight": weights[source["name"]]} | ({"rules": []} if raw else {})
+        for source in sources
+        if source["name"] in weights
+    ]
     config: dict[str, Any] = {
         "read": {"sources": sources, "unit_bytes": 16 << 20},
         "tokenize": {"held_out": 0, "tokenizer": str(work / "tokenizer.json")},
@@ -112,9 +122,9 @@ def hold_out(work: Path) -> dict[str, dict[str, int]]:
     random.Random(1).shuffle(aside)
     paragraphs = [(row["set"], number, text) for number, row in enumerate(aside) for text in prose_of(row["text"], row["set"])]
     passages = [Worded.of(text, LENGTHS).passages(LENGTHS.passage) for _, _, text in paragraphs]
-    wanted = np.unique(np.concatenate(passages))
+    wanted = np.unique(np.concatenate([np.empty(0, np.uint64), *passages]))
     seen = np.zeros(len(wanted), bool)
-    for text in documents(work):
+    for text in documents(work) if len(wanted) else ():
         has = Worded.of(text, LENGTHS).passages(LENGTHS.passage)
         at = np.minimum(np.searchsorted(wanted, has), len(wanted) - 1)
         seen[at[wanted[at] == has]] = True
@@ -133,17 +143,32 @@ def hold_out(work: Path) -> dict[str, dict[str, int]]:
         lines = [json.dumps({"text": "\n\n".join(parts) + "\n"}, ensure_ascii=False) + "\n" for parts in texts.values()]
         (work / f"valid_{name}.jsonl").write_text("".join(lines))
         words = ["--input", str(work / f"valid_{name}.jsonl"), "--output", str(work / f"valid_{name}"), "--append-eod"]
-        megatrain("data", "tokenize", *words, "--tokenizer", str(work / "tokenizer.json"), into=work / "tokenize.log")
+        if texts:
+            megatrain("data", "tokenize", *words, "--tokenizer", str(work / "tokenizer.json"), into=work / "tokenize.log")
         found[name] = {"bytes": size, "documents": len(texts), "paragraphs_leaked": leaked}
     return found
 
 
-def train(work: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
+def sets_of(held_out: dict[str, dict[str, int]]) -> list[str]:
+    """The sets that have text; says which have none on this machine, as in a slim container. Ends the program where English has none."""
+    sets = [name for name, found in held_out.items() if found["bytes"]]
+    if "english" not in sets:
+        sys.exit(
+            "filter_pays.py: this machine has no English prose to hold out. Install man pages: apt-get install manpages man-db"
+        )
+    for name in held_out.keys() - sets:
+        print(
+            f"no {name.title()} text to hold out on this machine (man pages, messages of programs): English alone is compared"
+        )
+    return sets
+
+
+def train(work: Path, sets: Sequence[str], arm: str, seed: int, steps: int) -> dict[str, Any]:
     """A run -> its curves, {set: {step: bits a byte}}, and the bits a byte at its end."""
     run = work / f"run_{arm}_{seed}_{steps}"
     data = {
-        "train": [{"path": str(work / arm / name), "weight": weight} for name, weight in WEIGHTS.items()],
-        "valid": {name: [{"path": str(work / f"valid_{name}")}] for name in HELD_OUT},
+        "train": [{"path": str(work / arm / name), "weight": weight} for name, weight in weights_of(work).items()],
+        "valid": {name: [{"path": str(work / f"valid_{name}")}] for name in sets},
         "tokenizer": str(work / "tokenizer.json"),
     }
     config = {key: dict(section) for key, section in MODEL.items()} | {"data": data}
@@ -154,7 +179,7 @@ def train(work: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
     megatrain("train", str(run / "config.yaml"), into=run / "log.txt")
     scored = run / "eval.jsonl"
     megatrain("eval", str(run / "checkpoints"), "--json", into=scored)
-    last = {row["set"]: row for row in map(json.loads, scored.read_text().splitlines()) if row["set"] in HELD_OUT}
+    last = {row["set"]: row for row in map(json.loads, scored.read_text().splitlines()) if row["set"] in sets}
     rows = read_metrics(run / "metrics.jsonl")[1]
     curves = {
         name: {row["step"]: row["valid_losses"][name] * of["bits_per_byte"] / of["loss"] for row in rows}
@@ -164,10 +189,10 @@ def train(work: Path, arm: str, seed: int, steps: int) -> dict[str, Any]:
     return {"arm": arm, "seed": seed, "steps": steps, "curves": curves, "bits_per_byte": bits}
 
 
-def draw(runs: list[dict[str, Any]], tokens: int, path: Path) -> None:
+def draw(runs: list[dict[str, Any]], sets: Sequence[str], tokens: int, path: Path) -> None:
     """Both arms' curves over each set."""
     figure = Figure(figsize=(10, 4.2), dpi=110, layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), HELD_OUT, strict=True):
+    for axes, name in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
         for arm, colour in zip(ARMS, ("tab:red", "tab:blue"), strict=True):
             for number, run in enumerate(run for run in runs if run["arm"] == arm):
                 curve = {int(step): bits for step, bits in run["curves"][name].items()}
@@ -203,7 +228,12 @@ def main() -> None:
     if "text" not in done:
         keep(text=gather(work, args.every))
     if "tokenizer" not in done:
-        inputs = ["--input", *(str(work / f"{name}.jsonl") for name in WEIGHTS), "--output", str(work / "tokenizer.json")]
+        inputs = [
+            "--input",
+            *(str(work / f"{name}.jsonl") for name in weights_of(work)),
+            "--output",
+            str(work / "tokenizer.json"),
+        ]
         sample = ["--vocab-size", str(VOCABULARY), "--sample", str(SAMPLE)]
         keep(tokenizer=megatrain("data", "tokenizer", *inputs, *sample, into=work / "tokenizer.log"))
     for arm in ARMS:
@@ -211,14 +241,15 @@ def main() -> None:
             keep(**{arm: prepare(work, arm, args.workers, args.every)})
     if "held_out" not in done:
         keep(held_out=hold_out(work))
+    sets = sets_of(done["held_out"])
     had = {(run["arm"], run["seed"], run["steps"]) for run in done["runs"]}
     wanted = [(arm, seed) for seed in args.seeds for arm in ARMS if (arm, seed, args.steps) not in had]
     with ThreadPoolExecutor(args.workers) as pool:
-        for run in pool.map(lambda one: train(work, *one, args.steps), wanted):
+        for run in pool.map(lambda one: train(work, sets, *one, args.steps), wanted):
             keep(runs=[*done["runs"], run])
     runs = [run for run in done["runs"] if run["seed"] in args.seeds and run["steps"] == args.steps]
-    draw(runs, MODEL["train"]["global_batch_size"] * MODEL["model"]["seq_length"], args.output)
-    for name in HELD_OUT:
+    draw(runs, sets, MODEL["train"]["global_batch_size"] * MODEL["model"]["seq_length"], args.output)
+    for name in sets:
         bits = {arm: [run["bits_per_byte"][name] for run in runs if run["arm"] == arm] for arm in ARMS}
         for arm, found in bits.items():
             print(name, arm, [round(of, 4) for of in found], "mean", round(statistics.mean(found), 4))

@@ -21,7 +21,6 @@ import random
 import re
 import sysconfig
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +28,6 @@ import numpy as np
 
 SITE = str(Path(np.__file__).parents[1])
 DOC, MAN = Path("/usr/share/doc"), Path("/usr/share/man")
-CRAWLED = (f"{DOC}/**/*.html", f"{SITE}/**/*.html")
 MOST = 1 << 20
 """Bytes of a document."""
 TEXTS = frozenset({".txt", ".md", ".rst", ".json", ".js", ".css", ".csv", ".xml", ".yaml", ".svg", ""})
@@ -37,7 +35,8 @@ NAMES = ("LICENSE", "COPYING", "README", "NOTICE", "AUTHORS", "METADATA", "CHANG
 ASIDE = 8
 """Per cent of English man pages and documentation set aside; twice as many messages, five times as many Chinese man pages."""
 FEW = {"aside": 10, "chinese": 10}
-"""Of these, which are small, each tenth document stays at least."""
+"""Of these, which are small, each tenth document stays at least; and SOME of them, where the machine has so many."""
+SOME = 100
 FONTS = frozenset(
     ("B", "I", "BR", "BI", "IR", "IB", "RB", "RI", "SM", "SB", "R", "Nm", "Fl", "Ar", "Pa", "Xr", "Cm", "Ev", "Em", "Sy", "Li")
 )
@@ -143,7 +142,7 @@ def hard_cases(texts: list[str], number: int = 1200, seed: int = 1) -> Iterator[
     """What goes wrong in Chinese text, made of real sentences: spam, menus, mojibake, copies with a change, numbers of people, keywords."""
     draw = random.Random(seed)
     sentences = [line for text in texts for line in re.findall(r"[^\n。]{15,80}。", text)]
-    for case in range(number):
+    for case in range(number if sentences else 0):
         some = draw.choices(sentences, k=8)
         body = "".join(some)
         phone, spam = (
@@ -164,12 +163,13 @@ def hard_cases(texts: list[str], number: int = 1200, seed: int = 1) -> Iterator[
 
 def gather(work: Path, every: int = 1) -> dict[str, dict[str, float]]:
     """Write the four files, of each its `every`-th document alone (FEW) -> documents and megabytes of each."""
-    found: dict[str, list[tuple[str, str]]] = {name: [] for name in ("crawl", "code", "chinese", "aside")}
-    seen: Counter[str] = Counter()
+    there: dict[str, list[tuple[Path, Callable[[Path], str]]]] = {name: [] for name in ("crawl", "code", "chinese", "aside")}
     for name, path, reader in crawl():
-        if seen[name] % min(every, FEW.get(name, every)) == 0 and (text := reader(path)):
-            found[name].append((str(path), text))
-        seen[name] += 1
+        there[name].append((path, reader))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, those in there.items():
+        step = min(every, FEW[name], max(1, len(those) // SOME)) if name in FEW else every
+        found[name] = [(str(path), text) for path, reader in those[::step] if (text := reader(path))]
     found["chinese"] += [
         ("generated", text) for text in hard_cases([text for _, text in found["chinese"]], 1200 // min(every, 10))
     ]
@@ -182,8 +182,10 @@ def gather(work: Path, every: int = 1) -> dict[str, dict[str, float]]:
 
 
 def crawled(every: int = 1) -> list[str]:
-    """The pages of HTML, as patterns; of them, each `every`-th alone, as paths."""
-    return list(CRAWLED) if every == 1 else [str(path) for path in files(DOC, SITE) if path.suffix == ".html"][::every]
+    """The pages of HTML, as patterns of those that there are; of them, each `every`-th alone, as paths."""
+    if every == 1:
+        return [f"{root}/**/*.html" for root in (DOC, SITE) if any(Path(root).rglob("*.html"))]
+    return [str(path) for path in files(DOC, SITE) if path.suffix == ".html"][::every]
 
 
 def prose_of(text: str, name: str) -> Iterator[str]:
