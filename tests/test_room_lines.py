@@ -6,14 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "docs/benchmarks": 5050,
+    "docs/benchmarks": 5100,
     "kernels": 4050,
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1200,
     "megatrain/config": 3350,
-    "megatrain/corpus": 12650,
+    "megatrain/corpus": 12800,
     "megatrain/data": 6400,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,

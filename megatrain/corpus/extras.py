@@ -8,12 +8,16 @@ from types import ModuleType
 from typing import Any
 
 
+class MissingPackageError(ImportError):
+    """A package that is not installed; it says what the package is for and how to install it."""
+
+
 def need(package: str, use: str, extra: str) -> ModuleType:
-    """A package of an extra. Raises ImportError that says what it is for and how to install it."""
+    """A package of an extra. Raises MissingPackageError."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise ImportError(f"{use} needs {package.partition('.')[0]}: pip install 'megatrain[{extra}]'") from None
+        raise MissingPackageError(f"{use} needs {package.partition('.')[0]}: pip install 'megatrain[{extra}]'") from None
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatrain.corpus.extras import need
+from megatrain.corpus.work.pool import PoolError
 
 LOOK_SECONDS = 1.0
 
@@ -15,7 +16,7 @@ def run_on_ray(main: Callable[[list[str]], int], words: Sequence[str], count: in
     """Run `main` with some words so many times at once on the cluster that RAY_ADDRESS names, or on one that is made here.
 
     count: None: one for each of its cores. look: called now and then meanwhile. A worker whose machine is lost is started again by Ray.
-    Raises what a worker raises.
+    Raises PoolError when a worker has failed.
     """
     ray = need("ray", "run.on=ray", "ray")
     ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=True, include_dashboard=False)
@@ -26,6 +27,8 @@ def run_on_ray(main: Callable[[list[str]], int], words: Sequence[str], count: in
             ended, waiting = ray.wait(waiting, timeout=LOOK_SECONDS)
             look()
             ray.get(ended)
+    except ray.exceptions.RayError as error:
+        raise PoolError(f"a worker on Ray failed: {getattr(error, 'cause', None) or error}", 1) from None
     finally:
         ray.shutdown()
 

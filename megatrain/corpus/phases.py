@@ -44,6 +44,10 @@ WORK = "work"
 """Folder of the work under way, below that of the output."""
 
 
+class OtherInputError(RuntimeError):
+    """Workers have prepared something else than this process was asked for."""
+
+
 class Preparation:
     """One preparation: what is to be done, by whichever workers."""
 
@@ -87,9 +91,12 @@ class Preparation:
         self._results = results
 
     def made(self) -> Results:
-        """The results of all phases. Raises RuntimeError before they are done."""
+        """The results of all phases. Raises OtherInputError where they are not done."""
         if self._results is None:
-            raise RuntimeError("the phases of a preparation are not done")
+            raise OtherInputError(
+                "all workers have ended well, and what this command began with is not done: files of the input, or files that the config "
+                "names, were changed meanwhile, and the workers have prepared what they found. Run the same command again."
+            )
         return self._results
 
     def _documents(self) -> Phase:

@@ -24,7 +24,7 @@ PLACES = 8
 
 
 def preview(verb: Verb, path: str, overrides: Sequence[str]) -> str:
-    """The report of a sample, the beginnings of units spread over each source. Copies are not looked for."""
+    """The report of a sample, the beginnings of units spread over each source. Copies are not looked for, nor perplexities."""
     config = load_config(path, overrides, verb)
     units = _spread(list(cut_units(config.read, outside=config.output.dir)))
     share = SAMPLE_LETTERS // max(1, len(units))
@@ -33,9 +33,10 @@ def preview(verb: Verb, path: str, overrides: Sequence[str]) -> str:
         for unit in units:
             _look(unit, config, LAST[verb], share, audit)
             advance(1)
+    judged = "copies are not looked for" + (", perplexities are not judged" if config.perplexity.models else "")
     note = (
-        f"A dry run over the beginnings of units of work ({len(units)}), some {share:,} characters of each; copies are not looked for, and "
-        "nothing is written."
+        f"A dry run over the beginnings of units of work ({len(units)}), some {share:,} characters of each; {judged}, and nothing is "
+        "written."
     )
     summary = summary_of(audit.tally.counts, STAGES)
     return page(summary, audit.tally.places, title="What the rules would remove", note=note, linked=False)

@@ -81,6 +81,23 @@ def test_workers_read_the_config_as_it_was_when_they_were_asked_for(here, monkey
     assert "a.bin" in made(here) and "a_valid.bin" not in made(here)
 
 
+def test_input_that_is_another_when_workers_begin_is_told(here, monkeypatch, capsys):
+    def run(words, *_):
+        with (here / "raw/a.jsonl").open("a") as file:
+            file.write('{"text": "One more row that came late."}\n')
+        assert main([*words]) == 0
+
+    monkeypatch.setattr(conduct, "_run_here", run)
+    assert main(["data", "prepare", "prepare.yaml"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "megatrain: error: all workers have ended well, and what this command began with is not done: files of the input, or files that "
+        "the config names, were changed meanwhile, and the workers have prepared what they found. Run the same command again.\n"
+    )
+    monkeypatch.setattr(conduct, "_run_here", lambda *_: pytest.fail("nothing is left to do"))
+    assert main(["data", "prepare", "prepare.yaml"]) == 0
+    assert "121 documents" in (here / "out/REPORT.md").read_text()
+
+
 def test_without_its_work_a_preparation_is_done_all_the_same(here, monkeypatch, capsys):
     monkeypatch.setattr(conduct, "_run_here", lambda words, *_: main([*words]))
     assert main(["data", "prepare", "prepare.yaml", "output.keep_work=false"]) == 0

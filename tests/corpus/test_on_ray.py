@@ -3,8 +3,40 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from megatrain.corpus.on_ray import run_on_ray
+from megatrain.corpus.work.pool import PoolError
+
+
+class RayError(Exception):
+    """As Ray's, with what a worker has raised as its cause."""
+
+    cause = RuntimeError("a worker ended with exit code 1; what it said stands above")
+
+
+def test_a_worker_that_fails_on_ray_is_an_error_of_one_line(monkeypatch):
+    def get(_ended):
+        raise RayError("many lines of a traceback")
+
+    remote = SimpleNamespace(remote=lambda *words: words)
+    ended = []
+    ray = SimpleNamespace(
+        init=lambda **_: None,
+        remote=lambda **_: lambda _work: remote,
+        wait=lambda waiting, timeout: (waiting, []),
+        get=get,
+        shutdown=lambda: ended.append(True),
+        exceptions=SimpleNamespace(RayError=RayError),
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(
+        PoolError, match=r"^a worker on Ray failed: a worker ended with exit code 1; what it said stands above$"
+    ):
+        run_on_ray(lambda _words: 0, ["data", "read", "prepare.yaml"], 2, lambda: None)
+    assert ended == [True]
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
+from megatrain.corpus.extras import MissingPackageError
+
 SIZE = struct.Struct("<I")
 """A number on a pipe."""
 READY, MISSING = b"ready", b"missg"
@@ -72,7 +74,7 @@ class Isolated:
                 process.wait()
 
     def send(self, data: bytes, patience: float) -> None:
-        """Write all of `data`. Raises DiedError, and ImportError where the process lacks a package.
+        """Write all of `data`. Raises DiedError, and MissingPackageError where the process lacks a package.
 
         patience: seconds by the clock after which the process is given up
         """
@@ -108,7 +110,7 @@ class Isolated:
         return DiedError(code)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        """Start the process, with pipes that never block. Raises ImportError."""
+        """Start the process, with pipes that never block. Raises MissingPackageError."""
         pipe = subprocess.PIPE
         self.process = process = subprocess.Popen(
             self.command, bufsize=0, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
@@ -119,9 +121,9 @@ class Isolated:
         try:
             if self.receive(len(READY), START_SECONDS) != READY:
                 size = SIZE.unpack(self.receive(SIZE.size, START_SECONDS))[0]
-                raise ImportError(self.receive(size, START_SECONDS).decode())
+                raise MissingPackageError(self.receive(size, START_SECONDS).decode())
         except DiedError as died:
-            raise ImportError(f"the process that reads files does not start: {' '.join(self.command)}") from died
+            raise MissingPackageError(f"the process that reads files does not start: {' '.join(self.command)}") from died
         return process
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from megatrain.corpus.reading.choices import Form, ReadConfig, SourceConfig
+from megatrain.corpus.reading.matching import matching
 from megatrain.corpus.reading.parquet_answers import ParquetReader, row_groups
 from megatrain.data.prepare.read import COMPRESSIONS, TEXT_SUFFIXES, ReadError
 from megatrain.files import HEAD_BYTES, opened_plain, wide_encoding
@@ -154,7 +155,13 @@ def files_of(source: SourceConfig, outside: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     unknown = []
     for pattern in source.paths:
-        files = [file for file in _matching(pattern) if not Path(file).is_dir()]
+        try:
+            files = [file for file in matching(pattern) if not Path(file).is_dir()]
+        except OSError as error:
+            raise ReadError(
+                f"{source.name}: {pattern}: {error.filename!r} cannot be looked into ({error.strerror or error}), and what lies in it "
+                "would be missing. Allow it, or name paths beside it."
+            ) from None
         if not files:
             raise ReadError(f"{source.name}: {pattern} {_nothing(pattern)}")
         inputs = {file: os.path.realpath(file) for file in files}
@@ -195,10 +202,6 @@ def compression_of(file: str) -> str:
     """The end of a compressed file's name, as it is written: ".gz", ".zst"; "" for others."""
     suffix = Path(file).suffix
     return suffix if suffix.lower() in COMPRESSIONS else ""
-
-
-def _matching(pattern: str) -> list[str]:
-    return [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)  # noqa: PTH207  (a Path would change `./a`)
 
 
 def _nothing(pattern: str) -> str:
@@ -287,7 +290,10 @@ def _is_divisible(source: SourceConfig, file: str) -> bool:
     if compression_of(file):
         return False
     if source.encoding == "auto":
-        with opened_plain(file) as opened:
-            return wide_encoding(opened.read(HEAD_BYTES)) is None
+        try:
+            with opened_plain(file) as opened:
+                return wide_encoding(opened.read(HEAD_BYTES)) is None
+        except OSError:  # its reader tells why, and counts it
+            return False
     name = codecs.lookup(source.encoding).name
     return "\n".encode(name) == b"\n" and not name.startswith(("iso2022", "hz", "utf-7"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatrain.corpus.document import Tally
+from megatrain.corpus.extras import MissingPackageError
 from megatrain.corpus.reading import pages as pages_module
 from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
 from megatrain.corpus.reading.documents import read_unit
@@ -179,10 +180,10 @@ def test_an_extractor_that_is_not_installed_is_told_of(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['trafilatura'] = None\n")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     with Extractor(ReadConfig(extractor="trafilatura")) as extractor:
-        with pytest.raises(ImportError) as error:
+        with pytest.raises(MissingPackageError) as error:
             next(extractor.extract([b"<p>text"]))
         assert str(error.value) == "read.extractor=trafilatura needs trafilatura: pip install 'megatrain[html]'"
         extractor.command[:] = [sys.executable, "-c", "1/0"]
-        with pytest.raises(ImportError, match="the process that reads files does not start: "):
+        with pytest.raises(MissingPackageError, match="the process that reads files does not start: "):
             next(extractor.extract([b"<p>text"]))
     assert signal.getsignal(signal.SIGPROF) == signal.SIG_DFL

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatrain.corpus.document import Tally
+from megatrain.corpus.reading import file_reading, units
 from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
 from megatrain.corpus.reading.documents import read_unit
 from megatrain.corpus.reading.units import WorkUnit, cut_units
 from megatrain.data.prepare.read import ReadError
+from megatrain.files import opened_plain
 
 
 def read_config(*sources, **values):
@@ -101,6 +103,24 @@ def test_a_link_names_the_same_file(tmp_path):
 def test_a_name_with_letters_of_patterns_is_itself(tmp_path):
     (tmp_path / "a[1].txt").write_text("text")
     assert shape(cut_units(read_config(source(tmp_path / "a[1].txt")))) == [[("a[1].txt", 0, 4)]]
+
+
+def test_a_file_that_cannot_be_opened_is_whole_and_its_reader_counts_it(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text('{"text": "a row"}\n' * 9)
+    (tmp_path / "b.jsonl").write_text('{"text": "another row"}\n')
+
+    def refusing(path):
+        if str(path).endswith("a.jsonl"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened_plain(path)
+
+    for module in (units, file_reading):
+        monkeypatch.setattr(module, "opened_plain", refusing)
+    config = read_config(source(tmp_path / "*.jsonl"), unit_bytes=50)
+    assert shape(cut_units(config)) == [[("a.jsonl", 0, 162)], [("b.jsonl", 0, 24)]]
+    documents, tally = read_all(config)
+    assert [document.text for document in documents] == ["another row"]
+    assert tally.counts["read.unreadable"] == 1
 
 
 def test_of_source_code_all_files_are_texts(tmp_path):
