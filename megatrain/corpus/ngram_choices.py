@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatrain.config.effects import Effect, given
 from megatrain.config.knob import knob
+
+MODELS = given("perplexity.models")
+FOUND = MODELS & Effect(
+    "perplexity.thresholds is null", ("perplexity.thresholds",), lambda config: config.perplexity.thresholds is None
+)
 
 
 @dataclass(frozen=True)
@@ -35,21 +41,27 @@ class PerplexityConfig:
         "A model for each language: a list of mappings with the keys below. Documents of other languages are kept, and counted.",
     )
     keep: tuple[Literal["head", "middle", "tail"], ...] = knob(
-        ("head", "middle"), "The parts that are kept, by perplexity: head is the most usual text."
+        ("head", "middle"), "The parts that are kept, by perplexity: head is the most usual text.", MODELS
     )
     percentiles: tuple[float, float] = knob(
-        (30.0, 60.0), "Percentiles of each language's sample where the middle and the tail begin.", at_least=0, at_most=100
+        (30.0, 60.0),
+        "Percentiles of each language's sample where the middle and the tail begin.",
+        FOUND,
+        at_least=0,
+        at_most=100,
     )
     sample: int = knob(
         10_000,
         "Documents of each language that the percentiles are found on: those with the smallest hashes of their text, whatever their order. "
         "10,000 place the 30th percentile within half a percent.",
+        FOUND,
         at_least=1,
         at_most=1_000_000,
     )
     thresholds: str | None = knob(
         None,
         "A thresholds.json of an earlier preparation, with the same models, whose perplexities are taken; null: found on a sample.",
+        MODELS,
         path=True,
         use="prepared/thresholds.json",
     )

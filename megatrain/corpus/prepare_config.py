@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatrain.config.effects import Effect, given
 from megatrain.config.knob import knob
 from megatrain.corpus.cleaning.choices import AugmentConfig, CleanConfig
 from megatrain.corpus.duplicates.parameters import DedupConfig
 from megatrain.corpus.ngram_choices import PerplexityConfig
 from megatrain.corpus.reading.choices import ReadConfig
 from megatrain.corpus.rules.rule_choices import FilterConfig, LanguageConfig
+
+TOKENS = Effect(
+    "tokenize.tokenizer or tokenize.vocab_size is given",
+    ("tokenize.tokenizer", "tokenize.vocab_size"),
+    lambda config: config.tokenize.tokenizer is not None or config.tokenize.vocab_size is not None,
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,13 @@ class TokenizeConfig:
         1 << 26,
         "Bytes of text that such a BPE is trained on, of all sources alike, chosen by a fixed seed and held in memory. A worker trains "
         "alone: 64 MiB take it some 20 s.",
+        given("tokenize.vocab_size"),
         at_least=1,
     )
     eod: int | str | None = knob(
         None,
         "Token that ends a document: its name or id; null: as files beside the tokenizer say, or one with a known name (docs/data.md).",
+        TOKENS,
         at_least=0,
         not_empty=True,
         use="</s>",
@@ -45,18 +54,19 @@ class TokenizeConfig:
     bos: int | str | None = knob(
         None,
         "Token that begins a document: its name or id, or `none`; null: what the tokenizer puts first, if anything.",
+        TOKENS,
         at_least=0,
         not_empty=True,
         use="none",
     )
-    append_eod: bool = knob(True, "End each document with the tokenizer's end-of-document token.")
+    append_eod: bool = knob(True, "End each document with the tokenizer's end-of-document token.", TOKENS)
     held_out: float = knob(
         0.005, "Share of documents that goes to stores of its own, for validation; chosen by hash.", at_least=0, below=1
     )
     engine: Literal["auto", "gigatoken", "tokenizers"] = knob(
-        "auto", "The library that encodes; `auto`: gigatoken where it is installed and gives the ids of `tokenizers`."
+        "auto", "The library that encodes; `auto`: gigatoken where it is installed and gives the ids of `tokenizers`.", TOKENS
     )
-    threads: int = knob(1, "Threads of a worker that encode.", above=0, at_most=1024)
+    threads: int = knob(1, "Threads of a worker that encode.", TOKENS, above=0, at_most=1024)
 
 
 @dataclass(frozen=True)
