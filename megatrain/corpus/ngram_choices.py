@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatrain.config.effects import Effect, given
+from megatrain.config.effects import given
 from megatrain.config.knob import knob
 
 MODELS = given("perplexity.models")
-FOUND = MODELS & Effect(
-    "perplexity.thresholds is null", ("perplexity.thresholds",), lambda config: config.perplexity.thresholds is None
-)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class PerplexityConfig:
     percentiles: tuple[float, float] = knob(
         (30.0, 60.0),
         "Percentiles of each language's sample where the middle and the tail begin.",
-        FOUND,
+        MODELS,
         at_least=0,
         at_most=100,
     )
@@ -54,7 +51,7 @@ class PerplexityConfig:
         10_000,
         "Documents of each language that the percentiles are found on: those with the smallest hashes of their text, whatever their order. "
         "10,000 place the 30th percentile within half a percent.",
-        FOUND,
+        MODELS,
         at_least=1,
         at_most=1_000_000,
     )

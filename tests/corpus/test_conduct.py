@@ -309,7 +309,7 @@ def test_a_changed_rule_is_another_preparation_and_what_is_no_more_goes(tmp_path
         (["dedup.agreement=0.8", "dedup.near=false"], "dedup.agreement=0.8 has no effect: it has one when dedup.near is true"),
         (["dedup.line_letters=9"], "dedup.line_letters=9 has no effect: it has one when dedup.lines is lines or paragraphs"),
         (["dedup.leaks.words=9"], "dedup.leaks.words=9 has no effect: it has one when dedup.leaks.sets is given"),
-        (["perplexity.sample=9"], "it has one when perplexity.models is given, and perplexity.thresholds is null"),
+        (["perplexity.sample=9"], "perplexity.sample=9 has no effect: it has one when perplexity.models is given"),
         (["tokenize.sample=9"], "tokenize.sample=9 has no effect: it has one when tokenize.vocab_size is given"),
         (
             ["tokenize.tokenizer=null", "tokenize.threads=2"],
