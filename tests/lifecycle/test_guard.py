@@ -189,7 +189,8 @@ def test_a_stranger_at_the_store_ends_kills_and_prints_nothing(tmp_path):
         assert [rank.poll() for rank in job.processes] == [None, None]
         job.processes[0].terminate()
         ended = job.finish()
-        assert [(end.code, end.out, end.err) for end in ended] == [(0, "RUNNING\nSTOPPED\nDONE\n", "")] * 2
+        err = [[line for line in end.err.splitlines() if "[c10d] waitForInput" not in line] for end in ended]  # a busy machine
+        assert [(end.code, end.out) for end in ended] == [(0, "RUNNING\nSTOPPED\nDONE\n")] * 2 and err == [[], []]
         assert bystander.poll() is None
 
 
