@@ -28,8 +28,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def jit(function: F) -> F:
-    """A function compiled; the code is kept beside the source, or where NUMBA_CACHE_DIR says. Raises ImportError without numba."""
-    compiled: F = numba().njit(cache=True, nogil=True, error_model="numpy")(function)
+    """A function compiled; the code is kept beside the source, or where NUMBA_CACHE_DIR says, or else in ~/.cache. Where none of these can
+    be written, each process compiles anew. Raises ImportError without numba.
+    """
+    compiled: F
+    try:
+        compiled = numba().njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # numba finds no folder for the code
+        compiled = numba().njit(nogil=True, error_model="numpy")(function)
     return compiled
 
 

@@ -2,12 +2,14 @@
 
 import re
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatrain.corpus import words
 from megatrain.corpus.letters import HAN, classes
 from megatrain.corpus.words import Extents, Text, find_parts, hash_of
 
@@ -62,3 +64,20 @@ def test_hashes_are_the_same_for_ever():
     codes = Text.of("a word, 汉").codes
     assert [int(hash_of(codes, 0, n)) for n in (0, 1, 9)] == HASHES
     assert hash_of(codes, 2, 6) == hash_of(np.ascontiguousarray(codes[2:6]), 0, 4)
+
+
+def test_where_no_code_can_be_kept_it_is_compiled_anew(monkeypatch):
+    """As for a user without a home, of an installation that belongs to another one."""
+    compiled = []
+
+    def njit(cache=False, **_):
+        def compile_one(function):
+            if cache:
+                raise RuntimeError("cannot cache function 'f': no locator available for file 'words.py'")
+            compiled.append(function)
+            return function
+
+        return compile_one
+
+    monkeypatch.setattr(words, "numba", lambda: SimpleNamespace(njit=njit))
+    assert words.jit(len) is len and compiled == [len]
