@@ -123,26 +123,25 @@ def one_line(text: str) -> str:
     return f"{text[: _MOST_LINE - 1000]} ... ({len(text):,} characters) ... {text[-_MOST_SHOWN:]}"
 
 
-def printable(text: str) -> str:
-    """A text with line breaks, terminal codes and the like written out."""
-    return text if text.isprintable() else "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+def printable(text: str, but: str = "") -> str:
+    """A text with line breaks, terminal codes and the like written out; `but` these characters."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter in but else ascii(letter)[1:-1] for letter in text)
 
 
 def shown(text: str, most: int = MOST_LETTERS) -> str:
     """A text that is not ours, perhaps of several lines, as it may be printed: control characters but line ends and tabs written out, and
     `most` letters of it.
     """
-    kept = text[:most]
-    if not kept.isprintable():
-        kept = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape", "replace").decode() for c in kept)
-    return kept + (f" ... and {len(text) - most} letters more" if len(text) > most else "")
+    return printable(text[:most], "\n\t") + (f" ... and {len(text) - most} letters more" if len(text) > most else "")
 
 
 def brief(said: object) -> str:
     """A library's message, or one with values of a file in it, as a part of one line: no line breaks, no terminal codes, not all of it."""
     text = f"the key {said} is missing" if isinstance(said, KeyError) else str(said)
-    shown = printable(text[:_MOST_SHOWN])
-    return shown if len(text) <= _MOST_SHOWN else f"{shown} ... ({len(text):,} characters)"
+    kept = printable(text[:_MOST_SHOWN])
+    return kept if len(text) <= _MOST_SHOWN else f"{kept} ... ({len(text):,} characters)"
 
 
 def opened(path: Path) -> BufferedReader:

@@ -140,10 +140,7 @@ def _require_encoding(key: str, name: str) -> None:
         works = codecs.lookup(name)._is_text_encoding and bool(
             bytes(range(256)).decode(name, "replace").encode(name, "replace")
         )
-    except (
-        LookupError,
-        ValueError,
-    ):  # ValueError: a NUL in the name; and idna, punycode, undefined, which refuse what they cannot read
+    except (LookupError, ValueError):  # ValueError: a NUL in the name; or idna and its like, which refuse what they cannot read
         works = False
     if not works:
         raise ReadError(f"{key} is no encoding of Python. Use for example utf-8, gb18030, shift_jis or windows-1252.")
