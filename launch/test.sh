@@ -43,7 +43,7 @@ if [ "${python#* }" != "$python" ]; then
     echo "NOTE: torch.compile cannot link against a PyTorch whose path has a blank: the tests marked 'compiler' are left out"
 fi
 marks=""
-for mark in "$slow" "$gpu" "$compiler" "not slurm and not network and not fault"; do
+for mark in "$slow" "$gpu" "$compiler" "not slurm and not network and not fault and not browser"; do
     if [ -n "$mark" ]; then marks="${marks:+$marks and }$mark"; fi
 done
 

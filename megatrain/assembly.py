@@ -7,7 +7,8 @@ from math import prod
 
 import torch
 
-from megatrain.config.schema import Config
+from megatrain.config.schema import Config, ParallelConfig
+from megatrain.config.source import ConfigError
 from megatrain.data.held_out import Evaluated
 from megatrain.data.loader import Loader
 from megatrain.kernels.compiled import require_compiler
@@ -19,8 +20,9 @@ from megatrain.models.gpt import GPT, Embedding, MakeBlock, build_gpt, gpt_block
 from megatrain.models.layers import Build
 from megatrain.optim.optimizer import Optimizer
 from megatrain.parallel.flat import Unit
-from megatrain.parallel.mesh import ParallelContext, Rows
+from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.parallel.param import Parameter
+from megatrain.parallel.schedules import chunks_problem
 from megatrain.parallel.zero import FlatParameters
 from megatrain.runtime.flops import forward_flops, parameter_count
 from megatrain.training import Run, schedule_of
@@ -179,3 +181,16 @@ def ranges_of(counts: Sequence[int]) -> list[range]:
     """Layer indices of each virtual stage."""
     starts = [sum(counts[:v]) for v in range(len(counts))]
     return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def mesh_shape(parallel: ParallelConfig, world_size: int) -> MeshShape:
+    """The mesh of a config: data-parallel ranks are what remains of the world."""
+    tp, cp, pp = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
+    return MeshShape(tp, cp, world_size // (tp * cp * pp), pp, parallel.expert_parallel_size, parallel.zero_ranks)
+
+
+def require_schedule(config: Config) -> None:
+    """Raise ConfigError where parallel.schedule cannot have parallel.virtual_pipeline_size chunks."""
+    problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
+    if problem is not None:
+        raise ConfigError(problem)

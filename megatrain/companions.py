@@ -16,7 +16,7 @@ from pathlib import Path
 from megatrain.checkpoint.together import ContentError
 from megatrain.config.schema import Config, DataConfig
 from megatrain.data.boundaries import GENERATION, SPECIAL_TOKENS, TOKENIZER_CONFIG
-from megatrain.data.tokenizer import JsonTokenizer, load_tokenizer
+from megatrain.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from megatrain.data.tokenizers.fitting import trained_path
 from megatrain.data.tokenizers.rank_file import is_rank_file
 from megatrain.files import head_of, require_own, whole
@@ -69,3 +69,9 @@ def tokenizer_beside(data: DataConfig, checkpoint: Path) -> str | None:
     """The tokenizer of a checkpoint's model: the run's, or else the one that came with its first weights."""
     came = checkpoint.parent / COMPANION_FOLDER / TOKENIZER
     return str(came) if data.tokenizer is None and came.is_file() else data.tokenizer
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+    """The tokenizer of a config, if it has one. Raises TokenizerError."""
+    data = config.data
+    return None if data.tokenizer is None else load_tokenizer(data.tokenizer, data.eod, data.bos)

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from megatrain.assembly import DTYPES, assemble
+from megatrain.assembly import DTYPES, assemble, mesh_shape, require_schedule
 from megatrain.auditor import Auditor
 from megatrain.checkpoint.claim import claim, claim_log
 from megatrain.checkpoint.manifest import MANIFEST
-from megatrain.companions import keep_tokenizer, take_along
+from megatrain.companions import keep_tokenizer, take_along, tokenizer_of
 from megatrain.config.budget import budget_of
 from megatrain.config.load import load, load_tree
-from megatrain.config.schema import Config, ParallelConfig, TrainConfig
+from megatrain.config.schema import Config, TrainConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate
 from megatrain.data.blended import BlendedSamples
@@ -34,7 +34,7 @@ from megatrain.data.loader import Loader
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.seen import Reached, dealt, report, warnings
 from megatrain.data.sources import open_sources
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer
+from megatrain.data.tokenizer import load_tokenizer
 from megatrain.duties import Duty, Pause, always, do, due, goes_on
 from megatrain.files import whole
 from megatrain.init_from import require_weights, shapes_of
@@ -45,8 +45,7 @@ from megatrain.lifecycle.monitor import Monitor
 from megatrain.lifecycle.sections import SectionLimits
 from megatrain.lifecycle.stop import DIVERGED, PREEMPTED, StopRequest
 from megatrain.models.batch import Objective
-from megatrain.parallel.mesh import MeshShape, ParallelContext
-from megatrain.parallel.schedules import chunks_problem
+from megatrain.parallel.mesh import ParallelContext
 from megatrain.records import provenance
 from megatrain.records.log import LogDisplay, RunLog
 from megatrain.resuming.resume import progress_of_job, resume, warmup_kept
@@ -165,13 +164,6 @@ def _keep_companions(job: Job) -> None:
     keep_tokenizer(job.config)
 
 
-def require_schedule(config: Config) -> None:
-    """Raise ConfigError where parallel.schedule cannot have parallel.virtual_pipeline_size chunks."""
-    problem = chunks_problem(config.parallel.schedule, config.parallel.virtual_pipeline_size)
-    if problem is not None:
-        raise ConfigError(problem)
-
-
 def require_precision(precision: str, device: torch.device) -> None:
     """Raise ConfigError where parallel.device=auto has taken a GPU for a run in float64, whose kernels sum in float32 there."""
     if precision == "fp64" and device.type == "cuda":
@@ -190,12 +182,6 @@ def require_memory(config: Config, vocab_size: int, world_size: int, available: 
             f"{available / 2**30:,.0f} GiB that there are. Use a smaller model.hidden_size, model.num_layers or model.vocab_size, or "
             "more ranks with a larger parallel.tensor_parallel_size, or with parallel.zero_stage=3 (and parallel.zero_ranks=null)."
         )
-
-
-def mesh_shape(parallel: ParallelConfig, world_size: int) -> MeshShape:
-    """The mesh of a config: data-parallel ranks are what remains of the world."""
-    tp, cp, pp = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
-    return MeshShape(tp, cp, world_size // (tp * cp * pp), pp, parallel.expert_parallel_size, parallel.zero_ranks)
 
 
 def vocabulary(config: Config) -> int:
@@ -240,12 +226,6 @@ def open_data(
     sizes = (budget_of(config).batch_size, config.train.micro_batch_size, ctx.dp.rank, ctx.dp.size)
     left_out = LeftOut(samples)
     return Loader(left_out, *sizes, compose=source.compose), left_out, validation
-
-
-def tokenizer_of(config: Config) -> Tokenizer | None:
-    """The tokenizer of a config, if it has one. Raises TokenizerError."""
-    data = config.data
-    return None if data.tokenizer is None else load_tokenizer(data.tokenizer, data.eod, data.bos)
 
 
 def prepare_torch(train: TrainConfig) -> None:

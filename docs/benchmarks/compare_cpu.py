@@ -220,11 +220,10 @@ def layout_of(args: argparse.Namespace) -> dict:
 
 def our_worker(args: argparse.Namespace) -> None:
     """megatrain: alone, or one of the ranks of a tensor- and sequence-parallel (`shared`) or pipelined (`staged`) model."""
-    from megatrain.assembly import assemble
+    from megatrain.assembly import assemble, mesh_shape
     from megatrain.config.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
     from megatrain.data.loader import Loader
     from megatrain.parallel.mesh import ParallelContext
-    from megatrain.program import mesh_shape
     from megatrain.runtime.distributed import connect
     from megatrain.runtime.launch import Launch
     from megatrain.testing.trace import RandomSamples

@@ -16,6 +16,7 @@ from torch import nn
 from megatrain.checkpoint.load import find
 from megatrain.checkpoint.load import load as load_checkpoint
 from megatrain.checkpoint.manifest import WEIGHTS, read_manifest
+from megatrain.companions import tokenizer_of
 from megatrain.config.schema import Config, ModelConfig
 from megatrain.data.samples.sentinels import resolve
 from megatrain.huggingface.config import kind_from
@@ -29,7 +30,6 @@ from megatrain.models.gpt import GPT, build_gpt
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.portion import Portion
-from megatrain.program import tokenizer_of
 
 
 class PlainModel(nn.Module):

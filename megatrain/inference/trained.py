@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatrain.assembly import layer_pieces
+from megatrain.assembly import layer_pieces, require_schedule
 from megatrain.checkpoint.load import load
 from megatrain.checkpoint.manifest import WEIGHTS, Manifest, read_manifest
 from megatrain.checkpoint.together import CheckpointError
@@ -22,7 +22,6 @@ from megatrain.models.gpt import GPT, build_gpt, logical_parameters
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import ParallelContext, Rows
 from megatrain.parallel.portion import Portion
-from megatrain.program import require_schedule
 from megatrain.stderr import note
 
 EMBEDDING = "embedding.tokens"

@@ -10,12 +10,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from megatrain.assembly import layer_pieces
+from megatrain.assembly import layer_pieces, require_schedule
 from megatrain.config.schema import Config
 from megatrain.config.validate import require_effects, validate_step
 from megatrain.parallel.schedules import Kind
 from megatrain.parallel.simulator import Costs, Event, Timeline, simulate
-from megatrain.program import require_schedule, vocabulary
+from megatrain.program import vocabulary
 from megatrain.runtime.flops import forward_flops, matrix_flops
 from megatrain.training import schedule_of
 

@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from megatrain.assembly import DTYPES, assemble, kernels_of
+from megatrain.assembly import DTYPES, assemble, kernels_of, mesh_shape, require_schedule
 from megatrain.config.load import load
 from megatrain.config.schema import Config
 from megatrain.config.validate import require_effects, validate_step
@@ -31,7 +31,7 @@ from megatrain.files import doing
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.parallel.schedules import Instruction
-from megatrain.program import mesh_shape, prepare_torch, require_memory, require_precision, require_schedule, vocabulary
+from megatrain.program import prepare_torch, require_memory, require_precision, vocabulary
 from megatrain.runtime.allocator import tune_allocator
 from megatrain.runtime.device_memory import memory_of, peak_memory_bytes
 from megatrain.runtime.distributed import Session, connect

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatrain.companions import tokenizer_of
 from megatrain.config.budget import budget_of
 from megatrain.config.load import load
 from megatrain.config.validate import validate_data
 from megatrain.data.seen import dealt, report, warnings
 from megatrain.data.sources import open_sources
 from megatrain.init_from import shapes_of
-from megatrain.program import tokenizer_of, vocabulary
+from megatrain.program import vocabulary
 
 
 def main(path: str, overrides: Sequence[str]) -> int:

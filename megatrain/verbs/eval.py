@@ -15,8 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatrain.assembly import objective_of
+from megatrain.assembly import mesh_shape, objective_of
 from megatrain.checkpoint.load import find
+from megatrain.companions import tokenizer_of
 from megatrain.config.load import load_overrides
 from megatrain.config.schema import Config
 from megatrain.config.source import ConfigError
@@ -26,7 +27,6 @@ from megatrain.data.tokenizer import Tokenizer
 from megatrain.evaluate import Evaluation, evaluate
 from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import mesh_shape, tokenizer_of
 from megatrain.records.rows import perplexity
 from megatrain.runtime.distributed import connect
 from megatrain.runtime.interface import launched

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from megatrain.assembly import mesh_shape
 from megatrain.checkpoint.load import find
 from megatrain.companions import tokenizer_beside
 from megatrain.config.schema import Config
@@ -19,7 +20,6 @@ from megatrain.inference.decoding import Beams, Decoder, Sampling, best_continua
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import mesh_shape
 from megatrain.runtime.distributed import connect
 from megatrain.runtime.interface import launched
 from megatrain.training import schedule_of

@@ -24,6 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatrain.assembly import require_schedule
 from megatrain.config.budget import warmup_steps
 from megatrain.config.load import load
 from megatrain.config.schema import Config
@@ -32,7 +33,7 @@ from megatrain.config.validate import require_effects, validate_step
 from megatrain.files import whole
 from megatrain.init_from import shapes_of
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import require_schedule, vocabulary
+from megatrain.program import vocabulary
 from megatrain.records.progress import person_watching
 from megatrain.runtime.flops import parameter_count
 from megatrain.testing import Disagreement, simulate, spawn

@@ -11,7 +11,7 @@ import fuzzing
 import pytest
 import yaml
 
-from megatrain.assembly import assemble
+from megatrain.assembly import assemble, require_schedule
 from megatrain.config.keys import Knob, is_optional, knobs
 from megatrain.config.load import dump, from_dict, restored
 from megatrain.config.presets import PRESETS
@@ -20,7 +20,7 @@ from megatrain.config.source import ConfigError
 from megatrain.config.validate import require_effects, validate, validate_layout, validate_step
 from megatrain.data.loader import Loader
 from megatrain.parallel.mesh import ParallelContext
-from megatrain.program import require_schedule, vocabulary
+from megatrain.program import vocabulary
 from megatrain.testing.trace import random_source
 from megatrain.training import train_step
 

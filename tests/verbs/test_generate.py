@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizer_models import sentencepiece
 
+from megatrain.assembly import mesh_shape
 from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
@@ -18,7 +19,6 @@ from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
 from megatrain.parallel.portion import Portion
-from megatrain.program import mesh_shape
 from megatrain.testing import simulate
 from megatrain.verbs.generate import load_decoder, main
 

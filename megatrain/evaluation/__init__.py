@@ -1,0 +1,1 @@
+"""Tasks: what a model can do, measured with metrics, intervals, and comparisons of two models."""
