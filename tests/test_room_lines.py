@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
     "docs/benchmarks": 5100,
-    "kernels": 4050,
+    "kernels": 4250,
     "launch": 600,
     "megatrain": 2600,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 54550,
+    "tests": 54650,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
