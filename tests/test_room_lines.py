@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 54650,
+    "tests": 54850,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

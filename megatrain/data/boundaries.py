@@ -90,6 +90,14 @@ class Beginning:
     origin: str = ""
     """Why they are put first, for messages."""
 
+    def before(self, ids: Sequence[int]) -> list[int]:
+        """The tokens of a text after those that open one, never twice: a chat template or a caller may have put some of them already."""
+        opening = self.opening
+        if ids and opening and ids[0] == opening[0]:
+            return list(ids)
+        put = next((n for n in range(len(opening), 0, -1) if tuple(ids[:n]) == opening[-n:]), 0)
+        return [*opening[: len(opening) - put], *ids]
+
 
 def find_ending(vocabulary: Vocabulary, folder: Path | None, asked: TokenRequest = None) -> Ending:
     """The tokens that end a document. folder: directory of the files beside the tokenizer; asked: `data.eod`.
