@@ -141,6 +141,7 @@ SAME_NAMES = {
     "reading": ["megatrain/corpus/reading", "megatrain/ngram/reading.py"],
     "report": ["megatrain/corpus/report", "megatrain/ngram/report.py"],
     "rules": ["megatrain/corpus/rules", "megatrain/doctor/rules.py"],
+    "text": ["megatrain/inference/text.py", "megatrain/ngram/text.py"],
     "units": ["megatrain/corpus/reading/units.py", "megatrain/ngram/units.py"],
 }
 """Modules of one name, where the name of the package tells them apart."""

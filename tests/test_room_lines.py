@@ -14,10 +14,10 @@ LINES = {
     "megatrain/cli": 1200,
     "megatrain/config": 3350,
     "megatrain/corpus": 12800,
-    "megatrain/data": 6400,
+    "megatrain/data": 6500,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
-    "megatrain/inference": 700,
+    "megatrain/inference": 850,
     "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
     "megatrain/ngram": 2550,
@@ -30,7 +30,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 54850,
+    "tests": 54950,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

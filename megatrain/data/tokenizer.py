@@ -29,7 +29,7 @@ from megatrain.data.boundaries import (
     find_ending,
 )
 from megatrain.data.indexed import best_dtype
-from megatrain.data.stream import REPLACEMENT
+from megatrain.data.stream import MOST_BEGUN, REPLACEMENT, begun
 from megatrain.data.tokenizers import rank_file
 from megatrain.data.tokenizers.piece_model import PieceTokenizer, is_model
 from megatrain.data.tokenizers.token_ids import EncodedTexts
@@ -95,6 +95,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become replacement characters."""
 
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """How many replacement characters at the end of decode(ids) stand for a character that has begun and may yet become whole."""
+
 
 class ByteTokenizer:
     """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
@@ -136,6 +139,10 @@ class ByteTokenizer:
         parts = [END_OF_TEXT.encode() if i == BYTE_VALUES else bytes((i,)) for i in ids if i <= BYTE_VALUES]
         return b"".join(parts).decode(errors="replace")
 
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """1 if the last bytes begin a character, else 0."""
+        return int(begun(bytes((i,)) if i < BYTE_VALUES else b"" for i in reversed(ids) if i <= BYTE_VALUES) > 0)
+
 
 class JsonTokenizer(FromFile):
     """A tokenizer of the `tokenizers` library. Truncation, padding and the tokens that the file adds to texts are switched off; tokens
@@ -168,6 +175,7 @@ class JsonTokenizer(FromFile):
         self.divisible = _divisible(description)
         self._dtype = best_dtype(self.vocab_size)
         self._byte_tokens = _byte_tokens(description)
+        self._letters = bytes_of_letters() if "ByteLevel" in _decoders(description) else {}
         self._special = {str(token.content): int(n) for n, token in library.get_added_tokens_decoder().items() if token.special}
         super().__init__(folder, eod, bos)
 
@@ -224,12 +232,36 @@ class JsonTokenizer(FromFile):
         decoder = self._library.decoder
         return " ".join(tokens) if decoder is None else str(decoder.decode(_whole_characters(tokens, self._byte_tokens)))
 
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """1 if the last bytes begin a character, else 0; only tokens of bytes, or of GPT-2's letters for them, do."""
+        tokens = map(self._library.id_to_token, reversed(ids))
+        return int(begun(self._bytes_of(token) for token in tokens if token is not None) > 0)
+
+    def _bytes_of(self, token: str) -> bytes:
+        """The bytes that a token stands for, b"" if it is of whole characters."""
+        value = self._byte_tokens.get(token)
+        letters = [self._letters.get(letter) for letter in token[-MOST_BEGUN:]]
+        spelled = b"" if None in letters else bytes(byte for byte in letters if byte is not None)
+        return spelled if value is None else bytes((value,))
+
 
 def _byte_tokens(description: dict[str, Any]) -> dict[str, int]:
     """Tokens that the decoder takes for single bytes -> their values."""
+    fallback = "ByteFallback" in _decoders(description)
+    return {f"<0x{value:02X}>": value for value in range(BYTE_VALUES)} if fallback else {}
+
+
+def _decoders(description: dict[str, Any]) -> set[str]:
+    """The kinds of decoders that a tokenizer.json names."""
     decoder = description.get("decoder") or {}
-    kinds = {part.get("type") for part in (decoder, *decoder.get("decoders", ()))}
-    return {f"<0x{value:02X}>": value for value in range(BYTE_VALUES)} if "ByteFallback" in kinds else {}
+    return {str(part.get("type")) for part in (decoder, *decoder.get("decoders", ()))}
+
+
+def bytes_of_letters() -> dict[str, int]:
+    """GPT-2's letters for bytes: printable ones stand for themselves, the others are numbered from 256 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(BYTE_VALUES) if value not in plain]
+    return {chr(value): value for value in plain} | {chr(BYTE_VALUES + n): value for n, value in enumerate(others)}
 
 
 def _whole_characters(tokens: list[str], byte_tokens: Mapping[str, int]) -> list[str]:

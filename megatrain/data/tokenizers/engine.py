@@ -110,6 +110,10 @@ class FastTokenizer:
         """The text of ids."""
         return self._own.decode(ids)
 
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """How many replacement characters at the end of the text may yet become a character."""
+        return self._own.unfinished(ids)
+
     def encode_batch(self, texts: Sequence[str], files: Sequence[int] = ()) -> EncodedTexts:
         """Ids of texts. files: the numbers of those that begin a file. Raises EngineDiffersError where a sample of them differs."""
         encoded = self.encode_plainly(texts)

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatrain.data.boundaries import FromFile, TokenizerError, TokenRequest
 from megatrain.data.indexed import best_dtype
+from megatrain.data.stream import begun
 from megatrain.data.tokenizers.token_ids import EncodedTexts
 from megatrain.files import brief
 
@@ -70,6 +71,11 @@ class PieceTokenizer(FromFile):
         known = [token for token in map(int, ids) if 0 <= token < self.vocab_size]
         runs = groupby(known, self._model.is_control)
         return "".join("".join(map(self.name_of, run)) if control else self._model.decode(list(run)) for control, run in runs)
+
+    def unfinished(self, ids: Sequence[int]) -> int:
+        """The number of last bytes that begin a character: the library makes a replacement character of each."""
+        known = (token for token in map(int, reversed(ids)) if 0 <= token < self.vocab_size)
+        return begun(bytes((int(self.name_of(token)[1:-1], 16),)) if self._model.is_byte(token) else b"" for token in known)
 
 
 def _loaded(data: bytes, path: Path) -> tuple[Any, dict[str, int]]:

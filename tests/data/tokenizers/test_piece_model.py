@@ -12,7 +12,7 @@ from megatrain.config.schema import DataConfig
 from megatrain.data.boundaries import TokenizerError
 from megatrain.data.indexed import TokenStore
 from megatrain.data.prepare.tokenize import tokenize_files
-from megatrain.data.stream import pieces_of_text
+from megatrain.data.stream import GrowingText, pieces_of_text
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.data.tokenizers.engine import hard_texts
 from megatrain.verbs.export_tokenizer import files_of
@@ -60,6 +60,15 @@ def test_ids_and_texts_are_those_of_the_library(folder, kind):
     for text in ("the dog", "unknown ж letters 🙂", "我们 </s>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert "".join(pieces_of_text(tokenizer, tokenizer.encode(text))) == text
+
+
+def test_a_character_begun_waits_and_a_broken_one_does_not(folder):
+    tokenizer = load_tokenizer(folder / "bpe.model")
+    data = [tokenizer.id_of(f"<0x{byte:02X}>") for byte in b"\xf0\x9f\x98\x80\xff\xe4\xbd\xe4"]
+    text = GrowingText(tokenizer, tokenizer.encode("the"))
+    assert [text.push(token) for token in data] == ["", "", "", "😀", "\ufffd", "", "", "\ufffd\ufffd"]
+    assert text.finish() == "\ufffd"
+    assert tokenizer.decode(data) == "😀\ufffd\ufffd\ufffd\ufffd"
 
 
 def test_names_ends_and_unknown_ids(folder):
