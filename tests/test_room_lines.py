@@ -9,7 +9,7 @@ LINES = {
     "docs/benchmarks": 5100,
     "kernels": 4250,
     "launch": 600,
-    "megatrain": 2600,  # its own files, without the rooms below
+    "megatrain": 2850,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1200,
     "megatrain/config": 3350,

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megatrain.corpus.extras import need
 from megatrain.corpus.work.pool import PoolError
+from megatrain.extras import need
 
 LOOK_SECONDS = 1.0
 

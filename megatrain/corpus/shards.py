@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatrain.corpus.document import Document
-from megatrain.corpus.extras import need
+from megatrain.extras import need
 from megatrain.files import doing, opened_plain, whole
 
 LEVEL = 3

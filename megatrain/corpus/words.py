@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.corpus.extras import numba
 from megatrain.corpus.letters import BREAK, HAN, MARK, SPACE, classes, code_points
+from megatrain.extras import numba
 
 Table = Literal["blanks", "marks", "han"]
 ALONE: dict[Table, np.uint16] = {"blanks": np.uint16(0), "marks": MARK, "han": np.uint16(MARK | HAN)}

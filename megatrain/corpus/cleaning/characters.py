@@ -11,8 +11,8 @@ from collections import Counter
 from functools import cache
 from typing import Literal
 
-from megatrain.corpus.extras import need
 from megatrain.corpus.letters import without_piles
+from megatrain.extras import need
 
 PLAIN = bytes([9, 10, *range(32, 127)])
 """Tabs, line feeds and what ASCII shows."""

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from megatrain.corpus.cleaning.characters import HAN, unusual
-from megatrain.corpus.extras import need
+from megatrain.extras import need
 
 FOREIGN = re.compile("[\u3040-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uac00-\ud7a3]")
 """Kana and Hangul, but for the dot that Chinese has between parts of names."""

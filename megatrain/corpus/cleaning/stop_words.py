@@ -10,7 +10,7 @@ from typing import Any
 
 from megatrain.corpus.cleaning.boilerplate import read_lines
 from megatrain.corpus.cleaning.characters import HAN
-from megatrain.corpus.extras import need
+from megatrain.extras import need
 
 CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]+")
 SPACED = re.compile(r"([^\W_\u3400-\u4dbf\u4e00-\u9fff]+(?:['’][^\W_\u3400-\u4dbf\u4e00-\u9fff]+)*) ?")

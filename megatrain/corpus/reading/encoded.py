@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatrain.corpus.extras import need
 from megatrain.corpus.reading.file_reading import FileReading
+from megatrain.extras import need
 from megatrain.files import HEAD_BYTES, byte_order_mark, compression, not_text, opened_plain
 
 REPLACEMENT = "\ufffd"

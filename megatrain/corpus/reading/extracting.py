@@ -11,8 +11,8 @@ import struct
 import sys
 from collections.abc import Callable
 
-from megatrain.corpus.extras import need
-from megatrain.corpus.reading.isolation import SIZE, Requests, packages
+from megatrain.extras import need
+from megatrain.isolation import SIZE, Requests, packages
 
 REPLY = struct.Struct("<BII")
 DONE, FAILED, NO_MEMORY = range(3)

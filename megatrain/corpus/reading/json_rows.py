@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatrain.corpus.document import Document
-from megatrain.corpus.extras import need
 from megatrain.corpus.reading.encoded import decoded, decoded_chunks, has_halves, said_of, without_halves
 from megatrain.corpus.reading.file_reading import FileReading
 from megatrain.data.prepare.lines import lines_of
 from megatrain.data.prepare.read import MOST_VALUES_BYTES, is_mostly_text, one_a_line
+from megatrain.extras import need
 from megatrain.files import brief
 
 Where = Callable[[], str]

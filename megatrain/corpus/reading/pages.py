@@ -14,9 +14,9 @@ from megatrain.corpus.reading.choices import ReadConfig
 from megatrain.corpus.reading.encoded import page_in_utf8
 from megatrain.corpus.reading.extracting import DONE, NO_MEMORY, REPLY
 from megatrain.corpus.reading.file_reading import FileReading
-from megatrain.corpus.reading.isolation import SIZE, DiedError, Isolated
 from megatrain.corpus.reading.texts import whole_file
 from megatrain.files import brief
+from megatrain.isolation import SIZE, DiedError, Isolated
 
 BATCH_BYTES, BATCH_PAGES = 4 << 20, 256
 PATIENCE = 15.0

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatrain.corpus.reading.isolation import SIZE, DiedError, Isolated
 from megatrain.data.prepare.unpack import PackedDamageError
+from megatrain.isolation import SIZE, DiedError, Isolated
 
 SECONDS, MEMORY_MIB = 60.0, 1024
 """Processor time for a batch of rows, and memory, which a batch of rows of 32 MiB each needs."""

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatrain.corpus.extras import need
-from megatrain.corpus.reading.isolation import SIZE, Requests, packages
 from megatrain.corpus.reading.parquet_values import texts_of, values_of
 from megatrain.data.prepare.unpack import FREE_BYTES
+from megatrain.extras import need
+from megatrain.isolation import SIZE, Requests, packages
 
 BATCH_BYTES, BATCH_ROWS = 4 << 20, 1024
 """Bytes of rows of usual size that are read at once, and rows at most."""

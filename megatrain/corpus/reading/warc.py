@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import zstandard
 
 from megatrain.corpus.document import Document
-from megatrain.corpus.extras import need
 from megatrain.corpus.reading.choices import ReadConfig
 from megatrain.corpus.reading.encoded import browser_encoding, page_in_utf8, text_of
 from megatrain.corpus.reading.file_reading import FileReading
 from megatrain.corpus.reading.pages import Page, extracted_documents
+from megatrain.extras import need
 
 BEGIN = b"WARC/1."
 _NEXT = re.compile(rb"\n\r?\n(?=WARC/1\.)")

@@ -11,12 +11,12 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from megatrain.corpus.document import Document, Step, Tally
-from megatrain.corpus.extras import need
 from megatrain.corpus.rules import chinese, fineweb, gopher, source_code
 from megatrain.corpus.rules.line_signals import LineEditor
 from megatrain.corpus.rules.repetition import Repeats
 from megatrain.corpus.rules.rulebook import MEETS, TextRule, chosen
 from megatrain.corpus.rules.view import Segmenter, View, Words
+from megatrain.extras import need
 
 Measure = Callable[[View, Words], dict[str, float]]
 MEASURES: Mapping[str, Measure] = {

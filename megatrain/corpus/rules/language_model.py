@@ -18,8 +18,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megatrain.corpus.extras import need
 from megatrain.corpus.words import jit
+from megatrain.extras import need
 
 FORM = {
     "magic": 793712314,

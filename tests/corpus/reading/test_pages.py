@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from megatrain.corpus.document import Tally
-from megatrain.corpus.extras import MissingPackageError
 from megatrain.corpus.reading import pages as pages_module
 from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
 from megatrain.corpus.reading.documents import read_unit
 from megatrain.corpus.reading.pages import Extracted, Extractor
 from megatrain.corpus.reading.units import cut_units
 from megatrain.data.prepare.read import ReadError
+from megatrain.extras import MissingPackageError
 
 BROKEN = str(Path(__file__).parents[2] / "harness/broken_extractor.py")
 
@@ -184,6 +184,6 @@ def test_an_extractor_that_is_not_installed_is_told_of(tmp_path, monkeypatch):
             next(extractor.extract([b"<p>text"]))
         assert str(error.value) == "read.extractor=trafilatura needs trafilatura: pip install 'megatrain[html]'"
         extractor.command[:] = [sys.executable, "-c", "1/0"]
-        with pytest.raises(MissingPackageError, match="the process that reads files does not start: "):
+        with pytest.raises(MissingPackageError, match="the process of its own does not start: "):
             next(extractor.extract([b"<p>text"]))
     assert signal.getsignal(signal.SIGPROF) == signal.SIG_DFL

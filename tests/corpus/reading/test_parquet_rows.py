@@ -14,9 +14,9 @@ from megatrain.corpus.document import Tally
 from megatrain.corpus.reading.choices import ReadConfig, SourceConfig
 from megatrain.corpus.reading.documents import read_unit
 from megatrain.corpus.reading.file_reading import ChangedError
-from megatrain.corpus.reading.isolation import DiedError
 from megatrain.corpus.reading.parquet_answers import ParquetReader
 from megatrain.corpus.reading.units import cut_units
+from megatrain.isolation import DiedError
 
 
 @pytest.fixture

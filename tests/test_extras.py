@@ -6,7 +6,7 @@ import pytest
 from small_corpus import rows_alone
 
 from megatrain.cli.main import main
-from megatrain.corpus.extras import need
+from megatrain.extras import need
 
 
 def test_a_missing_package_is_told_with_its_command():

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TypeVar
 
-from megatrain.corpus.extras import MissingPackageError
+from megatrain.extras import MissingPackageError
 
 SIZE = struct.Struct("<I")
 """A number on a pipe."""
@@ -123,7 +123,7 @@ class Isolated:
                 size = SIZE.unpack(self.receive(SIZE.size, START_SECONDS))[0]
                 raise MissingPackageError(self.receive(size, START_SECONDS).decode())
         except DiedError as died:
-            raise MissingPackageError(f"the process that reads files does not start: {' '.join(self.command)}") from died
+            raise MissingPackageError(f"the process of its own does not start: {' '.join(self.command)}") from died
         return process
 
 
