@@ -6,6 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
+    "megatrain/serving": 50,
+    "megatrain/chat": 100,
+    "megatrain/evaluation": 150,
     "docs/benchmarks": 5100,
     "kernels": 4250,
     "launch": 600,
@@ -17,7 +20,7 @@ LINES = {
     "megatrain/data": 6500,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
-    "megatrain/inference": 850,
+    "megatrain/inference": 2150,
     "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
     "megatrain/ngram": 2550,
@@ -30,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 54950,
+    "tests": 55450,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

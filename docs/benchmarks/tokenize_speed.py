@@ -50,7 +50,7 @@ def ways(work: Path, texts: list[str], args: argparse.Namespace) -> dict[str, Ca
 
     from megatrain.data.prepare.tokenize import tokenize_files
     from megatrain.data.tokenizer import JsonTokenizer
-    from megatrain.data.tokenizers.engine import FastTokenizer
+    from megatrain.data.tokenizers.fast_engine import FastTokenizer
     from megatrain.data.tokenizers.fitting import train_tokenizer
 
     train_tokenizer([work / "corpus.jsonl"], args.vocab_size, work / "tokenizer.json")

@@ -17,7 +17,7 @@ from megatrain.data.origins import origin_of
 from megatrain.data.prepare.joined_store import join_stores
 from megatrain.data.prepare.text_store import TextStoreWriter, TokenizeReport
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.data.tokenizers.engine import encode_with
+from megatrain.data.tokenizers.fast_engine import encode_with
 from megatrain.data.tokenizers.fitting import train_tokenizer
 
 Progress = Callable[[int], None]

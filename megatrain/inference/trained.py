@@ -53,10 +53,10 @@ def laid_out(config: Config, overrides: Sequence[str], world_size: int) -> Confi
     return config
 
 
-def load_chunks(path: Path, config: Config, ctx: ParallelContext) -> list[GPT]:
-    """This rank's chunks of a checkpoint's model in float32, in the layout of `config`; collective over the world of `ctx`."""
+def load_chunks(path: Path, config: Config, ctx: ParallelContext, dtype: torch.dtype = torch.float32) -> list[GPT]:
+    """This rank's chunks of a checkpoint's model, in the layout of `config`; collective over the world of `ctx`."""
     vocab_size = vocab_size_of(read_manifest(path))
-    build = Build(Rows(ctx.tp), torch.float32, ctx.device, config.model, vocab_size, config.train.seed)
+    build = Build(Rows(ctx.tp), dtype, ctx.device, config.model, vocab_size, config.train.seed)
     chunks = build_gpt(build, *layer_pieces(config, vocab_size), ctx.pp.rank)
     load(path, {WEIGHTS: {p.spec.name: Portion.whole(p.spec, p) for p in logical_parameters(chunks)}}, ctx)
     return [chunk.eval() for chunk in chunks]

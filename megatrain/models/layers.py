@@ -283,8 +283,8 @@ class Rotary(nn.Module):
 class Cache(Protocol):
     """Keys and values of the tokens that one layer has seen so far, in decoding."""
 
-    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append [s, b, g, d] and return all so far, [n, b, g, d] each."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """Keep k, v [s, b, g, d]; what q [s, b, a, d] makes of them and of those before, [s, b, a d]."""
 
 
 class Mixer(Protocol):
@@ -352,12 +352,11 @@ class Attention(nn.Module):
         remake: makes x again, so that it is not kept. sums_bias: False where `bias_proxy` is given its bias's gradient.
         """
         q, k, v = self._heads(x, batch, remake)
-        if cache is not None:
-            k, v = cache.extend(k, v)
         build = self.build
         mask = batch.mask.within(self.window, build.config.sparse)
         variant = Variant(mask, self.slopes, self._dropout(batch), build.config.softmax_fp32, build.fused, build.kernels)
-        return self.output(attention(q, k, v, variant), Backward(batch.postponed, sums_bias=sums_bias))
+        y = attention(q, k, v, variant) if cache is None else cache.attend(q, k, v, variant)
+        return self.output(y, Backward(batch.postponed, sums_bias=sums_bias))
 
     def _heads(self, x: torch.Tensor, batch: MicroBatch, remake: Remake | None) -> tuple[torch.Tensor, ...]:
         """[s/t or s, b, h] -> what attention multiplies, each [s, b, heads, d]."""

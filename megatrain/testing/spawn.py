@@ -48,7 +48,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankAnswer:
     """A worker's answer to a task."""
 
     result: bytes
@@ -122,13 +122,13 @@ class _Pool:
         """Whether all processes live."""
         return not self._closed and all(process.poll() is None for process in self._processes)
 
-    def run(self, fn: Callable[..., Any], shape: MeshShape, args: tuple[Any, ...], timeout_seconds: float) -> list[Answer]:
+    def run(self, fn: Callable[..., Any], shape: MeshShape, args: tuple[Any, ...], timeout_seconds: float) -> list[RankAnswer]:
         """Give all ranks the task and collect their answers."""
         self._tasks += 1
         rendezvous = self._folder / f"task_{self._tasks}"
         message = (_describe(fn, shape, timeout_seconds, rendezvous), pickle.dumps(args))
         self._grow(shape.world)
-        answers: dict[int, Answer] = {}
+        answers: dict[int, RankAnswer] = {}
         deadline = time.monotonic() + timeout_seconds
         for rank, pipe in enumerate(self._pipes[: shape.world]):
             try:
@@ -146,7 +146,7 @@ class _Pool:
             rendezvous.unlink(missing_ok=True)
         return [answers[rank] for rank in range(shape.world)]
 
-    def _collect(self, answers: dict[int, Answer], size: int, limit: float) -> bool:
+    def _collect(self, answers: dict[int, RankAnswer], size: int, limit: float) -> bool:
         """Read the next answers; False if none arrives until `limit`."""
         awaited = {id(pipe): rank for rank, pipe in enumerate(self._pipes[:size]) if rank not in answers}
         ready = wait([self._pipes[rank] for rank in awaited.values()], max(0.0, limit - time.monotonic()))
@@ -157,14 +157,14 @@ class _Pool:
                 answers[rank] = self._crashed(rank)
         return bool(ready)
 
-    def _crashed(self, rank: int) -> Answer:
+    def _crashed(self, rank: int) -> RankAnswer:
         """The answer for a process that ended without one."""
         code = self._processes[rank].wait()
         what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         summary = f"the process of rank {rank} was {what}" if code < 0 else f"the process of rank {rank} {what}"
-        return Answer(b"", _CRASHED, summary, summary + "\n")
+        return RankAnswer(b"", _CRASHED, summary, summary + "\n")
 
-    def _give_up(self, answers: dict[int, Answer], size: int, timeout_seconds: float, failed: bool) -> None:
+    def _give_up(self, answers: dict[int, RankAnswer], size: int, timeout_seconds: float, failed: bool) -> None:
         """Kill the pool. Raises TimeoutError with stacks, unless another rank's failure explains the missing answers."""
         late = [rank for rank in range(size) if rank not in answers]
         stacks = [f"rank {rank} was in:\n{self._stack(rank)}" for rank in late]
@@ -173,7 +173,7 @@ class _Pool:
             headline = f"{len(late)} of {size} spawned ranks still ran after {timeout_seconds:g} s"
             raise TimeoutError("\n".join([headline, *stacks]))
         for rank in late:
-            answers[rank] = Answer(b"", time.monotonic(), "did not notice the failure and was killed", "")
+            answers[rank] = RankAnswer(b"", time.monotonic(), "did not notice the failure and was killed", "")
 
     def _stacks(self, rank: int) -> Path:
         return self._folder / f"stack_{rank}"

@@ -22,7 +22,7 @@ import torch
 
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.testing.failure import Failure
-from megatrain.testing.spawn import Answer, Task
+from megatrain.testing.spawn import RankAnswer, Task
 from megatrain.transport.group import TransportError
 from megatrain.transport.processes import Rendezvous, TorchWorld
 
@@ -51,7 +51,7 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _do(task: Task, args: bytes, rank: int) -> Answer:
+def _do(task: Task, args: bytes, rank: int) -> RankAnswer:
     """Do one task with connections of its own, then close them, so that ranks that still wait for this one fail at once."""
     world = None
     try:
@@ -63,7 +63,7 @@ def _do(task: Task, args: bytes, rank: int) -> Answer:
         answer = _call(world, task, fn, args)
     except BaseException as error:
         failure = Failure.of(rank, error)
-        answer = Answer(_pickled(error), time.monotonic(), failure.summary, failure.trace)
+        answer = RankAnswer(_pickled(error), time.monotonic(), failure.summary, failure.trace)
     if answer.failed_at is not None:
         gc.collect()  # the frames of the exception refer to the groups, and would keep the connections open
     if world is not None:
@@ -71,10 +71,10 @@ def _do(task: Task, args: bytes, rank: int) -> Answer:
     return answer
 
 
-def _call(world: TorchWorld, task: Task, fn: Callable[..., Any], args: bytes) -> Answer:
+def _call(world: TorchWorld, task: Task, fn: Callable[..., Any], args: bytes) -> RankAnswer:
     """Call the function; return when every rank has called it."""
     ctx = ParallelContext.build(world, task.shape)
-    answer = Answer(pickle.dumps(fn(ctx, *pickle.loads(args))))
+    answer = RankAnswer(pickle.dumps(fn(ctx, *pickle.loads(args))))
     if ctx.world.group is not None:
         with contextlib.suppress(TransportError):  # another rank failed, and reports it itself
             ctx.world.group.barrier()  # no rank may close while another still receives from it

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Protocol, TextIO
 
-from megatrain.assembly import mesh_shape
-from megatrain.checkpoint.load import find
-from megatrain.companions import tokenizer_beside
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.stream import pieces_of_text
-from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.inference.decoding import Beams, Decoder, Sampling, best_continuation, continuation
+from megatrain.data.tokenizer import Tokenizer
+from megatrain.inference.beams import Beams, best_continuation
+from megatrain.inference.engine import Engine
 from megatrain.inference.infill import Filling, parsed
-from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
-from megatrain.parallel.mesh import ParallelContext
-from megatrain.runtime.distributed import connect
-from megatrain.runtime.interface import launched
-from megatrain.training import schedule_of
+from megatrain.inference.opening import Opened, TokenizerWish, opened
+from megatrain.inference.overflow import fitted, going_on
+from megatrain.inference.requests import Request, Sampling
 
 
 class Arguments(Protocol):
@@ -42,27 +37,6 @@ class Arguments(Protocol):
     beams: int | None
     length_penalty: float
     overrides: Sequence[str]
-
-
-def load_decoder(path: Path, config: Config, ctx: ParallelContext) -> Decoder:
-    """The model of a checkpoint (a step directory) in float32, in the layout of `config`; collective over the world of `ctx`.
-
-    Raises CheckpointError if it is damaged or does not fit its own config.
-    """
-    return Decoder(load_chunks(path, config, ctx), ctx, schedule_of(config, 1, backward=False))
-
-
-def _choose_tokenizer(arguments: Arguments, config: Config, checkpoint: Path) -> Tokenizer:
-    """The tokenizer of the command line, or else the run's, or else the one that came with its first weights."""
-    given, data = arguments.tokenizer, config.data
-    name = given or tokenizer_beside(data, checkpoint)
-    if name is None:
-        raise ValueError("the run of this checkpoint has no data.tokenizer. Give one: --tokenizer TOKENIZER.json, or bytes.")
-    if name != "bytes" and not Path(name).is_file():
-        origin = "--tokenizer" if given else "data.tokenizer of the checkpoint's run"
-        raise ValueError(f"{origin} is {name}, and there is no such file here. Say where it is: --tokenizer TOKENIZER.json.")
-    eod, bos = (data.eod if arguments.eod is None else arguments.eod), (data.bos if arguments.bos is None else arguments.bos)
-    return load_tokenizer(name, eod, bos)
 
 
 def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
@@ -88,37 +62,50 @@ def main(arguments: Arguments) -> int:
 
     Raises CheckpointError, ConfigError or ValueError, with advice.
     """
-    path = find(Path(arguments.checkpoint), say_damaged)
-    launch = launched(os.environ)
-    config = laid_out(saved_config(path), arguments.overrides, launch.world_size)
-    session = connect(launch, config.parallel, config.train.hang_timeout_seconds)
-    try:
-        ctx = ParallelContext.build(session.world, mesh_shape(config.parallel, launch.world_size), session.device)
-        codec = _choose_tokenizer(arguments, config, path)
-        _generate(arguments, config, load_decoder(path, config, ctx), codec, sys.stdout if session.rank == 0 else io.StringIO())
-    finally:
-        session.close()
+    wish = TokenizerWish(arguments.tokenizer, arguments.eod, arguments.bos)
+    with opened(arguments.checkpoint, arguments.overrides, tokenizer=wish) as model:
+        _generate(arguments, model, sys.stdout if model.is_first else io.StringIO())
     return 0
 
 
-def _generate(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
+def _generate(arguments: Arguments, model: Opened, out: TextIO) -> None:
     """Write the prompt and its continuation."""
+    config, engine, codec = model.config, model.engine, model.codec
     if config.data.objective == "glm":
-        _fill(arguments, config, decoder, codec, out)
+        _fill(arguments, config, engine, codec, out)
         return
-    prompt = _encode(codec, arguments.prompt, decoder.chunks[0].build.vocab_size)
+    prompt = _encode(codec, arguments.prompt, engine.vocab_size)
     if len(prompt) > config.model.positions and out is sys.stdout:
         kept = max(1, config.model.positions // 2)
         note = f"the prompt has {len(prompt)} tokens, and model.max_positions is {config.model.positions}: the last {kept} are used"
         sys.stderr.write(f"megatrain: {note}\n")
-    beams, ends = beams_of(arguments), codec.ending.stops
-    if beams is None:
-        tokens = continuation(decoder, prompt, arguments.max_tokens, sampling_of(arguments), arguments.seed, ends)
-    else:
-        tokens = iter(best_continuation(decoder, prompt, arguments.max_tokens, beams, ends))
+    request = asked(arguments, tuple(prompt), codec.ending.stops)
     out.write(arguments.prompt)
-    _show(codec, tokens, codec.encode(arguments.prompt), out)
+    _show(codec, answered(engine, request, beams_of(arguments)), codec.encode(arguments.prompt), out)
     out.write("\n")
+
+
+def asked(arguments: Arguments, tokens: tuple[int, ...], ends: Iterable[int] = ()) -> Request:
+    """The request of a command line for a prompt's tokens."""
+    return Request(tokens, arguments.max_tokens, sampling_of(arguments), arguments.seed, ends=frozenset(ends))
+
+
+def answered(engine: Engine, request: Request, beams: Beams | None) -> Iterator[int]:
+    """The tokens that follow a request's prompt, as they come; they go on beyond the model's positions but for beam search."""
+    if beams is not None:
+        yield from best_continuation(engine, request, beams).text_tokens
+        return
+    rest: Request | None = fitted(request, engine.max_length)
+    while rest is not None:
+        tokens, finish = [], None
+        engine.add(rest)
+        while finish is None:
+            for update in engine.step():
+                finish = update.finish
+                for scored in update.tokens:
+                    tokens.append(scored.token)
+                    yield scored.token
+        rest = going_on(rest, tokens, engine.max_length) if finish == "length" else None
 
 
 def sampling_of(arguments: Arguments) -> Sampling:
@@ -149,18 +136,26 @@ def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: T
     return shown
 
 
-def _fill(arguments: Arguments, config: Config, decoder: Decoder, codec: Tokenizer, out: TextIO) -> None:
+def _fill(arguments: Arguments, config: Config, engine: Engine, codec: Tokenizer, out: TextIO) -> None:
     """Write the prompt with its blanks filled; a prompt without blanks is continued."""
-    ids, text_vocab = resolve(config.data.glm, codec, decoder.chunks[0].build.vocab_size)
+    ids, text_vocab = resolve(config.data.glm, codec, engine.vocab_size)
     texts, masks = parsed(arguments.prompt, ids)
     encoded = [codec.encode(text) for text in texts]
-    filling = Filling(decoder, encoded, masks, ids, text_vocab)
+    filling = Filling(engine, encoded, masks, ids, text_vocab)
     before: list[int] = []
     for number, text in enumerate(texts):
         out.write(text)
         before += encoded[number]
         if number < len(masks):
-            seed = arguments.seed + number
-            tokens = filling.fill(number, arguments.max_tokens, sampling_of(arguments), seed, beams_of(arguments))
-            before += _show(codec, tokens, before, out)
+            request = filling.request(replace(asked(arguments, (0,)), seed=arguments.seed + number))
+            filled: list[int] = []
+            before += _show(codec, _kept(answered(engine, request, beams_of(arguments)), filled), before, out)
+            filling.fill(request, filled)
     out.write("\n")
+
+
+def _kept(tokens: Iterable[int], kept: list[int]) -> Iterator[int]:
+    """The tokens, which are added to `kept` as they pass."""
+    for token in tokens:
+        kept.append(token)
+        yield token

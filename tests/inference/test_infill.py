@@ -1,7 +1,7 @@
-"""Blanks that are filled: with a cache and without, under every layout, in the order of the text, by sampling and by beams."""
+"""BlankPlaces that are filled: with a cache and without, under every layout, in the order of the text, by sampling and by beams."""
 
 import argparse
-import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,17 +11,22 @@ from megatrain.assembly import mesh_shape
 from megatrain.checkpoint.save import Contents, save
 from megatrain.config.load import dump, from_dict
 from megatrain.data.samples.infilling import Sentinels
-from megatrain.inference.decoding import Beams, Decoder, Sampling
+from megatrain.inference.beams import Beams, best_continuation
+from megatrain.inference.engine import Engine, EngineSettings
 from megatrain.inference.infill import Filling, parsed
-from megatrain.inference.trained import laid_out, saved_config
+from megatrain.inference.paged_model import ForwardModel
+from megatrain.inference.requests import Request, Sampling
+from megatrain.inference.trained import laid_out, load_chunks, saved_config
 from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
+from megatrain.parallel.pipeline_parallel import Unsharded
 from megatrain.parallel.portion import Portion
 from megatrain.testing import simulate
-from megatrain.verbs.generate import load_decoder, main
+from megatrain.training import schedule_of
+from megatrain.verbs.generate import main
 
 IDS = Sentinels(sop=257, eop=258, cls=259, mask=260, gmask=261, smask=262, noise=263, eos=256)
 V = 264
@@ -44,9 +49,27 @@ def chunks_of(config, ctx=None):
     return [chunk.eval() for chunk in build_gpt(build)]
 
 
-def filling_of(decoder):
+def engine_of(config, chunks=None, ctx=None):
+    weights = ForwardModel(
+        ctx or ParallelContext.single(), chunks or chunks_of(config), schedule_of(config, 1, backward=False), Unsharded()
+    )
+    return Engine(weights, settings=EngineSettings(block=4, cache_tokens=2048))
+
+
+def filling_of(engine):
     """abc [MASK] de [gMASK]."""
-    return Filling(decoder, [[97, 98, 99], [100, 101], []], [IDS.mask, IDS.gmask], IDS, 256)
+    return Filling(engine, [[97, 98, 99], [100, 101], []], [IDS.mask, IDS.gmask], IDS, 256)
+
+
+def fill(filling, max_tokens, sampling, seed, beams=None):
+    """The tokens of the next blank."""
+    request = filling.request(Request((0,), max_tokens, sampling, seed))
+    if beams is None:
+        tokens = [scored.token for scored in filling.engine.run([request])[0].tokens]
+    else:
+        tokens = list(best_continuation(filling.engine, request, beams).text_tokens)
+    filling.fill(request, tokens)
+    return tokens
 
 
 def test_a_prompt_and_its_blanks():
@@ -67,54 +90,52 @@ def whole_logits(config, tokens, positions, inside, sep):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cached_and_uncached_decoding_give_the_same_logits(shape, monkeypatch):
-    config, seen = config_of(shape), []
-    decoder = Decoder(chunks_of(config))
-    feed = decoder.feed
-
-    def watched(tokens, positions, inside, prefix=None):
-        logits = feed(tokens, positions, inside, prefix)
-        seen.append((tokens[:, 0].tolist(), positions[:, 0].tolist(), inside[:, 0].tolist(), logits[0]))
-        return logits
-
-    monkeypatch.setattr(decoder, "feed", watched)
-    filling = filling_of(decoder)
-    first = list(filling.fill(0, 5, Sampling(temperature=4.0), 1))
-    second = list(filling.fill(1, 5, Sampling(temperature=4.0), 3))
-    assert seen[0][0] == [259, 97, 98, 99, 260, 100, 101, 261] and first and second
-    tokens, positions, inside = [], [], []
-    for piece in seen:
-        tokens, positions, inside = tokens + piece[0], positions + piece[1], inside + piece[2]
-        torch.testing.assert_close(piece[3], whole_logits(config, tokens, positions, inside, 8), rtol=1e-5, atol=1e-5)
-    at = {"glm-130b": list(range(8 + 1 + len(first), len(tokens)))}.get(shape, [7] * (len(tokens) - 9 - len(first)))
-    assert positions[8:] == [4] * (1 + len(first)) + at
-    assert inside[8:] == [*range(1, 2 + len(first)), *range(1, len(tokens) - 8 - len(first))]
+def test_cached_and_uncached_decoding_give_the_same_numbers(shape):
+    config = config_of(shape)
+    filling = filling_of(engine_of(config))
+    first = filling.request(Request((0,), 5, Sampling(temperature=4.0), 1))
+    assert first.tokens == (259, 97, 98, 99, 260, 100, 101, 261, 257)
+    tokens = fill(filling, 5, Sampling(temperature=4.0), 1)
+    request = filling.request(Request((0,), 5, Sampling(temperature=4.0), 3, score_from=9))
+    (answer,) = filling.engine.run([request])
+    assert answer.tokens and tokens and filling.engine.stats.prefix_hits >= 4
+    ids = [*request.tokens, *(scored.token for scored in answer.tokens)]
+    positions, inside = (x.tolist() for x in request.places.positions(0, len(ids)))
+    for n in range(9, len(ids)):
+        logits = whole_logits(config, ids[:n], positions[:n], inside[:n], 8)
+        if n >= len(request.tokens):
+            logits = logits.index_fill(0, torch.tensor(request.sampling.never), -torch.inf)
+        scored = (*answer.prompt, *answer.tokens)[n - 9]
+        assert scored.logprob == pytest.approx(float(torch.log_softmax(logits.double(), -1)[ids[n]]), abs=1e-5)
+    at = {"glm-130b": list(range(8 + 1 + len(tokens), len(ids)))}.get(shape, [7] * (len(ids) - 9 - len(tokens)))
+    assert positions[8:] == [4] * (1 + len(tokens)) + at
+    assert inside[8:] == [*range(1, 2 + len(tokens)), *range(1, len(ids) - 8 - len(tokens))]
 
 
 def test_the_end_of_a_piece_is_not_written():
     (model,) = chunks = chunks_of(config_of())
-    plain = list(filling_of(Decoder(chunks)).fill(0, 8, Sampling(greedy=True), 0))
+    plain = fill(filling_of(engine_of(config_of(), chunks)), 8, Sampling(greedy=True), 0)
     with torch.no_grad():  # the head is the embedding: an end of piece a little longer than the third token is preferred to it
         model.embedding.tokens.weight[IDS.eop] = 1.001 * model.embedding.tokens.weight[plain[2]]
-    assert list(filling_of(Decoder(chunks)).fill(0, 8, Sampling(greedy=True), 0)) == plain[: plain.index(plain[2])]
+    again = fill(filling_of(engine_of(config_of(), chunks)), 8, Sampling(greedy=True), 0)
+    assert again == plain[: plain.index(plain[2])]
 
 
 def test_what_is_not_text_is_not_written():
-    chunks = chunks_of(config_of())
+    engine = engine_of(config_of())
     for seed in range(6):
-        filling = filling_of(Decoder(chunks))
-        for number in (0, 1):
-            assert all(token < 256 for token in filling.fill(number, 8, Sampling(temperature=3.0), seed))
-        assert all(token < 256 for token in filling_of(Decoder(chunks)).fill(0, 4, Sampling(), 0, Beams(8)))
+        filling = filling_of(engine)
+        for _ in (0, 1):
+            assert all(token < 256 for token in fill(filling, 8, Sampling(temperature=3.0), seed))
+        assert all(token < 256 for token in fill(filling_of(engine), 4, Sampling(), 0, Beams(8)))
 
 
 def test_a_model_whose_length_is_used_up_stops():
-    decoder = Decoder(chunks_of(config_of(seq_length=16)))
-    filling = filling_of(decoder)
-    texts = [list(filling.fill(n, 100, Sampling(), n)) for n in (0, 1)]
-    assert 2 <= len(texts[0]) <= 5 and decoder.length <= 16
+    filling = filling_of(engine_of(config_of(seq_length=16)))
+    texts = [fill(filling, 100, Sampling(), n) for n in (0, 1)]
+    assert 2 <= len(texts[0]) <= 5 and len(filling.tokens) <= 16
     with pytest.raises(ValueError, match=r"the prompt has 8 tokens and 2 blanks, and model\.max_positions is 11"):
-        filling_of(Decoder(chunks_of(config_of(seq_length=11))))
+        filling_of(engine_of(config_of(seq_length=11)))
 
 
 def saved(directory, config, layout=None):
@@ -139,45 +160,50 @@ def saved(directory, config, layout=None):
 )
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_layout_fills_alike(tmp_path, shape, size, layout, beams):
-    def fill(decoder):
-        filling = filling_of(decoder)
-        return [list(filling.fill(n, 6, Sampling(), n, beams)) for n in (0, 1)]
+    def both(engine):
+        filling = filling_of(engine)
+        return [fill(filling, 6, Sampling(), n, beams) for n in (0, 1)]
 
     path = saved(tmp_path, config_of(shape), MeshShape(tp=2))
     config = laid_out(saved_config(path), layout, size)
-    wanted = fill(Decoder(chunks_of(config_of(shape))))
-    filled = simulate(mesh_shape(config.parallel, size), lambda ctx: fill(load_decoder(path, config, ctx)))
+    wanted = both(engine_of(config_of(shape)))
+
+    def on_rank(ctx):
+        return both(engine_of(config, load_chunks(path, config, ctx), ctx))
+
+    filled = simulate(mesh_shape(config.parallel, size), on_rank)
     assert filled == [wanted] * size
 
 
+def worth(engine, texts):
+    """Log-probability of each text in the first blank, with tokens that are never said counted."""
+    made = filling_of(engine).request(Request((0,), 0))
+    start = len(made.tokens)
+    asked = [replace(made, tokens=(*made.tokens, *text), score_from=start) for text in texts]
+    return [sum(scored.logprob for scored in answer.prompt) for answer in engine.run(asked)]
+
+
 def test_beams_that_are_wide_enough_find_the_best_text():
-    """Of all texts of two tokens out of the likeliest twelve for a blank, none is better than what 200 beams find."""
-    chunks = chunks_of(config_of())
-    best = list(filling_of(Decoder(chunks)).fill(0, 2, Sampling(), 0, Beams(V)))
-
-    def worth(text):
-        decoder = Decoder(chunks)
-        filling = filling_of(decoder)
-        logits, total = filling._feed(0, [[IDS.sop]], 1)[0], 0.0
-        for place, token in enumerate(text):
-            total += float(torch.log_softmax(logits.double(), -1)[token])
-            logits = filling._feed(0, [[token]], place + 2)[0]
-        return total
-
-    decoder = Decoder(chunks)
-    likely = filling_of(decoder)._feed(0, [[IDS.sop]], 1)[0].topk(12).indices.tolist()
-    texts = [t for t in itertools.product(likely, repeat=2) if IDS.eop not in t]
-    ended = worth([*best, IDS.eop]) if len(best) < 2 else worth(best)
-    assert ended >= max(worth(text) for text in texts) - 1e-9
+    """Of all texts of two tokens, none is better than what 200 beams find, were all tokens sayable."""
+    engine = engine_of(config_of())
+    request = filling_of(engine).request(Request((0,), 2))
+    every = replace(request, sampling=Sampling(), ends=frozenset())
+    found = best_continuation(engine, every, Beams(V))
+    pairs = [(a, b) for a in range(0, V, 3) for b in range(0, V, 5)]
+    values = worth(engine, [found.tokens, *pairs])
+    assert values[0] == pytest.approx(found.log_probability, abs=1e-4)
+    assert values[0] >= max(values[1:]) - 1e-4
 
 
 def test_what_is_written_is_seen_by_the_next_blank():
-    chunks = chunks_of(config_of())
-    plain, after = filling_of(Decoder(chunks)), filling_of(Decoder(chunks))
-    list(plain.fill(0, 1, Sampling(greedy=True), 0))
-    list(after.fill(0, 1, Sampling(greedy=True), 0))
-    after._feed(0, [[120]], 3)
-    assert plain._feed(1, [[IDS.sop]], 1).ne(after._feed(1, [[IDS.sop]], 1)).any()
+    engine, probabilities = engine_of(config_of()), []
+    for more in ([], [120]):
+        filling = filling_of(engine)
+        first = filling.request(Request((0,), 4))
+        filling.fill(first, [65, *more])
+        request = filling.request(Request((0,), 1, Sampling(greedy=True), top=3))
+        probabilities.append(engine.run([request])[0].tokens[0].top)
+    assert probabilities[0] != probabilities[1]
 
 
 def arguments(checkpoint, **more):
@@ -209,7 +235,7 @@ def test_blanks_are_decoded_after_what_stands_before(tmp_path, capsys, monkeypat
     tokenizer = sentencepiece()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     filled = tokenizer.encode("once upon 你", add_special_tokens=False).ids[1:]
-    monkeypatch.setattr("megatrain.inference.infill.Filling.fill", lambda *_, **__: iter(filled))
+    monkeypatch.setattr("megatrain.verbs.generate.answered", lambda *_: iter(filled))
     saved(tmp_path, config_of(vocab_size=tokenizer.get_vocab_size() + 8))
     for beams in (None, 1, 2):
         main(arguments(tmp_path, prompt="once[MASK] a[gMASK]", tokenizer=str(tmp_path / "tokenizer.json"), beams=beams))

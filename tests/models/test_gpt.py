@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional
 
 from megatrain.config.schema import ModelConfig
-from megatrain.inference.key_values import KeyValueCache
 from megatrain.models.batch import MicroBatch, NextToken
 from megatrain.models.gpt import GPT
 from megatrain.models.layers import Attention, Build, LearnedPositions, Rotary
@@ -127,20 +126,6 @@ def test_layers_share_one_table_of_angles_as_long_as_the_positions():
     made = build(position="rope", max_positions=50)
     first, second = (Attention(name, made).rotary for name in "ab")
     assert first.cos.shape == (50, 2) and first.cos is second.cos and first.sin is second.sin
-
-
-@pytest.mark.parametrize("pieces", [(1,) * S, (3, 2, 1), (S,)])
-def test_attention_with_a_cache_goes_on_where_it_stopped(pieces):
-    layer = filled(Attention("a", build(position="rope", num_query_groups=2)))
-    x = numbers(0, S, B, H)
-    cache, parts, first = KeyValueCache(B, 2, S, 4, torch.float64, torch.device("cpu")), [], 0
-    with torch.no_grad():
-        for rows in pieces:
-            parts.append(layer(x[first : first + rows], batch(rows, first), cache))
-            first += rows
-        torch.testing.assert_close(torch.cat(parts), layer(x, batch()))
-        with pytest.raises(ValueError, match=r"7 tokens do not fit .* cache of 6"):
-            layer(x[:1], batch(1, 0), cache)
 
 
 def test_rotary_turns_pairs_of_halves_by_their_position():

@@ -9,13 +9,17 @@ from megatrain.config.load import from_dict
 from megatrain.config.schema import ModelConfig
 from megatrain.config.source import ConfigError
 from megatrain.config.validate import validate_model
-from megatrain.inference.decoding import Decoder
+from megatrain.inference.engine import Engine, EngineSettings
+from megatrain.inference.paged_model import ForwardModel
+from megatrain.inference.requests import Request
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask, keys_seen
 from megatrain.models import layers
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import Block, build_gpt, gpt_block
 from megatrain.models.layers import MLP, Build
 from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
+from megatrain.parallel.pipeline_parallel import Unsharded
+from megatrain.parallel.schedules import Schedule
 from megatrain.parallel.tensor_parallel import Backward, ColumnParallelLinear, Matrix, RowParallelLinear
 from megatrain.runtime.flops import model_flops_per_token
 from megatrain.testing import simulate
@@ -66,11 +70,18 @@ def test_a_token_reaches_as_far_as_the_layers_let_it():
 def test_a_cache_gives_the_numbers_of_the_whole():
     model = gpt(ParallelContext.single())
     tokens = batch().tokens[:, :1]
-    decoder = Decoder([model])
-    whole = model.head.logits(model(None, replace(batch(), tokens=tokens, positions=batch().positions[:, :1])))
-    for start, end in ((0, 5), (5, 6), (6, S)):
-        logits = decoder.logits(tokens[start:end, 0].tolist())
-        torch.testing.assert_close(logits, whole[end - 1, 0].float())
+    weights = ForwardModel(ParallelContext.single(), [model], Schedule("1f1b", 1, 1, 1, backward=False), Unsharded())
+    whole = (
+        model.head.logits(model(None, replace(batch(), tokens=tokens, positions=batch().positions[:, :1])))[:, 0]
+        .detach()
+        .float()
+    )
+    ids = tokens[:, 0].tolist()
+    for chunk in (1, 5, S):
+        engine = Engine(weights, settings=EngineSettings(step_tokens=chunk, most_running=1, cache_tokens=64))
+        (answer,) = engine.run([Request(tuple(ids), 1, score_from=1)])
+        wanted = [float(torch.log_softmax(whole[n], -1)[token]) for n, token in enumerate([*ids[1:], answer.tokens[0].token])]
+        assert [scored.logprob for scored in (*answer.prompt, *answer.tokens)] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_flops_are_the_mean_of_the_layers():

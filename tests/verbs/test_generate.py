@@ -12,15 +12,20 @@ from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.together import CheckpointError
 from megatrain.config.load import dump, from_dict
 from megatrain.config.source import ConfigError
-from megatrain.inference.decoding import Decoder, Sampling, continuation
-from megatrain.inference.trained import laid_out, saved_config
+from megatrain.inference.engine import Engine, EngineSettings
+from megatrain.inference.overflow import whole_answers
+from megatrain.inference.paged_model import ForwardModel
+from megatrain.inference.requests import Request, Sampling
+from megatrain.inference.trained import laid_out, load_chunks, saved_config
 from megatrain.models.batch import MicroBatch
 from megatrain.models.gpt import build_gpt
 from megatrain.models.layers import Build
 from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
+from megatrain.parallel.pipeline_parallel import Unsharded
 from megatrain.parallel.portion import Portion
 from megatrain.testing import simulate
-from megatrain.verbs.generate import load_decoder, main
+from megatrain.training import schedule_of
+from megatrain.verbs.generate import main
 
 ONE = MeshShape()
 SINGLE = ParallelContext.single()
@@ -47,6 +52,17 @@ def model_of(config, ctx=SINGLE):
 
 def whole_gpt(model, vocab_size, ctx):
     return build_gpt(Build(Rows(ctx.tp), torch.float32, ctx.device, model, vocab_size, seed=7))[0]
+
+
+def engine_of(chunks, config, ctx=SINGLE):
+    weights = ForwardModel(ctx, chunks, schedule_of(config, 1, backward=False), Unsharded())
+    return Engine(weights, settings=EngineSettings(cache_tokens=2048))
+
+
+def continuation(engine, prompt, max_tokens, sampling, seed, ends=()):
+    """The tokens after a prompt, in as many parts as the positions make of them."""
+    (parts,) = whole_answers(engine, [Request(tuple(prompt), max_tokens, sampling, seed, ends=frozenset(ends))])
+    return [scored.token for part in parts for scored in part.tokens]
 
 
 def saved(directory, config, layout=ONE, dtype=torch.float32):
@@ -78,12 +94,11 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_the_cache_changes_nothing(variant):
-    model = model_of(config_of(**variant))
-    decoder, ids = Decoder([model]), []
-    for new in ([3, 1, 4, 1, 5], [9], [2, 6], [5], [3, 5, 8]):
-        got = decoder.logits(new)
-        ids += new
-        torch.testing.assert_close(got, full_logits(model, ids), rtol=1e-4, atol=1e-5)
+    model, config, ids = model_of(config_of(**variant)), config_of(**variant), [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    (answer,) = engine_of([model], config).run([Request(tuple(ids), 6, score_from=1)])
+    ids = [*ids, *(scored.token for scored in answer.tokens)]
+    wanted = [float(torch.log_softmax(full_logits(model, ids[:n]), -1)[ids[n]]) for n in range(1, len(ids))]
+    assert [scored.logprob for scored in (*answer.prompt, *answer.tokens)] == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.parametrize("layout", [MeshShape(), MeshShape(tp=2), MeshShape(tp=4, dp=2)], ids=str)
@@ -91,20 +106,20 @@ def test_the_cache_changes_nothing(variant):
 def test_a_checkpoint_of_any_layout_gives_the_same_model(tmp_path, variant, layout):
     config = config_of(**variant)
     path = saved(tmp_path, config, layout)
-    (model,) = load_decoder(path, config, SINGLE).chunks
+    (model,) = load_chunks(path, config, SINGLE)
     assert saved_config(path) == config
     assert torch.equal(full_logits(model, [1, 2, 3]), full_logits(model_of(config), [1, 2, 3]))
 
 
 def test_a_checkpoint_of_another_dtype_is_read_as_float32(tmp_path):
-    (model,) = load_decoder(saved(tmp_path, config_of(), dtype=torch.bfloat16), config_of(), SINGLE).chunks
+    (model,) = load_chunks(saved(tmp_path, config_of(), dtype=torch.bfloat16), config_of(), SINGLE)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_generation_goes_on_beyond_the_models_length():
     config = config_of()
     model = model_of(config)
-    got = list(continuation(Decoder([model]), [1, 2, 3], 60, Sampling(greedy=True), 0))
+    got = continuation(engine_of([model], config_of()), [1, 2, 3], 60, Sampling(greedy=True), 0)
     assert len(got) == 60
     ids, window = [1, 2, 3], []
     for token in got:
@@ -118,62 +133,17 @@ def test_generation_goes_on_beyond_the_models_length():
 def test_a_prompt_longer_than_the_model_keeps_its_end():
     model = model_of(config_of())
     ids = [i % 200 for i in range(100)]
-    torch.testing.assert_close(Decoder([model]).logits(ids), full_logits(model, ids[-12:]), rtol=1e-4, atol=1e-5)
+    got = continuation(engine_of([model], config_of()), ids, 1, Sampling(greedy=True), 0)
+    assert got == [int(full_logits(model, ids[-12:]).argmax())]
 
 
 def test_the_end_token_stops():
     model = model_of(config_of())
-    free = list(continuation(Decoder([model]), [1], 20, Sampling(greedy=True), 0))
+    free = continuation(engine_of([model], config_of()), [1], 20, Sampling(greedy=True), 0)
     assert (
-        list(continuation(Decoder([model]), [1], 20, Sampling(greedy=True), 0, ends=[free[3]])) == free[: free.index(free[3])]
+        continuation(engine_of([model], config_of()), [1], 20, Sampling(greedy=True), 0, ends=[free[3]])
+        == free[: free.index(free[3])]
     )
-
-
-LOGITS = torch.tensor([0.1, 0.5, 0.2, 0.15, 0.05]).log()
-
-
-@pytest.mark.parametrize(
-    ("choice", "want"),
-    [
-        (Sampling(), [0.1, 0.5, 0.2, 0.15, 0.05]),
-        (Sampling(greedy=True), [0, 1, 0, 0, 0]),
-        (Sampling(top_k=1), [0, 1, 0, 0, 0]),
-        (Sampling(top_k=2), [0, 5 / 7, 2 / 7, 0, 0]),
-        (Sampling(top_k=99), [0.1, 0.5, 0.2, 0.15, 0.05]),
-        (Sampling(top_p=0.01), [0, 1, 0, 0, 0]),
-        (Sampling(top_p=0.6), [0, 5 / 7, 2 / 7, 0, 0]),
-        (Sampling(top_p=0.8), [0, 0.5 / 0.85, 0.2 / 0.85, 0.15 / 0.85, 0]),
-        (Sampling(top_p=1.0), [0.1, 0.5, 0.2, 0.15, 0.05]),
-        (Sampling(top_k=2, top_p=0.72), [0, 5 / 7, 2 / 7, 0, 0]),
-        (Sampling(top_k=2, top_p=0.7), [0, 1, 0, 0, 0]),
-        (Sampling(temperature=0.5), [p * p / 0.325 for p in (0.1, 0.5, 0.2, 0.15, 0.05)]),
-    ],
-    ids=str,
-)
-def test_probabilities(choice, want):
-    torch.testing.assert_close(choice.probabilities(LOGITS), torch.tensor(want, dtype=torch.float32))
-
-
-def test_a_tiny_temperature_is_greedy_and_diverged_logits_are_an_error():
-    torch.testing.assert_close(Sampling(temperature=1e-40).probabilities(LOGITS), torch.tensor([0.0, 1, 0, 0, 0]))
-    with pytest.raises(ValueError, match="training has diverged"):
-        Sampling().probabilities(LOGITS * torch.nan)
-
-
-def test_draws_follow_the_probabilities_and_the_seed():
-    def draw(seed, n):
-        generator = torch.Generator().manual_seed(seed)
-        return [Sampling(top_k=3).draw(LOGITS, generator) for _ in range(n)]
-
-    assert draw(1, 50) == draw(1, 50) != draw(2, 50)
-    counts = torch.bincount(torch.tensor(draw(3, 4000)), minlength=5) / 4000
-    torch.testing.assert_close(counts, Sampling(top_k=3).probabilities(LOGITS), atol=0.03, rtol=0)
-
-
-def test_no_global_generator_is_touched():
-    before = torch.get_rng_state()
-    list(continuation(Decoder([model_of(config_of())]), [1], 3, Sampling(), 5))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def arguments(checkpoint, **more):
@@ -206,7 +176,7 @@ def test_the_answer_is_decoded_after_the_prompt(tmp_path, capsys, monkeypatch):
     tokenizer = sentencepiece()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     wanted = tokenizer.encode("once upon a 你", add_special_tokens=False).ids
-    monkeypatch.setattr("megatrain.verbs.generate.continuation", lambda *_, **__: iter(wanted[1:]))
+    monkeypatch.setattr("megatrain.verbs.generate.answered", lambda *_: iter(wanted[1:]))
     saved(tmp_path, config_of(vocab_size=tokenizer.get_vocab_size()))
     main(arguments(tmp_path, prompt="once", tokenizer=str(tmp_path / "tokenizer.json")))
     assert capsys.readouterr().out == "once upon a 你\n"
@@ -233,11 +203,11 @@ def test_a_text_begins_and_ends_as_the_tokenizer_says(
     for name, content in beside.items():
         (tmp_path / name).write_text(content)
     given = []
-    monkeypatch.setattr("megatrain.verbs.generate.continuation", lambda *all: given.append((all[1], all[5])) or iter(()))
+    monkeypatch.setattr("megatrain.verbs.generate.answered", lambda _, r, __: given.append((r.tokens, r.ends)) or iter(()))
     config = config_of(vocab_size=tokenizer.get_vocab_size())
     saved(tmp_path, replace(config, data=replace(config.data, tokenizer=str(tmp_path / "tokenizer.json"), **data)))
     main(arguments(tmp_path, prompt=prompt))
-    assert given == [([once if token == 262 else token for token in started], ends)]
+    assert given == [(tuple(once if token == 262 else token for token in started), frozenset(ends))]
 
 
 LAYOUTS = [
@@ -254,12 +224,12 @@ LAYOUTS = [
 @pytest.mark.parametrize("variant", [{"num_layers": 4}, {**VARIANTS[2], "num_layers": 4, "num_query_groups": 2}], ids=str)
 def test_every_layout_writes_the_same_text(tmp_path, variant, size, overrides):
     path = saved(tmp_path, config_of(**variant), MeshShape(tp=2))
-    alone = Decoder([model_of(config_of(**variant))])
-    expected = list(continuation(alone, [1, 2, 3], 30, Sampling(), 5))
+    alone = engine_of([model_of(config_of(**variant))], config_of(**variant))
+    expected = continuation(alone, [1, 2, 3], 30, Sampling(), 5)
     config = laid_out(saved_config(path), overrides, size)
 
     def write(ctx):
-        return list(continuation(load_decoder(path, config, ctx), [1, 2, 3], 30, Sampling(), 5))
+        return continuation(engine_of(load_chunks(path, config, ctx), config, ctx), [1, 2, 3], 30, Sampling(), 5)
 
     assert simulate(mesh_shape(config.parallel, size), write) == [expected] * size
 

@@ -29,7 +29,7 @@ from megatrain.data.origins import FilePlace, OriginsWriter
 from megatrain.data.prepare.read import TextPiece, pieces_of
 from megatrain.data.store_record import record_of
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.data.tokenizers.engine import EngineDiffersError, FastTokenizer
+from megatrain.data.tokenizers.fast_engine import EngineDiffersError, FastTokenizer
 from megatrain.data.tokenizers.token_ids import EncodedTexts
 
 BATCH_CHARACTERS = 1 << 18

@@ -15,7 +15,7 @@ from megatrain.data.origins import FilePlace
 from megatrain.data.prepare.read import Lines, read_pieces, total_bytes
 from megatrain.data.prepare.text_store import TextStoreWriter, TokenizeReport
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.data.tokenizers.engine import AUTO, encode_with
+from megatrain.data.tokenizers.fast_engine import AUTO, encode_with
 
 
 def tokenize_files(
@@ -30,7 +30,7 @@ def tokenize_files(
     """Writes the documents of `inputs` to the token store `output` (a prefix), one document each, in order.
 
     `workers` threads encode. `append_eod` ends each document with the tokenizer's separator; each begins with the token that the tokenizer
-    puts first (data/boundaries.py). The store's record keeps these tokens. engine: what encodes (data/tokenizers/engine.py); all
+    puts first (data/boundaries.py). The store's record keeps these tokens. engine: what encodes (data/tokenizers/fast_engine.py); all
     give the same store. On failure nothing is published and no temporary file stays. Raises ReadError, TokenizerError,
     EngineDiffersError, TokenStoreError, ValueError.
     """

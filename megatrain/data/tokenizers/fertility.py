@@ -16,7 +16,7 @@ import numpy.typing as npt
 from megatrain.data.bar import bar
 from megatrain.data.prepare.read import Lines, TextPiece, read_pieces, total_bytes
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.data.tokenizers.engine import AUTO, encode_with
+from megatrain.data.tokenizers.fast_engine import AUTO, encode_with
 from megatrain.data.tokenizers.fitting import sampled_pieces, trained_on
 
 ALL = "all"

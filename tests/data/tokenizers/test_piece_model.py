@@ -14,7 +14,7 @@ from megatrain.data.indexed import TokenStore
 from megatrain.data.prepare.tokenize import tokenize_files
 from megatrain.data.stream import GrowingText, pieces_of_text
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.data.tokenizers.engine import hard_texts
+from megatrain.data.tokenizers.fast_engine import hard_texts
 from megatrain.verbs.export_tokenizer import files_of
 
 TEXTS = [

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from megatrain.data.boundaries import TokenizerError
 from megatrain.data.tokenizer import JsonTokenizer, load_tokenizer
-from megatrain.data.tokenizers.engine import _LETTERS, FastTokenizer, hard_texts
+from megatrain.data.tokenizers.fast_engine import _LETTERS, FastTokenizer, hard_texts
 from megatrain.data.tokenizers.rank_file import PATTERNS, byte_letters
 
 PLAIN = {  # as tiktoken has them (tiktoken_ext/openai_public.py)

@@ -15,8 +15,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from megatrain.cli.main import main
 from megatrain.data.prepare.tokenize import tokenize_files
 from megatrain.data.tokenizer import ByteTokenizer, JsonTokenizer
-from megatrain.data.tokenizers import engine
-from megatrain.data.tokenizers.engine import EngineDiffersError, FastTokenizer, encode_with, hard_texts, sample_of
+from megatrain.data.tokenizers import fast_engine
+from megatrain.data.tokenizers.fast_engine import EngineDiffersError, FastTokenizer, encode_with, hard_texts, sample_of
 
 pytest.importorskip("gigatoken", reason="Python 3.10 has no gigatoken")
 
@@ -50,7 +50,7 @@ KINDS = {"gpt2": (), "gpt4": (GPT4,), "qwen": (QWEN, normalizers.NFC()), "o200k"
 
 def random_texts(count, seed):
     draw = random.Random(seed)
-    return ["".join(draw.choice(draw.choice(engine._LETTERS)) for _ in range(draw.randint(0, 40))) for _ in range(count)]
+    return ["".join(draw.choice(draw.choice(fast_engine._LETTERS)) for _ in range(draw.randint(0, 40))) for _ in range(count)]
 
 
 def assert_same(own, texts):
@@ -182,7 +182,7 @@ def test_a_difference_on_the_way_begins_again_with_the_library(corpus, monkeypat
 def test_a_difference_says_where_it_begins():
     own = JsonTokenizer(byte_level())
     ids = own.encode("once upon a time")
-    said = engine.difference(own, "once upon a time", [*ids[:2], 7, 8])
+    said = fast_engine.difference(own, "once upon a time", [*ids[:2], 7, 8])
     assert said == f"[7, 8] for '{own.decode(ids[2:])}', and tokenizers {ids[2:6]}"
 
 
@@ -223,8 +223,8 @@ def test_the_words_that_gigatoken_keeps_are_left_behind(corpus, monkeypatch):
     loads = []
     real = FastTokenizer._loaded
     monkeypatch.setattr(FastTokenizer, "_loaded", lambda self: loads.append(1) or real(self))
-    monkeypatch.setattr(engine, "CHECK_CHARACTERS", 600)
-    monkeypatch.setattr(engine, "CACHE_BYTES", -(1 << 40))
+    monkeypatch.setattr(fast_engine, "CHECK_CHARACTERS", 600)
+    monkeypatch.setattr(fast_engine, "CACHE_BYTES", -(1 << 40))
     tokenize_files(corpus, "t.json", "small", workers=2, engine="gigatoken")
     assert len(loads) > 5
     tokenize_files(corpus, "t.json", "slow", engine="tokenizers")

@@ -1,0 +1,232 @@
+"""A model that reads pieces of several sequences at a time over paged keys and values, and chooses and scores tokens.
+
+One step is the forward-only schedule with one micro-batch, whose single "sequence" [n, 1] is the pieces' tokens one after the other.
+The last stage chooses; what every rank gets is a few numbers for each token that was asked for, never the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+
+from megatrain.inference.paged_cache import Chunk, LayerPages, PagedCache, StepPages
+from megatrain.inference.requests import Scored
+from megatrain.inference.sampling import TokenChoice, choose, without_never
+from megatrain.inference.scheduling import StepPiece
+from megatrain.kernels.attention_mask import CAUSAL
+from megatrain.kernels.paged_attention import Pages
+from megatrain.models.batch import Loss, MicroBatch
+from megatrain.models.gpt import GPT, Head
+from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.param import Postponed
+from megatrain.parallel.pipeline_parallel import Chunk as Virtual
+from megatrain.parallel.pipeline_parallel import Executed, Parameters, Stage, run_schedule
+from megatrain.parallel.schedules import Schedule
+
+LOGIT_ROWS = 256
+"""Rows of a prompt whose whole logits are in memory at a time, where the most probable tokens are asked for."""
+
+
+@dataclass(frozen=True)
+class ForwardModel:
+    """A model's weights on this rank, as the executor runs them forward."""
+
+    ctx: ParallelContext
+    chunks: Sequence[GPT]
+    schedule: Schedule
+    """The program of one micro-batch, without backwards."""
+    parameters: Parameters
+    """Where the weights come from, if they lie in shards."""
+
+
+class Read(NamedTuple):
+    """The results of a step for one piece."""
+
+    piece: StepPiece
+    scored: list[Scored]
+    """Tokens of the prompt."""
+    drawn: Scored | None
+    """The token chosen after the piece."""
+
+
+class _Wanted(NamedTuple):
+    """Rows of a step at which a token is chosen or scored."""
+
+    drawn: list[int]
+    choices: list[TokenChoice]
+    scored: list[int]
+    labels: list[int]
+    top: int
+    """Most probable tokens that any of the requests wants to be told."""
+
+
+class PagedModel:
+    """A model with its keys and values in `blocks` blocks of `block` tokens."""
+
+    def __init__(self, weights: ForwardModel, blocks: int, block: int) -> None:
+        self.weights, self.block = weights, block
+        build = weights.chunks[0].build
+        self.layers = [
+            [
+                LayerPages(blocks * block, *layer.attention.cache_shape, build.dtype, build.device)
+                for layer in chunk.stack.blocks
+            ]
+            for chunk in weights.chunks
+        ]
+        self.vocab_size = build.vocab_size
+
+    @torch.inference_mode()
+    def read(self, pieces: Sequence[StepPiece]) -> list[Read]:
+        """Read the pieces, in any order (collective over tp and pp). Raises ValueError where logits are not finite.
+
+        The result is the same on every rank.
+        """
+        pieces = sorted(pieces, key=lambda piece: not piece.single)
+        device = self.weights.ctx.device
+        tokens, positions, inside = self._rows(pieces)
+        batch = MicroBatch(
+            tokens=tokens.to(device),
+            labels=tokens.to(device),
+            loss_weights=torch.zeros(tokens.shape, device=device),
+            positions=positions.to(device),
+            samples=torch.zeros(1, dtype=torch.int64, device=device),
+            mask=CAUSAL,
+            block_positions=inside.to(device),
+        )
+        wanted = _wanted(pieces)
+        stage = self._stage(self._pages(pieces), wanted)
+        (numbers,) = run_schedule(stage, self.weights.schedule, [batch], scale=1.0).outputs
+        count = len(wanted.drawn) + len(wanted.scored)
+        if numbers is None:  # they are another stage's
+            numbers = torch.zeros(count, 3 + 2 * wanted.top, dtype=torch.float64, device=device)
+        return _sorted_out(pieces, wanted, self.weights.ctx.pp.to_host(self.weights.ctx.pp.all_reduce(numbers)))
+
+    def _rows(self, pieces: Sequence[StepPiece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, positions and positions within blanks, [n, 1] each."""
+        tokens = [token for p in pieces for token in p.sequence.tokens[p.start : p.end]]
+        places = [p.sequence.request.places.positions(p.start, p.end) for p in pieces]
+        positions, inside = (np.concatenate(x) for x in zip(*places, strict=True))
+        return torch.tensor(tokens)[:, None], torch.from_numpy(positions)[:, None], torch.from_numpy(inside)[:, None]
+
+    def _pages(self, pieces: Sequence[StepPiece]) -> StepPages:
+        """Where the rows' keys go, and where those that they see lie."""
+        device = self.weights.ctx.device
+        every = [self._slots(p) for p in pieces]
+        slots = np.concatenate([of[p.start :] for p, of in zip(pieces, every, strict=True)])
+        single = sum(piece.single for piece in pieces)
+        first, rest = pieces[:single], pieces[single:]
+        pages, chunks, row = None, [], single
+        if first:
+            table = np.zeros((single, max(len(p.sequence.blocks) for p in first)), np.int32)
+            for place, piece in enumerate(first):
+                table[place, : len(piece.sequence.blocks)] = piece.sequence.blocks
+            lengths = torch.tensor([piece.end for piece in first], dtype=torch.int32)
+            pages = Pages(torch.from_numpy(table).to(device), lengths.to(device), self.block)
+        for piece, of in zip(rest, every[single:], strict=True):
+            size = piece.end - piece.start
+            prefix = piece.sequence.request.places.prefix
+            chunks.append(
+                Chunk(
+                    slice(row, row + size),
+                    torch.from_numpy(of).to(device) if piece.start else None,
+                    torch.tensor([prefix], device=device) if piece.start < prefix else None,
+                )
+            )
+            row += size
+        return StepPages(torch.from_numpy(slots).to(device), single, pages, chunks)
+
+    def _slots(self, piece: StepPiece) -> np.ndarray:
+        """[end] slots of a sequence's tokens up to the piece's end, int64."""
+        places = np.arange(piece.end)
+        return np.asarray(piece.sequence.blocks, np.int64)[places // self.block] * self.block + places % self.block
+
+    def _stage(self, pages: StepPages, wanted: _Wanted) -> Stage:
+        """This rank's stage of the pipeline; the last stage puts out the numbers that `_sorted_out` reads."""
+        chunks = self.weights.chunks
+        head = cast(Head, chunks[-1].head)
+
+        def numbers(hidden: torch.Tensor, _batch: MicroBatch) -> Loss:
+            return Loss(hidden.new_zeros(()), output=_numbers(head, hidden, wanted))
+
+        runs = [_over(chunk, layers, pages) for chunk, layers in zip(chunks, self.layers, strict=True)]
+        return Stage(self.weights.ctx, runs, numbers, chunks[0].boundary, parameters=self.weights.parameters)
+
+
+def _over(chunk: GPT, layers: Sequence[LayerPages], pages: StepPages) -> Virtual:
+    caches = [PagedCache(layer, pages) for layer in layers]
+
+    def forward(hidden: torch.Tensor | None, batch: MicroBatch, _sums: Executed, _postponed: Postponed | None) -> torch.Tensor:
+        return chunk(hidden, batch, caches)
+
+    return forward
+
+
+def _wanted(pieces: Sequence[StepPiece]) -> _Wanted:
+    """The rows at which tokens are chosen and scored."""
+    wanted = _Wanted([], [], [], [], max(p.sequence.request.top or 0 for p in pieces))
+    row = 0
+    for piece in pieces:
+        sequence, request = piece.sequence, piece.sequence.request
+        for place in piece.scores:
+            wanted.scored.append(row + place - 1 - piece.start)
+            wanted.labels.append(request.tokens[place])
+        row += piece.end - piece.start
+        if piece.draws:
+            so_far = (request.tokens, sequence.tokens[len(request.tokens) :]) if request.sampling.penalises else ()
+            wanted.drawn.append(row - 1)
+            number = request.first_draw + piece.end - len(request.tokens)
+            wanted.choices.append(TokenChoice(request.sampling, request.seed, number, *so_far))
+    return wanted
+
+
+def _numbers(head: Head, hidden: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
+    """Hidden states [n, 1, h] -> for each row drawn, then for each row scored: token, log-probability, whether it is the most probable,
+    and the `top` most probable ones with theirs; float64 [rows, 3 + 2 top]."""
+    parts = []
+    if wanted.drawn:
+        logits = head.logits(hidden[torch.tensor(wanted.drawn, device=hidden.device)])[:, 0].float()
+        logits = without_never(logits, wanted.choices)
+        parts.append(_told(logits, choose(logits, wanted.choices), wanted.top))
+    if wanted.scored:
+        rows = torch.tensor(wanted.scored, device=hidden.device)
+        labels = torch.tensor(wanted.labels, device=hidden.device)
+        if wanted.top:
+            for some, of in zip(rows.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True):
+                parts.append(_told(head.logits(hidden[some])[:, 0].float(), of, wanted.top))
+        else:
+            loss, right = head.cross_entropy(hidden[rows], labels[:, None])
+            parts.append(torch.stack([labels.double(), -loss[:, 0].double(), right[:, 0].double()], -1))
+    return torch.cat(parts) if parts else hidden.new_zeros(0, 3 + 2 * wanted.top, dtype=torch.float64)
+
+
+def _told(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
+    """Logits [n, v] and tokens [n] -> [n, 3 + 2 top], as `_numbers`."""
+    logprobs = torch.log_softmax(logits, -1)
+    own = logprobs.gather(-1, tokens[:, None])
+    greedy = own >= logprobs.amax(-1, keepdim=True)
+    best = logprobs.topk(top, -1)
+    return torch.cat([x.double() for x in (tokens[:, None], own, greedy, best.indices, best.values)], -1)
+
+
+def _sorted_out(pieces: Sequence[StepPiece], wanted: _Wanted, numbers: torch.Tensor) -> list[Read]:
+    """The numbers [rows, 3 + 2 top] of all pieces, for each piece."""
+    if not bool(numbers[:, 1].isfinite().all()):
+        raise ValueError("the model's logits are not finite numbers: its training has diverged. Take an earlier checkpoint.")
+    rows = numbers.tolist()
+    drawn, scored = iter(rows[: len(wanted.drawn)]), iter(rows[len(wanted.drawn) :])
+    found = []
+    for piece in pieces:
+        top = piece.sequence.request.top or 0
+        labels = [_scored(next(scored), wanted.top, top) for _ in piece.scores]
+        found.append(Read(piece, labels, _scored(next(drawn), wanted.top, top) if piece.draws else None))
+    return found
+
+
+def _scored(row: Sequence[float], most: int, top: int) -> Scored:
+    """A row of numbers, of which the `top` first of the `most` most probable tokens are kept."""
+    best = tuple(zip(map(int, row[3 : 3 + top]), row[3 + most : 3 + most + top], strict=True))
+    return Scored(int(row[0]), row[1], bool(row[2]), best)
