@@ -1,19 +1,22 @@
-"""Attention of decoding over a paged cache: one query a sequence, whose keys and values lie in blocks anywhere in one store.
+"""Attention of decoding over a paged cache: the last queries of each sequence, whose keys and values lie in blocks anywhere in one store.
 
     table      sequence 0:  7 2 5      tokens 0 .. block - 1 of sequence 0 lie in the slots of block 7, the next ones in those of 2
     (blocks)   sequence 1:  1          (PagedAttention, arXiv:2309.06180)
 
-    keys ->    [tile 0][tile 1][ti     each tile: largest score, sum of exponentials, their product with the values
-                   \\      |     /      then the tiles of a sequence are joined in their order (Milakov & Gimelshein, arXiv:1805.02867)
+    keys ->    [tile 0][tile 1][ti     each tile: a query's largest score, sum of exponentials, their product with the values
+                   \\      |     /      then the tiles are joined in their order (Milakov & Gimelshein, arXiv:1805.02867)
                     result
 
-Tiles have `TILE` keys whatever the sequences beside it are, and every product is one tile's own: a sequence's result does not change by
-a bit on a CPU when others, longer or shorter, are beside it, or when its blocks lie elsewhere. All is in float32 at least.
+A query's result does not change by a bit on a CPU, whatever sequences are beside it, wherever the blocks lie, and whether it is
+computed alone or together with queries before it: tiles have `TILE` keys and begin at multiples of it, and a product has `ROWS` rows
+or a multiple. All is in float32 at least.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.nn import functional
@@ -23,32 +26,46 @@ from megatrain.kernels.dispatch import Kernels
 
 TILE = 128
 """Number of keys in a tile."""
-SCRATCH = 1 << 20
-"""Largest number of elements of keys that are gathered at a time, so that they stay in a CPU's cache."""
+HEIGHT = 64
+"""Largest number of queries of a sequence that are worked on together."""
+ROWS = 4
+"""The rows of a product are a multiple: MKL rounds products of fewer rows otherwise, and of numbers that do not begin at 64 bytes."""
+SCRATCH = 1 << 18
+"""Number of elements of keys, or of results of tiles, that are made at a time, so that they stay in a CPU's cache."""
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Where the keys and values of each of n sequences lie."""
+    """Where the keys and values of each of n sequences lie, and which queries there are."""
 
     table: torch.Tensor
     """[n, most blocks] int32 or int64: numbers of a sequence's blocks, in order; what stands behind its last is not read."""
     lengths: torch.Tensor
-    """[n] number of each sequence's keys, at least 1; the last one is the query's own."""
+    """[n] number of each sequence's keys, at least 1; the last one is its last query's own."""
     block: int
     """Number of tokens in a block."""
+    counts: tuple[int, ...] | None = None
+    """Number of queries of each sequence: its last tokens, at least one, one sequence after the other; None: one each."""
+    prefix: torch.Tensor | None = None
+    """[n] number of first keys that all of a sequence's queries see; None: none."""
 
-    _tiles: dict[AttentionMask, _Tiles] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _parts: dict[AttentionMask, list[_Part]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
-    def slots(self, places: torch.Tensor) -> torch.Tensor:
-        """Slots of the keys at places [n, k] of each sequence, [n, k]."""
-        return self.table.gather(1, (places // self.block).to(torch.int64)) * self.block + places % self.block
+    @cached_property
+    def height(self) -> int:
+        """Number of queries in a block of them."""
+        return 1 if self.counts is None else min(HEIGHT, max(self.counts))
 
-    def tiles(self, mask: AttentionMask) -> _Tiles:
-        """The tiles of keys that the queries see; made once, since every layer asks for the same."""
-        if mask not in self._tiles:
-            self._tiles[mask] = _Tiles.of(self, mask)
-        return self._tiles[mask]
+    def slots(self, sequences: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Slots of the keys at places [i, k] of sequences [i]: int64 [i, k]."""
+        blocks = (places // self.block).to(torch.int64)
+        return self.table[sequences].gather(1, blocks).to(torch.int64) * self.block + places % self.block
+
+    def parts(self, mask: AttentionMask) -> list[_Part]:
+        """The work in parts; made once, since every layer asks for the same."""
+        if mask not in self._parts:
+            self._parts[mask] = list(_parts(self, mask))
+        return self._parts[mask]
 
 
 def paged_attention(
@@ -62,10 +79,11 @@ def paged_attention(
     slopes: torch.Tensor | None = None,
     kernels: Kernels = "auto",
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v of each sequence's last token: q [n, a, d], keys and values [slots, g, d] -> [n, a d], in q's dtype.
+    """softmax(q k^T / sqrt(d)) v of each query: q [t, a, d], keys and values [slots, g, d] -> [t, a d], in q's dtype.
 
-    The token at place p of a sequence lies in slot table[p // block] block + p % block. Head i uses group i // (a/g). window and
-    sparse hide keys as in `AttentionMask.within`; slopes [a] are ALiBi's, by places in the sequence.
+    The token at place p of a sequence lies in slot table[p // block] block + p % block. Head i uses group i // (a/g). A query sees the
+    keys up to its own and those of its prefix; window and sparse hide some of them, as in `AttentionMask.within`; slopes [a] are
+    ALiBi's, by places in the sequence.
     """
     return _reference(q, keys, values, pages, CAUSAL.within(window, sparse), slopes)
 
@@ -73,44 +91,56 @@ def paged_attention(
 def _reference(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, pages: Pages, mask: AttentionMask, slopes: torch.Tensor | None
 ) -> torch.Tensor:
-    n, heads, d = q.shape
+    _, heads, d = q.shape
     groups, wide = keys.shape[1], torch.promote_types(q.dtype, torch.float32)
-    tiles = pages.tiles(mask)
-    rows = _padded(q.to(wide) * d**-0.5).view(n, groups, heads // groups, -1)
-    by_group = None if slopes is None else slopes.to(wide).view(groups, -1, 1)
-    shape = n, tiles.most, groups, heads // groups
-    tops = rows.new_full(shape, -torch.inf)
-    totals, sums = rows.new_zeros(shape), rows.new_zeros(*shape, rows.shape[-1])
+    by_head = None if slopes is None else slopes.to(wide).view(groups, -1, 1, 1)
+    output = torch.empty_like(q)
+    for part in pages.parts(mask):
+        rows = functional.pad(q[part.queries].to(wide) * d**-0.5, (0, -d % 16))  # [blocks, height, a, d]
+        rows = rows.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        rows = functional.pad(rows, (0, 0, 0, -rows.shape[2] % ROWS))
+        found = _of_tiles(rows, keys, values, part, heads // groups, by_head)[..., :d]
+        by_query = found.permute(0, 3, 1, 2, 4).flatten(2, 3)  # [blocks, g, r, height, d] -> [blocks, height, a, d]
+        output[part.queries[part.live]] = by_query[part.live].to(q.dtype)
+    return output.flatten(1)
+
+
+def _of_tiles(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _Part, repeat: int, by_head: torch.Tensor | None
+) -> torch.Tensor:
+    """Scaled queries [blocks, g, rows, d] -> [blocks, g, r, height, d]; of a block's rows, r times its height are used."""
+    count, groups, _, d = rows.shape
+    height = part.queries.shape[1]
+    tops = rows.new_full((count, part.most, groups, repeat, height), -torch.inf)
+    totals, sums = torch.zeros_like(tops), rows.new_zeros(*tops.shape, d)
     size = max(1, SCRATCH // (TILE * groups * d))
-    for first in range(0, len(tiles.sequences), size):
-        part = slice(first, first + size)
-        those, order = tiles.sequences[part], tiles.orders[part]
-        k, v = (_gathered(x, tiles.slots[part], wide) for x in (keys, values))
-        scores = torch.bmm(rows[those].flatten(0, 1), k.transpose(1, 2)).view(len(those), groups, -1, TILE)
-        if by_group is not None:
-            scores -= by_group * tiles.distances[part, None, None].to(wide)
-        scores.masked_fill_(tiles.hidden[part, None, None], -torch.inf)
+    for first in range(0, len(part.blocks), size):
+        now = slice(first, first + size)
+        blocks, orders = part.blocks[now], part.orders[now]
+        k, v = (_gathered(x, part.slots[now], rows.dtype) for x in (keys, values))
+        products = torch.bmm(rows[blocks].flatten(0, 1), k.transpose(1, 2)).unflatten(0, (-1, groups))
+        scores = products[:, :, : repeat * height].unflatten(2, (repeat, height))
+        if by_head is not None:
+            scores -= by_head * part.distances[now, None, None].to(scores.dtype)
+        scores.masked_fill_(part.hidden[now, None, None], -torch.inf)
         top = scores.amax(-1)
-        weights = scores.sub_(top[..., None]).exp_()
-        tops[those, order], totals[those, order] = top, weights.sum(-1)
-        sums[those, order] = torch.bmm(weights.flatten(0, 1), v).view(*top.shape, -1)
-    return _joined(tops, totals, sums)[..., :d].to(q.dtype).reshape(n, heads * d)
+        weights = scores.sub_(top.clamp_min(torch.finfo(top.dtype).min)[..., None]).exp_()  # without a key seen, all are 0
+        tops[blocks, orders], totals[blocks, orders] = top, weights.sum(-1)
+        products = torch.bmm(products.flatten(0, 1), v).unflatten(0, (-1, groups))
+        sums[blocks, orders] = products[:, :, : repeat * height].unflatten(2, (repeat, height))
+    return _joined(tops, totals, sums)
 
 
 def _gathered(x: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values x [slots, g, d] of tiles, slots [tiles, TILE], group by group: [tiles g, TILE, d], d `_padded`."""
-    groups = x.shape[1]
+    """Keys or values x [slots, g, d] of tiles, slots [tiles, TILE], group by group: [tiles g, TILE, d], d a multiple of 16."""
+    groups, d = x.shape[1:]
     rows = slots[:, None] * groups + torch.arange(groups, device=slots.device)[:, None]
-    return _padded(x.view(-1, x.shape[2]).index_select(0, rows.flatten()).to(dtype)).unflatten(0, (-1, TILE))
-
-
-def _padded(x: torch.Tensor) -> torch.Tensor:
-    """x [..., d] with zeros to a multiple of 16: MKL's products of small matrices round by where in a cache line they begin."""
-    return functional.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x
+    found = x.view(-1, d).index_select(0, rows.flatten()).to(dtype)
+    return functional.pad(found, (0, -d % 16)).unflatten(0, (-1, TILE))
 
 
 def _joined(tops: torch.Tensor, totals: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Largest scores and sums of exponentials of tiles [n, tiles, g, r], products with the values [n, tiles, g, r, d] -> [n, g, r, d].
+    """Largest scores and sums of exponentials of tiles [n, tiles, ...], products with the values [n, tiles, ..., d] -> [n, ..., d].
 
     Tile by tile: torch would divide a long sum by its length, which is the longest sequence's.
     """
@@ -125,30 +155,50 @@ def _joined(tops: torch.Tensor, totals: torch.Tensor, sums: torch.Tensor) -> tor
 
 
 @dataclass(frozen=True)
-class _Tiles:
-    """Tiles of keys that are not hidden as a whole, of all sequences."""
+class _Part:
+    """Some blocks of queries, and the tiles of keys that any of their queries see."""
 
-    sequences: torch.Tensor
-    """[tiles] the sequence of each."""
+    queries: torch.Tensor
+    """[blocks, height] rows of q; behind a sequence's last query, any."""
+    live: torch.Tensor
+    """[blocks, height] whether it is a query of the block's sequence."""
+    blocks: torch.Tensor
+    """[tiles] the block of each tile."""
     orders: torch.Tensor
     """[tiles] its place among the sequence's tiles."""
     slots: torch.Tensor
-    """[tiles, TILE] slots of its keys; of hidden keys, any."""
+    """[tiles, TILE] slots of its keys; of keys that are hidden, any."""
     hidden: torch.Tensor
-    """[tiles, TILE] whether the query sees the key not."""
+    """[tiles, height, TILE] whether the query sees the key not."""
     distances: torch.Tensor
-    """[tiles, TILE] places between key and query."""
+    """[tiles, height, TILE] places between key and query."""
     most: int
     """Largest number of tiles of a sequence."""
 
-    @staticmethod
-    def of(pages: Pages, mask: AttentionMask) -> _Tiles:
-        most = -(-int(pages.lengths.max()) // TILE)
-        places = torch.arange(most * TILE, device=pages.table.device)[None, :]
-        last = pages.lengths[:, None].long() - 1
-        seen = mask.sees(last, places)
-        slots = pages.slots(torch.minimum(places, last)).long()  # what lies behind a sequence's end is not read, and may be NaN
-        by_tile = [x.unflatten(1, (most, TILE)) for x in (slots, ~seen, last - places)]
-        sequences, orders = (~by_tile[1]).any(-1).nonzero(as_tuple=True)
-        slots, hidden, distances = (x[sequences, orders] for x in by_tile)
-        return _Tiles(sequences, orders, slots, hidden, distances, most)
+
+def _parts(pages: Pages, mask: AttentionMask) -> Iterator[_Part]:
+    """Parts of a call's work, of some `SCRATCH` scores for each head."""
+    device, height = pages.table.device, pages.height
+    lengths = pages.lengths.to(torch.int64)
+    counts = torch.ones_like(lengths) if pages.counts is None else torch.tensor(pages.counts, device=device)
+    blocks = -(-counts // height)
+    sequences = torch.arange(len(lengths), device=device).repeat_interleave(blocks)
+    within = (torch.arange(len(sequences), device=device) - (blocks.cumsum(0) - blocks)[sequences]) * height
+    within = within[:, None] + torch.arange(height, device=device)  # [blocks, height]: which of its sequence's queries
+    live = within < counts[sequences, None]
+    queries = torch.minimum(within, counts[sequences, None] - 1) + (counts.cumsum(0) - counts)[sequences, None]
+    places = within + (lengths - counts)[sequences, None]
+    size = max(1, SCRATCH // (height * TILE * -(-int(lengths.max()) // TILE)))
+    for first in range(0, len(sequences), size):
+        part = slice(first, first + size)
+        ends = lengths[sequences[part], None]
+        most = -(-int(ends.max()) // TILE)
+        keys = torch.arange(most * TILE, device=device)[None, :]
+        prefix = None if pages.prefix is None else pages.prefix.to(torch.int64)[sequences[part], None, None]
+        seen = mask.sees(places[part, :, None], keys[:, None], prefix) & live[part, :, None] & (keys < ends)[:, None]
+        # What lies behind a sequence's end is not read: it may be NaN.
+        slots = pages.slots(sequences[part], torch.minimum(keys, ends - 1)).unflatten(-1, (most, TILE))
+        by_tile = seen.unflatten(-1, (most, TILE)).transpose(1, 2)
+        chosen, orders = by_tile.flatten(2).any(-1).nonzero(as_tuple=True)
+        distances = (places[part][chosen, :, None] - keys.view(most, TILE)[orders, None]).abs()
+        yield _Part(queries[part], live[part], chosen, orders, slots[chosen, orders], ~by_tile[chosen, orders], distances, most)
