@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 55450,
+    "tests": 55500,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

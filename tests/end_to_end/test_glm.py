@@ -14,7 +14,10 @@ from megatrain.checkpoint.together import ContentError
 from megatrain.config.load import from_dict
 from megatrain.config.schema import ModelConfig
 from megatrain.data.loader import Loader
+from megatrain.inference.engine import EngineSettings
 from megatrain.inference.glm_positions import Marks, places_of
+from megatrain.inference.opening import opened
+from megatrain.inference.requests import Request, Sampling
 from megatrain.init_from import shapes_of, start_from
 from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
@@ -238,6 +241,20 @@ def test_chatglm_reads_places_off_its_ids(tmp_path):
     )
     want = reference.double()(tokens, positions, torch.tensor([4, 5]))
     torch.testing.assert_close(megatrain.load(path, dtype=torch.float64)(tokens), want, rtol=1e-9, atol=1e-9)
+
+
+def test_an_opened_chatglm_answers_at_its_blank(tmp_path):
+    _, path = directory("chatglm-6b", tmp_path / "hf")
+    model, prompts = megatrain.load(path), [(5, 6, 7, 98, 99), (5, 97, 7, 8, 9, 99)]
+    with opened(path, settings=EngineSettings(block=4, cache_tokens=256)) as found:
+        asked = [Request(prompt, 6, Sampling(greedy=True), score_from=1, places=found.places(prompt)) for prompt in prompts]
+        answers = found.engine.run(asked)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = [*prompt, *(scored.token for scored in answer.tokens)]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(torch.tensor([ids])), -1)[0]
+        wanted = [float(logprobs[n - 1, token]) for n, token in enumerate(ids) if n]
+        assert [scored.logprob for scored in (*answer.prompt, *answer.tokens)] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_places_in_one_dimension():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from engines import engine_of, weights_of
 
+from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.inference.requests import Request, Sampling
 from megatrain.parallel.mesh import MeshShape
 from megatrain.testing import simulate
@@ -193,3 +194,19 @@ def test_a_model_that_has_diverged_is_said(weights):
         broken.chunks[0].embedding.tokens.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="training has diverged"):
         engine_of(broken).run([Request((1,), 1)])
+
+
+def test_a_stop_string_ends_and_is_cut_off():
+    weights, codec = weights_of(vocab_size=257, **MODEL), ByteTokenizer()
+    request = Request(tuple(codec.encode("once")), 40, Sampling(temperature=0.7), seed=2, text=True)
+    (free,) = engine_of(weights, codec).run([request])
+    assert free.text == codec.decode([*request.tokens, *(s.token for s in free.tokens)])[4:]
+    stop = free.text[11:14]
+    (answer,) = engine_of(weights, codec).run([replace(request, stops=("not there", stop))])
+    assert answer.text == free.text[: free.text.index(stop)]
+    assert (answer.finish, answer.stop) == ("stop", stop)
+    shown, engine = [], engine_of(weights, codec)
+    engine.add(replace(request, stops=(stop,)))
+    while engine.busy:
+        shown += [update.text for update in engine.step()]
+    assert "".join(shown) == answer.text and len([text for text in shown if text]) > 3
