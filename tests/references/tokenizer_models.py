@@ -51,6 +51,23 @@ def byte_level():
     return made
 
 
+# The first is the last byte of 国 with the first of another character: a token that holds parts of two.
+MERGES = "½ å,w e,we r,A n,An s,Ans wer,Ġ P,ĠP ar,a r,i s,ĠPar is,ä ¸,ä¸ Ń,å Ľ,åĽ ½,ä¸Ń åĽ½,Ċ Ċ,Ġ Ġ,Ġ a,. Ċ"
+
+
+def bilingual(template=False):
+    """GPT-2's kind with merges chosen by hand; template: its file puts <s> before a text."""
+    pieces = [tuple(pair.split(" ")) for pair in MERGES.split(",")]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = ["<|endoftext|>", "<s>", *alphabet, *(name for pair in pieces for name in (*pair, "".join(pair)))]
+    library = Tokenizer(models.BPE({name: n for n, name in enumerate(dict.fromkeys(names))}, pieces))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>", "<s>"])
+    if template:
+        library.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return library
+
+
 def wordpiece():
     """BERT's kind: lower case, a blank between words that are not continued by `##`."""
     words = ["[UNK]", "[CLS]", "[SEP]", *WORDS, ".", "##s", "##up"]

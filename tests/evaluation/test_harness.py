@@ -1,0 +1,224 @@
+"""The harness' items with its own `hf` backend, and under every layout, are the same."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness_tasks import hf_backend, items, write_model, write_tasks
+from tokenizer_models import bilingual
+
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.evaluation.generation_arguments import GenerationArguments
+from megatrain.inference.engine import Engine, EngineSettings
+from megatrain.inference.opening import hf_chunks, opened
+from megatrain.inference.paged_model import ForwardModel
+from megatrain.inference.requests import Sampling
+from megatrain.inference.trained import laid_out
+from megatrain.init_from import config_of_hf
+from megatrain.parallel.mesh import MeshShape
+from megatrain.parallel.pipeline_parallel import Unsharded
+from megatrain.testing import simulate
+from megatrain.training import schedule_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the harness' and transformers' own
+TASKS = ["choices", "rolls", "writes"]
+LAYOUTS = [MeshShape(tp=2), MeshShape(pp=2), MeshShape(tp=2, dp=2)]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Folders of a model, one that puts <s> before a text, and tasks."""
+    folder = tmp_path_factory.mktemp("harness")
+    write_model(folder / "model", bilingual())
+    write_model(folder / "opening", bilingual(True), opening=True)
+    write_tasks(folder / "tasks")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(here):
+    """(lm) -> the harness' results for a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(here / "tasks"), include_defaults=False)
+        yield lambda lm, tasks=TASKS: lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+
+
+def instances(*arguments):
+    return [SimpleNamespace(args=given) for given in arguments]
+
+
+def close(found, wanted):
+    """Sums are equal to 1e-5 of them, everything else is equal."""
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        if isinstance(other, str):
+            assert one == other
+        else:
+            pairs = zip(one, other, strict=True) if isinstance(other, tuple | list) else [(one, other)]
+            for a, b in pairs:
+                assert a == b if isinstance(b, bool) else abs(a - b) <= 1e-5 * max(1, abs(b))
+
+
+def test_items_are_those_of_the_hf_backend(here, evaluated):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    theirs = evaluated(hf_backend(here / "model"))
+    with opened(here / "model") as model:
+        lm = MegatrainLM(model)
+        ours, info = evaluated(lm), lm.get_model_info()
+    for task in TASKS:
+        close(items(ours, task), items(theirs, task))
+        wanted = {name: value for name, value in theirs["results"][task].items() if isinstance(value, float)}
+        assert wanted == pytest.approx({name: ours["results"][task][name] for name in wanted}, rel=1e-5)
+    assert lm.counts == {"requests": 61, "spanned": 0, "truncated": 5}  # 4 choices after a long context, and a document
+    assert info["model"] == f"megatrain {here / 'model'}" and info["model_dtype"] == "float32"
+    assert info["layout"] == {"tp": 1, "pp": 1, "dp": 1, "world": 1, "expert_parallel_size": 1} and info["counts"] == lm.counts
+
+
+def test_what_opens_a_text_is_put_once(here, evaluated):
+    """The hf backend puts <s> twice before a document if it is let."""
+    from megatrain.evaluation.harness import MegatrainLM
+
+    with opened(here / "opening") as model:
+        ours = evaluated(MegatrainLM(model), ["choices", "rolls"])
+    theirs = hf_backend(here / "opening")
+    found = evaluated(theirs, ["choices", "rolls"])
+    close(items(ours, "choices"), items(found, "choices"))
+    assert all(abs(a - b) > 0.5 for a, b in zip(items(found, "rolls"), items(ours, "rolls"), strict=True))
+    theirs.add_bos_token = False
+    close(items(ours, "rolls"), items(evaluated(theirs, ["rolls"]), "rolls"))
+
+
+PAIRS = [
+    *(("Where is it", f" {place}") for place in ("Paris", "巴黎", "an Answer")),
+    ("Ans", "wer"),
+    ("", "中国"),
+    ("Paris " * 120, "Answer"),
+    ("中", "国" * 120),
+    *(("Where is it " * 4, place) for place in ("Paris", "is")),
+]
+TEXTS = [("Ans wer is Paris. " * n,) for n in (0, 1, 12)]
+WRITTEN = [(f"Ans {n} 中国", {"until": ["a"], "max_gen_toks": 12}) for n in range(3)]
+DRAWN = [("Ans", {"max_gen_toks": 12, "do_sample": True, "temperature": 0.9, "top_p": 0.9})] * 3
+
+
+def asked(lm):
+    """Everything that a model can be asked."""
+    return (
+        lm.loglikelihood(instances(*PAIRS)),
+        lm.loglikelihood_rolling(instances(*TEXTS)),
+        lm.generate_until(instances(*WRITTEN, *DRAWN)),
+        dict(lm.counts),
+    )
+
+
+def model_on(ctx, folder):
+    """A model on a simulated rank."""
+    sizes = [f"parallel.tensor_parallel_size={ctx.tp.size}", f"parallel.pipeline_parallel_size={ctx.pp.size}"]
+    config, codec = laid_out(config_of_hf(folder), sizes, ctx.world.size), load_tokenizer(folder / "tokenizer.json")
+    chunks = hf_chunks(folder, config, ctx, torch.float32)
+    weights = ForwardModel(ctx, chunks, schedule_of(config, 1, backward=False), Unsharded())
+    engine = Engine(weights, codec, EngineSettings(cache_tokens=4096))
+    return SimpleNamespace(
+        source=folder, config=config, ctx=ctx, weights=weights, engine=engine, codec=codec, is_first=ctx.world.rank == 0
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(here):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    with opened(here / "model") as model:
+        return asked(MegatrainLM(model))
+
+
+def test_every_layout_gives_the_same(here, alone):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    scores, documents, texts, counts = alone
+    assert counts == {"requests": 18, "spanned": 1, "truncated": 2}
+    assert documents[0] == 0.0 and len(set(texts[3:])) == 3  # each repeat is drawn anew
+    for layout in LAYOUTS:
+        ranks = simulate(layout, lambda ctx: asked(MegatrainLM(model_on(ctx, here / "model"))))
+        assert all(rank == ranks[0] for rank in ranks)
+        close(ranks[0][0], scores)
+        close(ranks[0][1], documents)
+        assert ranks[0][2:] == (texts, counts)
+
+
+def test_nothing_depends_on_what_is_asked_beside_it(here, alone):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    with opened(here / "model") as model:
+        lm = MegatrainLM(model)
+        close([lm.loglikelihood(instances(pair))[0] for pair in PAIRS], alone[0])
+        close(lm.loglikelihood(instances(*PAIRS[::-1]))[::-1], alone[0])
+        assert lm.generate_until(instances(*DRAWN, *WRITTEN[:1])) == [*alone[2][3:], alone[2][0]]
+        assert MegatrainLM(model, seed=1).generate_until(instances(*DRAWN))[0] != alone[2][3]
+
+
+def test_ranks_that_ask_for_different_things_say_so(here):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    def work(ctx):
+        lm = MegatrainLM(model_on(ctx, here / "model"))
+        with pytest.raises(ValueError, match=r"different loglikelihood requests \(\d on this one\)\. .* fixed seed.*use_cache"):
+            lm.loglikelihood(instances(*PAIRS[: 1 + ctx.world.rank]))
+        return lm.loglikelihood(instances(PAIRS[0]))
+
+    found = simulate(MeshShape(dp=2), work)
+    assert found[0] == found[1]
+
+
+def test_what_cannot_be_asked(here):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    with opened(here / "model") as model:
+        lm = MegatrainLM(model)
+        with pytest.raises(
+            ValueError, match=r"max_gen_toks=96 leaves no room .* the model's 96 positions\. Use a number from 1 to 95"
+        ):
+            lm.generate_until(instances(("Ans", {"max_gen_toks": 96})))
+        with pytest.raises(ValueError, match="has no chat template"):
+            lm.apply_chat_template([{"role": "user", "content": "Ans"}])
+        assert lm.chat_template(False) is None and (lm.rank, lm.world_size) == (0, 1)
+        assert lm.max_gen_toks == 48 and len(lm.tokenizer_name) == 24
+
+
+@pytest.mark.parametrize(
+    ("given", "sampling", "until", "length"),
+    [
+        ({}, Sampling(greedy=True), (), None),
+        ({"until": "\n", "max_gen_toks": 5}, Sampling(greedy=True), ("\n",), 5),
+        ({"until": ["", "a", "a"], "max_new_tokens": 6, "max_tokens": 7}, Sampling(greedy=True), ("a",), 6),
+        ({"temperature": 0.7, "top_p": 0.9}, Sampling(temperature=0.7, top_p=0.9), (), None),
+        ({"do_sample": True, "top_k": 4}, Sampling(top_k=4), (), None),
+        ({"do_sample": True, "temperature": 0.0}, Sampling(greedy=True), (), None),
+        ({"do_sample": False, "temperature": 0.8}, Sampling(greedy=True), (), None),
+        ({"num_beams": 1, "seed": 4, "min_p": 0.1, "do_sample": True}, Sampling(min_p=0.1), (), None),
+    ],
+)
+def test_how_a_text_is_written(given, sampling, until, length):
+    found = GenerationArguments.of(given)
+    assert (found.sampling, found.until, found.max_tokens, found.seed) == (sampling, until, length, given.get("seed"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"length_penalty": 2},
+            "the generation argument length_penalty is not known here. Known are do_sample, frequency_penalty",
+        ),
+        ({"num_beams": 3}, "num_beams=3: a task gets one text for each request. Use num_beams=1"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_arguments_that_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationArguments.of(given)
