@@ -20,11 +20,11 @@ from megatrain.data.tokenizer import JsonTokenizer, Tokenizer, load_tokenizer
 from megatrain.data.tokenizers.fitting import trained_path
 from megatrain.data.tokenizers.rank_file import is_rank_file
 from megatrain.files import head_of, require_own, whole
-from megatrain.huggingface.model_files import COMPANION_FOLDER, copy_files
+from megatrain.huggingface.model_files import CHAT_TEMPLATES, COMPANION_FOLDER, copy_files
 from megatrain.untrusted import leads_out
 
 TOKENIZER, TOKENIZER_FOLDER = "tokenizer.json", "tokenizer"
-BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*")
+BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION, "chat_template*", CHAT_TEMPLATES)
 """Other files of a tokenizer, beside tokenizer.json."""
 
 
@@ -56,7 +56,7 @@ def take_along(source: Path, target: Path) -> None:
             raise ContentError(f"{source / name} is not copied: it is a link that leads out, to {(source / name).resolve()}.")
         if (source / name).is_dir() and (source / name).resolve() != (target / name).resolve():
             require_own(target / name, stat.S_ISDIR)
-            copy_files(source / name, target / name, ("*",))
+            copy_files(source / name, target / name, ("*", CHAT_TEMPLATES))
 
 
 def with_kept_tokenizer(data: DataConfig, checkpoint: Path) -> DataConfig:

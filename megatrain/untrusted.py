@@ -68,14 +68,15 @@ def leads_out(file: Path) -> bool:
     """Whether a file is a link that leads out of its folder, and not into the blobs of its repository in the Hugging Face hub's cache.
 
     There `models--ORG--NAME/snapshots/COMMIT/config.json` is a link to `models--ORG--NAME/blobs/HASH`. Any folder may be in one named
-    `snapshots`, beside one named `blobs`: the repository's name tells the cache, and nothing else in it is led to.
+    `snapshots`, beside one named `blobs`: the repository's name tells the cache, and nothing else in it is led to. The file may be in a
+    folder of the snapshot.
     """
     if not file.is_symlink():
         return False
     found, folder = file.resolve(), file.parent.resolve()
-    repository = folder.parent.parent
-    cached = folder.parent.name == "snapshots" and repository.name.startswith(_CACHED)
-    return not (found.is_relative_to(folder) or (cached and found.is_relative_to(repository / "blobs")))
+    repositories = (up.parent for up in folder.parents if up.name == "snapshots" and up.parent.name.startswith(_CACHED))
+    blobs = [repository / "blobs" for repository in repositories]
+    return not any(found.is_relative_to(place) for place in (folder, *blobs))
 
 
 def read_beside(file: Path, most: int) -> bytes:

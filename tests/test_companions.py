@@ -35,16 +35,36 @@ def config_for(tokenizer, checkpoints):
 
 def test_a_tokenizer_of_the_hubs_cache_is_kept_with_the_files_beside_it(tmp_path):
     snapshot, blobs = tmp_path / "models--a--b/snapshots/0123", tmp_path / "models--a--b/blobs"
-    snapshot.mkdir(parents=True), blobs.mkdir()
+    (snapshot / "additional_chat_templates").mkdir(parents=True), blobs.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (blobs / f"of {name}").write_text(json.dumps({"is": name}))
         (snapshot / name).symlink_to(f"../../blobs/of {name}")
+    (blobs / "of rag").write_text("rag")
+    (snapshot / "additional_chat_templates/rag.jinja").symlink_to("../../../blobs/of rag")
     keep_tokenizer(config_for(snapshot / "tokenizer.json", tmp_path / "checkpoints"))
     kept = tmp_path / "checkpoints/tokenizer"
-    assert sorted(file.name for file in kept.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    listed = ["additional_chat_templates", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(file.name for file in kept.iterdir()) == listed
+    take_along(tmp_path / "checkpoints", tmp_path / "further")
+    assert (tmp_path / "further/tokenizer/additional_chat_templates/rag.jinja").read_text() == "rag"
     assert not any(file.is_symlink() for file in kept.iterdir())
     keep_companions(snapshot, tmp_path / "checkpoints")
     assert json.loads((tmp_path / "checkpoints/hf/config.json").read_text()) == {"is": "config.json"}
+
+
+def test_a_folder_of_chat_templates_that_is_a_link_is_not_copied(tmp_path):
+    model, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    model.mkdir(), elsewhere.mkdir()
+    (elsewhere / "a.jinja").write_text("a")
+    (model / "additional_chat_templates").symlink_to(elsewhere)
+    with pytest.raises(ContentError, match=r"additional_chat_templates/a\.jinja is not copied: it is a link that leads out"):
+        copy_files(model, tmp_path / "target", COMPANIONS)
+    (model / "additional_chat_templates").unlink()
+    (model / "additional_chat_templates").mkdir(), (tmp_path / "target").mkdir()
+    (model / "additional_chat_templates/a.jinja").write_text("a")
+    (tmp_path / "target/additional_chat_templates").symlink_to(elsewhere)
+    with pytest.raises(OSError, match=r"additional_chat_templates is a link, to .*elsewhere, and a run writes there alone"):
+        copy_files(model, tmp_path / "target", COMPANIONS)
 
 
 def test_a_link_to_a_secret_is_not_copied(tmp_path, secret):

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
     "megatrain/serving": 50,
-    "megatrain/chat": 100,
+    "megatrain/chat": 850,
     "megatrain/evaluation": 500,
     "docs/benchmarks": 5100,
     "kernels": 4300,
@@ -17,7 +17,7 @@ LINES = {
     "megatrain/cli": 1200,
     "megatrain/config": 3350,
     "megatrain/corpus": 12800,
-    "megatrain/data": 6500,
+    "megatrain/data": 6550,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
     "megatrain/inference": 2150,
@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 55950,
+    "tests": 56750,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -1,1 +1,1 @@
-"""Conversations as text for a model: chat templates, of Hugging Face directories and built in."""
+"""Conversations as token ids for a model: chat templates, of Hugging Face directories and built in."""

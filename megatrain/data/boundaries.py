@@ -67,6 +67,20 @@ class Vocabulary(Names, Protocol):
 
 
 @dataclass(frozen=True)
+class NamedToken:
+    """A token that is meant where its name is written by a program, a chat template for one."""
+
+    name: str
+    token: int
+    special: bool = True
+    """Whether it is never found in text."""
+    eats_left: bool = False
+    """Whether white space before it goes."""
+    eats_right: bool = False
+    """Whether white space after it goes."""
+
+
+@dataclass(frozen=True)
 class Ending:
     """The tokens that end a document."""
 

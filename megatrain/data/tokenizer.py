@@ -23,6 +23,7 @@ from megatrain.data.boundaries import (
     Beginning,
     Ending,
     FromFile,
+    NamedToken,
     TokenizerError,
     TokenRequest,
     find_beginning,
@@ -80,6 +81,10 @@ class Tokenizer(Protocol):
     def divisible(self) -> bool:
         """Whether text may be cut before a blank or a newline that follows a visible character without changing any id."""
 
+    @property
+    def named_tokens(self) -> Sequence[NamedToken]:
+        """Special tokens, and others that are found in text as they are."""
+
     def special_id(self, name: str) -> int | None:
         """Id of the special token of this name; None if there is none."""
 
@@ -88,6 +93,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text behind a special token: some tokenizers put a blank before the first word of a text alone."""
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """Ids of texts, in the dtype of a token store."""
@@ -105,6 +113,7 @@ class ByteTokenizer:
     vocab_size = SMALLEST_VOCAB
     divisible = True
     label = identity = "bytes"
+    named_tokens = (NamedToken(END_OF_TEXT, BYTE_VALUES),)
 
     def __init__(self, eod: TokenRequest = None, bos: TokenRequest = None) -> None:
         self.ending, self.beginning = find_ending(self, None, eod), find_beginning(self, None, bos)
@@ -127,6 +136,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
         return list(text.encode())
+
+    encode_inside = encode
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """The bytes of texts, uint16."""
@@ -216,9 +227,33 @@ class JsonTokenizer(FromFile):
         first = next((n for n in range(len(whole) - len(plain) + 1) if plain and whole[n : n + len(plain)] == plain), 0)
         return (tuple(whole[:first]), tuple(whole[first + len(plain) :])) if plain else ((), ())
 
+    @cached_property
+    def named_tokens(self) -> Sequence[NamedToken]:
+        """The file's added tokens."""
+        tokens = self._library.get_added_tokens_decoder().items()
+        return [NamedToken(str(it.content), int(n), it.special, it.lstrip, it.rstrip) for n, it in tokens if it.content]
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         return list(self._library.encode(text, add_special_tokens=False).ids)
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text behind a special token."""
+        return list(self._inside.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _inside(self) -> LibraryTokenizer:
+        """The library's tokenizer; one that puts a blank before the first word of a whole text, as Mistral's, without that."""
+        description = self.description()
+        words = description.get("pre_tokenizer") or {}
+        first = [part for part in (words, *words.get("pretokenizers", ())) if part.get("prepend_scheme") == "first"]
+        for part in first:
+            part["prepend_scheme"] = "never"
+        if not first:
+            return self._library
+        library = LibraryTokenizer.from_str(json.dumps(description))
+        library.encode_special_tokens = True
+        return library
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """Ids of texts. The library releases the interpreter's lock meanwhile."""

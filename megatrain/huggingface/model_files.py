@@ -33,9 +33,11 @@ from megatrain.parallel.portion import Portion, axis_of, logical_numel
 from megatrain.untrusted import leads_out, parse_json, read_beside
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 COMPANIONS = (
     "generation_config.json",
     "chat_template*",
+    CHAT_TEMPLATES,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -325,14 +327,15 @@ def keep_companions(source: Path, directory: Path) -> None:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | None = None) -> None:
-    """Copy the files of a folder that match, with the modes of new files. name: new name, for a pattern that matches one file.
+    """Copy the files of a folder, or of folders in it, that match, with the modes of new files. name: new name, for a pattern that
+    matches one file.
 
     Raises ContentError for a link that leads out of the folder (but not out of the hub's cache of its repository), and for a file of
     absurd size; OSError that names the file, or a link that stands where it would write.
     """
     found = [file for pattern in patterns for file in sorted(Path(source).glob(pattern)) if file.is_file()]
     for file in found:
-        if leads_out(file):
+        if leads_out(file) or (file.parent != Path(source) and leads_out(file.parent)):
             raise ContentError(
                 f"{file} is not copied: it is a link that leads out of its folder, to {file.resolve()}. Put the file there."
             )
@@ -340,10 +343,11 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str], name: str | 
             raise ContentError(
                 f"{file} is not copied: it has {file.stat().st_size:,} bytes, and is no tokenizer. Take it away."
             )
-    if found:
-        target.mkdir(parents=True, exist_ok=True)
     for file in found:
-        place = target / (name or file.name)
+        place = target / (name or file.relative_to(source))
+        if place.parent != target:
+            require_own(place.parent, stat.S_ISDIR)
+        place.parent.mkdir(parents=True, exist_ok=True)
         require_own(place)
         with doing("writing", place):
             shutil.copyfile(file, place)

@@ -14,7 +14,7 @@ import torch
 from megatrain.assembly import assemble
 from megatrain.config.budget import budget_of
 from megatrain.config.schema import Config, CorpusConfig
-from megatrain.data.boundaries import Beginning, Ending
+from megatrain.data.boundaries import Beginning, Ending, NamedToken
 from megatrain.data.draws import hash64, hash64_each
 from megatrain.data.loader import Compose, Loader
 from megatrain.data.samples.sentinels import NAMES
@@ -130,6 +130,7 @@ class AnyTokens:
     ending, beginning = Ending(None), Beginning(None)
     divisible = False
     label = identity = "any tokens"
+    named_tokens: Sequence[NamedToken] = ()
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size - len(NAMES)
@@ -145,6 +146,8 @@ class AnyTokens:
     def encode(self, text: str) -> list[int]:
         """No tokens, whatever the text."""
         return []
+
+    encode_inside = encode
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """No tokens for any text."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
-from megatrain.data.boundaries import Beginning, Ending
+from megatrain.data.boundaries import Beginning, Ending, NamedToken
 from megatrain.data.indexed import best_dtype
 from megatrain.data.tokenizer import PROBE, JsonTokenizer, Tokenizer
 from megatrain.data.tokenizers.token_ids import EncodedTexts
@@ -105,6 +105,15 @@ class FastTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text, by the library."""
         return self._own.encode(text)
+
+    @property
+    def named_tokens(self) -> Sequence[NamedToken]:
+        """Special tokens, and others that are found in text."""
+        return self._own.named_tokens
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Ids of a text behind a special token, by the library."""
+        return self._own.encode_inside(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids."""

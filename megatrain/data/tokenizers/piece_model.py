@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatrain.data.boundaries import FromFile, TokenizerError, TokenRequest
+from megatrain.data.boundaries import FromFile, NamedToken, TokenizerError, TokenRequest
 from megatrain.data.indexed import best_dtype
 from megatrain.data.stream import begun
 from megatrain.data.tokenizers.token_ids import EncodedTexts
@@ -45,6 +46,11 @@ class PieceTokenizer(FromFile):
         found = self.id_of(name)
         return found if found is not None and self._model.is_control(found) else None
 
+    @cached_property
+    def named_tokens(self) -> Sequence[NamedToken]:
+        """Control tokens."""
+        return [NamedToken(name, token) for name, token in self._ids.items() if self._model.is_control(token)]
+
     def id_of(self, name: str) -> int | None:
         """Id of a token of the model; None if it has none of this name."""
         return self._ids.get(name)
@@ -60,6 +66,8 @@ class PieceTokenizer(FromFile):
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
         return list(self._model.encode(text))
+
+    encode_inside = encode
 
     def encode_batch(self, texts: Sequence[str]) -> EncodedTexts:
         """Ids of texts."""
