@@ -20,6 +20,9 @@ import torch
 WIDENED = 1 << 18
 """Number of elements of a product added to a wider tensor at a time, on CPU."""
 
+STEADY = 4
+"""The rows of a product on CPU whose bits may not depend on their number are a multiple."""
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in], weight [out, in], bias [out] or None -> x weight^T + bias [..., out]. Not differentiable where oneDNN serves."""
@@ -53,6 +56,15 @@ def add_matmul(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool 
         rows = max(1, WIDENED // max(1, out.shape[1]))
         for part, more in zip(out.split(rows), matmul(a, b).split(rows), strict=True):
             part.add_(more)
+
+
+def steady_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """The number of rows, at least `rows`, at which a row of a product has the same bits whatever the number of rows beside it.
+
+    On a CPU libraries multiply a few rows in other orders: oneDNN a single one, MKL the rows left over of groups of four, in each
+    thread's share. A multiple of `STEADY` has none left over. No more rows are needed on a GPU, where nothing is promised.
+    """
+    return rows if device.type != "cpu" or dtype.itemsize < 4 else -(-rows // STEADY) * STEADY
 
 
 @cache

@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 56750,
+    "tests": 56800,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -10,36 +10,22 @@ prompts. All keys are written before any is read, so that sequences may share bl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 
-from megatrain.kernels.attention import Variant, attention
+from megatrain.kernels.attention import Variant
 from megatrain.kernels.paged_attention import Pages, paged_attention
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Neighbouring tokens of one sequence, which end the tokens it has so far."""
-
-    rows: slice
-    slots: torch.Tensor | None
-    """[m] slots of all its tokens so far; None where the chunk is all."""
-    prefix: torch.Tensor | None
-    """[1] number of first tokens that all see; None: none."""
-
-
-@dataclass(frozen=True)
-class StepPages:
+class StepPages(NamedTuple):
     """Where a step's tokens go, and what each sees; the same for all layers."""
 
     slots: torch.Tensor
-    """[n] slot of each row's key and value."""
-    single: int
-    """Number of rows, from the first on, that are the next token of a sequence each."""
-    pages: Pages | None
-    """The pages of those sequences; None without any."""
-    chunks: Sequence[Chunk]
+    """[m] slot of each row's key and value; rows behind them are no tokens (`steady_rows`)."""
+    parts: Sequence[tuple[slice, Pages]]
+    """Rows, and the pages of the sequences that they belong to."""
 
 
 class LayerPages:
@@ -60,26 +46,21 @@ class PagedCache:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> torch.Tensor:
         """Keep k and v [n, 1, g, d], and let each of q [n, 1, a, d] see the tokens of its sequence -> [n, 1, a d]."""
-        layer, step = self.layer, self.step
-        layer.keys.index_copy_(0, step.slots, k[:, 0])
-        layer.values.index_copy_(0, step.slots, v[:, 0])
+        layer, step, mask = self.layer, self.step, variant.mask
+        count = len(step.slots)
+        layer.keys.index_copy_(0, step.slots, k[:count, 0])
+        layer.values.index_copy_(0, step.slots, v[:count, 0])
         output = q.new_empty(len(q), 1, q.shape[2] * q.shape[3])
-        if step.pages is not None:
-            mask = variant.mask
-            output[: step.single, 0] = paged_attention(
-                q[: step.single, 0],
+        output[count:] = 0
+        for rows, pages in step.parts:
+            output[rows, 0] = paged_attention(
+                q[rows, 0],
                 layer.keys,
                 layer.values,
-                step.pages,
+                pages,
                 window=mask.window,
                 sparse=None if mask.sparse is None else astuple(mask.sparse),
                 slopes=variant.slopes,
                 kernels=variant.kernels,
             )
-        for chunk in step.chunks:
-            keys, values = k[chunk.rows], v[chunk.rows]
-            if chunk.slots is not None:
-                keys, values = layer.keys[chunk.slots][:, None], layer.values[chunk.slots][:, None]
-            seen = variant if chunk.prefix is None else replace(variant, mask=replace(variant.mask, prefix=chunk.prefix))
-            output[chunk.rows] = attention(q[chunk.rows], keys, values, seen)
         return output

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch.nn import functional
 
-from megatrain.inference.paged_cache import Chunk, LayerPages, PagedCache, StepPages
+from megatrain.inference.paged_cache import LayerPages, PagedCache, StepPages
 from megatrain.inference.requests import Scored
 from megatrain.inference.sampling import TokenChoice, choose, without_never
 from megatrain.inference.scheduling import StepPiece
 from megatrain.kernels.attention_mask import CAUSAL
+from megatrain.kernels.matmul import steady_rows
 from megatrain.kernels.paged_attention import Pages
 from megatrain.models.batch import Loss, MicroBatch
 from megatrain.models.gpt import GPT, Head
@@ -60,6 +63,9 @@ class _Wanted(NamedTuple):
     choices: list[TokenChoice]
     scored: list[int]
     labels: list[int]
+    told: list[int]
+    """Rows that are scored and whose most probable tokens are wanted as well."""
+    told_labels: list[int]
     top: int
     """Most probable tokens that any of the requests wants to be told."""
 
@@ -100,48 +106,50 @@ class PagedModel:
         wanted = _wanted(pieces)
         stage = self._stage(self._pages(pieces), wanted)
         (numbers,) = run_schedule(stage, self.weights.schedule, [batch], scale=1.0).outputs
-        count = len(wanted.drawn) + len(wanted.scored)
+        count = len(wanted.drawn) + len(wanted.scored) + len(wanted.told)
         if numbers is None:  # they are another stage's
             numbers = torch.zeros(count, 3 + 2 * wanted.top, dtype=torch.float64, device=device)
         return _sorted_out(pieces, wanted, self.weights.ctx.pp.to_host(self.weights.ctx.pp.all_reduce(numbers)))
 
     def _rows(self, pieces: Sequence[StepPiece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, positions and positions within blanks, [n, 1] each."""
-        tokens = [token for p in pieces for token in p.sequence.tokens[p.start : p.end]]
+        """Tokens, positions and positions within blanks, [n, 1] each, n `steady_rows`: zeros stand behind the pieces' tokens."""
+        read = np.array([token for p in pieces for token in p.sequence.tokens[p.start : p.end]])
         places = [p.sequence.request.places.positions(p.start, p.end) for p in pieces]
         positions, inside = (np.concatenate(x) for x in zip(*places, strict=True))
-        return torch.tensor(tokens)[:, None], torch.from_numpy(positions)[:, None], torch.from_numpy(inside)[:, None]
+        build = self.weights.chunks[0].build
+        more = steady_rows(len(read), build.device, build.dtype) - len(read)
+        filled = [torch.from_numpy(np.pad(x, (0, more)))[:, None] for x in (read, positions, inside)]
+        return filled[0], filled[1], filled[2]
 
     def _pages(self, pieces: Sequence[StepPiece]) -> StepPages:
-        """Where the rows' keys go, and where those that they see lie."""
-        device = self.weights.ctx.device
-        every = [self._slots(p) for p in pieces]
-        slots = np.concatenate([of[p.start :] for p, of in zip(pieces, every, strict=True)])
+        """Where the rows' keys go, and where those that they see lie: of the pieces of a single token, and of the others after them."""
+        slots = np.concatenate([self._slots(p) for p in pieces])
         single = sum(piece.single for piece in pieces)
-        first, rest = pieces[:single], pieces[single:]
-        pages, chunks, row = None, [], single
-        if first:
-            table = np.zeros((single, max(len(p.sequence.blocks) for p in first)), np.int32)
-            for place, piece in enumerate(first):
-                table[place, : len(piece.sequence.blocks)] = piece.sequence.blocks
-            lengths = torch.tensor([piece.end for piece in first], dtype=torch.int32)
-            pages = Pages(torch.from_numpy(table).to(device), lengths.to(device), self.block)
-        for piece, of in zip(rest, every[single:], strict=True):
-            size = piece.end - piece.start
-            prefix = piece.sequence.request.places.prefix
-            chunks.append(
-                Chunk(
-                    slice(row, row + size),
-                    torch.from_numpy(of).to(device) if piece.start else None,
-                    torch.tensor([prefix], device=device) if piece.start < prefix else None,
-                )
-            )
-            row += size
-        return StepPages(torch.from_numpy(slots).to(device), single, pages, chunks)
+        parts = [(slice(0, single), self._seen(pieces[:single])), (slice(single, len(slots)), self._seen(pieces[single:]))]
+        return StepPages(
+            torch.from_numpy(slots).to(self.weights.ctx.device), [(rows, of) for rows, of in parts if rows.start < rows.stop]
+        )
+
+    def _seen(self, pieces: Sequence[StepPiece]) -> Pages:
+        """The pages of some pieces."""
+        device = self.weights.ctx.device
+        table = np.zeros((len(pieces), max((len(p.sequence.blocks) for p in pieces), default=0)), np.int32)
+        for place, piece in enumerate(pieces):
+            table[place, : len(piece.sequence.blocks)] = piece.sequence.blocks
+        lengths = torch.tensor([piece.end for piece in pieces], dtype=torch.int32)
+        counts = tuple(piece.end - piece.start for piece in pieces)
+        prefix = [piece.sequence.request.places.prefix for piece in pieces]
+        return Pages(
+            torch.from_numpy(table).to(device),
+            lengths.to(device),
+            self.block,
+            None if all(piece.single for piece in pieces) else counts,
+            torch.tensor(prefix, dtype=torch.int32, device=device) if any(prefix) else None,
+        )
 
     def _slots(self, piece: StepPiece) -> np.ndarray:
-        """[end] slots of a sequence's tokens up to the piece's end, int64."""
-        places = np.arange(piece.end)
+        """[m] slots of a piece's tokens, int64."""
+        places = np.arange(piece.start, piece.end)
         return np.asarray(piece.sequence.blocks, np.int64)[places // self.block] * self.block + places % self.block
 
     def _stage(self, pages: StepPages, wanted: _Wanted) -> Stage:
@@ -167,13 +175,14 @@ def _over(chunk: GPT, layers: Sequence[LayerPages], pages: StepPages) -> Virtual
 
 def _wanted(pieces: Sequence[StepPiece]) -> _Wanted:
     """The rows at which tokens are chosen and scored."""
-    wanted = _Wanted([], [], [], [], max(p.sequence.request.top or 0 for p in pieces))
+    wanted = _Wanted([], [], [], [], [], [], max(p.sequence.request.top or 0 for p in pieces))
     row = 0
     for piece in pieces:
         sequence, request = piece.sequence, piece.sequence.request
+        scored, labels = (wanted.told, wanted.told_labels) if request.top else (wanted.scored, wanted.labels)
         for place in piece.scores:
-            wanted.scored.append(row + place - 1 - piece.start)
-            wanted.labels.append(request.tokens[place])
+            scored.append(row + place - 1 - piece.start)
+            labels.append(request.tokens[place])
         row += piece.end - piece.start
         if piece.draws:
             so_far = (request.tokens, sequence.tokens[len(request.tokens) :]) if request.sampling.penalises else ()
@@ -184,23 +193,33 @@ def _wanted(pieces: Sequence[StepPiece]) -> _Wanted:
 
 
 def _numbers(head: Head, hidden: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
-    """Hidden states [n, 1, h] -> for each row drawn, then for each row scored: token, log-probability, whether it is the most probable,
+    """Hidden states [n, 1, h] -> for each row drawn, scored and told: token, log-probability, whether it is the most probable,
     and the `top` most probable ones with theirs; float64 [rows, 3 + 2 top]."""
     parts = []
     if wanted.drawn:
-        logits = head.logits(hidden[torch.tensor(wanted.drawn, device=hidden.device)])[:, 0].float()
+        logits = _logits(head, hidden, torch.tensor(wanted.drawn, device=hidden.device))
         logits = without_never(logits, wanted.choices)
         parts.append(_told(logits, choose(logits, wanted.choices), wanted.top))
     if wanted.scored:
-        rows = torch.tensor(wanted.scored, device=hidden.device)
-        labels = torch.tensor(wanted.labels, device=hidden.device)
-        if wanted.top:
-            for some, of in zip(rows.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True):
-                parts.append(_told(head.logits(hidden[some])[:, 0].float(), of, wanted.top))
-        else:
-            loss, right = head.cross_entropy(hidden[rows], labels[:, None])
-            parts.append(torch.stack([labels.double(), -loss[:, 0].double(), right[:, 0].double()], -1))
+        rows, labels = (torch.tensor(x, device=hidden.device) for x in (wanted.scored, wanted.labels))
+        found = head.cross_entropy(hidden[_steady(rows, hidden)], _steady(labels, hidden)[:, None])
+        loss, right = (x[: len(rows), 0].double() for x in found)
+        parts.append(functional.pad(torch.stack([labels.double(), -loss, right], -1), (0, 2 * wanted.top)))
+    if wanted.told:
+        rows, labels = (torch.tensor(x, device=hidden.device) for x in (wanted.told, wanted.told_labels))
+        for some, of in zip(rows.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True):
+            parts.append(_told(_logits(head, hidden, some), of, wanted.top))
     return torch.cat(parts) if parts else hidden.new_zeros(0, 3 + 2 * wanted.top, dtype=torch.float64)
+
+
+def _logits(head: Head, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The float32 logits [m, v] of rows [m] of the hidden states [n, 1, h]."""
+    return head.logits(hidden[_steady(rows, hidden)])[: len(rows), 0].float()
+
+
+def _steady(numbers: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Numbers [m] of rows of `hidden`, or of labels, with zeros behind them: `steady_rows`."""
+    return functional.pad(numbers, (0, steady_rows(len(numbers), hidden.device, hidden.dtype) - len(numbers)))
 
 
 def _told(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
@@ -216,12 +235,12 @@ def _sorted_out(pieces: Sequence[StepPiece], wanted: _Wanted, numbers: torch.Ten
     """The numbers [rows, 3 + 2 top] of all pieces, for each piece."""
     if not bool(numbers[:, 1].isfinite().all()):
         raise ValueError("the model's logits are not finite numbers: its training has diverged. Take an earlier checkpoint.")
-    rows = numbers.tolist()
-    drawn, scored = iter(rows[: len(wanted.drawn)]), iter(rows[len(wanted.drawn) :])
+    rows = iter(numbers.tolist())
+    drawn, scored, told = (iter(list(islice(rows, len(x)))) for x in (wanted.drawn, wanted.scored, wanted.told))
     found = []
     for piece in pieces:
         top = piece.sequence.request.top or 0
-        labels = [_scored(next(scored), wanted.top, top) for _ in piece.scores]
+        labels = [_scored(next(told if top else scored), wanted.top, top) for _ in piece.scores]
         found.append(Read(piece, labels, _scored(next(drawn), wanted.top, top) if piece.draws else None))
     return found
 

@@ -64,7 +64,9 @@ def test_sixty_four_at_a_time_are_as_one(weights, wanted, settings, prefix_cache
     """With a cache of 30% of what they need, so that some are pre-empted."""
     few = 0.3 * tokens_of(mixed()) if settings["block"] == 4 else 400
     engine = engine_of(weights, cache_tokens=int(few), prefix_cache=prefix_cache, **settings)
-    require_same(engine.run(mixed()), wanted)
+    answers = engine.run(mixed())
+    require_same(answers, wanted)
+    assert [(a.prompt, a.tokens) for a in answers] == [(a.prompt, a.tokens) for a in wanted], "to the last bit"
     assert engine.stats.preemptions > 0 and engine.stats.blocks_used == 0 and not engine.busy
 
 

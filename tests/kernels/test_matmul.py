@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.kernels import matmul as kernel
-from megatrain.kernels.matmul import add_matmul, linear, matmul
+from megatrain.kernels.matmul import add_matmul, linear, matmul, steady_rows
 
 SHAPES = [(1, 1, 1), (5, 7, 3), (1, 513, 2), (64, 33, 129), (0, 4, 3), (3, 0, 4), (4, 3, 0)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -101,6 +101,20 @@ def test_the_first_product_is_written_over_whatever_there_is(m, k, n, dtype):
     add_matmul(storage[1], a, b, first=True)
     near(storage[1], a.double() @ b.double(), a, b)
     assert storage[::2].isnan().all()
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("dtype", "k", "n"), [(torch.float32, 64, 192), (torch.float32, 100, 21), (torch.float64, 64, 48)])
+def test_a_row_has_the_same_bits_beside_any_number_of_rows(dtype, k, n, threads):
+    row, weight = (x.to(dtype) for x in tensors(1, k, n, dtype))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    counts = {steady_rows(count, row.device, dtype) for count in range(1, 300)}
+    products = torch.cat([linear(row.expand(count, k).contiguous(), weight.t().contiguous()) for count in sorted(counts)])
+    torch.set_num_threads(before)
+    assert min(counts) == 4 and torch.equal(products, products[:1].expand_as(products))
+    assert steady_rows(5, torch.device("cpu"), torch.bfloat16) == 5 == steady_rows(5, torch.device("cuda"), dtype)
 
 
 def test_small_bfloat16_products_are_not_lost_in_a_float32_sum():
