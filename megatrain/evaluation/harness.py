@@ -14,8 +14,10 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from megatrain.chat.conversation import USER, ChatMessage, conversation_of
+from megatrain.chat.templates import Chat
 from megatrain.evaluation.generation_arguments import GenerationArguments
 from megatrain.evaluation.joins import Join, joined, start_of_text
 from megatrain.evaluation.scoring import Likelihood, loglikelihoods, on_replicas, rolling
@@ -30,27 +32,13 @@ MAX_GEN_TOKS = 256
 """New tokens at most where a task does not say, as in the harness."""
 
 
-class HarnessTemplate(Protocol):
-    """A model's chat template."""
-
-    @property
-    def source(self) -> str:
-        """Its text."""
-
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The text of messages, up to where the assistant's answer begins, or goes on where the last message is the assistant's."""
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Ids of such a text, in which special tokens are tokens."""
-
-
 class MegatrainLM(LM):
     """A model of megatrain for `lm_eval.simple_evaluate`, to be called alike on every rank."""
 
-    def __init__(self, model: Opened, template: HarnessTemplate | None = None, seed: int = 0) -> None:
-        """template: for `apply_chat_template`; seed: of what is sampled. Raises ValueError for a model without a tokenizer."""
+    def __init__(self, model: Opened, chat: Chat | None = None, seed: int = 0) -> None:
+        """chat: for `apply_chat_template`; seed: of what is sampled. Raises ValueError for a model without a tokenizer."""
         super().__init__()
-        self.model, self.codec, self.template, self.seed = model, model.codec, template, seed
+        self.model, self.codec, self.chat, self.seed = model, model.codec, chat, seed
         self.counts: Counter[str] = Counter()
         """Counts of what was asked so far: requests, joins that a token spans, texts longer than the model's positions."""
         self._rendered: set[str] = set()
@@ -68,8 +56,8 @@ class MegatrainLM(LM):
     @property
     def tokenizer_name(self) -> str:
         """A name that only tokenizers have which encode every text alike; the harness keeps rendered requests under it."""
-        source = self.template.source if self.template else ""
-        return hashlib.sha256(json.dumps([self.codec.identity, source]).encode()).hexdigest()[:24]
+        probe = "" if self.chat is None else self.chat.written([ChatMessage(USER, "a question")])
+        return hashlib.sha256(json.dumps([self.codec.identity, probe]).encode()).hexdigest()[:24]
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities in nats, whether each token is the most probable) of continuations after contexts."""
@@ -99,14 +87,14 @@ class MegatrainLM(LM):
         return on_replicas(made, lambda request: len(request.tokens) + request.max_tokens, self._texts, self.model.ctx)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation. Raises ValueError where the model has no chat template."""
-        text = self._template().render(chat_history, add_generation_prompt)
+        """The text of a conversation, with marks that `Chat.encode` knows. Raises ValueError where the model has no chat template."""
+        text = self._chat().written(conversation_of(chat_history), continue_final_message=not add_generation_prompt)
         self._rendered.add(text)
         return text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text; None where none is asked for. Raises ValueError where the model has none."""
-        return self._template().source if chat_template else None
+        """The template's name; None where none is asked for. Raises ValueError where the model has none."""
+        return self._chat().name if chat_template else None
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts that the harness writes beside its results."""
@@ -121,13 +109,10 @@ class MegatrainLM(LM):
             "counts": dict(self.counts),
         }
 
-    def _template(self) -> HarnessTemplate:
-        if self.template is None:
-            raise ValueError(
-                f"{self.model.source} has no chat template. Leave --apply-chat-template out, or give its tokenizer_config.json a "
-                "chat_template."
-            )
-        return self.template
+    def _chat(self) -> Chat:
+        if self.chat is None:
+            raise ValueError(f"{self.model.source} was given no chat template: MegatrainLM(model, open_chat(codec, folders)).")
+        return self.chat
 
     def _arguments(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """The arguments of requests. Raises ValueError, on every rank, where they are not the same on all."""
@@ -145,7 +130,7 @@ class MegatrainLM(LM):
         """Contexts and continuations as ids; a context that the chat template has written is read as such."""
         chat = [pair for pair in pairs if pair[0] in self._rendered]
         plain = iter(joined(self.codec, [pair for pair in pairs if pair[0] not in self._rendered]))
-        templated = iter(joined(self.codec, chat, self._template().encode) if chat else ())
+        templated = iter(joined(self.codec, chat, self._chat().encode) if chat else ())
         joins = [next(templated if context in self._rendered else plain) for context, _ in pairs]
         self._count(
             "spanned", sum(join.spanned for join in joins), "continuations begin inside a token, and were encoded alone"
@@ -164,9 +149,12 @@ class MegatrainLM(LM):
                 f"max_gen_toks={most} leaves no room for a prompt in the model's {self.max_length} positions. Use a number from 1 to "
                 f"{self.max_length - 1}."
             )
-        encode = self._template().encode if context in self._rendered else self.codec.encode
+        encode = self._chat().encode if context in self._rendered else self.codec.encode
         ids = self.codec.beginning.before(encode(context)) or start_of_text(self.codec)
         self.counts["truncated"] += len(ids) > room
+        ends, stops = set(self.codec.ending.stops), arguments.until
+        if context in self._rendered:
+            ends, stops = ends | self._chat().ends, (*stops, *self._chat().stops)
         seed = arguments.seed if arguments.seed is not None else self.seed
         drawn = hashlib.sha256(json.dumps([seed, repeat, context]).encode()).digest()
         return Request(
@@ -174,8 +162,8 @@ class MegatrainLM(LM):
             max_tokens=most,
             sampling=arguments.sampling,
             seed=int.from_bytes(drawn[:7], "little"),
-            ends=frozenset(self.codec.ending.stops),
-            stops=arguments.until,
+            ends=frozenset(ends),
+            stops=stops,
             text=True,
         )
 

@@ -77,7 +77,7 @@ def _joined(codec: Tokenizer, context: str, text: str, head: Sequence[int], enco
     rest = whole[len(head) :]
     spanned = not rest or list(whole[: len(head)]) != list(head)
     if spanned:
-        rest = _inside(text, encode)
+        rest = _inside(text, codec.encode)
     if not rest:
         raise ValueError(
             f"{codec.label} makes no token of the continuation {text!r} of {_end(context)}, so it has none to score. Give each choice "

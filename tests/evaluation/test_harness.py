@@ -7,6 +7,7 @@ import torch
 from harness_tasks import hf_backend, items, write_model, write_tasks
 from tokenizer_models import bilingual
 
+from megatrain.chat.templates import open_chat
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.evaluation.generation_arguments import GenerationArguments
 from megatrain.inference.engine import Engine, EngineSettings
@@ -45,11 +46,18 @@ def evaluated(here):
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(here / "tasks"), include_defaults=False)
-        yield lambda lm, tasks=TASKS: lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+        yield lambda lm, tasks=TASKS, **how: lm_eval.evaluate(lm, manager.load(tasks), bootstrap_iters=0, **how)
 
 
 def instances(*arguments):
     return [SimpleNamespace(args=given) for given in arguments]
+
+
+def watched(engine):
+    """The requests that an engine gets from now on."""
+    asked, add = [], engine.add
+    engine.add = lambda request: asked.append(request) or add(request)
+    return asked
 
 
 def close(found, wanted):
@@ -90,8 +98,21 @@ def test_what_opens_a_text_is_put_once(here, evaluated):
     found = evaluated(theirs, ["choices", "rolls"])
     close(items(ours, "choices"), items(found, "choices"))
     assert all(abs(a - b) > 0.5 for a, b in zip(items(found, "rolls"), items(ours, "rolls"), strict=True))
+    how = {"apply_chat_template": True, "system_instruction": "中国"}
+    chats = evaluated(theirs, ["choices", "writes"], **how)
     theirs.add_bos_token = False
     close(items(ours, "rolls"), items(evaluated(theirs, ["rolls"]), "rolls"))
+    with opened(here / "opening") as model:
+        lm = MegatrainLM(model, open_chat(model.codec, [here / "opening"]))
+        asked = watched(model.engine)
+        ours = evaluated(lm, ["choices", "writes"], **how)
+    for task in ("choices", "writes"):
+        close(items(ours, task), items(chats, task))
+    im_start, im_end = (model.codec.special_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    assert all(request.tokens.count(1) <= 1 for request in asked) and any(request.tokens.count(1) for request in asked)
+    written = [request for request in asked if request.max_tokens]
+    assert len(written) == 5 and all(request.tokens[:2] == (1, im_start) and im_end in request.ends for request in written)
+    assert lm.chat_template(True) == f"of {here / 'opening'}" and lm.tokenizer_name != MegatrainLM(model).tokenizer_name
 
 
 PAIRS = [
@@ -184,7 +205,7 @@ def test_what_cannot_be_asked(here):
             ValueError, match=r"max_gen_toks=96 leaves no room .* the model's 96 positions\. Use a number from 1 to 95"
         ):
             lm.generate_until(instances(("Ans", {"max_gen_toks": 96})))
-        with pytest.raises(ValueError, match="has no chat template"):
+        with pytest.raises(ValueError, match="was given no chat template: MegatrainLM"):
             lm.apply_chat_template([{"role": "user", "content": "Ans"}])
         assert lm.chat_template(False) is None and (lm.rank, lm.world_size) == (0, 1)
         assert lm.max_gen_toks == 48 and len(lm.tokenizer_name) == 24

@@ -126,3 +126,14 @@ def test_an_error_of_one_replica_is_that_of_all():
 
     found = simulate(MeshShape(dp=2), work)
     assert found[0] == found[1]
+
+
+def test_a_long_context_that_four_choices_share_is_read_once():
+    context = tuple(n * 7 % V for n in range(1000))
+    joins = [Join(context, tuple(range(n, n + 3))) for n in range(4)]
+    engine = engine_of(weights_of(vocab_size=V, seq_length=1100, position="rope", num_layers=1), prefix_cache=True)
+    together = loglikelihoods(engine, joins)
+    assert engine.stats.prompt_tokens == 4 * 1003 and engine.stats.prefix_hits == 3 * 62 * 16
+    for join, found in zip(joins, together, strict=True):
+        alone = engine_of(engine.model.weights, prefix_cache=False)
+        assert found.total == pytest.approx(loglikelihoods(alone, [join])[0].total, abs=1e-5)

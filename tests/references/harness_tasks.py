@@ -60,8 +60,17 @@ def write_tasks(folder):
     return folder
 
 
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""A template of ChatML's kind that puts what opens a text by itself."""
+
+
 def write_model(folder, library, opening=False):
-    """A small LLaMA of transformers with weights of a large spread, and its tokenizer; opening: it has a <s>. Returns the folder."""
+    """A small LLaMA of transformers with weights of a large spread, and its tokenizer; opening: it has a <s>, and converses."""
+    if opening:
+        library.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     size = max(library.get_vocab().values()) + 1
     ids = {"pad_token_id": None, "bos_token_id": int(opening), "eos_token_id": 0}
     shape = {
@@ -83,8 +92,8 @@ def write_model(folder, library, opening=False):
         model.save_pretrained(folder)
     library.save(str(folder / "tokenizer.json"))
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<s>" if opening else "<|endoftext|>"}
+    names |= {"chat_template": CHAT} if opening else {}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
-    return folder
 
 
 @contextlib.contextmanager
