@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = {
     "megatrain/serving": 50,
     "megatrain/chat": 850,
-    "megatrain/evaluation": 500,
+    "megatrain/evaluation": 1900,
     "docs/benchmarks": 5100,
     "kernels": 4300,
     "launch": 600,
@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 56800,
+    "tests": 58000,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
