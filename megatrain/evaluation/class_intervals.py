@@ -23,12 +23,11 @@ from megatrain.evaluation.intervals import (
     NORMAL,
     Estimate,
     Floats,
-    cluster_sums,
     proportion,
     score_form,
     with_stderr,
 )
-from megatrain.evaluation.resampling import CELLS, SumScore, bootstrap_stderr
+from megatrain.evaluation.resampling import CELLS, SumScore, jackknife_estimate
 
 Integers = npt.NDArray[np.integer[Any]]
 RANGES = {"kappa": (-1.0, 1.0), "mcc": (-1.0, 1.0), "alpha": (-1.0, 1.0)}
@@ -52,22 +51,14 @@ def class_estimates(confusion: Confusion, resamples: int = RESAMPLES, seed: int 
 
 
 def clustered_class_estimates(
-    confusion: Confusion,
-    labels: Sequence[str],
-    predictions: Sequence[str | None],
-    clusters: Sequence[Hashable],
-    resamples: int = 1000,
-    seed: int = 0,
+    confusion: Confusion, labels: Sequence[str], predictions: Sequence[str | None], clusters: Sequence[Hashable]
 ) -> dict[str, Estimate]:
-    """As `class_estimates`, where items belong to clusters: whole clusters are resampled."""
-    statistics = cluster_sums(item_margins(confusion.classes, labels, predictions), clusters)
-    units, found = len(statistics), {}
-    for name, score in SCORES.items():
-        stderr = bootstrap_stderr(statistics, score_of_sums(score), resamples, seed)
-        bounds = RANGES.get(name, (0.0, 1.0))
-        value = float(score(confusion.margins))
-        found[name] = with_stderr(value, stderr, units, bounds, "bootstrap over clusters, score form")
-    return found
+    """As `class_estimates`, where items belong to clusters: a jackknife of whole clusters. Raises ValueError as `Confusion.of`."""
+    statistics = item_margins(confusion.classes, labels, predictions)
+    return {
+        name: jackknife_estimate(statistics, score_of_sums(score), RANGES.get(name, (0.0, 1.0)), clusters)
+        for name, score in SCORES.items()
+    }
 
 
 def per_class_estimates(confusion: Confusion) -> dict[str, dict[str, Estimate]]:

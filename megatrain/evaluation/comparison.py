@@ -185,6 +185,10 @@ def compare_sums(
         raise UnpairedError(
             f"statistics of the shapes {first.shape} and {second.shape} are not of the same items. Give both models' of each item."
         )
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError(
+            "statistics that are not finite have no sums to compare: a model gave an item an infinite or undefined loss."
+        )
     before, after = cluster_sums(first, clusters), cluster_sums(second, clusters)
     width, units = first.shape[1], len(before)
     start, end = (float(score(sums.sum(axis=0)[None])[0]) for sums in (before, after))

@@ -169,18 +169,7 @@ class Confusion:
 
         Raises ValueError for no items, lists of two lengths, a class named twice and a label that is no class.
         """
-        places = {name: at for at, name in enumerate(classes)}
-        unknown = [label for label in labels if label not in places]
-        if not labels or len(labels) != len(predictions) or len(places) != len(classes) or unknown:
-            raise ValueError(
-                f"{len(labels)} labels and {len(predictions)} predictions of {len(places)} different classes among {len(classes)} have "
-                f"no confusion matrix; labels that are no class: {unknown[:SHOWN]}. Give as many of both, at least one, and name "
-                "each class once."
-            )
-        rows = np.array([places[label] for label in labels], dtype=np.int64)
-        columns = np.array(
-            [-1 if prediction is None else places.get(prediction, -1) for prediction in predictions], dtype=np.int64
-        )
+        rows, columns = class_numbers(classes, labels, predictions)
         return cls(tuple(classes), confusion_counts(rows, columns, len(classes)))
 
     @property
@@ -205,6 +194,21 @@ class Confusion:
         rows = tuple(ClassScore(*row) for row in each)
         unread, items = int(self.counts[:, -1].sum()), int(self.counts.sum())
         return ClassReport(items, unread, scores, rows, tuple(_notes(rows, unread, items)))
+
+
+def class_numbers(classes: Sequence[str], labels: Sequence[str], predictions: Sequence[str | None]) -> tuple[Counts, Counts]:
+    """[n] number of each label and prediction, -1 for one that is no class. Raises ValueError as `Confusion.of`."""
+    places = {name: at for at, name in enumerate(classes)}
+    unknown = [label for label in labels if label not in places]
+    if not labels or len(labels) != len(predictions) or len(places) != len(classes) or unknown:
+        raise ValueError(
+            f"{len(labels)} labels and {len(predictions)} predictions of {len(places)} different classes among {len(classes)} have "
+            f"no confusion matrix; labels that are no class: {unknown[:SHOWN]}. Give as many of both, at least one, and name "
+            "each class once."
+        )
+    rows = np.array([places[label] for label in labels], dtype=np.int64)
+    columns = np.array([-1 if prediction is None else places.get(prediction, -1) for prediction in predictions], dtype=np.int64)
+    return rows, columns
 
 
 def confusion_counts(labels: Counts, predictions: Counts, classes: int) -> Counts:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatrain.evaluation.intervals import Estimate, Floats, cluster_sums, with_stderr
-from megatrain.evaluation.resampling import RESAMPLES, SumScore, bootstrap_stderr
+from megatrain.evaluation.intervals import Estimate, Floats
+from megatrain.evaluation.resampling import SumScore, jackknife_estimate
 from megatrain.evaluation.text_scores import mostly_without_blanks
 
 Metric = Literal["bleu", "chrf"]
@@ -36,12 +36,9 @@ class CorpusScore:
     statistics: Floats
     """[n, k] counts of each item, whose sums give the score (`score_of`)."""
 
-    def estimate(self, clusters: Sequence[Hashable] | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-        """With the interval of `intervals.with_stderr` about a bootstrap standard error over items, or clusters of them."""
-        units = cluster_sums(self.statistics, clusters)
-        stderr = bootstrap_stderr(units, score_of(self.metric), resamples, seed)
-        kind = "items" if clusters is None else "clusters"
-        return with_stderr(self.score, stderr, len(units), (0.0, 100.0), f"bootstrap over {kind}, score form")
+    def estimate(self, clusters: Sequence[Hashable] | None = None) -> Estimate:
+        """The score with its interval, for items or clusters of them that are independent (`jackknife_estimate`)."""
+        return jackknife_estimate(self.statistics, score_of(self.metric), (0.0, 100.0), clusters)
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[Sequence[str]], tokenize: str | None = None) -> CorpusScore:

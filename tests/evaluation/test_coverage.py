@@ -8,8 +8,8 @@ import pytest
 from megatrain.evaluation.class_intervals import class_estimates, macro_estimate
 from megatrain.evaluation.comparison import PairedDifference, compare_means, compare_proportions, compare_sums
 from megatrain.evaluation.confusion import SCORES, Confusion
-from megatrain.evaluation.intervals import Estimate, Floats, macro_average, mean, proportion, ratio, with_stderr
-from megatrain.evaluation.resampling import bootstrap_stderr
+from megatrain.evaluation.intervals import Estimate, Floats, macro_average, mean, proportion, ratio
+from megatrain.evaluation.resampling import jackknife_estimate
 from megatrain.evaluation.translation_scores import score_of
 
 Draw = Callable[[np.random.Generator, int], Estimate]
@@ -89,8 +89,7 @@ def translations(quality: float) -> tuple[Draw, float]:
 
     def draw(rng: np.random.Generator, items: int) -> Estimate:
         drawn = pool[rng.integers(0, len(pool), items)]
-        value = float(score(drawn.sum(axis=0)[None])[0])
-        return with_stderr(value, bootstrap_stderr(drawn, score, 200), items, (0.0, 100.0), "")
+        return jackknife_estimate(drawn, score, (0.0, 100.0))
 
     return draw, float(score(pool.sum(axis=0)[None])[0])
 
@@ -124,7 +123,7 @@ KINDS: dict[str, Callable[[], tuple[Draw, float]]] = {
 
 def coverage(kind: str, items: int, times: int) -> float:
     draw, truth = KINDS[kind]()
-    rng = np.random.default_rng([items, *kind.encode()])
+    rng = np.random.default_rng([1, items, *kind.encode()])
     found = [draw(rng, items) for _ in range(times)]
     return sum(one.low <= truth <= one.high for one in found) / times
 
@@ -138,7 +137,7 @@ def test_coverage_is_93_to_97_percent(kind: str, items: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["proportion .9", "scores nearly 0", "clustered", "bits per byte", "macro F1", "kappa", "BLEU"]
+    "kind", ["proportion .9", "scores nearly 0", "clustered", "bits per byte", "macro F1", "kappa", "BLEU low"]
 )
 def test_coverage_at_50_items(kind: str) -> None:
     """A cheap form, whose standard error is 1.5%: it finds an interval of the bootstrap's percentiles or of the wrong spread."""

@@ -5,8 +5,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megatrain.evaluation.intervals import Floats
-from megatrain.evaluation.resampling import UNITS, bootstrap_scores, bootstrap_stderr, swap_p
+from megatrain.evaluation.intervals import Floats, mean
+from megatrain.evaluation.resampling import UNITS, bootstrap_scores, bootstrap_stderr, jackknife_estimate, swap_p
 
 
 def average(sums: Floats) -> Floats:
@@ -22,6 +22,19 @@ def test_the_standard_error_of_a_mean(items: int) -> None:
     values = np.random.default_rng(0).normal(3.0, 2.0, items)
     found = bootstrap_stderr(scored(values), average, resamples=4000, seed=1)
     assert found == pytest.approx(values.std(ddof=1) / np.sqrt(items), rel=0.05)
+
+
+def test_jackknife_of_a_mean_is_exact() -> None:
+    values = np.random.default_rng(0).beta(2, 2, 30)
+    found, wanted = jackknife_estimate(scored(values), average, (0.0, 1.0)), mean(values)
+    assert (found.value, found.stderr, found.low) == pytest.approx((wanted.value, wanted.stderr, wanted.low))
+    clusters = list(range(10)) * 3
+    grouped = jackknife_estimate(scored(values), average, (0.0, 1.0), clusters)
+    assert (grouped.stderr, grouped.units) == (pytest.approx(mean(values, clusters).stderr), 10)
+    one = jackknife_estimate(scored(values[:1]), average, (0.0, 1.0))
+    assert 0.0 < one.low < one.value < one.high < 1.0
+    with pytest.raises(ValueError, match="no items have no score"):
+        jackknife_estimate(np.zeros((0, 2)), average, (0.0, 1.0))
 
 
 def test_one_unit_has_no_spread() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sacrebleu
 
+from megatrain.evaluation.resampling import bootstrap_stderr
 from megatrain.evaluation.translation_scores import chosen_tokenizer, corpus_bleu, corpus_chrf, score_of
 
 ENGLISH = ["the", "cat", "sat", "on", "a", "mat", "Dog", "it's", "&", "<", "hello-world", "3.5"]
@@ -71,16 +72,25 @@ def test_scores_of_many_sums_at_once_are_those_of_each() -> None:
         assert len(set(each)) > 10
 
 
-def test_the_estimate_holds_the_score_and_repeats() -> None:
+def test_the_estimate_holds_the_score() -> None:
     rng = np.random.default_rng(2)
     texts = [" ".join(rng.choice(ENGLISH[:8], 9)) for _ in range(40)]
-    score = corpus_bleu(texts, [[text if at % 3 else " ".join(reversed(text.split()))] for at, text in enumerate(texts)])
-    one, same, other = (score.estimate(seed=seed) for seed in (1, 1, 2))
-    assert one == same
-    assert one != other
-    assert one.low < one.value == score.score < one.high
-    assert one.units == 40
-    assert score.estimate(clusters=[at // 4 for at in range(40)]).units == 10
+    references = [[text if at % 3 else " ".join(reversed(text.split()))] for at, text in enumerate(texts)]
+    for score in (corpus_bleu(texts, references), corpus_chrf(texts, references)):
+        found = score.estimate()
+        assert found.low < found.value == score.score < found.high
+        spread = bootstrap_stderr(score.statistics, score_of(score.metric), resamples=4000)
+        assert found.stderr == pytest.approx(spread, rel=0.1)
+        assert found.units == 40
+        assert score.estimate(clusters=[at // 4 for at in range(40)]).units == 10
+
+
+def test_few_items_and_perfect_ones_are_not_certain() -> None:
+    one = corpus_bleu(["a b c d e"], [["a b c d f"]]).estimate()
+    assert 0.0 < one.low < one.value < one.high < 100.0
+    perfect = corpus_bleu(["the cat sat on it"] * 20, [["the cat sat on it"]] * 20).estimate()
+    assert (perfect.value, perfect.high) == pytest.approx((100.0, 100.0))
+    assert perfect.low == pytest.approx(83.9, abs=0.1)  # as a proportion of 20 of 20
 
 
 @pytest.mark.parametrize(
