@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional
 
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
-from megatrain.kernels.dispatch import Kernels
+from megatrain.kernels.dispatch import Kernels, use_triton
+from megatrain.kernels.paged_triton import attend, blocks_of, height_of, takes
 
 TILE = 128
 """Number of keys in a tile."""
@@ -49,19 +50,28 @@ class Pages:
     prefix: torch.Tensor | None = None
     """[n] number of first keys that all of a sequence's queries see; None: none."""
 
-    _parts: dict[AttentionMask, list[_Part]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _parts: dict[AttentionMask, list[_QueryTiles]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @cached_property
     def height(self) -> int:
         """Number of queries in a block of them."""
         return 1 if self.counts is None else min(HEIGHT, max(self.counts))
 
+    _blocks: dict[int, torch.Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def blocks(self, height: int) -> torch.Tensor:
+        """The queries in blocks of `height` (`blocks_of`), on the device; made once, as parts are."""
+        if height not in self._blocks:
+            of = blocks_of(self.counts or (1,) * len(self.lengths), height)
+            self._blocks[height] = torch.from_numpy(of).to(self.table.device)
+        return self._blocks[height]
+
     def slots(self, sequences: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Slots of the keys at places [i, k] of sequences [i]: int64 [i, k]."""
         blocks = (places // self.block).to(torch.int64)
         return self.table[sequences].gather(1, blocks).to(torch.int64) * self.block + places % self.block
 
-    def parts(self, mask: AttentionMask) -> list[_Part]:
+    def parts(self, mask: AttentionMask) -> list[_QueryTiles]:
         """The work in parts; made once, since every layer asks for the same."""
         if mask not in self._parts:
             self._parts[mask] = list(_parts(self, mask))
@@ -85,6 +95,12 @@ def paged_attention(
     keys up to its own and those of its prefix; window and sparse hide some of them, as in `AttentionMask.within`; slopes [a] are
     ALiBi's, by places in the sequence.
     """
+    if use_triton(kernels, q.device) and takes(q):
+        repeat = q.shape[1] // keys.shape[1]
+        height = 1 if pages.counts is None else height_of(repeat, q.dtype)
+        several = None if pages.counts is None else pages.blocks(height)
+        where = pages.table, pages.lengths, pages.block, several, height, pages.prefix
+        return attend(q, keys, values, *where, window, sparse, slopes)
     return _reference(q, keys, values, pages, CAUSAL.within(window, sparse), slopes)
 
 
@@ -106,7 +122,7 @@ def _reference(
 
 
 def _of_tiles(
-    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _Part, repeat: int, by_head: torch.Tensor | None
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, part: _QueryTiles, repeat: int, by_head: torch.Tensor | None
 ) -> torch.Tensor:
     """Scaled queries [blocks, g, rows, d] -> [blocks, g, r, height, d]; of a block's rows, r times its height are used."""
     count, groups, _, d = rows.shape
@@ -155,7 +171,7 @@ def _joined(tops: torch.Tensor, totals: torch.Tensor, sums: torch.Tensor) -> tor
 
 
 @dataclass(frozen=True)
-class _Part:
+class _QueryTiles:
     """Some blocks of queries, and the tiles of keys that any of their queries see."""
 
     queries: torch.Tensor
@@ -176,7 +192,7 @@ class _Part:
     """Largest number of tiles of a sequence."""
 
 
-def _parts(pages: Pages, mask: AttentionMask) -> Iterator[_Part]:
+def _parts(pages: Pages, mask: AttentionMask) -> Iterator[_QueryTiles]:
     """Parts of a call's work, of some `SCRATCH` scores for each head."""
     device, height = pages.table.device, pages.height
     lengths = pages.lengths.to(torch.int64)
@@ -201,4 +217,6 @@ def _parts(pages: Pages, mask: AttentionMask) -> Iterator[_Part]:
         by_tile = seen.unflatten(-1, (most, TILE)).transpose(1, 2)
         chosen, orders = by_tile.flatten(2).any(-1).nonzero(as_tuple=True)
         distances = (places[part][chosen, :, None] - keys.view(most, TILE)[orders, None]).abs()
-        yield _Part(queries[part], live[part], chosen, orders, slots[chosen, orders], ~by_tile[chosen, orders], distances, most)
+        yield _QueryTiles(
+            queries[part], live[part], chosen, orders, slots[chosen, orders], ~by_tile[chosen, orders], distances, most
+        )

@@ -10,7 +10,7 @@ LINES = {
     "megatrain/chat": 850,
     "megatrain/evaluation": 1900,
     "docs/benchmarks": 5100,
-    "kernels": 4300,
+    "kernels": 4500,
     "launch": 600,
     "megatrain": 2850,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 58000,
+    "tests": 58150,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -90,7 +90,7 @@ def calls() -> Iterator[Call]:
     """Every kernel's callers with the shapes of real models, views and odd sizes: (name, call)."""
     yield from updates()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for of_kind in (norms, activations, rotations, heads_apart, attentions, dropouts, entropies):
+        for of_kind in (norms, activations, rotations, heads_apart, attentions, pages, dropouts, entropies):
             yield from of_kind(dtype, str(dtype).removeprefix("torch."))
 
 
@@ -222,6 +222,27 @@ def attentions(dtype: torch.dtype, short: str) -> Iterator[Call]:
         for mask in masks:
             name = f"attention {number} of {groups} x {d}{mask} {short}"
             yield name, lambda a=number, g=groups, n=d, m=mask: attended(a, g, n, m)
+
+
+def pages(dtype: torch.dtype, short: str) -> Iterator[Call]:
+    from megatrain.kernels.paged_attention import Pages, paged_attention
+
+    prefix = torch.ones(2, dtype=torch.int32)
+
+    def attended(heads: int, groups: int, d: int, counts: tuple[int, ...] | None, masked: bool) -> None:
+        tokens = 2 if counts is None else sum(counts)
+        keys, values = (some(1024, groups, d, dtype=dtype, grad=False) for _ in range(2))
+        q = some(tokens, (heads + 2 * groups) * d, dtype=dtype, grad=False)[:, : heads * d].view(tokens, heads, d)
+        of = Pages(torch.zeros(2, 64, dtype=torch.int32), prefix, 16, counts, prefix if masked and counts else None)
+        more = {"window": 9, "sparse": (16, 2, 1), "slopes": torch.zeros(heads)} if masked else {}
+        paged_attention(q, keys, values, of, **more, kernels="triton")
+
+    large = [(48, 1, 128), (16, 4, 256), (6, 2, 80)] if dtype != torch.float32 else []
+    for number, groups, d in ((16, 8, 128), (32, 4, 64), (12, 12, 64), *large):
+        for counts in (None, (70, 3)):
+            for masked in (False, True):
+                name = f"pages {number} of {groups} x {d} queries={'one' if counts is None else 'several'} masked={masked:d} {short}"
+                yield name, lambda a=number, g=groups, n=d, c=counts, m=masked: attended(a, g, n, c, m)
 
 
 def dropouts(dtype: torch.dtype, short: str) -> Iterator[Call]:

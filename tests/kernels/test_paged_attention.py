@@ -1,59 +1,16 @@
 """Attention over a paged cache against its definition in float64, and that no query's result depends on what is computed beside it."""
 
-import math
-
 import pytest
 import torch
+from paged_cases import Cases
 
-from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
-from megatrain.kernels.paged_attention import Pages, paged_attention
+from megatrain.kernels.paged_attention import paged_attention
 
 BANDS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Relative to the largest value: torch's float32, or one rounding to the dtype."""
 LENGTHS = [1, 300, 64, 65, 127, 129, 2]
 COUNTS = [1, 70, 64, 1, 2, 129, 2]
 MASKS = {"causal": (None, None), "window": (40, None), "sparse": (None, (24, 2, 1)), "both": (150, (16, 3, 2))}
-
-
-class Cases:
-    """Sequences of these lengths with some queries, keys and values, which `paged` writes into blocks wherever it likes."""
-
-    def __init__(self, lengths, groups, repeat, d, dtype):
-        generator = torch.Generator().manual_seed(groups * repeat * d)
-
-        def some(*shape):
-            return torch.randn(shape, generator=generator).to(dtype)
-
-        self.q = [some(n, groups * repeat, d) for n in lengths]
-        self.keys, self.values = ([some(n, groups, d) for n in lengths] for _ in range(2))
-        self.slopes = torch.arange(1, groups * repeat + 1) / 16
-
-    def paged(self, which, counts=None, prefix=None, block=16, seed=0):
-        """The last queries, keys, values and pages of sequences `which`; NaN lies in all other slots, nonsense behind a row's blocks."""
-        lengths = [len(self.keys[i]) for i in which]
-        blocks = [-(-n // block) for n in lengths]
-        order = torch.randperm(sum(blocks) + 3, generator=torch.Generator().manual_seed(seed)).split([*blocks, 3])
-        keys, values = (self.keys[0].new_full((block * (sum(blocks) + 3), *self.keys[0].shape[1:]), math.nan) for _ in range(2))
-        table = torch.full((len(which), max(blocks)), 1 << 20)
-        for row, i in enumerate(which):
-            table[row, : blocks[row]] = order[row]
-            slots = (order[row][:, None] * block + torch.arange(block)).flatten()[: lengths[row]]
-            keys[slots], values[slots] = self.keys[i], self.values[i]
-        q = torch.cat([self.q[i][-count:] for i, count in zip(which, counts or [1] * len(which), strict=True)])
-        first = None if prefix is None else torch.tensor(prefix)
-        return q, keys, values, Pages(table, torch.tensor(lengths), block, counts and tuple(counts), first)
-
-    def exact(self, i, count=1, window=None, sparse=None, slopes=None, prefix=None):
-        """The definition in float64, for the last queries of sequence i: [count, a d]."""
-        q, keys, values = (x[i].double().transpose(0, 1) for x in (self.q, self.keys, self.values))
-        repeat, places = len(q) // len(keys), torch.arange(keys.shape[1])
-        keys, values = (x.repeat_interleave(repeat, 0) for x in (keys, values))
-        scores = torch.einsum("aqd,akd->aqk", q, keys) / math.sqrt(q.shape[2])
-        if slopes is not None:
-            scores -= slopes.double()[:, None, None] * (places[:, None] - places).abs()
-        mask = CAUSAL if prefix is None else AttentionMask(prefix=torch.tensor([prefix]))
-        seen = mask.within(window, sparse).allowed(places, places)
-        return torch.einsum("aqk,akd->qad", scores.masked_fill(~seen, -math.inf).softmax(-1), values).flatten(1)[-count:]
 
 
 def close(found, exact, dtype):

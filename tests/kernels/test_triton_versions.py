@@ -25,7 +25,14 @@ def test_the_kernels_pass_with(wanted, tmp_path):
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
     }
-    names = "test_triton.py", "test_triton_views.py", "test_adamw.py", "test_dropout.py", "test_attention_dropout.py"
+    names = (
+        "test_triton.py",
+        "test_triton_views.py",
+        "test_adamw.py",
+        "test_dropout.py",
+        "test_attention_dropout.py",
+        "test_paged_triton.py",
+    )
     tests = [str(ROOT / "tests/kernels" / name) for name in names]
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(pytest_, env=env, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
