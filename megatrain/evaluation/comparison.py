@@ -63,6 +63,8 @@ class PairedDifference:
         self, first: str = "the first", second: str = "the second", unit: float = 1.0, lower_is_better: bool = False
     ) -> str:
         """The comparison in a sentence; unit: what scores are multiplied by to be read, such as 100 for percent."""
+        if self.units < 2:
+            return f"Nothing can be told of {first} and {second}: one unit says nothing of others. Evaluate more items."
         value, low, high, least = (unit * number for number in (self.value, self.low, self.high, self.detectable))
         between = f"(95%: {low:+.3g} to {high:+.3g}; p = {self.p:.2g}, {self.test}, {self.units} units)"
         if not self.seen:
@@ -190,7 +192,7 @@ def compare_sums(
             "statistics that are not finite have no sums to compare: a model gave an item an infinite or undefined loss."
         )
     before, after = cluster_sums(first, clusters), cluster_sums(second, clusters)
-    width, units = first.shape[1], len(before)
+    width, units = before.shape[1], len(before)
     start, end = (float(score(sums.sum(axis=0)[None])[0]) for sums in (before, after))
     if np.array_equal(before, after):
         stderr = 0.0 if units > 1 else math.nan

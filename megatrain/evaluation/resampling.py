@@ -91,14 +91,14 @@ def swap_p(first: Floats, second: Floats, score: SumScore, resamples: int = 10_0
     If they are alike, each unit's two answers might as well be swapped; p is the share of random swaps whose difference of scores is at
     least as large as the one seen, (1 + hits) / (1 + resamples) (Noreen 1989; Riezler and Maxwell 2005, who find it to raise fewer false
     alarms than the paired bootstrap). Units whose statistics are equal change nothing and are left out, so that with d others p is no less
-    than about 2^(1-d); 1 without others.
+    than about 2^(1-d); 1 without others, and where the difference is not a number.
     """
     rng = np.random.default_rng(seed)
     gap = second - first
     base, other = first.sum(axis=0)[None], second.sum(axis=0)[None]
     seen = abs(float(score(other)[0] - score(base)[0]))
-    gap = gap[np.any(gap != 0.0, axis=1)]
-    if not len(gap):
+    gap = _bundled(gap[np.any(gap != 0.0, axis=1)], rng)
+    if not len(gap) or np.isnan(seen):
         return 1.0
     hits, block = 0, max(1, CELLS // len(gap))
     for start in range(0, resamples, block):

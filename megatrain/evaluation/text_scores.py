@@ -23,15 +23,17 @@ _TOKEN = re.compile(f"[{_CHARACTER}]|[^\\s{_CHARACTER}]+")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII_SYMBOLS = "$+<=>^`|~"
 """The part of Python's string.punctuation that is no punctuation to Unicode."""
+_INVISIBLE = "\u00ad\u200b\u2060\ufeff"
+"""Soft hyphen, blanks and joiners of no width, byte order mark."""
 
 
 @cache
 def _table() -> dict[int, str | None]:
-    """Full-width forms to ASCII, punctuation to nothing."""
+    """Full-width forms to ASCII, punctuation and what cannot be seen to nothing."""
     wide = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)} | {0x3000: " "}
     gone = {code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("P")}
     gone |= {code for letter in _ASCII_SYMBOLS for code in (ord(letter), 0xFEE0 + ord(letter))}
-    return {**wide, **dict.fromkeys(gone)}
+    return {**wide, **dict.fromkeys([*gone, *map(ord, _INVISIBLE)])}
 
 
 def normal_form(text: str) -> str:

@@ -153,6 +153,8 @@ def test_scores_that_cannot_be_compared() -> None:
         compare_means([0.0, 1.0], [1.0, math.nan])
     with pytest.raises(ValueError, match="right or wrong is 1 or 0"):
         compare_proportions([0.5], [1.0])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="infinite or undefined loss"):
+        compare_sums(np.ones((2, 2)), np.array([[1.0, math.inf], [1.0, 1.0]]), lambda sums: sums[:, 0])
     with pytest.raises(UnpairedError, match=r"\(2, 3\) and \(2, 4\)"):
         compare_sums(np.zeros((2, 3)), np.zeros((2, 4)), lambda sums: sums[:, 0])
 
@@ -169,3 +171,8 @@ def test_verdicts() -> None:
     )
     same = PairedDifference(0.5, 0.5, 0.0, 0.0, 0.0, 0.0, 1.0, 0.1, 20, "swapped answers")
     assert "new gives exactly as much as old" in same.verdict("old", "new")
+    alone = compare_means([0.0], [1.0])
+    assert (
+        alone.verdict("old", "new")
+        == "Nothing can be told of old and new: one unit says nothing of others. Evaluate more items."
+    )

@@ -95,6 +95,11 @@ def test_values_that_have_no_mean(values: list[float], words: str) -> None:
         mean(values)
 
 
+def test_rounding_is_no_score_out_of_bounds() -> None:
+    found = mean([1.0 + 1e-12, 1.0, -1e-12])
+    assert found.low < found.value < found.high <= 1.0
+
+
 def test_clusters_of_other_items() -> None:
     with pytest.raises(ValueError, match="2 items, but clusters of 3"):
         mean([0.0, 1.0], clusters="abc")

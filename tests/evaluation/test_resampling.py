@@ -5,6 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from megatrain.evaluation.distributions import student_tail
 from megatrain.evaluation.intervals import Floats, mean
 from megatrain.evaluation.resampling import UNITS, bootstrap_scores, bootstrap_stderr, jackknife_estimate, swap_p
 
@@ -66,6 +67,22 @@ def test_swaps_count_exactly() -> None:
     assert swap_p(scored(first), scored(second), average, resamples=20_000) == pytest.approx(2 / 8, abs=0.01)
     second[0] = -1.0  # 4: of the eight sums 6, 4, 2, 0 and their negatives four are as large
     assert swap_p(scored(first), scored(second), average, resamples=20_000) == pytest.approx(4 / 8, abs=0.01)
+
+
+def test_many_units_are_swapped_in_bundles() -> None:
+    rng = np.random.default_rng(5)
+    first = rng.random(10 * UNITS)
+    second = first + rng.normal(0.003, 0.3, len(first))
+    gaps = second - first
+    wanted = student_tail(gaps.mean() / (gaps.std() / np.sqrt(len(gaps))), 1e9)
+    assert 0.01 < wanted < 0.5
+    assert swap_p(scored(first), scored(second), average) == pytest.approx(wanted, rel=0.2)
+
+
+def test_a_score_that_is_no_number_proves_nothing() -> None:
+    zeros = np.zeros((3, 2))
+    with np.errstate(all="ignore"):
+        assert swap_p(zeros, np.eye(3, 2), lambda sums: sums[:, 0] / (0.0 * sums[:, 1])) == 1.0
 
 
 def test_swapping_equal_items_says_nothing() -> None:

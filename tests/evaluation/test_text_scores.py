@@ -64,6 +64,8 @@ def test_english_is_as_squads_script() -> None:
         ("cafe\u0301 Café", ["café", "café"]),
         ("時々 〇 々 𠮷野家", list("時々〇々𠮷野家")),
         ("한국어 문장", ["한국어", "문장"]),
+        ("\ufeff北\u200b京 co\u00adop", ["北", "京", "coop"]),
+        ("🙂👍 ok\ud800", ["🙂👍", "ok\ud800"]),
         ("", []),
         ("  。！ ", []),
     ],
