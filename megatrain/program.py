@@ -44,6 +44,7 @@ from megatrain.lifecycle.limits import Limits
 from megatrain.lifecycle.monitor import Monitor
 from megatrain.lifecycle.sections import SectionLimits
 from megatrain.lifecycle.stop import DIVERGED, PREEMPTED, StopRequest
+from megatrain.midway import Midway
 from megatrain.models.batch import Objective
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.records import provenance
@@ -268,8 +269,9 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
             return bool(told) or limits.reached()
 
         job.stop_requested = told_to_stop
+        midway = Midway(job, log)
         watch.start(auditor.notes())
-        done = _loop(job, watch, duties_of(job, watch, auditor))
+        done = _loop(job, watch, duties_of(job, watch, auditor, midway))
         if done:
             watch.finished()
         elif watch.diverged is None:
@@ -280,7 +282,7 @@ def train(job: Job, stop: StopRequest | None = None) -> bool:
     return done
 
 
-def duties_of(job: Job, watch: Watch, auditor: Auditor) -> list[Duty]:
+def duties_of(job: Job, watch: Watch, auditor: Auditor, midway: Midway) -> list[Duty]:
     """The run's duties between steps, in order."""
     config = job.config.train
 
@@ -297,6 +299,7 @@ def duties_of(job: Job, watch: Watch, auditor: Auditor) -> list[Duty]:
         Duty(lambda pause: auditor.check(copies=True), every=config.audit_every),
         Duty(lambda pause: auditor.recompute(), every=config.audit_compute_every),
         Duty(watch.evaluate, when=evaluates),
+        Duty(midway.write_samples, when=midway.wants_samples),
         Duty(save, every=job.config.checkpoint.save_every, when=lambda pause: pause.final or watch.retries.due(pause.step)),
         Duty(lambda pause: watch.copy(), when=goes_on, waits=False),
     ]

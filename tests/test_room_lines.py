@@ -12,28 +12,28 @@ LINES = {
     "docs/benchmarks": 5100,
     "kernels": 4500,
     "launch": 600,
-    "megatrain": 2850,  # its own files, without the rooms below
+    "megatrain": 2950,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
     "megatrain/cli": 1200,
-    "megatrain/config": 3350,
+    "megatrain/config": 3400,
     "megatrain/corpus": 12800,
     "megatrain/data": 6550,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
-    "megatrain/inference": 2150,
+    "megatrain/inference": 2400,
     "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
     "megatrain/ngram": 2550,
     "megatrain/optim": 750,
     "megatrain/parallel": 3400,
     "megatrain/plan": 300,
-    "megatrain/records": 1050,
+    "megatrain/records": 1250,
     "megatrain/resuming": 1000,
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1400,
-    "tests": 58150,
+    "tests": 58550,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

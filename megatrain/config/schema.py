@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatrain.config import effects
+from megatrain.config.asked import EvalConfig, SamplesConfig
 from megatrain.config.glm_data import GlmConfig
 from megatrain.config.knob import Deferred, knob
 from megatrain.config.model import ModelConfig
@@ -484,6 +485,7 @@ class LogConfig:
         "product.",
         above=0,
     )
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
 
 
 @dataclass(frozen=True)
@@ -495,6 +497,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

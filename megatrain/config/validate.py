@@ -104,6 +104,12 @@ def _require_data(config: Config) -> None:
             raise ConfigError(
                 f"data.{name}={token} names a token, and data.tokenizer is null. Use data.tokenizer=PATH, or leave it out."
             )
+    for key, texts in (("log.samples.prompts", config.log.samples.prompts), ("eval.tasks", config.eval.tasks)):
+        if texts and config.data.tokenizer is None:
+            raise ConfigError(
+                f"{key} is text, and data.tokenizer is null. Use data.tokenizer=TOKENIZER.json (or bytes), as the corpus was made "
+                "with, or leave it out."
+            )
     if config.model.vocab_size is None and config.data.tokenizer is None:
         raise ConfigError(
             "model.vocab_size and data.tokenizer are both null, so the vocabulary is unknown. "

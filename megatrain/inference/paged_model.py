@@ -6,8 +6,9 @@ The last stage chooses; what every rank gets is a few numbers for each token tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, cast
 
@@ -22,9 +23,9 @@ from megatrain.inference.scheduling import StepPiece
 from megatrain.kernels.attention_mask import CAUSAL
 from megatrain.kernels.matmul import steady_rows
 from megatrain.kernels.paged_attention import Pages
-from megatrain.models.batch import Loss, MicroBatch
+from megatrain.models.batch import Loss, MicroBatch, NextToken, Scorer
 from megatrain.models.gpt import GPT, Head
-from megatrain.parallel.mesh import ParallelContext
+from megatrain.parallel.mesh import Axis, ParallelContext, Rows
 from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk as Virtual
 from megatrain.parallel.pipeline_parallel import Executed, Parameters, Stage, run_schedule
@@ -44,6 +45,10 @@ class ForwardModel:
     """The program of one micro-batch, without backwards."""
     parameters: Parameters
     """Where the weights come from, if they lie in shards."""
+    alike: Axis = field(default_factory=lambda: Axis("alike"))
+    """Replicas that work on the same requests, step by step, as each has a shard of the weights: what the first has found counts."""
+    without_gradients: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+    """Entered for each step. What is made within torch.inference_mode, gathered weights too, can never be trained with."""
 
 
 class Read(NamedTuple):
@@ -85,12 +90,16 @@ class PagedModel:
         ]
         self.vocab_size = build.vocab_size
 
-    @torch.inference_mode()
     def read(self, pieces: Sequence[StepPiece]) -> list[Read]:
-        """Read the pieces, in any order (collective over tp and pp). Raises ValueError where logits are not finite.
+        """Read the pieces, in any order (collective over tp, pp and replicas that are alike). Raises ValueError where logits
+        are not finite.
 
         The result is the same on every rank.
         """
+        with self.weights.without_gradients():
+            return self._read(pieces)
+
+    def _read(self, pieces: Sequence[StepPiece]) -> list[Read]:
         pieces = sorted(pieces, key=lambda piece: not piece.single)
         device = self.weights.ctx.device
         tokens, positions, inside = self._rows(pieces)
@@ -109,15 +118,17 @@ class PagedModel:
         count = len(wanted.drawn) + len(wanted.scored) + len(wanted.told)
         if numbers is None:  # they are another stage's
             numbers = torch.zeros(count, 3 + 2 * wanted.top, dtype=torch.float64, device=device)
-        return _sorted_out(pieces, wanted, self.weights.ctx.pp.to_host(self.weights.ctx.pp.all_reduce(numbers)))
+        numbers, alike = self.weights.ctx.pp.all_reduce(numbers), self.weights.alike
+        numbers = alike.all_reduce(numbers if alike.rank == 0 else torch.zeros_like(numbers))
+        return _sorted_out(pieces, wanted, self.weights.ctx.pp.to_host(numbers))
 
     def _rows(self, pieces: Sequence[StepPiece]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens, positions and positions within blanks, [n, 1] each, n `steady_rows`: zeros stand behind the pieces' tokens."""
+        """Tokens, positions and positions within blanks, [n, 1] each, n `_filled`: zeros stand behind the pieces' tokens."""
         read = np.array([token for p in pieces for token in p.sequence.tokens[p.start : p.end]])
         places = [p.sequence.request.places.positions(p.start, p.end) for p in pieces]
         positions, inside = (np.concatenate(x) for x in zip(*places, strict=True))
         build = self.weights.chunks[0].build
-        more = steady_rows(len(read), build.device, build.dtype) - len(read)
+        more = _filled(len(read), build.rows, build.device, build.dtype) - len(read)
         filled = [torch.from_numpy(np.pad(x, (0, more)))[:, None] for x in (read, positions, inside)]
         return filled[0], filled[1], filled[2]
 
@@ -155,10 +166,10 @@ class PagedModel:
     def _stage(self, pages: StepPages, wanted: _Wanted) -> Stage:
         """This rank's stage of the pipeline; the last stage puts out the numbers that `_sorted_out` reads."""
         chunks = self.weights.chunks
-        head = cast(Head, chunks[-1].head)
+        head = cast(Head, chunks[-1].head)  # on the rank of the last virtual stage, which is the one that is asked for it
 
-        def numbers(hidden: torch.Tensor, _batch: MicroBatch) -> Loss:
-            return Loss(hidden.new_zeros(()), output=_numbers(head, hidden, wanted))
+        def numbers(hidden: torch.Tensor, batch: MicroBatch) -> Loss:
+            return head(hidden, _Numbers(wanted), batch)
 
         runs = [_over(chunk, layers, pages) for chunk, layers in zip(chunks, self.layers, strict=True)]
         return Stage(self.weights.ctx, runs, numbers, chunks[0].boundary, parameters=self.weights.parameters)
@@ -192,17 +203,28 @@ def _wanted(pieces: Sequence[StepPiece]) -> _Wanted:
     return wanted
 
 
+@dataclass(frozen=True)
+class _Numbers(NextToken):
+    """The numbers of a step in the place of a loss: the head is called as in training, and so has its weights."""
+
+    wanted: _Wanted
+
+    def __call__(self, head: Scorer, hidden: torch.Tensor, _batch: MicroBatch) -> Loss:
+        """A loss of 0; the numbers are the output."""
+        return Loss(hidden.new_zeros(()), output=_numbers(cast(Head, head), hidden, self.wanted))
+
+
 def _numbers(head: Head, hidden: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
-    """Hidden states [n, 1, h] -> for each row drawn, scored and told: token, log-probability, whether it is the most probable,
+    """Hidden states [n/t or n, 1, h] -> for each row drawn, scored and told: token, log-probability, whether it is the most probable,
     and the `top` most probable ones with theirs; float64 [rows, 3 + 2 top]."""
-    parts = []
+    parts, hidden = [], head.build.rows.enter(hidden)
     if wanted.drawn:
         logits = _logits(head, hidden, torch.tensor(wanted.drawn, device=hidden.device))
         logits = without_never(logits, wanted.choices)
         parts.append(_told(logits, choose(logits, wanted.choices), wanted.top))
     if wanted.scored:
         rows, labels = (torch.tensor(x, device=hidden.device) for x in (wanted.scored, wanted.labels))
-        found = head.cross_entropy(hidden[_steady(rows, hidden)], _steady(labels, hidden)[:, None])
+        found = head.cross_entropy(_picked(hidden, rows, head.build.rows), _steady(labels, hidden, head.build.rows)[:, None])
         loss, right = (x[: len(rows), 0].double() for x in found)
         parts.append(functional.pad(torch.stack([labels.double(), -loss, right], -1), (0, 2 * wanted.top)))
     if wanted.told:
@@ -214,12 +236,23 @@ def _numbers(head: Head, hidden: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
 
 def _logits(head: Head, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The float32 logits [m, v] of rows [m] of the hidden states [n, 1, h]."""
-    return head.logits(hidden[_steady(rows, hidden)])[: len(rows), 0].float()
+    return head.logits(_picked(hidden, rows, head.build.rows))[: len(rows), 0].float()
 
 
-def _steady(numbers: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Numbers [m] of rows of `hidden`, or of labels, with zeros behind them: `steady_rows`."""
-    return functional.pad(numbers, (0, steady_rows(len(numbers), hidden.device, hidden.dtype) - len(numbers)))
+def _picked(hidden: torch.Tensor, numbers: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """This rank's share of rows [m] of the hidden states [n, 1, h], with others behind them: `_filled`."""
+    return rows.of(hidden[_steady(numbers, hidden, rows)])
+
+
+def _steady(numbers: torch.Tensor, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Numbers [m] of rows of `hidden`, or of labels, with zeros behind them: `_filled`."""
+    return functional.pad(numbers, (0, _filled(len(numbers), rows, hidden.device, hidden.dtype) - len(numbers)))
+
+
+def _filled(count: int, rows: Rows, device: torch.device, dtype: torch.dtype) -> int:
+    """The number of rows that a step computes for `count`: `steady_rows`, and as many for each rank of tp where rows are split."""
+    shares = rows.tp.size if rows.split else 1
+    return shares * steady_rows(-(-count // shares), device, dtype)
 
 
 def _told(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:

@@ -8,6 +8,8 @@
     data         wait for a batch                                          train.hang_timeout_seconds, as for all but
     step         the rest of an update; a tick a step
     evaluation   a tick a batch
+    samples      what log.samples asks the model; a tick a token of each
+    tasks        what eval.tasks asks it; likewise
     save         all of a save that training waits for                     checkpoint.timeout_seconds
     records      open the log and the checkpoints' directory, close them
     end          leave the world
@@ -25,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Name = Literal["set-up", "data", "step", "evaluation", "save", "records", "end"]
+Name = Literal["set-up", "data", "step", "evaluation", "samples", "tasks", "save", "records", "end"]
 
 START_GRACE_SECONDS = 2.0
 """How much longer the set-up may take than the ranks wait for each other in it, so that those who come can say who has not."""
@@ -154,7 +156,7 @@ class Sections:
         if section is None:
             return None
         usual = self.longest_save() if section.name == "save" else self._longest.get(section.name, 0.0)
-        if told and usual and section.name in ("data", "step", "evaluation", "save"):
+        if told and usual and section.name in ("data", "step", "evaluation", "samples", "tasks", "save"):
             shorter = max(TOLD_SECONDS, TOLD_TIMES * usual)
             if shorter < section.limit.seconds:
                 return Limit(shorter, section.limit.key, told=True)

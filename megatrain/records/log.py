@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatrain.files import open_own, require_own, shown, whole
 from megatrain.records.progress import StepBar, person_watching
-from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, finite, perplexity, read_metrics
+from megatrain.records.rows import ComputeRow, EvaluationRow, StepRow, TasksRow, finite, perplexity, read_metrics
+from megatrain.records.samples_page import SamplesRow, add_samples, as_markdown, console_lines
 from megatrain.stderr import note
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ EventKind = Literal[
     "save",
     "save_failed",
     "skipped",
+    "tasks",
     "bad_evaluation",
     "spike",
     "rollback",
@@ -190,6 +192,26 @@ class RunLog:
         if self._tensorboard is not None:
             self._try("tensorboard", self._tensorboard.evaluation, asdict(row))
         self.say(evaluation_lines(row))
+
+    def samples(self, row: SamplesRow) -> None:
+        """Record what the model wrote: on the page samples.md, in TensorBoard, and in few lines on the console."""
+        if self._rank != 0 or self._given_up:
+            return
+        self._try("samples.md", add_samples, self.directory / "samples.md", row)
+        if self._tensorboard is not None:
+            texts = {f"samples/{number}": as_markdown(of) for number, of in enumerate(row.samples, 1)}
+            self._try("tensorboard", self._tensorboard.texts, row.step, texts)
+        self.say(console_lines(row))
+
+    def tasks(self, row: TasksRow) -> None:
+        """Record what the model made of tasks."""
+        if self._rank != 0:
+            return
+        self._append(self._metrics, asdict(row))
+        if self._tensorboard is not None:
+            self._try("tensorboard", self._tensorboard.tasks, asdict(row))
+        self.event("tasks", row.tasks_of_step, tasks=row.tasks, seconds=round(row.task_seconds, 3))
+        self.say(tasks_line(row))
 
     def norms(self, step: int, parts: Mapping[str, tuple[float, float]]) -> None:
         """Record the norms of gradients and weights of each part of the model at update `step`, before it is applied."""
@@ -378,6 +400,17 @@ def evaluation_lines(row: EvaluationRow) -> str:
     ]
     rule = "-" * max(map(len, lines))
     return "\n".join((rule, *lines, rule))
+
+
+def tasks_line(row: TasksRow) -> str:
+    """The tasks of one step: `tasks at step 200 | quiz_en: acc 0.5125, acc_norm 0.5000 | ... |`; intervals are in metrics.jsonl."""
+    parts = [f"tasks at step {row.tasks_of_step}"]
+    for name, metrics in row.tasks.items():
+        parts.append(
+            f"{name}: "
+            + ", ".join(f"{metric} {'nan' if value is None else format(value, '.4f')}" for metric, value in metrics.items())
+        )
+    return " | ".join([*parts, f"seconds: {row.task_seconds:.1f}"]) + " |"
 
 
 def _print(text: str) -> None:

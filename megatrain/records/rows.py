@@ -70,6 +70,25 @@ class EvaluationRow:
 
 
 @dataclass(frozen=True)
+class TasksRow:
+    """Tasks that the running weights were asked (eval.tasks), as in metrics.jsonl."""
+
+    tasks_of_step: int
+    """Updates done before; no `step`, as this is no update's row."""
+    tokens: int
+    """Training tokens consumed before."""
+    tasks: dict[str, dict[str, float | None]]
+    """Task -> metric -> value; None where it is not finite."""
+    tasks_low: dict[str, dict[str, float | None]]
+    """Lower ends of the 95% intervals."""
+    tasks_high: dict[str, dict[str, float | None]]
+    """Their upper ends."""
+    task_items: dict[str, int]
+    """Items of each task that were asked."""
+    task_seconds: float
+
+
+@dataclass(frozen=True)
 class ComputeRow:
     """The ranks' own times in an interval of steps, without their waits for each other, as in metrics.jsonl."""
 

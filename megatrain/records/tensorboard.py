@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import DataClass, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DataType
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatrain.files import open_own
@@ -76,6 +78,11 @@ class TensorBoard:
             row["compute_of_step"], values | {"slowest-ratio": row["slowest_ratio"], "slowest-rank": row["slowest_rank"]}
         )
 
+    def tasks(self, row: Row) -> None:
+        """Write what the model made of tasks, under the names that `megatrain eval --tasks` gives. Raises OSError if the disk is full."""
+        values = {f"eval/{task}/{metric}": value for task, metrics in row["tasks"].items() for metric, value in metrics.items()}
+        self.scalars(row["tasks_of_step"], values)
+
     def restore(self, steps: Sequence[Row], evaluations: Sequence[Row]) -> None:
         """Write again, from the rows of a run, the points over samples that the resume removed. Raises OSError."""
         for all_rows, values in ((steps, _training), (evaluations, _validation)):
@@ -97,6 +104,16 @@ class TensorBoard:
     def scalars(self, at: int, values: Mapping[str, float | None]) -> None:
         """Write points at a step (or number of samples); None is left out. Raises OSError if the disk is full."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items() if value is not None]
+        self._write(Event(wall_time=time.time(), step=at, summary=Summary(value=points)))
+
+    def texts(self, at: int, texts: Mapping[str, str]) -> None:
+        """Write texts in Markdown at a step. Raises OSError if the disk is full."""
+        plugin = SummaryMetadata.PluginData(plugin_name="text")
+        about = SummaryMetadata(plugin_data=plugin, data_class=DataClass.DATA_CLASS_TENSOR)
+        points = [
+            Summary.Value(tag=tag, metadata=about, tensor=TensorProto(dtype=DataType.DT_STRING, string_val=[text.encode()]))
+            for tag, text in texts.items()
+        ]
         self._write(Event(wall_time=time.time(), step=at, summary=Summary(value=points)))
 
     def _write(self, event: Event) -> None:

@@ -13,6 +13,9 @@ from megatrain.config.validate import validate
 
 ROPE, GLM = {"model.position": "rope"}, {"data.objective": "glm", "data.tokenizer": "bytes"}
 LONGER = {**ROPE, "model.rope_factor": 4.0}
+PROMPTS = {"log.samples.prompts": ["a"], "data.tokenizer": "bytes"}
+DRAWN = {**PROMPTS, "log.samples.temperature": 0.5}
+TASKS = {"eval.tasks": ["quiz_en"], "data.tokenizer": "bytes"}
 CASES = [
     # key, a value, what it hangs on as it is by default, and others beside which it has an effect
     ("model.max_positions", 512, None, {}),
@@ -159,6 +162,11 @@ CASES = [
     ("checkpoint.keep_every", 100, None, {}),
     ("checkpoint.in_memory_peer", False, "checkpoint.in_memory_every=0", {"checkpoint.in_memory_every": 5}),
     ("checkpoint.weights_only", True, "checkpoint.resume=auto", {"checkpoint.resume": "runs/other"}),
+    *((f"log.samples.{name}", value, "log.samples.prompts=[]", PROMPTS) for name, value in (("every", 5), ("max_tokens", 9))),
+    ("log.samples.temperature", 0.7, "log.samples.prompts=[]", PROMPTS),
+    ("log.samples.top_p", 0.9, "log.samples.prompts=[] and log.samples.temperature=0.0", DRAWN),
+    ("log.samples.seed", 3, "log.samples.prompts=[] and log.samples.temperature=0.0", DRAWN),
+    *((f"eval.{name}", value, "eval.tasks=[]", TASKS) for name, value in (("every", 5), ("limit", 9), ("num_fewshot", 2))),
 ]
 TURNED_OFF = [
     ("model.residual_fp32", True, {"train.precision": "fp32"}, "train.precision=fp32"),

@@ -87,7 +87,7 @@ with of, of.watching():
             of.reader = lambda: reads.ident
             with of.phase("data"):
                 reads.join()
-        elif what in ("save", "evaluation"):
+        elif what in ("save", "evaluation", "samples"):
             with of.section(what, lambda: "/disk/step_00000004" if what == "save" else ""):
                 load_sample_that_never_comes()
         elif what != "well":
@@ -101,6 +101,7 @@ SAID = {
     "step": "in step (train.hang_timeout_seconds=0.5), and",
     "kept": "in step (train.hang_timeout_seconds=0.5), and",
     "evaluation": "in evaluation (train.hang_timeout_seconds=0.5), and",
+    "samples": "in samples (train.hang_timeout_seconds=0.5), and",
     "save": "in save at /disk/step_00000004 (checkpoint.timeout_seconds=1), and",
     "background": "in save at /disk/step_00000004/weights (checkpoint.timeout_seconds=1)\n",
     "told": "in step (told to stop; ",

@@ -1,5 +1,7 @@
 """Where a run is and how long it may be there: on a clock that is ours."""
 
+from typing import get_args
+
 import pytest
 
 from megatrain.lifecycle import sections
@@ -17,12 +19,14 @@ def clock(monkeypatch):
 
 
 def test_every_section_has_a_limit_of_its_own():
-    limits = {name: LIMITS.of(name) for name in ("set-up", "data", "step", "evaluation", "save", "records", "end")}
+    limits = {name: LIMITS.of(name) for name in get_args(sections.Name)}
     assert {name: (limit.seconds, limit.key) for name, limit in limits.items()} == {
         "set-up": (100.0, "train.start_timeout_seconds"),
         "data": (10.0, "train.hang_timeout_seconds"),
         "step": (10.0, "train.hang_timeout_seconds"),
         "evaluation": (10.0, "train.hang_timeout_seconds"),
+        "samples": (10.0, "train.hang_timeout_seconds"),
+        "tasks": (10.0, "train.hang_timeout_seconds"),
         "save": (50.0, "checkpoint.timeout_seconds"),
         "records": (10.0, "train.hang_timeout_seconds"),
         "end": (10.0, "train.hang_timeout_seconds"),
