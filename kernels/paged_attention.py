@@ -95,13 +95,18 @@ def paged_attention(
     keys up to its own and those of its prefix; window and sparse hide some of them, as in `AttentionMask.within`; slopes [a] are
     ALiBi's, by places in the sequence.
     """
-    if use_triton(kernels, q.device) and takes(q):
+    if served_by(kernels, q.device, q.dtype, q.shape[2]) == "triton":
         repeat = q.shape[1] // keys.shape[1]
         height = 1 if pages.counts is None else height_of(repeat, q.dtype)
         several = None if pages.counts is None else pages.blocks(height)
         where = pages.table, pages.lengths, pages.block, several, height, pages.prefix
         return attend(q, keys, values, *where, window, sparse, slopes)
     return _reference(q, keys, values, pages, CAUSAL.within(window, sparse), slopes)
+
+
+def served_by(kernels: Kernels, device: torch.device, dtype: torch.dtype, d: int) -> str:
+    """Which implementation attends with heads of d elements: triton, or torch."""
+    return "triton" if use_triton(kernels, device) and takes(dtype, d) else "torch"
 
 
 def _reference(

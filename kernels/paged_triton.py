@@ -134,9 +134,9 @@ def _join_kernel(sums, tops, totals, y, lengths, heads, tokens, KEYS: tl.constex
     tl.store(y + at * D + dims, (out / total).to(y.dtype.element_ty), mask=dims < D)
 
 
-def takes(q: torch.Tensor) -> bool:
-    """Whether the kernels support queries q [t, a, d]."""
-    return q.shape[-1] <= LARGEST_HEAD.get(q.dtype, 0)
+def takes(dtype: torch.dtype, d: int) -> bool:
+    """Whether the kernels support queries of this dtype and head dim."""
+    return d <= LARGEST_HEAD.get(dtype, 0)
 
 
 def blocks_of(counts: tuple[int, ...], height: int) -> np.ndarray:

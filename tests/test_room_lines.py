@@ -9,7 +9,7 @@ LINES = {
     "megatrain/serving": 50,
     "megatrain/chat": 850,
     "megatrain/evaluation": 1900,
-    "docs/benchmarks": 5100,
+    "docs/benchmarks": 5350,
     "kernels": 4500,
     "launch": 600,
     "megatrain": 2950,  # its own files, without the rooms below

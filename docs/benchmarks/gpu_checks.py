@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import decode_bench
 import gpu_kernels
 import gpu_models
 import gpu_ranks
@@ -45,6 +46,7 @@ LIMITS = {
     "6 1.3b": 85,
     "7 ranks": 40,
     "8 kernels": 30,
+    "9 decoding": 70,
 }
 """Seconds of each item, in their order; SECONDS in all."""
 SECONDS = sum(LIMITS.values())
@@ -198,6 +200,16 @@ def kernel_table(checks: Checks) -> None:
     checks.part("kernels", 1.0, gpu_kernels.kernels_beside_others, checks.smoke)
 
 
+def decoding(checks: Checks) -> None:
+    """(9) The engine: Qwen3 0.6B with random weights, 256 requests side by side, and one alone."""
+    checks.part("decoding", 1.0, decode, checks.smoke)
+
+
+def decode(note: Note, smoke: bool) -> None:
+    """Measure on the device there is."""
+    decode_bench.measured(decode_bench.plan_of(torch.device("cpu" if smoke else "cuda"), smoke), note)
+
+
 ITEMS: dict[str, Callable[[Checks], None]] = {
     "1 speeds": speeds,
     "2 tests": tests,
@@ -207,6 +219,7 @@ ITEMS: dict[str, Callable[[Checks], None]] = {
     "6 1.3b": model("1.3b", 3),
     "7 ranks": ranks,
     "8 kernels": kernel_table,
+    "9 decoding": decoding,
 }
 
 
@@ -215,7 +228,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="for the report, the logs and the trace")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, any machine")
-    parser.add_argument("--items", default="12345678", help="digits of those to run (default: all)")
+    parser.add_argument("--items", default="123456789", help="digits of those to run (default: all)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all items; less makes each limit smaller")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ def _lines(report: dict[str, Any]) -> Iterable[str]:
     yield from _speeds(report)
     yield from _ranks(report)
     yield from _kernels(report)
+    yield from _decoding(report)
     yield from _tests(report)
     for item in report["items"].values():
         for part, row in item["parts"].items():
@@ -99,6 +100,17 @@ def _kernels(report: dict[str, Any]) -> Iterable[str]:
     for name, row in found.items():
         columns = [name, *(_number(row, *pair) for pair in (("ms", ".3f"), ("share_of_copy", ".2f"), ("reference_ms", ".3f")))]
         yield f"| {' | '.join([*columns, _number(row, 'compile_ms', '.3f')])} | {row.get('problem', '')}"
+
+
+def _decoding(report: dict[str, Any]) -> Iterable[str]:
+    found = _result(report, "9 decoding", "decoding")
+    if "one_user" in found:
+        yield f"\ndecoding, {found['parameters'] / 1e6:.0f}M {found['dtype']}, attention by {found['attention']}"
+        yield f"- one user: {_short(found['one_user'])}"
+    for row in found.get("writing", []):
+        yield f"- {row['requests']} requests: **{row['tokens_per_second']:.0f} tokens/s**; {_short(row)}"
+    if "step" in found:
+        yield f"- a step: {_short(found['step'])}"
 
 
 def _tests(report: dict[str, Any]) -> Iterable[str]:

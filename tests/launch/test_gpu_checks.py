@@ -77,7 +77,7 @@ def smoke(tmp_path_factory):
 def test_every_item_is_done_with_tiny_shapes_in_less_than_a_minute_of_cpu(smoke):
     report, said, seconds = smoke
     assert {name: item["state"] for name, item in report["items"].items()} == dict.fromkeys(
-        ["1 speeds", "2 tests", "3 one step", "4 124m", "5 8b shape", "6 1.3b", "7 ranks", "8 kernels"], "done"
+        ["1 speeds", "2 tests", "3 one step", "4 124m", "5 8b shape", "6 1.3b", "7 ranks", "8 kernels", "9 decoding"], "done"
     )
     assert seconds < 60
     assert "| 8 kernels | done |" in said[-12_000:] and "| swiglu |" in said[-12_000:]
@@ -91,6 +91,9 @@ def test_the_tables_are_made_of_real_measurements(smoke):
     assert all(row["ms"] > 0 and row["reference_ms"] > 0 for row in parts["kernels"].values())
     assert all(row["weight"] > 0 for row in parts["speeds"]["products"].values())
     assert parts["tests"]["outcomes"] == {"passed": 8}
+    assert [row["tokens"] for row in parts["decoding"]["writing"]] == [13, 40] and parts["decoding"]["step"]["shares"][
+        "attend"
+    ] > 0
     assert parts["step"]["launches"] >= len(parts["step"]["kernels"]) > 10
     assert parts["ranks"].keys() == {"tp2-sp", "dp2-zero3"} and all(row["fp64"] < 1e-12 for row in parts["ranks"].values())
     assert report["models"].keys() == {"124m", "8b shape", "1.3b"}
