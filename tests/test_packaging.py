@@ -65,11 +65,22 @@ def modules(root: Path) -> set[str]:
     return package | {f"megatrain/{path.relative_to(root).as_posix()}" for path in root.glob("kernels/**/*.py")}
 
 
+def data(root: Path) -> set[str]:
+    """Every other file among the sources: tasks that are found by name, and what says that there are types."""
+    files = [path for path in root.glob("megatrain/**/*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    return {path.relative_to(root).as_posix() for path in files}
+
+
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
-    assert files == modules(source) | {"megatrain/py.typed"}
+    assert files == modules(source) | data(source)
+    assert {
+        "megatrain/py.typed",
+        "megatrain/evaluation/shipped/quiz_en.yaml",
+        "megatrain/evaluation/shipped/quiz_en.jsonl",
+    } <= files
     assert "megatrain = megatrain.cli.main:main" in metadata["entry_points.txt"]
     assert "Apache License" in metadata["LICENSE"]
     headers = Parser().parsestr(metadata["METADATA"])

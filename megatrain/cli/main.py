@@ -21,6 +21,7 @@ import megatrain
 from megatrain.cli.arguments import finite, positive, probability, seed, temperature, text
 from megatrain.cli.data import add_data
 from megatrain.cli.doctor import add_doctor
+from megatrain.cli.evaluating import add_eval
 from megatrain.cli.imports import imports
 from megatrain.cli.ngram import add_ngram
 from megatrain.cli.train import add_train
@@ -183,13 +184,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     return bench(arguments.config, arguments.overrides, arguments.steps, arguments.warmup, arguments.profile)
 
 
-def _eval(arguments: argparse.Namespace) -> int:
-    with imports():
-        from megatrain.verbs.eval import main as evaluate
-
-    return evaluate(arguments.checkpoint, arguments.overrides, arguments.json)
-
-
 # --- arguments ----------------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +220,7 @@ def _parser() -> _Parser:
     _add_plan(verbs)
     _add_verify(verbs)
     _add_bench(verbs)
-    _add_eval(verbs)
+    add_eval(verbs, _add_verb, _CHECKPOINT, lambda said: _complain(f"error: {said}", WRONG_USE))
     add_exchange(verbs, _add_verb, _Parser, _CHECKPOINT)
     add_ngram(verbs, _add_verb, _Parser)
     add_doctor(verbs, _add_verb)
@@ -329,17 +323,3 @@ def _add_bench(verbs: _Verbs) -> None:
     parser.add_argument("--steps", type=positive, default=10, metavar="N", help="steps to time (default 10)")
     parser.add_argument("--warmup", type=positive, default=3, metavar="N", help="steps before (default 3)")
     parser.add_argument("--profile", metavar="JSON", help="write a Chrome trace of two more steps there")
-
-
-def _add_eval(verbs: _Verbs) -> None:
-    example = "megatrain eval runs/demo/checkpoints data.valid='{web: data/web, code: data/code}'"
-    what = "print loss, perplexity, bits per byte and token accuracy of a checkpoint on held-out text, set by set"
-    parser = _add_verb(verbs, "eval", _eval, what, example)
-    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
-    parser.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        help="other data, layout, train.micro_batch_size or train.eval_batches than the run's (default: all of data.valid)",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")

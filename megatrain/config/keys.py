@@ -84,13 +84,12 @@ class Knob:
 
 
 def knobs(schema: Any = Config) -> Iterator[Knob]:
-    """Every knob of a schema (a dataclass whose fields are sections), in its order."""
-    for section, cls in fields_of(schema).items():
-        yield from _knobs_of((section,), cls)
+    """Every knob of a schema (a dataclass whose fields are sections, or keys), in its order."""
+    yield from _knobs_of((), schema)
 
 
 def _knobs_of(path: tuple[str, ...], cls: Any) -> Iterator[Knob]:
-    """The knobs of a section, or of a group within one."""
+    """The knobs of a schema, a section, or a group within one."""
     defaults = cls()
     for item in dataclasses.fields(cls):
         kind, here = fields_of(cls)[item.name], (*path, item.name)

@@ -81,8 +81,29 @@ def load_sections(schema: Any, path: str | FilePath, overrides: Iterable[str] = 
     tree.schema = schema
     _normalize_sections(tree)
     _apply_overrides(tree, overrides)
-    config = at_home(_build(tree))
-    for knob in knobs(schema):
+    return _valid(tree, at_home(_build(tree)))
+
+
+def load_keys(schema: Any, path: str | FilePath, example: str, refused: Mapping[str, str]) -> tuple[Any, Tree]:
+    """An instance of `schema`, a dataclass of keys made by `knob`, of a file that has no sections, and the tree with their places.
+
+    example: a line of such a file, which the errors advise; refused: keys that others' files have -> why not, and what to do instead.
+    Raises ConfigError.
+    """
+    tree = read_file(path, f"Write its keys, for example `{example}`")
+    tree.schema = schema
+    if not isinstance(tree.root, Mapping):
+        found = _describe(tree.root)
+        raise ConfigError(f"{path}: the file is {found}, not a mapping. Its top level has keys, for example `{example}`.")
+    for name in tree.root:
+        if name in refused:
+            _fail(tree, (name,), f"is not taken here: {refused[name]}.")
+    return _valid(tree, at_home(_dataclass(tree, (), schema, tree.root))), tree
+
+
+def _valid(tree: Tree, config: Any) -> Any:
+    """A config of the tree's schema whose values are all in range and have an effect. Raises ConfigError."""
+    for knob in knobs(_schema(tree)):
         if problem := knob.refused(config) or knob.ignored(config):
             place = tree.place(knob.path)
             raise ConfigError(f"{place + ': ' if place else ''}{problem}")
@@ -493,7 +514,7 @@ def _suggest_key(schema: Any, path: Path, name: str, known: list[str]) -> str:
                 return f"Did you mean {knob.key}?"
     if near := difflib.get_close_matches(name, known, n=1, cutoff=0.5):
         return f"Did you mean {dotted((*path, near[0]))}?"
-    return f"Known keys of {dotted(path)}: {', '.join(known)}."
+    return f"Known keys{' of ' * bool(path)}{dotted(path)}: {', '.join(known)}."
 
 
 # --- rendering ----------------------------------------------------------------------------------------------------------------

@@ -51,8 +51,11 @@ def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
 
 
-def read_file(path: str | FilePath) -> Tree:
-    """The tree of a YAML file. Raises ConfigError for anything that is not one whole, readable, non-empty text file of YAML."""
+def read_file(path: str | FilePath, advice: str = "Write at least one section, for example `data: {train: PREFIX}`") -> Tree:
+    """The tree of a YAML file. Raises ConfigError for anything that is not one whole, readable, non-empty text file of YAML.
+
+    advice: what to write into a file that is empty.
+    """
     name = str(path)
     try:
         with opened_plain(path) as file:
@@ -75,7 +78,7 @@ def read_file(path: str | FilePath) -> Tree:
         raise ConfigError(f"{name} is a binary file (it has NUL bytes). Give a YAML file.")
     tree = read_text(text, name, lambda mark: f"{name}:{mark.line + 1}")
     if tree.root is None:
-        raise ConfigError(f"{name} is empty. Write at least one section, for example `data: {{train: PREFIX}}`.")
+        raise ConfigError(f"{name} is empty. {advice}.")
     return tree
 
 

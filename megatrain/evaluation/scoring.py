@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from megatrain.evaluation.joins import Join
 from megatrain.inference.engine import Engine
 from megatrain.inference.replicas import gathered, share
-from megatrain.inference.requests import Request
+from megatrain.inference.requests import Answer, Request
+from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces
 from megatrain.parallel.mesh import ParallelContext
 from megatrain.transport.consensus import broadcast_text, lowest
 
@@ -52,6 +53,12 @@ class Window:
 
     tokens: tuple[int, ...]
     first: int
+    places: TextPlaces = field(default=LEFT_TO_RIGHT, compare=False)
+    """Positions, which follow from the tokens."""
+
+
+Advance = Callable[[int], None]
+"""Told of the number of requests that are done since its last call."""
 
 
 def loglikelihoods(engine: Engine, joins: Sequence[Join], ctx: ParallelContext | None = None) -> list[Likelihood]:
@@ -91,24 +98,43 @@ def _likelihoods(
     engine: Engine, joins: Sequence[Join], parts: Sequence[Sequence[Window]], ctx: ParallelContext | None
 ) -> list[Likelihood]:
     """The likelihoods of texts, of which each has some windows."""
-    ordered = sorted({window for of in parts for window in of})
-    found = dict(zip(ordered, _scored(engine, ordered, ctx), strict=True))
     results = []
-    for join, of in zip(joins, parts, strict=True):
-        total = math.fsum(found[window][0] for window in of)
+    for join, (total, greedy) in zip(joins, sums_of(engine, parts, ctx), strict=True):
         truncated = len(join.context) + len(join.continuation) > engine.max_length + 1
-        results.append(Likelihood(total, all(found[window][1] for window in of), len(join.continuation), truncated))
+        results.append(Likelihood(total, greedy, len(join.continuation), truncated))
     return results
 
 
-def _scored(engine: Engine, ordered: Sequence[Window], ctx: ParallelContext | None) -> list[tuple[float, bool]]:
-    """(sum of log-probabilities, whether all are the most probable) of windows in an order in which like ones are neighbours."""
+def sums_of(
+    engine: Engine, parts: Sequence[Sequence[Window]], ctx: ParallelContext | None = None, advance: Advance = lambda _: None
+) -> list[tuple[float, bool]]:
+    """(sum of log-probabilities, whether all are the most probable) of texts, of which each has some windows; collective as above.
+
+    advance: told of windows, equal ones once.
+    """
+    # Like ones are neighbours, so that their common beginning is computed once.
+    ordered = sorted({window for of in parts for window in of})
 
     def work(part: Sequence[Window]) -> list[list[float]]:
-        answers = engine.run([Request(window.tokens, 0, score_from=window.first) for window in part])
+        requests = [Request(window.tokens, 0, score_from=window.first, places=window.places) for window in part]
+        answers = answers_of(engine, requests, advance)
         return [[math.fsum(of.logprob for of in a.prompt), all(of.greedy for of in a.prompt)] for a in answers]
 
-    return [(total, bool(greedy)) for total, greedy in on_replicas(ordered, lambda window: len(window.tokens), work, ctx)]
+    scored = on_replicas(ordered, lambda window: len(window.tokens), work, ctx)
+    found = dict(zip(ordered, scored, strict=True))
+    return [(math.fsum(found[one][0] for one in of), all(bool(found[one][1]) for one in of)) for of in parts]
+
+
+def answers_of(engine: Engine, requests: Sequence[Request], advance: Advance = lambda _: None) -> list[Answer]:
+    """The answers of requests, in order, as `engine.run`; `advance` is told of each that ends."""
+    places = {engine.add(request): place for place, request in enumerate(requests)}
+    found: dict[int, Answer] = {}
+    while len(found) < len(requests):
+        for update in engine.step():
+            if update.finish is not None and update.number in places:
+                found[places[update.number]] = engine.answer(update.number)
+                advance(1)
+    return [found[place] for place in range(len(requests))]
 
 
 def on_replicas(

@@ -40,16 +40,19 @@ Row = Mapping[str, Any]
 class TensorBoard:
     """Writes rows of metrics.jsonl as scalars."""
 
-    def __init__(self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0) -> None:
-        """Start an event file in `directory`; earlier points after `start_step` are removed. Raises OSError."""
+    def __init__(
+        self, directory: Path, sequence_length: int, world_size: int, start_step: int = 0, *, restart: bool = True
+    ) -> None:
+        """Start an event file in `directory`. restart: whether earlier points after `start_step` are removed. Raises OSError."""
         self._sequence_length, self._world_size, self._start_step = sequence_length, world_size, start_step
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         name = f"{_NAME}{max(time.time_ns() // 10**6, _newest(directory) + 1):013d}.{socket.gethostname()}.{os.getpid()}"
         self._file = open_own(directory / name)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        restart = SessionLog(status=SessionLog.START)  # at step 0 too, where a run begins anew or goes back to
-        self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=restart))
+        if restart:  # at step 0 too, where a run begins anew or goes back to
+            session = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=start_step + 1, session_log=session))
 
     def step(self, row: Row) -> None:
         """Write one update. Raises OSError if the disk is full."""

@@ -1,0 +1,59 @@
+"""The tasks of lm-evaluation-harness, read by ourselves, give what the harness finds through the adapter, item by item."""
+
+from dataclasses import replace
+
+import pytest
+from harness_tasks import items, write_model, write_tasks
+from tokenizer_models import bilingual
+
+from megatrain.evaluation.prompts import Manner
+from megatrain.evaluation.subject import Subject
+from megatrain.evaluation.tasks import load_tasks
+from megatrain.inference.opening import opened
+
+NAMES = ["choices", "rolls", "writes"]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """(what we find, what the harness finds)."""
+    from megatrain.evaluation.harness import MegatrainLM
+
+    folder = tmp_path_factory.mktemp("native")
+    write_model(folder / "model", bilingual())
+    tasks = load_tasks([str(write_tasks(folder / "tasks"))])
+    # The harness puts a blank before Chinese answers, too.
+    tasks = [replace(task, keys=replace(task.keys, target_delimiter=" ")) for task in tasks]
+    with pytest.MonkeyPatch.context() as patch, opened(folder / "model") as model:
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+        theirs = lm_eval.simple_evaluate(model=MegatrainLM(model), tasks=NAMES, task_manager=manager, bootstrap_iters=0)
+        subject = Subject(model.engine, model.codec, model.ctx)
+        ours = {result.task.name: result for result in subject.results(subject.prepare(tasks, Manner()))}
+    return ours, theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_native_tasks_are_the_adapters_item_by_item(both):
+    ours, theirs = both
+    asked = items(theirs, "choices")
+    mine = [total for one in ours["choices"].outcomes for total in (*one.record["logprobs"], *one.record["unconditional"])]
+    assert len(mine) == 52
+    assert mine == pytest.approx([total for total, _ in asked], rel=1e-6)
+    assert [one.record["logprob"] for one in ours["rolls"].outcomes] == pytest.approx(items(theirs, "rolls"), rel=1e-6)
+    assert [one.record["answer"] for one in ours["writes"].outcomes] == items(theirs, "writes")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_metrics_are_the_harness(both):
+    ours, theirs = both
+    assert list(ours["choices"].estimates.metrics) == ["acc", "acc_norm", "acc_bytes", "acc_pmi"]
+    names = {"acc_pmi": "acc_mutual_info"}
+    for name, estimate in ours["choices"].estimates.metrics.items():
+        assert estimate.value == pytest.approx(theirs["results"]["choices"][f"{names.get(name, name)},none"])
+    bits = theirs["results"]["rolls"]["bits_per_byte,none"]
+    assert ours["rolls"].estimates.metrics["bits_per_byte"].value == pytest.approx(bits, rel=1e-6)
+    assert ours["choices"].asked.truncated == 1
