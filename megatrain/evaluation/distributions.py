@@ -7,6 +7,7 @@ section 6.4); the normal from the standard library. Equal to scipy's, which the 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 
 _TINY = 1e-300
@@ -62,6 +63,7 @@ def student_tail(t: float, freedom: float) -> float:
     return incomplete_beta(freedom / (freedom + t * t), freedom / 2.0, 0.5)
 
 
+@lru_cache(maxsize=256)
 def student_quantile(probability: float, freedom: float) -> float:
     """The value below which Student's t lies with `probability` (0.5 to 1); freedom > 0."""
     if freedom >= NORMAL_FROM:

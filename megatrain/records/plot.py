@@ -15,15 +15,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from megatrain.files import whole
+from megatrain.files import printable, whole
 from megatrain.records.rows import read_metrics
 
 _INK, _FAINT, _GRID = "#22272e", "#7a828c", "#e6e8eb"
 _TRAIN, _VALID, _RATE = "#2f6fb5", "#d9622b", "#4b9b6e"
 _REFERENCES = ("#8a63b8", "#a08a3c", "#5d7a86", "#b05a7a")
+
+NAME = 40
+"""Characters of a name in a picture."""
 
 _Numbers = NDArray[np.float64]
 
@@ -51,6 +55,13 @@ def save_png(figure: Figure, png: Path) -> None:
     """Write a figure as a picture that is replaced at once and never seen half-written. Raises OSError."""
     with whole(png) as file:
         figure.savefig(file, format="png")
+
+
+def plain_name(name: str) -> str:
+    """A name as text that the font can draw, which is no formula and at most NAME long; other characters are written out."""
+    font = get_font(findfont(FontProperties()))
+    shown = "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in printable(name))
+    return (shown if len(shown) <= NAME else f"{shown[: NAME - 3]}...").replace("$", r"\$")
 
 
 def smooth(values: _Numbers, window: float) -> _Numbers:
@@ -98,7 +109,7 @@ def _draw_losses(
     _limit_losses(axes, loss, np.concatenate((loss[:1], loss[-1:], valid, np.array([*references.values()], dtype=np.float64))))
     axes.set_ylabel("loss (nats per token)", color=_INK)
     axes.legend(frameon=False, fontsize=9, labelcolor=_INK, loc="upper right")
-    _style(axes)
+    style_axes(axes)
 
 
 def _limit_losses(axes: Axes, loss: _Numbers, always: _Numbers) -> None:
@@ -124,10 +135,11 @@ def _draw_rate(axes: Axes, steps: Sequence[Mapping[str, Any]]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("learning rate", color=_INK)
     axes.set_xlabel("step", color=_INK)
-    _style(axes)
+    style_axes(axes)
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Grid, ticks and spines as all pictures of scores and losses have them."""
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=_FAINT, labelsize=9, length=0)

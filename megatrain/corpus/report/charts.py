@@ -10,21 +10,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import PercentFormatter
 
 from megatrain.corpus.report.bins import AN_OCTAVE, edge
 from megatrain.corpus.report.summary import StageCount, Summary
-from megatrain.files import printable
-from megatrain.records.plot import save_png
+from megatrain.records.plot import plain_name, save_png
 
 _INK, _FAINT, _GRID = "#22272e", "#7a828c", "#e6e8eb"
 _LEFT, _ALONE, _REFUSED, _LIMIT = "#2f6fb5", "#d9622b", "#f0b595", "#b05a7a"
 _COLORS = ("#2f6fb5", "#d9622b", "#4b9b6e", "#8a63b8", "#a08a3c", "#5d7a86", "#b05a7a", "#c9a13b")
 BARS = 30
 """Rules, sources and languages of one picture, at most: those that matter most."""
-NAME = 40
-"""Characters of a name beside a bar."""
 
 Cutoffs = Mapping[str, tuple[float, float]]
 
@@ -109,7 +105,7 @@ def _sources(axes: Axes, summary: Summary) -> None:
     for number, stage in enumerate(summary.stages):
         lost = [max(0, stage.into.documents[name] - stage.out.documents[name]) for name in sources]
         if any(lost):
-            parts.append((f"lost in {_plain(stage.name)}", _COLORS[1 + number % (len(_COLORS) - 1)], lost))
+            parts.append((f"lost in {plain_name(stage.name)}", _COLORS[1 + number % (len(_COLORS) - 1)], lost))
     for label, color, counts in parts:
         shares = np.array([count / max(1, first[name]) for name, count in zip(sources, counts, strict=True)])
         axes.barh(places, shares, 0.7, left=left, color=color, label=label)
@@ -120,15 +116,15 @@ def _sources(axes: Axes, summary: Summary) -> None:
 
 def _lengths(axes: Axes, summary: Summary) -> None:
     first, last = summary.stages[0], summary.stages[-1]
-    _histogram(axes, first.into.letters, _FAINT, f"into {_plain(first.name)}")
-    _histogram(axes, last.out.letters, _LEFT, f"out of {_plain(last.name)}")
+    _histogram(axes, first.into.letters, _FAINT, f"into {plain_name(first.name)}")
+    _histogram(axes, last.out.letters, _LEFT, f"out of {plain_name(last.name)}")
     axes.set_xlabel("characters of a document", color=_INK)
 
 
 def _perplexities(axes: Axes, summary: Summary, cutoffs: Cutoffs) -> None:
     ranked = sorted(summary.perplexities.items(), key=lambda item: (-item[1].total(), item[0]))[: len(_COLORS)]
     for (language, bins), color in zip(ranked, _COLORS, strict=False):
-        _histogram(axes, bins, color, _plain(language))
+        _histogram(axes, bins, color, plain_name(language))
         for cutoff in cutoffs.get(language, ()):
             axes.axvline(max(cutoff, 1e-3), color=color, linewidth=1.8, linestyle=(0, (5, 3)))
     axes.set_xlabel("perplexity of a document (broken lines: where middle and tail begin)", color=_INK)
@@ -148,7 +144,7 @@ def _histogram(axes: Axes, bins: Counter[int], color: str, label: str) -> None:
 def _clusters(axes: Axes, summary: Summary) -> None:
     for (kind, sizes), color in zip(sorted(summary.clusters.items()), _COLORS, strict=False):
         rising = sorted(sizes)
-        axes.plot(rising, [sizes[size] for size in rising], "o", color=color, markersize=5, label=_plain(kind))
+        axes.plot(rising, [sizes[size] for size in rising], "o", color=color, markersize=5, label=plain_name(kind))
     axes.set_xscale("log")
     axes.set_yscale("log")
     limit = summary.limits.cluster
@@ -166,15 +162,8 @@ def _clusters(axes: Axes, summary: Summary) -> None:
 
 def _names(axes: Axes, names: list[str]) -> None:
     """Names beside the bars, the first on top."""
-    axes.set_yticks(np.arange(len(names)), [_plain(name) for name in names])
+    axes.set_yticks(np.arange(len(names)), [plain_name(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
-
-
-def _plain(name: str) -> str:
-    """A name as text that the font can draw, which is no formula; other characters are written out."""
-    font = get_font(findfont(FontProperties()))
-    shown = "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in printable(name))
-    return (shown if len(shown) <= NAME else f"{shown[: NAME - 3]}...").replace("$", r"\$")
 
 
 def _shares(axes: Axes, label: str) -> None:
