@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = {
     "megatrain/serving": 50,
     "megatrain/chat": 850,
-    "megatrain/evaluation": 4000,
+    "megatrain/evaluation": 4100,
     "docs/benchmarks": 5350,
     "kernels": 4500,
     "launch": 600,
@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1650,
-    "tests": 60000,
+    "tests": 60150,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

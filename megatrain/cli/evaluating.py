@@ -56,6 +56,7 @@ def _add_tasks(tasks: Any) -> None:
     )
     tasks.add_argument("--items", type=Path, metavar="FILE", help="write a line of JSON for each item there")
     tasks.add_argument("--tensorboard", type=Path, metavar="DIR", help="write metrics there, at the checkpoint's step")
+    tasks.add_argument("--png", type=Path, metavar="FILE", help="draw the scores with their intervals; also with --compare")
     tasks.add_argument(
         "--contamination", action="store_true", help="look for the items in data.train of the model's run, by 13-grams"
     )
@@ -120,7 +121,7 @@ def _wrong(arguments: argparse.Namespace) -> str:
         ),
         (
             two and (json or arguments.items or arguments.tensorboard),
-            "--compare writes no files: evaluate each model with --json.",
+            "--compare writes no file but --png: evaluate each model with --json.",
         ),
         (tasks and json is True, "--json: with --tasks say where results go: --json FILE."),
         (
@@ -128,6 +129,7 @@ def _wrong(arguments: argparse.Namespace) -> str:
             f"--json {json}: a file of results is written with --tasks. Without tasks --json prints.",
         ),
         (arguments.chat_template and not arguments.chat, "--chat-template is the way of a chat. Give --chat, too."),
+        (arguments.png and not tasks and not two, "--png draws the scores of tasks. Name some: --tasks NAME."),
         (given and not tasks, f"--{''.join(given[:1]).replace('_', '-')} is about tasks. Name some: --tasks NAME."),
     ]
     return next((said for wrong, said in errors if wrong), "")
@@ -162,6 +164,7 @@ def _eval(arguments: argparse.Namespace) -> int:
         arguments.items,
         arguments.tensorboard,
         tuple(arguments.overrides),
+        arguments.png,
     )
     if arguments.compare:
         first, second = arguments.compare

@@ -127,6 +127,13 @@ def differences_of_manner(first: Mapping[str, Any], second: Mapping[str, Any]) -
             yield f"{task}: not asked alike, with {of['num_fewshot']} and {other['num_fewshot']} examples"
 
 
+def verdicts(found: Sequence[ComparedMetric]) -> Iterator[str]:
+    """The first metric of each task in a sentence."""
+    for number, one in enumerate(found):
+        if not number or found[number - 1].task != one.task:
+            yield f"{one.task} {one.metric}: {one.difference.verdict(lower_is_better=one.metric in LOWER_IS_BETTER)}"
+
+
 def comparison_table(found: Sequence[ComparedMetric]) -> str:
     """The differences as lines of text."""
     rows = [("task", "metric", "first", "second", "difference", "95% interval", "p", "seen from")]

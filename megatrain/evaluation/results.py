@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.evaluation.asking import AskedTask
+from megatrain.evaluation.class_intervals import per_class_estimates
 from megatrain.evaluation.contamination import ItemOverlap
 from megatrain.evaluation.estimates import Estimates, as_json, estimates_of, finite
+from megatrain.evaluation.intervals import Estimate, macro_average
 from megatrain.evaluation.tasks import EvalTask
 from megatrain.evaluation.wanted import Outcome
 from megatrain.files import whole
@@ -61,6 +63,8 @@ def table(results: Sequence[TaskResult]) -> str:
             rows.append(
                 (result.task.name if number == 0 else "", name, _short(of.value), interval, f"{len(result.outcomes):,}")
             )
+    for name, of in averages(results).items():
+        rows.append((f"mean of {of.units} tasks", name, _short(of.value), f"{_short(of.low)} - {_short(of.high)}", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -70,6 +74,15 @@ def table(results: Sequence[TaskResult]) -> str:
         for row in rows
     ]
     return "\n".join([*lines, *(line for result in results for line in notes(result))])
+
+
+def averages(results: Sequence[TaskResult]) -> dict[str, Estimate]:
+    """The mean over tasks of each metric that is the first one of several of them, each task counting the same; no perplexities."""
+    mains: dict[str, list[Estimate]] = {}
+    for result in results:
+        name, of = next(iter(result.estimates.metrics.items()))
+        mains.setdefault(name, []).append(of)
+    return {name: macro_average(each) for name, each in mains.items() if len(each) > 1 and not name.endswith("perplexity")}
 
 
 def notes(result: TaskResult) -> Iterator[str]:
@@ -111,7 +124,9 @@ def _short(number: float) -> str:
 
 def document(results: Sequence[TaskResult], about: Mapping[str, Any]) -> dict[str, Any]:
     """The results as one JSON object. about: the model, how tasks were asked, and with what."""
-    return {"format": FORMAT, **about, "tasks": {result.task.name: _task_object(result) for result in results}}
+    means = {name: as_json(one) for name, one in averages(results).items()}
+    tasks = {result.task.name: _task_object(result) for result in results}
+    return {"format": FORMAT, **about, "averages": means, "tasks": tasks}
 
 
 def _task_object(result: TaskResult) -> dict[str, Any]:
@@ -130,11 +145,16 @@ def _task_object(result: TaskResult) -> dict[str, Any]:
         "signatures": {name: one.signature for name, one in estimates.corpora.items()},
     }
     if estimates.confusion is not None and estimates.report is not None:
+        intervals = per_class_estimates(estimates.confusion)
         found["confusion"] = {
             "classes": list(estimates.confusion.classes),
             "counts": estimates.confusion.counts.tolist(),
             "per_class": {
-                one.name: {"precision": one.precision, "recall": one.recall, "f1": one.f1, "support": one.support}
+                one.name: {
+                    **{name: as_json(of) for name, of in intervals[one.name].items()},
+                    "support": one.support,
+                    "predicted": one.predicted,
+                }
                 for one in estimates.report.classes
             },
             "unread": estimates.report.unread,

@@ -19,7 +19,7 @@ from megatrain.companions import TOKENIZER_FOLDER
 from megatrain.data.bar import bar
 from megatrain.data.indexed import TokenStore
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.evaluation.compared import compared, comparison_table, differences_of_manner, read_results
+from megatrain.evaluation.compared import compared, comparison_table, differences_of_manner, read_results, verdicts
 from megatrain.evaluation.contamination import codec_of_store, overlaps, text_to_look_for, texts_of_store
 from megatrain.evaluation.items import TaskError
 from megatrain.evaluation.prompts import ChatFormat, Manner
@@ -58,6 +58,8 @@ class TaskOptions:
     items: Path | None = None
     tensorboard: Path | None = None
     overrides: tuple[str, ...] = ()
+    png: Path | None = None
+    """A picture of the scores."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,11 @@ def compare(first: str, second: str, options: TaskOptions) -> int:
     documents = [_document(name, options) for name in (first, second)]
     if None not in documents:
         before, after = documents
-        lines = [f"first: {first}", f"second: {second}", comparison_table(compared(before, after))]
+        found = compared(before, after)
+        lines = [f"first: {first}", f"second: {second}", comparison_table(found), *verdicts(found)]
         sys.stdout.write("\n".join([*lines, *differences_of_manner(before, after)]) + "\n")
+        if options.png is not None:
+            _draw({f"first: {first}": before["tasks"], f"second: {second}": after["tasks"]}, options.png)
     return 0
 
 
@@ -257,6 +262,8 @@ def _write(found: Findings, options: TaskOptions) -> None:
     """Write the files that were asked for."""
     if options.json is not None:
         write_json(options.json, document(found.results, found.about))
+    if options.png is not None:
+        _draw({found.about["model"]["source"]: document(found.results, found.about)["tasks"]}, options.png)
     if options.items is not None:
         write_items(options.items, found.results)
     if options.tensorboard is not None:
@@ -265,3 +272,11 @@ def _write(found: Findings, options: TaskOptions) -> None:
             scalars = {f"eval/{result.task.name}/{name}": of.value for name, of in result.estimates.metrics.items()}
             writer.scalars(found.step, scalars)
         writer.close()
+
+
+def _draw(models: dict[str, Any], png: Path) -> None:
+    """Write a picture of models' scores. Raises OSError."""
+    from megatrain.evaluation.score_picture import draw_scores  # noqa: PLC0415  (0.5 s of matplotlib, which few want)
+
+    if lost := draw_scores(models, png):
+        note(f"megatrain: {png} has not {lost} of the scores, for which it has no room")

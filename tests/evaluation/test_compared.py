@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from megatrain.evaluation.compared import compared, comparison_table, differences_of_manner, read_results
+from megatrain.evaluation.compared import compared, comparison_table, differences_of_manner, read_results, verdicts
 from megatrain.evaluation.comparison import UnpairedError
 from megatrain.evaluation.items import TaskError
 
@@ -34,6 +34,12 @@ def test_right_and_wrong_are_paired_by_item():
     assert shown[0].split()[:4] == ["task", "metric", "first", "second"]
     assert shown[1].split()[:5] == ["quiz", "acc", "0.2500", "0.5500", "+0.3000"] and " * " in shown[1]
     assert shown[2].startswith("1 of 1 differences is more than chance would explain")
+
+
+def test_a_sentence_for_the_first_metric_of_each_task():
+    found = compared(right(*[1.0] * 9, 0.0), right(*[0.0] * 9, 0.0))
+    (said,) = verdicts(found)
+    assert said.startswith("quiz acc: the first is better than the second: the second less the first is -0.9 (95%: -")
 
 
 def test_the_order_of_items_does_not_matter():

@@ -5,10 +5,11 @@ import pytest
 
 from megatrain.evaluation.contamination import ItemOverlap
 from megatrain.evaluation.estimates import estimates_of
+from megatrain.evaluation.intervals import proportion
 from megatrain.evaluation.items import Item
 from megatrain.evaluation.prompts import Manner
 from megatrain.evaluation.questions import Question
-from megatrain.evaluation.results import document, item_ids, table, write_items, write_json
+from megatrain.evaluation.results import averages, document, item_ids, table, write_items, write_json
 from megatrain.evaluation.tasks import load_tasks
 
 
@@ -30,6 +31,31 @@ def test_a_table_with_what_is_to_be_said(results):
     assert "topic_en: 4 of 4 answers were cut at the longest that was allowed (generation_kwargs.max_gen_toks)" in lines
     assert "topic_en: 4 of 4 answers are none of the classes; they count as wrong" in lines
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_tasks_of_one_metric_have_a_mean(results):
+    assert averages(results) == {}
+    other = replace(results[0], asked=replace(results[0].asked, task=replace(results[0].task, name="quiz_2")))
+    both = [results[0], *results[1:], other]
+    found = averages(both)
+    assert list(found) == ["acc"]
+    assert found["acc"].value == results[0].estimates.metrics["acc"].value
+    assert (
+        found["acc"].high - found["acc"].low
+        < results[0].estimates.metrics["acc"].high - results[0].estimates.metrics["acc"].low
+    )
+    (line,) = [line for line in table(both).splitlines() if line.startswith("mean of 2 tasks  acc ")]
+    assert f"{found['acc'].low:.4f} - {found['acc'].high:.4f}" in line
+    assert document(both, {})["averages"]["acc"]["value"] == found["acc"].value
+    losses = [results[2], replace(other, estimates=replace(results[2].estimates, metrics={"perplexity": found["acc"]}))] * 2
+    assert list(averages(losses)) == ["bits_per_byte"]
+
+
+def test_classes_have_intervals(results):
+    row = document(results, {})["tasks"]["topic_en"]["confusion"]["per_class"]
+    sports = row["sports"]
+    assert (sports["recall"]["value"], sports["predicted"]) == (0.0, 0)
+    assert sports["recall"]["high"] == pytest.approx(proportion(0, sports["support"]).high if sports["support"] else 1.0)
 
 
 def test_clean_and_dirty_scores(results):

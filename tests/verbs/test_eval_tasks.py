@@ -33,7 +33,16 @@ def asked(house, *words):
 
 def test_a_table_files_and_contamination(house, tmp_path):
     names = ["text_en", "quiz_zh", "qa_en"]
-    files = ["--json", str(tmp_path / "r.json"), "--items", str(tmp_path / "r.jsonl"), "--tensorboard", str(tmp_path / "board")]
+    files = [
+        "--json",
+        str(tmp_path / "r.json"),
+        "--png",
+        str(tmp_path / "r.png"),
+        "--items",
+        str(tmp_path / "r.jsonl"),
+        "--tensorboard",
+        str(tmp_path / "board"),
+    ]
     ended = asked(house, "--tasks", *names, "--limit", "12", "--num-fewshot", "0", "--contamination", *files)
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.splitlines()[1].startswith("text_en  bits_per_byte ")
@@ -49,6 +58,7 @@ def test_a_table_files_and_contamination(house, tmp_path):
     assert (found["asked"]["seed"], found["asked"]["limit"], found["asked"]["num_fewshot"]) == (1234, 12, 0)
     assert len(found["model"]["identity"]) == 32 and found["versions"]["megatrain"] == megatrain.__version__
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 36
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     (point,) = board.Scalars("eval/text_en/bits_per_byte")
     assert (point.step, point.value) == (8, pytest.approx(found["tasks"]["text_en"]["metrics"]["bits_per_byte"]["value"]))
@@ -82,11 +92,14 @@ def test_comparisons(house, tmp_path):
             str(tmp_path / f"{name}.json"),
         )
         assert ended.code == 0, ended.err
-    ended = jobs.here("--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"), verb="eval")
+    pair = ["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    ended = jobs.here(*pair, "--png", str(tmp_path / "both.png"), verb="eval")
     assert (ended.code, ended.err) == (0, "")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     lines = ended.out.splitlines()
     assert lines[2].split()[:4] == ["task", "metric", "first", "second"]
     assert [line.split()[:2] for line in lines[3:4]] == [["quiz_en", "acc"]]
+    assert [line.split(":")[0] for line in lines[-5:-3]] == ["quiz_en acc", "cloze_en acc"]
     assert lines[-2:] == [
         "quiz_en: not asked alike, with 0 and 2 examples",
         "cloze_en: not asked alike, with 0 and 2 examples",
@@ -119,6 +132,7 @@ def test_a_chat(house):
         (["--tasks", "quiz_en", "--json"], 2, "--json: with --tasks say where results go: --json FILE."),
         (["--limit", "3"], 2, "--limit is about tasks. Name some: --tasks NAME."),
         (["--json", "r.json"], 2, "--json r.json: a file of results is written with --tasks."),
+        (["--png", "r.png"], 2, "--png draws the scores of tasks. Name some: --tasks NAME."),
         (["--compare", "a", "b"], 2, "--compare names both models, so "),
     ],
 )
