@@ -78,6 +78,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path, source: Path) ->
     assert files == modules(source) | data(source)
     assert {
         "megatrain/py.typed",
+        "megatrain/serving/page.html",
         "megatrain/evaluation/shipped/quiz_en.yaml",
         "megatrain/evaluation/shipped/quiz_en.jsonl",
     } <= files

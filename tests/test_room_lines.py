@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "megatrain/serving": 50,
+    "megatrain/serving": 3100,
     "megatrain/chat": 850,
     "megatrain/evaluation": 4100,
     "docs/benchmarks": 5350,
@@ -14,7 +14,7 @@ LINES = {
     "launch": 600,
     "megatrain": 2950,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
-    "megatrain/cli": 1350,
+    "megatrain/cli": 1550,
     "megatrain/config": 3400,
     "megatrain/corpus": 12800,
     "megatrain/data": 6550,
@@ -32,8 +32,8 @@ LINES = {
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 1650,
-    "tests": 60150,
+    "megatrain/verbs": 1950,
+    "tests": 62000,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -24,6 +24,7 @@ from megatrain.cli.doctor import add_doctor
 from megatrain.cli.evaluating import add_eval
 from megatrain.cli.imports import imports
 from megatrain.cli.ngram import add_ngram
+from megatrain.cli.serving_verbs import add_serving
 from megatrain.cli.train import add_train
 from megatrain.cli.weights import add_exchange
 from megatrain.files import lost_output, one_line, shown
@@ -32,7 +33,6 @@ _CHECKPOINT = "a checkpoint, or the directory of a run's checkpoints (the newest
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 LATER = {
-    "serve": "a model over HTTP",
     "find-lr": "a learning rate to start from",
     "quantize": "INT8 and INT4 weights",
     "prune": "sparse weights",
@@ -221,6 +221,7 @@ def _parser() -> _Parser:
     _add_verify(verbs)
     _add_bench(verbs)
     add_eval(verbs, _add_verb, _CHECKPOINT, lambda said: _complain(f"error: {said}", WRONG_USE))
+    add_serving(verbs, _add_verb, _CHECKPOINT)
     add_exchange(verbs, _add_verb, _Parser, _CHECKPOINT)
     add_ngram(verbs, _add_verb, _Parser)
     add_doctor(verbs, _add_verb)

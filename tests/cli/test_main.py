@@ -97,7 +97,6 @@ def test_help_lists_what_is_and_what_is_not_in_this_release(capsys):
 
 def test_every_verb_of_the_interface_is_known():
     promised = {
-        "serve",
         "find-lr",
         "quantize",
         "prune",

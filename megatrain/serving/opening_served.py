@@ -1,0 +1,112 @@
+"""From a model that was opened to the facts that a server needs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatrain.chat.conversation import ChatError, ChatMessage
+from megatrain.chat.templates import Chat, open_chat
+from megatrain.data.samples.sentinels import NAMES, resolve
+from megatrain.inference.infill import Filling, parsed
+from megatrain.inference.opening import Opened
+from megatrain.inference.plain import marks_of
+from megatrain.inference.requests import Request
+from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces, places_after
+from megatrain.kernels.dispatch import use_triton
+from megatrain.serving.served import Served
+from megatrain.serving.token_texts import TokenTexts
+
+Infill = Callable[[str, str | None, Request], Request]
+
+
+def served_of(model: Opened, name: str | None, template: str | None) -> Served:
+    """Facts of an open model. name: by which clients ask for it; template: its chat template, where it is not the model's own.
+
+    Raises ValueError without a tokenizer, ChatError for a template that cannot be used.
+    """
+    codec, ctx, engine = model.codec, model.ctx, model.engine
+    build = model.weights.chunks[0].build
+    kernels = "Triton" if use_triton(model.config.train.kernels, ctx.device) else "reference"
+    dtype = str(build.dtype).removeprefix("torch.")
+    marks = model.marks or marks_of(model.config, engine.vocab_size)
+
+    def places(tokens: Sequence[int]) -> TextPlaces:
+        return LEFT_TO_RIGHT if marks is None else places_after(tokens, marks, model.config.model.two_dimensional)
+
+    return Served(
+        name=name or name_of(model.source),
+        codec=codec,
+        max_length=engine.max_length,
+        vocab_size=engine.vocab_size,
+        places=places,
+        conversing=conversing(model, template),
+        infill=infilling(model) if model.config.data.objective == "glm" else None,
+        attention=f"paged attention in {kernels} kernels, {dtype} on {ctx.device.type}, blocks of {engine.settings.block} tokens",
+        source=str(model.source),
+        layout=f"tp {ctx.tp.size}, pp {ctx.pp.size}",
+        texts=TokenTexts(codec),
+    )
+
+
+def name_of(source: Path) -> str:
+    """The name of a run or of a Hugging Face directory: `demo` of runs/demo/checkpoints/step_00000200."""
+    parts = source.resolve().parts
+    return parts[-3] if len(parts) > 3 and parts[-2] == "checkpoints" else parts[-1]
+
+
+class OwnChat:
+    """The chat of a model."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat, self._lock = chat, threading.Lock()
+        self.ends, self.stops, self.leading = chat.ends, chat.stops, chat.leading
+
+    def tokens(
+        self, messages: Sequence[ChatMessage], continue_final_message: bool, variables: Mapping[str, Any]
+    ) -> tuple[int, ...]:
+        """The prompt of a conversation. Raises ChatError."""
+        with self._lock:  # there is one process that renders
+            return self._chat.prompt(messages, continue_final_message=continue_final_message, variables=variables).tokens
+
+
+def conversing(model: Opened, choice: str | None) -> OwnChat | str:
+    """How a model wants a conversation, by its own template or one that was chosen; or why it has none.
+
+    Raises ChatError for a choice that cannot be used.
+    """
+    codec = model.codec
+    beside = Path(codec.label).parent if Path(codec.label).is_file() else None
+    folders = [folder for folder in (model.source, beside) if folder is not None and folder.is_dir()]
+    tokens: dict[str, int] = {}
+    if model.config.data.objective == "glm":
+        ids = asdict(resolve(model.config.data.glm, codec, model.engine.vocab_size)[0])
+        tokens = {spelling: ids[name] for name, spellings in NAMES.items() for spelling in spellings}
+    try:
+        return OwnChat(open_chat(codec, folders, choice, tokens))
+    except ChatError as error:
+        if choice is not None:
+            raise
+        return str(error)
+
+
+def infilling(model: Opened) -> Infill:
+    """How a GLM fills the one blank of a prompt: behind it where a suffix follows, at the mask that it has, or at its end."""
+    codec, engine = model.codec, model.engine
+    ids, text_vocab = resolve(model.config.data.glm, codec, engine.vocab_size)
+
+    def infill(prompt: str, suffix: str | None, asked: Request) -> Request:
+        texts, masks = parsed(prompt if suffix is None else f"{prompt}[MASK]{suffix}", ids)
+        if len(masks) != 1:
+            raise ValueError(
+                f"there are {len(masks)} blanks, and one is filled at a time. Use one [MASK], [sMASK] or [gMASK], or a suffix."
+            )
+        filling = Filling(engine, [list(map(int, codec.encode(text))) for text in texts], masks, ids, text_vocab)
+        request = filling.request(asked)
+        own = asked.ends - frozenset(codec.ending.stops)
+        return Request(**{**vars(request), "ends": request.ends | own, "max_tokens": asked.max_tokens})
+
+    return infill
