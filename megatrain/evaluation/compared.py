@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from megatrain.evaluation.class_intervals import item_margins, margins_of
-from megatrain.evaluation.comparison import PairedDifference, compare_means, compare_proportions, compare_sums, pairing
+from megatrain.evaluation.comparison import (
+    LEVEL,
+    PairedDifference,
+    among_all,
+    compare_means,
+    compare_proportions,
+    compare_sums,
+    pairing,
+)
 from megatrain.evaluation.confusion import SCORES
 from megatrain.evaluation.intervals import Floats
 from megatrain.evaluation.items import TaskError
@@ -137,10 +145,11 @@ def verdicts(found: Sequence[ComparedMetric]) -> Iterator[str]:
 def comparison_table(found: Sequence[ComparedMetric]) -> str:
     """The differences as lines of text."""
     rows = [("task", "metric", "first", "second", "difference", "95% interval", "p", "seen from")]
+    together = among_all([one.difference.p for one in found])
     for number, one in enumerate(found):
         of = one.difference
         name = "" if number and found[number - 1].task == one.task else one.task
-        mark = " *" if of.seen else ""
+        mark = " **" if together[number] < LEVEL else " *" if of.seen else ""
         rows.append(
             (
                 name,
@@ -158,7 +167,7 @@ def comparison_table(found: Sequence[ComparedMetric]) -> str:
     seen = sum(one.difference.seen for one in found)
     told = "are" if seen != 1 else "is"
     legend = (
-        f"{seen} of {len(found)} differences {told} more than chance would explain (*: p < 0.05, paired by item). `seen from`: the "
-        "smallest true difference that so many items would show four times in five."
+        f"{seen} of {len(found)} differences {told} more than chance would explain (*: p < 0.05, paired by item; **: also among all of "
+        "these comparisons, by Holm). `seen from`: the smallest true difference that so many items would show four times in five."
     )
     return "\n".join([*lines, legend])

@@ -78,6 +78,18 @@ class PairedDifference:
         return f"{better} is better than {worse}: {second} less {first} is {value:+.3g} {between}."
 
 
+def among_all(p_values: Sequence[float]) -> list[float]:
+    """p-values of comparisons made together, such that one below 0.05 is no more likely by chance than for one alone (Holm 1979).
+
+    The smallest of m is multiplied by m, the next by m - 1 and so on, none below the one before; right however they depend on each other.
+    """
+    found, largest = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        found[place] = largest
+    return found
+
+
 def pairing(first: Sequence[str], second: Sequence[str], first_task: str = "", second_task: str = "") -> npt.NDArray[np.intp]:
     """[n] places in `second` of the items (ids) of `first`. Raises UnpairedError unless both are the same items of one task (its hash)."""
     if first_task != second_task:

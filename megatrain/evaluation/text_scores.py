@@ -9,7 +9,6 @@ or two) are equal. Token F1 counts bags of tokens, not sets: "no no" against "no
 from __future__ import annotations
 
 import re
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ _INVISIBLE = "\u00ad\u200b\u2060\ufeff"
 def _table() -> dict[int, str | None]:
     """Full-width forms to ASCII, punctuation and what cannot be seen to nothing."""
     wide = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)} | {0x3000: " "}
-    gone = {code for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)).startswith("P")}
+    gone = {code for code in range(0x20000) if unicodedata.category(chr(code)).startswith("P")}
     gone |= {code for letter in _ASCII_SYMBOLS for code in (ord(letter), 0xFEE0 + ord(letter))}
     return {**wide, **dict.fromkeys([*gone, *map(ord, _INVISIBLE)])}
 

@@ -32,8 +32,18 @@ def test_right_and_wrong_are_paired_by_item():
     assert difference.test == "McNemar's mid-p"
     shown = comparison_table([one]).splitlines()
     assert shown[0].split()[:4] == ["task", "metric", "first", "second"]
-    assert shown[1].split()[:5] == ["quiz", "acc", "0.2500", "0.5500", "+0.3000"] and " * " in shown[1]
+    assert shown[1].split()[:5] == ["quiz", "acc", "0.2500", "0.5500", "+0.3000"] and " ** " in shown[1]
     assert shown[2].startswith("1 of 1 differences is more than chance would explain")
+
+
+def test_what_is_seen_alone_may_be_chance_among_many():
+    before, after = ({"acc": [*values], "acc_norm": [1.0] * 6} for values in ([0.0] * 6, [1.0] * 6))
+    found = compared(
+        of(quiz=result(["acc", "acc_norm"], {"values": before})), of(quiz=result(["acc", "acc_norm"], {"values": after}))
+    )
+    assert [one.difference.p for one in found] == pytest.approx([2.0**-6, 1.0])
+    assert "+1.0000 **" in comparison_table(found)
+    assert "+1.0000 * " in comparison_table(found + found[1:] * 2)
 
 
 def test_a_sentence_for_the_first_metric_of_each_task():

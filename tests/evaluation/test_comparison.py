@@ -11,6 +11,7 @@ from scipy import stats
 from megatrain.evaluation.comparison import (
     PairedDifference,
     UnpairedError,
+    among_all,
     compare_means,
     compare_proportions,
     compare_sums,
@@ -157,6 +158,12 @@ def test_scores_that_cannot_be_compared() -> None:
         compare_sums(np.ones((2, 2)), np.array([[1.0, math.inf], [1.0, 1.0]]), lambda sums: sums[:, 0])
     with pytest.raises(UnpairedError, match=r"\(2, 3\) and \(2, 4\)"):
         compare_sums(np.zeros((2, 3)), np.zeros((2, 4)), lambda sums: sums[:, 0])
+
+
+def test_p_values_of_many_comparisons() -> None:
+    assert among_all([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert among_all([0.9, 0.02]) == pytest.approx([0.9, 0.04])
+    assert (among_all([0.04]), among_all([])) == ([0.04], [])
 
 
 def test_verdicts() -> None:
