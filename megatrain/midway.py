@@ -1,12 +1,15 @@
-"""Questions of a run to its own model between steps: prompts to be continued, for people to read (log.samples).
+"""Questions of a run to its own model between steps: prompts to be continued, for people to read (log.samples),
+and tasks to be solved, as a measure (eval.tasks).
 
 All is made ready before the first step, so that what is wrong is told at once. Whatever goes wrong with an answer later, the run goes on.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,21 +25,32 @@ from megatrain.lifecycle.sections import Name
 from megatrain.records.log import RunLog
 from megatrain.records.samples_page import SamplesRow, SampleText
 
+if TYPE_CHECKING:
+    from megatrain.evaluation.run_tasks import RunTasks
+
 
 class Midway:
     """The questions of one run to its own model; every rank has it, and asks alike."""
 
     def __init__(self, job: Job, log: RunLog) -> None:
-        """Make prompts ready. Raises on all ranks what is wrong with one."""
+        """Make prompts and tasks ready. Raises on all ranks what is wrong with one: ValueError, ConfigError, TaskError, ImportError."""
         self.job, self.log = job, log
         self.samples: Continuations | None = None
+        self.tasks: RunTasks | None = None
         config = job.config
-        if not config.log.samples.prompts:
+        if not config.log.samples.prompts and not config.eval.tasks:
             return
-        with job.session.together("reading log.samples"):
+        with job.session.together("reading log.samples and eval.tasks"):
             self.codec = _codec(job)
             with engine_of_run(job, self.codec) as engine:
-                self.samples = Continuations(config, self.codec, engine)
+                if config.log.samples.prompts:
+                    self.samples = Continuations(config, self.codec, engine)
+                if config.eval.tasks:
+                    from megatrain.evaluation.run_tasks import RunTasks  # noqa: PLC0415  (0.1 s that other runs need not spend)
+
+                    self.tasks = RunTasks(job, self.codec, engine)
+        for warning in self.tasks.warnings if self.tasks is not None else ():
+            log.say(warning)
 
     def due(self, pause: Pause, every: int | None) -> bool:
         """Whether something asked every so many steps (None: train.eval_every) is to be asked: at the end of the run too."""
@@ -64,6 +78,25 @@ class Midway:
             made = tuple(_made(prompt, of) for prompt, of in zip(samples.prompts, texts, strict=True))
             tokens = job.consumed_samples * job.config.model.seq_length
             self.log.samples(SamplesRow(job.step, tokens, manner(job.config.log.samples), made))
+
+    def wants_tasks(self, pause: Pause) -> bool:
+        """Whether tasks are due."""
+        return self.tasks is not None and self.due(pause, self.job.config.eval.every)
+
+    def solve_tasks(self, pause: Pause) -> None:
+        """Let the model solve the tasks, and record it (collective). Ends early if a rank is told to stop, which the pause is told."""
+        tasks, job, began = self.tasks, self.job, time.perf_counter()
+        if tasks is None:
+            return
+
+        def ask() -> list[Any]:
+            with engine_of_run(job, self.codec, tasks.lengths, job.stop_requested) as engine:
+                return tasks.results(engine)
+
+        results = self._asked("tasks", ask, pause)
+        if results is not None:
+            seconds = time.perf_counter() - began
+            self.log.tasks(tasks.row(results, seconds), partial(tasks.document, results))
 
     def _asked(self, what: Name, ask: Callable[[], list[Any]], pause: Pause) -> list[Any] | None:
         """The result of `ask`; None, with a word in the log, where a rank is told to stop meanwhile, or the model has no answer."""

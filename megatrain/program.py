@@ -300,6 +300,7 @@ def duties_of(job: Job, watch: Watch, auditor: Auditor, midway: Midway) -> list[
         Duty(lambda pause: auditor.recompute(), every=config.audit_compute_every),
         Duty(watch.evaluate, when=evaluates),
         Duty(midway.write_samples, when=midway.wants_samples),
+        Duty(midway.solve_tasks, when=midway.wants_tasks),
         Duty(save, every=job.config.checkpoint.save_every, when=lambda pause: pause.final or watch.retries.due(pause.step)),
         Duty(lambda pause: watch.copy(), when=goes_on, waits=False),
     ]

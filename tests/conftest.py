@@ -76,6 +76,7 @@ def pictures_are_not_drawn():
     """A run that a test trains in its own process ends without matplotlib, which takes longer than eight small steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatrain.records.log.RunLog._draw", lambda log, references: None)
+        patch.setattr("megatrain.records.log.RunLog._draw_tasks", lambda log: None)
         yield
 
 

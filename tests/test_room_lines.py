@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = {
     "megatrain/serving": 3100,
     "megatrain/chat": 850,
-    "megatrain/evaluation": 4150,
+    "megatrain/evaluation": 4250,
     "docs/benchmarks": 5350,
     "kernels": 4500,
     "launch": 600,
@@ -27,13 +27,13 @@ LINES = {
     "megatrain/optim": 750,
     "megatrain/parallel": 3400,
     "megatrain/plan": 300,
-    "megatrain/records": 1250,
+    "megatrain/records": 1350,
     "megatrain/resuming": 1000,
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 1950,
-    "tests": 62000,
+    "tests": 62100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

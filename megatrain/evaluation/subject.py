@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
@@ -56,6 +58,22 @@ class Subject:
             began = time.monotonic()
             outcomes = tuple(ask(one, self.engine, self.ctx, advance))
             yield TaskResult(one, outcomes, estimates_of(one.task, outcomes), time.monotonic() - began)
+
+
+def model_facts(engine: Engine, codec: Tokenizer, ctx: ParallelContext) -> dict[str, Any]:
+    """The facts about a model and its layout that belong to its results."""
+    return {
+        "max_length": engine.max_length,
+        "vocab_size": engine.vocab_size,
+        "layout": {axis: getattr(ctx, axis).size for axis in ("tp", "pp", "dp")},
+        "device": ctx.device.type,
+        "tokenizer": {
+            "label": codec.label,
+            "hash": hashlib.sha256(codec.identity.encode()).hexdigest(),
+            "opening": list(codec.beginning.opening),
+            "eod": codec.eod,
+        },
+    }
 
 
 def blank_tokens(config: Config, codec: Tokenizer, vocab_size: int, marks: Marks | None = None) -> BlankTokens | None:

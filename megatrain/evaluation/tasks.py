@@ -50,12 +50,12 @@ def shipped_names() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def load_tasks(names: Sequence[str], limit: int | None = None) -> tuple[EvalTask, ...]:
-    """The tasks of names, files and folders, in order. limit: of each only the first items.
+def load_tasks(names: Sequence[str], limit: int | None = None, key: str = "--tasks") -> tuple[EvalTask, ...]:
+    """The tasks of names, files and folders, in order. limit: of each only the first items; key: where the names are given.
 
     Raises ConfigError and TaskError, with file and line; ImportError where a template needs jinja2.
     """
-    tasks = tuple(load_task(path, limit) for name in names for path in _files(name))
+    tasks = tuple(load_task(path, limit) for name in names for path in _files(name, key))
     by_name: dict[str, Path] = {}
     for task in tasks:
         if task.name in by_name:
@@ -76,13 +76,13 @@ def load_task(path: Path, limit: int | None = None) -> EvalTask:
     return EvalTask(keys.task or path.stem, keys, path, questions[:limit], shown, warnings)
 
 
-def _files(name: str) -> list[Path]:
-    """The files that a name of the command line means."""
+def _files(name: str, key: str) -> list[Path]:
+    """The files that a name means."""
     path = Path(name)
     if path.is_dir():
         found = sorted(path.glob("*.yaml"))
         if not found:
-            raise ConfigError(f"--tasks {name}: the folder has no .yaml file.")
+            raise ConfigError(f"{key} {name}: the folder has no .yaml file.")
         return found
     if path.suffix in (".yaml", ".yml") or "/" in name:
         return [path]
@@ -92,7 +92,7 @@ def _files(name: str) -> list[Path]:
     names = shipped_names()
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     raise ConfigError(
-        f"--tasks {name}: no task has this name.{f' Did you mean {near[0]}?' if near else ''} Give the path of a .yaml file, a folder of "
+        f"{key} {name}: no task has this name.{f' Did you mean {near[0]}?' if near else ''} Give the path of a .yaml file, a folder of "
         f"them, or one of {', '.join(names)}."
     )
 

@@ -203,15 +203,18 @@ class RunLog:
             self._try("tensorboard", self._tensorboard.texts, row.step, texts)
         self.say(console_lines(row))
 
-    def tasks(self, row: TasksRow) -> None:
-        """Record what the model made of tasks."""
+    def tasks(self, row: TasksRow, document: Callable[[], Mapping[str, Any]]) -> None:
+        """Record what the model made of tasks; document: makes the whole results, for a file of their own."""
         if self._rank != 0:
             return
+        name = f"tasks/step_{row.tasks_of_step:08d}.json"
+        self.write(name, document())
         self._append(self._metrics, asdict(row))
         if self._tensorboard is not None:
             self._try("tensorboard", self._tensorboard.tasks, asdict(row))
-        self.event("tasks", row.tasks_of_step, tasks=row.tasks, seconds=round(row.task_seconds, 3))
+        self.event("tasks", row.tasks_of_step, file=str(self.directory / name), seconds=round(row.task_seconds, 3))
         self.say(tasks_line(row))
+        self._if_installed("tasks.png", self._try, "tasks.png", self._draw_tasks)
 
     def norms(self, step: int, parts: Mapping[str, tuple[float, float]]) -> None:
         """Record the norms of gradients and weights of each part of the model at update `step`, before it is applied."""
@@ -309,6 +312,12 @@ class RunLog:
         require_own(self.directory / "loss.png")
         draw_loss(self.directory / "metrics.jsonl", self.directory / "loss.png", references)
 
+    def _draw_tasks(self) -> None:
+        from megatrain.records.tasks_plot import draw_tasks  # noqa: PLC0415  (0.5 s that only rank 0 need spend)
+
+        require_own(self.directory / "tasks.png")
+        draw_tasks(self.directory / "metrics.jsonl", self.directory / "tasks.png")
+
     def _write(self, path: Path, tree: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         require_own(path)
@@ -403,13 +412,16 @@ def evaluation_lines(row: EvaluationRow) -> str:
 
 
 def tasks_line(row: TasksRow) -> str:
-    """The tasks of one step: `tasks at step 200 | quiz_en: acc 0.5125, acc_norm 0.5000 | ... |`; intervals are in metrics.jsonl."""
+    """The tasks of one step, each with its first metric and its 95% interval: `quiz_en: acc 0.51 (0.38 to 0.64)`."""
+
+    def text(number: float | None) -> str:
+        return "not finite" if number is None else f"{number:.4g}"
+
     parts = [f"tasks at step {row.tasks_of_step}"]
     for name, metrics in row.tasks.items():
-        parts.append(
-            f"{name}: "
-            + ", ".join(f"{metric} {'nan' if value is None else format(value, '.4f')}" for metric, value in metrics.items())
-        )
+        first = next(iter(metrics))
+        low, high = row.tasks_low[name][first], row.tasks_high[name][first]
+        parts.append(f"{name}: {first} {text(metrics[first])} ({text(low)} to {text(high)})")
     return " | ".join([*parts, f"seconds: {row.task_seconds:.1f}"]) + " |"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,22 +121,47 @@ def read_metrics(path: Path | str) -> tuple[list[dict[str, Any]], list[dict[str,
     steps: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     latest = -1
+    for row in _objects(path):
+        try:
+            step = int(row["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue
+        if "valid_loss" in row:
+            evaluations[step] = row
+            continue
+        if step <= latest:
+            steps = {s: r for s, r in steps.items() if s < step}
+            evaluations = {s: r for s, r in evaluations.items() if s < step}
+        steps[step] = row
+        latest = step
+    return list(steps.values()), [evaluations[step] for step in sorted(evaluations)]
+
+
+def read_tasks(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl that have tasks and count, in order of step; as `read_metrics` where a run has gone back."""
+    found: dict[int, dict[str, Any]] = {}
+    latest = -1
+    for row in _objects(path):
+        step, tasks = row.get("step"), row.get("tasks_of_step")
+        if isinstance(tasks, int) and isinstance(row.get("tasks"), dict):
+            found[tasks] = row
+        elif isinstance(step, int) and "valid_loss" not in row:
+            if step <= latest:
+                found = {at: kept for at, kept in found.items() if at < step}
+            latest = step
+    return [found[at] for at in sorted(found)]
+
+
+def _objects(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The whole JSON objects of a file's lines; other lines are skipped."""
     with io.TextIOWrapper(opened_plain(path), encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
-                step = int(row["step"])
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            except (ValueError, RecursionError):
                 continue
-            if "valid_loss" in row:
-                evaluations[step] = row
-                continue
-            if step <= latest:
-                steps = {s: r for s, r in steps.items() if s < step}
-                evaluations = {s: r for s, r in evaluations.items() if s < step}
-            steps[step] = row
-            latest = step
-    return list(steps.values()), [evaluations[step] for step in sorted(evaluations)]
+            if isinstance(row, dict):
+                yield row
 
 
 def perplexity(loss: float) -> float:

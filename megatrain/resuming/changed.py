@@ -108,7 +108,7 @@ TABLE = (
     Change(("data.tokenizer",), "refused", "another tokenizer (tokenizer); the same one in another place is kept"),
     Change(("data.cache_dir",), "kept", "where indices are cached"),
     Change(("data.*",), "refused", "other samples of the same text (data)"),
-    Change(("checkpoint.*", "log.*"), "kept", "when and where it is saved and told"),
+    Change(("checkpoint.*", "log.*", "eval.*"), "kept", "when and where it is saved and told, and what its model is asked"),
 )
 """The effect of each change; a key's row is the first that has it."""
 

@@ -25,7 +25,7 @@ from megatrain.evaluation.items import TaskError
 from megatrain.evaluation.prompts import ChatFormat, Manner
 from megatrain.evaluation.results import TaskResult, document, table, write_items, write_json
 from megatrain.evaluation.scoring import Advance
-from megatrain.evaluation.subject import Subject, blank_tokens
+from megatrain.evaluation.subject import Subject, blank_tokens, model_facts
 from megatrain.evaluation.tasks import EvalTask, load_tasks
 from megatrain.huggingface.model_files import COMPANION_FOLDER, is_hf
 from megatrain.inference.engine import EngineSettings
@@ -203,23 +203,13 @@ def contaminated(results: Sequence[TaskResult], prefixes: Sequence[str], codec: 
 
 def _about(model: Opened, options: TaskOptions) -> dict[str, Any]:
     """The facts that make results repeatable: the model, how it was asked, and with what."""
-    codec, ctx = model.codec, model.ctx
     return {
         "model": {
             "source": str(model.source),
             "identity": _identity(model.source),
             "step": _step(model.source),
             "dtype": options.dtype,
-            "max_length": model.engine.max_length,
-            "vocab_size": model.engine.vocab_size,
-            "layout": {axis: getattr(ctx, axis).size for axis in ("tp", "pp", "dp")},
-            "device": ctx.device.type,
-            "tokenizer": {
-                "label": codec.label,
-                "hash": hashlib.sha256(codec.identity.encode()).hexdigest(),
-                "opening": list(codec.beginning.opening),
-                "eod": codec.eod,
-            },
+            **model_facts(model.engine, model.codec, model.ctx),
         },
         "asked": {
             "num_fewshot": options.num_fewshot,
