@@ -8,13 +8,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LINES = {
     "megatrain/serving": 3100,
     "megatrain/chat": 850,
-    "megatrain/evaluation": 4250,
+    "megatrain/evaluation": 4300,
     "docs/benchmarks": 5350,
     "kernels": 4500,
     "launch": 600,
     "megatrain": 2950,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
-    "megatrain/cli": 1550,
+    "megatrain/cli": 1650,
     "megatrain/config": 3400,
     "megatrain/corpus": 12800,
     "megatrain/data": 6550,
@@ -32,8 +32,8 @@ LINES = {
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 1950,
-    "tests": 62100,
+    "megatrain/verbs": 2050,
+    "tests": 62350,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

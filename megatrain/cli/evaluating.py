@@ -1,4 +1,4 @@
-"""The arguments of `megatrain eval`: held-out text, tasks, and comparisons of two models."""
+"""The arguments of `megatrain eval`: held-out text, tasks, comparisons of two models, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.cli.arguments import index, positive, seed, text
+from megatrain.cli.harness_arguments import add_harness, run_harness, wrong_about_harness
 from megatrain.cli.imports import imports
 
 AddVerb = Callable[..., argparse.ArgumentParser]
@@ -38,6 +39,7 @@ def add_eval(verbs: Any, add_verb: AddVerb, checkpoint_help: str, wrong_use: Cal
     parser.set_defaults(wrong_use=wrong_use)
     _add_tasks(parser.add_argument_group("tasks (docs/evaluation.md)"))
     _add_model(parser.add_argument_group("the model that is asked tasks"))
+    add_harness(parser.add_argument_group("tasks of lm-evaluation-harness (docs/harness.md)"))
 
 
 def _add_tasks(tasks: Any) -> None:
@@ -99,9 +101,10 @@ def settled(arguments: argparse.Namespace) -> str:
         arguments.overrides, arguments.json = [arguments.json, *arguments.overrides], True
     if _is_override(arguments.checkpoint):
         arguments.overrides, arguments.checkpoint = [arguments.checkpoint, *arguments.overrides], None
-    if arguments.checkpoint is None and isinstance(arguments.json, str) and not arguments.compare and not arguments.tasks:
+    asks = arguments.compare or arguments.tasks or arguments.harness
+    if arguments.checkpoint is None and isinstance(arguments.json, str) and not asks:
         arguments.checkpoint, arguments.json = arguments.json, True
-    return _wrong(arguments)
+    return wrong_about_harness(arguments) or _wrong(arguments)
 
 
 def _is_override(word: object) -> bool:
@@ -112,7 +115,7 @@ def _is_override(word: object) -> bool:
 def _wrong(arguments: argparse.Namespace) -> str:
     """The error of arguments that do not go together; "" if they do."""
     given = [name for name in TASK_OPTIONS if getattr(arguments, name) not in (None, False)]
-    path, tasks, json, two = arguments.checkpoint, arguments.tasks, arguments.json, arguments.compare
+    path, tasks, json, two = arguments.checkpoint, arguments.tasks or arguments.harness, arguments.json, arguments.compare
     errors = [
         (two and path is not None, f"--compare names both models, so {path} means nothing. Leave it out."),
         (
@@ -138,6 +141,8 @@ def _wrong(arguments: argparse.Namespace) -> str:
 def _eval(arguments: argparse.Namespace) -> int:
     if wrong := settled(arguments):
         return int(arguments.wrong_use(wrong))
+    if arguments.harness:
+        return run_harness(arguments)
     if not arguments.tasks and not arguments.compare:
         with imports():
             from megatrain.verbs.eval import main as evaluate

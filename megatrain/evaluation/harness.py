@@ -13,14 +13,20 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from megatrain.chat.conversation import USER, ChatMessage, conversation_of
 from megatrain.chat.templates import Chat
+from megatrain.data.bar import bar
+from megatrain.evaluation.chat_format import TemplateFormat
 from megatrain.evaluation.generation_arguments import GenerationArguments
-from megatrain.evaluation.joins import Join, joined, start_of_text
-from megatrain.evaluation.scoring import Likelihood, loglikelihoods, on_replicas, rolling
+from megatrain.evaluation.prepared import Preparing, ToScore
+from megatrain.evaluation.prompts import Manner
+from megatrain.evaluation.scoring import Advance, answers_of, on_replicas, sums_of
+from megatrain.evaluation.subject import Subject, blank_tokens
 from megatrain.extras import need
 from megatrain.inference.opening import Opened
 from megatrain.inference.requests import Request
@@ -42,6 +48,8 @@ class MegatrainLM(LM):
         self.counts: Counter[str] = Counter()
         """Counts of what was asked so far: requests, joins that a token spans, texts longer than the model's positions."""
         self._rendered: set[str] = set()
+        blanks = blank_tokens(model.config, self.codec, model.engine.vocab_size, model.marks)
+        self._subject = Subject(model.engine, self.codec, model.ctx, blanks)
 
     @property
     def max_length(self) -> int:
@@ -61,30 +69,33 @@ class MegatrainLM(LM):
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(sum of log-probabilities in nats, whether each token is the most probable) of continuations after contexts."""
-        joins = self._joined(self._arguments("loglikelihood", requests))
-        found = loglikelihoods(self.model.engine, joins, self.model.ctx)
-        self._count_truncated(found)
-        return [(of.total, of.greedy) for of in found]
+        pairs = self._arguments("loglikelihood", requests)
+        chats = [context in self._rendered for context, _ in pairs]
+        found = {
+            chat: iter(self._texts(chat).pairs([pair for pair, of in zip(pairs, chats, strict=True) if of == chat]))
+            for chat in set(chats)
+        }
+        return self._sums([next(found[chat]) for chat in chats])
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         """Sums of log-probabilities of whole documents, in nats; the first token is conditioned on what opens a text, which is put once."""
         texts = self._arguments("loglikelihood_rolling", requests)
-        start = tuple(start_of_text(self.codec)) if texts else ()
-        documents = [Join(start, tuple(self.codec.encode(text))) for (text,) in texts]
-        found = rolling(self.model.engine, documents, self.model.ctx)
-        self._count_truncated(found)
-        return [of.total for of in found]
+        return [total for total, _ in self._sums([self._texts(False).document(text) for (text,) in texts])]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Texts that follow contexts, up to the first stop string. Raises ValueError for arguments that are not known."""
-        pairs = self._arguments("generate_until", requests)
         asked: Counter[str] = Counter()
         made = []
-        for context, arguments in pairs:
+        for context, arguments in self._arguments("generate_until", requests):
             key = json.dumps([context, arguments], sort_keys=True, default=str)
             made.append(self._request(context, arguments, asked[key]))
             asked[key] += 1
-        return on_replicas(made, lambda request: len(request.tokens) + request.max_tokens, self._texts, self.model.ctx)
+
+        def write(part: Sequence[Request]) -> list[str]:
+            return [answer.text for answer in answers_of(self.model.engine, part, advance)]
+
+        with self._progress(len(made)) as advance:
+            return on_replicas(made, lambda request: len(request.tokens) + request.max_tokens, write, self.model.ctx)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, with marks that `Chat.encode` knows. Raises ValueError where the model has no chat template."""
@@ -126,16 +137,26 @@ class MegatrainLM(LM):
         self.counts["requests"] += len(found)
         return found
 
-    def _joined(self, pairs: Sequence[tuple[str, str]]) -> list[Join]:
-        """Contexts and continuations as ids; a context that the chat template has written is read as such."""
-        chat = [pair for pair in pairs if pair[0] in self._rendered]
-        plain = iter(joined(self.codec, [pair for pair in pairs if pair[0] not in self._rendered]))
-        templated = iter(joined(self.codec, chat, self._chat().encode) if chat else ())
-        joins = [next(templated if context in self._rendered else plain) for context, _ in pairs]
-        self._count(
-            "spanned", sum(join.spanned for join in joins), "continuations begin inside a token, and were encoded alone"
-        )
-        return joins
+    def _texts(self, chat: bool) -> Preparing:
+        """How texts become tokens: by the chat template that has written them, or as they are."""
+        return self._subject.texts(Manner(chat=TemplateFormat(self._chat()) if chat else None))
+
+    def _sums(self, texts: Sequence[ToScore]) -> list[tuple[float, bool]]:
+        """(sum of log-probabilities, whether each token is the most probable) of texts."""
+        self._count("spanned", sum(text.spanned for text in texts), "answers begin inside a token, and were encoded alone")
+        longer = f"texts are longer than the model's {self.max_length} positions, and were cut or read in windows"
+        self._count("truncated", sum(text.cut for text in texts), longer)
+        with self._progress(len({window for text in texts for window in text.windows})) as advance:
+            return sums_of(self.model.engine, [text.windows for text in texts], self.model.ctx, advance)
+
+    @contextmanager
+    def _progress(self, requests: int) -> Iterator[Advance]:
+        """A bar on a terminal, of the first rank's share."""
+        if not self.model.is_first:
+            yield lambda _count: None
+            return
+        with bar("requests", requests // self.model.ctx.dp.size) as advance:
+            yield advance
 
     def _request(self, context: str, given: Mapping[str, Any], repeat: int) -> Request:
         """The request for a text. repeat: how often the same one came before: each is drawn anew."""
@@ -149,33 +170,20 @@ class MegatrainLM(LM):
                 f"max_gen_toks={most} leaves no room for a prompt in the model's {self.max_length} positions. Use a number from 1 to "
                 f"{self.max_length - 1}."
             )
-        encode = self._chat().encode if context in self._rendered else self.codec.encode
-        ids = self.codec.beginning.before(encode(context)) or start_of_text(self.codec)
-        self.counts["truncated"] += len(ids) > room
-        ends, stops = set(self.codec.ending.stops), arguments.until
-        if context in self._rendered:
-            ends, stops = ends | self._chat().ends, (*stops, *self._chat().stops)
+        texts = self._texts(context in self._rendered)
+        prompt = texts.prompt(context, most)
+        self.counts["truncated"] += prompt.cut
         seed = arguments.seed if arguments.seed is not None else self.seed
         drawn = hashlib.sha256(json.dumps([seed, repeat, context]).encode()).digest()
         return Request(
-            tuple(ids[-room:]),
+            prompt.tokens,
             max_tokens=most,
-            sampling=arguments.sampling,
+            sampling=replace(arguments.sampling, never=texts.never),
             seed=int.from_bytes(drawn[:7], "little"),
-            ends=frozenset(ends),
-            stops=stops,
+            ends=texts.ends,
+            stops=(*arguments.until, *texts.stops),
             text=True,
-        )
-
-    def _texts(self, requests: Sequence[Request]) -> list[str]:
-        return [answer.text for answer in self.model.engine.run(requests)]
-
-    def _count_truncated(self, found: Sequence[Likelihood]) -> None:
-        number = sum(of.truncated for of in found)
-        self._count(
-            "truncated",
-            number,
-            f"texts are longer than the model's {self.max_length} positions, and were cut or read in windows",
+            places=prompt.places,
         )
 
     def _count(self, what: str, number: int, said: str) -> None:

@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 
-from megatrain.chat.conversation import ChatMessage
-from megatrain.chat.templates import Chat, open_chat
 from megatrain.checkpoint.manifest import read_manifest
-from megatrain.companions import TOKENIZER_FOLDER
 from megatrain.data.bar import bar
 from megatrain.data.indexed import TokenStore
 from megatrain.data.tokenizer import Tokenizer
+from megatrain.evaluation.chat_format import chat_of
 from megatrain.evaluation.compared import compared, comparison_table, differences_of_manner, read_results, verdicts
 from megatrain.evaluation.contamination import codec_of_store, overlaps, text_to_look_for, texts_of_store
 from megatrain.evaluation.items import TaskError
-from megatrain.evaluation.prompts import ChatFormat, Manner
+from megatrain.evaluation.prompts import Manner
 from megatrain.evaluation.results import TaskResult, document, table, write_items, write_json
 from megatrain.evaluation.scoring import Advance
 from megatrain.evaluation.subject import Subject, blank_tokens, model_facts
 from megatrain.evaluation.tasks import EvalTask, load_tasks
-from megatrain.huggingface.model_files import COMPANION_FOLDER, is_hf
+from megatrain.huggingface.model_files import is_hf
 from megatrain.inference.engine import EngineSettings
 from megatrain.inference.opening import Opened, TokenizerWish, opened
 from megatrain.records.tensorboard import TensorBoard
@@ -122,7 +120,7 @@ def _evaluated(path: str, tasks: Sequence[EvalTask], options: TaskOptions) -> Fi
             manner = Manner(
                 options.num_fewshot,
                 options.seed,
-                _chat(model, options.chat_template) if options.chat else None,
+                chat_of(model, options.chat_template) if options.chat else None,
                 options.refuse_long,
             )
             codec = model.codec
@@ -143,37 +141,6 @@ def _evaluated(path: str, tasks: Sequence[EvalTask], options: TaskOptions) -> Fi
     if options.contamination or options.against:
         results = contaminated(results, stores, codec)
     return Findings(results, about, step)
-
-
-@dataclass(frozen=True)
-class TemplateFormat:
-    """A chat template as tasks use it."""
-
-    chat: Chat
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end an answer."""
-        return self.chat.ends
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
-        return self.chat.stops
-
-    def prompt(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text of (role, content) turns, up to where the assistant's answer begins."""
-        return self.chat.written([ChatMessage(role, content) for role, content in messages])
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Token ids of such a text."""
-        return self.chat.encode(text)
-
-
-def _chat(model: Opened, choice: str | None) -> ChatFormat:
-    """The chat template of a model, or the one that is named. Raises ChatError."""
-    beside = [model.source, model.source.parent / TOKENIZER_FOLDER, model.source.parent / COMPANION_FOLDER]
-    return TemplateFormat(open_chat(model.codec, beside, choice))
 
 
 @contextmanager

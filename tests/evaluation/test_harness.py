@@ -1,15 +1,23 @@
 """The harness' items with its own `hf` backend, and under every layout, are the same."""
 
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from harness_tasks import hf_backend, items, write_model, write_tasks
-from tokenizer_models import bilingual
+from harness_tasks import close, hf_backend, items, write_model, write_tasks
+from tokenizer_models import KINDS, bilingual
 
 from megatrain.chat.templates import open_chat
-from megatrain.data.tokenizer import load_tokenizer
+from megatrain.config.load import from_dict
+from megatrain.data.tokenizer import JsonTokenizer, load_tokenizer
 from megatrain.evaluation.generation_arguments import GenerationArguments
+from megatrain.evaluation.joins import joined
+from megatrain.evaluation.prepared import LeftToRightTexts
+from megatrain.evaluation.prompts import Manner
+from megatrain.evaluation.scoring import sums_of
+from megatrain.evaluation.subject import Subject
+from megatrain.evaluation.tasks import load_tasks
 from megatrain.inference.engine import Engine, EngineSettings
 from megatrain.inference.opening import hf_chunks, opened
 from megatrain.inference.paged_model import ForwardModel
@@ -60,18 +68,6 @@ def watched(engine):
     return asked
 
 
-def close(found, wanted):
-    """Sums are equal to 1e-5 of them, everything else is equal."""
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        if isinstance(other, str):
-            assert one == other
-        else:
-            pairs = zip(one, other, strict=True) if isinstance(other, tuple | list) else [(one, other)]
-            for a, b in pairs:
-                assert a == b if isinstance(b, bool) else abs(a - b) <= 1e-5 * max(1, abs(b))
-
-
 def test_items_are_those_of_the_hf_backend(here, evaluated):
     from megatrain.evaluation.harness import MegatrainLM
 
@@ -115,6 +111,24 @@ def test_what_opens_a_text_is_put_once(here, evaluated):
     assert lm.chat_template(True) == f"of {here / 'opening'}" and lm.tokenizer_name != MegatrainLM(model).tokenizer_name
 
 
+def test_native_tasks_are_the_adapters_item_by_item(here, evaluated):
+    """From the same files."""
+    from megatrain.evaluation.harness import MegatrainLM
+
+    with opened(here / "model") as model:
+        theirs = evaluated(MegatrainLM(model))
+        subject = Subject(model.engine, model.codec, model.ctx)
+        tasks = load_tasks([str(here / "tasks" / f"{task}.yaml") for task in TASKS], None)
+        ours = {one.task.name: one.outcomes for one in subject.results(subject.prepare(tasks, Manner()))}
+    for sample, outcome in zip(theirs["samples"]["choices"], ours["choices"], strict=True):
+        sums = [total for ((total, _),) in sample["resps"]]
+        assert outcome.record["logprobs"] + outcome.record["unconditional"] == pytest.approx(sums, rel=1e-6)
+        names = {"acc": "acc", "acc_norm": "acc_norm", "acc_bytes": "acc_bytes", "acc_pmi": "acc_mutual_info"}
+        assert {name: outcome.values[name] for name in names} == {name: sample[of] for name, of in names.items()}
+    close([-one.values["nats"] for one in ours["rolls"]], items(theirs, "rolls"))
+    assert [one.record["answer"] for one in ours["writes"]] == items(theirs, "writes")
+
+
 PAIRS = [
     *(("Where is it", f" {place}") for place in ("Paris", "巴黎", "an Answer")),
     ("Ans", "wer"),
@@ -146,7 +160,14 @@ def model_on(ctx, folder):
     weights = ForwardModel(ctx, chunks, schedule_of(config, 1, backward=False), Unsharded())
     engine = Engine(weights, codec, EngineSettings(cache_tokens=4096))
     return SimpleNamespace(
-        source=folder, config=config, ctx=ctx, weights=weights, engine=engine, codec=codec, is_first=ctx.world.rank == 0
+        source=folder,
+        config=config,
+        marks=None,
+        ctx=ctx,
+        weights=weights,
+        engine=engine,
+        codec=codec,
+        is_first=ctx.world.rank == 0,
     )
 
 
@@ -181,6 +202,27 @@ def test_nothing_depends_on_what_is_asked_beside_it(here, alone):
         close(lm.loglikelihood(instances(*PAIRS[::-1]))[::-1], alone[0])
         assert lm.generate_until(instances(*DRAWN, *WRITTEN[:1])) == [*alone[2][3:], alone[2][0]]
         assert MegatrainLM(model, seed=1).generate_until(instances(*DRAWN))[0] != alone[2][3]
+
+
+def test_a_model_that_fills_blanks_is_asked_through_them(glm):
+    from megatrain.evaluation.harness import MegatrainLM
+
+    config = from_dict({"model": {"family": "glm", "vocab_size": 272}, "data": {"objective": "glm", "tokenizer": "bytes"}})
+    lm = MegatrainLM(
+        SimpleNamespace(source="glm", config=config, marks=None, ctx=glm.ctx, engine=glm.engine, codec=glm.codec, is_first=True)
+    )
+    pairs = [("Where is it", " here"), ("It was [MASK].", "great")]
+    found = lm.loglikelihood(instances(*pairs))
+    assert found == sums_of(glm.engine, [one.windows for one in glm.texts(Manner()).pairs(pairs)])
+    onward = LeftToRightTexts(glm.codec, glm.engine.max_length).pairs(pairs)
+    assert all(
+        abs(a - b) > 0.1 for (a, _), (b, _) in zip(found, sums_of(glm.engine, [one.windows for one in onward]), strict=True)
+    )
+    asked = watched(glm.engine)
+    lm.generate_until(instances((pairs[1][0], {"max_gen_toks": 4})))
+    (request,) = asked
+    assert request.tokens == (259, *b"It was", 260, *b".", 257)  # [CLS], [MASK] and <sop>
+    assert request.places.prefix == 9 and 271 in request.sampling.never
 
 
 def test_ranks_that_ask_for_different_things_say_so(here):
@@ -243,3 +285,45 @@ def test_how_a_text_is_written(given, sampling, until, length):
 def test_arguments_that_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         GenerationArguments.of(given)
+
+
+PIECES = [
+    "Ans",
+    "wer",
+    "on",
+    "ce",
+    " ",
+    "\n",
+    "Paris",
+    " Paris",
+    "中",
+    "国",
+    "川",
+    "once",
+    " upon",
+    " a",
+    "cat",
+    "s",
+    "😀",
+    ".",
+    "\u3000",
+]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "bilingual"])
+def test_joins_are_the_harness_own_where_no_token_spans_them(kind):
+    """And where one does, no letter is lost, which the harness' are."""
+    from lm_eval.api.model import TemplateLM
+
+    codec, draw, spanned = JsonTokenizer({**KINDS, "bilingual": bilingual}[kind]()), random.Random(kind), 0
+    theirs = SimpleNamespace(backend="causal", tok_encode=codec.encode)
+    for _ in range(600):
+        context, answer = ("".join(draw.choices(PIECES, k=draw.randint(1, 3))) for _ in range(2))
+        if context.strip() and answer.strip():
+            (join,) = joined(codec, [(context, answer)])
+            spanned += join.spanned
+            if not join.spanned:
+                assert [[*join.context], [*join.continuation]] == list(TemplateLM._encode_pair(theirs, context, answer))
+            elif kind in ("gpt2", "bilingual"):
+                assert codec.decode([*join.context, *join.continuation]) == context + answer
+    assert spanned or kind == "bert"

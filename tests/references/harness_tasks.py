@@ -23,6 +23,7 @@ KINDS = {
     "choices": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{q}}",
+        "target_delimiter": " ",
         "doc_to_choice": "c",
         "doc_to_target": "a",
         "metric_list": [
@@ -128,3 +129,15 @@ def items(results, task):
     """The answers to each item's requests, in order."""
     samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
     return [answer for sample in samples for (answer,) in sample["resps"]]
+
+
+def close(found, wanted):
+    """Sums are equal to 1e-5 of them, everything else is equal."""
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        if isinstance(other, str):
+            assert one == other
+        else:
+            pairs = zip(one, other, strict=True) if isinstance(other, tuple | list) else [(one, other)]
+            for a, b in pairs:
+                assert a == b if isinstance(b, bool) else abs(a - b) <= 1e-5 * max(1, abs(b))
