@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "megatrain/serving": 3100,
+    "megatrain/serving": 3250,
     "megatrain/chat": 850,
     "megatrain/evaluation": 4300,
     "docs/benchmarks": 5350,
@@ -32,8 +32,8 @@ LINES = {
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 2050,
-    "tests": 62350,
+    "megatrain/verbs": 2150,
+    "tests": 62500,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatrain.cli.arguments import finite
 from megatrain.cli.imports import imports
+from megatrain.cli.ngram import WrongUseError
 
 AddVerb = Callable[..., argparse.ArgumentParser]
 
@@ -21,9 +24,22 @@ def add_exchange(verbs: Any, add_verb: AddVerb, parser_class: Any, checkpoint_he
     what = "make a Hugging Face directory of a checkpoint"
     parser = add_verb(verbs, "export", _export, what, "megatrain export runs/demo/checkpoints ~/models/demo --dtype bfloat16")
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help=checkpoint_help)
-    parser.add_argument("out", metavar="HF_DIR", type=Path, help="a directory that is empty or not there yet")
+    parser.add_argument("out", metavar="HF_DIR", type=Path, nargs="?", help="a directory that is empty or not there yet")
     parser.add_argument("--like", metavar="DIR", type=Path, help="take config.json and tokenizer files from there")
     _add_dtype(parser)
+    check = parser.add_argument_group("another server (vLLM, SGLang ...) that has the exported model; nothing is written")
+    check.add_argument(
+        "--serve-check", metavar="URL", help="send it 20 prompts, and compare tokens and log-probabilities with our own"
+    )
+    check.add_argument("--serve-model", metavar="NAME", help="the model's name there (default: the first that it lists)")
+    check.add_argument("--serve-key", metavar="KEY", help="its API key (default: $MEGATRAIN_API_KEY)")
+    check.add_argument(
+        "--serve-tolerance",
+        type=finite,
+        default=0.2,
+        metavar="NATS",
+        help="made by rounding (default 0.2; float32: 0.001)",
+    )
     what = "what is in a checkpoint, is it whole"
     checkpoint = verbs.add_parser("checkpoint", help=what, description=what, example="megatrain checkpoint verify runs/demo")
     stages = checkpoint.add_subparsers(metavar="WHAT", required=True, parser_class=parser_class)
@@ -55,10 +71,25 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    if (arguments.serve_check is None) == (arguments.out is None):
+        raise WrongUseError("give HF_DIR to write it, or --serve-check URL to compare a server that has it: one of them.")
+    if arguments.serve_check is not None:
+        return _serve_check(arguments)
     with imports():
         from megatrain.verbs.exchange import export_hf
 
     return export_hf(arguments.checkpoint, arguments.out, arguments.like, arguments.dtype)
+
+
+def _serve_check(arguments: argparse.Namespace) -> int:
+    with imports():
+        from megatrain.serving.hand_over import OtherServer
+        from megatrain.verbs.serve_check import CheckOptions
+        from megatrain.verbs.serve_check import main as check
+
+    key = arguments.serve_key or os.environ.get("MEGATRAIN_API_KEY")
+    server = OtherServer(arguments.serve_check, key, arguments.serve_model)
+    return check(CheckOptions(arguments.checkpoint, server, arguments.serve_tolerance))
 
 
 def _checkpoint_inspect(arguments: argparse.Namespace) -> int:
