@@ -14,13 +14,13 @@ LINES = {
     "launch": 600,
     "megatrain": 2950,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
-    "megatrain/cli": 1650,
+    "megatrain/cli": 1800,
     "megatrain/config": 3400,
     "megatrain/corpus": 12800,
     "megatrain/data": 6550,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
-    "megatrain/inference": 2400,
+    "megatrain/inference": 2650,
     "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
     "megatrain/ngram": 2550,
@@ -32,8 +32,8 @@ LINES = {
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 2150,
-    "tests": 62500,
+    "megatrain/verbs": 2750,
+    "tests": 63100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

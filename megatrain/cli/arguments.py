@@ -64,6 +64,28 @@ def probability(given: str) -> float:
     return _number(given, lambda number: 0 < number <= 1, "a probability above 0 and at most 1")
 
 
+def share(given: str) -> float:
+    """A number in [0, 1]."""
+    return _number(given, lambda number: 0 <= number <= 1, "a number from 0 to 1")
+
+
+def positive_number(given: str) -> float:
+    """A number above 0."""
+    return _number(given, lambda number: 0 < number < math.inf, "a number above 0")
+
+
+def stop_text(given: str) -> str:
+    """A text that ends another. Refuses an empty one, and the letters of an escape that the shell has left as they are."""
+    found = text(given)
+    if not found:
+        raise argparse.ArgumentTypeError("an empty text would end every text before it begins")
+    if found in ("\\n", "\\n\\n", "\\t"):
+        raise argparse.ArgumentTypeError(
+            f"{found} is a backslash and a letter here. For the character, in bash: --stop $'{found}'"
+        )
+    return found
+
+
 def _number(given: str, holds: Callable[[float], bool], what: str) -> float:
     try:
         number = float(given)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import megatrain
-from megatrain.cli.arguments import finite, positive, probability, seed, temperature, text
+from megatrain.cli.arguments import positive
 from megatrain.cli.data import add_data
 from megatrain.cli.doctor import add_doctor
 from megatrain.cli.evaluating import add_eval
+from megatrain.cli.generation import add_generate
 from megatrain.cli.imports import imports
 from megatrain.cli.ngram import add_ngram
 from megatrain.cli.serving_verbs import add_serving
@@ -140,24 +141,6 @@ def _later_verb(words: list[str]) -> str | None:
 # --- verbs --------------------------------------------------------------------------------------------------------------------
 
 
-def _generate(arguments: argparse.Namespace) -> int:
-    sampling = {"--temperature": arguments.temperature, "--top-k": arguments.top_k, "--top-p": arguments.top_p}
-    clash = [name for name, value in sampling.items() if value is not None] + ["--greedy"] * arguments.greedy
-    if (arguments.greedy and len(clash) > 1) or (arguments.beams is not None and clash):
-        which = "--greedy takes" if arguments.beams is None else f"--beams {arguments.beams} looks for"
-        said = f"{which} what is most probable, so {clash[0]} means nothing. Leave one out."
-        return _complain(f"error: {said}", WRONG_USE)
-    if arguments.length_penalty is not None and (arguments.beams or 1) < 2:
-        said = "--length-penalty ranks texts of several beams, and there is one. Leave it out, or use --beams 4."
-        return _complain(f"error: {said}", WRONG_USE)
-    arguments.length_penalty = 0.0 if arguments.length_penalty is None else arguments.length_penalty
-    arguments.temperature = 1.0 if arguments.temperature is None else arguments.temperature
-    with imports():
-        from megatrain.verbs.generate import main as generate
-
-    return generate(arguments)
-
-
 def _plan(arguments: argparse.Namespace) -> int:
     with imports():
         from megatrain.verbs.plan import main as plan
@@ -216,7 +199,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"megatrain {megatrain.__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True, parser_class=_Parser)
     add_train(verbs, _add_verb, _add_config)
-    _add_generate(verbs)
+    add_generate(verbs, _add_verb, _CHECKPOINT, lambda said: _complain(f"error: {said}", WRONG_USE))
     _add_plan(verbs)
     _add_verify(verbs)
     _add_bench(verbs)
@@ -242,43 +225,6 @@ def _add_verb(
 def _add_config(parser: argparse.ArgumentParser, what: str = "the run; every key is in docs/config.md") -> None:
     parser.add_argument("config", metavar="CONFIG.yaml", help=what)
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="values that replace those of the file")
-
-
-def _add_generate(verbs: _Verbs) -> None:
-    example = 'megatrain generate runs/demo/checkpoints --prompt "def main" --max-tokens 100 --temperature 0.8'
-    parser = _add_verb(verbs, "generate", _generate, "continue a text with a trained model", example)
-    parser.add_argument("checkpoint", metavar="CKPT", help=_CHECKPOINT)
-    parser.add_argument(
-        "overrides", metavar="parallel.key=value", nargs="*", help="the layout, under torchrun (default: one process)"
-    )
-    parser.add_argument(
-        "--prompt",
-        required=True,
-        type=text,
-        metavar="TEXT",
-        help="the text to continue; a GLM fills its [MASK], [sMASK] and [gMASK]",
-    )
-    parser.add_argument("--max-tokens", type=positive, default=64, metavar="N", help="tokens to add (default 64)")
-    parser.add_argument("--seed", type=seed, default=1234, metavar="N", help="seed of the samples (default 1234)")
-    parser.add_argument("--tokenizer", metavar="PATH", help="a tokenizer's file or `bytes` (default: the one of the run)")
-    parser.add_argument("--eod", type=text, metavar="TOKEN", help="ends the text; a name, an id or `none` (default: the run's)")
-    parser.add_argument("--bos", type=text, metavar="TOKEN", help="goes before the prompt; likewise (default: the run's)")
-    how = parser.add_argument_group("how the next token is chosen")
-    how.add_argument("--greedy", action="store_true", help="the most probable one; goes with none of the following")
-    how.add_argument("--temperature", type=temperature, metavar="T", help="divides the logits before sampling (default 1.0)")
-    how.add_argument("--top-k", type=positive, metavar="K", help="sample among the K most probable (default: all)")
-    how.add_argument(
-        "--top-p", type=probability, metavar="P", help="sample among the fewest that together have P (default: all)"
-    )
-    how.add_argument(
-        "--beams", type=positive, metavar="N", help="beam search for the most probable text, N side by side; 1 is --greedy"
-    )
-    how.add_argument(
-        "--length-penalty",
-        type=finite,
-        metavar="A",
-        help="beams: above 0 favours longer texts (default 0; arXiv:1609.08144)",
-    )
 
 
 def _add_plan(verbs: _Verbs) -> None:

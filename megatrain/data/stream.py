@@ -14,7 +14,7 @@ shown. Bytes that begin a character wait for the next token, three at the most; 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Protocol
 
@@ -67,15 +67,6 @@ class GrowingText:
         if text.startswith(shown):
             return text[len(shown) :]
         return text[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, text, strict=False))) :]
-
-
-def pieces_of_text(codec: Decodes, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text that `ids` add to the text of `before`, piece by piece; the end is never dropped."""
-    text = GrowingText(codec, before)
-    pieces = (text.push(token) for token in ids)
-    yield from (piece for piece in pieces if piece)
-    if rest := text.finish():
-        yield rest
 
 
 def begun(last: Iterable[bytes]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from megatrain.config.asked import SamplesConfig
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
-from megatrain.data.stream import pieces_of_text
+from megatrain.data.stream import GrowingText
 from megatrain.data.tokenizer import Tokenizer
 from megatrain.inference.engine import Engine
 from megatrain.inference.infill import Filling, parsed
@@ -102,4 +102,5 @@ class Continuations:
         said, read = (
             [token for token in some if self.codec.special_id(self.codec.name_of(token)) is None] for some in (tokens, before)
         )
-        return "".join(pieces_of_text(self.codec, said, read))
+        text = GrowingText(self.codec, read)
+        return "".join(map(text.push, said)) + text.finish()

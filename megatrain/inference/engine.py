@@ -211,7 +211,9 @@ class Engine:
         if stream is not None and stream.stopped is not None:
             return self._end(sequence, (drawn,), text, "stop", stream.stopped)
         if len(sequence.answer) == request.max_tokens or len(sequence.tokens) > self.max_length:
-            return self._end(sequence, (drawn,), text + self._rest(sequence), "length", None)
+            text += self._rest(sequence)  # with which it may turn out that a stop string had ended it
+            stopped = None if stream is None else stream.stopped
+            return self._end(sequence, (drawn,), text, "length" if stopped is None else "stop", stopped)
         sequence.text += text
         return StepUpdate(sequence.number, (drawn,), text, None)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,10 @@ from megatrain.checkpoint.load import find
 from megatrain.checkpoint.together import together
 from megatrain.companions import TOKENIZER, tokenizer_beside
 from megatrain.config.schema import Config
+from megatrain.data.samples.infilling import Sentinels
+from megatrain.data.samples.sentinels import resolve
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.huggingface.model_files import is_hf, load_hf, read_config
+from megatrain.huggingface.model_files import COMPANION_FOLDER, is_hf, load_hf, read_config
 from megatrain.inference.engine import Engine, EngineSettings
 from megatrain.inference.glm_positions import Marks
 from megatrain.inference.paged_model import ForwardModel
@@ -37,6 +39,9 @@ from megatrain.parallel.portion import Portion
 from megatrain.runtime.distributed import Session, connect
 from megatrain.runtime.interface import launched
 from megatrain.training import schedule_of
+
+PIECES = "tokenizer.model"
+"""The tokenizer of a Hugging Face directory that has no tokenizer.json: a model of SentencePiece, or a rank file of tiktoken."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Opened:
     ctx: ParallelContext
     weights: ForwardModel
     engine: Engine
+    wish: TokenizerWish
     tokenizer: Callable[[], Tokenizer]
     """The tokenizer; raises ValueError where none is known."""
 
@@ -71,12 +77,34 @@ class Opened:
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks for all."""
-        return self.session.rank == 0
+        return self.ctx.world.rank == 0
 
     @property
     def marks(self) -> Marks | None:
         """The tokens that determine the positions of a prompt; None where it is read from left to right."""
-        return marks_of_hf(read_config(self.source)) if is_hf(self.source) else None
+        if is_hf(self.source):
+            return marks_of_hf(read_config(self.source))
+        ids = self._sentinels
+        return None if ids is None else Marks(ids.sop, ids.gmask, ids.mask)
+
+    @property
+    def tokenizer_folders(self) -> list[Path]:
+        """Folders of the tokenizer's files, and of those of the model that the weights came from: a chat template may be there."""
+        name, came = _name(self.wish, self.config, self.source), self.source.parent / COMPANION_FOLDER
+        folders = [] if name is None or name == "bytes" else [Path(name).parent]
+        return list(dict.fromkeys([*folders, self.source if is_hf(self.source) else came]))
+
+    @property
+    def named_ids(self) -> Mapping[str, int]:
+        """Ids of GLM's tokens that the run has given them, by name: its tokenizer may not know them."""
+        ids = self._sentinels
+        named = {} if ids is None else {"[gMASK]": ids.gmask, "<sop>": ids.sop, "<eop>": ids.eop, "[MASK]": ids.mask}
+        return named if ids is None else named | {"[sMASK]": ids.smask}
+
+    @property
+    def _sentinels(self) -> Sentinels | None:
+        glm = self.config.data.objective == "glm" and not is_hf(self.source)
+        return resolve(self.config.data.glm, self.engine.codec, self.engine.vocab_size)[0] if glm else None
 
     def places(self, tokens: Sequence[int]) -> TextPlaces:
         """Positions of a prompt's tokens and of what follows them."""
@@ -110,7 +138,8 @@ def opened(
         weights = ForwardModel(ctx, chunks, schedule_of(config, 1, backward=False), Unsharded())
         find_tokenizer = functools.cache(lambda: _tokenizer(tokenizer, config, source))
         codec = find_tokenizer() if _known(tokenizer, config, source) else None
-        yield Opened(source, config, session, ctx, weights, Engine(weights, codec, settings), find_tokenizer)
+        engine = Engine(weights, codec, settings)
+        yield Opened(source, config, session, ctx, weights, engine, tokenizer, find_tokenizer)
     finally:
         session.close()
 
@@ -135,14 +164,18 @@ def _known(wish: TokenizerWish, config: Config, source: Path) -> bool:
 def _name(wish: TokenizerWish, config: Config, source: Path) -> str | None:
     if wish.path is not None or not is_hf(source):
         return wish.path or tokenizer_beside(config.data, source)
-    return str(source / TOKENIZER) if (source / TOKENIZER).is_file() else None
+    return next((str(source / name) for name in (TOKENIZER, PIECES) if (source / name).is_file()), None)
 
 
 def _tokenizer(wish: TokenizerWish, config: Config, source: Path) -> Tokenizer:
     """The tokenizer of the command line, or else the run's, or else the one that came with the weights."""
     name, data = _name(wish, config, source), config.data
     if name is None:
-        whose = f"{source} has no {TOKENIZER}" if is_hf(source) else "the run of this checkpoint has no data.tokenizer"
+        whose = (
+            f"{source} has no {TOKENIZER} and no {PIECES}"
+            if is_hf(source)
+            else "the run of this checkpoint has no data.tokenizer"
+        )
         raise ValueError(f"{whose}. Give one: --tokenizer TOKENIZER.json, or bytes.")
     if name != "bytes" and not Path(name).is_file():
         origin = "--tokenizer" if wish.path else "data.tokenizer of the checkpoint's run"

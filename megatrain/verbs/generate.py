@@ -1,161 +1,184 @@
-"""`megatrain generate`: continue a text with a trained model, or fill its blanks, in one process or under any layout."""
+"""`megatrain generate`: continue texts with a trained model, fill their blanks, or talk to it; in one process or under any layout.
+
+One prompt is shown as it is written. Several, or several texts for one, are written side by side and come out in their order: as text, or
+as rows of JSON (prompt_rows.py), which appear whole or not at all where they go to a file.
+"""
 
 from __future__ import annotations
 
-import io
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import Protocol, TextIO
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import NamedTuple, Protocol
 
-from megatrain.config.schema import Config
-from megatrain.data.samples.sentinels import resolve
-from megatrain.data.stream import pieces_of_text
-from megatrain.data.tokenizer import Tokenizer
-from megatrain.inference.beams import Beams, best_continuation
-from megatrain.inference.engine import Engine
-from megatrain.inference.infill import Filling, parsed
+from megatrain.data.bar import bar
+from megatrain.files import whole
 from megatrain.inference.opening import Opened, TokenizerWish, opened
-from megatrain.inference.overflow import fitted, going_on
-from megatrain.inference.requests import Request, Sampling
+from megatrain.inference.replicas import gathered, share
+from megatrain.inference.text_plans import PlannedText, write
+from megatrain.stderr import note
+from megatrain.transport.consensus import broadcast_text
+from megatrain.verbs.prompt_plans import Planner, Prompted
+from megatrain.verbs.prompt_rows import PromptRow, Wishes, output_row, read_input, rows_of_text
+from megatrain.verbs.showing import shower, without
+from megatrain.verbs.talk import talk
+
+BETWEEN = "---"
+"""A line between texts."""
 
 
 class Arguments(Protocol):
-    """The arguments of `megatrain generate`."""
+    """The arguments of `megatrain generate`, besides those that are fields of `Wishes`."""
 
     checkpoint: str
-    prompt: str
-    max_tokens: int
-    seed: int
+    prompt: Sequence[str] | None
+    input: str | None
+    chat: bool
+    output: str | None
+    chat_template: str | None
+    system: str | None
     tokenizer: str | None
     eod: str | None
     bos: str | None
-    greedy: bool
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    beams: int | None
-    length_penalty: float
     overrides: Sequence[str]
 
 
-def _encode(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
-    """Token ids of the prompt, after the tokens that the tokenizer puts before a text; for an empty prompt, a start-of-document token."""
-    ids = [*codec.beginning.opening, *map(int, codec.encode(prompt))]
-    if not ids:
-        start = codec.beginning.bos if codec.eod is None else codec.eod
-        if start is None:
-            raise ValueError(
-                'the prompt is empty, and no token of the tokenizer is known to end or begin a document. Give a --prompt "TEXT".'
-            )
-        ids = [start]
-    if max(ids) >= vocab_size:
-        raise ValueError(
-            f"the tokenizer made token {max(ids)} of the prompt, and the checkpoint's vocabulary has {vocab_size} tokens. "
-            "Give the tokenizer that the run was trained with: --tokenizer TOKENIZER.json."
-        )
-    return ids
+class _WantedText(NamedTuple):
+    """A text to be written."""
+
+    number: int
+    """The number of its prompt."""
+    sample: int
+    """Its number among the texts for that prompt."""
+    prompted: Prompted
 
 
 def main(arguments: Arguments) -> int:
-    """`megatrain generate`: print the prompt and its continuation, token by token. Returns 0.
-
-    Raises CheckpointError, ConfigError or ValueError, with advice.
-    """
+    """`megatrain generate`. Returns 0. Raises CheckpointError, ConfigError, ChatError or ValueError, with advice."""
     wish = TokenizerWish(arguments.tokenizer, arguments.eod, arguments.bos)
     with opened(arguments.checkpoint, arguments.overrides, tokenizer=wish) as model:
-        _generate(arguments, model, sys.stdout if model.is_first else io.StringIO())
+        return generate(arguments, model)
+
+
+def generate(arguments: Arguments, model: Opened) -> int:
+    """The verb with a model that is there (collective). Returns 0."""
+    wishes = Wishes(**{item.name: getattr(arguments, item.name) for item in fields(Wishes)})
+    planner = Planner(model, arguments.chat_template)
+    if arguments.chat:
+        return talk(model, planner, wishes, arguments.system)
+    rows, are_rows = _prompts(arguments, model, wishes)
+    prompts = [planner.prompted(row) for row in rows]
+    _say_cut(model, prompts)
+    jobs = [_WantedText(n, k, prompted) for n, prompted in enumerate(prompts) for k in range(prompted.row.wishes.n)]
+    output = "-" if arguments.output is None and are_rows else arguments.output
+    if output is None and len(jobs) == 1:
+        _stream(model, jobs[0].prompted)
+    else:
+        _write_all(model, jobs, output)
     return 0
 
 
-def _generate(arguments: Arguments, model: Opened, out: TextIO) -> None:
-    """Write the prompt and its continuation."""
-    config, engine, codec = model.config, model.engine, model.codec
-    if config.data.objective == "glm":
-        _fill(arguments, config, engine, codec, out)
+def _prompts(arguments: Arguments, model: Opened, wishes: Wishes) -> tuple[list[PromptRow], bool]:
+    """(the prompts, whether they are rows of JSON), the same on every rank: the first one reads."""
+    if arguments.input is None:
+        return [PromptRow("", wishes, prompt) for prompt in arguments.prompt or ()], False
+    told = {}
+    if model.is_first:
+        try:
+            told = {"text": read_input(arguments.input)}
+        except (OSError, ValueError) as error:
+            told = {"problem": str(error)}
+    told = json.loads(broadcast_text(json.dumps(told), model.ctx.world.group, model.ctx.device))
+    if "problem" in told:
+        raise ValueError(told["problem"])
+    return rows_of_text(told["text"], arguments.input, wishes)
+
+
+def _say_cut(model: Opened, prompts: Sequence[Prompted]) -> None:
+    """Say that prompts are longer than the model, whose texts go on with their ends."""
+    positions = model.config.model.positions
+    cut = [prompted.tokens for prompted in prompts if prompted.shown and prompted.tokens > positions]
+    if not cut or not model.is_first:
         return
-    prompt = _encode(codec, arguments.prompt, engine.vocab_size)
-    if len(prompt) > config.model.positions and out is sys.stdout:
-        kept = max(1, config.model.positions // 2)
-        note = f"the prompt has {len(prompt)} tokens, and model.max_positions is {config.model.positions}: the last {kept} are used"
-        sys.stderr.write(f"megatrain: {note}\n")
-    request = asked(arguments, tuple(prompt), codec.ending.stops)
-    out.write(arguments.prompt)
-    _show(codec, answered(engine, request, beams_of(arguments)), codec.encode(arguments.prompt), out)
-    out.write("\n")
+    which = f"the prompt has {cut[0]} tokens" if len(prompts) == 1 else f"{len(cut)} prompts have up to {max(cut)} tokens"
+    note(f"megatrain: {which}, and model.max_positions is {positions}: the last {max(1, positions // 2)} are used")
 
 
-def asked(arguments: Arguments, tokens: tuple[int, ...], ends: Iterable[int] = ()) -> Request:
-    """The request of a command line for a prompt's tokens."""
-    return Request(tokens, arguments.max_tokens, sampling_of(arguments), arguments.seed, ends=frozenset(ends))
+def _stream(model: Opened, prompted: Prompted) -> None:
+    """Write one text after its prompt, as it comes."""
+    show = shower(model)
+    show(prompted.shown)
+    write(model.engine, [prompted.plan(0, without(prompted.leading, show))], lambda _number, _writing: None)
+    show("\n")
 
 
-def answered(engine: Engine, request: Request, beams: Beams | None) -> Iterator[int]:
-    """The tokens that follow a request's prompt, as they come; they go on beyond the model's positions but for beam search."""
-    if beams is not None:
-        yield from best_continuation(engine, request, beams).text_tokens
+def _write_all(model: Opened, jobs: Sequence[_WantedText], output: str | None) -> None:
+    """Write texts side by side; each replica of the model has its share. output: a file, `-` for rows of JSON, None for text.
+
+    Raises ValueError on every rank where any cannot go on.
+    """
+    ctx = model.ctx
+    mine = share(jobs, ctx)
+    with _target(model, output) as put, _progress(model, output, len(jobs)) as advance:
+        results: list[str | None] = [None] * len(mine)
+        shown = 0
+
+        def done(number: int, writing: PlannedText) -> None:
+            nonlocal shown
+            results[number] = _result(mine[number], writing, output)
+            advance(ctx.dp.size)
+            while ctx.dp.size == 1 and shown < len(mine) and (ready := results[shown]) is not None:
+                put(ready)
+                shown += 1
+
+        problem = ""
+        try:
+            write(model.engine, [job.prompted.plan(job.sample, lambda _piece: None) for job in mine], done)
+        except ValueError as error:
+            if ctx.dp.size == 1:
+                raise
+            problem = str(error)
+        if ctx.dp.size > 1:
+            found = gathered([[problem, result] for result in results], ctx)
+            if said := next((said for said, _ in found if said), None):
+                raise ValueError(said)
+            for _, result in found:
+                put(str(result))
+
+
+def _result(job: _WantedText, writing: PlannedText, output: str | None) -> str:
+    """A text, or its row of JSON."""
+    prompted, writing = job.prompted, job.prompted.text_of(writing)
+    if output is None:
+        return prompted.shown + writing.text
+    return output_row(job.number, job.sample, prompted.row, prompted.tokens, writing)
+
+
+@contextmanager
+def _target(model: Opened, output: str | None) -> Iterator[Callable[[str], None]]:
+    """A function that takes texts or rows in their order; only the first rank writes."""
+    if not model.is_first:
+        yield lambda _text: None
+    elif output is not None and output != "-":
+        with whole(output, text=True) as file:
+            yield lambda row: file.write(f"{row}\n")
+    else:
+        show, first = shower(model), True
+
+        def put(text: str) -> None:
+            nonlocal first
+            show(f"{text}\n" if first or output is not None else f"{BETWEEN}\n{text}\n")
+            first = False
+
+        yield put
+
+
+@contextmanager
+def _progress(model: Opened, output: str | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time left, where the texts go to a file."""
+    if not model.is_first or output in (None, "-"):
+        yield lambda _count: None
         return
-    rest: Request | None = fitted(request, engine.max_length)
-    while rest is not None:
-        tokens, finish = [], None
-        engine.add(rest)
-        while finish is None:
-            for update in engine.step():
-                finish = update.finish
-                for scored in update.tokens:
-                    tokens.append(scored.token)
-                    yield scored.token
-        rest = going_on(rest, tokens, engine.max_length) if finish == "length" else None
-
-
-def sampling_of(arguments: Arguments) -> Sampling:
-    """How a token is chosen, from the command line; one beam means the most probable token."""
-    greedy = arguments.greedy or arguments.beams is not None
-    return Sampling(greedy, arguments.temperature, arguments.top_k, arguments.top_p)
-
-
-def beams_of(arguments: Arguments) -> Beams | None:
-    """Beam search from the command line; None for a single text."""
-    several = arguments.beams is not None and arguments.beams > 1
-    return Beams(arguments.beams or 1, arguments.length_penalty) if several else None
-
-
-def _show(codec: Tokenizer, tokens: Iterable[int], before: Sequence[int], out: TextIO) -> list[int]:
-    """Write the text of tokens, as they come, after the text of `before`; special tokens have no text. Returns the tokens shown."""
-    shown: list[int] = []
-
-    def passing() -> Iterator[int]:
-        for token in tokens:
-            if codec.special_id(codec.name_of(token)) is None:
-                shown.append(token)
-                yield token
-
-    for piece in pieces_of_text(codec, passing(), before):
-        out.write(piece)
-        out.flush()
-    return shown
-
-
-def _fill(arguments: Arguments, config: Config, engine: Engine, codec: Tokenizer, out: TextIO) -> None:
-    """Write the prompt with its blanks filled; a prompt without blanks is continued."""
-    ids, text_vocab = resolve(config.data.glm, codec, engine.vocab_size)
-    texts, masks = parsed(arguments.prompt, ids)
-    encoded = [codec.encode(text) for text in texts]
-    filling = Filling(engine, encoded, masks, ids, text_vocab)
-    before: list[int] = []
-    for number, text in enumerate(texts):
-        out.write(text)
-        before += encoded[number]
-        if number < len(masks):
-            request = filling.request(replace(asked(arguments, (0,)), seed=arguments.seed + number))
-            filled: list[int] = []
-            before += _show(codec, _kept(answered(engine, request, beams_of(arguments)), filled), before, out)
-            filling.fill(request, filled)
-    out.write("\n")
-
-
-def _kept(tokens: Iterable[int], kept: list[int]) -> Iterator[int]:
-    """The tokens, which are added to `kept` as they pass."""
-    for token in tokens:
-        kept.append(token)
-        yield token
+    with bar("generate", total) as advance:
+        yield advance

@@ -124,7 +124,7 @@ def test_verbs_of_a_later_release_are_refused(verb, rest, capsys):
         (["train"], "required: CONFIG.yaml"),
         (["train", "c.yaml", "--nope"], "unrecognized arguments: --nope"),
         (["train", "c.yaml", "--trace"], "unrecognized arguments: --trace"),
-        (["generate", "c"], "required: --prompt"),
+        (["generate", "c"], "one of the arguments --prompt --input --chat is required"),
         (["generate", "c", "--prompt", "x", "--max-tokens", "0"], "'0' is not a whole number of 1 or more"),
         (
             ["generate", "c", "--prompt", "x", "--temperature", "0"],
@@ -152,6 +152,26 @@ def test_verbs_of_a_later_release_are_refused(verb, rest, capsys):
             "this text is not UTF-8: the byte 0xe9 stands after 'caf'. Give it in UTF-8; a file in another encoding as "
             '"$(iconv -f ENCODING -t utf-8 FILE)"',
         ),
+        (["generate", "c", "--prompt", "x", "--chat"], "argument --chat: not allowed with argument --prompt"),
+        (
+            ["generate", "c", "--prompt", "x", "--n", "2", "--beams", "3"],
+            "--beams 3 gives one text for a prompt, 2 times the same",
+        ),
+        (["generate", "c", "--input", "x", "--greedy", "--min-p", "0.1"], "so --min-p means nothing. Leave one out."),
+        (["generate", "c", "--input", "x", "--beams", "2", "--logprobs", "1"], "leave penalties and --logprobs out"),
+        (["generate", "c", "--prompt", "x", "--logprobs", "1"], "are told in rows of JSON. Add --output FILE, or --output -"),
+        (
+            ["generate", "c", "--prompt", "x", "--system", "y"],
+            '--system goes with --chat. In rows it is a message: {"role": "system"',
+        ),
+        (["generate", "c", "--chat", "--output", "y"], "--chat shows one answer after the other, so --output means nothing"),
+        (["generate", "c", "--prompt", "x", "--stop", ""], "an empty text would end every text before it begins"),
+        (
+            ["generate", "c", "--prompt", "x", "--stop", r"\n"],
+            r"\n is a backslash and a letter here. For the character, in bash: --stop $",
+        ),
+        (["generate", "c", "--prompt", "x", "--min-p", "2"], "'2' is not a number from 0 to 1"),
+        (["generate", "c", "--prompt", "x", "--repetition-penalty", "0"], "'0' is not a number above 0"),
         (["generate", "c", "--prompt", "\ud800"], "the lone surrogate U+D800 stands after ''"),
         (["data", "tokenizer", "--input", "a", "--output", "b"], "required: --vocab-size"),
         (["data", "tokenizer", "--input", "--vocab-size", "9", "--output", "b"], "--input: expected at least one argument"),
@@ -186,13 +206,26 @@ def test_generate_passes_its_options(room):
     options = "--prompt x --max-tokens 5 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 7 --tokenizer t.json"
     assert main(["generate", "CKPT", *options.split()]) == 0
     assert main(["generate", "CKPT", "--prompt", "x", "--greedy"]) == 0
-    defaults = {"checkpoint": "CKPT", "prompt": "x", "max_tokens": 64, "seed": 1234, "tokenizer": None, "greedy": False}
+    assert main(["generate", "CKPT", "--chat", "--stop", "a", "--stop", "b"]) == 0
+    defaults = {"checkpoint": "CKPT", "prompt": ["x"], "max_tokens": 64, "seed": 1234, "tokenizer": None, "greedy": False}
     defaults |= {"temperature": 1.0, "top_k": None, "top_p": None, "beams": None, "length_penalty": 0.0}
+    defaults |= {
+        "input": None,
+        "output": None,
+        "chat": False,
+        "stop": (),
+        "n": 1,
+        "min_p": None,
+        "logprobs": None,
+        "system": None,
+    }
+    defaults |= {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "chat_template": None}
     changed = {"max_tokens": 5, "temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "tokenizer": "t.json"}
     assert [{key: call[key] for key in defaults} for call in calls] == [
         defaults,
         defaults | changed,
         defaults | {"greedy": True},
+        defaults | {"prompt": None, "max_tokens": 512, "chat": True, "stop": ("a", "b")},
     ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 from tokenizer_models import KINDS
 
-from megatrain.data.stream import CONTEXT, pieces_of_text
+from megatrain.data.stream import CONTEXT, GrowingText
 from megatrain.data.tokenizer import ByteTokenizer, JsonTokenizer
 
 CODECS = {"bytes": ByteTokenizer, **{kind: lambda made=made: JsonTokenizer(made()) for kind, made in KINDS.items()}}
@@ -12,10 +12,16 @@ NI = [3 + byte for byte in "你".encode()]
 """The bytes of a character, as tokens of the LLaMA-like tokenizer."""
 
 
+def pieces_of_text(codec, ids, before=()):
+    """The text that ids add to that of others, piece by piece."""
+    text = GrowingText(codec, before)
+    return [piece for piece in (*map(text.push, ids), text.finish()) if piece]
+
+
 def split(codec, text, at):
     """The ids of a text, and the pieces in which those from `at` on appear."""
     ids = codec.encode(text)
-    return ids[:at], list(pieces_of_text(codec, ids[at:], ids[:at]))
+    return ids[:at], pieces_of_text(codec, ids[at:], ids[:at])
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])

@@ -15,7 +15,9 @@ from megatrain.inference.beams import Beams, best_continuation
 from megatrain.inference.engine import Engine, EngineSettings
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.paged_model import ForwardModel
-from megatrain.inference.requests import Request, Sampling
+from megatrain.inference.requests import Request, Sampling, Scored
+from megatrain.inference.text import TextStream
+from megatrain.inference.text_plans import PlannedText
 from megatrain.inference.trained import laid_out, load_chunks, saved_config
 from megatrain.kernels.attention_mask import AttentionMask
 from megatrain.models.batch import MicroBatch
@@ -27,6 +29,7 @@ from megatrain.parallel.portion import Portion
 from megatrain.testing import simulate
 from megatrain.training import schedule_of
 from megatrain.verbs.generate import main
+from megatrain.verbs.prompt_rows import Wishes
 
 IDS = Sentinels(sop=257, eop=258, cls=259, mask=260, gmask=261, smask=262, noise=263, eos=256)
 V = 264
@@ -207,24 +210,15 @@ def test_what_is_written_is_seen_by_the_next_blank():
 
 
 def arguments(checkpoint, **more):
-    given = {
-        "prompt": "ab[MASK]cd",
-        "max_tokens": 6,
-        "seed": 3,
-        "tokenizer": None,
-        "eod": None,
-        "bos": None,
-        "greedy": True,
-        "beams": None,
-    }
-    others = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": [], "length_penalty": 0.0}
-    return argparse.Namespace(checkpoint=str(checkpoint), **{**given, **others, **more})
+    given = {"prompt": ["ab[MASK]cd"], "input": None, "output": None, "chat": False, "chat_template": None, "system": None}
+    given |= {**vars(Wishes(max_tokens=6, seed=3, greedy=True)), "tokenizer": None, "eod": None, "bos": None, "overrides": []}
+    return argparse.Namespace(checkpoint=str(checkpoint), **{**given, **more})
 
 
 def test_the_program_writes_the_text_with_its_blanks_filled(tmp_path, capsys):
     saved(tmp_path, config_of())
     for prompt, ends in (("ab[MASK]cd", "cd\n"), ("ab", "\n")):
-        assert main(arguments(tmp_path, prompt=prompt)) == 0
+        assert main(arguments(tmp_path, prompt=[prompt])) == 0
         text = capsys.readouterr().out
         assert text.startswith("ab") and text.endswith(ends) and "[MASK]" not in text and len(text) > len(prompt) - 4
     assert main(arguments(tmp_path, beams=3, greedy=False)) == 0
@@ -235,8 +229,15 @@ def test_blanks_are_decoded_after_what_stands_before(tmp_path, capsys, monkeypat
     tokenizer = sentencepiece()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     filled = tokenizer.encode("once upon 你", add_special_tokens=False).ids[1:]
-    monkeypatch.setattr("megatrain.verbs.generate.answered", lambda *_: iter(filled))
+
+    def pretended(_request, manner, before, show):
+        stream = TextStream(manner.codec, before)
+        show(text := "".join(map(stream.push, filled)))
+        return PlannedText(text, tuple(Scored(token, 0.0, greedy=True) for token in filled), "stop")
+        yield
+
+    monkeypatch.setattr("megatrain.inference.text_plans.written", pretended)
     saved(tmp_path, config_of(vocab_size=tokenizer.get_vocab_size() + 8))
     for beams in (None, 1, 2):
-        main(arguments(tmp_path, prompt="once[MASK] a[gMASK]", tokenizer=str(tmp_path / "tokenizer.json"), beams=beams))
+        main(arguments(tmp_path, prompt=["once[MASK] a[gMASK]"], tokenizer=str(tmp_path / "tokenizer.json"), beams=beams))
         assert capsys.readouterr().out == "once upon 你 a upon 你\n"

@@ -1,57 +1,37 @@
-import argparse
 import io
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from tiny_checkpoint import arguments, config_of, model_of, saved, whole_gpt
 from tokenizer_models import sentencepiece
 
 from megatrain.assembly import mesh_shape
 from megatrain.checkpoint.save import Contents, save
 from megatrain.checkpoint.together import CheckpointError
-from megatrain.config.load import dump, from_dict
+from megatrain.config.load import dump
 from megatrain.config.source import ConfigError
+from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.inference.engine import Engine, EngineSettings
+from megatrain.inference.opening import Opened, TokenizerWish
 from megatrain.inference.overflow import whole_answers
 from megatrain.inference.paged_model import ForwardModel
-from megatrain.inference.requests import Request, Sampling
+from megatrain.inference.requests import Request, Sampling, Scored
+from megatrain.inference.text import TextStream
+from megatrain.inference.text_plans import PlannedText
 from megatrain.inference.trained import laid_out, load_chunks, saved_config
 from megatrain.models.batch import MicroBatch
-from megatrain.models.gpt import build_gpt
-from megatrain.models.layers import Build
-from megatrain.parallel.mesh import MeshShape, ParallelContext, Rows
+from megatrain.parallel.mesh import MeshShape, ParallelContext
 from megatrain.parallel.pipeline_parallel import Unsharded
 from megatrain.parallel.portion import Portion
 from megatrain.testing import simulate
 from megatrain.training import schedule_of
-from megatrain.verbs.generate import main
+from megatrain.verbs.generate import generate, main
 
-ONE = MeshShape()
 SINGLE = ParallelContext.single()
 CPU = torch.device("cpu")
-
-
-def config_of(**model):
-    shape = {
-        "num_layers": 2,
-        "hidden_size": 16,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "seq_length": 24,
-        "vocab_size": 261,
-        "init_std": 0.4,
-        "dropout": 0.5,
-    }
-    return from_dict({"model": {**shape, **model}, "data": {"tokenizer": "bytes"}, "train": {"precision": "fp32"}})
-
-
-def model_of(config, ctx=SINGLE):
-    return whole_gpt(config.model, config.model.vocab_size, ctx).eval()
-
-
-def whole_gpt(model, vocab_size, ctx):
-    return build_gpt(Build(Rows(ctx.tp), torch.float32, ctx.device, model, vocab_size, seed=7))[0]
 
 
 def engine_of(chunks, config, ctx=SINGLE):
@@ -63,17 +43,6 @@ def continuation(engine, prompt, max_tokens, sampling, seed, ends=()):
     """The tokens after a prompt, in as many parts as the positions make of them."""
     (parts,) = whole_answers(engine, [Request(tuple(prompt), max_tokens, sampling, seed, ends=frozenset(ends))])
     return [scored.token for part in parts for scored in part.tokens]
-
-
-def saved(directory, config, layout=ONE, dtype=torch.float32):
-    """A run's checkpoint, saved under a layout."""
-
-    def write(ctx):
-        parameters = model_of(config, ctx).logical_parameters()
-        weights = {p.spec.name: Portion.whole(p.spec, p.detach().to(dtype)) for p in parameters}
-        return save(directory / "checkpoints", Contents(5, {}, dump(config)), {"weights": weights}, ctx)
-
-    return simulate(layout, write)[0]
 
 
 @torch.no_grad()
@@ -146,10 +115,18 @@ def test_the_end_token_stops():
     )
 
 
-def arguments(checkpoint, **more):
-    defaults = {"prompt": "ab", "max_tokens": 12, "seed": 3, "tokenizer": None, "eod": None, "bos": None, "greedy": False}
-    sampling = {"temperature": 1.0, "top_k": None, "top_p": None, "overrides": [], "beams": None, "length_penalty": 0.0}
-    return argparse.Namespace(checkpoint=str(checkpoint), **{**defaults, **sampling, **more})
+def pretended(tokens, asked):
+    """A plan that writes given tokens, and keeps its requests in `asked`."""
+
+    def plan(request, manner, before, show=None):
+        asked.append(request)
+        stream = TextStream(manner.codec, before, manner.stops)
+        text = "".join(map(stream.push, tokens)) + stream.finish()
+        show(text)
+        return PlannedText(text, tuple(Scored(token, 0.0, greedy=True) for token in tokens), "length")
+        yield
+
+    return plan
 
 
 def test_the_program_prints_the_prompt_and_what_follows(tmp_path, capsys):
@@ -176,7 +153,7 @@ def test_the_answer_is_decoded_after_the_prompt(tmp_path, capsys, monkeypatch):
     tokenizer = sentencepiece()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     wanted = tokenizer.encode("once upon a 你", add_special_tokens=False).ids
-    monkeypatch.setattr("megatrain.verbs.generate.answered", lambda *_: iter(wanted[1:]))
+    monkeypatch.setattr("megatrain.verbs.prompt_plans.written", pretended(wanted[1:], []))
     saved(tmp_path, config_of(vocab_size=tokenizer.get_vocab_size()))
     main(arguments(tmp_path, prompt="once", tokenizer=str(tmp_path / "tokenizer.json")))
     assert capsys.readouterr().out == "once upon a 你\n"
@@ -203,11 +180,12 @@ def test_a_text_begins_and_ends_as_the_tokenizer_says(
     for name, content in beside.items():
         (tmp_path / name).write_text(content)
     given = []
-    monkeypatch.setattr("megatrain.verbs.generate.answered", lambda _, r, __: given.append((r.tokens, r.ends)) or iter(()))
+    monkeypatch.setattr("megatrain.verbs.prompt_plans.written", pretended([], given))
     config = config_of(vocab_size=tokenizer.get_vocab_size())
     saved(tmp_path, replace(config, data=replace(config.data, tokenizer=str(tmp_path / "tokenizer.json"), **data)))
     main(arguments(tmp_path, prompt=prompt))
-    assert given == [(tuple(once if token == 262 else token for token in started), frozenset(ends))]
+    tokens = tuple(once if token == 262 else token for token in started)
+    assert [(request.tokens, request.ends) for request in given] == [(tokens, frozenset(ends))]
 
 
 LAYOUTS = [
@@ -296,3 +274,112 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     simulate(1, write)
     with pytest.raises(ValueError, match="made token 98 of the prompt, and the checkpoint's vocabulary has 50 tokens"):
         main(arguments(tmp_path))
+
+
+def run_rows(tmp_path, rows, **more):
+    """The rows of --output for rows of --input."""
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"prompt": None, "input": str(tmp_path / "in.jsonl"), "output": str(tmp_path / "out.jsonl"), **more}
+    assert main(arguments(tmp_path, **given)) == 0
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def test_rows_have_the_texts_that_each_prompt_has_alone(tmp_path, capsys):
+    saved(tmp_path, config_of())
+    prompts = [
+        ("ab", {"seed": 3}),
+        ("c" * 30, {"greedy": True, "max_tokens": 20}),
+        ("x", {"n": 2, "seed": 5, "logprobs": 1}),
+        ("", {}),
+    ]
+    found = run_rows(tmp_path, [{"prompt": prompt, "id": n, **more} for n, (prompt, more) in enumerate(prompts)])
+    assert [(row["index"], row["sample"], row["id"]) for row in found] == [
+        (0, 0, 0),
+        (1, 0, 1),
+        (2, 0, 2),
+        (2, 1, 2),
+        (3, 0, 3),
+    ]
+    assert "1 prompts have up to 30 tokens, and model.max_positions is 24: the last 12 are used" in capsys.readouterr().err
+    alone = [
+        ("ab", {"seed": 3}),
+        ("c" * 30, {"greedy": True, "max_tokens": 20}),
+        ("x", {"seed": 5}),
+        ("x", {"seed": 6}),
+        ("", {}),
+    ]
+    for row, (prompt, more) in zip(found, alone, strict=True):
+        main(arguments(tmp_path, prompt=prompt, **more))
+        assert capsys.readouterr().out == prompt + row["text"] + "\n"
+    assert found[2]["text"] != found[3]["text"] and len(found[1]["tokens"]) == 20
+    assert all(lp <= top[0][1] for lp, top in zip(found[2]["logprobs"], found[2]["top_logprobs"], strict=True))
+    assert [row["prompt_tokens"] for row in found] == [2, 30, 1, 1, 1]
+
+
+def test_several_texts_on_standard_output(tmp_path, capsys):
+    saved(tmp_path, config_of())
+    main(arguments(tmp_path, prompt=["ab", "x"], n=2, seed=5))
+    texts = capsys.readouterr().out.removesuffix("\n").split("\n---\n")
+    assert [text[:1] for text in texts] == ["a", "a", "x", "x"]
+    main(arguments(tmp_path, prompt="x", seed=6))
+    assert capsys.readouterr().out == texts[3] + "\n"
+    (tmp_path / "text.txt").write_text("ab\n")
+    main(arguments(tmp_path, prompt=None, input=str(tmp_path / "text.txt"), seed=5))
+    assert capsys.readouterr().out == texts[0] + "\n"
+    (tmp_path / "in.jsonl").write_text('{"prompt": "x", "seed": 6}\n')
+    main(arguments(tmp_path, prompt=None, input=str(tmp_path / "in.jsonl")))
+    assert json.loads(capsys.readouterr().out)["text"] == texts[3][1:]
+
+
+def test_nothing_is_left_of_an_output_that_did_not_come_to_its_end(tmp_path):
+    saved(tmp_path, config_of())
+    with pytest.raises(ValueError, match=r"in\.jsonl, line 2: beam search of 12 tokens after a prompt of 20 needs"):
+        run_rows(tmp_path, [{"prompt": "a"}, {"prompt": "b" * 20}], beams=2)
+    with pytest.raises(ValueError, match=r"line 1: there is no chat template beside bytes: a base model goes on with texts"):
+        run_rows(tmp_path, [{"messages": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(ValueError, match=r"line 1: the conversation has 141 tokens, and model\.max_positions is 24\. Leave"):
+        run_rows(tmp_path, [{"messages": [{"role": "user", "content": "a"}]}], chat_template="alpaca")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "in.jsonl"]
+
+
+def test_conversations_in_rows(tmp_path):
+    saved(tmp_path, config_of(seq_length=256))
+    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}]
+    open_answer = [*said, {"role": "assistant", "content": "b"}]
+    first, second, third = run_rows(
+        tmp_path,
+        [
+            {"messages": said},
+            {"messages": open_answer, "continue_final_message": True},
+            {"prompt": "S\n\n### Instruction:\na\n\n### Response:\n"},
+        ],
+        chat_template="alpaca",
+        seed=4,
+    )
+    assert first["text"] == third["text"] and first["prompt_tokens"] == second["prompt_tokens"] - 1 == third["prompt_tokens"]
+
+
+@pytest.mark.parametrize("shape", [MeshShape(tp=2, dp=2), MeshShape(pp=2)], ids=str)
+def test_under_every_layout_the_first_rank_writes_the_same_rows(tmp_path, shape):
+    config, path = config_of(), saved(tmp_path, config_of())
+    rows = [{"prompt": prompt, "n": n} for prompt, n in (("ab", 1), ("x", 2), ("c" * 30, 1))]
+    alone = run_rows(tmp_path, rows)
+    given = arguments(tmp_path, prompt=None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "again.jsonl"))
+    broken = arguments(tmp_path, prompt=["b" * 20], beams=2)
+    laid = laid_out(
+        config,
+        [f"parallel.{name}_parallel_size=2" for name in ("tensor", "pipeline") if getattr(shape, name[0] + "p") > 1],
+        shape.world,
+    )
+
+    def run(ctx):
+        weights = ForwardModel(ctx, load_chunks(path, laid, ctx), schedule_of(laid, 1, backward=False), Unsharded())
+        codec = ByteTokenizer()
+        engine = Engine(weights, codec, EngineSettings(cache_tokens=512))
+        model = Opened(path, laid, None, ctx, weights, engine, TokenizerWish(), lambda: codec)
+        with pytest.raises(ValueError, match="beam search of 12 tokens after a prompt of 20 needs"):
+            generate(broken, model)
+        return generate(given, model)
+
+    assert simulate(shape, run) == [0] * shape.world
+    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == alone

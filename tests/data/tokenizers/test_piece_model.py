@@ -12,7 +12,7 @@ from megatrain.config.schema import DataConfig
 from megatrain.data.boundaries import TokenizerError
 from megatrain.data.indexed import TokenStore
 from megatrain.data.prepare.tokenize import tokenize_files
-from megatrain.data.stream import GrowingText, pieces_of_text
+from megatrain.data.stream import GrowingText
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.data.tokenizers.fast_engine import hard_texts
 from megatrain.verbs.export_tokenizer import files_of
@@ -59,7 +59,8 @@ def test_ids_and_texts_are_those_of_the_library(folder, kind):
         assert not {tokenizer.special_id("</s>"), tokenizer.special_id("<s>")} & set(ids)
     for text in ("the dog", "unknown ж letters 🙂", "我们 </s>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert "".join(pieces_of_text(tokenizer, tokenizer.encode(text))) == text
+        growing = GrowingText(tokenizer)
+        assert "".join(map(growing.push, tokenizer.encode(text))) + growing.finish() == text
 
 
 def test_a_character_begun_waits_and_a_broken_one_does_not(folder):
