@@ -14,6 +14,7 @@ from megatrain.evaluation.prompts import Manner, contexts_of
 from megatrain.evaluation.scoring import Advance, Likelihood, answers_of, on_replicas, sums_of
 from megatrain.evaluation.tasks import EvalTask
 from megatrain.evaluation.wanted import Outcome, Wanted, Written, outcome, wanted
+from megatrain.extras import need
 from megatrain.inference.engine import Engine
 from megatrain.inference.requests import Request, Sampling
 from megatrain.parallel.mesh import ParallelContext
@@ -125,11 +126,13 @@ def _written(
     return texts
 
 
-def require_blanks(tasks: Sequence[EvalTask], fills_blanks: bool) -> None:
-    """Raise TaskError for a task of blanks where the model goes from left to right."""
+def require_askable(tasks: Sequence[EvalTask], fills_blanks: bool) -> None:
+    """Raise TaskError for a task of blanks where the model goes from left to right, MissingPackageError for one whose metric needs more."""
     for task in tasks:
         if task.keys.output_type == "infilling" and not fills_blanks:
             raise TaskError(
                 f"{task.path}: infilling needs a model that fills blanks, a GLM, and this one goes from left to right. Use output_type: "
                 "cloze, with the blank at the end, or with choices and ___."
             )
+        if task.keys.output_type == "generate_until" and {"bleu", "chrf"} & set(task.keys.metrics):
+            need("sacrebleu", f"the task {task.name} (its metrics bleu and chrf)", "eval")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatrain.data.tokenizer import Tokenizer
@@ -70,6 +70,8 @@ class LeftToRightTexts:
     """Positions of the model. It scores one token more than it reads."""
     chat: ChatFormat | None = None
     """Whose contexts have tokens of a template."""
+    _numbers: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+    """Each id once: as an object of its own every token of every choice would take 28 bytes more."""
 
     @property
     def encode(self) -> Encode:
@@ -96,7 +98,8 @@ class LeftToRightTexts:
         found = []
         for one in joined(self.codec, pairs, self.encode):
             long = len(one.context) + len(one.continuation) > self.max_length + 1
-            found.append(ToScore(tuple(windows_of(one, self.max_length)), len(one.continuation), long, one.spanned))
+            slim = replace(one, context=self._slim(one.context), continuation=self._slim(one.continuation))
+            found.append(ToScore(tuple(windows_of(slim, self.max_length)), len(one.continuation), long, one.spanned))
         return found
 
     def prompt(self, text: str, most: int) -> ToContinue:
@@ -110,4 +113,8 @@ class LeftToRightTexts:
         """Windows of a document: its first token is conditioned on what opens a text, later windows on as many tokens as fit."""
         start, ids = start_of_text(self.codec), self.codec.encode(text)
         cut = len(start) + len(ids) > self.max_length + 1
-        return ToScore(tuple(windows((*start, *ids), len(start), self.max_length)), len(ids), cut)
+        return ToScore(tuple(windows(self._slim((*start, *ids)), len(start), self.max_length)), len(ids), cut)
+
+    def _slim(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Ids, of which equal ones are the same object."""
+        return tuple(map(self._numbers.setdefault, ids, ids))

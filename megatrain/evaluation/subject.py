@@ -11,7 +11,7 @@ from typing import Any
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.tokenizer import Tokenizer
-from megatrain.evaluation.asking import AskedTask, ask, prepare, require_blanks
+from megatrain.evaluation.asking import AskedTask, ask, prepare, require_askable
 from megatrain.evaluation.blank_texts import BlankTexts, BlankTokens
 from megatrain.evaluation.estimates import estimates_of
 from megatrain.evaluation.prepared import LeftToRightTexts, Preparing
@@ -47,8 +47,8 @@ class Subject:
         return BlankTexts(self.codec, self.engine.max_length, self.blanks)
 
     def prepare(self, tasks: Sequence[EvalTask], manner: Manner) -> list[AskedTask]:
-        """Tasks as tokens, no collective. Raises TaskError, ValueError."""
-        require_blanks(tasks, self.blanks is not None)
+        """Tasks as tokens, no collective. Raises TaskError, ValueError, MissingPackageError."""
+        require_askable(tasks, self.blanks is not None)
         texts = self.texts(manner)
         return [prepare(task, manner, texts, self.engine.max_length) for task in tasks]
 

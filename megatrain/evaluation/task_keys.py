@@ -127,7 +127,7 @@ class TaskKeys:
     items: str | None = knob(
         None, "The .jsonl file with an item a line; relative to the task's own file.", use="items.jsonl", path=True
     )
-    dataset_path: Literal["json"] | None = knob(None, "The harness' word for files of JSON: `json`.")
+    dataset_path: str | None = knob(None, "The harness' word for files of JSON: `json`.", use="json")
     dataset_kwargs: DataFiles = field(default_factory=DataFiles)
     test_split: str | None = knob(None, "Which of data_files is asked; null: validation_split.", WITH_SPLITS, use="test")
     validation_split: str | None = knob(
@@ -212,6 +212,13 @@ def _require(keys: TaskKeys, tree: Tree, path: Path) -> None:
     """Raise ConfigError unless the keys together are a task."""
     if "output_type" not in tree.root:
         raise ConfigError(f"{path}: output_type is missing. Write one of {choices(METRICS)}.")
+    if keys.dataset_path not in (None, "json"):
+        _fail(
+            tree,
+            "dataset_path",
+            f"is {keys.dataset_path}, and items are read from files here. Save that set as .jsonl (docs/evaluation.md has how), and write "
+            "`items: FILE.jsonl` in place of dataset_path, dataset_kwargs and the splits.",
+        )
     if (keys.items is None) == (keys.dataset_kwargs.data_files is None):
         both = (
             "both items and dataset_kwargs.data_files are" if keys.items else "neither items nor dataset_kwargs.data_files is"

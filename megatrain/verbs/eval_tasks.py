@@ -74,6 +74,7 @@ def main(model: str, options: TaskOptions) -> int:
 
     Raises TaskError, ConfigError, CheckpointError, ImportError, OSError.
     """
+    _require_folders(options)
     tasks = _tasks(options)
     found = _evaluated(model, tasks, options)
     if found is not None:
@@ -107,6 +108,15 @@ def _document(name: str, options: TaskOptions) -> Any:
     return None if found is None else document(found.results, found.about)
 
 
+def _require_folders(options: TaskOptions) -> None:
+    """Raise TaskError where a file of results could not be written, before hours of work."""
+    for name, path in (("--json", options.json), ("--items", options.items)):
+        if path is not None and not path.parent.is_dir():
+            raise TaskError(f"{name} {path}: there is no folder {path.parent}. Make it first.")
+        if path is not None and path.is_dir():
+            raise TaskError(f"{name} {path} is a folder. Give a file in it.")
+
+
 def _tasks(options: TaskOptions) -> tuple[EvalTask, ...]:
     return load_tasks(options.tasks, options.limit)
 
@@ -128,18 +138,18 @@ def _evaluated(path: str, tasks: Sequence[EvalTask], options: TaskOptions) -> Fi
                 model.engine, codec, model.ctx, blank_tokens(model.config, codec, model.engine.vocab_size, model.marks)
             )
             asked = subject.prepare(tasks, manner)
+            stores = _stores(model, options)
         if model.is_first:
             for said in [warning for task in tasks for warning in task.warnings]:
                 note(f"megatrain: {said}")
         with _progress(sum(one.size for one in asked) // model.ctx.dp.size, model.is_first) as advance:
             results = list(subject.results(asked, advance))
         about, step = _about(model, options), _step(model.source)
-        stores = options.against or tuple(corpus.path for corpus in model.config.data.train)
         first = model.is_first
     if not first:
         return None
-    if options.contamination or options.against:
-        results = contaminated(results, stores, codec)
+    if stores:
+        results = contaminated(results, stores)
     return Findings(results, about, step)
 
 
@@ -153,17 +163,24 @@ def _progress(total: int, shown: bool) -> Iterator[Advance]:
         yield advance
 
 
-def contaminated(results: Sequence[TaskResult], prefixes: Sequence[str], codec: Tokenizer) -> list[TaskResult]:
-    """Results with what of their items token stores have. Raises TaskError, TokenStoreError."""
+def _stores(model: Opened, options: TaskOptions) -> list[tuple[TokenStore, Tokenizer]]:
+    """The token stores in which items are looked for, with their tokenizers. Raises TaskError, TokenStoreError."""
+    if not (options.contamination or options.against):
+        return []
+    prefixes = options.against or tuple(corpus.path for corpus in model.config.data.train)
     if not prefixes:
         raise TaskError(
             "--contamination: the model's run names no data.train. Say where to look: --against PREFIX of a token store."
         )
     stores = [TokenStore(prefix) for prefix in prefixes]
-    codecs = [codec_of_store(store, codec) for store in stores]
+    return [(store, codec_of_store(store, model.codec)) for store in stores]
+
+
+def contaminated(results: Sequence[TaskResult], stores: Sequence[tuple[TokenStore, Tokenizer]]) -> list[TaskResult]:
+    """Results with what token stores have of their items. Raises TokenStoreError."""
     texts = [text_to_look_for(result.task.keys, one) for result in results for one in result.task.questions]
-    with bar("training data", sum(store.tokens for store in stores)) as advance:
-        pieces = (piece for store, of in zip(stores, codecs, strict=True) for piece in texts_of_store(store, of, advance))
+    with bar("training data", sum(store.tokens for store, _ in stores)) as advance:
+        pieces = (piece for store, codec in stores for piece in texts_of_store(store, codec, advance))
         found = iter(overlaps(texts, pieces))
     return [replace(result, overlaps=tuple(next(found) for _ in result.task.questions)) for result in results]
 

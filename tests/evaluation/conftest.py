@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from megatrain.assembly import layer_pieces
 from megatrain.config.load import from_dict
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.evaluation.subject import Subject, blank_tokens
@@ -16,14 +17,16 @@ CTX = ParallelContext.single()
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 272, "init_std": 0.4}
 
 
-def made(model, data, **settings):
+def made(model, data, ctx=CTX, **settings):
     """A model with weights of a large spread that reads bytes, ready to be asked."""
-    config = from_dict({"model": {**SHAPE, **model}, "data": {"tokenizer": "bytes", **data}, "train": {"precision": "fp32"}})
-    codec = load_tokenizer("bytes")
-    chunks = build_gpt(Build(Rows(CTX.tp), torch.float32, CTX.device, config.model, 272, seed=7))
-    weights = ForwardModel(CTX, [chunk.eval() for chunk in chunks], schedule_of(config, 1, backward=False), Unsharded())
+    layout = {"tensor_parallel_size": ctx.tp.size, "pipeline_parallel_size": ctx.pp.size}
+    sections = {"model": {**SHAPE, **model}, "data": {"tokenizer": "bytes", **data}, "parallel": layout}
+    config, codec = from_dict({**sections, "train": {"precision": "fp32"}}), load_tokenizer("bytes")
+    build = Build(Rows(ctx.tp), torch.float32, ctx.device, config.model, 272, seed=7)
+    chunks = build_gpt(build, *layer_pieces(config, 272), ctx.pp.rank)
+    weights = ForwardModel(ctx, [chunk.eval() for chunk in chunks], schedule_of(config, 1, backward=False), Unsharded())
     engine = Engine(weights, codec, EngineSettings(cache_tokens=16384, **settings))
-    return Subject(engine, codec, CTX, blank_tokens(config, codec, engine.vocab_size))
+    return Subject(engine, codec, ctx, blank_tokens(config, codec, engine.vocab_size))
 
 
 @pytest.fixture(scope="package")

@@ -70,7 +70,7 @@ def test_scores_are_those_of_the_training_forward(glm, texts):
 
 
 def test_infilling_needs_a_model_of_blanks(gpt, glm):
-    (task,) = load_tasks(["infill_en"], limit=3)
+    (task,) = load_tasks(["infill_en"], limit=2)
     with pytest.raises(
         TaskError, match=r"infill_en\.yaml: infilling needs a model that fills blanks, a GLM, and this one goes from"
     ):

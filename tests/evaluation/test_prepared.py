@@ -48,13 +48,13 @@ def test_what_opens_a_text_is_put_once():
 def test_scores_of_windows_are_those_of_the_whole(gpt):
     """Each token of a document is scored once, in the order of the text: the sum of all windows is that of the tokens one by one."""
     texts = LeftToRightTexts(gpt.codec, 16)
-    document = texts.document("The quick brown fox jumps over the lazy dog.")
+    document = texts.document("The quick brown fox jumps over.")
     answers = gpt.engine.run([Request(one.tokens, 0, score_from=one.first) for one in document.windows])
     scored = bytes(of.token for answer in answers for of in answer.prompt)
-    assert scored == b"The quick brown fox jumps over the lazy dog."
+    assert scored == b"The quick brown fox jumps over."
     one_by_one = 0.0
     for window in document.windows:
-        for place in range(window.first, len(window.tokens)):
-            (answer,) = gpt.engine.run([Request(window.tokens[: place + 1], 0, score_from=place)])
-            one_by_one += answer.prompt[0].logprob
+        places = range(window.first, len(window.tokens))
+        alone = gpt.engine.run([Request(window.tokens[: place + 1], 0, score_from=place) for place in places])
+        one_by_one += sum(answer.prompt[0].logprob for answer in alone)
     assert math.fsum(of.logprob for answer in answers for of in answer.prompt) == pytest.approx(one_by_one, abs=1e-4)

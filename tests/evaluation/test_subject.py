@@ -10,6 +10,8 @@ from megatrain.evaluation.prompts import Manner
 from megatrain.evaluation.subject import Subject
 from megatrain.evaluation.tasks import load_tasks
 from megatrain.inference.opening import opened
+from megatrain.parallel.mesh import MeshShape, ParallelContext
+from megatrain.testing import simulate
 
 NAMES = ["choices", "rolls", "writes"]
 
@@ -57,3 +59,34 @@ def test_metrics_are_the_harness(both):
     bits = theirs["results"]["rolls"]["bits_per_byte,none"]
     assert ours["rolls"].estimates.metrics["bits_per_byte"].value == pytest.approx(bits, rel=1e-6)
     assert ours["choices"].asked.truncated == 1
+
+
+LAYOUTS = [MeshShape(tp=2), MeshShape(pp=2), MeshShape(tp=2, dp=2)]
+SETTINGS = {
+    "gpt": ({"seq_length": 256}, {}, ["quiz_zh", "cloze_zh", "sentiment_en", "text_zh", "topic_en"]),
+    "glm": ({"seq_length": 128, "family": "glm"}, {"objective": "glm"}, ["quiz_en", "infill_zh", "text_en"]),
+}
+
+
+@pytest.mark.parametrize("family", SETTINGS)
+def test_every_layout_gives_the_same(make_subject, family):
+    model, data, names = SETTINGS[family]
+    tasks = load_tasks(names, limit=2)
+
+    def answers(ctx):
+        subject = make_subject(model, data, ctx)
+        results = list(subject.results(subject.prepare(tasks, Manner(num_fewshot=1))))
+        return [one.values | {"answer": one.record.get("answer")} for result in results for one in result.outcomes]
+
+    alone = answers(ParallelContext.single())
+    for layout in LAYOUTS:
+        ranks = simulate(layout, answers)
+        assert all(rank == ranks[0] for rank in ranks)
+        for found, wanted in zip(ranks[0], alone, strict=True):
+            assert found.pop("answer") == wanted.get("answer")
+            assert found == pytest.approx({key: value for key, value in wanted.items() if key != "answer"}, rel=1e-5)
+
+
+def test_a_chat_with_a_model_of_blanks(glm):
+    with pytest.raises(ValueError, match="--chat: this model fills blanks, and is asked through them"):
+        glm.prepare(load_tasks(["quiz_en"], limit=1), Manner(chat=object()))

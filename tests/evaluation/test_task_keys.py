@@ -73,6 +73,7 @@ metadata: {version: 1.0}
         ),
         (CHOICE.replace("doc_to_target: answer\n", ""), "doc_to_target is missing, which output_type multiple_choice needs."),
         (CHOICE.replace("items: items.jsonl\n", ""), "neither items nor dataset_kwargs.data_files is given. Write `items: FILE.jsonl`."),
+        (CHOICE + "dataset_path: allenai/ai2_arc\n", "task.yaml:6: dataset_path is allenai/ai2_arc, and items are read from files here."),
         (CHOICE + "dataset_kwargs: {data_files: b.jsonl}\n", "both items and dataset_kwargs.data_files are"),
         (CHOICE + "metric_list: [{metric: bleu}]\n", "has no metric 'bleu'. Use acc, acc_norm, acc_bytes, acc_tokens or acc_pmi."),
         (CHOICE + "metric_list: [acc]\n", "metric_list[0] is the text 'acc', not a mapping. Write its keys as {metric,"),

@@ -32,7 +32,7 @@ def asked(house, *words):
 
 
 def test_a_table_files_and_contamination(house, tmp_path):
-    names = ["text_en", "quiz_zh", "qa_en"]
+    names = ["text_en", "quiz_zh", "cloze_en"]
     files = [
         "--json",
         str(tmp_path / "r.json"),
@@ -45,7 +45,7 @@ def test_a_table_files_and_contamination(house, tmp_path):
     ]
     ended = asked(house, "--tasks", *names, "--limit", "12", "--num-fewshot", "0", "--contamination", *files)
     assert (ended.code, ended.err) == (0, "")
-    assert ended.out.splitlines()[1].startswith("text_en  bits_per_byte ")
+    assert ended.out.splitlines()[1].split()[:2] == ["text_en", "bits_per_byte"]
     assert "text_en: the training data has 13 words in a row of 10 of 12 items (83.3%); 0 are too short to tell; " in ended.out
     assert "quiz_zh: the training data has 13 words in a row of 0 of 12 items (0.0%)" in ended.out
     found = json.loads((tmp_path / "r.json").read_text())
@@ -65,7 +65,7 @@ def test_a_table_files_and_contamination(house, tmp_path):
 
 
 def test_two_replicas_give_the_same(house, tmp_path):
-    words = ["--tasks", "quiz_zh", "topic_en", "--limit", "7"]
+    words = ["--tasks", "quiz_zh", "topic_en", "--limit", "3"]
     alone = asked(house, *words, "--json", str(tmp_path / "one.json"), "--batch", "2")
     both = [str(house / "run/checkpoints"), *words, "--json", str(tmp_path / "two.json"), "parallel.pipeline_parallel_size=1"]
     pair = jobs.train(tmp_path / "job", *both, size=2, verb="eval")
@@ -128,6 +128,12 @@ def test_a_chat(house):
         ),
         (["--tasks", "qa_en", "--num-fewshot", "99"], 1, "99 examples are asked for, and there are 23 other items to show."),
         (["--tasks", "quiz_en", "--against", "/nowhere"], 1, "/nowhere"),
+        (
+            ["--tasks", "quiz_en", "--json", "/nowhere/r.json"],
+            1,
+            "--json /nowhere/r.json: there is no folder /nowhere. Make it first.",
+        ),
+        (["--tasks", "quiz_en", "--items", "/"], 1, "--items / is a folder. Give a file in it."),
         (["--tasks", "quiz_en", "optim.lr=1"], 1, "only the layout can be chosen here"),
         (["--tasks", "quiz_en", "--json"], 2, "--json: with --tasks say where results go: --json FILE."),
         (["--limit", "3"], 2, "--limit is about tasks. Name some: --tasks NAME."),
