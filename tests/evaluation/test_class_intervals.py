@@ -39,6 +39,18 @@ def test_closed_form_of_macro_f1_agrees_with_the_bootstrap() -> None:
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=2e-3)
 
 
+def test_macro_f1_is_moved_by_the_bias_of_f1() -> None:
+    one = Confusion(("a",), np.array([[30, 10]]))
+    found, alone = macro_estimate(one), per_class_estimates(one)["a"]["f1"]
+    bias = 2 * 0.75 * 0.25 / (1.75**3 * 40)  # -J'' / 2 of 2J / (1 + J), times the variance of J = 30 / 40
+    assert (found.low, found.high) == (pytest.approx(alone.low + bias, abs=1e-12), pytest.approx(alone.high + bias, abs=1e-12))
+
+
+def test_the_standard_error_of_few_items_is_not_too_small() -> None:
+    few = Confusion(("a", "b"), np.array([[2, 1, 0], [1, 1, 0]]))  # 3 of 5 right, so micro F1 is a mean of 5
+    assert class_estimates(few)["micro_f1"].stderr == pytest.approx(np.sqrt(0.6 * 0.4 / 4), rel=0.03)
+
+
 def test_scores_of_one_class() -> None:
     found = per_class_estimates(MATRIX)
     assert found["a"]["precision"] == proportion(30, 33)

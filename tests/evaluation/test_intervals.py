@@ -154,5 +154,6 @@ def test_macro_average_is_as_lopsided_as_its_tasks() -> None:
 
 
 def test_a_known_standard_error() -> None:
+    assert with_stderr(1.0, 0.5, 99, None, "x", freedom=2.0).high == pytest.approx(1.0 + 4.30265273 * 0.5)  # t(0.975, 2)
     found, wilson = with_stderr(40.0, 2.0, 10**9, (0.0, 100.0), "x"), proportion(240, 600)  # 0.4 * 0.6 / 600 = 0.02^2
     assert (found.low, found.high) == pytest.approx((100 * wilson.low, 100 * wilson.high), abs=1e-9)
