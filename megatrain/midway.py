@@ -71,7 +71,7 @@ class Midway:
             lengths = [prompt.longest for prompt in samples.prompts]
             with engine_of_run(job, self.codec, lengths, job.stop_requested) as engine:
                 work: Callable[[Sequence[FixedPrompt]], list[Any]] = lambda some: samples.written(engine, some)  # noqa: E731
-                return on_replicas(samples.prompts, lambda prompt: prompt.longest, work, dealing(job))
+                return on_replicas(engine, samples.prompts, lambda prompt: prompt.longest, work, dealing(job))
 
         texts = self._asked("samples", ask, pause)
         if texts is not None:

@@ -119,7 +119,7 @@ def _written(
         answers = answers_of(engine, [one for _, one in part], advance)
         return [[one.text, one.finish, len(one.tokens)] for one in answers]
 
-    found = on_replicas(asked, lambda one: len(one[1].tokens) + one[1].max_tokens, work, ctx)
+    found = on_replicas(engine, asked, lambda one: len(one[1].tokens) + one[1].max_tokens, work, ctx)
     texts: list[Written | None] = [None] * len(requests)
     for (place, _), (text, finish, tokens) in zip(asked, found, strict=True):
         texts[place] = Written(text, finish, tokens)

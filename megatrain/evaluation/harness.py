@@ -95,7 +95,9 @@ class MegatrainLM(LM):
             return [answer.text for answer in answers_of(self.model.engine, part, advance)]
 
         with self._progress(len(made)) as advance:
-            return on_replicas(made, lambda request: len(request.tokens) + request.max_tokens, write, self.model.ctx)
+            return on_replicas(
+                self.model.engine, made, lambda request: len(request.tokens) + request.max_tokens, write, self.model.ctx
+            )
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation, with marks that `Chat.encode` knows. Raises ValueError where the model has no chat template."""

@@ -120,7 +120,7 @@ def sums_of(
         answers = answers_of(engine, requests, advance)
         return [[math.fsum(of.logprob for of in a.prompt), all(of.greedy for of in a.prompt)] for a in answers]
 
-    scored = on_replicas(ordered, lambda window: len(window.tokens), work, ctx)
+    scored = on_replicas(engine, ordered, lambda window: len(window.tokens), work, ctx)
     found = dict(zip(ordered, scored, strict=True))
     return [(math.fsum(found[one][0] for one in of), all(bool(found[one][1]) for one in of)) for of in parts]
 
@@ -138,6 +138,7 @@ def answers_of(engine: Engine, requests: Sequence[Request], advance: Advance = l
 
 
 def on_replicas(
+    engine: Engine,
     items: Sequence[Item],
     tokens: Callable[[Item], int],
     work: Callable[[Sequence[Item]], list[Any]],
@@ -146,7 +147,7 @@ def on_replicas(
     """The result of `work` for each item, in order, on every rank (collective). Each replica gets items that follow one another, of about
     as many tokens, and works on some of them at a time.
 
-    tokens: of an item; results are made of what JSON has. A ValueError of one replica is raised by all.
+    engine: that `work` asks; tokens: of an item; results are made of what JSON has. A ValueError of one replica is raised by all.
     """
     ctx = ctx or ParallelContext.single()
     mine: list[list[Any]] = []
@@ -156,6 +157,10 @@ def on_replicas(
             mine.append([result for at in range(0, len(part), _AT_ONCE) for result in work(part[at : at + _AT_ONCE])])
     except ValueError as error:  # of one replica, whose ranks all raise it: the others would wait for its results
         failure = error
+    try:
+        engine.settle()
+    except ValueError as error:
+        failure = failure or error
     culprit = lowest(failure is not None, ctx.dp.group, ctx.device)
     if culprit is not None:
         message = broadcast_text(str(failure), ctx.dp.group, ctx.device, culprit)

@@ -152,6 +152,9 @@ class Engine:
             self.step()
         return [self.answer(number) for number in numbers]
 
+    def settle(self) -> None:
+        """Say that this replica has no more work for now: an engine whose replicas wait for each other does so here."""
+
     def new_weights(self) -> None:
         """Say that the weights have changed: what is kept of prefixes is forgotten. Raises ValueError while requests are under way."""
         if self.busy:

@@ -2,7 +2,7 @@
 
     ranks     tensor and pipeline parallel ranks work together, as in a step; the schedule is the run's, of one micro-batch, forward
     ZeRO 3    a layer's weights are gathered over the replicas in its turn, so all replicas work on the same requests, step by step
-    else      each replica has all weights, and works on its own requests (`replicas.share`)
+    else      each replica has all weights, and works on its own requests; one that is done waits for the others (`settle`)
 
 Nothing random is drawn that a step would draw, dropout is off, and no compiled code runs, which would be compiled for each number of rows.
 Keys and values, and the rows of a step, are at most as many as the tokens of one micro-batch (but for a single longer request): a step of
@@ -26,33 +26,38 @@ from megatrain.training import Model, schedule_of
 
 
 class Told(ValueError):
-    """A rank was told to stop; raised on all ranks that work together."""
+    """A rank was told to stop; raised on all ranks."""
 
 
 class RunningEngine(Engine):
-    """An engine that looks before each of its steps whether to go on."""
+    """An engine whose ranks, those of all replicas, look before each of their steps whether to go on: 8 bytes over the world."""
 
     def __init__(
-        self,
-        weights: ForwardModel,
-        codec: Tokenizer,
-        settings: EngineSettings,
-        told: Callable[[], bool],
-        voters: Sequence[Axis],
+        self, weights: ForwardModel, codec: Tokenizer | None, settings: EngineSettings, told: Callable[[], bool]
     ) -> None:
-        """told: whether this rank is told to stop; voters: axes of the ranks that take steps together."""
+        """told: whether this rank is told to stop."""
         super().__init__(weights, codec, settings)
-        self._told, self._voters = told, voters
+        self._told, self._left = told, False
 
     def step(self) -> list[StepUpdate]:
-        """As `Engine.step`. Raises Told on all ranks that take steps together where one is told to stop."""
-        ctx = self.model.weights.ctx
-        wishes = torch.full((), float(self._told()), device=ctx.device)
-        for axis in self._voters:
-            axis.all_reduce(wishes)
-        if bool(ctx.world.to_host(wishes)):
-            raise Told("the run was told to stop.")
+        """As `Engine.step`, at the same time on all replicas (collective). Raises Told on all ranks where one is told to stop."""
+        self._goes_on(busy=True)
         return super().step()
+
+    def settle(self) -> None:
+        """Wait until no replica has work left (collective), and look meanwhile as in `step`, so that this rank is not taken to hang."""
+        while not self._left and self._goes_on(busy=False):
+            pass
+
+    def _goes_on(self, *, busy: bool) -> bool:
+        """Whether a replica has work left; busy: this one has (collective)."""
+        world, device = self.model.weights.ctx.world, self.model.weights.ctx.device
+        votes = world.all_reduce(torch.tensor([float(self._told()), float(busy)], device=device))
+        wishes, working = world.to_host(votes).tolist()
+        if wishes:
+            self._left = True
+            raise Told("the run was told to stop.")
+        return bool(working)
 
 
 def together(run: Model) -> bool:
@@ -77,20 +82,19 @@ def room_for(run: Model, lengths: Sequence[int], block: int = 16) -> EngineSetti
 
 @contextmanager
 def engine_of_run(
-    run: Model, codec: Tokenizer, lengths: Sequence[int] = (), told: Callable[[], bool] = bool
+    run: Model, codec: Tokenizer | None, lengths: Sequence[int] = (), told: Callable[[], bool] = bool
 ) -> Iterator[RunningEngine]:
     """An engine over a run's weights as they are, for requests of such lengths; the run may go on once it is left.
 
-    told: asked on every rank before each of the engine's steps, as `RunningEngine`.
+    told: whether a rank is told to stop, asked on every rank before each of the engine's steps. All replicas take steps, or `settle`.
     """
     ctx, alike = run.ctx, together(run)
     schedule = schedule_of(run.config, 1, backward=False)
     weights = ForwardModel(ctx, run.chunks, schedule, run.parameters, ctx.dp if alike else Axis("alike"), _plain)
-    voters = (ctx.world,) if alike else (ctx.tp, ctx.pp)
     for chunk in run.chunks:
         chunk.eval()
     try:
-        yield RunningEngine(weights, codec, room_for(run, lengths), told, voters)
+        yield RunningEngine(weights, codec, room_for(run, lengths), told)
     finally:
         for chunk in run.chunks:
             chunk.train()
