@@ -1,6 +1,6 @@
 """Which implementation of an operation serves: the one place that decides (`train.kernels`).
 
-    auto        Triton on CUDA and numba on a CPU in BF16, where they are installed, else the reference
+    auto        Triton on CUDA and numba on a CPU in BF16 (decoding's attention: and float32), where they are installed, else the reference
     triton      Triton; on a CPU its interpreter (TRITON_INTERPRET=1), for tests; an error where there is neither
     numba       numba on a CPU in BF16 (kernels/cpu.py); an error where it is not installed, or cannot serve
     reference   plain PyTorch everywhere

@@ -9,7 +9,8 @@
 
 A query's result does not change by a bit on a CPU, whatever sequences are beside it, wherever the blocks lie, and whether it is
 computed alone or together with queries before it: tiles have `TILE` keys and begin at multiples of it, and a product has `ROWS` rows
-or a multiple. All is in float32 at least.
+or a multiple. All is in float32 at least. The reference gathers tiles for batched products; numba (kernels/cpu_paged.py, in float32 too)
+and Triton (kernels/paged_triton.py) read them where they lie.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from megatrain.kernels.attention_mask import CAUSAL, AttentionMask
-from megatrain.kernels.dispatch import Kernels, use_triton
+from megatrain.kernels.dispatch import Kernels, numba_lacks, use_triton
 from megatrain.kernels.paged_triton import attend, blocks_of, height_of, takes
 
 TILE = 128
@@ -57,6 +59,7 @@ class Pages:
         """Number of queries in a block of them."""
         return 1 if self.counts is None else min(HEIGHT, max(self.counts))
 
+    _spans: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False, repr=False)
     _blocks: dict[int, torch.Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def blocks(self, height: int) -> torch.Tensor:
@@ -65,6 +68,15 @@ class Pages:
             of = blocks_of(self.counts or (1,) * len(self.lengths), height)
             self._blocks[height] = torch.from_numpy(of).to(self.table.device)
         return self._blocks[height]
+
+    def spans(self, window: int | None, sparse: tuple[int, int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each query's place and the two spans of keys it sees [t, 5]; slots of each sequence's keys [n, longest].
+
+        int64; made once, since every layer asks for the same.
+        """
+        if (window, sparse) not in self._spans:
+            self._spans[window, sparse] = _spans(self, window, sparse)
+        return self._spans[window, sparse]
 
     def slots(self, sequences: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Slots of the keys at places [i, k] of sequences [i]: int64 [i, k]."""
@@ -95,18 +107,26 @@ def paged_attention(
     keys up to its own and those of its prefix; window and sparse hide some of them, as in `AttentionMask.within`; slopes [a] are
     ALiBi's, by places in the sequence.
     """
-    if served_by(kernels, q.device, q.dtype, q.shape[2]) == "triton":
+    by = served_by(kernels, q.device, q.dtype, q.shape[2])
+    if by == "triton":
         repeat = q.shape[1] // keys.shape[1]
         height = 1 if pages.counts is None else height_of(repeat, q.dtype)
         several = None if pages.counts is None else pages.blocks(height)
         where = pages.table, pages.lengths, pages.block, several, height, pages.prefix
         return attend(q, keys, values, *where, window, sparse, slopes)
+    if by == "numba":
+        from megatrain.kernels import cpu_paged  # noqa: PLC0415  numba is optional
+
+        return cpu_paged.attend(q, keys, values, pages.blocks(cpu_paged.HEIGHT), *pages.spans(window, sparse), slopes)
     return _reference(q, keys, values, pages, CAUSAL.within(window, sparse), slopes)
 
 
 def served_by(kernels: Kernels, device: torch.device, dtype: torch.dtype, d: int) -> str:
-    """Which implementation attends with heads of d elements: triton, or torch."""
-    return "triton" if use_triton(kernels, device) and takes(dtype, d) else "torch"
+    """Which implementation attends with heads of d elements: triton, numba (in float32 too), or torch."""
+    if use_triton(kernels, device) and takes(dtype, d):
+        return "triton"
+    on_cpu = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return "numba" if on_cpu and kernels in ("auto", "numba") and numba_lacks() is None else "torch"
 
 
 def _reference(
@@ -225,3 +245,28 @@ def _parts(pages: Pages, mask: AttentionMask) -> Iterator[_QueryTiles]:
         yield _QueryTiles(
             queries[part], live[part], chosen, orders, slots[chosen, orders], ~by_tile[chosen, orders], distances, most
         )
+
+
+def _spans(pages: Pages, window: int | None, sparse: tuple[int, int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `Pages.spans`: a query sees two spans of keys at most, those of the first blocks, and those up to its own or its prefix's last."""
+    lengths = pages.lengths.to(torch.int64)
+    counts = torch.ones_like(lengths) if pages.counts is None else torch.tensor(pages.counts)
+    sequences = torch.arange(len(lengths)).repeat_interleave(counts)
+    ends = lengths[sequences]
+    places = ends - counts.cumsum(0)[sequences] + torch.arange(len(sequences))
+    last, first = places + 1, torch.zeros_like(places)
+    if pages.prefix is not None:
+        last = torch.maximum(last, torch.minimum(ends, pages.prefix.to(torch.int64)[sequences]))
+    if window is not None:
+        first, last = (places - window + 1).clamp_min(0), torch.minimum(last, places + window)
+    middle = first
+    if sparse is not None:
+        size, local, everywhere = sparse
+        near = (torch.div(places, size, rounding_mode="floor") - local + 1) * size
+        middle = torch.maximum(first, torch.minimum(last, torch.full_like(last, everywhere * size)))
+        seen = torch.stack([places, first, middle, torch.minimum(last, torch.maximum(near, middle)), last], 1)
+    else:
+        seen = torch.stack([places, first, middle, first, last], 1)
+    longest = int(lengths.max())
+    keys = torch.minimum(torch.arange(longest)[None, :], lengths[:, None] - 1)
+    return seen, pages.slots(torch.arange(len(lengths)), keys)

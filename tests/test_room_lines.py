@@ -10,7 +10,7 @@ LINES = {
     "megatrain/chat": 850,
     "megatrain/evaluation": 4300,
     "docs/benchmarks": 5350,
-    "kernels": 4500,
+    "kernels": 4800,
     "launch": 600,
     "megatrain": 2950,  # its own files, without the rooms below
     "megatrain/checkpoint": 3250,
@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 2750,
-    "tests": 63200,
+    "tests": 63250,
 }
 """Python lines of each room, at most; rounded up to 50."""
 
