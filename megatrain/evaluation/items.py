@@ -74,6 +74,11 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
         raise TaskError(f"{place}: the line is not JSON: {error.msg} at character {error.pos + 1}.") from None
     except ValueError as error:
         raise TaskError(f"{place}: the line cannot be read: {error}.") from None
+    if b"\\ud" in line.lower():  # most such are halves of a whole character
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise TaskError(f"{place}: the line has half of a character (a lone surrogate), which is no text.") from None
     if not isinstance(found, dict):
         raise TaskError(f'{place}: the line is no object. Write {{"question": "...", "answer": "..."}}, one a line.')
     return found

@@ -33,12 +33,14 @@ class EvalTask:
     examples: tuple[Question, ...]
     """Where shots are taken from: the items of a file of their own, or those that are asked."""
     warnings: tuple[str, ...] = ()
+    left_out: tuple[Question, ...] = ()
+    """The items of its file behind the first ones, where only those are asked."""
 
     @cached_property
     def identity(self) -> str:
-        """A hash of all that decides what is asked: keys, items and examples; not where they lie."""
+        """A hash of all that decides what is asked: keys, items and examples; neither where they lie nor how many are asked."""
         keys = {key: value for key, value in dataclasses.asdict(self.keys).items() if key not in (*_NOTES, *_PLACES)}
-        items = [[one.item.identity for one in part] for part in (self.questions, self.examples)]
+        items = [[one.item.identity for one in part] for part in ((*self.questions, *self.left_out), self.examples)]
         return hashlib.sha256(json.dumps([keys, items], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -73,7 +75,8 @@ def load_task(path: Path, limit: int | None = None) -> EvalTask:
     asked, examples = _item_files(keys, path)
     questions = questions_of(keys, read_items(here / asked))
     shown = questions if examples is None else questions_of(keys, read_items(here / examples))
-    return EvalTask(keys.task or path.stem, keys, path, questions[:limit], shown, warnings)
+    left_out = () if limit is None else questions[limit:]
+    return EvalTask(keys.task or path.stem, keys, path, questions[:limit], shown, warnings, left_out)
 
 
 def _files(name: str, key: str) -> list[Path]:

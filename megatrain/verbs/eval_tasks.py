@@ -139,6 +139,9 @@ def _evaluated(path: str, tasks: Sequence[EvalTask], options: TaskOptions) -> Fi
             )
             asked = subject.prepare(tasks, manner)
             stores = _stores(model, options)
+        for task in tasks:
+            advice = "Give every machine the same task files."
+            model.session.same(f"task {task.name}", f"{len(task.questions)} items, hash {task.identity}", advice)
         if model.is_first:
             for said in [warning for task in tasks for warning in task.warnings]:
                 note(f"megatrain: {said}")
@@ -167,7 +170,8 @@ def _stores(model: Opened, options: TaskOptions) -> list[tuple[TokenStore, Token
     """The token stores in which items are looked for, with their tokenizers. Raises TaskError, TokenStoreError."""
     if not (options.contamination or options.against):
         return []
-    prefixes = options.against or tuple(corpus.path for corpus in model.config.data.train)
+    train = model.config.data.train
+    prefixes = options.against or tuple(path for corpus in train for path in (corpus.path, corpus.answers) if path is not None)
     if not prefixes:
         raise TaskError(
             "--contamination: the model's run names no data.train. Say where to look: --against PREFIX of a token store."

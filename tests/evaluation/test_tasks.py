@@ -91,5 +91,6 @@ def test_the_hash_is_of_what_is_asked(tmp_path):
     assert same == identity("b", task="other", metadata={"version": 2})
     others = [identity("c", num_fewshot=1), identity("d", rows=[{"q": "1?", "a": "1"}]), identity("e", description="d")]
     assert len({same, *others}) == 4
+    assert load_tasks([str(tmp_path / "a/mine.yaml")], limit=1)[0].identity == same
     with pytest.raises(TaskError, match=r"mine\.jsonl:2: there is no field 'a'"):
         identity("f", rows=[{"q": "1?", "a": "1"}, {"q": "2?"}])
