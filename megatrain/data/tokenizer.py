@@ -107,6 +107,16 @@ class Tokenizer(Protocol):
         """How many replacement characters at the end of decode(ids) stand for a character that has begun and may yet become whole."""
 
 
+def prompt_ids(codec: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The ids of a text as those of a prompt: after what opens a text, put once. A text without ids is the token that ends the one before
+    it, or begins one; [] if neither is known."""
+    found = codec.beginning.before(ids)
+    if not found:
+        start = codec.beginning.bos if codec.eod is None else codec.eod
+        found = [] if start is None else [start]
+    return found
+
+
 class ByteTokenizer:
     """Ids 0..255 are the bytes of UTF-8, 256 ends a document."""
 

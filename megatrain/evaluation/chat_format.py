@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from megatrain.chat.conversation import ChatMessage
 from megatrain.chat.templates import Chat, open_chat
-from megatrain.companions import TOKENIZER_FOLDER
-from megatrain.huggingface.model_files import COMPANION_FOLDER
 from megatrain.inference.opening import Opened
 
 
@@ -39,5 +37,4 @@ class TemplateFormat:
 
 def chat_of(model: Opened, choice: str | None = None) -> TemplateFormat:
     """The chat template of a model, or the one that is named. Raises ChatError."""
-    beside = [model.source, model.source.parent / TOKENIZER_FOLDER, model.source.parent / COMPANION_FOLDER]
-    return TemplateFormat(open_chat(model.codec, beside, choice))
+    return TemplateFormat(open_chat(model.codec, model.tokenizer_folders, choice, model.named_ids))

@@ -7,7 +7,7 @@ belong to the continuation, since most tokenizers put a blank at the beginning o
     "Ans" + "wer"                   ->   Ans | wer           the token `Answer` would span the join: the continuation is encoded alone
     "" + "Paris"                    ->   <s> | Paris         the tokens that open a text, else the one that ends the text before it
 
-A text's opening tokens (BOS) are put before the context, once, by `Beginning.before`.
+A text's opening tokens (BOS) are put before the context, once, by `prompt_ids`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, prompt_ids
 
 Encode = Callable[[str], Sequence[int]]
 """The ids of a text, without the tokens that open it."""
@@ -60,15 +60,13 @@ def joined(codec: Tokenizer, pairs: Iterable[tuple[str, str]], encode: Encode | 
 def start_of_text(codec: Tokenizer) -> list[int]:
     """The tokens that the first token of a text is conditioned on: those that open a text; else the one that ends the text before it, or
     begins one. Raises ValueError if none is known."""
-    if codec.beginning.opening:
-        return list(codec.beginning.opening)
-    start = codec.beginning.bos if codec.eod is None else codec.eod
-    if start is None:
+    start = prompt_ids(codec, ())
+    if not start:
         raise ValueError(
             f"the first token of a text has no context: no token of {codec.label} is known to begin or end a text. Say which one does: "
             "--bos NAME or --eod NAME."
         )
-    return [start]
+    return start
 
 
 def _joined(codec: Tokenizer, context: str, text: str, head: Sequence[int], encode: Encode) -> Join:
@@ -83,7 +81,7 @@ def _joined(codec: Tokenizer, context: str, text: str, head: Sequence[int], enco
             f"{codec.label} makes no token of the continuation {text!r} of {_end(context)}, so it has none to score. Give each choice "
             "a text with a visible character."
         )
-    before = codec.beginning.before(head) if head else start_of_text(codec)
+    before = prompt_ids(codec, head) or start_of_text(codec)
     return Join(tuple(before), tuple(rest), spanned)
 
 

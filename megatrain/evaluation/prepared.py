@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, prompt_ids
 from megatrain.evaluation.joins import Encode, joined, start_of_text
 from megatrain.evaluation.prompts import ChatFormat
 from megatrain.evaluation.scoring import Window, windows, windows_of
@@ -104,8 +104,7 @@ class LeftToRightTexts:
 
     def prompt(self, text: str, most: int) -> ToContinue:
         """A context; one that leaves no room for `most` tokens loses its beginning."""
-        ids = self.codec.beginning.before(list(self.encode(text))) if text else []
-        ids = ids or start_of_text(self.codec)
+        ids = prompt_ids(self.codec, self.encode(text) if text else ()) or start_of_text(self.codec)
         kept = tuple(ids[-max(self.max_length - most, 1) :])
         return ToContinue(kept, cut=len(kept) < len(ids))
 

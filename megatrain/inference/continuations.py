@@ -9,7 +9,7 @@ from megatrain.config.asked import SamplesConfig
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
 from megatrain.data.stream import GrowingText
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, prompt_ids
 from megatrain.inference.engine import Engine
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.requests import Request, Sampling
@@ -58,7 +58,7 @@ class Continuations:
             texts, masks = parsed(text, self._glm[0])
             parts = tuple(tuple(map(int, self.codec.encode(part))) for part in texts)
             return FixedPrompt(text, parts, tuple(masks), replace(request, text=False))
-        tokens = (*self.codec.beginning.opening, *map(int, self.codec.encode(text)))
+        tokens = tuple(prompt_ids(self.codec, self.codec.encode(text)))
         return FixedPrompt(text, (tokens,), (), replace(request, tokens=tokens, ends=frozenset(self.codec.ending.stops)))
 
     def _require(self, engine: Engine, prompt: FixedPrompt) -> None:

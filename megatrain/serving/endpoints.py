@@ -151,8 +151,8 @@ class Endpoints:
         if body.messages is not None:
             ids = await asyncio.to_thread(served.converse, body.messages, body.continue_final_message)
         else:
-            opening = served.codec.beginning.opening if body.add_special_tokens else ()
-            ids = (*opening, *map(int, served.codec.encode(body.prompt or "")))
+            encoded = served.codec.encode(body.prompt or "")
+            ids = tuple(served.codec.beginning.before(encoded) if body.add_special_tokens else encoded)
         names = [served.texts.name(token) for token in ids] if body.return_token_strs else None
         return _json({"tokens": ids, "count": len(ids), "max_model_len": served.max_length, "token_strs": names})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatrain.chat.conversation import ChatMessage
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, prompt_ids
 from megatrain.inference.requests import Request
 from megatrain.inference.text_places import TextPlaces
 from megatrain.serving.bodies import Prompt
@@ -72,10 +72,8 @@ class Served:
         """The tokens of a prompt; opening: whether those that begin a text go first. Raises Refusal for an empty prompt."""
         if not isinstance(prompt, str):
             return prompt
-        ids = (*(self.codec.beginning.opening if opening else ()), *map(int, self.codec.encode(prompt)))
-        if not ids and opening:
-            start = self.codec.beginning.bos if self.codec.eod is None else self.codec.eod
-            ids = () if start is None else (start,)
+        encoded = self.codec.encode(prompt)
+        ids = tuple(prompt_ids(self.codec, encoded) if opening else encoded)
         if not ids:
             raise Refusal('prompt is empty, and no token of the tokenizer is known to begin a text. Try "Hello".', "prompt")
         return ids

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatrain.chat.templates import Chat, open_chat
 from megatrain.data.samples.sentinels import resolve
-from megatrain.data.tokenizer import Tokenizer
+from megatrain.data.tokenizer import Tokenizer, prompt_ids
 from megatrain.inference.beams import require_room
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.opening import Opened
@@ -114,14 +114,11 @@ class Planner:
 
 def encoded_prompt(codec: Tokenizer, prompt: str, vocab_size: int) -> list[int]:
     """Token ids of the prompt, after the tokens that the tokenizer puts before a text; for an empty prompt, a start-of-document token."""
-    ids = codec.beginning.before(codec.encode(prompt))
+    ids = prompt_ids(codec, codec.encode(prompt))
     if not ids:
-        start = codec.beginning.bos if codec.eod is None else codec.eod
-        if start is None:
-            raise ValueError(
-                'the prompt is empty, and no token of the tokenizer is known to end or begin a document. Give a --prompt "TEXT".'
-            )
-        ids = [start]
+        raise ValueError(
+            'the prompt is empty, and no token of the tokenizer is known to end or begin a document. Give a --prompt "TEXT".'
+        )
     if max(ids) >= vocab_size:
         raise ValueError(
             f"the tokenizer made token {max(ids)} of the prompt, and the checkpoint's vocabulary has {vocab_size} tokens. "

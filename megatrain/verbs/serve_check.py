@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatrain.data.tokenizer import prompt_ids
 from megatrain.inference.opening import Opened, TokenizerWish, opened
 from megatrain.inference.requests import Answer, Request, Sampling
 from megatrain.serving.hand_over import MOST_PROBABLE, NEW_TOKENS, TEXTS, Agreement, OtherServer, agreement
@@ -45,7 +46,7 @@ def main(options: CheckOptions) -> int:
 def prompts_of(model: Opened) -> list[tuple[int, ...]]:
     """The prompts as token ids, as far as they fit the model with their continuations."""
     codec, most = model.codec, max(1, model.engine.max_length - NEW_TOKENS)
-    return [(*codec.beginning.opening, *map(int, codec.encode(text)))[:most] for text in TEXTS]
+    return [tuple(prompt_ids(codec, codec.encode(text))[:most]) for text in TEXTS]
 
 
 def answers(model: Opened, prompts: Sequence[tuple[int, ...]]) -> list[Answer]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from megatrain.data.prepare.read import ReadError, read_pieces
-from megatrain.data.tokenizer import ByteTokenizer, JsonTokenizer, TokenizerError, load_tokenizer
+from megatrain.data.tokenizer import ByteTokenizer, JsonTokenizer, TokenizerError, load_tokenizer, prompt_ids
 from megatrain.data.tokenizers.fitting import train_tokenizer
 
 TEXT = "def main():\n    return 'the quick brown fox jumps over the lazy dog'  # 42 naïve 日本語 🙂\n" * 30
@@ -184,3 +184,13 @@ def test_a_tokenizer_is_a_plain_file(tmp_path):
         file.truncate(1 << 30)
     with pytest.raises(TokenizerError, match=r"it has 1,073,741,824 bytes, and 134,217,728 at the most are read\."):
         load_tokenizer(path)
+
+
+def test_a_prompt_begins_as_a_text_does():
+    library = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "[gMASK]": 3}, unk_token="a"))
+    library.add_special_tokens(["<s>", "</s>"])
+    plain, opened = JsonTokenizer(library), JsonTokenizer(library, bos="<s>")
+    assert [prompt_ids(plain, ids) for ids in ([2], [], [0, 2])] == [[2], [1], [0, 2]]
+    assert [prompt_ids(opened, ids) for ids in ([2], [], [0, 2], [0])] == [[0, 2], [0], [0, 2], [0]]
+    assert prompt_ids(JsonTokenizer(library, eod="none"), []) == [0]
+    assert prompt_ids(JsonTokenizer(library, eod="none", bos="none"), []) == []
