@@ -1,4 +1,4 @@
-"""From nothing to a trained model and a sample of what it writes; `bash launch/quickstart.sh` installs megatrain and runs this.
+"""From nothing to a trained model, samples of its text and its answers to tasks; `bash launch/quickstart.sh` installs megatrain and runs this.
 
 Each step is a `megatrain` verb that is printed before it runs, so that this script is also a list of what to type. What a step
 makes lies in a folder named after everything it depends on (text, config, layout, minutes): a second run finds it there and
@@ -57,6 +57,10 @@ REDUCED_STEPS = 30
 CORPUS = "launch/configs/prepare_quickstart.yaml"
 MODELS = {"gpt": "launch/configs/quickstart.yaml", "glm": "launch/configs/glm_tiny.yaml"}
 PROMPTS = ("def ", "class Queue", "Return the ")
+SAMPLE_TOKENS = 32
+"""New tokens for each of these prompts at each evaluation: a second or two."""
+TASKS = {"next_token": ("python_choice", "text_en"), "glm": ("python_choice", "infill_en")}
+"""By data.objective."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def main() -> int:
         else:
             compare(config, data, run, steps)
             sample(options, data, run)
+        solve(config, run)
         if options.reduced:
             require_learning(run)
     except Failed as failure:
@@ -267,6 +272,10 @@ def train_as_planned(
         *(f"train.eval_every={every}", f"checkpoint.save_every={every}", f"data.valid={data / 'valid'}"),
         *(f"log.dir={run}", f"log.every={max(1, steps // 40)}"),
     ]
+    if data.name == f"data_{text_key(None, config)}":  # the prompts are code
+        prompts = quickstart_glm.PROMPTS if config.data.objective == "glm" else PROMPTS
+        overrides += [f"log.samples.prompts={json.dumps(prompts)}", f"log.samples.max_tokens={SAMPLE_TOKENS}"]
+        overrides.append("log.samples.temperature=0.8")
     return launch(file, layout, data, overrides, lambda: change(steps) is not None)
 
 
@@ -365,6 +374,12 @@ def sample(options: argparse.Namespace, data: Path, run: Path) -> None:
         verb(*words)
 
 
+def solve(config: Config, run: Path) -> None:
+    """Two tasks that come with megatrain; so small a model knows hardly more than chance."""
+    step("how it does on tasks: the share that is right, or bits a byte, with 95% intervals")
+    verb("eval", run / "checkpoints", "--tasks", *TASKS[config.data.objective])
+
+
 def beginnings(documents: Path, count: int) -> list[str]:
     """The first words of held-out documents."""
     with documents.open(encoding="utf-8") as lines:
@@ -384,11 +399,12 @@ def require_learning(run: Path) -> None:
 
 def next_steps(options: argparse.Namespace, run: Path, seconds: float) -> None:
     """Where everything lies and what to try."""
+    samples = f"\n  what it wrote, as it learnt   {run / 'samples.md'}" if (run / "samples.md").exists() else ""
     print(f"""
 Done in {seconds / 60:.1f} minutes.
-  the loss curve         {run / "loss.png"}
-  every step's numbers   {run / "metrics.jsonl"}
-  the weights            {run / "checkpoints"}
+  the loss curve                {run / "loss.png"}
+  every step's numbers          {run / "metrics.jsonl"}{samples}
+  the weights                   {run / "checkpoints"}
 
 What to try next:
   bash launch/quickstart.sh --minutes 40                   train longer
@@ -397,6 +413,10 @@ What to try next:
       other sizes and learning rates (docs/config.md has every key), or another layout: with tensor_parallel_size: 1 and
       sequence_parallel: false the losses of the first steps stay the same, the speed does not
   {sys.executable} -m megatrain generate "{run / "checkpoints"}" --prompt "import "
+To chat (it has read code, and was never taught to answer: expect nonsense; docs/huggingface.md has models that were taught):
+  {sys.executable} -m megatrain generate "{run / "checkpoints"}" --chat --chat-template alpaca
+  {sys.executable} -m megatrain serve "{run / "checkpoints"}" --chat-template alpaca     a page and OpenAI's API at http://127.0.0.1:8000;
+      needs {sys.executable} -m pip install '{ROOT}[serve]'
 """)
 
 

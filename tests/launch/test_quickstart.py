@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from megatrain.config.load import load
+from megatrain.evaluation.tasks import shipped_names
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "launch/configs/quickstart.yaml"
@@ -158,6 +159,28 @@ def test_the_plan_changes_with_the_speed(
     assert change(tmp_path, seconds, 2000, 250) == steps
     if steps is not None:
         assert change(tmp_path, seconds, 2000, steps) is None or done * step_seconds > seconds  # the new plan is good
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"), [("quickstart", ["python_choice", "text_en"]), ("glm_tiny", ["python_choice", "infill_en"])]
+)
+def test_it_shows_what_the_model_writes_as_it_learns_and_how_it_does_on_two_tasks(
+    quickstart: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tasks: list[str]
+) -> None:
+    config = load(ROOT / f"launch/configs/{name}.yaml", ["data.train=PREFIX", "data.tokenizer=bytes"]).config
+    launched: list[list[str]] = []
+    monkeypatch.setattr(quickstart, "launch", lambda *words: launched.append(words[3]))
+    for text in (None, [CONFIG]):
+        data = tmp_path / f"data_{quickstart.text_key(text, config)}"
+        quickstart.train_as_planned(CONFIG, config, None, data, tmp_path, 100, lambda _: None)
+    (prompts,) = (word for word in launched[0] if word.startswith("log.samples.prompts="))
+    assert len(load(CONFIG, [prompts]).config.log.samples.prompts) == 3 and ("[MASK]" in prompts) == (name == "glm_tiny")
+    assert not any("log.samples" in word for word in launched[1])  # another text, which these prompts do not fit
+    called: list[tuple[object, ...]] = []
+    monkeypatch.setattr(quickstart, "verb", lambda *words: called.append(words))
+    quickstart.solve(config, tmp_path)
+    assert called == [("eval", tmp_path / "checkpoints", "--tasks", *tasks)]
+    assert set(tasks) <= set(shipped_names())
 
 
 def test_a_command_that_is_told_to_stop_saves_and_ends(
