@@ -261,6 +261,8 @@ def refurnish(house: Path, page: str) -> None:
     if page == "glm.md":
         tree["model"] |= {"family": "glm", "seq_length": 64, "position": "rope_2d", "vocab_size": 1008}
         tree["data"] |= {"objective": "glm"}
+    if page == "generate.md":
+        tree["model"] |= {"seq_length": 256}
     if page == "huggingface.md":
         tree["model"] |= {"seq_length": 64}
         qwen3(house / "home/models/qwen3-0.6b")

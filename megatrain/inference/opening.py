@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from megatrain.checkpoint.together import together
 from megatrain.companions import TOKENIZER, tokenizer_beside
 from megatrain.config.schema import Config
 from megatrain.data.samples.infilling import Sentinels
-from megatrain.data.samples.sentinels import resolve
+from megatrain.data.samples.sentinels import NAMES, resolve
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
 from megatrain.huggingface.model_files import COMPANION_FOLDER, is_hf, load_hf, read_config
 from megatrain.inference.engine import Engine, EngineSettings
@@ -96,10 +96,9 @@ class Opened:
 
     @property
     def named_ids(self) -> Mapping[str, int]:
-        """Ids of GLM's tokens that the run has given them, by name: its tokenizer may not know them."""
+        """Ids of GLM's tokens that the run has given them, by each of their names: its tokenizer may not know them."""
         ids = self._sentinels
-        named = {} if ids is None else {"[gMASK]": ids.gmask, "<sop>": ids.sop, "<eop>": ids.eop, "[MASK]": ids.mask}
-        return named if ids is None else named | {"[sMASK]": ids.smask}
+        return {} if ids is None else {spelled: token for name, token in asdict(ids).items() for spelled in NAMES[name]}
 
     @property
     def _sentinels(self) -> Sentinels | None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatrain.chat.conversation import ChatError, ChatMessage
 from megatrain.chat.templates import Chat, open_chat
-from megatrain.data.samples.sentinels import NAMES, resolve
+from megatrain.data.samples.sentinels import resolve
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.opening import Opened
 from megatrain.inference.plain import marks_of
@@ -78,15 +77,8 @@ def conversing(model: Opened, choice: str | None) -> OwnChat | str:
 
     Raises ChatError for a choice that cannot be used.
     """
-    codec = model.codec
-    beside = Path(codec.label).parent if Path(codec.label).is_file() else None
-    folders = [folder for folder in (model.source, beside) if folder is not None and folder.is_dir()]
-    tokens: dict[str, int] = {}
-    if model.config.data.objective == "glm":
-        ids = asdict(resolve(model.config.data.glm, codec, model.engine.vocab_size)[0])
-        tokens = {spelling: ids[name] for name, spellings in NAMES.items() for spelling in spellings}
     try:
-        return OwnChat(open_chat(codec, folders, choice, tokens))
+        return OwnChat(open_chat(model.codec, model.tokenizer_folders, choice, model.named_ids))
     except ChatError as error:
         if choice is not None:
             raise

@@ -1,9 +1,9 @@
 """BlankPlaces that are filled: with a cache and without, under every layout, in the order of the text, by sampling and by beams."""
 
-import argparse
 from dataclasses import replace
 
 import pytest
+import tiny_checkpoint
 import torch
 from tokenizer_models import sentencepiece
 
@@ -17,6 +17,7 @@ from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.paged_model import ForwardModel
 from megatrain.inference.requests import Request, Sampling, Scored
 from megatrain.inference.text import TextStream
+from megatrain.inference.text_places import BlankPlaces, Segment
 from megatrain.inference.text_plans import PlannedText
 from megatrain.inference.trained import laid_out, load_chunks, saved_config
 from megatrain.kernels.attention_mask import AttentionMask
@@ -29,7 +30,6 @@ from megatrain.parallel.portion import Portion
 from megatrain.testing import simulate
 from megatrain.training import schedule_of
 from megatrain.verbs.generate import main
-from megatrain.verbs.prompt_rows import Wishes
 
 IDS = Sentinels(sop=257, eop=258, cls=259, mask=260, gmask=261, smask=262, noise=263, eos=256)
 V = 264
@@ -210,9 +210,7 @@ def test_what_is_written_is_seen_by_the_next_blank():
 
 
 def arguments(checkpoint, **more):
-    given = {"prompt": ["ab[MASK]cd"], "input": None, "output": None, "chat": False, "chat_template": None, "system": None}
-    given |= {**vars(Wishes(max_tokens=6, seed=3, greedy=True)), "tokenizer": None, "eod": None, "bos": None, "overrides": []}
-    return argparse.Namespace(checkpoint=str(checkpoint), **{**given, **more})
+    return tiny_checkpoint.arguments(checkpoint, **{"prompt": "ab[MASK]cd", "max_tokens": 6, "greedy": True, **more})
 
 
 def test_the_program_writes_the_text_with_its_blanks_filled(tmp_path, capsys):
@@ -241,3 +239,22 @@ def test_blanks_are_decoded_after_what_stands_before(tmp_path, capsys, monkeypat
     for beams in (None, 1, 2):
         main(arguments(tmp_path, prompt=["once[MASK] a[gMASK]"], tokenizer=str(tmp_path / "tokenizer.json"), beams=beams))
         assert capsys.readouterr().out == "once upon 你 a upon 你\n"
+
+
+def test_a_conversation_with_a_glm_has_its_positions(tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def pretended(request, _settings, _before, _show):
+        seen.append(request)
+        return PlannedText("x", (), "stop")
+        yield
+
+    monkeypatch.setattr("megatrain.verbs.prompt_plans.written", pretended)
+    saved(tmp_path, config_of())
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "a[gMASK]"}]}\n')
+    main(arguments(tmp_path, prompt=None, input=str(tmp_path / "in.jsonl"), chat_template="chatglm"))
+    (request,) = seen
+    assert request.tokens == (*b"a[gMASK]", IDS.gmask, IDS.sop)
+    assert request.places == BlankPlaces(9, (Segment(9, 8),))
+    assert IDS.eop in request.ends
+    assert '"text": "x"' in capsys.readouterr().out
