@@ -1,10 +1,10 @@
 """What a server knows of a model: its chat template, its name, how it fills blanks."""
 
-import argparse
 from pathlib import Path
 
 import pytest
 import served
+import tiny_checkpoint
 
 from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.inference.opening import opened
@@ -81,9 +81,7 @@ def text_of(glm, order):
 )
 def test_a_glm_fills_the_blank_as_generate_does(glm, glm_run, capsys, body, prompt):
     filled = text_of(glm, completion_order(completion(**body, max_tokens=20, temperature=0), served_of(glm, None, None)))
-    common = {"tokenizer": None, "eod": None, "bos": None, "overrides": [], "beams": None, "length_penalty": 0.0, "seed": 1}
-    sampling = {"greedy": True, "temperature": 1.0, "top_k": None, "top_p": None, "max_tokens": 20}
-    generate(argparse.Namespace(checkpoint=str(glm_run), prompt=prompt, **common, **sampling))
+    generate(tiny_checkpoint.arguments(glm_run, prompt, greedy=True, max_tokens=20, seed=1))
     before, after = prompt[: prompt.index("[")], prompt[prompt.index("]") + 1 :]
     assert capsys.readouterr().out.rstrip("\n") == before + filled + after
 
