@@ -20,8 +20,9 @@ def house(tmp_path_factory):
     lines = (SHIPPED / "text_en.jsonl").read_text().splitlines()
     (folder / "data.txt").write_text("\n".join(json.loads(line)["text"] for line in lines[:10]))
     tokenize_files([folder / "data.txt"], "bytes", folder / "data", append_eod=True)
-    model = {"vocab_size": None, "seq_length": 256}
-    run = megatrain.build(jobs.tiny({"train": str(folder / "data"), "tokenizer": "bytes"}, folder / "run", model=model))
+    model, train = {"vocab_size": None, "seq_length": 256}, {"steps": 3}
+    data = {"train": str(folder / "data"), "tokenizer": "bytes"}
+    run = megatrain.build(jobs.tiny(data, folder / "run", model=model, train=train))
     assert megatrain.train(run)
     run.loader.close()
     return folder
@@ -49,9 +50,9 @@ def test_a_table_files_and_contamination(house, tmp_path):
     assert "text_en: the training data has 13 words in a row of 10 of 12 items (83.3%); 0 are too short to tell; " in ended.out
     assert "quiz_zh: the training data has 13 words in a row of 0 of 12 items (0.0%)" in ended.out
     found = json.loads((tmp_path / "r.json").read_text())
-    assert found["model"]["source"] == str(house / "run/checkpoints/step_00000008")
+    assert found["model"]["source"] == str(house / "run/checkpoints/step_00000003")
     assert (found["model"]["step"], found["model"]["max_length"], found["model"]["layout"]) == (
-        8,
+        3,
         256,
         {"tp": 1, "pp": 1, "dp": 1},
     )
@@ -61,21 +62,26 @@ def test_a_table_files_and_contamination(house, tmp_path):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     (point,) = board.Scalars("eval/text_en/bits_per_byte")
-    assert (point.step, point.value) == (8, pytest.approx(found["tasks"]["text_en"]["metrics"]["bits_per_byte"]["value"]))
+    assert (point.step, point.value) == (3, pytest.approx(found["tasks"]["text_en"]["metrics"]["bits_per_byte"]["value"]))
 
 
-def test_two_replicas_give_the_same(house, tmp_path):
-    words = ["--tasks", "quiz_zh", "topic_en", "--limit", "3"]
+def test_two_replicas_give_the_same_and_the_same_errors(house, tmp_path):
+    here, words = str(house / "run/checkpoints"), ["--tasks", "quiz_zh", "topic_en", "--limit", "3"]
     alone = asked(house, *words, "--json", str(tmp_path / "one.json"), "--batch", "2")
-    both = [str(house / "run/checkpoints"), *words, "--json", str(tmp_path / "two.json"), "parallel.pipeline_parallel_size=1"]
-    pair = jobs.train(tmp_path / "job", *both, size=2, verb="eval")
-    assert [ended.code for ended in (alone, *pair)] == [0, 0, 0], pair
-    assert sorted(len(ended.out) > 0 for ended in pair) == [False, True]
+    both = ["eval", here, *words, "--json", str(tmp_path / "two.json"), "parallel.pipeline_parallel_size=1"]
+    long = ["eval", here, "--tasks", "qa_en", "--long", "refuse"]
+    others = [["eval", here, "--tasks", "quiz_zh", "--limit", limit] for limit in ("3", "4")]
+    right, refused, apart = jobs.commands(tmp_path / "job", [both, long, others], size=2)
+    assert [ended.code for ended in (alone, *right)] == [0, 0, 0], right
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["model"]["layout"] == {"tp": 1, "pp": 1, "dp": 2}
     for name in ("quiz_zh", "topic_en"):
         assert one["tasks"][name]["per_item"] == two["tasks"][name]["per_item"]
         assert one["tasks"][name]["hash"] == two["tasks"][name]["hash"]
+    for rank in refused:
+        assert rank.code == 1 and "qa_en.jsonl:1: the item is longer than the model, which has 256 positions." in rank.err
+    for rank in apart:
+        assert rank.code == 1 and "The task quiz_zh differs between ranks" in rank.err
 
 
 def test_comparisons(house, tmp_path):
