@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 2750,
-    "tests": 63300,
+    "tests": 63350,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

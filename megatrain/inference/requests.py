@@ -86,8 +86,8 @@ class Request:
 
     @property
     def fed(self) -> int:
-        """Number of prompt tokens that the model reads: the last one is only scored where nothing follows."""
-        return len(self.tokens) - (self.max_tokens == 0)
+        """Number of prompt tokens that the model reads: the last one is only scored where nothing follows, but one is always read."""
+        return max(1, len(self.tokens) - (self.max_tokens == 0))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Endpoints:
         """The application, behind its gate."""
         routes = [
             Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/tokenize", self._tokenize, methods=["POST"]),
@@ -89,6 +90,13 @@ class Endpoints:
     # --- OpenAI's paths -----------------------------------------------------------------------------------------------------------
 
     async def _models(self, _request: Request) -> Response:
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self.ready().require_model(request.path_params["name"])
+        return _json(self._card())
+
+    def _card(self) -> dict[str, Any]:
         served = self.ready()
         card = {"id": served.name, "object": "model", "created": served.created, "owned_by": "megatrain"}
         more = {
@@ -96,7 +104,7 @@ class Endpoints:
             "max_model_len": served.max_length,
             "chat_template": not isinstance(served.conversing, str),
         }
-        return _json({"object": "list", "data": [{**card, **more}]})
+        return {**card, **more}
 
     async def _completions(self, request: Request) -> Answering:
         body, size = await self._body(CompletionBody, request, UNSUPPORTED)

@@ -104,9 +104,9 @@ class OtherServer:
             raise HandOverError(f"{self.url} lists no models at /v1/models. Give its name: --serve-model NAME.")
         return OtherServer(self.url, self.key, models[0]["id"])
 
-    def complete(self, tokens: Sequence[int]) -> Said:
-        """Its greedy continuation of a prompt. Raises HandOverError."""
-        plain = {"model": self.model, "prompt": list(tokens), "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1}
+    def complete(self, tokens: Sequence[int], count: int) -> Said:
+        """Its greedy continuation of a prompt by so many tokens. Raises HandOverError."""
+        plain = {"model": self.model, "prompt": list(tokens), "max_tokens": count, "temperature": 0, "logprobs": 1}
         try:
             reply = self._ask("/completions", {**plain, "ignore_eos": True, "return_token_ids": True})
         except HandOverError as error:

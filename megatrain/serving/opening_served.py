@@ -15,7 +15,7 @@ from megatrain.inference.opening import Opened
 from megatrain.inference.plain import marks_of
 from megatrain.inference.requests import Request
 from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces, places_after
-from megatrain.kernels.dispatch import use_triton
+from megatrain.kernels.paged_attention import served_by
 from megatrain.serving.served import Served
 from megatrain.serving.token_texts import TokenTexts
 
@@ -29,8 +29,8 @@ def served_of(model: Opened, name: str | None, template: str | None) -> Served:
     """
     codec, ctx, engine = model.codec, model.ctx, model.engine
     build = model.weights.chunks[0].build
-    kernels = "Triton" if use_triton(model.config.train.kernels, ctx.device) else "reference"
     dtype = str(build.dtype).removeprefix("torch.")
+    implementation = served_by(model.config.train.kernels, ctx.device, build.dtype, model.config.model.head_size)
     marks = model.marks or marks_of(model.config, engine.vocab_size)
 
     def places(tokens: Sequence[int]) -> TextPlaces:
@@ -44,7 +44,7 @@ def served_of(model: Opened, name: str | None, template: str | None) -> Served:
         places=places,
         conversing=conversing(model, template),
         infill=infilling(model) if model.config.data.objective == "glm" else None,
-        attention=f"paged attention in {kernels} kernels, {dtype} on {ctx.device.type}, blocks of {engine.settings.block} tokens",
+        attention=f"paged attention by {implementation}, {dtype} on {ctx.device.type}, blocks of {engine.settings.block} tokens",
         source=str(model.source),
         layout=f"tp {ctx.tp.size}, pp {ctx.pp.size}",
         texts=TokenTexts(codec),

@@ -33,28 +33,29 @@ def main(options: CheckOptions) -> int:
     """
     server = options.server.named()
     with opened(options.checkpoint, tokenizer=TokenizerWish()) as model:
-        prompts = prompts_of(model)
-        texts = TokenTexts(model.codec)
-        found = [
-            agreement(own.tokens, server.complete(ids), texts)
-            for ids, own in zip(prompts, answers(model, prompts), strict=True)
-        ]
+        count = new_tokens(model)
+        prompts, texts = prompts_of(model), TokenTexts(model.codec)
+        pairs = zip(prompts, answers(model, prompts), strict=True)
+        found = [agreement(own.tokens, server.complete(ids, count), texts) for ids, own in pairs]
     sys.stdout.write("\n".join([*lines(found, options.tolerance), verdict(found, options.tolerance)]) + "\n")
     return DIFFER if any(each.wrong(options.tolerance) for each in found) else AGREE
 
 
+def new_tokens(model: Opened) -> int:
+    """Number of tokens that are compared: fewer for a model with hardly any positions."""
+    return min(NEW_TOKENS, model.engine.max_length // 2)
+
+
 def prompts_of(model: Opened) -> list[tuple[int, ...]]:
     """The prompts as token ids, as far as they fit the model with their continuations."""
-    codec, most = model.codec, max(1, model.engine.max_length - NEW_TOKENS)
+    codec, most = model.codec, model.engine.max_length - new_tokens(model)
     return [tuple(prompt_ids(codec, codec.encode(text))[:most]) for text in TEXTS]
 
 
 def answers(model: Opened, prompts: Sequence[tuple[int, ...]]) -> list[Answer]:
     """Our own greedy continuations, whether or not a text ends."""
-    room = min(NEW_TOKENS, model.engine.max_length - 1)
-    return model.engine.run(
-        [Request(ids, room, Sampling(greedy=True), top=min(MOST_PROBABLE, model.engine.vocab_size)) for ids in prompts]
-    )
+    top = min(MOST_PROBABLE, model.engine.vocab_size)
+    return model.engine.run([Request(ids, new_tokens(model), Sampling(greedy=True), top=top) for ids in prompts])
 
 
 def lines(found: Sequence[Agreement], tolerance: float) -> list[str]:

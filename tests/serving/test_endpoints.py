@@ -5,6 +5,7 @@ Over HTTP it tests megatrain.serving.answering and megatrain.serving.bodies.
 
 import json
 import math
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -27,6 +28,7 @@ def complete(client, prompt="abc", **more):
 
 def test_the_model_is_listed(client):
     (model,) = client.models.list().data
+    assert client.models.retrieve("tiny") == model
     assert (model.id, model.owned_by, model.max_model_len, model.chat_template) == ("tiny", "megatrain", 256, True)
 
 
@@ -293,6 +295,8 @@ def test_what_is_wrong_is_a_400_that_names_it(client, more, param, said):
 
 
 def test_other_errors_have_their_status(client, server):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x/gpt-4' here"):
+        client.models.retrieve("x/gpt-4")
     with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4' here; this server has 'tiny'"):
         client.completions.create(model="gpt-4", prompt="a")
     assert server.ask("/v1/nothing")[0] == 404
@@ -304,3 +308,57 @@ def test_log_probabilities_are_natural_logarithms(client):
     """All 261 next tokens would sum to 1; the 20 that are told sum to less."""
     top = complete(client, logprobs=20, max_tokens=1).choices[0].logprobs.top_logprobs[0]
     assert 0.3 < sum(map(math.exp, top.values())) < 1
+
+
+def test_a_prompt_of_one_token_is_scored(client):
+    for more in ({}, {"stream": True}):
+        reply = complete(client, "a", echo=True, logprobs=1, max_tokens=0, **more)
+        choices = [part.choices[0] for part in reply] if more else reply.choices
+        assert "".join(choice.text for choice in choices) == "a" and choices[-1].finish_reason == "length"
+        assert choices[0].logprobs.tokens == ["a"] and choices[0].logprobs.token_logprobs == [None]
+
+
+def odd(draw):
+    """A request that is right, though nobody may have thought of it."""
+    prompts = ["", "a", "x" * 255, "你好\n" * 9, "\x00", "<|endoftext|>", [256], [0], [260] * 7, ["", "b"], [[1], [2] * 200]]
+    prompt = draw.choice(prompts)
+    body = {
+        "prompt": prompt,
+        "max_tokens": draw.choice([0, 1, 2, 30]),
+        "echo": draw.random() < 0.3,
+        "n": draw.choice([1, 1, 3]),
+    }
+    body["max_tokens"] = min(body["max_tokens"], 1) if prompt == "x" * 255 else body["max_tokens"]
+    body["max_tokens"] = body["max_tokens"] if body["echo"] else max(1, body["max_tokens"])
+    choices = {
+        "logprobs": [None, 0, 1, 20],
+        "temperature": [0, 1e-9, 0.5, 2],
+        "top_p": [1e-9, 0.5, 1],
+        "top_k": [-1, 0, 1, 1000],
+        "min_p": [0, 0.5, 1],
+        "repetition_penalty": [1e-3, 1, 10],
+        "presence_penalty": [-2, 0, 2],
+        "frequency_penalty": [-2, 0, 2],
+        "stop": [None, [], "a", ["\x00", "ab", "aba"], ["你"]],
+        "stop_token_ids": [None, [], [97], [256, 0]],
+        "logit_bias": [None, {}, {"97": -100, "98": 100}, {str(token): -100 for token in range(261)}],
+        "ignore_eos": [True, False],
+        "stream": [True, False],
+        "seed": [None, 0, -1, -(2**63), 2**63 - 1],
+        "return_token_ids": [True, False],
+        "stream_options": [None, {}, {"include_usage": True}],
+        "user": [None, "me"],
+    }
+    return body | {name: draw.choice(values) for name, values in choices.items() if draw.random() < 0.5}
+
+
+def test_200_odd_requests_are_answered(server):
+    draw = random.Random(3)
+    bodies = [odd(draw) for _ in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda body: server.ask("/v1/completions", body), bodies))
+    wrong = [
+        (body, reply[:2]) for body, reply in zip(bodies, replies, strict=True) if reply[0] != 200 or '"error"' in str(reply[1])
+    ]
+    assert wrong == []
+    assert server.get("/health")["open"] == server.get("/health")["blocks_used"] == 0

@@ -137,7 +137,7 @@ def test_a_server_that_cannot_answer_is_an_error(serve, answer, said):
     server = OtherServer(serve(stand_in), None, None).named()
     assert server.model == "theirs"
     with pytest.raises(HandOverError, match=re.escape(said)):
-        server.complete([1, 2])
+        server.complete([1, 2], 3)
 
 
 def test_nobody_there_and_nothing_to_do():

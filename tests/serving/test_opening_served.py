@@ -48,7 +48,7 @@ def test_the_name_is_the_runs():
 
 def test_a_model_without_a_template_holds_no_conversations(gpt):
     assert (gpt.name, gpt.max_length, gpt.vocab_size) == ("tiny", 256, 261)
-    assert "blocks of 16 tokens" in gpt.attention and "float32 on cpu" in gpt.attention
+    assert gpt.attention == "paged attention by torch, float32 on cpu, blocks of 16 tokens"
     body = parsed(ChatBody, {"messages": [{"role": "user", "content": "Hi"}]}, UNSUPPORTED_CHAT)
     with pytest.raises(
         Refusal, match=r"there is no chat template beside bytes: a base model .* Or use /v1/completions\."
