@@ -85,11 +85,13 @@ class MegatrainLM(LM):
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Texts that follow contexts, up to the first stop string. Raises ValueError for arguments that are not known."""
         asked: Counter[str] = Counter()
-        made = []
+        made: list[Request] = []
         for context, arguments in self._arguments("generate_until", requests):
             key = json.dumps([context, arguments], sort_keys=True, default=str)
             made.append(self._request(context, arguments, asked[key]))
             asked[key] += 1
+        if self.model.is_first and any("\\n" in text for request in made for text in request.stops):
+            _LOG.warning('`until` has a backslash and an n: in YAML, a line end is "\\n", in double quotes')
 
         def write(part: Sequence[Request]) -> list[str]:
             return [answer.text for answer in answers_of(self.model.engine, part, advance)]
@@ -163,8 +165,6 @@ class MegatrainLM(LM):
     def _request(self, context: str, given: Mapping[str, Any], repeat: int) -> Request:
         """The request for a text. repeat: how often the same one came before: each is drawn anew."""
         arguments = GenerationArguments.of(given)
-        if any("\\n" in text for text in arguments.until):
-            _LOG.warning('`until` has a backslash and an n: in YAML, a line end is written "\\n", in double quotes')
         most = self.max_gen_toks if arguments.max_tokens is None else arguments.max_tokens
         room = self.max_length - most
         if most < 1 or room < 1:

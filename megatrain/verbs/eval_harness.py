@@ -7,6 +7,7 @@ harness whose data lie in the cache of `datasets`. The harness' tables go to sta
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import logging
 import os
@@ -81,7 +82,8 @@ def _evaluated(model: Opened, options: HarnessOptions) -> Any:
 
     manager = _manager(options)
     chat = chat_of(model, options.chat_template).chat if options.chat else None
-    return simple_evaluate(
+    evaluate = functools.partial(
+        simple_evaluate,
         model=MegatrainLM(model, chat, options.seed),
         tasks=_known(options, manager),
         task_manager=manager,
@@ -97,6 +99,13 @@ def _evaluated(model: Opened, options: HarnessOptions) -> Any:
         torch_random_seed=options.seed,
         fewshot_random_seed=options.seed,
     )
+    try:
+        return evaluate()
+    except ConnectionError as error:
+        whether = "" if options.hub else "; nothing is fetched without --hub"
+        raise ValueError(
+            f"{error}{whether}. Where the hub cannot be reached, save the set as .jsonl, and give it by --include-path (docs/harness.md)."
+        ) from None
 
 
 def _manager(options: HarnessOptions) -> Any:

@@ -238,7 +238,7 @@ def test_ranks_that_ask_for_different_things_say_so(here):
     assert found[0] == found[1]
 
 
-def test_what_cannot_be_asked(here):
+def test_what_cannot_be_asked(here, caplog):
     from megatrain.evaluation.harness import MegatrainLM
 
     with opened(here / "model") as model:
@@ -250,6 +250,9 @@ def test_what_cannot_be_asked(here):
         with pytest.raises(ValueError, match="was given no chat template: MegatrainLM"):
             lm.apply_chat_template([{"role": "user", "content": "Ans"}])
         assert lm.chat_template(False) is None and (lm.rank, lm.world_size) == (0, 1)
+        with caplog.at_level("WARNING"):
+            lm.generate_until(instances(*[("Ans", {"until": ["\\n"], "max_gen_toks": 1})] * 2))
+        assert [record.getMessage()[:38] for record in caplog.records] == ["`until` has a backslash and an n: in Y"]
         assert lm.max_gen_toks == 48 and len(lm.tokenizer_name) == 24
 
 

@@ -61,6 +61,10 @@ def test_groups_are_a_table_of_their_own():
     ]
 
 
+def unreachable(**_how):
+    raise ConnectionError("no hub")
+
+
 def test_what_is_not_there(here, offline, monkeypatch):
     tasks = here / "tasks"
     with pytest.raises(
@@ -69,6 +73,13 @@ def test_what_is_not_there(here, offline, monkeypatch):
         main(str(here / "model"), HarnessOptions(("rolls", "choises"), tasks))
     with pytest.raises(ValueError, match=r"--include-path .*nowhere is no folder"):
         main(str(here / "model"), HarnessOptions(("rolls",), here / "nowhere"))
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    with pytest.raises(
+        ValueError, match=r"no hub; nothing is fetched without --hub\. .* save the set as \.jsonl, and give it by"
+    ):
+        main(str(here / "model"), HarnessOptions(("rolls",), tasks))
+    with pytest.raises(ValueError, match=r"no hub\. Where the hub cannot be reached"):
+        main(str(here / "model"), HarnessOptions(("rolls",), tasks, hub=True))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(MissingPackageError, match=r"needs lm_eval: pip install 'megatrain\[harness\]'"):
         main(str(here / "model"), HarnessOptions(("rolls",), tasks))
