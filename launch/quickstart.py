@@ -1,4 +1,4 @@
-"""From nothing to a trained model, samples of its text and its answers to tasks; `bash launch/quickstart.sh` installs megatrain and runs this.
+"""From nothing to a trained model, samples of its text and answers to tasks; `bash launch/quickstart.sh` installs megatrain and runs this.
 
 Each step is a `megatrain` verb that is printed before it runs, so that this script is also a list of what to type. What a step
 makes lies in a folder named after everything it depends on (text, config, layout, minutes): a second run finds it there and

@@ -12,7 +12,7 @@ the training keeps more of each, so that the most memory of a run does not chang
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -90,7 +90,8 @@ def engine_of_run(
     """
     ctx, alike = run.ctx, together(run)
     schedule = schedule_of(run.config, 1, backward=False)
-    weights = ForwardModel(ctx, run.chunks, schedule, run.parameters, ctx.dp if alike else Axis("alike"), _plain)
+    plain = _uncompiled if run.chunks[0].build.compile else torch.no_grad  # what they make can be trained with
+    weights = ForwardModel(ctx, run.chunks, schedule, run.parameters, ctx.dp if alike else Axis("alike"), plain)
     for chunk in run.chunks:
         chunk.eval()
     try:
@@ -101,9 +102,7 @@ def engine_of_run(
 
 
 @contextmanager
-def _plain() -> Iterator[None]:
-    """Without gradients, in tensors that can be trained with afterwards, and without compiled code."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+def _uncompiled() -> Iterator[None]:
+    """Without gradients, and without compiled code; the first time takes a second, in which torch gets its compiler ready."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
