@@ -13,9 +13,10 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatrain.chat.conversation import ASSISTANT, SYSTEM, USER, ChatError, ChatMessage, conversation_of
 from megatrain.chat.templates import ChatPrompt
@@ -39,6 +40,7 @@ class _Talk:
     planner: Planner
     wishes: Wishes
     system: str | None
+    keyboard: _Keyboard
     said: list[ChatMessage] = field(default_factory=list)
     answers: int = 0
 
@@ -55,27 +57,29 @@ class _Talk:
 def talk(model: Opened, planner: Planner, wishes: Wishes, system: str | None) -> int:
     """Answer until the input ends. Returns 0. Raises ChatError where the model has no chat template."""
     name = planner.chat.name
-    conversation = _Talk(model, planner, wishes, system)
+    conversation = _Talk(model, planner, wishes, system, _Keyboard(model))
     if model.is_first and sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401, PLC0415  lines can be edited once it is imported
         note(f"megatrain: the chat template is {name}. {COMMANDS}; Ctrl-C ends an answer, Ctrl-D the conversation.")
-    while (line := _heard(model)) is not None:
-        command, _, rest = line.strip().partition(" ")
-        if command == "/exit":
-            break
-        if command == "/reset":
-            conversation.said.clear()
-        elif command == "/system":
-            conversation.system = rest.strip() or None
-        elif line.strip():
-            _answer(conversation, line)
+    with conversation.keyboard:
+        while (line := _heard(conversation)) is not None:
+            command, _, rest = line.strip().partition(" ")
+            if command == "/exit":
+                break
+            if command == "/reset":
+                conversation.said.clear()
+            elif command == "/system":
+                conversation.system = rest.strip() or None
+            elif line.strip():
+                _answer(conversation, line)
     return 0
 
 
 def _answer(conversation: _Talk, line: str) -> None:
     """Answer a line; one that cannot be answered is told, and forgotten."""
     said = conversation.said
+    conversation.keyboard.begin_answer()
     try:
         said += conversation_of([{"role": USER, "content": line}])
         prompt = _fitted(conversation)
@@ -121,44 +125,73 @@ def _written(conversation: _Talk, prompt: ChatPrompt) -> tuple[PlannedText, bool
     conversation.answers += 1
     request, manner = planner.answer(PromptRow("", wishes, messages=tuple(conversation.messages())), prompt.tokens)
     show, found = shower(model), []
-    with _interruptible(model) as pressed:
-        plan = written(request, replace(manner, enough=pressed), prompt.tokens, without(planner.chat.leading, show))
-        write(model.engine, [plan], lambda _number, writing: found.append(writing))
-        interrupted = pressed()
+    settings = replace(manner, enough=conversation.keyboard.ended)
+    plan = written(request, settings, prompt.tokens, without(planner.chat.leading, show))
+    write(model.engine, [plan], lambda _number, writing: found.append(writing))
+    interrupted = conversation.keyboard.ended()
     show("\n")
     return found[0], interrupted
 
 
-@contextmanager
-def _interruptible(model: Opened) -> Iterator[Callable[[], bool]]:
-    """A function that says, alike on all ranks (collective), whether Ctrl-C has been pressed on any within this context."""
-    flags: list[int] = []
+class _Keyboard:
+    """Ctrl-C: while a line is read it gives that up, while an answer is written it ends that, and between it does nothing."""
 
-    def pressed() -> bool:
-        return lowest(bool(flags), model.ctx.world.group, model.ctx.device) is not None
+    def __init__(self, model: Opened) -> None:
+        self._model = model
+        self._reading = self._pressed = False
+        self._before: Any = None
 
-    before = signal.signal(signal.SIGINT, lambda number, _frame: flags.append(number))
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __enter__(self) -> _Keyboard:
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def begin_answer(self) -> None:
+        """Forget what was pressed before."""
+        self._pressed = False
+
+    def ended(self) -> bool:
+        """Whether it was pressed on any rank since the answer began, alike on all (collective)."""
+        return lowest(self._pressed, self._model.ctx.world.group, self._model.ctx.device) is not None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it a press is a KeyboardInterrupt."""
+        self._reading = True
+        try:
+            yield
+        finally:
+            self._reading = False
+
+    def _press(self, _number: int, _frame: object) -> None:
+        self._pressed = True
+        if self._reading:
+            raise KeyboardInterrupt
 
 
-def _heard(model: Opened) -> str | None:
+def _heard(conversation: _Talk) -> str | None:
     """The next line, on every rank; None at the end."""
-    line = _read() if model.is_first else None
+    model = conversation.model
+    line = _read(conversation.keyboard) if model.is_first else None
     heard: str | None = json.loads(broadcast_text(json.dumps(line), model.ctx.world.group, model.ctx.device))
     return heard
 
 
-def _read() -> str | None:
-    """A line of standard input without its end; None at the end. In a terminal Ctrl-C gives up a line that has been begun."""
+def _read(keyboard: _Keyboard) -> str | None:
+    """A line of standard input without its end; None at the end. In a terminal Ctrl-C gives up a line that has been begun.
+
+    Raises KeyboardInterrupt elsewhere.
+    """
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
+        with keyboard.reading():
+            line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None
     while True:
         try:
-            return input(_PROMPT)
+            with keyboard.reading():
+                return input(_PROMPT)
         except KeyboardInterrupt:
             sys.stdout.write("\n")
         except EOFError:

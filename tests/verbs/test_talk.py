@@ -153,3 +153,20 @@ def test_the_model_itself_answers(checkpoint, monkeypatch, capsys):
     prompt = f"{HEAD}### Instruction:\na\n\n### Response:\n"
     main(arguments(checkpoint, prompt=prompt, max_tokens=6))
     assert first.startswith(capsys.readouterr().out.removeprefix(prompt))
+
+
+def test_ctrl_c_between_lines_of_a_pipe(converse):
+    """While a line is awaited it ends the program, as anywhere; in between it does nothing."""
+
+    class Pressed(io.StringIO):
+        def readline(self):
+            line = super().readline()
+            if line == "c\n":
+                signal.raise_signal(signal.SIGINT)
+            return line
+
+    model = Model("x", "y")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        converse(model, "a\nb\nc\nd\n", Pressed)
+    assert (len(model.prompts), signal.getsignal(signal.SIGINT)) == (2, before)
