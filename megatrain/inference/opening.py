@@ -28,7 +28,7 @@ from megatrain.inference.engine import Engine, EngineSettings
 from megatrain.inference.glm_positions import Marks
 from megatrain.inference.paged_model import ForwardModel
 from megatrain.inference.plain import marks_of_hf
-from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces, places_after
+from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces, closed, places_after
 from megatrain.inference.trained import laid_out, load_chunks, saved_config, say_damaged
 from megatrain.init_from import config_of_hf, declared
 from megatrain.models.gpt import GPT, build_gpt, logical_parameters
@@ -86,6 +86,11 @@ class Opened:
             return marks_of_hf(read_config(self.source))
         ids = self._sentinels
         return None if ids is None else Marks(ids.sop, ids.gmask, ids.mask)
+
+    def closed(self, tokens: Sequence[int]) -> list[int]:
+        """A text's tokens as a prompt: with the marks behind it that a Hugging Face directory's ChatGLM-6B answers to, else as they are."""
+        marks = self.marks if is_hf(self.source) else None
+        return list(tokens) if marks is None else closed(tokens, marks)
 
     @property
     def tokenizer_folders(self) -> list[Path]:

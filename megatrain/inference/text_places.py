@@ -96,6 +96,15 @@ class BlankPlaces:
         return tuple(x.tobytes() for x in self.positions(start, end))
 
 
+def closed(tokens: Sequence[int], marks: Marks) -> list[int]:
+    """A text to be answered, with the [gMASK] and <sop> that end a prompt of ChatGLM-6B, as far as they are not there (its own tokenizer
+    puts them behind every text)."""
+    if marks.sop in tokens:
+        return list(tokens)
+    blank = [] if marks.gmask in tokens or marks.mask in tokens else [marks.gmask]
+    return [*tokens, *blank, marks.sop]
+
+
 def places_after(tokens: Sequence[int], marks: Marks, two_dimensional: bool) -> TextPlaces:
     """Positions of a prompt that ends in <sop> and of the answer to it; from left to right where it has none (ChatGLM-6B).
 

@@ -42,6 +42,7 @@ def served_of(model: Opened, name: str | None, template: str | None) -> Served:
         max_length=engine.max_length,
         vocab_size=engine.vocab_size,
         places=places,
+        closed=model.closed,
         conversing=conversing(model, template),
         infill=infilling(model) if model.config.data.objective == "glm" else None,
         attention=f"paged attention by {implementation}, {dtype} on {ctx.device.type}, blocks of {engine.settings.block} tokens",

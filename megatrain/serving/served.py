@@ -43,6 +43,8 @@ class Served:
     vocab_size: int
     places: Callable[[Sequence[int]], TextPlaces]
     """Positions of a prompt's tokens."""
+    closed: Callable[[Sequence[int]], Sequence[int]]
+    """A text's tokens as a prompt, with the marks behind it that the model answers to."""
     conversing: Conversing | str
     """How it wants a conversation; or why it has no chat template, and what to do."""
     infill: Callable[[str, str | None, Request], Request] | None
@@ -69,11 +71,11 @@ class Served:
         return self.chat.ends if chat else frozenset(self.codec.ending.stops)
 
     def encode(self, prompt: Prompt, opening: bool = True) -> tuple[int, ...]:
-        """The tokens of a prompt; opening: whether those that begin a text go first. Raises Refusal for an empty prompt."""
+        """The tokens of a prompt; opening: whether those that begin and close a prompt are put. Raises Refusal for an empty prompt."""
         if not isinstance(prompt, str):
             return prompt
         encoded = self.codec.encode(prompt)
-        ids = tuple(prompt_ids(self.codec, encoded) if opening else encoded)
+        ids = tuple(self.closed(prompt_ids(self.codec, encoded)) if opening else encoded)
         if not ids:
             raise Refusal('prompt is empty, and no token of the tokenizer is known to begin a text. Try "Hello".', "prompt")
         return ids

@@ -12,6 +12,7 @@ from megatrain.inference.beams import require_room
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.opening import Opened
 from megatrain.inference.requests import Request
+from megatrain.inference.text_places import LEFT_TO_RIGHT
 from megatrain.inference.text_plans import Plan, PlannedText, PlanSettings, Show, filled, written
 from megatrain.verbs.prompt_rows import PromptRow, Wishes
 
@@ -63,18 +64,23 @@ class Planner:
 
     def answer(self, row: PromptRow, tokens: Sequence[int]) -> tuple[Request, PlanSettings]:
         """The request for the answer to a conversation of so many tokens, and how it is written."""
-        request = _request(row.wishes, tokens, self.chat.ends)
-        room = max(1, self._model.engine.max_length - len(tokens))
-        request = replace(request, places=self._model.places(tokens), max_tokens=min(request.max_tokens, room))
-        return request, self._manner(row, self.chat.stops)
+        request = replace(_request(row.wishes, tokens, self.chat.ends), places=self._model.places(tokens))
+        return self._limited(request), self._manner(row, self.chat.stops)
+
+    def _limited(self, request: Request) -> Request:
+        """A request whose answer ends where the positions do."""
+        room = max(1, self._model.engine.max_length - len(request.tokens))
+        return replace(request, max_tokens=min(request.max_tokens, room))
+
+    def _require_fits(self, tokens: Sequence[int], what: str, advice: str) -> None:
+        """Raise ValueError where a prompt has more tokens than the model has positions."""
+        positions = self._model.engine.max_length
+        if len(tokens) > positions:
+            raise ValueError(f"the {what} has {len(tokens)} tokens, and model.max_positions is {positions}. {advice}.")
 
     def _answer(self, row: PromptRow) -> Prompted:
         tokens = self.chat.prompt(row.messages, continue_final_message=row.continued).tokens
-        positions = self._model.engine.max_length
-        if len(tokens) > positions:
-            raise ValueError(
-                f"the conversation has {len(tokens)} tokens, and model.max_positions is {positions}. Leave its first messages out."
-            )
+        self._require_fits(tokens, "conversation", "Leave its first messages out")
         request, manner = self.answer(row, tokens)
         return Prompted(
             row,
@@ -84,9 +90,12 @@ class Planner:
         )
 
     def _text(self, row: PromptRow, prompt: str) -> Prompted:
-        codec, manner = self._model.codec, self._manner(row)
-        tokens = encoded_prompt(codec, prompt, self._model.engine.vocab_size)
-        request, before = _request(row.wishes, tokens, codec.ending.stops), codec.encode(prompt)
+        codec, manner, before = self._model.codec, self._manner(row), self._model.codec.encode(prompt)
+        tokens = self._model.closed(encoded_prompt(codec, prompt, self._model.engine.vocab_size))
+        request = _request(row.wishes, tokens, codec.ending.stops)
+        if (places := self._model.places(tokens)) is not LEFT_TO_RIGHT:
+            self._require_fits(tokens, "prompt", "Shorten it")
+            request, manner = self._limited(replace(request, places=places)), replace(manner, goes_on=False)
         if manner.beams is not None:
             require_room(request, manner.positions)
         return Prompted(
