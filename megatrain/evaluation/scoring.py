@@ -61,20 +61,6 @@ Advance = Callable[[int], None]
 """Told of the number of requests that are done since its last call."""
 
 
-def loglikelihoods(engine: Engine, joins: Sequence[Join], ctx: ParallelContext | None = None) -> list[Likelihood]:
-    """The likelihood of each continuation after its context, in order; the same on every rank (collective).
-
-    ctx: whose data-parallel replicas share the work. Raises ValueError for a token that the model does not have.
-    """
-    return _likelihoods(engine, joins, [windows_of(join, engine.max_length) for join in joins], ctx)
-
-
-def rolling(engine: Engine, documents: Sequence[Join], ctx: ParallelContext | None = None) -> list[Likelihood]:
-    """The likelihood of each document (a continuation, which may be without tokens) after what opens a text; as `loglikelihoods`."""
-    parts = [list(windows((*of.context, *of.continuation), len(of.context), engine.max_length)) for of in documents]
-    return _likelihoods(engine, documents, parts, ctx)
-
-
 def windows_of(join: Join, positions: int) -> list[Window]:
     """The windows in which a continuation is scored: one, with the end of a long context, where the continuation fits."""
     tokens = (*join.context, *join.continuation)
@@ -94,23 +80,13 @@ def windows(tokens: tuple[int, ...], first: int, positions: int) -> Iterator[Win
         first, end = end, end + positions
 
 
-def _likelihoods(
-    engine: Engine, joins: Sequence[Join], parts: Sequence[Sequence[Window]], ctx: ParallelContext | None
-) -> list[Likelihood]:
-    """The likelihoods of texts, of which each has some windows."""
-    results = []
-    for join, (total, greedy) in zip(joins, sums_of(engine, parts, ctx), strict=True):
-        truncated = len(join.context) + len(join.continuation) > engine.max_length + 1
-        results.append(Likelihood(total, greedy, len(join.continuation), truncated))
-    return results
-
-
 def sums_of(
     engine: Engine, parts: Sequence[Sequence[Window]], ctx: ParallelContext | None = None, advance: Advance = lambda _: None
 ) -> list[tuple[float, bool]]:
-    """(sum of log-probabilities, whether all are the most probable) of texts, of which each has some windows; collective as above.
+    """(sum of log-probabilities, whether all are the most probable) of texts, of which each has some windows; the same on every rank.
 
-    advance: told of windows, equal ones once.
+    Collective: the data-parallel replicas of `ctx` share the work. advance: told of windows, equal ones once. Raises ValueError for a token
+    that the model does not have.
     """
     # Like ones are neighbours, so that their common beginning is computed once.
     ordered = sorted({window for of in parts for window in of})
