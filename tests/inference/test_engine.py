@@ -114,6 +114,13 @@ def test_four_choices_after_one_context_read_it_once(weights):
     assert engine.stats.prefix_hits == 3 * 48  # of 64, the last block is read for the token that follows it
 
 
+def test_a_prompt_of_one_token_with_nothing_to_write_ends_at_once(weights):
+    engine = engine_of(weights)
+    for score_from in (None, 1):
+        (answer,) = engine.run([Request((3,), 0, score_from=score_from)])
+        assert (answer.tokens, answer.prompt, answer.finish) == ((), (), "length") and engine.stats.blocks_used == 0
+
+
 def test_what_is_known_of_old_weights_is_forgotten(weights):
     engine = engine_of(weights_of(vocab_size=V, **MODEL), block=4)
     request = Request(tuple(range(40)), 4, Sampling(greedy=True))

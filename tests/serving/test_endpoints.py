@@ -156,6 +156,13 @@ def test_a_prompt_alone_is_scored_as_it_is_when_written(client):
     assert alone.choices[0].logprobs.token_logprobs[3:] == pytest.approx(answer.logprobs.token_logprobs, abs=1e-5)
 
 
+def test_an_echo_of_one_token_has_nothing_to_score(client):
+    choice = complete(client, "h", echo=True, logprobs=1, max_tokens=0).choices[0]
+    assert choice.text == "h" and choice.finish_reason == "length"
+    parts = list(complete(client, "h", echo=True, logprobs=1, max_tokens=0, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == "h" and parts[0].choices[0].logprobs.token_logprobs == [None]
+
+
 def test_a_stream_of_echo_with_log_probabilities(client):
     whole = complete(client, "hello", echo=True, logprobs=2, max_tokens=6).choices[0]
     parts = [part.choices[0] for part in complete(client, "hello", echo=True, logprobs=2, max_tokens=6, stream=True)]
