@@ -68,13 +68,25 @@ def compared(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Compar
         )
     found = []
     for name in tasks:
-        before, after = first["tasks"][name], second["tasks"][name]
+        found += _compared(name, first["tasks"][name], second["tasks"][name])
+    return found
+
+
+def _compared(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[ComparedMetric]:
+    """The metrics that both results of a task have. Raises TaskError, UnpairedError."""
+    found = []
+    try:
         places = pairing(before["per_item"]["ids"], after["per_item"]["ids"], before["hash"], after["hash"])
         for metric in before["metrics"]:
             if metric in after["metrics"]:
                 classes = before.get("confusion", {}).get("classes", [])
                 difference = _difference(metric, classes, before["per_item"], _ordered(after["per_item"], places.tolist()))
                 found.append(ComparedMetric(name, metric, difference))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise TaskError(
+            f"{name}: a part of the results is missing or of another kind ({type(error).__name__}: {error}). Files are compared as they "
+            "were written: evaluate once more."
+        ) from None
     return found
 
 
@@ -131,8 +143,8 @@ def differences_of_manner(first: Mapping[str, Any], second: Mapping[str, Any]) -
             yield f"they were not asked alike: {name} is {values[0]} and {values[1]}"
     for task, of in first["tasks"].items():
         other = second["tasks"].get(task)
-        if other is not None and of["num_fewshot"] != other["num_fewshot"]:
-            yield f"{task}: not asked alike, with {of['num_fewshot']} and {other['num_fewshot']} examples"
+        if other is not None and of.get("num_fewshot") != other.get("num_fewshot"):
+            yield f"{task}: not asked alike, with {of.get('num_fewshot')} and {other.get('num_fewshot')} examples"
 
 
 def verdicts(found: Sequence[ComparedMetric]) -> Iterator[str]:

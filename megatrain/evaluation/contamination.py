@@ -27,7 +27,7 @@ from megatrain.data.boundaries import NONE, TokenizerError
 from megatrain.data.indexed import TokenStore, TokenStoreError
 from megatrain.data.store_record import StoreRecord, read_record
 from megatrain.data.tokenizer import Tokenizer, load_tokenizer
-from megatrain.evaluation.questions import Question
+from megatrain.evaluation.questions import MASK, Question
 from megatrain.evaluation.task_keys import TaskKeys
 from megatrain.evaluation.task_templates import text_of
 
@@ -69,7 +69,10 @@ def text_to_look_for(keys: TaskKeys, question: Question) -> str:
     """The text of an item that the training data should not have: what is asked, and the right answer."""
     if keys.doc_to_decontamination_query is not None:
         return text_of(keys.doc_to_decontamination_query, question.item.fields)
-    return " ".join((question.text, question.targets[0], question.after))
+    target = question.targets[0]
+    if keys.output_type == "infilling":
+        return MASK.sub(lambda _: target, question.text)
+    return " ".join((question.text, target, question.after))
 
 
 def overlaps(texts: Sequence[str], pieces: Iterable[str]) -> list[ItemOverlap]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ MASK = re.compile(r"\[[gs]?MASK\]")
 """The blanks of a GLM."""
 _NO_BLANK_BEFORE = re.compile("[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef\U00020000-\U000323af]")
 """Han, kana, and the marks between them: before them stands no blank."""
+_DIGITS = 20
+"""A place among choices has fewer; thousands of them are an error of Python's own."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ def question_of(keys: TaskKeys, item: Item) -> Question:
 
 def _question(keys: TaskKeys, item: Item) -> Question:
     fields = item.fields
+    if keys.doc_to_decontamination_query is not None:
+        text_of(keys.doc_to_decontamination_query, fields)  # it is asked for when all is done, and is wrong now
     cluster = "" if keys.cluster is None else str(value_of(keys.cluster, fields))
     text = text_of(keys.doc_to_text, fields) if keys.doc_to_text else ""
     target = _target(keys, item)
@@ -78,9 +83,7 @@ def _target(keys: TaskKeys, item: Item) -> Any:
 
 def _texts(item: Item, target: Any) -> tuple[str, ...]:
     """Right answers as text."""
-    found = [
-        str(one) if isinstance(one, int | float) else one for one in (target if isinstance(target, list | tuple) else [target])
-    ]
+    found = [str(one) if _is_number(one) else one for one in (target if isinstance(target, list | tuple) else [target])]
     if not found or not all(isinstance(one, str) and one for one in found):
         item.refuse(f"doc_to_target is {_shown(target)}. Give a text that is not empty, or a list of such texts.")
     return tuple(found)
@@ -92,7 +95,7 @@ def _choices(keys: TaskKeys, item: Item) -> tuple[str, ...]:
     found = value_of(given, item.fields) if isinstance(given, str) else [_literal(one, item) for one in given or ()]
     if not isinstance(found, list | tuple) or len(found) < 2:
         item.refuse(f"doc_to_choice is {_shown(found)}. Give a list of two choices or more.")
-    choices = tuple(str(one) if isinstance(one, int | float) and not isinstance(one, bool) else one for one in found)
+    choices = tuple(str(one) if not isinstance(one, bool) and _is_number(one) else one for one in found)
     for number, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice:
             item.refuse(f"choice {number} is {_shown(choice)}. Give each choice a text that is not empty.")
@@ -100,6 +103,11 @@ def _choices(keys: TaskKeys, item: Item) -> tuple[str, ...]:
         twice = next(choice for choice in choices if choices.count(choice) > 1)
         item.refuse(f"the choice {twice!r} is given twice. Give each choice once.")
     return choices
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that is there: a field that lacks one is often NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _literal(text: str, item: Item) -> str:
@@ -111,7 +119,7 @@ def _place(item: Item, target: Any, choices: Sequence[str]) -> int:
     """The place of a right answer among the choices, given as that place or as its text."""
     if isinstance(target, str) and target in choices:
         return choices.index(target)
-    number = int(target) if isinstance(target, str) and target.isdecimal() else target
+    number = int(target) if isinstance(target, str) and target.isdecimal() and len(target) < _DIGITS else target
     if isinstance(number, int) and 0 <= number < len(choices):
         return int(number)
     item.refuse(

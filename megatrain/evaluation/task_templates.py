@@ -8,6 +8,7 @@ value_of("{{choices.text}}", fields)               # an expression alone keeps i
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,7 +40,7 @@ def text_of(template: str, fields: Mapping[str, Any]) -> str:
     value = value_of(template, fields)
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise TemplateError(f"{template!r} is {_kind(value)}, and must be text")
 
@@ -52,7 +53,7 @@ def _filled(template: str, fields: Mapping[str, Any]) -> Any:
         return value if value is None or isinstance(value, str | int | float | list | tuple) else str(value)
     except jinja2.UndefinedError as error:
         raise TemplateError(f"{error.message}, in {template!r}. The item has {_listed(fields)}") from None
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # of jinja2, of the filters' own code (re.error, AssertionError), of memory and depth
         raise TemplateError(f"{template!r} cannot be filled: {type(error).__name__}: {error}") from None
 
 
@@ -94,4 +95,4 @@ def _listed(fields: Mapping[str, Any]) -> str:
 def _kind(value: Any) -> str:
     """A value in words."""
     kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    return kinds.get(type(value), str(value) if isinstance(value, float) else f"a {type(value).__name__}")

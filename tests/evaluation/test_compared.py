@@ -100,6 +100,14 @@ def test_what_cannot_be_compared(tmp_path):
     other["tasks"]["quiz"]["hash"] = "g"
     with pytest.raises(UnpairedError, match="the two results are of different tasks"):
         compared(right(1.0), other)
+    for broken in (
+        {},
+        [],
+        {"hash": "h", "metrics": {"acc": {}}, "per_item": {"ids": ["i0"]}},
+        {**right(1.0)["tasks"]["quiz"], "per_item": None},
+    ):
+        with pytest.raises(TaskError, match="quiz: a part of the results is missing or of another kind"):
+            compared(right(1.0), of(quiz=broken))
     path = tmp_path / "r.json"
     with pytest.raises(TaskError, match=r"r\.json: no such file of results"):
         read_results(path)

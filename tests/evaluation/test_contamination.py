@@ -58,6 +58,8 @@ def test_what_is_looked_for():
     question = Question(Item("f", 1, {"q": "Where?"}), "Question: Where?", ("x", "Paris"), (1,), ("Paris",))
     assert text_to_look_for(TaskKeys(), question) == "Question: Where? Paris "
     assert text_to_look_for(TaskKeys(doc_to_decontamination_query="{{q}}"), question) == "Where?"
+    blank = Question(Item("f", 1, {}), "The [MASK] barked.", targets=("big \\1 dog",))
+    assert text_to_look_for(TaskKeys(output_type="infilling"), blank) == "The big \\1 dog barked."
 
 
 @pytest.fixture

@@ -23,6 +23,9 @@ def test_right_answers_by_place_and_by_text(answer, right):
     [
         ({"q": "", "c": ["x", "y"]}, "f.jsonl:7: there is no field 'a'. The item has q, c."),
         ({"q": "", "c": ["x", "y"], "a": 2}, "f.jsonl:7: doc_to_target is 2, which is none of the 2 choices ['x', 'y']. Give the text"),
+        ({"q": "", "c": ["x", "y"], "a": "9" * 5000}, "doc_to_target is '9999"),
+        ({"q": "", "c": [float("nan"), "y"], "a": 1}, "choice 0 is nan. Give each choice a text that is not empty."),
+        ({"q": float("nan"), "c": ["x", "y"], "a": 0}, "f.jsonl:7: 'q' is nan, and must be text."),
         ({"q": "", "c": ["x", "y"], "a": -1}, "doc_to_target is -1, which is none of"),
         ({"q": "", "c": ["x", "y"], "a": None}, "doc_to_target is None, which is none of"),
         ({"q": "", "c": ["x", "y"], "a": []}, "doc_to_target is an empty list."),
@@ -60,6 +63,11 @@ def test_a_cloze_with_choices_has_a_blank():
     assert (found.text, found.after, found.right) == ("小猫", "鱼。", (0,))
     with pytest.raises(TaskError, match=r"doc_to_text has 0 blanks, and a cloze with choices has one\. Write one ___"):
         asked({"q": "小猫", "c": ["吃", "写"], "a": "吃"}, output_type="cloze")
+
+
+def test_what_is_asked_when_all_is_done_is_looked_at_before():
+    with pytest.raises(TaskError, match=r"f\.jsonl:7: there is no field 'nosuch'\. The item has q, c, a\."):
+        asked({"q": "why", "c": ["x", "y"], "a": 0}, doc_to_decontamination_query="nosuch")
 
 
 def test_choices_that_are_written_in_the_task():

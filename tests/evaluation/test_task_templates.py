@@ -5,7 +5,7 @@ import pytest
 from megatrain.evaluation.task_templates import TemplateError, text_of, value_of
 from megatrain.extras import MissingPackageError
 
-FIELDS = {"question": "Why?", "choices": {"text": ["a", "b"]}, "answer": 1, "n": 2.5, "none": None}
+FIELDS = {"question": "Why?", "choices": {"text": ["a", "b"]}, "answer": 1, "n": 2.5, "none": None, "missing": float("nan")}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_fields_expressions_and_text(template, value):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("questoin", "there is no field 'questoin'. The item has question, choices, answer, n, none"),
+        ("questoin", "there is no field 'questoin'. The item has question, choices, answer, n, none, missing"),
         ("Q: {{questoin}}", "'questoin' is undefined, in 'Q: {{questoin}}'. The item has question"),
         ("{{questoin}}", "'questoin' is undefined, in '{{questoin}}'."),
         ("{{question", "cannot be filled: TemplateSyntaxError"),
@@ -38,6 +38,11 @@ def test_fields_expressions_and_text(template, value):
         ("{{answer / 0}}", "cannot be filled: ZeroDivisionError"),
         ("none", "'none' is null, and must be text"),
         ("{{choices.text}}", "'{{choices.text}}' is a list, and must be text"),
+        ("{{question|regex_replace('(', '')}}", "cannot be filled: error: missing ), unterminated subpattern"),
+        ("{{question|truncate(-5)}}", "cannot be filled: AssertionError"),
+        ("{% macro f() %}{{f()}}{% endmacro %}{{f()}}", "cannot be filled: RecursionError"),
+        ("{{'a' * 10 ** 17}}", "cannot be filled: MemoryError"),
+        ("missing", "'missing' is nan, and must be text"),
     ],
 )
 def test_what_is_missing(template, message):
