@@ -19,7 +19,7 @@ TILE = 64
 HEIGHT = 8
 """Largest number of queries of a sequence that go over the keys together."""
 ORDER = np.array([int(f"{part:05b}"[::-1], 2) for part in range(PARTS)])
-"""Of the items 0, 1, 2 ... the first of each part: neighbours are far apart, so that a few items keep several threads busy."""
+"""The first of the items of each part, then every `PARTS`th: neighbours are far apart, so that a few items keep several threads busy."""
 
 
 @intrinsic
