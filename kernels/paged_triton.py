@@ -144,14 +144,14 @@ def blocks_of(counts: tuple[int, ...], height: int) -> np.ndarray:
 
     The sequence, the first query's row, the number of queries, and how far the first one's place is before the sequence's end.
     """
-    made, row = [], 0
-    for sequence, count in enumerate(counts):
-        starts = np.arange(0, count, height)
-        made.append(
-            np.stack([np.full_like(starts, sequence), row + starts, np.minimum(height, count - starts), count - starts])
-        )
-        row += count
-    return np.ascontiguousarray(np.concatenate(made, 1).T, np.int32)
+    queries = np.asarray(counts)
+    each = -(-queries // height)
+    sequences = np.arange(len(queries)).repeat(each)
+    within = (np.arange(len(sequences)) - (each.cumsum() - each)[sequences]) * height
+    left = queries[sequences] - within
+    rows = (queries.cumsum() - queries)[sequences] + within
+    return np.stack([sequences, rows, np.minimum(height, left), left], 1).astype(np.int32)
+
 
 
 def attend(
