@@ -65,8 +65,9 @@ class Pages:
     def blocks(self, height: int) -> torch.Tensor:
         """The queries in blocks of `height` (`blocks_of`), on the device; made once, as parts are."""
         if height not in self._blocks:
-            of = blocks_of(self.counts or (1,) * len(self.lengths), height)
-            self._blocks[height] = torch.from_numpy(of).to(self.table.device)
+            of, device = torch.from_numpy(blocks_of(self.counts or (1,) * len(self.lengths), height)), self.table.device
+            host = torch.empty(of.shape, dtype=of.dtype, pin_memory=device.type == "cuda").copy_(of)
+            self._blocks[height] = host.to(device, non_blocking=True)  # for a copy from other memory the host would wait
         return self._blocks[height]
 
     def spans(self, window: int | None, sparse: tuple[int, int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:

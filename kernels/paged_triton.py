@@ -153,7 +153,6 @@ def blocks_of(counts: tuple[int, ...], height: int) -> np.ndarray:
     return np.stack([sequences, rows, np.minimum(height, left), left], 1).astype(np.int32)
 
 
-
 def attend(
     q: torch.Tensor,
     keys: torch.Tensor,

@@ -30,6 +30,7 @@ from megatrain.parallel.param import Postponed
 from megatrain.parallel.pipeline_parallel import Chunk as Virtual
 from megatrain.parallel.pipeline_parallel import Executed, Parameters, Stage, run_schedule
 from megatrain.parallel.schedules import Schedule
+from megatrain.transport.host import to_device
 
 LOGIT_ROWS = 256
 """Rows of a prompt whose whole logits are in memory at a time, where the most probable tokens are asked for."""
@@ -102,15 +103,15 @@ class PagedModel:
     def _read(self, pieces: Sequence[StepPiece]) -> list[Read]:
         pieces = sorted(pieces, key=lambda piece: not piece.single)
         device = self.weights.ctx.device
-        tokens, positions, inside = self._rows(pieces)
+        tokens, positions, inside = to_device(self._rows(pieces), device)
         batch = MicroBatch(
-            tokens=tokens.to(device),
-            labels=tokens.to(device),
+            tokens=tokens,
+            labels=tokens,
             loss_weights=torch.zeros(tokens.shape, device=device),
-            positions=positions.to(device),
+            positions=positions,
             samples=torch.zeros(1, dtype=torch.int64, device=device),
             mask=CAUSAL,
-            block_positions=inside.to(device),
+            block_positions=inside,
         )
         wanted = _wanted(pieces)
         stage = self._stage(self._pages(pieces), wanted)
@@ -137,26 +138,19 @@ class PagedModel:
         slots = np.concatenate([self._slots(p) for p in pieces])
         single = sum(piece.single for piece in pieces)
         parts = [(slice(0, single), self._seen(pieces[:single])), (slice(single, len(slots)), self._seen(pieces[single:]))]
-        return StepPages(
-            torch.from_numpy(slots).to(self.weights.ctx.device), [(rows, of) for rows, of in parts if rows.start < rows.stop]
-        )
+        (there,) = to_device([torch.from_numpy(slots)], self.weights.ctx.device)
+        return StepPages(there, [(rows, of) for rows, of in parts if rows.start < rows.stop])
 
     def _seen(self, pieces: Sequence[StepPiece]) -> Pages:
         """The pages of some pieces."""
-        device = self.weights.ctx.device
         table = np.zeros((len(pieces), max((len(p.sequence.blocks) for p in pieces), default=0)), np.int32)
         for place, piece in enumerate(pieces):
             table[place, : len(piece.sequence.blocks)] = piece.sequence.blocks
-        lengths = torch.tensor([piece.end for piece in pieces], dtype=torch.int32)
-        counts = tuple(piece.end - piece.start for piece in pieces)
-        prefix = [piece.sequence.request.places.prefix for piece in pieces]
-        return Pages(
-            torch.from_numpy(table).to(device),
-            lengths.to(device),
-            self.block,
-            None if all(piece.single for piece in pieces) else counts,
-            torch.tensor(prefix, dtype=torch.int32, device=device) if any(prefix) else None,
-        )
+        ends, prefixes = ([of(p) for p in pieces] for of in (lambda p: p.end, lambda p: p.sequence.request.places.prefix))
+        host = [torch.from_numpy(table), *(torch.tensor(x, dtype=torch.int32) for x in (ends, prefixes))]
+        there, lengths, prefix = to_device(host, self.weights.ctx.device)
+        counts = None if all(piece.single for piece in pieces) else tuple(piece.end - piece.start for piece in pieces)
+        return Pages(there, lengths, self.block, counts, prefix if any(prefixes) else None)
 
     def _slots(self, piece: StepPiece) -> np.ndarray:
         """[m] slots of a piece's tokens, int64."""
@@ -219,19 +213,24 @@ def _numbers(head: Head, hidden: torch.Tensor, wanted: _Wanted) -> torch.Tensor:
     and the `top` most probable ones with theirs; float64 [rows, 3 + 2 top]."""
     parts, hidden = [], head.build.rows.enter(hidden)
     if wanted.drawn:
-        logits = _logits(head, hidden, torch.tensor(wanted.drawn, device=hidden.device))
+        logits = _logits(head, hidden, *_sent(hidden.device, wanted.drawn))
         logits = without_never(logits, wanted.choices)
         parts.append(_told(logits, choose(logits, wanted.choices), wanted.top))
     if wanted.scored:
-        rows, labels = (torch.tensor(x, device=hidden.device) for x in (wanted.scored, wanted.labels))
+        rows, labels = _sent(hidden.device, wanted.scored, wanted.labels)
         found = head.cross_entropy(_picked(hidden, rows, head.build.rows), _steady(labels, hidden, head.build.rows)[:, None])
         loss, right = (x[: len(rows), 0].double() for x in found)
         parts.append(functional.pad(torch.stack([labels.double(), -loss, right], -1), (0, 2 * wanted.top)))
     if wanted.told:
-        rows, labels = (torch.tensor(x, device=hidden.device) for x in (wanted.told, wanted.told_labels))
+        rows, labels = _sent(hidden.device, wanted.told, wanted.told_labels)
         for some, of in zip(rows.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True):
             parts.append(_told(_logits(head, hidden, some), of, wanted.top))
     return torch.cat(parts) if parts else hidden.new_zeros(0, 3 + 2 * wanted.top, dtype=torch.float64)
+
+
+def _sent(device: torch.device, *numbers: Sequence[int]) -> list[torch.Tensor]:
+    """Tensors of numbers on the device, for which the host does not wait."""
+    return to_device([torch.tensor(x, dtype=torch.int64) for x in numbers], device)
 
 
 def _logits(head: Head, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from megatrain.inference.requests import Sampling
 from megatrain.parallel import rng
+from megatrain.transport.host import to_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def choose(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tensor
     ids = logits.argmax(-1)
     drawn = [row for row, choice in enumerate(choices) if not choice.sampling.greedy]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        (rows,) = _sent(logits.device, drawn)
         ids = ids.index_copy(0, rows, _draw(logits[rows], [choices[row] for row in drawn]))
     return ids
 
@@ -45,34 +46,39 @@ def without_never(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch
     barred = {choice.sampling.never for choice in choices}
     for never in barred - {()}:
         rows = [row for row, choice in enumerate(choices) if choice.sampling.never == never]
-        at = torch.tensor(rows, device=logits.device)[:, None], torch.tensor(never, device=logits.device)[None, :]
-        logits = logits.index_put(at, logits.new_tensor(-torch.inf))
+        at, never_at = _sent(logits.device, rows, never)
+        logits = logits.index_put((at[:, None], never_at[None, :]), logits.new_full((), -torch.inf))
     return logits
 
 
 def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Logits [n, v] after bias and penalties -> probabilities [n, v] of what may be drawn."""
     device = logits.device
-    temperature = torch.tensor([s.temperature for s in samplings], device=device)
+    temperature, least = _sent(device, [float(s.temperature) for s in samplings], [float(s.min_p or 0) for s in samplings])
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     cut = [row for row, s in enumerate(samplings) if s.top_k is not None or s.top_p is not None]
     if cut:
-        rows = torch.tensor(cut, device=device)
+        (rows,) = _sent(device, cut)
         logits = logits.index_copy(0, rows, _cut(logits[rows], [samplings[row] for row in cut]))
     p = torch.softmax(logits, -1)
     if any(s.min_p for s in samplings):
-        least = torch.tensor([s.min_p or 0.0 for s in samplings], device=device)[:, None] * p.amax(-1, keepdim=True)
-        p = torch.where(p >= least, p, 0.0)
+        p = torch.where(p >= least[:, None] * p.amax(-1, keepdim=True), p, 0.0)
         p = p / p.sum(-1, keepdim=True)
     return p
+
+
+def _sent(device: torch.device, *numbers: Sequence[float]) -> list[torch.Tensor]:
+    """Tensors of numbers on the device, for which the host does not wait."""
+    return to_device([torch.tensor(x) for x in numbers], device)
 
 
 def _draw(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tensor:
     """Logits [n, v] -> drawn ids [n]."""
     p = probabilities(logits, [choice.sampling for choice in choices])
-    numbers = torch.tensor([_uniform(choice.seed, choice.number) for choice in choices], dtype=torch.float64)
+    drawn = torch.tensor([_uniform(choice.seed, choice.number) for choice in choices], dtype=torch.float64)
+    (numbers,) = to_device([drawn], logits.device)
     sums = p.cumsum(-1, dtype=torch.float64)
-    wanted = numbers.to(logits.device)[:, None] * sums[:, -1:]
+    wanted = numbers[:, None] * sums[:, -1:]
     found = torch.searchsorted(sums, wanted, right=True)[:, 0]
     last = p.shape[-1] - 1 - p.flip(-1).ne(0).int().argmax(-1)  # where the sum is reached
     return torch.minimum(found, last)
@@ -87,13 +93,14 @@ def _uniform(seed: int, number: int) -> float:
 def _cut(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.Tensor:
     """Logits [n, v] with those beyond top-k and top-p at -inf; of equal ones the lowest id is kept first."""
     size, device = logits.shape[-1], logits.device
-    most = [min(s.top_k or size, size) for s in samplings]
+    most, share = _sent(
+        device, [min(s.top_k or size, size) for s in samplings], [1.0 if s.top_p is None else float(s.top_p) for s in samplings]
+    )
     order = torch.sort(logits, dim=-1, descending=True, stable=True)
     ranks = torch.arange(size, device=device)
-    ordered = order.values.masked_fill(ranks >= torch.tensor(most, device=device)[:, None], -torch.inf)
+    ordered = order.values.masked_fill(ranks >= most[:, None], -torch.inf)
     p = torch.softmax(ordered, -1)
-    share = torch.tensor([1.0 if s.top_p is None else s.top_p for s in samplings], device=device)[:, None]
-    beyond = (p.cumsum(-1) - p >= share) & (share < 1)
+    beyond = (p.cumsum(-1) - p >= share[:, None]) & (share[:, None] < 1)
     return torch.empty_like(logits).scatter_(-1, order.indices, ordered.masked_fill(beyond, -torch.inf))
 
 
@@ -121,8 +128,7 @@ def _changed(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tens
             divided.append(penalty)
             added.append(bias)
     if rows:
-        at = torch.tensor(rows, device=logits.device), torch.tensor(columns, device=logits.device)
-        penalties, biases = (torch.tensor(x, device=logits.device) for x in (divided, added))
-        value = logits[at]
+        at_rows, at_columns, penalties, biases = _sent(logits.device, rows, columns, divided, added)
+        at, value = (at_rows, at_columns), logits[at_rows, at_columns]
         logits = logits.index_put(at, torch.where(value > 0, value / penalties, value * penalties) + biases)
     return logits

@@ -110,7 +110,7 @@ class _Operators(TorchDispatchMode):
             and there
         ):
             raise AssertionError(f"{function} by a mask has the host wait")
-        if name == "_to_copy" and kwargs.get("device") is not None and kwargs["device"].type != args[0].device.type:
+        if name in ("_to_copy", "to") and kwargs.get("device") is not None and kwargs["device"].type != args[0].device.type:
             return self._move(args[0], kwargs)
         if name == "copy_" and args[0].device.type != args[1].device.type:
             if args[1].dim() > 0 or there[0] is args[1]:
