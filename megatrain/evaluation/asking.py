@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from megatrain.evaluation.items import TaskError
@@ -39,6 +40,12 @@ class AskedTask:
         """Number of requests."""
         windows = {window for of in self.scored for one in of for window in one.windows}
         return len(windows) + sum(one is not None for one in self.requests)
+
+    @property
+    def largest(self) -> int:
+        """The largest token id."""
+        windows = (max(window.tokens) for of in self.scored for one in of for window in one.windows)
+        return max(chain(windows, (max(one.tokens) for one in self.continued if one is not None)))
 
     @cached_property
     def truncated(self) -> int:

@@ -117,6 +117,11 @@ class BlankTexts:
         """Part A that leaves `room` places for part B, the place of its blank, and whether the beginning of its text was cut."""
         behind = self.codec.encode(after) if after else []
         left = self.max_length - room - len(self.special.opening) - 1 - len(behind)
+        if left < 0:
+            raise ValueError(
+                f"the text behind the blank has {len(behind)} tokens and the answer {room}, and the model has {self.max_length} positions. "
+                " Only text before a blank is cut: use a shorter item."
+            )
         kept = list(before)[len(before) - max(left, 0) :] if len(before) > left else list(before)
         place = len(self.special.opening) + len(kept)
         return (*self.special.opening, *kept, self.special.masks[mask], *behind), place, len(kept) < len(before)

@@ -50,7 +50,13 @@ class Subject:
         """Tasks as tokens, no collective. Raises TaskError, ValueError, MissingPackageError."""
         require_askable(tasks, self.blanks is not None)
         texts = self.texts(manner)
-        return [prepare(task, manner, texts, self.engine.max_length) for task in tasks]
+        asked = [prepare(task, manner, texts, self.engine.max_length) for task in tasks]
+        if (largest := max(one.largest for one in asked)) >= self.engine.vocab_size:
+            raise ValueError(
+                f"the tokenizer {self.codec.label} made token {largest} of a task, and the model's vocabulary has "
+                f"{self.engine.vocab_size} tokens. Give the tokenizer that the model was trained with: --tokenizer PATH."
+            )
+        return asked
 
     def results(self, asked: Sequence[AskedTask], advance: Callable[[int], None] = lambda _: None) -> Iterator[TaskResult]:
         """The results of tasks, one after the other; the same on every rank (collective). advance: told of requests that are done."""

@@ -51,6 +51,13 @@ def test_long_texts_lose_their_beginning(texts):
     assert max(len(one.tokens) - 1 for one in document.windows) <= texts.max_length
 
 
+def test_text_behind_a_blank_is_not_cut(texts):
+    with pytest.raises(
+        ValueError, match="the text behind the blank has 200 tokens and the answer 2, and the model has 128 positions"
+    ):
+        texts.pairs([("x[MASK]" + "y" * 200, "c")])
+
+
 def test_scores_are_those_of_the_training_forward(glm, texts):
     """The engine's log-probabilities of part B and those of the model's own forward, over the layout that training uses."""
     (one,) = texts.pairs([("The cat [MASK] fish.", "eats")])

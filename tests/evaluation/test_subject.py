@@ -1,6 +1,7 @@
 """The tasks of lm-evaluation-harness, read by ourselves, give what the harness finds through the adapter, item by item."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from harness_tasks import items, write_model, write_tasks
@@ -90,3 +91,11 @@ def test_every_layout_gives_the_same(make_subject, family):
 def test_a_chat_with_a_model_of_blanks(glm):
     with pytest.raises(ValueError, match="--chat: this model fills blanks, and is asked through them"):
         glm.prepare(load_tasks(["quiz_en"], limit=1), Manner(chat=object()))
+
+
+def test_a_tokenizer_of_another_model(gpt):
+    small = replace(gpt, engine=SimpleNamespace(vocab_size=200, max_length=256))
+    with pytest.raises(
+        ValueError, match=r"the tokenizer bytes made token 239 of a task, and the model's vocabulary has 200 tokens"
+    ):
+        small.prepare(load_tasks(["cloze_zh"], limit=2), Manner())
