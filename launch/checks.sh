@@ -1,4 +1,4 @@
-# Sourced by docs_checks.sh, slurm_checks.sh, network_checks.sh, faults.sh and fuzz.sh: what to run, and with which Python. Runs on bash 3.2 (macOS).
+# Sourced by docs_checks.sh, slurm_checks.sh, network_checks.sh, browser_checks.sh, faults.sh and fuzz.sh: what to run, and with which Python. Runs on bash 3.2 (macOS).
 
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 

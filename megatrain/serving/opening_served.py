@@ -12,7 +12,6 @@ from megatrain.chat.templates import Chat, open_chat
 from megatrain.data.samples.sentinels import resolve
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.opening import Opened
-from megatrain.inference.plain import marks_of
 from megatrain.inference.requests import Request
 from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces, places_after
 from megatrain.kernels.paged_attention import served_by
@@ -31,7 +30,7 @@ def served_of(model: Opened, name: str | None, template: str | None) -> Served:
     build = model.weights.chunks[0].build
     dtype = str(build.dtype).removeprefix("torch.")
     implementation = served_by(model.config.train.kernels, ctx.device, build.dtype, model.config.model.head_size)
-    marks = model.marks or marks_of(model.config, engine.vocab_size)
+    marks = model.marks
 
     def places(tokens: Sequence[int]) -> TextPlaces:
         return LEFT_TO_RIGHT if marks is None else places_after(tokens, marks, model.config.model.two_dimensional)
