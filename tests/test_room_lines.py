@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 2800,
-    "tests": 63600,
+    "tests": 63650,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

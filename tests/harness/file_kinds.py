@@ -419,6 +419,32 @@ def _read_yaml(folder: Path) -> Any:
     validate(load(folder / "c.yaml").config, 1)
 
 
+def _prompts(folder: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{% endfor %}"
+    config = {
+        "chat_template": [{"name": "default", "template": template}],
+        "bos_token": {"content": "<s>"},
+        "eos_token": "</s>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(template)
+    rows = [{"prompt": "Once", "stop": ["x"], "n": 2}, {"messages": [{"role": "user", "content": "a"}], "temperature": 0.5}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _read_prompts(folder: Path) -> Any:
+    from megatrain.chat.conversation import conversation_of
+    from megatrain.chat.templates import open_chat
+    from megatrain.data.tokenizer import ByteTokenizer
+    from megatrain.verbs.prompt_rows import Wishes, read_input, rows_of_text
+
+    path = str(folder / "rows.jsonl")
+    rows, _ = rows_of_text(read_input(path), path, Wishes())
+    chat = open_chat(ByteTokenizer(), [folder])
+    said = conversation_of([{"role": "user", "content": "a"}])
+    return [chat.prompt(messages).tokens for messages in (said, *(row.messages for row in rows if row.messages))]
+
+
 KINDS = {
     "checkpoint": FileKind(_checkpoint, _read_checkpoint, {"step_*/*": mutations.of_bytes}, sealed=True),
     "manifest": FileKind(_checkpoint, _read_manifest, {"step_*/manifest.json": _signed}),
@@ -441,6 +467,11 @@ KINDS = {
         _store,
         _read_store,
         {**dict.fromkeys(("*.idx", "*.bin", "*.documents"), mutations.of_bytes), "*.json": mutations.of_json},
+    ),
+    "prompts": FileKind(
+        _prompts,
+        _read_prompts,
+        {"*.json": mutations.of_json, "*.jinja": mutations.of_lines, "*.jsonl": mutations.of_lines},
     ),
     "yaml": FileKind(_yaml, _read_yaml, {"*": mutations.of_yaml}),
 }
