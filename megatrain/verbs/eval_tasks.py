@@ -85,6 +85,7 @@ def main(model: str, options: TaskOptions) -> int:
 
 def compare(first: str, second: str, options: TaskOptions) -> int:
     """Compare two files of results, or two models on the same tasks: print the differences. Returns 0. Errors as `main`."""
+    _require_folders(options)
     documents = [_document(name, options) for name in (first, second)]
     if None not in documents:
         before, after = documents
@@ -110,7 +111,7 @@ def _document(name: str, options: TaskOptions) -> Any:
 
 def _require_folders(options: TaskOptions) -> None:
     """Raise TaskError where a file of results could not be written, before hours of work."""
-    for name, path in (("--json", options.json), ("--items", options.items)):
+    for name, path in (("--json", options.json), ("--items", options.items), ("--png", options.png)):
         if path is not None and not path.parent.is_dir():
             raise TaskError(f"{name} {path}: there is no folder {path.parent}. Make it first.")
         if path is not None and path.is_dir():

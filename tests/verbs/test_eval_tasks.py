@@ -140,6 +140,11 @@ def test_a_chat(house):
             "--json /nowhere/r.json: there is no folder /nowhere. Make it first.",
         ),
         (["--tasks", "quiz_en", "--items", "/"], 1, "--items / is a folder. Give a file in it."),
+        (
+            ["--tasks", "quiz_en", "--png", "/nowhere/r.png"],
+            1,
+            "--png /nowhere/r.png: there is no folder /nowhere. Make it first.",
+        ),
         (["--tasks", "quiz_en", "optim.lr=1"], 1, "only the layout can be chosen here"),
         (["--tasks", "quiz_en", "--json"], 2, "--json: with --tasks say where results go: --json FILE."),
         (["--limit", "3"], 2, "--limit is about tasks. Name some: --tasks NAME."),
