@@ -42,6 +42,8 @@ _MOST_BRACKETS = 1 << 21
 """Most brackets of a tokenizer.json, in which each merge and each piece is a list of two."""
 _MOST_GAPS = 1 << 20
 """Most ids below the largest that no token has."""
+LONG_TEXT = 10_000
+"""Characters of a text that is encoded without the interpreter's lock: some 10 ms."""
 SMALLEST_VOCAB = BYTE_VALUES + 1
 """Smallest vocabulary: every byte, so that any text can be encoded, and the document separator."""
 
@@ -245,11 +247,11 @@ class JsonTokenizer(FromFile):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return list(self._library.encode(text, add_special_tokens=False).ids)
+        return _ids(self._library, text)
 
     def encode_inside(self, text: str) -> list[int]:
         """Ids of a text behind a special token."""
-        return list(self._inside.encode(text, add_special_tokens=False).ids)
+        return _ids(self._inside, text)
 
     @cached_property
     def _inside(self) -> LibraryTokenizer:
@@ -288,6 +290,14 @@ class JsonTokenizer(FromFile):
         letters = [self._letters.get(letter) for letter in token[-MOST_BEGUN:]]
         spelled = b"" if None in letters else bytes(byte for byte in letters if byte is not None)
         return spelled if value is None else bytes((value,))
+
+
+def _ids(library: LibraryTokenizer, text: str) -> list[int]:
+    """Ids of a text. Of a long one other threads hear nothing while it is encoded alone: a batch is without the interpreter's lock."""
+    if len(text) < LONG_TEXT:
+        return list(library.encode(text, add_special_tokens=False).ids)
+    (found,) = library.encode_batch_fast([text], add_special_tokens=False)
+    return list(found.ids)
 
 
 def _byte_tokens(description: dict[str, Any]) -> dict[str, int]:

@@ -151,16 +151,13 @@ class Endpoints:
     # --- tokens -------------------------------------------------------------------------------------------------------------------
 
     async def _tokenize(self, request: Request) -> Response:
-        body, _ = await self._body(TokenizeBody, request, UNSUPPORTED)
+        body, size = await self._body(TokenizeBody, request, UNSUPPORTED)
         served = self.ready()
         served.require_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise Refusal('give prompt or messages, one of them. Try {"prompt": "Hello"}.', "prompt")
-        if body.messages is not None:
-            ids = await asyncio.to_thread(served.converse, body.messages, body.continue_final_message)
-        else:
-            encoded = served.codec.encode(body.prompt or "")
-            ids = tuple(served.codec.beginning.before(encoded) if body.add_special_tokens else encoded)
+        elsewhere = size > LONG or body.messages is not None
+        ids = await asyncio.to_thread(_tokens, body, served) if elsewhere else _tokens(body, served)
         names = [served.texts.name(token) for token in ids] if body.return_token_strs else None
         return _json({"tokens": ids, "count": len(ids), "max_model_len": served.max_length, "token_strs": names})
 
@@ -249,6 +246,14 @@ async def _read(request: Request, most: int) -> bytes:
     if size > most:
         raise too_large
     return b"".join(parts)
+
+
+def _tokens(body: TokenizeBody, served: Served) -> tuple[int, ...]:
+    """The tokens of a text, or of a conversation. Raises Refusal."""
+    if body.messages is not None:
+        return served.converse(body.messages, body.continue_final_message)
+    encoded = served.codec.encode(body.prompt or "")
+    return tuple(served.codec.beginning.before(encoded) if body.add_special_tokens else encoded)
 
 
 async def _nothing(_request: Request, _error: Exception) -> Response:

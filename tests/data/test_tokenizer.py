@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +35,17 @@ def test_any_text_survives_the_round_trip(trained, text):
         assert tokenizer.eod not in ids
         together, other = tokenizer.encode_batch([text, "x"]), tokenizer.encode("x")
         assert (together.ids.tolist(), together.lengths.tolist()) == ([*ids, *other], [len(ids), len(other)])
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(trained):
+    """A server answers others meanwhile."""
+    tokenizer, found, ticks = load_tokenizer(trained[0] / "tokenizer.json"), [], 0
+    thread = threading.Thread(target=lambda: found.append(tokenizer.encode(TEXT * 300)))
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.002)
+        ticks += 1
+    assert ticks > 10 and found == [tokenizer.encode(TEXT) * 300]
 
 
 def test_bytes():
