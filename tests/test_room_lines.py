@@ -32,8 +32,8 @@ LINES = {
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 2800,
-    "tests": 63650,
+    "megatrain/verbs": 2850,
+    "tests": 63700,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import NamedTuple, Protocol
 
@@ -157,21 +157,35 @@ def _result(job: _WantedText, writing: PlannedText, output: str | None) -> str:
 
 @contextmanager
 def _target(model: Opened, output: str | None) -> Iterator[Callable[[str], None]]:
-    """A function that takes texts or rows in their order; only the first rank writes."""
-    if not model.is_first:
-        yield lambda _text: None
-    elif output is not None and output != "-":
-        with whole(output, text=True) as file:
+    """A function that takes texts or rows in their order; only the first rank writes.
+
+    Raises ValueError on every rank where the file cannot be made.
+    """
+    with ExitStack() as stack:
+        file, problem = None, ""
+        if model.is_first and output is not None and output != "-":
+            try:
+                file = stack.enter_context(whole(output, text=True))
+            except OSError as error:
+                problem = f"--output {output}: {error.strerror}. Name a file in a folder that is there and may be written to."
+        if problem := broadcast_text(problem, model.ctx.world.group, model.ctx.device):
+            raise ValueError(problem)
+        if file is not None:
             yield lambda row: file.write(f"{row}\n")
-    else:
-        show, first = shower(model), True
+        else:
+            yield _shown(model, output)
 
-        def put(text: str) -> None:
-            nonlocal first
-            show(f"{text}\n" if first or output is not None else f"{BETWEEN}\n{text}\n")
-            first = False
 
-        yield put
+def _shown(model: Opened, output: str | None) -> Callable[[str], None]:
+    """A function that writes texts, with a line between them, or rows to standard output."""
+    show, first = shower(model), True
+
+    def put(text: str) -> None:
+        nonlocal first
+        show(f"{text}\n" if first or output is not None else f"{BETWEEN}\n{text}\n")
+        first = False
+
+    return put
 
 
 @contextmanager

@@ -339,6 +339,10 @@ def test_nothing_is_left_of_an_output_that_did_not_come_to_its_end(tmp_path):
         run_rows(tmp_path, [{"messages": [{"role": "user", "content": "a"}]}])
     with pytest.raises(ValueError, match=r"line 1: the conversation has 141 tokens, and model\.max_positions is 24\. Leave"):
         run_rows(tmp_path, [{"messages": [{"role": "user", "content": "a"}]}], chat_template="alpaca")
+    with pytest.raises(
+        ValueError, match=r"^--output .*/none/out: No such file or directory.*\. Name a file in a folder that is there"
+    ):
+        run_rows(tmp_path, [{"prompt": "a"}], output=str(tmp_path / "none/out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "in.jsonl"]
 
 
@@ -366,6 +370,7 @@ def test_under_every_layout_the_first_rank_writes_the_same_rows(tmp_path, shape)
     alone = run_rows(tmp_path, rows)
     given = arguments(tmp_path, prompt=None, input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "again.jsonl"))
     broken = arguments(tmp_path, prompt=["b" * 20], beams=2)
+    nowhere = arguments(tmp_path, prompt=["a", "b"], output=str(tmp_path / "none/x"))
     laid = laid_out(
         config,
         [f"parallel.{name}_parallel_size=2" for name in ("tensor", "pipeline") if getattr(shape, name[0] + "p") > 1],
@@ -379,6 +384,8 @@ def test_under_every_layout_the_first_rank_writes_the_same_rows(tmp_path, shape)
         model = Opened(path, laid, None, ctx, weights, engine, TokenizerWish(), lambda: codec)
         with pytest.raises(ValueError, match="beam search of 12 tokens after a prompt of 20 needs"):
             generate(broken, model)
+        with pytest.raises(ValueError, match=r"--output .*none/x: No such file or directory"):
+            generate(nowhere, model)
         return generate(given, model)
 
     assert simulate(shape, run) == [0] * shape.world
