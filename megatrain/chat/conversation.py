@@ -17,6 +17,10 @@ class ChatError(OneLine, ValueError):
     """A conversation that cannot be put to a model, or a template that cannot be used; the message says what to do."""
 
 
+class RefusedByTemplateError(ChatError):
+    """A conversation that a chat template says it cannot write."""
+
+
 @dataclass(frozen=True)
 class ChatMessage:
     """A part of a conversation that one side has said."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatrain.chat.conversation import ChatError
+from megatrain.chat.conversation import ChatError, RefusedByTemplateError
 from megatrain.data.boundaries import LARGEST_COMPANION, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from megatrain.extras import MissingPackageError
 from megatrain.files import HEAD_BYTES, brief, not_text
@@ -22,6 +22,8 @@ DEFAULT = "default"
 LARGEST_TEMPLATE = 1 << 20
 SECONDS, MEMORY_MIB, PATIENCE = 2.0, 256, 30.0
 """Processor time of a conversation and memory of the process; seconds by the clock after which it is given up."""
+RAISED = "TemplateError:"
+"""How a problem begins that a template has raised itself."""
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,7 +51,8 @@ class JinjaProcess:
         except MissingPackageError as missing:
             raise ChatError(str(missing)) from None
         if "problem" in answer:
-            raise ChatError(f"the chat template {name} refuses this conversation: {brief(answer['problem'])}")
+            kind = RefusedByTemplateError if answer["problem"].startswith(RAISED) else ChatError
+            raise kind(f"the chat template {name} refuses this conversation: {brief(answer['problem'])}")
         return str(answer["text"])
 
 

@@ -10,12 +10,13 @@ What people have written never becomes a special token (marks.py). A base model 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatrain.chat.built_in import BUILT_IN, BuiltIn, controls_of, require_roles
-from megatrain.chat.conversation import ASSISTANT, USER, ChatError, ChatMessage, require_turns
+from megatrain.chat.conversation import ASSISTANT, USER, ChatError, ChatMessage, RefusedByTemplateError, require_turns
 from megatrain.chat.jinja_template import DEFAULT, JinjaProcess, template_of, templates_beside, token_variables
 from megatrain.chat.marks import LAST, MarkedText
 from megatrain.data.boundaries import NamedToken
@@ -174,12 +175,14 @@ def _jinja(codec: Tokenizer, source: str, name: str, folder: Path | None) -> Cha
 
 
 def _end_of_answer(template: _Rendered, marks: MarkedText) -> NamedToken | None:
-    """The control token that a template puts behind an answer. Raises ChatError for a template that cannot write one question."""
+    """The control token that a template puts behind an answer. Raises ChatError for a template that cannot be rendered."""
     asked = ChatMessage(USER, "a question")
-    template.write([asked], True, {})
-    text = template.write([asked, ChatMessage(ASSISTANT, _PROBE), asked], True, {})
-    at = text.find(_PROBE)
-    return marks.first_control(text[at + len(_PROBE) :]) if at >= 0 else None
+    with suppress(RefusedByTemplateError):  # it may want a system message, or a single question
+        template.write([asked], True, {})
+        text = template.write([asked, ChatMessage(ASSISTANT, _PROBE), asked], True, {})
+        at = text.find(_PROBE)
+        return marks.first_control(text[at + len(_PROBE) :]) if at >= 0 else None
+    return None
 
 
 def _none_of(codec: Tokenizer, own: Mapping[str, str]) -> str:

@@ -146,6 +146,18 @@ def test_a_template_that_refuses_says_why(folders):
         chat.prompt(conversation_of([TURNS[0], TURNS[0]]))
 
 
+def test_a_template_may_want_a_conversation_of_its_own_kind_but_no_other_errors(folders, tmp_path):
+    _, codecs = folders
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if messages | length != 1 %}{{ raise_exception('one question') }}{% endif %}{{ messages[0].content }}"
+    )
+    chat = open_chat(codecs["gpt2"], [tmp_path])
+    assert (chat.prompt(conversation_of([{"role": "user", "content": "a"}])).text, len(chat.ends)) == ("a", 1)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content.nothing() }}")
+    with pytest.raises(ChatError, match="refuses this conversation: UndefinedError: 'str object' has no attribute 'nothing'"):
+        open_chat(codecs["gpt2"], [tmp_path])
+
+
 def test_which_template(folders, tmp_path):
     _, codecs = folders
     codec = codecs["gpt2"]
