@@ -55,7 +55,7 @@ def probabilities(logits: torch.Tensor, samplings: Sequence[Sampling]) -> torch.
     """Logits [n, v] after bias and penalties -> probabilities [n, v] of what may be drawn."""
     device = logits.device
     temperature, least = _sent(device, [float(s.temperature) for s in samplings], [float(s.min_p or 0) for s in samplings])
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
+    logits = logits.sub(logits.amax(-1, keepdim=True)).div_(temperature[:, None])
     cut = [row for row, s in enumerate(samplings) if s.top_k is not None or s.top_p is not None]
     if cut:
         (rows,) = _sent(device, cut)
@@ -78,10 +78,10 @@ def _draw(logits: torch.Tensor, choices: Sequence[TokenChoice]) -> torch.Tensor:
     drawn = torch.tensor([_uniform(choice.seed, choice.number) for choice in choices], dtype=torch.float64)
     (numbers,) = to_device([drawn], logits.device)
     sums = p.cumsum(-1, dtype=torch.float64)
-    wanted = numbers[:, None] * sums[:, -1:]
-    found = torch.searchsorted(sums, wanted, right=True)[:, 0]
-    last = p.shape[-1] - 1 - p.flip(-1).ne(0).int().argmax(-1)  # where the sum is reached
-    return torch.minimum(found, last)
+    whole = sums[:, -1:].contiguous()
+    found, last = torch.searchsorted(sums, numbers[:, None] * whole, right=True), torch.searchsorted(sums, whole)
+    # The last token that adds to the sum, where rounding leads beyond it; some token, where the sum is no number.
+    return torch.minimum(found, last)[:, 0].clamp_max(p.shape[-1] - 1)
 
 
 def _uniform(seed: int, number: int) -> float:
