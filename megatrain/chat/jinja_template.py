@@ -52,7 +52,7 @@ class JinjaProcess:
             raise ChatError(str(missing)) from None
         if "problem" in answer:
             kind = RefusedByTemplateError if answer["problem"].startswith(RAISED) else ChatError
-            raise kind(f"the chat template {name} refuses this conversation: {brief(answer['problem'])}")
+            raise kind(f"the chat template {name} refuses this conversation: {answer['problem']}")
         return str(answer["text"])
 
 
