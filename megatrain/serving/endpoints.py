@@ -179,7 +179,11 @@ class Endpoints:
         body, _ = await self._body(FeedbackBody, request, UNSUPPORTED)
         if self.feedback is None:
             raise Refusal("this server keeps no feedback: it was started with --feedback none.", status=404)
-        await asyncio.to_thread(write_thumb, self.feedback, body)
+        try:
+            await asyncio.to_thread(write_thumb, self.feedback, body)
+        except OSError as error:
+            said = f"{self.feedback.name} could not be written: {error.strerror or error}. The thumb is lost."
+            raise Refusal(said, status=500, code="not_saved") from None
         self.desk.meters.thumbs[body.rating] += 1
         return _json({"saved": self.feedback.name})
 

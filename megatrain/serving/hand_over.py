@@ -7,16 +7,20 @@ rounding decides: another dtype, another kernel, another batch.
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatrain.files import OneLine
 from megatrain.inference.requests import Scored
 from megatrain.serving.token_texts import TokenTexts
+from megatrain.untrusted import parse_json
 
 TEXTS = (
     *("The capital of France is", "Once upon a time, there was", "Water boils at a temperature of", "The quick brown fox"),
@@ -42,6 +46,8 @@ NEW_TOKENS = 16
 MOST_PROBABLE = 10
 """Tokens among which that of the other server is looked for."""
 SECONDS = 120.0
+LARGEST_REPLY = 1 << 24
+"""Bytes."""
 _ID = "token_id:"
 
 
@@ -99,10 +105,13 @@ class OtherServer:
         """The same server, with the name of its model. Raises HandOverError."""
         if self.model is not None:
             return self
-        models = self._ask("/models", None).get("data") or [{}]
-        if not isinstance(models[0].get("id"), str):
+        try:
+            name = self._ask("/models", None)["data"][0]["id"]
+        except (LookupError, TypeError):
+            name = None
+        if not isinstance(name, str):
             raise HandOverError(f"{self.url} lists no models at /v1/models. Give its name: --serve-model NAME.")
-        return OtherServer(self.url, self.key, models[0]["id"])
+        return OtherServer(self.url, self.key, name)
 
     def complete(self, tokens: Sequence[int], count: int) -> Said:
         """Its greedy continuation of a prompt by so many tokens. Raises HandOverError."""
@@ -120,20 +129,35 @@ class OtherServer:
         headers = {"content-type": "application/json", **({"authorization": f"Bearer {self.key}"} if self.key else {})}
         data = None if body is None else json.dumps(body).encode()
         where = f"{base}/v1{path}"
+        if not base.startswith(("http://", "https://")):
+            raise HandOverError(f"--serve-check {self.url} is no address of a server. Try http://127.0.0.1:8000.")
         try:
             request = urllib.request.Request(where, data, headers)
             with urllib.request.urlopen(request, timeout=SECONDS) as reply:
-                return json.loads(reply.read())
+                return parse_json(_read(reply), unique=False)
         except urllib.error.HTTPError as error:
             with error:
                 answer = error.read(2000).decode(errors="replace")
             fields = error.code in (400, 422)
             raise HandOverError(f"{where} answers with status {error.code}: {answer}", fields) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             why = getattr(error, "reason", error)
             raise HandOverError(
                 f"{where} cannot be asked ({why}). Start the server, and give its address: --serve-check URL."
             ) from None
+
+
+def _read(reply: Any) -> bytes:
+    """The body of a reply. Raises ValueError where it has no end, TimeoutError where that is far."""
+    parts, size, end = [], 0, time.monotonic() + SECONDS
+    while part := reply.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_REPLY:
+            raise ValueError(f"the answer has more than {LARGEST_REPLY:,} bytes")
+        if time.monotonic() > end:
+            raise TimeoutError(f"the answer took longer than {SECONDS:g} s")
+    return b"".join(parts)
 
 
 def said(reply: Any) -> Said:
@@ -144,20 +168,40 @@ def said(reply: Any) -> Said:
         ids = choice.get("token_ids")
         if ids is None and all(text.startswith(_ID) for text in texts):
             ids = [int(text.removeprefix(_ID)) for text in texts]
-        return Said(tuple(texts if ids is None else ids)[: len(logprobs)], tuple(map(float, logprobs)))
+        tokens, values = tuple(texts if ids is None else ids)[: len(logprobs)], tuple(map(float, logprobs))
+        if not all(type(token) in (int, str) for token in tokens) or not all(map(math.isfinite, values)):
+            raise ValueError("tokens are ids or texts, with a number each")
+        return Said(tokens, values)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise HandOverError(f"no completion with log-probabilities is in the answer {json.dumps(reply)[:300]}") from None
 
 
-def agreement(ours: Sequence[Scored], theirs: Said, texts: TokenTexts) -> Agreement:
-    """How our tokens, with the most probable ones at each place, agree with those of the other server."""
+def agreement(ours: Sequence[Scored], theirs: Said, texts: TokenTexts, ends: Collection[int] = ()) -> Agreement:
+    """How our tokens, with the most probable ones at each place, agree with those of the other server.
+
+    ends: tokens that end a text; a server may stop where one of them is ours, and nowhere else.
+    """
     largest = total = 0.0
     for place, (own, token, logprob) in enumerate(zip(ours, theirs.tokens, theirs.logprobs, strict=False)):
         name = texts.name(own.token)
         if (own.token if isinstance(token, int) else name) != token:
-            other = texts.name(token) if isinstance(token, int) else token
             known = [value for each, value in own.top if (each if isinstance(token, int) else texts.name(each)) == token]
-            return Agreement(place, True, own.logprob - known[0] if known else None, name, other, largest, total)
+            return Agreement(place, True, own.logprob - known[0] if known else None, name, _named(token, texts), largest, total)
         largest, total = max(largest, abs(own.logprob - logprob)), total + abs(own.logprob - logprob)
     shorter = min(len(ours), len(theirs.tokens))
-    return Agreement(shorter, shorter == 0 < len(ours), None, largest=largest, total=total)
+    if shorter == len(ours) or ours[shorter].token in ends:
+        return Agreement(shorter, False, None, largest=largest, total=total)
+    own = ours[shorter]
+    known = [value for each, value in own.top if each in ends]
+    margin = own.logprob - max(known) if known else None
+    return Agreement(shorter, True, margin, texts.name(own.token), "(the end)", largest, total)
+
+
+def _named(token: int | str, texts: TokenTexts) -> str:
+    """A token of the other server in words; it may be none of our vocabulary."""
+    if isinstance(token, str):
+        return token
+    try:
+        return texts.name(token) or f"id {token}"
+    except (OverflowError, LookupError, ValueError):
+        return f"id {token}"

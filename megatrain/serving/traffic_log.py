@@ -37,7 +37,9 @@ class TrafficLog:
         """kept: files beside the one that is written. Raises OSError if that cannot be."""
         self.path, self.most_bytes, self.kept = path, most_bytes, kept
         self.dropped = 0
-        self._file = os.fdopen(open_own(path), "ab")
+        self._failed = ""
+        """Why the last record could not be written."""
+        self._file: int | None = open_own(path)
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_WAITING)
         self._codec: Tokenizer | None = None
         self._thread = threading.Thread(target=self._write_all, name="megatrain-log", daemon=True)
@@ -77,32 +79,53 @@ class TrafficLog:
         """Write what is left, and end."""
         self._queue.put(None)
         self._thread.join()
-        self._file.close()
+        if self._file is not None:
+            os.close(self._file)
         if self.dropped:
-            note(f"megatrain: {self.dropped} requests are not in {self.path}: they came faster than they could be written")
+            why = self._failed or "they came faster than they could be written"
+            note(f"megatrain: {self.dropped} requests are not in {self.path}: {why}")
 
     def _write_all(self) -> None:
         while (record := self._queue.get()) is not None:
             try:
                 self._write(json.dumps(masked_record(record, self._codec), ensure_ascii=False).encode(errors="replace") + b"\n")
             except OSError as error:
-                note(f"megatrain: {self.path} could not be written: {error.strerror or error}")
+                self.dropped += 1
+                said = error.strerror or str(error)
+                if said != self._failed:  # a full disk is told once, not with each request
+                    note(f"megatrain: {self.path} could not be written: {said}")
+                self._failed = said
 
     def _write(self, line: bytes) -> None:
-        if self._file.tell() and self._file.tell() + len(line) > self.most_bytes:
-            self._rotate()
-        self._file.write(line)
-        self._file.flush()
+        if self._file is None:  # it could not be opened anew
+            self._file = open_own(self.path)
+        size = os.fstat(self._file).st_size
+        if size and size + len(line) > self.most_bytes:
+            self._file = self._rotated(self._file)
+        append_whole(self._file, line)
 
-    def _rotate(self) -> None:
-        self._file.close()
+    def _rotated(self, full: int) -> int:
+        """A new file, what was there being put aside."""
+        self._file = None
+        os.close(full)
         names = [self.path, *(self.path.with_name(f"{self.path.name}.{number}") for number in range(1, self.kept + 1))]
         for newer, older in reversed(list(pairwise(names))):
             if newer.exists():
                 newer.replace(older)
         if not self.kept:
             self.path.unlink(missing_ok=True)
-        self._file = os.fdopen(open_own(self.path), "ab")
+        return open_own(self.path)
+
+
+def append_whole(descriptor: int, line: bytes) -> None:
+    """Append a line to a file, whole or, where a disk is full, not at all. Raises OSError."""
+    before, left = os.fstat(descriptor).st_size, memoryview(line)
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError:
+        os.ftruncate(descriptor, before)
+        raise
 
 
 def _choice(choice: AnswerChoice, timed: Timed) -> dict[str, Any]:
@@ -156,6 +179,6 @@ def write_thumb(path: Path, body: FeedbackBody) -> None:
     line = json.dumps({**row, **beside}, ensure_ascii=False).encode(errors="replace") + b"\n"
     descriptor = open_own(path)
     try:
-        os.write(descriptor, line)
+        append_whole(descriptor, line)
     finally:
         os.close(descriptor)

@@ -35,8 +35,9 @@ def main(options: CheckOptions) -> int:
     with opened(options.checkpoint, tokenizer=TokenizerWish()) as model:
         count = new_tokens(model)
         prompts, texts = prompts_of(model), TokenTexts(model.codec)
+        ends = frozenset(model.codec.ending.stops)
         pairs = zip(prompts, answers(model, prompts), strict=True)
-        found = [agreement(own.tokens, server.complete(ids, count), texts) for ids, own in pairs]
+        found = [agreement(own.tokens, server.complete(ids, count), texts, ends) for ids, own in pairs]
     sys.stdout.write("\n".join([*lines(found, options.tolerance), verdict(found, options.tolerance)]) + "\n")
     return DIFFER if any(each.wrong(options.tolerance) for each in found) else AGREE
 

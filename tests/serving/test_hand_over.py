@@ -4,7 +4,9 @@ Over the command it tests megatrain.verbs.serve_check.
 """
 
 import json
+import math
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -14,6 +16,7 @@ import pytest
 from megatrain.data.tokenizer import ByteTokenizer
 from megatrain.inference.opening import opened
 from megatrain.inference.requests import Scored
+from megatrain.serving import hand_over
 from megatrain.serving.hand_over import NEW_TOKENS, TEXTS, Agreement, HandOverError, OtherServer, Said, agreement, said
 from megatrain.serving.token_texts import TokenTexts
 from megatrain.verbs.serve_check import answers, prompts_of
@@ -126,6 +129,8 @@ def test_other_log_probabilities_are_told(model, own, serve):
     [
         ((200, {"choices": []}), "no completion with log-probabilities is in the answer"),
         ((200, []), "no completion with log-probabilities is in the answer"),
+        ((200, {"choices": [{"logprobs": {"tokens": ["a"], "token_logprobs": [math.nan]}}]}), "no completion with log-prob"),
+        ((200, {"choices": [{"logprobs": {"tokens": [["a"]], "token_logprobs": [-1]}}]}), "no completion with log-prob"),
         ((500, {"error": "x"}), 'answers with status 500: {"error": "x"}'),
         ((400, {"error": "x"}), 'answers with status 400: {"error": "x"}'),
     ],
@@ -138,6 +143,40 @@ def test_a_server_that_cannot_answer_is_an_error(serve, answer, said):
     assert server.model == "theirs"
     with pytest.raises(HandOverError, match=re.escape(said)):
         server.complete([1, 2], 3)
+
+
+@pytest.mark.parametrize("models", [[], {"data": "x"}, {"data": [1]}, {"data": []}, None], ids=str)
+def test_a_list_of_models_that_is_none(serve, models):
+    stand_in = StandIn({})
+    stand_in.answer = lambda path, body: (200, models)
+    with pytest.raises(HandOverError, match="lists no models at /v1/models"):
+        OtherServer(serve(stand_in), None, None).named()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"nonsense\r\n\r\n", "cannot be asked (nonsense"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\n[1, ", "cannot be asked (Expecting value"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 5000, "cannot be asked (it is nested too deep)"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 2000, "the answer has more than 1,000 bytes"),
+    ],
+    ids=["no HTTP", "cut off", "deep", "endless"],
+)
+def test_what_is_no_answer_is_an_error(monkeypatch, answer, said):
+    monkeypatch.setattr(hand_over, "LARGEST_REPLY", 1000 if "bytes" in said else 1 << 20)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def reply():
+            with listening.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        threading.Thread(target=reply, daemon=True).start()
+        with pytest.raises(HandOverError, match=re.escape(said)):
+            OtherServer(f"http://127.0.0.1:{listening.getsockname()[1]}", None, None).named()
+    with pytest.raises(HandOverError, match=r"file:///etc is no address of a server\. Try http://"):
+        OtherServer("file:///etc", None, None).named()
 
 
 def test_nobody_there_and_nothing_to_do():
@@ -158,8 +197,15 @@ def test_a_tie_is_no_difference():
     assert not tie.wrong(0.2) and tie.wrong(0.01)
     assert agreement(scored(97, 98), Said(("a", "y"), (-1.0, -1.0)), BYTES).wrong(0.2)
     assert agreement(scored(97), Said((99,), (-1.0,)), BYTES).margin is None
-    assert agreement(scored(97, 98), Said((97,), (-1.0,)), BYTES) == Agreement(1, False, None)  # it ended earlier
     assert agreement(scored(97), Said((), ()), BYTES).wrong(9)
+    assert agreement(scored(97), Said((1 << 40,), (-1.0,)), BYTES).theirs == "id 1099511627776"
+
+
+def test_a_text_may_end_where_ours_does_and_nowhere_else():
+    ended = Said((97,), (-1.0,))
+    assert agreement(scored(97, 98), ended, BYTES, {98}) == Agreement(1, False, None)
+    assert agreement(scored(97, 98), ended, BYTES, {99}) == Agreement(1, True, None, "b", "(the end)")
+    assert agreement(scored(97, 98), ended, BYTES, {120}) == Agreement(1, True, pytest.approx(0.05), "b", "(the end)")
 
 
 def test_ids_may_be_written_as_texts():

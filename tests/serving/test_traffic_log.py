@@ -1,6 +1,10 @@
 """The log of requests and the file of thumbs: masked, rotated, whole lines."""
 
+import errno
 import json
+import os
+import shutil
+import time
 
 import pytest
 
@@ -87,6 +91,60 @@ def test_no_older_log_is_kept_where_none_is_wanted(tmp_path):
     log.close()
     assert [row["asked"]["prompt"] for row in rows(log.path)][-1] == ["prompt 4"]
     assert [path.name for path in tmp_path.iterdir()] == ["traffic.jsonl"]
+
+
+def test_a_full_disk_loses_records_and_nothing_else(tmp_path, monkeypatch, capsys):
+    def write(descriptor, data):  # as a full disk does: a part, and then nothing
+        if os.fstat(descriptor).st_size > 700:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[:300])
+
+    log, real = TrafficLog(tmp_path / "traffic.jsonl", 1 << 20, 1), os.write
+    monkeypatch.setattr(os, "write", write)
+    for number in range(5):
+        put(log, f"prompt {number}", "x")
+    wait_for(lambda: log.dropped == 4)
+    monkeypatch.undo()
+    put(log, "prompt 5", "x")
+    log.close()
+    assert [row["asked"]["prompt"] for row in rows(log.path)] == [["prompt 0"], ["prompt 5"]]
+    told = capsys.readouterr().err
+    assert told.count("could not be written: No space left on device") == 1 and "4 requests are not in" in told
+
+
+def test_a_log_that_cannot_be_put_aside_goes_on_later(tmp_path, monkeypatch):
+    log = TrafficLog(tmp_path / "traffic.jsonl", 700, 1)
+    put(log, "prompt 0", "x")
+    wait_for(lambda: log.path.stat().st_size > 0)
+    (tmp_path / "traffic.jsonl.1").mkdir()
+    (tmp_path / "traffic.jsonl.1" / "in the way").touch()
+    put(log, "prompt 1", "x")
+    wait_for(lambda: log.dropped == 1)
+    shutil.rmtree(tmp_path / "traffic.jsonl.1")
+    put(log, "prompt 2", "x")
+    log.close()
+    assert [row["asked"]["prompt"] for row in rows(log.path)] == [["prompt 2"]] and log.dropped == 1
+
+
+def test_a_thumb_that_cannot_be_written_is_whole_or_not_there(tmp_path, monkeypatch):
+    body = parsed(FeedbackBody, {"messages": [{"role": "user", "content": "q"}], "answer": "a", "rating": "up"}, {})
+    write_thumb(tmp_path / "f.jsonl", body)
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:20]) if len(data) > 60 else full())
+    with pytest.raises(OSError, match="No space left"):
+        write_thumb(tmp_path / "f.jsonl", body)
+    assert [row["answer"] for row in rows(tmp_path / "f.jsonl")] == ["a"]
+
+
+def full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def wait_for(done):
+    """Wait for the log's thread."""
+    end = time.monotonic() + 10
+    while not done() and time.monotonic() < end:
+        time.sleep(0.001)
 
 
 def test_a_link_is_not_written_through(tmp_path):
