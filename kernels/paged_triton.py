@@ -57,7 +57,7 @@ def _seen(
     return seen
 
 
-@jit_varying("window", "near", "everywhere")
+@jit_varying("table_s", "tokens", "window", "near", "everywhere")
 def _attend_kernel(
     q, k, v, y, tops, totals, table, lengths, blocks, prefix, slopes, bits, groups, repeat, block, table_s, tokens,
     q_t, q_h, k_s, k_g, v_s, v_g, window, size, near, everywhere,
@@ -117,7 +117,7 @@ def _attend_kernel(
     tl.store(y + at_head[:, None] * D + dims[None, :], out.to(y.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_varying("tokens")
 def _join_kernel(sums, tops, totals, y, lengths, heads, tokens, KEYS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, DIMS)

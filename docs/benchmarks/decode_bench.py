@@ -165,6 +165,17 @@ def one_step(plan: Plan, weights: ForwardModel, count: int, steps: int) -> dict[
     return {"requests": count, "profiled_ms": 1e3 * seconds / steps, "shares": shares}
 
 
+def warm(plan: Plan, weights: ForwardModel) -> None:
+    """Steps of few and of many rows, odd numbers and multiples of 16, which Triton compiles kernels for apart."""
+    engine = engine_of(plan, weights)
+    for count in (1, 3, 16):
+        engine.run([Request((5,) * (number + 1), 3) for number in range(count)])
+    for request in requests_of(plan, max(plan.requests)):
+        engine.add(request)
+    for _ in range(WARM_STEPS):
+        engine.step()
+
+
 def measured(plan: Plan, note: Callable[[dict[str, Any]], None] = lambda _found: None) -> dict[str, Any]:
     """All of it; `note` is given what there is so far."""
     weights = model_of(plan)
@@ -175,12 +186,7 @@ def measured(plan: Plan, note: Callable[[dict[str, Any]], None] = lambda _found:
         "parameters": parameters,
         "attention": served_by("auto", plan.device, plan.dtype, weights.chunks[0].build.config.head_size),
     }
-    engine = engine_of(plan, weights)
-    for request in requests_of(plan, max(plan.requests)):
-        engine.add(request)
-    for _ in range(WARM_STEPS):
-        engine.step()
-    del engine
+    warm(plan, weights)
     note(found)
     found["one_user"] = one_user(plan, weights)
     note(found)
