@@ -71,7 +71,12 @@ class Chat:
         Raises ChatError where the conversation is none that the template can write.
         """
         text = self.written(messages, continue_final_message=continue_final_message, variables=variables)
-        return ChatPrompt(tuple(self.encode(text)), self._marks.plain(text))
+        tokens = tuple(self.encode(text))
+        if not tokens:
+            raise ChatError(
+                f"the chat template {self.name} writes nothing for this conversation. Choose another one: --chat-template."
+            )
+        return ChatPrompt(tokens, self._marks.plain(text))
 
     def written(
         self,

@@ -95,10 +95,10 @@ def searched(rounds: Rounds, ask: Callable[[Texts], Next]) -> Hypothesis:
         return result.value
 
 
-def questions(request: Request, texts: Texts, beams: Beams) -> list[Request]:
+def questions(request: Request, texts: Texts, beams: Beams, vocab_size: int) -> list[Request]:
     """The requests of one round: a token after each of the texts, which follow the prompt of `request`."""
     one = replace(request, max_tokens=1, ends=frozenset(), stops=(), text=False, score_from=None)
-    one = replace(one, sampling=replace(request.sampling, greedy=True), top=width(request.ends, beams))
+    one = replace(one, sampling=replace(request.sampling, greedy=True), top=min(width(request.ends, beams), vocab_size))
     return [replace(one, tokens=(*request.tokens, *text)) for text in texts]
 
 
@@ -127,4 +127,4 @@ def best_continuation(engine: Engine, request: Request, beams: Beams) -> Hypothe
     require_room(request, engine.max_length)
     beams = replace(beams, count=min(beams.count, engine.vocab_size))
     rounds = beam_search(request.ends, request.max_tokens, beams)
-    return searched(rounds, lambda texts: following(engine.run(questions(request, texts, beams))))
+    return searched(rounds, lambda texts: following(engine.run(questions(request, texts, beams, engine.vocab_size))))

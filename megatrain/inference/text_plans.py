@@ -210,7 +210,7 @@ def _searched(request: Request, manner: PlanSettings, beams: Beams, stream: Text
     try:
         texts = next(rounds)
         while True:
-            answers = yield [Asked(question) for question in questions(request, texts, beams)]
+            answers = yield [Asked(question) for question in questions(request, texts, beams, manner.vocab_size)]
             texts = rounds.send(following(answers))
     except StopIteration as result:
         best = result.value

@@ -101,7 +101,11 @@ def _say_cut(model: Opened, prompts: Sequence[Prompted]) -> None:
     cut = [prompted.tokens for prompted in prompts if prompted.shown and prompted.tokens > positions]
     if not cut or not model.is_first:
         return
-    which = f"the prompt has {cut[0]} tokens" if len(prompts) == 1 else f"{len(cut)} prompts have up to {max(cut)} tokens"
+    which = (
+        f"the prompt has {cut[0]} tokens"
+        if len(prompts) == 1
+        else f"{len(cut)} of {len(prompts)} prompts have up to {max(cut)} tokens"
+    )
     note(f"megatrain: {which}, and model.max_positions is {positions}: the last {max(1, positions // 2)} are used")
 
 

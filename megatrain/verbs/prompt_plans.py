@@ -54,6 +54,10 @@ class Planner:
     def prompted(self, row: PromptRow) -> Prompted:
         """The plan of a prompt. Raises ValueError."""
         try:
+            if (row.wishes.logprobs or 0) > (most := self._model.engine.vocab_size):
+                raise ValueError(
+                    f"logprobs is {row.wishes.logprobs}, and the vocabulary has {most} tokens. Use {most} or less."
+                )
             if row.prompt is None:
                 return self._answer(row)
             return self._blanks(row, row.prompt) if self._model.config.data.objective == "glm" else self._text(row, row.prompt)

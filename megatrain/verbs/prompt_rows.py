@@ -115,7 +115,8 @@ def rows_of_text(text: str, path: str, wishes: Wishes) -> tuple[list[PromptRow],
     """
     lines = text.split("\n")
     first = next((line for line in lines if line.strip()), "")
-    if not (path.endswith(ROW_SUFFIXES) or _is_row(first)):
+    # one row among lines of which the first looks like one is enough: a mistake in the first is told, not continued as a text
+    if not (path.endswith(ROW_SUFFIXES) or (_looks_like_row(first) and any(map(_is_row, lines)))):
         return [PromptRow(named(path), wishes, text.removesuffix("\n"))], False
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
@@ -131,12 +132,13 @@ def row_of(line: str, where: str, wishes: Wishes) -> PromptRow:
         raise ValueError(f'{where}: it is not JSON ({brief(error)}). A row is {{"prompt": "Once upon"}}.') from None
     if not isinstance(found, dict) or (_PROMPT in found) == (_MESSAGES in found):
         raise ValueError(f'{where}: a row is an object with either "prompt" or "messages": {{"prompt": "Once upon"}}.')
+    _require_unicode(json.dumps(found.get(_ID), ensure_ascii=False), where, _ID)
     asked = {key: value for key, value in found.items() if key not in (_PROMPT, _MESSAGES, _ID, _CONTINUE)}
     wishes = changed(wishes, asked, where)
     if _PROMPT in found:
         if not isinstance(found[_PROMPT], str) or found.get(_CONTINUE):
             raise ValueError(f'{where}: "prompt" is a text, and it is gone on with anyway: {{"prompt": "Once upon"}}.')
-        _require_unicode(found[_PROMPT], where)
+        _require_unicode(found[_PROMPT], where, "the prompt")
         return PromptRow(where, wishes, found[_PROMPT], id=found.get(_ID))
     continued = found.get(_CONTINUE, False)
     if not isinstance(continued, bool):
@@ -159,14 +161,36 @@ def changed(wishes: Wishes, asked: Mapping[str, Any], where: str) -> Wishes:
             raise ValueError(f"{where}: {key!r} is not known. A row has {', '.join(known)}.")
         else:
             values[key] = _value(key, value, where)
-    if not values.get("greedy", False) and any(values.get(key) is not None for key in _SAMPLES):
+    drawn = next((key for key in _SAMPLES if values.get(key) is not None), None)
+    if drawn is not None:
         values.setdefault("greedy", False)
+        if values.setdefault("beams", None) is None:
+            values.setdefault("length_penalty", 0.0)
     found = replace(wishes, **values)
     try:
         found.sampling()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if said := _contradiction(found, drawn):
+        raise ValueError(f"{where}: {said}")
     return found
+
+
+def _contradiction(wishes: Wishes, drawn: str | None) -> str | None:
+    """What is wrong with wishes that do not go together; None if they do. drawn: a key beside them that tells how tokens are drawn."""
+    several = wishes.beams is not None and wishes.beams > 1
+    which = "greedy" if wishes.beams is None else f"beams={wishes.beams}"
+    if wishes.greedy or wishes.beams is not None:
+        if drawn is not None:
+            return f"{which} takes what is most probable, so {drawn} means nothing. Leave one out."
+        if wishes.n > 1:
+            return f"{which} gives one text for a prompt, {wishes.n} times the same. Use n=1."
+    penalties = (wishes.repetition_penalty, wishes.presence_penalty, wishes.frequency_penalty) != (1.0, 0.0, 0.0)
+    if several and (penalties or wishes.logprobs is not None):
+        return f"{which} ranks whole texts by the model's own probabilities: leave penalties and logprobs out."
+    if wishes.length_penalty and not several:
+        return "length_penalty ranks texts of several beams, and there is one. Leave it out, or use beams=4."
+    return None
 
 
 def output_row(number: int, sample: int, row: PromptRow, prompt_tokens: int, writing: PlannedText) -> str:
@@ -187,9 +211,13 @@ def output_row(number: int, sample: int, row: PromptRow, prompt_tokens: int, wri
     return json.dumps(found, ensure_ascii=False)
 
 
+def _looks_like_row(line: str) -> bool:
+    return line.lstrip().startswith("{")
+
+
 def _is_row(line: str) -> bool:
     """Whether a line is a row of JSON with a prompt or messages."""
-    if not line.lstrip().startswith("{"):
+    if not _looks_like_row(line):
         return False
     try:
         found = parse_json(line)
@@ -220,8 +248,8 @@ def _stops(value: Any, where: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _require_unicode(text: str, where: str) -> None:
+def _require_unicode(text: str, where: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the prompt is no text of Unicode: {text[error.start]!a} is half of a character.") from None
+        raise ValueError(f"{where}: {what} is no text of Unicode: {text[error.start]!a} is half of a character.") from None

@@ -96,6 +96,14 @@ def test_beams_of_a_model_are_exhaustive_search():
     assert best(prompt, 3, Beams(1)) == tuple(scored.token for scored in answer.tokens)
 
 
+def test_as_many_beams_as_there_are_tokens_and_an_end():
+    """More options than tokens would be asked for."""
+    texts = [*itertools.product(range(4), repeat=2), (4,), *((first, 4) for first in range(4))]
+    scores = {text: log_probability([0, 1, 2], text) for text in texts}
+    found = best_continuation(engine_of(), Request((0, 1, 2), 2, ends=frozenset({4})), Beams(5))
+    assert found.tokens == max(scores, key=lambda text: scores[text])
+
+
 def test_beams_read_little_twice():
     engine = engine_of(block=4)
     best([0, 1, 2, 3] * 4, 6, Beams(3), engine)

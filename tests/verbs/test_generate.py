@@ -300,7 +300,7 @@ def test_rows_have_the_texts_that_each_prompt_has_alone(tmp_path, capsys):
         (2, 1, 2),
         (3, 0, 3),
     ]
-    assert "1 prompts have up to 30 tokens, and model.max_positions is 24: the last 12 are used" in capsys.readouterr().err
+    assert "1 of 4 prompts have up to 30 tokens, and model.max_positions is 24: the last 12 are used" in capsys.readouterr().err
     alone = [
         ("ab", {"seed": 3}),
         ("c" * 30, {"greedy": True, "max_tokens": 20}),

@@ -33,13 +33,18 @@ def test_a_text_is_one_prompt_and_rows_are_several():
 
 
 def test_a_row_s_own_sampling_takes_the_place_of_greedy():
-    greedy = Wishes(greedy=True)
-    (plain, warm, both), _ = rows_of_text(
-        '{"prompt": "a"}\n{"prompt": "a", "temperature": 0.5}\n{"prompt": "a", "temperature": 0.5, "greedy": true}',
-        "r.jsonl",
-        greedy,
-    )
-    assert [row.wishes.sampling().greedy for row in (plain, warm, both)] == [True, False, True]
+    lines = '{"prompt": "a"}\n{"prompt": "a", "temperature": 0.5}'
+    (plain, warm), _ = rows_of_text(lines, "r.jsonl", Wishes(greedy=True))
+    assert [row.wishes.sampling().greedy for row in (plain, warm)] == [True, False]
+    (plain, warm), _ = rows_of_text(lines, "r.jsonl", Wishes(beams=4, length_penalty=1.0))
+    assert [(row.wishes.beams, row.wishes.length_penalty) for row in (plain, warm)] == [(4, 1.0), (None, 0.0)]
+
+
+def test_a_mistake_in_the_first_row_is_told():
+    with pytest.raises(ValueError, match=r"^standard input, line 1: it is not JSON"):
+        rows('{"prompt": }\n{"prompt": "a"}\n', "-")
+    assert rows('{"a":\n 1}\n', "-")[1] is False
+    assert rows('f() {\n{"prompt": "a"}\n', "-")[1] is False
 
 
 @pytest.mark.parametrize(
@@ -67,6 +72,14 @@ def test_a_row_s_own_sampling_takes_the_place_of_greedy():
         ('{"prompt": "a", "greedy": 1}', "greedy is 1. Use true or false."),
         ('{"prompt": "a", "stop": [""]}', 'stop is [""]. Use a text that is not empty, or a list of them: ["\\n\\n"].'),
         ('{"prompt": "\\ud800"}', "the prompt is no text of Unicode: '\\ud800' is half of a character."),
+        ('{"prompt": "a", "id": ["\\udc00"]}', "id is no text of Unicode: '\\udc00' is half of a character."),
+        ('{"prompt": "a", "greedy": true, "n": 2}', "greedy gives one text for a prompt, 2 times the same. Use n=1."),
+        ('{"prompt": "a", "beams": 3, "n": 2}', "beams=3 gives one text for a prompt, 2 times the same. Use n=1."),
+        ('{"prompt": "a", "greedy": true, "top_k": 2}', "greedy takes what is most probable, so top_k means nothing."),
+        ('{"prompt": "a", "beams": 1, "top_p": 0.5}', "beams=1 takes what is most probable, so top_p means nothing."),
+        ('{"prompt": "a", "beams": 3, "logprobs": 1}', "beams=3 ranks whole texts by the model's own probabilities: leave"),
+        ('{"prompt": "a", "beams": 3, "presence_penalty": 1}', "beams=3 ranks whole texts by the model's own probabilities"),
+        ('{"prompt": "a", "length_penalty": 5}', "length_penalty ranks texts of several beams, and there is one."),
         ('{"messages": [{"role": "bot", "content": ""}]}', "messages[0] has the role 'bot'. Roles are system"),
         ('{"messages": [], "continue_final_message": 1}', "continue_final_message is 1. Use true or false."),
     ],
