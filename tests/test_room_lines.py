@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 LINES = {
-    "megatrain/serving": 3300,
+    "megatrain/serving": 3350,
     "megatrain/chat": 850,
     "megatrain/evaluation": 4350,
     "docs/benchmarks": 5350,
@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 2850,
-    "tests": 63800,
+    "tests": 63850,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

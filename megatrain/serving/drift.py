@@ -7,7 +7,6 @@ Credit Risk Scorecards, 2006). With few texts it is above 0 by chance: by (bins 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,13 +136,23 @@ def psi(used: Sequence[int], evaluated: Sequence[int]) -> float:
 
 def read_log(path: Path, feedback: Path | None = None) -> list[Exchange]:
     """The exchanges of a log, its older parts first; with the thumbs of a file of feedback. Raises DriftError, OSError."""
-    ratings = {} if feedback is None else {row.get("request"): row.get("rating") for row in _lines(feedback)}
+    ratings = {} if feedback is None else {str(row.get("request")): row.get("rating") for _, row in _lines(feedback)}
     older = [file for file in path.parent.glob(f"{path.name}.*") if file.suffix[1:].isdigit()]
     files = [*sorted(older, key=lambda file: -int(file.suffix[1:])), path]
-    found = [each for file in files for row in _lines(file) for each in exchanges_of_log(row, ratings)]
+    found = [each for file in files for place, row in _lines(file) for each in _of_log(place, row, ratings)]
     if not found:
         raise DriftError(f"{path} has no answers that were finished. Write a log with `megatrain serve --log {path}`.")
     return found
+
+
+def _of_log(place: str, row: Mapping[str, Any], ratings: Mapping[Any, Any]) -> list[Exchange]:
+    """The choices of the record at a place. Raises DriftError."""
+    try:
+        return list(exchanges_of_log(row, ratings))
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise DriftError(
+            f"{place} is no record of `megatrain serve --log`, or a part of one ({type(error).__name__}: {error}). Take the line out."
+        ) from None
 
 
 def exchanges_of_log(row: Mapping[str, Any], ratings: Mapping[Any, Any]) -> Iterator[Exchange]:
@@ -153,13 +162,14 @@ def exchanges_of_log(row: Mapping[str, Any], ratings: Mapping[Any, Any]) -> Iter
     asked = row["asked"]
     prompts = asked.get("prompt") or [_last_question(asked.get("messages", ()))]
     for place, choice in enumerate(row["choices"]):
-        logprobs = choice["logprobs"]
+        logprobs, tokens, rating = choice["logprobs"], choice.get("tokens"), ratings.get(str(row["id"]))
+        mean = sum(logprobs) / len(logprobs) if logprobs else math.nan
         yield Exchange(
             str(prompts[place * len(prompts) // len(row["choices"])]),
-            choice["text"],
-            sum(logprobs) / len(logprobs) if logprobs else None,
-            choice.get("tokens"),
-            ratings.get(row["id"]),
+            str(choice["text"]),
+            mean if math.isfinite(mean) else None,
+            None if tokens is None else list(map(int, tokens)),
+            rating if rating in ("up", "down") else None,
         )
 
 
@@ -172,10 +182,13 @@ def read_evaluation(path: Path) -> list[Exchange]:
             value = parse_json(read_plain(path, _LARGEST), 1 << 26)
         except ValueError as error:
             raise DriftError(f"{path} is not JSON: {error}.") from None
-        rows = value if isinstance(value, list) else list(_results(value))
+        try:
+            rows = value if isinstance(value, list) else list(_results(value))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DriftError(f"{path} is no file of results: {error}.") from None
     else:
-        rows = list(_lines(path))
-    if rows and "choices" in rows[0] and "asked" in rows[0]:
+        rows = [row for _, row in _lines(path)]
+    if rows and isinstance(rows[0], dict) and "choices" in rows[0] and "asked" in rows[0]:
         return read_log(path)
     found = [each for row in rows if isinstance(row, dict) and (each := exchange_of_item(row)) != Exchange()]
     if not found:
@@ -209,7 +222,8 @@ def _results(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _last_question(messages: Sequence[Any]) -> str:
-    return next((str(each.get("content", "")) for each in reversed(messages) if each.get("role") == "user"), "")
+    asked = (each for each in reversed(messages) if isinstance(each, dict) and each.get("role") == "user")
+    return next((str(each.get("content", "")) for each in asked), "")
 
 
 def _first_text(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
@@ -221,12 +235,15 @@ def _first_text(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
     return None
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file and line, the object there). A last line without an end is still being written, and no part of it yet."""
     with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = parse_json(line, unique=False)
             except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
                 raise DriftError(f"{path}:{number} is no line of JSON: {error}.") from None
             if isinstance(row, dict):
-                yield row
+                yield f"{path}:{number}", row

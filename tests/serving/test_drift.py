@@ -60,6 +60,31 @@ def test_a_log_is_read_with_its_older_parts_and_thumbs(tmp_path):
         read_log(write(tmp_path / "none.jsonl", [record(1, "x", "y", ended="failed")]))
 
 
+def test_logs_that_were_cut_or_are_none(tmp_path):
+    log = write(tmp_path / "t.jsonl", [record(1, "x", "y"), record(2, "x", "z", logprob=math.nan)])
+    with log.open("a") as file:
+        file.write('{"id": "cmpl-3", "ended": "do')  # the server writes on
+    write(tmp_path / "feedback.jsonl", [{"request": ["cmpl-1"], "rating": "up"}, {"request": "cmpl-2", "rating": ["up"]}])
+    assert read_log(log, tmp_path / "feedback.jsonl") == [
+        Exchange("x", "y", -1.0, [1, 2], None),
+        Exchange("x", "z", None, [1, 2], None),
+    ]
+    whole = record(1, "x", "y")
+    broken = [{"ended": "done"}, {**whole, "choices": 5}, {**whole, "choices": [{}]}, {**whole, "asked": []}]
+    for row in [*broken, {**whole, "choices": [{"text": "", "logprobs": ["a"]}]}]:
+        with pytest.raises(DriftError, match=r"t\.jsonl:2 is no record of `megatrain serve --log`, or a part of one \("):
+            read_log(write(log, [whole, row]))
+    log.write_bytes(b'{"a": ' + b"[" * 100_000 + b"\n")
+    with pytest.raises(DriftError, match=r"t\.jsonl:1 is no line of JSON: it is nested too deep\."):
+        read_log(log)
+    for value in ({"tasks": []}, {"tasks": {"t": 1}}, {"tasks": {"t": {"per_item": {"values": {"logprob": 1, "tokens": 2}}}}}):
+        (tmp_path / "r.json").write_text(json.dumps(value))
+        with pytest.raises(DriftError, match=r"r\.json is no file of results"):
+            read_evaluation(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('[1, {"messages": [5], "question": "q"}]')
+    assert read_evaluation(tmp_path / "r.json") == [Exchange("")]
+
+
 @pytest.mark.parametrize(
     ("item", "exchange"),
     [
