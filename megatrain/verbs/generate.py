@@ -26,6 +26,8 @@ from megatrain.verbs.talk import talk
 
 BETWEEN = "---"
 """A line between texts."""
+MOST_TEXTS = 1 << 20
+"""Texts of one call, which are all planned before the first is written."""
 
 
 class Arguments(Protocol):
@@ -69,6 +71,10 @@ def generate(arguments: Arguments, model: Opened) -> int:
         return talk(model, planner, wishes, arguments.system)
     rows, are_rows = _prompts(arguments, model, wishes)
     prompts = [planner.prompted(row) for row in rows]
+    if (texts := sum(row.wishes.n for row in rows)) > MOST_TEXTS:
+        raise ValueError(
+            f"{texts:,} texts are asked for (prompts x n), and one call writes {MOST_TEXTS:,} at most. Use a smaller n."
+        )
     _say_cut(model, prompts)
     jobs = [_WantedText(n, k, prompted) for n, prompted in enumerate(prompts) for k in range(prompted.row.wishes.n)]
     output = "-" if arguments.output is None and are_rows else arguments.output

@@ -78,10 +78,15 @@ def test_what_is_cached_changes_nothing(weights, wanted):
     assert 0 < first < engine.stats.prefix_hits - first
 
 
-@pytest.mark.parametrize("layout", [MeshShape(tp=2), MeshShape(pp=2), MeshShape(tp=2, pp=2)], ids=str)
-def test_every_rank_of_every_layout_has_the_same(wanted, layout):
+@pytest.mark.parametrize(
+    ("layout", "prefix_cache"), [(MeshShape(tp=2), False), (MeshShape(pp=2), False), (MeshShape(tp=2, pp=2), True)], ids=str
+)
+def test_every_rank_of_every_layout_has_the_same(wanted, layout, prefix_cache):
+    """With a cache of 30% of what they need."""
+    few = int(0.3 * tokens_of(mixed()))
+
     def run(ctx):
-        engine = engine_of(weights_of(ctx, vocab_size=V, **MODEL), cache_tokens=800, block=4)
+        engine = engine_of(weights_of(ctx, vocab_size=V, **MODEL), cache_tokens=few, block=4, prefix_cache=prefix_cache)
         return engine.run(mixed()), engine.stats
 
     ranks = simulate(layout, run)

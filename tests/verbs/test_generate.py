@@ -343,6 +343,10 @@ def test_nothing_is_left_of_an_output_that_did_not_come_to_its_end(tmp_path):
         ValueError, match=r"^--output .*/none/out: No such file or directory.*\. Name a file in a folder that is there"
     ):
         run_rows(tmp_path, [{"prompt": "a"}], output=str(tmp_path / "none/out"))
+    with pytest.raises(
+        ValueError, match=r"^1,000,000,001 texts are asked for \(prompts x n\), and one call writes 1,048,576 at most"
+    ):
+        run_rows(tmp_path, [{"prompt": "a", "n": 10**9}, {"prompt": "a"}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "in.jsonl"]
 
 
