@@ -32,7 +32,7 @@ LINES = {
     "megatrain/runtime": 1800,
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
-    "megatrain/verbs": 2850,
+    "megatrain/verbs": 2900,
     "tests": 63850,
 }
 """Python lines of each room, at most; rounded up to 50."""

@@ -29,6 +29,8 @@ from megatrain.verbs.prompt_rows import PromptRow, Wishes
 from megatrain.verbs.showing import shower, without
 
 COMMANDS = "/system TEXT, /reset, /exit"
+LONGEST_LINE = 1 << 20
+"""Characters of a line that is read: one of a device never ends."""
 _PROMPT = "> "
 
 
@@ -176,6 +178,8 @@ def _heard(conversation: _Talk) -> str | None:
     model = conversation.model
     line = _read(conversation.keyboard) if model.is_first else None
     heard: str | None = json.loads(broadcast_text(json.dumps(line), model.ctx.world.group, model.ctx.device))
+    if len(heard or "") > LONGEST_LINE:
+        raise ChatError(f"a line of standard input has more than {LONGEST_LINE:,} characters. Break it into lines.")
     return heard
 
 
@@ -186,7 +190,7 @@ def _read(keyboard: _Keyboard) -> str | None:
     """
     if not sys.stdin.isatty():
         with keyboard.reading():
-            line = sys.stdin.readline()
+            line = sys.stdin.readline(LONGEST_LINE + 1)
         return line.removesuffix("\n") if line else None
     while True:
         try:

@@ -7,6 +7,7 @@ import sys
 import pytest
 from tiny_checkpoint import arguments, config_of, saved
 
+from megatrain.chat.conversation import ChatError
 from megatrain.inference.requests import Scored
 from megatrain.inference.text_plans import PlannedText
 from megatrain.verbs.generate import main
@@ -139,6 +140,18 @@ def test_a_message_that_is_no_text_is_told_and_forgotten(converse):
     assert len(model.prompts) == 1
 
 
+def test_a_line_without_end_is_not_read_to_its_end(converse):
+    class Endless(io.StringIO):
+        def readline(self, size=-1):
+            assert 0 < size < 1 << 21
+            return "x" * size
+
+    with pytest.raises(
+        ChatError, match=r"^a line of standard input has more than 1,048,576 characters\. Break it into lines\.$"
+    ):
+        converse(Model(), "", Endless)
+
+
 def test_a_base_model_holds_no_conversation(converse):
     with pytest.raises(ValueError, match="there is no chat template beside bytes: a base model goes on with texts"):
         converse(Model(), "a\n", chat_template=None)
@@ -159,8 +172,8 @@ def test_ctrl_c_between_lines_of_a_pipe(converse):
     """While a line is awaited it ends the program, as anywhere; in between it does nothing."""
 
     class Pressed(io.StringIO):
-        def readline(self):
-            line = super().readline()
+        def readline(self, size=-1):
+            line = super().readline(size)
             if line == "c\n":
                 signal.raise_signal(signal.SIGINT)
             return line
