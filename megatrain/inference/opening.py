@@ -101,7 +101,11 @@ class Opened:
 
     @property
     def named_ids(self) -> Mapping[str, int]:
-        """Ids of GLM's tokens that the run has given them, by each of their names: its tokenizer may not know them."""
+        """Ids that the run, or config.json of ChatGLM-6B, gives GLM's tokens, by their names: its tokenizer may not know them."""
+        if is_hf(self.source):
+            config, marks = read_config(self.source), self.marks
+            named = {} if marks is None else {"[gMASK]": marks.gmask, "[MASK]": marks.mask, "<sop>": marks.sop}
+            return named | ({"<eop>": config["eos_token_id"]} if named and isinstance(config.get("eos_token_id"), int) else {})
         ids = self._sentinels
         return {} if ids is None else {spelled: token for name, token in asdict(ids).items() for spelled in NAMES[name]}
 

@@ -99,7 +99,8 @@ class Planner:
         request = _request(row.wishes, tokens, codec.ending.stops)
         if (places := self._model.places(tokens)) is not LEFT_TO_RIGHT:
             self._require_fits(tokens, "prompt", "Shorten it")
-            request, manner = self._limited(replace(request, places=places)), replace(manner, goes_on=False)
+            ends = request.ends | {token for name, token in self._model.named_ids.items() if name == "<eop>"}
+            request, manner = self._limited(replace(request, places=places, ends=ends)), replace(manner, goes_on=False)
         if manner.beams is not None:
             require_room(request, manner.positions)
         return Prompted(

@@ -10,10 +10,14 @@ from safetensors.torch import save_file
 from tiny_checkpoint import arguments
 from tokenizer_models import sentencepiece
 
+from megatrain.chat.conversation import conversation_of
+from megatrain.chat.templates import open_chat
 from megatrain.inference.opening import TokenizerWish, opened
 from megatrain.inference.requests import Request, Sampling
 from megatrain.serving.opening_served import served_of
 from megatrain.verbs.generate import main
+from megatrain.verbs.prompt_plans import Planner
+from megatrain.verbs.prompt_rows import PromptRow, Wishes
 
 GREEDY = Sampling(greedy=True)
 
@@ -81,4 +85,10 @@ def test_the_first_chatglm_answers_a_plain_text_behind_its_marks(tmp_path, capsy
         main(arguments(tmp_path, "a" * 15, tokenizer="bytes"))
     with opened(tmp_path, tokenizer=TokenizerWish("bytes")) as model:
         assert served_of(model, None, None).encode("ab") == (97, 98, gmask, sop)
+        chat = open_chat(model.codec, model.tokenizer_folders, "chatglm", model.named_ids)
+        assert chat.prompt(conversation_of([{"role": "user", "content": "ab"}])).tokens == (97, 98, gmask, sop)
+        assert (
+            262 in chat.ends
+            and 262 in Planner(model, None).prompted(PromptRow("", Wishes(), "ab")).plan(0, print).send(None)[0].request.ends
+        )
         assert model.closed([97, 259]) == [97, 259, sop] and model.closed([97, gmask, sop]) == [97, gmask, sop]
