@@ -177,7 +177,7 @@ def changed(wishes: Wishes, asked: Mapping[str, Any], where: str) -> Wishes:
 
 
 def _contradiction(wishes: Wishes, drawn: str | None) -> str | None:
-    """What is wrong with wishes that do not go together; None if they do. drawn: a key beside them that tells how tokens are drawn."""
+    """The message for wishes that do not go together; None if they do. drawn: a key beside them that tells how tokens are drawn."""
     several = wishes.beams is not None and wishes.beams > 1
     which = "greedy" if wishes.beams is None else f"beams={wishes.beams}"
     if wishes.greedy or wishes.beams is not None:
