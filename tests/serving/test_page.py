@@ -130,6 +130,64 @@ def stop_while_it_streams(page, server):
         assert time.monotonic() - began < 1
 
 
+@pytest.mark.browser
+def test_a_conversation_holds_what_was_answered_and_nobody_elses_code(slow_server):
+    """A model may write anything; what failed and what another conversation left is not sent again."""
+    hostile = (
+        "<img src=x onerror='window.caught=1'><script>window.caught=1</script>\u202e\u0000\x1b[31m" + "長" * 3000 + "w" * 3000
+    )
+    replies = [
+        (400, json.dumps({"error": {"message": "<b>too long</b>"}})),
+        (200, event({"content": hostile}, "stop") + "data: [DONE]\n\n"),
+        (200, event({"content": "half"}, None)),
+    ]
+    sent = []
+
+    def reply(route):
+        sent.append([each["content"] for each in route.request.post_data_json["messages"]])
+        status, body = replies.pop(0)
+        route.fulfill(status=status, body=body, content_type="text/event-stream" if status == 200 else "application/json")
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=os.environ.get("CHROMIUM", "/usr/bin/chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 360, "height": 760})
+        page.goto(slow_server.url)
+        page.route("**/v1/chat/completions", reply)
+        told = page.locator(".below span")
+        say(page, "one")
+        expect(told.last).to_have_text("<b>too long</b>")
+        say(page, "two")
+        shown = page.locator("article.assistant .text").last
+        expect(shown).to_contain_text("<script>window.caught=1</script>")
+        assert shown.text_content() == hostile and page.evaluate("window.caught === undefined")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        say(page, "three")
+        expect(told.last).to_have_text("The answer was cut: the connection has ended.")
+        assert sent == [["one"], ["two"], ["two", hostile, "three"]]
+        page.unroute("**/v1/chat/completions")
+        page.click("#new")
+        say(page, "讲一个很长的故事")
+        expect(page.locator("article.assistant .text").last).not_to_be_empty()
+        page.click("#new")  # while it is answered
+        expect(page.locator("#send")).to_have_text("Send")
+        with page.expect_request("**/v1/chat/completions") as caught:
+            say(page, "anew")
+        assert [each["content"] for each in caught.value.post_data_json["messages"]] == ["anew"]
+        browser.close()
+
+
+def say(page, question):
+    page.fill("#text", question)
+    page.press("#text", "Enter")
+
+
+def event(delta, finish):
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return f"data: {json.dumps({'id': 'x', 'choices': [choice]})}\n\n"
+
+
 def photograph(page, shots):
     """Pictures at two widths, light and dark; nothing is wider than the window."""
     for width in (360, 1280):
