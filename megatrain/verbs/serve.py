@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,7 @@ class Server:
 
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
+        require_folders({"--log": options.log, "--feedback": options.feedback})
         self.socket = listening(options.host, options.port)
         self.log = None if options.log is None else TrafficLog(options.log, options.log_bytes, options.log_files)
         self.mailbox = Mailbox()
@@ -202,6 +203,15 @@ class Server:
 
     def _stop(self) -> None:
         self.server.should_exit = True
+
+
+def require_folders(files: Mapping[str, Path | None]) -> None:
+    """Raise ValueError where a file could not be written, of which the thumbs would tell hours later."""
+    for name, path in files.items():
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{name} {path}: there is no folder {path.parent}. Make it first.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{name} {path} is a folder. Give a file in it.")
 
 
 def listening(host: str, port: int) -> socket.socket:

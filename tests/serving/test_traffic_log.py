@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 
+import jobs
 import pytest
 
 from megatrain.data.tokenizer import ByteTokenizer
@@ -145,6 +146,13 @@ def wait_for(done):
     end = time.monotonic() + 10
     while not done() and time.monotonic() < end:
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize("option", ["--log", "--feedback"])
+def test_a_file_that_cannot_be_is_told_at_the_beginning(tmp_path, option):
+    for path, said in ((tmp_path / "nosuch" / "x", f"there is no folder {tmp_path / 'nosuch'}"), (tmp_path, "is a folder")):
+        ended = jobs.here("nowhere", option, str(path), verb="serve")
+        assert ended.code == 1 and said in ended.err
 
 
 def test_a_link_is_not_written_through(tmp_path):
