@@ -20,7 +20,7 @@ LINES = {
     "megatrain/data": 6550,
     "megatrain/doctor": 800,
     "megatrain/huggingface": 1550,
-    "megatrain/inference": 2650,
+    "megatrain/inference": 2700,
     "megatrain/lifecycle": 2700,
     "megatrain/models": 1050,
     "megatrain/ngram": 2550,

@@ -107,7 +107,8 @@ def filled(
         add(text)
         before += encoded[number]
         if number + 1 < len(texts):
-            request = filling.request(replace(asked, seed=asked.seed + number))
+            draws = number * min(asked.max_tokens, manner.positions)  # each blank has random numbers of its own
+            request = filling.request(replace(asked, first_draw=draws))
             writing = yield from written(request, manner, before, add)
             found.append(writing)
             tokens = [scored.token for scored in writing.tokens]

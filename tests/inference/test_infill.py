@@ -258,3 +258,19 @@ def test_a_conversation_with_a_glm_has_its_positions(tmp_path, capsys, monkeypat
     assert request.places == BlankPlaces(9, (Segment(9, 8),))
     assert IDS.eop in request.ends
     assert '"text": "x"' in capsys.readouterr().out
+
+
+def test_each_blank_of_each_text_has_random_numbers_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def pretended(request, _settings, _before, _show):
+        seen.append((request.seed, request.first_draw))
+        return PlannedText("x", (), "stop")
+        yield
+
+    monkeypatch.setattr("megatrain.inference.text_plans.written", pretended)
+    saved(tmp_path, config_of())
+    main(arguments(tmp_path, prompt="a[MASK]b[MASK]", max_tokens=6, greedy=False, n=2, seed=3))
+    assert seen == [(3, 0), (3, 6), (4, 0), (4, 6)]
+    main(arguments(tmp_path, prompt="a[MASK]b[MASK]", max_tokens=10**20, greedy=False, seed=3))
+    assert seen[4:] == [(3, 0), (3, config_of().model.positions)]
