@@ -71,10 +71,11 @@ def test_any_bytes_give_the_text_of_all_at_once_and_no_character_waits_longer_th
     codec = {"bytes": BYTES, "llama": LLAMA, "gpt2": GPT2}[kind]
     tokens = [TOKENS[kind](value) for value in data]
     pieces, _ = streamed(codec, tokens)
-    assert "".join(pieces) == codec.decode(tokens) == data.decode(errors="replace")
+    first = " " if kind == "llama" else ""  # SentencePiece's decoder takes a blank away where a text begins
+    assert "".join(pieces) == codec.decode(tokens) == data.decode(errors="replace").removeprefix(first)
     for number in range(1, len(data) + 1):
         text, waiting = codecs.getincrementaldecoder("utf-8")("replace"), "".join(pieces[:number])
-        assert waiting == text.decode(data[:number])
+        assert waiting == text.decode(data[:number]).removeprefix(first)
 
 
 @settings(max_examples=300, deadline=None)
