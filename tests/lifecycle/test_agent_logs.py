@@ -88,7 +88,8 @@ def test_a_wrong_config_is_one_line_of_the_script(tmp_path):
     said = "megatrain: error: train.global_batch_size=4 is not a multiple of train.micro_batch_size=4 x 4 data-parallel replicas = 16."
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert done.stderr.startswith(said) and done.stdout == ""
-    assert [path.read_text() for path in sorted((tmp_path / "run/logs").glob("*.err"))] == [done.stderr] * 4
+    logs = [path.read_text() for path in sorted((tmp_path / "run/logs").glob("*.err"))]
+    assert len(logs) == 4 and set(logs) - {""} == {done.stderr}  # a rank that is late is ended by torchrun before it finds it
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
