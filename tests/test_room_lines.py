@@ -33,7 +33,7 @@ LINES = {
     "megatrain/testing": 1550,
     "megatrain/transport": 3150,
     "megatrain/verbs": 2900,
-    "tests": 63950,
+    "tests": 64100,
 }
 """Python lines of each room, at most; rounded up to 50."""
 

@@ -122,6 +122,7 @@ def lead(
         busy = engine.busy
         mail = shared(mailbox.collect(0.0 if busy else HEARTBEAT_SECONDS), ctx.world, ctx.device)
         fresh.update(key for key, _ in mail.new)
+        fresh.difference_update(mail.dropped)
         parts, started = replica.turn(mail)
         for part in parts:
             held[part.key] = held[part.key].joined(part) if part.key in held else part

@@ -7,6 +7,7 @@ others     main thread: the engine, which does as rank 0's
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -190,6 +191,8 @@ class Server:
     # --- in the loop --------------------------------------------------------------------------------------------------------------
 
     def _ready(self, served: Served) -> None:
+        gc.collect()
+        gc.freeze()  # what was imported stays for ever: garbage of connections is then looked for often, and found quickly
         self.desk.open_for(served.max_length)
         self.endpoints.served = served
         if self.log is not None:
