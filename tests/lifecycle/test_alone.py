@@ -46,7 +46,7 @@ what = sys.argv[1]
 if what in ("unread", "unreadable"):
     stderr_is_a_pipe(read=what == "unread", filled=what == "unread")
 sections.TOLD_SECONDS, guard.LATE_SECONDS = 0.3, 0.2
-long = {"set-up": (0.5, 0.5, 1.0), "told": (60.0, 60.0, 1.0), "told save": (60.0, 0.5, 60.0)}
+long = {"set-up": (0.5, 0.5, 1.0), "told": (60.0, 60.0, 1.0), "told save": (60.0, 0.5, 60.0), "told first": (60.0, 4.0, 1.0)}
 limits = SectionLimits(*long.get(what, (60.0, 0.5, 1.0)))
 of = Guard(Launch(), limits)
 of.on_event = lambda kind, rank, text: print(kind, rank, flush=True)
