@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole check of a checkout: virtual environment, installation with the test tools, lint, types, import contracts, tests.
 #
-#   bash launch/test.sh                    about 10 minutes on 2 cores
+#   bash launch/test.sh                    about 12 minutes on 2 cores
 #   bash launch/test.sh --all              the slow tests too, and the commands of the pages (launch/docs_checks.sh)
 #   bash launch/test.sh tests/data -k bpe  everything after --all goes to pytest (`-n 0`: in one process, for a debugger)
 #
