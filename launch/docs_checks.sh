@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the commands of README.md and docs/, page by page, each in a copy of the checkout of its own.
 #
-#   bash launch/docs_checks.sh                about 10 minutes on 2 cores beside .ci/run's other checks
+#   bash launch/docs_checks.sh                about 13 minutes on 2 cores beside .ci/run's other checks
 #   bash launch/docs_checks.sh -k README.md   one page; everything goes to pytest
 #
 # A command is run as it is written unless a comment above its block says otherwise: tests/test_docs.py. Of gpu_checks.sh the
