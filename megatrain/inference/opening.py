@@ -79,7 +79,7 @@ class Opened:
         """Whether this rank speaks for all."""
         return self.ctx.world.rank == 0
 
-    @property
+    @functools.cached_property
     def marks(self) -> Marks | None:
         """The tokens that determine the positions of a prompt; None where it is read from left to right."""
         if is_hf(self.source):
@@ -99,7 +99,7 @@ class Opened:
         folders = [] if name is None or name == "bytes" else [Path(name).parent]
         return list(dict.fromkeys([*folders, self.source if is_hf(self.source) else came]))
 
-    @property
+    @functools.cached_property
     def named_ids(self) -> Mapping[str, int]:
         """Ids that the run, or config.json of ChatGLM-6B, gives GLM's tokens, by their names: its tokenizer may not know them."""
         if is_hf(self.source):
@@ -109,7 +109,7 @@ class Opened:
         ids = self._sentinels
         return {} if ids is None else {spelled: token for name, token in asdict(ids).items() for spelled in NAMES[name]}
 
-    @property
+    @functools.cached_property
     def _sentinels(self) -> Sentinels | None:
         glm = self.config.data.objective == "glm" and not is_hf(self.source)
         return resolve(self.config.data.glm, self.engine.codec, self.engine.vocab_size)[0] if glm else None

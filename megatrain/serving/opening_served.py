@@ -13,7 +13,6 @@ from megatrain.data.samples.sentinels import resolve
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.opening import Opened
 from megatrain.inference.requests import Request
-from megatrain.inference.text_places import LEFT_TO_RIGHT, TextPlaces, places_after
 from megatrain.kernels.paged_attention import served_by
 from megatrain.serving.served import Served
 from megatrain.serving.token_texts import TokenTexts
@@ -30,17 +29,12 @@ def served_of(model: Opened, name: str | None, template: str | None) -> Served:
     build = model.weights.chunks[0].build
     dtype = str(build.dtype).removeprefix("torch.")
     implementation = served_by(model.config.train.kernels, ctx.device, build.dtype, model.config.model.head_size)
-    marks = model.marks
-
-    def places(tokens: Sequence[int]) -> TextPlaces:
-        return LEFT_TO_RIGHT if marks is None else places_after(tokens, marks, model.config.model.two_dimensional)
-
     return Served(
         name=name or name_of(model.source),
         codec=codec,
         max_length=engine.max_length,
         vocab_size=engine.vocab_size,
-        places=places,
+        places=model.places,
         closed=model.closed,
         conversing=conversing(model, template),
         infill=infilling(model) if model.config.data.objective == "glm" else None,
