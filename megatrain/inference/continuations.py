@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatrain.config.asked import SamplesConfig
 from megatrain.config.schema import Config
 from megatrain.data.samples.sentinels import resolve
-from megatrain.data.stream import GrowingText
 from megatrain.data.tokenizer import Tokenizer, prompt_ids
 from megatrain.inference.engine import Engine
 from megatrain.inference.infill import Filling, parsed
 from megatrain.inference.requests import Request, Sampling
+from megatrain.inference.text_plans import Plan, PlannedText, PlanSettings, filled, write, written
 
 Text = tuple[str, int, str]
 """(text, number of tokens, why it ended: an engine's `Finish`), as a list where it comes from another rank."""
@@ -53,11 +53,11 @@ class Continuations:
     def _prompt(self, asked: SamplesConfig, number: int, text: str) -> FixedPrompt:
         greedy = asked.temperature == 0
         sampling = Sampling(greedy=True) if greedy else Sampling(temperature=asked.temperature, top_p=asked.top_p)
-        request = Request((0,), asked.max_tokens, sampling, asked.seed + number, text=True)
+        request = Request((0,), asked.max_tokens, sampling, asked.seed + number)
         if self._glm is not None:
             texts, masks = parsed(text, self._glm[0])
             parts = tuple(tuple(map(int, self.codec.encode(part))) for part in texts)
-            return FixedPrompt(text, parts, tuple(masks), replace(request, text=False))
+            return FixedPrompt(text, parts, tuple(masks), request)
         tokens = tuple(prompt_ids(self.codec, self.codec.encode(text)))
         return FixedPrompt(text, (tokens,), (), replace(request, tokens=tokens, ends=frozenset(self.codec.ending.stops)))
 
@@ -77,30 +77,15 @@ class Continuations:
 
     def written(self, engine: Engine, prompts: Sequence[FixedPrompt]) -> list[list[Text]]:
         """The texts that the model writes for each prompt: one, or one for each blank (collective over the engine's ranks)."""
+        found: dict[int, PlannedText] = {}
+        write(engine, [self._plan(engine, prompt) for prompt in prompts], found.__setitem__)
+        texts = [found[number].pieces or (found[number],) for number in range(len(prompts))]
+        return [[(text.text, len(text.tokens), text.finish) for text in of] for of in texts]
+
+    def _plan(self, engine: Engine, prompt: FixedPrompt) -> Plan[PlannedText]:
+        """The plan of a prompt's text, which ends where the positions do."""
+        manner = PlanSettings(self.codec, engine.max_length, engine.vocab_size, goes_on=False)
         if self._glm is None:
-            answers = engine.run([prompt.asked for prompt in prompts])
-            return [[(answer.text, len(answer.tokens), answer.finish)] for answer in answers]
-        fillings = [self._filling(engine, prompt) for prompt in prompts]
-        texts: list[list[Text]] = [[] for _ in prompts]
-        before = [list(prompt.parts[0]) for prompt in prompts]
-        while left := [place for place, filling in enumerate(fillings) if filling.left]:
-            requests = [self._next(fillings[place], prompts[place]) for place in left]
-            for place, request, answer in zip(left, requests, engine.run(requests), strict=True):
-                tokens = [scored.token for scored in answer.tokens]
-                texts[place].append((self._text(tokens, before[place]), len(tokens), answer.finish))
-                fillings[place].fill(request, tokens)
-                before[place] += [*tokens, *prompts[place].parts[len(texts[place])]]
-        return texts
-
-    def _next(self, filling: Filling, prompt: FixedPrompt) -> Request:
-        """The request for the next blank; each has random numbers of its own."""
-        number = len(prompt.masks) - filling.left
-        return filling.request(replace(prompt.asked, first_draw=number * prompt.asked.max_tokens))
-
-    def _text(self, tokens: Sequence[int], before: Iterable[int]) -> str:
-        """The text of tokens behind others, without special ones."""
-        said, read = (
-            [token for token in some if self.codec.special_id(self.codec.name_of(token)) is None] for some in (tokens, before)
-        )
-        text = GrowingText(self.codec, read)
-        return "".join(map(text.push, said)) + text.finish()
+            return written(prompt.asked, manner, prompt.asked.tokens)
+        texts, _ = parsed(prompt.text, self._glm[0])
+        return filled(self._filling(engine, prompt), texts, prompt.parts, prompt.asked, manner, lambda _piece: None)

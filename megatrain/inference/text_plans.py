@@ -32,8 +32,8 @@ class PlannedText:
     text: str
     tokens: tuple[Scored, ...]
     finish: Finish
-    pieces: tuple[str, ...] = ()
-    """The texts in the blanks of the prompt, where it has some."""
+    pieces: tuple[PlannedText, ...] = ()
+    """The texts in the blanks of the prompt, each of its own, where it has some."""
     log_probability: float | None = None
     """The log-probability of the whole text, where beam search has found it."""
 
@@ -116,7 +116,7 @@ def filled(
             filling.fill(request, tokens)
     tokens_of_all = tuple(scored for writing in found for scored in writing.tokens)
     finish: Finish = "length" if any(writing.finish == "length" for writing in found) else "stop"
-    return PlannedText("".join(whole), tokens_of_all, finish, tuple(writing.text for writing in found))
+    return PlannedText("".join(whole), tokens_of_all, finish, tuple(found))
 
 
 def write(engine: Engine, plans: Sequence[Plan[Result]], done: Callable[[int, Result], None]) -> None:

@@ -201,7 +201,7 @@ def output_row(number: int, sample: int, row: PromptRow, prompt_tokens: int, wri
     found |= {"text": writing.text, "finish_reason": writing.finish, "prompt_tokens": prompt_tokens}
     found["tokens"] = [scored.token for scored in writing.tokens]
     if writing.pieces:
-        found["blanks"] = list(writing.pieces)
+        found["blanks"] = [piece.text for piece in writing.pieces]
     if writing.log_probability is not None:
         found["log_probability"] = writing.log_probability
     elif row.wishes.logprobs is not None:

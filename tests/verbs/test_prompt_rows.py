@@ -120,5 +120,5 @@ def test_rows_of_output():
     plain = PromptRow("", Wishes(logprobs=0), "a")
     assert output_row(0, 0, plain, 1, writing).endswith('"tokens": [5], "logprobs": [-0.5]}')
     assert '"text": "你"' in output_row(0, 0, PromptRow("", Wishes(), "a"), 1, writing)
-    beams = PlannedText("x", tokens, "length", ("x",), -2.0)
+    beams = PlannedText("x", tokens, "length", (PlannedText("x", tokens, "length"),), -2.0)
     assert output_row(0, 0, plain, 1, beams).endswith('"tokens": [5], "blanks": ["x"], "log_probability": -2.0}')
